@@ -1,0 +1,148 @@
+"""The file that keeps a sigma shift: one safetensors file with its layout, fingerprint and study.
+
+The file holds one float32 tensor named `shift`; everything needed to apply it later (which weights it
+belongs to, which backbone it was trained on, which study made it) lies in the file's metadata as text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+__all__ = ["ArtefactError", "SavedSigma", "load_shift", "save_shift", "write_atomic"]
+
+FORMAT = "fedsigma-shift-1"
+_TEXTS = ("layout", "fingerprint", "study")
+
+
+class ArtefactError(ValueError):
+    """A sigma file is missing, damaged, or not one of ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSigma:
+    """What a sigma file holds.
+
+    Shapes: shift (layout size,) float32.
+    """
+
+    shift: Tensor
+    layout_json: str
+    fingerprint_json: str
+    study_yaml: str
+    round: int
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; give it what an ordinary new file would have.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_shift(
+    path: Path,
+    shift: Tensor | np.ndarray,
+    *,
+    layout_json: str,
+    fingerprint_json: str,
+    study_yaml: str,
+    round: int,
+) -> None:
+    """Write a sigma shift and all that is needed to apply it, atomically.
+
+    Shapes: shift (layout size,), any floating type; stored as float32.
+
+    Raises:
+        ArtefactError: the shift is not one-dimensional, is empty, or holds a value that is not finite.
+    """
+    tensor = torch.as_tensor(shift).detach().to("cpu", torch.float32).contiguous()
+    _check(tensor, "the shift to save")
+    metadata = {
+        "format": FORMAT,
+        "layout": layout_json,
+        "fingerprint": fingerprint_json,
+        "study": study_yaml,
+        "round": str(int(round)),
+    }
+    write_atomic(Path(path), save({"shift": tensor}, metadata=metadata))
+
+
+def load_shift(path: Path) -> SavedSigma:
+    """Read a sigma file, or the `sigma.safetensors` inside a run folder.
+
+    Raises:
+        ArtefactError: there is no such file, it is damaged, or it is not a sigma file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "sigma.safetensors"
+    if not path.is_file():
+        raise ArtefactError(f"no sigma file at {path}: name a run folder or its sigma.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or list(file.keys()) != ["shift"]:
+                raise ArtefactError(
+                    f"{path} is a safetensors file but not a sigma file "
+                    f"(format {metadata.get('format')!r}, expected {FORMAT!r}): name the one a run wrote"
+                )
+            shift = file.get_tensor("shift")
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} cannot be read ({error}): copy it again from the run folder") from error
+    _check(shift, str(path))
+    return SavedSigma(shift=shift, round=_round(path, metadata), **_texts(path, metadata))
+
+
+def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    missing = [key for key in _TEXTS if key not in metadata]
+    if missing:
+        raise ArtefactError(f"{path} lacks {', '.join(missing)} in its metadata: it cannot be applied safely")
+    for key in ("layout", "fingerprint"):
+        try:
+            json.loads(metadata[key])
+        except json.JSONDecodeError as error:
+            raise ArtefactError(f"{path}: its {key} is not valid JSON ({error})") from error
+    return {
+        "layout_json": metadata["layout"],
+        "fingerprint_json": metadata["fingerprint"],
+        "study_yaml": metadata["study"],
+    }
+
+
+def _round(path: Path, metadata: dict[str, str]) -> int:
+    text = metadata.get("round", "")
+    if not text.isdecimal():
+        raise ArtefactError(f"{path}: its round is {text!r}, expected a whole number")
+    return int(text)
+
+
+def _check(shift: Tensor, what: str) -> None:
+    if shift.ndim != 1 or shift.numel() == 0 or shift.dtype != torch.float32:
+        raise ArtefactError(
+            f"{what} has shape {tuple(shift.shape)} and type {shift.dtype}, expected a float32 vector"
+        )
+    if not bool(torch.isfinite(shift).all()):
+        raise ArtefactError(f"{what} holds values that are not finite: the training that made it diverged")
