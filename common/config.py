@@ -1,0 +1,287 @@
+"""A study's settings: small dataclasses read from YAML and checked where they are built.
+
+The errors of this module are read by people who have just edited a study file, so each names the key, the
+value found, what was expected, and the next step.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from fedsigma.common.reading import (
+    ConfigError,
+    build,
+    check_choice,
+    check_number,
+    check_printable,
+    check_subset,
+    nearest,
+    plain,
+    read_yaml,
+)
+
+__all__ = [
+    "BASELINES",
+    "STRATEGIES",
+    "ConfigError",
+    "DataConfig",
+    "FederationConfig",
+    "SigmaConfig",
+    "StudyConfig",
+    "TrainingConfig",
+    "load_study",
+    "study_names",
+]
+
+STRATEGIES = (
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedmedian",
+    "fedtrimmedavg",
+    "krum",
+    "multikrum",
+    "qfedavg",
+)
+BASELINES = ("zero_shot", "local_only", "pooled")
+TOWERS = ("image", "text")
+PARTS = ("q", "k", "v", "o", "mlp")
+THIRDS = ("all", "top", "middle", "bottom")
+PATH_SOURCES = ("folder", "csv", "parquet", "dicom")
+
+# --- the study ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where a simulation's images are and how they are divided among its sites.
+
+    A real site says in its own site.yaml where its images are; a study for real sites has no such section.
+
+    Fields: source, `kind:path` or `demo`; sites_by, `site` or one partitioner with its settings; on_problem,
+    whether a corrupt image or unknown label stops the study or is skipped; test_share, the share of groups
+    kept for testing where the data have no split of their own; options, passed on to the source.
+    """
+
+    section: ClassVar[str] = "data"
+
+    source: str
+    sites_by: str | dict[str, Any] = "site"
+    on_problem: str = "stop"
+    test_share: float = 0.5
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_printable("data.source", self.source)
+        check_choice("data.on_problem", self.on_problem, ("stop", "skip"))
+        check_number("data.test_share", self.test_share, low=0.05, high=0.95)
+        if isinstance(self.sites_by, dict):
+            if len(self.sites_by) != 1:
+                raise ConfigError(f"data.sites_by names {len(self.sites_by)} partitioners, expected one")
+            check_choice("data.sites_by", next(iter(self.sites_by)), ("iid", "dirichlet", "pathological"))
+        else:
+            check_choice("data.sites_by", self.sites_by, ("site",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaConfig:
+    """Which weights are adapted: towers, layers (all, a third, or a list of numbers from 0), and parts."""
+
+    section: ClassVar[str] = "sigma"
+
+    towers: tuple[str, ...] = TOWERS
+    layers: str | tuple[int, ...] = "all"
+    parts: tuple[str, ...] = PARTS
+
+    def __post_init__(self) -> None:
+        check_subset("sigma.towers", self.towers, TOWERS)
+        check_subset("sigma.parts", self.parts, PARTS)
+        if isinstance(self.layers, str):
+            check_choice("sigma.layers", self.layers, THIRDS)
+        elif not self.layers or any(layer < 0 for layer in self.layers):
+            raise ConfigError(f"sigma.layers is {list(self.layers)}, expected layer numbers from 0 upwards")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The recipe of local training. Lengths are optimiser steps; local_steps are a site's in one round."""
+
+    section: ClassVar[str] = "training"
+
+    learning_rate: float = 0.01
+    batch_size: int = 32
+    local_steps: int = 20
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    final_learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    augment: str = "paper"
+    proximal: float = 0.0
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_number("training.learning_rate", self.learning_rate, low=1e-9, high=10)
+        check_number("training.batch_size", self.batch_size, low=1, high=65536)
+        check_number("training.local_steps", self.local_steps, low=1, high=1_000_000)
+        check_number("training.weight_decay", self.weight_decay, low=0, high=100)
+        check_choice("training.schedule", self.schedule, ("cosine", "constant"))
+        check_number("training.final_learning_rate", self.final_learning_rate, low=0, high=10)
+        check_number("training.warmup_steps", self.warmup_steps, low=0, high=1_000_000)
+        check_choice("training.augment", self.augment, ("paper", "gentle", "none"))
+        check_number("training.proximal", self.proximal, low=0, high=1e6)
+        check_choice("training.precision", self.precision, ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """How the sites work together.
+
+    Fields: strategy and its own options; rounds; min_sites, the fewest sites whose replies make a round
+    count; round_timeout_s, how long one exchange may last; wait_for_sites_s, how long the server waits for
+    min_sites to be there; codec, the coding of a sigma shift on the wire; norm_bound, the largest L2 norm of
+    a shift that is accepted (null: none); max_examples, the most examples a site counts for (null: none).
+    """
+
+    section: ClassVar[str] = "federation"
+
+    strategy: str = "fedavg"
+    rounds: int = 10
+    min_sites: int = 2
+    round_timeout_s: float = 600.0
+    wait_for_sites_s: float = 300.0
+    options: dict[str, Any] = field(default_factory=dict)
+    codec: str = "exact"
+    norm_bound: float | None = None
+    max_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("federation.strategy", self.strategy, STRATEGIES)
+        check_number("federation.rounds", self.rounds, low=1, high=100_000)
+        check_number("federation.min_sites", self.min_sites, low=1, high=100_000)
+        check_number("federation.round_timeout_s", self.round_timeout_s, low=1, high=43_200)
+        check_number("federation.wait_for_sites_s", self.wait_for_sites_s, low=0, high=604_800)
+        if self.norm_bound is not None:
+            check_number("federation.norm_bound", self.norm_bound, low=1e-12)
+        if self.max_examples is not None:
+            check_number("federation.max_examples", self.max_examples, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """One federated experiment, as its study file says it."""
+
+    section: ClassVar[str] = ""
+
+    name: str
+    backbone: str
+    classes: tuple[str, ...]
+    template: str = "a photo of a {}."
+    data: DataConfig | None = None
+    shots: int = 16
+    sigma: SigmaConfig = field(default_factory=SigmaConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    baselines: tuple[str, ...] = ("zero_shot",)
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", self.name):
+            raise ConfigError(f"name is '{self.name}', expected up to 80 letters, digits, '.', '_' and '-'")
+        check_printable("backbone", self.backbone)
+        check_printable("template", self.template)
+        for name in self.classes:
+            check_printable("classes", name)
+        if len(self.classes) < 2:
+            raise ConfigError(f"classes is {list(self.classes)}, expected at least two names")
+        if len(set(self.classes)) != len(self.classes):
+            raise ConfigError(f"classes names something twice: {list(self.classes)}")
+        if self.template.count("{}") != 1 or "{" in self.template.replace("{}", ""):
+            raise ConfigError(f"template is '{self.template}', expected one {{}} where the class name goes")
+        check_number("shots", self.shots, low=1, high=100_000)
+        check_number("seed", self.seed, low=0, high=2**31 - 1)
+        check_subset("baselines", self.baselines, BASELINES, empty=True)
+        if "pooled" in self.baselines and self.data is None:
+            raise ConfigError(
+                "baselines asks for 'pooled', but the study has no data section: pooling needs all images in"
+                " one place, which only a simulation has; leave 'pooled' out"
+            )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The template filled with each class name, in the order of the classes."""
+        return tuple(self.template.format(name) for name in self.classes)
+
+    @property
+    def max_examples_per_site(self) -> int:
+        """The most training images a site can have in this study: shots times classes."""
+        return self.shots * len(self.classes)
+
+    def replaced(self, *, rounds: int | None = None, seed: int | None = None) -> StudyConfig:
+        """Return the study with another number of rounds or another seed; None keeps the study's own."""
+        study = self
+        if rounds is not None:
+            study = replace(study, federation=replace(study.federation, rounds=rounds))
+        return study if seed is None else replace(study, seed=seed)
+
+    def to_yaml(self) -> str:
+        """Write the study with every setting spelled out; `StudyConfig.from_yaml` reads it back equal."""
+        return yaml.safe_dump(plain(self), sort_keys=False, allow_unicode=True, width=100)
+
+    @classmethod
+    def from_yaml(cls, text: str, *, where: str = "the study") -> StudyConfig:
+        """Read a study from YAML text.
+
+        Raises:
+            ConfigError: it is not YAML, a key is unknown or missing, or a value is not allowed.
+        """
+        return build(cls, read_yaml(text, where=where), where=where)
+
+
+# --- finding ------------------------------------------------------------------------------------------
+
+
+def study_names() -> list[str]:
+    """Return the names of the studies that come with FedSigma."""
+    folder = files("fedsigma.configs") / "studies"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_study(name_or_path: str | Path) -> StudyConfig:
+    """Read a study by the name of one that comes with FedSigma, or by the path of a YAML file.
+
+    A relative path in `data.source` is looked for under the folder $FEDSIGMA_DATA if that is set, else beside
+    the study file, else (for a study that comes with FedSigma) in the working directory; the returned study
+    holds the absolute path, since sites of a simulation run in another working directory.
+
+    Raises:
+        ConfigError: there is no such study, or it does not read.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if name in study_names():
+        text = (files("fedsigma.configs") / "studies" / f"{name}.yaml").read_text(encoding="utf-8")
+        study, beside = StudyConfig.from_yaml(text, where=f"study '{name}'"), Path.cwd()
+    elif path.is_file():
+        study = StudyConfig.from_yaml(path.read_text(encoding="utf-8"), where=str(path))
+        beside = path.resolve().parent
+    else:
+        raise ConfigError(f"no study or file named '{name}'{nearest(name, study_names())}")
+    if study.data is None:
+        return study
+    base = Path(os.environ.get("FEDSIGMA_DATA") or beside).expanduser().resolve()
+    return replace(study, data=replace(study.data, source=_absolute(study.data.source, base)))
+
+
+def _absolute(source: str, base: Path) -> str:
+    kind, colon, rest = source.partition(":")
+    if not colon or kind not in PATH_SOURCES:
+        return source
+    return f"{kind}:{base / Path(rest).expanduser()}"
