@@ -1,0 +1,25 @@
+"""The method: adapt a CLIP model by its singular values alone. Needs torch and safetensors only."""
+
+from fedsigma.common.sigma.adapter import SigmaModel, default_cache_dir
+from fedsigma.common.sigma.basis import Basis, BasisError, Fingerprint, cached_basis
+from fedsigma.common.sigma.families import FAMILIES, Family, Slot, find_layout
+from fedsigma.common.sigma.layout import PARTS, TOWERS, Entry, Layout, LayoutError, Selection
+
+__all__ = [
+    "FAMILIES",
+    "PARTS",
+    "TOWERS",
+    "Basis",
+    "BasisError",
+    "Entry",
+    "Family",
+    "Fingerprint",
+    "Layout",
+    "LayoutError",
+    "Selection",
+    "SigmaModel",
+    "Slot",
+    "cached_basis",
+    "default_cache_dir",
+    "find_layout",
+]

@@ -1,0 +1,200 @@
+"""The adapter: W(d) = W0 + U diag(d) V^T on a model's own modules, by `torch.nn.utils.parametrize`."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fedsigma.common.sigma.basis import Basis, Progress, cached_basis
+from fedsigma.common.sigma.families import find_layout
+from fedsigma.common.sigma.layout import Entry, LayoutError, Selection
+
+
+def default_cache_dir() -> Path:
+    """Where bases are cached: $FEDSIGMA_CACHE, or else the user's cache directory."""
+    if chosen := os.environ.get("FEDSIGMA_CACHE"):
+        return Path(chosen)
+    import platformdirs  # here, so that the method itself needs torch and safetensors only
+
+    return Path(platformdirs.user_cache_dir("fedsigma")) / "bases"
+
+
+class _Shifted(torch.autograd.Function):
+    """W0 with U diag(d) V^T added to row blocks.
+
+    The derivative needs no dense matrix product with the data: dL/dd_k = u_k^T (dL/dW) v_k.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, shift: Tensor, blocks: Any) -> Tensor:
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        # The sum stays in the weight's own precision: models ask their weights for a dtype (open_clip's
+        # get_cast_dtype), and zero must change no bit.
+        out = weight.clone()
+        for (low, high), (start, stop), u, vh in blocks:
+            scaled = (u * shift[start:stop]).to(dtype)
+            if dtype == out.dtype:
+                out[low:high].addmm_(scaled, vh)
+            else:
+                out[low:high] += scaled @ vh.to(dtype)
+        ctx.blocks, ctx.dtype, ctx.shift_like = blocks, dtype, shift
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (grad,) = grads
+        result = torch.zeros_like(ctx.shift_like)
+        for (low, high), (start, stop), u, vh in ctx.blocks:
+            left = u.t().to(ctx.dtype) @ grad[low:high].to(ctx.dtype)
+            result[start:stop] = (left.to(vh.dtype) * vh).sum(1)
+        return None, result, None
+
+
+class SigmaParametrization(nn.Module):
+    """Adds the shift's matrix to one (perhaps packed) weight.
+
+    The flat shift belongs to the SigmaModel and is not registered here, so that the wrapped model's
+    parameters and state stay its own.
+    """
+
+    def __init__(self, entries: list[Entry], basis: Basis, shift: nn.Parameter) -> None:
+        super().__init__()
+        self.entries = entries
+        self.start, self.stop = entries[0].offset, entries[-1].offset + entries[-1].size
+        self._shift = (shift,)
+        number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
+        for i, entry in enumerate(entries):
+            triple = basis.triples[number[entry.key]]
+            self.register_buffer(f"u{i}", triple.u, persistent=False)
+            self.register_buffer(f"vh{i}", triple.vh, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The adapted weight, of the shape of `weight`."""
+        blocks = [
+            (
+                entry.rows,
+                (entry.offset - self.start, entry.offset - self.start + entry.size),
+                getattr(self, f"u{i}"),
+                getattr(self, f"vh{i}"),
+            )
+            for i, entry in enumerate(self.entries)
+        ]
+        return _Shifted.apply(weight, self._shift[0][self.start : self.stop], blocks)
+
+
+def _owner(model: nn.Module, weight: str) -> tuple[nn.Module, str]:
+    path, _, name = weight.rpartition(".")
+    return model.get_submodule(path), name
+
+
+class SigmaModel:
+    """An open_clip model whose only trainable tensor is the flat sigma shift.
+
+    Attributes:
+        model: the wrapped model; its forward code is untouched and its other parameters are frozen.
+        shift: the one trainable parameter, float32 (layout.size,).
+        layout: what each value belongs to.
+        fingerprint: of the backbone and its basis.
+    """
+
+    def __init__(self, model: nn.Module, basis: Basis) -> None:
+        self.model, self.layout, self.fingerprint = model, basis.layout, basis.fingerprint
+        device = next(model.parameters()).device
+        model.requires_grad_(False)
+        self.shift = nn.Parameter(torch.zeros(self.layout.size, device=device))
+        by_weight: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.layout.entries:
+            by_weight[entry.weight].append(entry)
+        self._weights = list(by_weight)
+        for weight, entries in by_weight.items():
+            module, name = _owner(model, weight)
+            parametrization = SigmaParametrization(entries, basis, self.shift).to(device)
+            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+
+    @classmethod
+    def adapt(
+        cls,
+        model: nn.Module,
+        selection: Selection | None = None,
+        *,
+        cache_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> SigmaModel:
+        """Adapt a plain open_clip model in place.
+
+        Args:
+            model: loaded by open_clip, float32.
+            selection: what to adapt; everything by default.
+            cache_dir: where bases are cached; the user's cache directory by default.
+            progress: called with (done, all) while a basis is computed.
+
+        Raises:
+            LayoutError: the model or the selection has nothing to adapt, or the model is adapted already.
+            BasisError: the cached basis is damaged.
+        """
+        if any(parametrize.is_parametrized(m) for m in model.modules()):
+            raise LayoutError("this model is adapted already: load the backbone anew or merge it first")
+        layout = find_layout(model, selection)
+        return cls(model, cached_basis(model, layout, cache_dir or default_cache_dir(), progress=progress))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors: the shift alone."""
+        return [self.shift]
+
+    def get_shift(self) -> Tensor:
+        """A copy of the shift, float32 (layout.size,) on the CPU."""
+        return self.shift.detach().to("cpu", torch.float32).clone()
+
+    def set_shift(self, shift: Tensor) -> None:
+        """Replace the shift.
+
+        Raises:
+            LayoutError: wrong length, or a value that is not finite.
+        """
+        if shift.shape != self.shift.shape:
+            raise LayoutError(
+                f"the shift has {tuple(shift.shape)} values, this layout has {self.layout.size}: "
+                "it belongs to another backbone or selection"
+            )
+        if not torch.isfinite(shift).all():
+            raise LayoutError("the shift has a value that is not finite: it cannot be applied")
+        with torch.no_grad():
+            self.shift.copy_(shift)
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """Inference at the plain model's cost: each adapted weight is computed once, no gradients."""
+        with torch.no_grad(), parametrize.cached():
+            yield self.model
+
+    def to(self, device: torch.device | str) -> SigmaModel:
+        """Move the model, its basis and the shift."""
+        self.model.to(device)
+        self.shift.data = self.shift.data.to(device)
+        return self
+
+    def merge(self) -> nn.Module:
+        """Fold the shift into the weights and return the plain model; this object is then spent."""
+        with torch.no_grad():
+            for weight in self._weights:
+                module, name = _owner(self.model, weight)
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        self._weights = []
+        return self.model
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and return the model with its pretrained weights."""
+        for weight in self._weights:
+            module, name = _owner(self.model, weight)
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        self._weights = []
+        return self.model

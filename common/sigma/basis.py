@@ -1,0 +1,241 @@
+"""The basis: frozen singular vectors of each adapted matrix, its cache, and the fingerprint.
+
+W0 = U diag(s0) V^T. Sites average shifts, so all must hold the same U and V. The fingerprint tells
+whether they do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedsigma.common.sigma.layout import Entry, Layout, LayoutError
+
+VERSION = 1
+PROBES = 4
+# A pair of singular vectors rotated by an angle t moves a probe by about t (of sqrt(size) in all). Two
+# LAPACKs differ by less than 1e-8; half-precision weights move probes by about 1.
+TOLERANCE = 1e-4
+# Above this many elements a float64 decomposition costs minutes a matrix; float32 is then used, and
+# vectors of near-degenerate pairs may differ between machines, which the fingerprint will say.
+FLOAT64_ELEMENTS = 64 * 2**20
+
+Progress = Callable[[int, int], None]
+
+
+class BasisError(ValueError):
+    """A basis that cannot be computed or read; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Triple:
+    """U (rows, size), s (size,), V^T (size, columns) of one matrix, float32."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+
+def decompose(weight: Tensor) -> Triple:
+    """Singular value decomposition of a matrix (rows, columns), on the CPU.
+
+    Raises:
+        BasisError: a value that is not finite.
+    """
+    matrix = weight.detach().to("cpu", torch.float32)
+    if not torch.isfinite(matrix).all():
+        raise BasisError("a weight is not finite: the backbone file is damaged, fetch it again")
+    exact = matrix.numel() <= FLOAT64_ELEMENTS
+    u, s, vh = torch.linalg.svd(matrix.double() if exact else matrix, full_matrices=False)
+    return Triple(*(t.float().contiguous() for t in (u, s, vh)))
+
+
+def _signs(seed: str, length: int) -> Tensor:
+    """A +1/-1 vector that every machine and library version derives alike."""
+    raw = hashlib.shake_256(seed.encode()).digest(length)
+    return (torch.frombuffer(bytearray(raw), dtype=torch.uint8) & 1).double() * 2 - 1
+
+
+def _levels(seed: str, length: int) -> Tensor:
+    """Weights in -1..1 for the singular directions, likewise reproducible."""
+    raw = hashlib.shake_256(seed.encode()).digest(2 * length)
+    words = torch.frombuffer(bytearray(raw), dtype=torch.uint8).double().reshape(length, 2)
+    return (words[:, 0] * 256 + words[:, 1]) / 32767.5 - 1
+
+
+def sketch(entry: Entry, triple: Triple) -> tuple[float, ...]:
+    """Probes a^T U diag(w) V^T b with fixed random a, w, b.
+
+    A joint sign flip of a pair (u, v) leaves every probe as it is; a rotation within a pair with
+    different w changes it.
+    """
+    u, vh = triple.u.double(), triple.vh.double()
+    found = []
+    for probe in range(PROBES):
+        name = f"fedsigma/{VERSION}/{entry.key}/{probe}"
+        left = _signs(name + "/a", u.shape[0]) @ u
+        right = vh @ _signs(name + "/b", vh.shape[1])
+        found.append(float((left * _levels(name + "/w", entry.size) * right).sum()))
+    return tuple(found)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers of a plain model in their own precision, with names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        data = value.detach().to("cpu").contiguous()
+        digest.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
+        if data.numel():
+            digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What two parties must share: digest of the weights, digest of the layout, sketch of the basis."""
+
+    weights: str
+    layout: str
+    sketch: tuple[tuple[float, ...], ...]
+
+    def to_json(self) -> str:
+        """The fingerprint as JSON."""
+        rows = [[float(f"{x:.9g}") for x in row] for row in self.sketch]
+        return json.dumps(
+            {"version": VERSION, "weights": self.weights, "layout": self.layout, "sketch": rows}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Fingerprint:
+        """Read what `to_json` wrote.
+
+        Raises:
+            BasisError: not a fingerprint, or one of another version.
+        """
+        try:
+            raw = json.loads(text)
+            if raw["version"] != VERSION:
+                raise BasisError(
+                    f"fingerprint version {raw['version']}, this program reads {VERSION}: update the older side"
+                )
+            rows = tuple(tuple(float(x) for x in row) for row in raw["sketch"])
+            return cls(str(raw["weights"]), str(raw["layout"]), rows)
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise BasisError(
+                f"not a fingerprint ({error}): expected what Fingerprint.to_json writes"
+            ) from None
+
+    def compare(self, other: Fingerprint) -> str | None:
+        """None if both may average their shifts, else one sentence that says what differs."""
+        if self.layout != other.layout:
+            return (
+                f"the layouts differ ({self.layout[:12]} and {other.layout[:12]}): "
+                "use the same backbone architecture and the same selection of weights"
+            )
+        if self.weights != other.weights:
+            return (
+                f"the backbone weights differ ({self.weights[:12]} and {other.weights[:12]}): "
+                "install the same backbone file in full precision on both sides"
+            )
+        if [len(a) for a in self.sketch] != [len(b) for b in other.sketch]:
+            return "the sketches have different shapes: update the older side"
+        for number, (mine, theirs) in enumerate(zip(self.sketch, other.sketch, strict=True)):
+            scale = max(1.0, max(abs(x) for x in mine))
+            # `not <=` rather than `>`: a NaN must count as a difference.
+            if not all(abs(a - b) <= TOLERANCE * scale for a, b in zip(mine, theirs, strict=True)):
+                return (
+                    f"the bases differ at entry {number}: the same weights were decomposed differently; "
+                    "copy the coordinating centre's basis file to the site"
+                )
+        return None
+
+
+@dataclass(frozen=True)
+class Basis:
+    """One triple an entry of the layout, in its order, and their fingerprint."""
+
+    layout: Layout
+    triples: tuple[Triple, ...]
+    fingerprint: Fingerprint
+
+    @classmethod
+    def compute(cls, model: nn.Module, layout: Layout, *, progress: Progress | None = None) -> Basis:
+        """Decompose every adapted matrix of a plain model; minutes for a ViT-B/16, once."""
+        triples = []
+        for number, entry in enumerate(layout.entries):
+            rows = slice(*entry.rows)
+            triples.append(decompose(model.get_parameter(entry.weight)[rows]))
+            if progress:
+                progress(number + 1, len(layout.entries))
+        rows_ = tuple(sketch(e, t) for e, t in zip(layout.entries, triples, strict=True))
+        return cls(layout, tuple(triples), Fingerprint(weights_digest(model), layout.digest, rows_))
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors; readers see the whole file or none."""
+        tensors = {}
+        for number, triple in enumerate(self.triples):
+            tensors |= {f"{number}.u": triple.u, f"{number}.s": triple.s, f"{number}.vh": triple.vh}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "fedsigma-basis", "layout": self.layout.to_json()}
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, name, metadata={**metadata, "fingerprint": self.fingerprint.to_json()})
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> Basis:
+        """Read a basis memory-mapped: pages are shared between processes and read when first used.
+
+        Raises:
+            BasisError: not a basis file, or a damaged one.
+        """
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                layout = Layout.from_json(metadata["layout"])
+                fingerprint = Fingerprint.from_json(metadata["fingerprint"])
+                get = file.get_tensor
+                triples = tuple(
+                    Triple(get(f"{i}.u"), get(f"{i}.s"), get(f"{i}.vh")) for i in range(len(layout.entries))
+                )
+        except (SafetensorError, KeyError, LayoutError, OSError) as error:
+            raise BasisError(
+                f"{path} is no basis file ({error}): delete it, it will be computed again"
+            ) from None
+        return cls(layout, triples, fingerprint)
+
+
+def cache_path(cache_dir: Path, weights: str, layout: Layout) -> Path:
+    """Where the basis of a backbone and layout is cached."""
+    key = hashlib.sha256(f"{VERSION}/{weights}/{layout.digest}".encode()).hexdigest()[:32]
+    return cache_dir / f"basis-{key}.safetensors"
+
+
+def cached_basis(
+    model: nn.Module, layout: Layout, cache_dir: Path, *, progress: Progress | None = None
+) -> Basis:
+    """The basis of a plain model from the cache, computed and cached if it is not there."""
+    weights = weights_digest(model)
+    path = cache_path(cache_dir, weights, layout)
+    if path.exists():
+        basis = Basis.load(path)
+        if basis.fingerprint.weights == weights and basis.layout == layout:
+            return basis
+        raise BasisError(f"{path} belongs to another backbone: delete it, it will be computed again")
+    basis = Basis.compute(model, layout, progress=progress)
+    basis.save(path)
+    return Basis.load(path)

@@ -1,0 +1,189 @@
+"""The table of weight families: which matrices of a layer are q, k, v, o and mlp.
+
+A row names a module type and says where its matrices are. A layer is a module of such a type; layers
+are numbered within their tower in the order of the model. Pooling heads, projections and convolutions
+stay as they are, as in CLIP-SVD. A new family is a new row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fedsigma.common.sigma.layout import Entry, Layout, LayoutError, Selection
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A matrix of a layer: `block` number of `blocks` equal row blocks of the parameter at `path`."""
+
+    part: str
+    path: str
+    block: int = 0
+    blocks: int = 1
+
+
+def packed(path: str) -> tuple[Slot, ...]:
+    """Query, key and value stacked in one parameter."""
+    return tuple(Slot(part, path, i, 3) for i, part in enumerate(("q", "k", "v")))
+
+
+def separate(q: str, k: str, v: str) -> tuple[Slot, ...]:
+    """Query, key and value as three parameters."""
+    return (Slot("q", q), Slot("k", k), Slot("v", v))
+
+
+def outputs(o: str, *mlp: str) -> tuple[Slot, ...]:
+    """The output projection and the dense layers of the mlp."""
+    return (Slot("o", o), *(Slot("mlp", path) for path in mlp))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: a module type by its import path, and its slots.
+
+    Slots whose parameter a given layer lacks are left out, provided `optional` names their path: one
+    timm type serves packed and separate projections, plain and gated mlps.
+    """
+
+    name: str
+    module: str
+    type_name: str
+    slots: tuple[Slot, ...]
+    optional: frozenset[str] = frozenset()
+
+    def type(self) -> type[nn.Module] | None:
+        """The module type, or None where its library is not installed or is another version."""
+        try:
+            return getattr(importlib.import_module(self.module), self.type_name, None)
+        except ImportError:
+            return None
+
+
+_CLIP_MLP = outputs("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_TIMM_MLP = outputs("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+_EVA_SEPARATE = separate("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
+_EVA_GATED = (Slot("mlp", "mlp.fc1_g.weight"), Slot("mlp", "mlp.fc1_x.weight"))
+_BERT = (
+    *separate("attention.self.query.weight", "attention.self.key.weight", "attention.self.value.weight"),
+    *outputs("attention.output.dense.weight", "intermediate.dense.weight", "output.dense.weight"),
+)
+_EVA = (*packed("attn.qkv.weight"), *_EVA_SEPARATE, *_TIMM_MLP, *_EVA_GATED)
+_EVA_OPTIONAL = frozenset(
+    {"attn.qkv.weight", "mlp.fc1.weight", *(s.path for s in _EVA_SEPARATE + _EVA_GATED)}
+)
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "open_clip transformer",
+        "open_clip.transformer",
+        "ResidualAttentionBlock",
+        (*packed("attn.in_proj_weight"), *_CLIP_MLP),
+    ),
+    Family(
+        "open_clip transformer, scaled attention",
+        "open_clip.transformer",
+        "CustomResidualAttentionBlock",
+        (*packed("attn.in_proj_weight"), *_CLIP_MLP),
+    ),
+    Family(
+        "timm ViT (also SigLIP)",
+        "timm.models.vision_transformer",
+        "Block",
+        (*packed("attn.qkv.weight"), *_TIMM_MLP),
+    ),
+    Family("EVA", "timm.models.eva", "EvaBlock", _EVA, _EVA_OPTIONAL),
+    Family("EVA, norm after", "timm.models.eva", "EvaBlockPostNorm", _EVA, _EVA_OPTIONAL),
+    Family("BERT (BiomedCLIP)", "transformers.models.bert.modeling_bert", "BertLayer", _BERT),
+    Family("RoBERTa", "transformers.models.roberta.modeling_roberta", "RobertaLayer", _BERT),
+    Family(
+        "FastViT attention (MobileCLIP)",
+        "timm.models.fastvit",
+        "AttentionBlock",
+        (*packed("token_mixer.qkv.weight"), Slot("o", "token_mixer.proj.weight")),
+    ),
+    Family(
+        "attention pooling (ResNet)",
+        "open_clip.modified_resnet",
+        "AttentionPool2d",
+        (*separate("q_proj.weight", "k_proj.weight", "v_proj.weight"), Slot("o", "c_proj.weight")),
+    ),
+)
+
+
+def _tower(name: str) -> str:
+    return "image" if name.split(".", 1)[0] == "visual" else "text"
+
+
+def _parameter(module: nn.Module, path: str) -> Tensor | None:
+    owner_path, _, name = path.rpartition(".")
+    try:
+        value = getattr(module.get_submodule(owner_path), name, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, Tensor) and value.ndim == 2 else None
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, str, int, Family]]:
+    """Every layer of a known family: module name, tower, number within the tower, family."""
+    table = [(kind, family) for family in FAMILIES if (kind := family.type()) is not None]
+    count = {"image": 0, "text": 0}
+    for name, module in model.named_modules():
+        for kind, family in table:
+            if isinstance(module, kind):
+                tower = _tower(name)
+                yield name, tower, count[tower], family
+                count[tower] += 1
+                break
+
+
+def _entries(
+    module: nn.Module, family: Family, wanted: Callable[[str], bool]
+) -> Iterator[tuple[Slot, tuple[int, int], int]]:
+    for slot in family.slots:
+        weight = _parameter(module, slot.path)
+        if weight is None:
+            if slot.path in family.optional:
+                continue
+            raise LayoutError(
+                f"a layer of family {family.name!r} has no matrix {slot.path!r}: this version of "
+                f"{family.module} is not known here; please report it with the model's name"
+            )
+        if wanted(slot.part):
+            height = weight.shape[0] // slot.blocks
+            rows = (slot.block * height, (slot.block + 1) * height)
+            yield slot, rows, min(height, weight.shape[1])
+
+
+def find_layout(model: nn.Module, selection: Selection | None = None) -> Layout:
+    """The layout of an open_clip model under a selection (default: everything).
+
+    Raises:
+        LayoutError: the model has no layer of a known family, or the selection fits none of them.
+    """
+    selection = selection or Selection()
+    found = list(layers(model))
+    if not found:
+        known = ", ".join(f.name for f in FAMILIES)
+        raise LayoutError(f"{type(model).__name__} has no layer of a known family; known: {known}")
+    depth = {tower: sum(t == tower for _, t, _, _ in found) for tower in ("image", "text")}
+    if not isinstance(selection.layers, str):
+        deepest = max(depth[t] for t in selection.towers)
+        if max(selection.layers) >= deepest:
+            raise LayoutError(
+                f"layer {max(selection.layers)} asked for, the deepest tower has {deepest} (0 on)"
+            )
+    entries: list[Entry] = []
+    offset = 0
+    for name, tower, number, family in found:
+        if tower not in selection.towers or not selection.picks(number, depth[tower]):
+            continue
+        module = model.get_submodule(name)
+        for slot, rows, size in _entries(module, family, lambda part: part in selection.parts):
+            weight = f"{name}.{slot.path}"
+            entries.append(Entry(weight, slot.part, tower, number, offset, size, rows))
+            offset += size
+    return Layout(tuple(entries))
