@@ -1,0 +1,31 @@
+"""Backbones: CLIP models loaded by open_clip, from names that a study file can hold.
+
+`load_backbone` knows five kinds of name: `starter`, `ARCH/TAG`, `hf-hub:org/name`, `local-dir:PATH` and
+`checkpoint:ARCH:PATH.safetensors`. Weights come from safetensors only; `convert` alone reads a torch file.
+"""
+
+from __future__ import annotations
+
+from .folder import export_merged, open_folder, save_backbone
+from .hub import convert, fetch
+from .load import load_backbone, starter_folder
+from .model import Backbone, Preprocessing, assemble, build_model, count_model
+from .names import BackboneError, BackboneName, parse_name
+
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "BackboneName",
+    "Preprocessing",
+    "assemble",
+    "build_model",
+    "convert",
+    "count_model",
+    "export_merged",
+    "fetch",
+    "load_backbone",
+    "open_folder",
+    "parse_name",
+    "save_backbone",
+    "starter_folder",
+]

@@ -1,0 +1,97 @@
+"""`load_backbone`: from a name to a model ready for use."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+
+from .folder import MANIFEST, WEIGHTS, open_folder, sha256
+from .hub import Recipe, assemble_recipe, download, recipe, tags_of
+from .model import Backbone, Preprocessing, assemble, build_model, check_model_cfg, fill_from_file, image_size
+from .names import BackboneError, BackboneName, parse_name
+from .tokens import LaterTokenizer, tokenizer_for
+
+
+def load_backbone(name: str, *, weights: bool = True) -> Backbone:
+    """Load a backbone by name: float32, eval mode, nothing trainable.
+
+    With `weights=False` only the architecture is built, with random weights, and a bare ARCH is a name too.
+
+    Raises:
+        BackboneError: unknown, incomplete, changed, or not on this machine; the message says what to do.
+    """
+    parsed = parse_name(name)
+    if parsed.kind == "starter":
+        return open_folder(starter_folder(), name="starter", weights=weights)
+    if parsed.kind == "folder":
+        return open_folder(parsed.path, name=parsed.text, weights=weights)
+    if not weights:
+        return _architecture(parsed)
+    if parsed.kind == "checkpoint":
+        return _checkpoint(parsed)
+    if parsed.kind == "tag" and not parsed.tag:
+        raise BackboneError(tags_of(parsed.architecture))
+    return download(parsed)[0]
+
+
+def _checkpoint(parsed: BackboneName) -> Backbone:
+    if not parsed.path.is_file():
+        raise BackboneError(f"{parsed.text}: there is no file {parsed.path.absolute()}")
+    made = recipe(parsed)
+    model = build_model(made.model_cfg, parsed.text)
+    fill_from_file(model, parsed.path, parsed.text)
+    return assemble_recipe(parsed.text, made, model, sha256(parsed.path))
+
+
+def _architecture(parsed: BackboneName) -> Backbone:
+    made = recipe(parsed) if parsed.tag or parsed.kind == "hub" else _any_recipe(parsed)
+    cfg, model = made.model_cfg, build_model(made.model_cfg, parsed.text)
+    return assemble(
+        parsed.text,
+        model,
+        LaterTokenizer(lambda: tokenizer_for(cfg, model, made.text_source, parsed.text)),
+        Preprocessing.read({"size": image_size(model, parsed.text), **made.preprocess}, parsed.text),
+        cfg,
+        architecture=parsed.architecture,
+    )
+
+
+def _any_recipe(parsed: BackboneName) -> Recipe:
+    """The architecture with some tag's preprocessing: without weights it decides nothing."""
+    try:
+        return recipe(parsed)
+    except BackboneError:
+        tags = open_clip.list_pretrained_tags_by_model(parsed.architecture)
+        stand_in = f"{parsed.architecture}/{tags[0]}" if tags else "ViT-B-16/openai"
+        cfg = check_model_cfg(open_clip.get_model_config(parsed.architecture), parsed.text)
+        return replace(
+            recipe(parse_name(stand_in)),
+            model_cfg=cfg,
+            text_source=str(cfg["text_cfg"].get("hf_tokenizer_name")),
+            architecture=parsed.architecture,
+        )
+
+
+def starter_folder() -> Path:
+    """Where the bundled starter lies: beside this package, or in the installed one.
+
+    A run's code may come from Flower's app bundle, which carries no weights; the installed package has them.
+
+    Raises:
+        BackboneError: it is nowhere.
+    """
+    beside = Path(__file__).resolve().parent.parent / "starter"
+    places = [beside]
+    for entry in sys.path:
+        root = Path(entry or ".")
+        places += [root / "fedsigma" / "common" / "starter", root / "common" / "starter"]
+    for place in places:
+        if (place / MANIFEST).is_file() and (place / WEIGHTS).is_file():
+            return place
+    raise BackboneError(
+        f"the starter backbone is not installed (looked in {beside} and in the installed packages): "
+        "install the fedsigma wheel, or run `python -m bench.starter.package` in a checkout"
+    )
