@@ -1,0 +1,117 @@
+"""What can be said of a run at a glance, and where the runs are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedsigma.server.store import POOLED, RunFolder, StoreError
+
+__all__ = ["Overview", "find_runs", "overview", "study_of"]
+
+_DEPTH = 2  # a run folder lies in the given directory, or in one of its subdirectories
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """One run in one line.
+
+    Units: started in seconds since 1970, seconds in seconds, federated_accuracy between 0 and 1.
+    """
+
+    path: str
+    study: str
+    state: str  # finished, failed, or unfinished: still running, or interrupted
+    reason: str  # why it failed, else empty
+    rounds_done: int
+    rounds_planned: int | None
+    sites: int
+    federated_accuracy: float | None  # of the final model, or of the newest one while the run goes on
+    started: float | None
+    seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON's own types."""
+        return asdict(self)
+
+
+def study_of(folder: RunFolder) -> dict[str, Any]:
+    """The study as a mapping; empty if study.yaml cannot be read as one."""
+    try:
+        found = yaml.safe_load(folder.study_yaml)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def overview(folder: RunFolder) -> Overview:
+    """Read the files of a run and say how far it has come."""
+    study, events, summary = study_of(folder), folder.events(), _summary(folder)
+    state, reason = _state(events)
+    times = [event["time"] for event in events if isinstance(event.get("time"), int | float)]
+    federation = study.get("federation")
+    planned = federation.get("rounds") if isinstance(federation, dict) else None
+    rows = folder.rounds()
+    return Overview(
+        path=str(folder.path),
+        study=str(study.get("name") or folder.path.name),
+        state=state,
+        reason=reason,
+        rounds_done=len({event.get("round") for event in events if event["kind"] == "round_end"}),
+        rounds_planned=planned if isinstance(planned, int) else None,
+        sites=len({row["site"] for row in rows} - {POOLED}),
+        federated_accuracy=_accuracy(summary, rows),
+        started=times[0] if times else None,
+        seconds=summary.get("seconds") or (times[-1] - times[0] if times else None),
+    )
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """The run folders in a directory (or the directory itself), in the order of their names.
+
+    Raises:
+        StoreError: there is no such directory.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise StoreError(f"no directory {directory}: name the one that holds the run folders")
+    return sorted(_walk(directory, _DEPTH))
+
+
+def _walk(directory: Path, depth: int) -> Iterator[Path]:
+    if (directory / "study.yaml").is_file():
+        yield directory
+    elif depth > 0:
+        for child in directory.iterdir():
+            if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
+                yield from _walk(child, depth - 1)
+
+
+def _summary(folder: RunFolder) -> dict[str, Any]:
+    try:
+        return folder.read_summary()
+    except StoreError:
+        return {}
+
+
+def _state(events: list[dict[str, Any]]) -> tuple[str, str]:
+    """The state since the last start: a run may fail, be resumed, and finish."""
+    for event in reversed(events):
+        if event["kind"] == "run_start":
+            break
+        if event["kind"] == "run_end":
+            return ("finished", "") if event.get("ok") else ("failed", str(event.get("reason") or ""))
+    return "unfinished", ""
+
+
+def _accuracy(summary: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    federated = summary.get("federated")
+    if isinstance(federated, dict) and isinstance(federated.get("accuracy"), int | float):
+        return float(federated["accuracy"])
+    pooled = [row.get("accuracy") for row in rows if row["site"] == POOLED]
+    known = [value for value in pooled if value is not None]
+    return known[-1] if known else None

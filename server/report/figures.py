@@ -1,0 +1,346 @@
+"""The figures of a report: matplotlib draws them, the page's own colours and fonts dress them.
+
+Each figure is drawn with placeholder colours, written as SVG with its text kept as text, and made fit to
+stand inside an HTML page: placeholders become CSS variables (so that one drawing serves light, dark and
+print), ids are made unique, and everything that names another place is removed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fedsigma.server.report.content import Content
+from fedsigma.server.report.words import METHODS, amount, percent, shorten
+
+__all__ = ["accuracy_figure", "bytes_figure", "heat_figure", "sites_figure"]
+
+WIDTH = 9.0  # inches of the drawing; the page scales it to its own width
+FEW = 8  # up to so many sites, each has a colour and its name at the end of its line
+
+_TONES = ("ink", "muted", "rule", "accent", "ochre", "violet", "paper")
+_INK, _MUTED, _RULE, _ACCENT, _OCHRE, _VIOLET, _PAPER = (f"#0a0b{i:02x}" for i in range(len(_TONES)))
+_SERIES = tuple(f"#0a0c{i:02x}" for i in range(FEW))
+_VARIABLES = {f"#0a0b{i:02x}": f"var(--{tone})" for i, tone in enumerate(_TONES)}
+_VARIABLES |= {colour: f"var(--s{i})" for i, colour in enumerate(_SERIES)}
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedsigma",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "ytick.major.size": 0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "legend.frameon": False,
+}
+
+
+def accuracy_figure(content: Content) -> str:
+    """Accuracy over the finished rounds, a line per site, the mean of all, and zero-shot as a level.
+
+    Returns the SVG, or nothing if no accuracy is known yet.
+    """
+    series = {site: content.accuracy[site] for site in content.sites if site in content.accuracy}
+    if not series and not content.pooled:
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(3.9)
+        few = len(series) <= FEW
+        ends: list[tuple[float, float, str, str]] = []
+        for index, (site, values) in enumerate(series.items()):
+            colour = _SERIES[index] if few else _MUTED
+            _line(axes, values, colour, 1.3 if few else 0.7, 0.9 if few else 0.4, f"site-{index}")
+            if few:
+                ends.append((*_end(values), shorten(site, 24), colour))
+        if content.pooled and len(series) != 1:
+            _line(axes, content.pooled, _INK, 2.4, 1.0, "all-sites")
+            ends.append((*_end(content.pooled), "all sites", _INK))
+        if not few:
+            ends += _extremes(series)
+        _rounds_axis(axes, series, content.pooled)
+        _zero_shot_level(axes, content.zero_shot)
+        _label_ends(axes, ends)
+        titles = {f"site-{index}": site for index, site in enumerate(series)} | {"all-sites": "all sites"}
+        return _svg(figure, "accuracy", _accuracy_words(content, len(series)), titles)
+
+
+def sites_figure(content: Content) -> str:
+    """The methods side by side at each site, with the way from zero-shot to federated drawn.
+
+    Returns the SVG, or nothing if there are no results per site yet.
+    """
+    methods = {name: entry.get("per_site") or {} for name, entry in content.methods.items()}
+    sites = [site for site in content.sites if any(site in values for values in methods.values())]
+    if not sites:
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(1.1 + (0.36 if len(sites) <= 20 else 0.23) * len(sites))
+        for row, site in enumerate(sites):
+            start, end = (methods.get(name, {}).get(site) for name in ("zero_shot", "federated"))
+            if start is not None and end is not None:
+                axes.plot([start, end], [row, row], color=_ACCENT, alpha=0.35, linewidth=3)
+        for name, marks in _MARKS.items():
+            known = [(methods[name][s], row) for row, s in enumerate(sites) if _has(methods, name, s)]
+            if known:
+                across, down = zip(*known, strict=True)
+                axes.plot(across, down, linestyle="none", label=METHODS[name], **marks)
+        axes.set_yticks(range(len(sites)), [shorten(site, 30) for site in sites])
+        axes.tick_params(axis="y", labelcolor=_INK)
+        axes.set_ylim(len(sites) - 0.4, -0.6)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        axes.grid(axis="x")
+        handles = max(1, len(axes.get_legend_handles_labels()[0]))
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=handles, handletextpad=0.3)
+        return _svg(figure, "sites", _sites_words(methods, sites), {})
+
+
+def heat_figure(content: Content) -> str:
+    """How far each part of each layer was shifted, on average; one field per tower, one scale for all.
+
+    Returns the SVG, or nothing if there is no shift yet.
+    """
+    if not content.heats:
+        return ""
+    top = max((float(np.nanmax(heat.values)) for heat in content.heats), default=0.0) or 1.0
+    with mpl.rc_context(_STYLE):
+        height = 0.5 + sum(0.3 * len(heat.parts) + 0.75 for heat in content.heats)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        ratios = [len(heat.parts) for heat in content.heats]
+        figure.set_layout_engine("constrained", hspace=0.12)
+        grid = figure.subplots(len(content.heats), 1, squeeze=False, height_ratios=ratios)
+        titles: dict[str, str] = {}
+        widest = max(len(heat.layers) for heat in content.heats)
+        for index, (axes, heat) in enumerate(zip(grid[:, 0], content.heats, strict=True)):
+            for (row, column), value in np.ndenumerate(heat.values):
+                name = f"cell-{index}-{row}-{column}"
+                cell = FancyBboxPatch(
+                    (column - 0.46, row - 0.44), 0.92, 0.88, boxstyle="round,pad=0,rounding_size=0.06",
+                    facecolor=_ACCENT, edgecolor="none", gid=name,
+                    alpha=0.0 if np.isnan(value) else 0.06 + 0.94 * float(value) / top,
+                )  # fmt: skip
+                axes.add_patch(cell)
+                titles[name] = f"{heat.tower}, layer {heat.layers[column]}, {heat.parts[row]}: {value:.2g}"
+            axes.set_xlim(-0.6, widest - 0.4)
+            axes.set_ylim(len(heat.parts) - 0.4, -0.6)
+            step = max(1, round(len(heat.layers) / 24))
+            axes.set_xticks(range(0, len(heat.layers), step), [str(n) for n in heat.layers[::step]])
+            axes.set_yticks(range(len(heat.parts)), heat.parts)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            axes.set_title(f"{heat.tower.capitalize()} tower, by layer", loc="left", fontsize=10, color=_INK)
+        return _svg(figure, "heat", _heat_words(content), titles)
+
+
+def bytes_figure(content: Content) -> str:
+    """Bytes sent and received by all sites together, by round.
+
+    Returns the SVG, or nothing if no round was exchanged yet.
+    """
+    lines = content.lines
+    if not any(line.bytes_up or line.bytes_down for line in lines):
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(2.7)
+        rounds = np.array([line.round for line in lines])
+        up = np.array([line.bytes_up for line in lines], dtype=float)
+        down = np.array([line.bytes_down for line in lines], dtype=float)
+        width = 0.38 if len(lines) <= 60 else 0.5
+        axes.bar(rounds - width / 2, up, width, color=_ACCENT, label="from the sites")
+        axes.bar(rounds + width / 2, down, width, color=_MUTED, alpha=0.55, label="to the sites")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        axes.set_xlim(rounds.min() - 0.8, rounds.max() + 0.8)
+        axes.grid(axis="y")
+        axes.set_xlabel("Round")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, handlelength=1, handletextpad=0.5)
+        words = (
+            f"Bar chart of bytes by round. Over {len(lines)} exchanges the sites sent "
+            f"{amount(content.bytes_up)} and received {amount(content.bytes_down)} altogether."
+        )
+        return _svg(figure, "bytes", words, {})
+
+
+_MARKS: dict[str, dict[str, Any]] = {
+    "zero_shot": {"marker": "o", "markersize": 7, "markerfacecolor": _PAPER, "markeredgecolor": _MUTED,
+                  "markeredgewidth": 1.6},
+    "local_only": {"marker": "D", "markersize": 6, "color": _OCHRE},
+    "pooled": {"marker": "s", "markersize": 6.5, "color": _VIOLET},
+    "federated": {"marker": "o", "markersize": 9, "color": _ACCENT},
+}  # fmt: skip
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _line(axes: Axes, values: dict[int, float], colour: str, width: float, alpha: float, gid: str) -> None:
+    rounds = sorted(values)
+    dots = "o" if len(rounds) <= 12 else ""
+    heights = [values[r] for r in rounds]
+    axes.plot(
+        rounds,
+        heights,
+        color=colour,
+        linewidth=width,
+        alpha=alpha,
+        gid=gid,
+        marker=dots,
+        markersize=2.2 * width**0.5,
+    )
+
+
+def _end(values: dict[int, float]) -> tuple[float, float]:
+    last = max(values)
+    return float(last), values[last]
+
+
+def _extremes(series: dict[str, dict[int, float]]) -> list[tuple[float, float, str, str]]:
+    """Labels for the best and the worst of many sites."""
+    ends = sorted((_end(values)[1], site) for site, values in series.items())
+    chosen = (ends[0], ends[-1])
+    return [(*_end(series[site]), shorten(site, 24), _MUTED) for _, site in chosen]
+
+
+def _rounds_axis(axes: Axes, series: dict[str, dict[int, float]], pooled: dict[int, float]) -> None:
+    every = [value for values in (*series.values(), pooled) for value in values.values()]
+    last = max(max(values) for values in (*series.values(), pooled) if values)
+    margin = max(0.03, 0.06 * (max(every) - min(every)))
+    axes.set_ylim(max(0.0, min(every) - margin), min(1.0, max(every) + margin))
+    axes.set_xlim(-0.01 * max(last, 1), max(last, 1) * 1.005)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+    axes.grid(axis="y")
+    axes.set_xlabel("Finished rounds")
+
+
+def _zero_shot_level(axes: Axes, level: float | None) -> None:
+    if level is None:
+        return
+    axes.axhline(level, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        "zero-shot", (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, -3),
+        textcoords="offset points", ha="right", va="top", color=_MUTED, fontsize=9,
+    )  # fmt: skip
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the right ends of lines, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap = (high - low) / 19
+    placed = [low - gap]
+    right = max((x for x, *_ in ends), default=0.0)
+    ordered = sorted(ends, key=lambda end: end[1])
+    heights: list[float] = []
+    for _, y, *_ in ordered:
+        heights.append(max(y, placed[-1] + gap))
+        placed.append(heights[-1])
+    # If the pile grew above the axes, let it down again from the top.
+    limit = high
+    for index in range(len(heights) - 1, -1, -1):
+        heights[index] = min(heights[index], limit)
+        limit = heights[index] - gap
+    for (_, _, text, colour), height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            text, (right, height), xytext=(7, 0), textcoords="offset points", va="center",
+            color=colour, fontsize=9.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _has(methods: dict[str, dict[str, float]], name: str, site: str) -> bool:
+    return methods.get(name, {}).get(site) is not None
+
+
+def _accuracy_words(content: Content, sites: int) -> str:
+    words = f"Line chart of accuracy by finished rounds for {sites} site{'s' if sites != 1 else ''}."
+    if content.pooled:
+        first, last = min(content.pooled), max(content.pooled)
+        start, end = percent(content.pooled[first]), percent(content.pooled[last])
+        words += f" Over all sites it is {start} after {first} rounds and {end} after {last}."
+    final = [_end(values)[1] for values in content.accuracy.values()]
+    if len(final) > 1:
+        words += f" At the end the sites lie between {percent(min(final))} and {percent(max(final))}."
+    if content.zero_shot is not None:
+        words += f" A dashed level marks zero-shot at {percent(content.zero_shot)}."
+    return words
+
+
+def _sites_words(methods: dict[str, dict[str, float]], sites: list[str]) -> str:
+    words = f"Dot chart of accuracy by site and method for {len(sites)} site{'s' if len(sites) != 1 else ''}."
+    both = [s for s in sites if _has(methods, "zero_shot", s) and _has(methods, "federated", s)]
+    if both:
+        better = sum(methods["federated"][site] > methods["zero_shot"][site] for site in both)
+        words += f" Federated is above zero-shot at {better} of {len(both)}."
+    return words + " The table of sites has the numbers."
+
+
+def _heat_words(content: Content) -> str:
+    words = "Heat map of the mean absolute sigma shift by part and layer."
+    for heat in content.heats:
+        row, column = np.unravel_index(int(np.nanargmax(heat.values)), heat.values.shape)
+        where = f"{heat.parts[row]} of layer {heat.layers[column]}"
+        words += f" The {heat.tower} tower moved most in {where}, by {heat.values[row, column]:.2g}."
+    return words
+
+
+def _svg(figure: Figure, name: str, words: str, titles: dict[str, str]) -> str:
+    """The figure as SVG for a page, with `words` for those who do not see it and hover titles by id."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # names in scripts that matplotlib's own font lacks; the page has them
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    drawn = buffer.getvalue()
+    drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawn, flags=re.DOTALL)
+    start = drawn.index("<svg")
+    box = re.search(r'viewBox="[^"]*"', drawn[start:])
+    inner = drawn[drawn.index(">", start) + 1 : drawn.rindex("</svg>")]
+    # Only inside tags: a site may be named like a colour or an id. (A `>` in text is written as an entity.)
+    inner = re.sub(r"<[^>]*>", lambda match: _dress(match.group(0), name), inner)
+    for gid, title in titles.items():
+        mark = f'<g id="{name}-{gid}">'
+        inner = inner.replace(mark, f"{mark}<title>{escape(title)}</title>")
+    view = box.group(0) if box else ""
+    return f'<svg class="drawing" {view} role="img" aria-label="{escape(words)}">{inner}</svg>'
+
+
+def _dress(tag: str, name: str) -> str:
+    """One tag with ids of its own, links only to them, the page's font, and CSS variables for colours."""
+    tag = re.sub(r"\s+", " ", tag).replace("xlink:href=", "href=")
+    tag = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', tag)
+    tag = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', tag)
+    tag = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", tag)
+    tag = re.sub(r" ?font-family: [^;\"]*;?", "", tag)
+    for colour, variable in _VARIABLES.items():
+        tag = tag.replace(colour, variable)
+    return tag

@@ -1,0 +1,132 @@
+"""The tables of a report, as text in rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedsigma.server.report.content import Content, Heat
+from fedsigma.server.report.words import METHODS, NOTHING, amount, decimal, percent, points
+
+__all__ = ["Grid", "Row", "heat_grid", "methods_grid", "notices_grid", "rounds_grid", "sites_grid"]
+
+MOST_NOTICES = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A table row: its heading, what stands beneath it in small, its cells, and which of them are best."""
+
+    name: str
+    cells: Sequence[str]
+    note: str = ""
+    kind: str = ""
+    best: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table. `texts` are the columns set to the left; the first column is the rows' headings."""
+
+    heads: Sequence[str] = ()
+    rows: Sequence[Row] = ()
+    texts: frozenset[int] = frozenset({0})
+    even: bool = False  # columns of numbers of one width
+
+
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "accuracy": ("Accuracy", percent),
+    "balanced_accuracy": ("Balanced accuracy", percent),
+    "auroc": ("AUROC", decimal),
+    "f1": ("F1", decimal),
+    "ece": ("Calibration error", decimal),
+}
+
+_ABOUT = {
+    "zero_shot": "the backbone as it came",
+    "local_only": "each site alone, judged at home",
+    "federated": "only sigma shifts leave the sites",
+    "pooled": "all images in one place, for comparison",
+}
+
+
+def methods_grid(content: Content) -> Grid:
+    """A row per method, a column per metric."""
+    values = {}
+    for name, entry in content.methods.items():
+        values[name] = {**(entry.get("metrics") or {}), "accuracy": entry.get("accuracy")}
+    shown = [column for column in _COLUMNS if any(v.get(column) is not None for v in values.values())]
+    rows = []
+    for name, entry in content.methods.items():
+        cells = [_COLUMNS[column][1](values[name].get(column)) for column in shown]
+        rows.append(Row(name=METHODS[name], note=_ABOUT[name], cells=cells, kind=name))
+        if name == "local_only" and entry.get("everywhere") is not None:
+            cells = [percent(entry["everywhere"]) if column == "accuracy" else NOTHING for column in shown]
+            rows.append(Row(name=METHODS[name], note="each site alone, judged at all sites", cells=cells))
+    return Grid(heads=["Method", *(_COLUMNS[column][0] for column in shown)], rows=rows, even=True)
+
+
+def sites_grid(content: Content) -> Grid:
+    """A row per site, a column per method; while there are no results, how far each site has come."""
+    if not content.methods:
+        return _sites_so_far(content)
+    shares = {name: entry.get("per_site") or {} for name, entry in content.methods.items()}
+    elsewhere = content.methods.get("local_only", {}).get("everywhere_per_site") or {}
+    zero, federated = shares.get("zero_shot", {}), shares.get("federated", {})
+    rows = []
+    for site in content.sites:
+        values = [share.get(site) for share in shares.values()]
+        known = [value for value in values if value is not None]
+        best = frozenset(i for i, value in enumerate(values) if len(known) > 1 and value == max(known))
+        cells = [percent(value) for value in values]
+        if zero and federated:
+            both = zero.get(site) is not None and federated.get(site) is not None
+            cells.append(points(federated[site] - zero[site]) if both else NOTHING)
+        if elsewhere:
+            cells.append(percent(elsewhere.get(site)))
+        rows.append(Row(name=site, cells=cells, best=best))
+    heads = ["Site", *(METHODS[name] for name in shares)]
+    heads += ["Federated less zero-shot"] if zero and federated else []
+    heads += ["Its own model at all sites"] if elsewhere else []
+    return Grid(heads=heads, rows=rows, even=True)
+
+
+def _sites_so_far(content: Content) -> Grid:
+    rows = []
+    for site in content.sites:
+        values = content.accuracy.get(site, {})
+        first, last = (values[min(values)], values[max(values)]) if values else (None, None)
+        change = points(last - first) if last is not None and first is not None else NOTHING
+        rows.append(Row(name=site, cells=[percent(first), percent(last), change]))
+    return Grid(heads=["Site", "First round", "Newest round", "Points"], rows=rows, even=True)
+
+
+def rounds_grid(content: Content) -> Grid:
+    """A row per round over all its sites."""
+    rows = []
+    for line in content.lines:
+        cells = [percent(line.pooled), percent(line.lowest), percent(line.highest), str(line.sites)]
+        rows.append(Row(name=str(line.round), cells=[*cells, amount(line.bytes_up), amount(line.bytes_down)]))
+    heads = ["Round", "All sites", "Lowest", "Highest", "Sites", "From sites", "To sites"]
+    return Grid(heads=heads, rows=rows, even=True)
+
+
+def heat_grid(heat: Heat) -> Grid:
+    """A row per part, a column per layer, in thousandths."""
+    rows = [
+        Row(name=part, cells=[NOTHING if v != v else f"{1000 * v:.1f}" for v in values])
+        for part, values in zip(heat.parts, heat.values.tolist(), strict=True)
+    ]
+    return Grid(heads=["Part", *(str(layer) for layer in heat.layers)], rows=rows)
+
+
+def notices_grid(content: Content) -> Grid:
+    """A row per thing that went otherwise than planned, at most `MOST_NOTICES` of them."""
+    rows = []
+    for notice in content.notices[:MOST_NOTICES]:
+        times = f"{notice.count} times" if notice.count > 1 else "once"
+        cells = [notice.what, notice.reason or NOTHING, notice.rounds or NOTHING, times]
+        rows.append(Row(name=notice.site or "the run", cells=cells))
+    heads = ["Site", "What", "Reason", "Rounds", "How often"]
+    return Grid(heads=heads, rows=rows, texts=frozenset({0, 1, 2, 3}))

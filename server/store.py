@@ -1,0 +1,384 @@
+"""The folder of one run: what was asked, what happened, what came of it.
+
+A run may be killed at any moment, so nothing here leaves a half-written file behind. `events.jsonl` and
+`rounds.csv` grow by whole lines; a line that a crash cut short is ignored by readers and removed by the
+next writer. Everything else is replaced in one step. The files and their fields are described in
+`docs/run-folder.md`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
+    import numpy as np
+    from torch import Tensor
+
+    from fedsigma.common.artefact import SavedSigma
+
+__all__ = ["METRICS", "POOLED", "RunFolder", "StoreError"]
+
+POOLED = "pooled"
+"""The site name of the line of `rounds.csv` that is computed over all sites' test images."""
+
+METRICS = ("accuracy", "balanced_accuracy", "auroc", "f1", "ece", "loss", "examples", "test_examples")
+"""The metric columns that every `rounds.csv` has; a run may add more, to the right of these."""
+
+_FIXED = ("round", "site", "status", "bytes_up", "bytes_down", "reason")
+_WHOLE = {"round", "bytes_up", "bytes_down", "examples", "test_examples"}
+_TEXT = {"site", "status", "reason"}
+_METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+
+Row = dict[str, Any]
+
+
+class StoreError(ValueError):
+    """A run folder is missing, already taken, or not a run folder."""
+
+
+class RunFolder:
+    """One run's files, to write them while it runs and to read them at any time.
+
+    Opening a folder changes nothing in it, so a run can be watched while another process writes it.
+    The methods that append may be called from several threads of one process; only one process may write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._repaired: set[Path] = set()
+        self._columns: list[str] | None = None
+
+    @classmethod
+    def create(cls, path: Path, study_yaml: str) -> RunFolder:
+        """Start a new run folder holding the study as resolved.
+
+        Raises:
+            StoreError: the folder already holds a run, or its place is taken by a file.
+        """
+        path = Path(path)
+        if (path / "study.yaml").exists():
+            raise StoreError(
+                f"{path} already holds a run: name another folder, or go on with that run by resume=true"
+            )
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file, a run needs a folder: name another place")
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        folder._replace("study.yaml", study_yaml)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open a run folder, to read it or to go on writing where it ended.
+
+        Raises:
+            StoreError: there is no run in this folder.
+        """
+        path = Path(path)
+        if not (path / "study.yaml").is_file():
+            what = "holds no study.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
+            raise StoreError(f"{path} {what}: `fedsigma runs` lists the run folders there are")
+        return cls(path)
+
+    @property
+    def study_yaml(self) -> str:
+        """The study as the server resolved it, as YAML text."""
+        return (self.path / "study.yaml").read_text(encoding="utf-8")
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report of this run is, or will be."""
+        return self.path / "report.html"
+
+    @property
+    def has_sigma(self) -> bool:
+        """Whether a round has produced a sigma shift yet."""
+        return (self.path / "sigma.safetensors").is_file()
+
+    # events.jsonl
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one event with the present time.
+
+        Values may be numbers, text, lists and mappings; a number that is not finite is written as null.
+
+        Raises:
+            TypeError: a value cannot be written as JSON, or a field is named `time`.
+        """
+        if "time" in fields:
+            raise TypeError(f"event {kind!r} has a field named time: the store sets the time itself")
+        line = {"time": round(time.time(), 3), "kind": kind, **fields}
+        text = json.dumps(_plain(line), ensure_ascii=True, allow_nan=False)
+        with self._lock:
+            self._append(self.path / "events.jsonl", text, keep_tail=_is_event)
+
+    def events(self) -> list[Row]:
+        """All events in the order they were written.
+
+        A last line cut short by a crash is left out. A damaged line elsewhere appears as an event of kind
+        `unreadable_line` with its line number, so that it can be noticed.
+        """
+        lines = _lines(self.path / "events.jsonl")
+        found: list[Row] = []
+        for number, (text, whole) in enumerate(lines, start=1):
+            if _is_event(text):
+                found.append(json.loads(text))
+            elif whole and text.strip():
+                found.append({"time": None, "kind": "unreadable_line", "line": number})
+        return found
+
+    # rounds.csv
+
+    def round_row(
+        self,
+        round: int,
+        site: str,
+        metrics: Mapping[str, float],
+        bytes_up: int,
+        bytes_down: int,
+        status: str,
+        reason: str = "",
+    ) -> None:
+        """Append what one site, or all sites `pooled`, did in one round.
+
+        Units: bytes_up (site to server) and bytes_down (server to site) in bytes.
+
+        Raises:
+            ValueError: a metric's name is not a plain word, or clashes with a fixed column.
+        """
+        for name in metrics:
+            if name in _FIXED or not _METRIC_NAME.fullmatch(name):
+                raise ValueError(
+                    f"metric {name!r} of site {site!r} cannot be a column of rounds.csv: "
+                    f"expected letters, digits and _ . - and none of {', '.join(_FIXED)}"
+                )
+        row: Row = {"round": int(round), "site": site, "status": status, "reason": reason}
+        row |= {"bytes_up": int(bytes_up), "bytes_down": int(bytes_down), **metrics}
+        with self._lock:
+            columns = self._columns_for(row)
+            text = _csv_line([_cell(row.get(name)) for name in columns])
+            self._append(self.path / "rounds.csv", text)
+
+    def rounds(self) -> list[Row]:
+        """The rows of `rounds.csv` by round; of rows of one round and site, the one written last.
+
+        Every row has the keys `round`, `site`, `status`, `bytes_up`, `bytes_down`, `reason` and every
+        metric of the file, None where the site sent none.
+        """
+        header, rows = _read_table(self.path / "rounds.csv")
+        latest: dict[tuple[int, str], Row] = {}
+        for cells in rows:
+            row = _parse_row(header, cells)
+            if row is not None:
+                latest[row["round"], row["site"]] = row
+        return sorted(latest.values(), key=lambda row: row["round"])
+
+    # summary.json
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the results of the run; numbers that are not finite become null."""
+        self._replace("summary.json", json.dumps(_plain(summary), indent=2, ensure_ascii=False) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """The results of the run; empty while there are none.
+
+        Raises:
+            StoreError: summary.json is not a JSON object.
+        """
+        path = self.path / "summary.json"
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StoreError(f"{path} is not valid JSON ({error}): restore a copy or run again") from error
+        if not isinstance(found, dict):
+            raise StoreError(f"{path} holds a {type(found).__name__}, expected an object: run again")
+        return found
+
+    # sigma.safetensors
+
+    def save_sigma(
+        self,
+        shift: Tensor | np.ndarray,
+        *,
+        layout_json: str,
+        fingerprint_json: str,
+        study_yaml: str,
+        round: int,
+    ) -> None:
+        """Replace the run's sigma shift by the one this round made.
+
+        Shapes: shift (layout size,).
+
+        Raises:
+            ArtefactError: the shift is not a finite vector.
+        """
+        from fedsigma.common.artefact import save_shift
+
+        save_shift(
+            self.path / "sigma.safetensors",
+            shift,
+            layout_json=layout_json,
+            fingerprint_json=fingerprint_json,
+            study_yaml=study_yaml,
+            round=round,
+        )
+
+    def load_sigma(self) -> SavedSigma:
+        """The sigma shift of the last finished round.
+
+        Raises:
+            ArtefactError: no round has produced one yet, or the file is damaged.
+        """
+        from fedsigma.common.artefact import load_shift
+
+        return load_shift(self.path / "sigma.safetensors")
+
+    # writing
+
+    def _replace(self, name: str, text: str) -> None:
+        from fedsigma.common.artefact import write_atomic
+
+        write_atomic(self.path / name, text.encode("utf-8"))
+
+    def _append(self, path: Path, text: str, *, keep_tail: Any = None) -> None:
+        self._repair(path, keep_tail)
+        # One write of one whole line: a killed process leaves either the line or a beginning of it.
+        with path.open("ab", buffering=0) as file:
+            file.write(text.encode("utf-8", "replace") + b"\n")
+
+    def _repair(self, path: Path, keep_tail: Any) -> None:
+        """Before the first append: end the last line if it is whole but for its newline, else remove it."""
+        if path in self._repaired:
+            return
+        self._repaired.add(path)
+        if not path.is_file():
+            return
+        content = path.read_bytes()
+        if not content or content.endswith(b"\n"):
+            return
+        start = content.rfind(b"\n") + 1
+        tail = content[start:].decode("utf-8", "replace")
+        with path.open("r+b") as file:
+            if keep_tail is not None and keep_tail(tail):
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            else:
+                file.truncate(start)
+
+    def _columns_for(self, row: Row) -> list[str]:
+        """The header of rounds.csv, after making sure that it has a column for everything in this row."""
+        path = self.path / "rounds.csv"
+        self._repair(path, None)
+        if self._columns is None or not path.is_file():
+            self._columns = _read_table(path)[0] or None
+        columns = self._columns or [*_FIXED[:-1], *METRICS, _FIXED[-1]]
+        wanted = [*columns, *(name for name in row if name not in columns)]
+        if wanted != self._columns:
+            # A metric not seen before: the whole table is written again with one more column.
+            old = _read_table(path)[1]
+            lines = [wanted, *([*cells, *[""] * (len(wanted) - len(cells))] for cells in old)]
+            self._replace("rounds.csv", "".join(_csv_line(cells) + "\n" for cells in lines))
+            self._columns = wanted
+        return wanted
+
+
+def _plain(value: Any) -> Any:
+    """A copy of the value in JSON's own types; scalars of numpy and torch become numbers."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch, arrays and scalars alike
+        return _plain(value.tolist())
+    raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written as JSON: give numbers or text")
+
+
+def _is_event(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and isinstance(found.get("kind"), str)
+
+
+def _lines(path: Path) -> list[tuple[str, bool]]:
+    """Each line with whether its newline was written."""
+    if not path.is_file():
+        return []
+    *whole, tail = path.read_bytes().decode("utf-8", "replace").split("\n")
+    lines = [(line.removesuffix("\r"), True) for line in whole]
+    return [*lines, (tail, False)] if tail else lines
+
+
+def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table, without a last line that a crash cut short.
+
+    Unlike an event, a cut row cannot be told from a whole one (12 may have been 128), so it never counts.
+    """
+    lines = [text for text, whole in _lines(path) if whole and text.strip()]
+    cells = [_csv_cells(text) for text in lines]
+    return (cells[0], cells[1:]) if cells else ([], [])
+
+
+def _parse_row(header: list[str], cells: list[str]) -> Row | None:
+    """One row with its numbers as numbers, or None if it is damaged."""
+    if len(cells) != len(header):
+        return None
+    row: Row = {}
+    for name, text in zip(header, cells, strict=True):
+        if name in _TEXT:
+            row[name] = text
+            continue
+        try:
+            number = float(text) if text else None
+        except ValueError:
+            return None
+        if number is not None and not math.isfinite(number):
+            number = None
+        row[name] = int(number) if name in _WHOLE and number is not None else number
+    complete = all(row.get(name) is not None for name in _FIXED)
+    return row if complete else None
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _CONTROL.sub(" ", value)  # one row stays one line
+    number = float(value)
+    if not math.isfinite(number):
+        return ""
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def _csv_cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # a field longer than any that is written here: a damaged line
+        return []
+
+
+def _csv_line(cells: list[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="").writerow(cells)
+    return buffer.getvalue()
