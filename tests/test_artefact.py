@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fedsigma.common import artefact
-from fedsigma.common.artefact import ArtefactError, load_shift, save_shift, write_atomic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import save_file
+
+from fedsigma.common import artefact
+from fedsigma.common.artefact import ArtefactError, load_shift, save_shift, write_atomic
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TEXTS = {"layout_json": '{"entries": []}', "fingerprint_json": '{"weights": "ab"}', "study_yaml": "name: é\n"}

@@ -14,6 +14,11 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_backbones import bert_folder, features, tiny_biomed, tiny_clip
+
 from fedsigma.common import backbones
 from fedsigma.common.backbones import (
     BackboneError,
@@ -29,10 +34,6 @@ from fedsigma.common.backbones import (
 from fedsigma.common.backbones import hub as hub_module
 from fedsigma.common.backbones import load as load_module
 from fedsigma.common.backbones.folder import CONFIG, MANIFEST, WEIGHTS, sha256
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tiny_backbones import bert_folder, features, tiny_biomed, tiny_clip
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fedsigma.common.backbones import Backbone, Preprocessing, assemble, build_model
 from fedsigma.common.backbones.tokens import tokenizer_for
 

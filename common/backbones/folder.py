@@ -17,9 +17,16 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from .model import Backbone, Preprocessing, assemble, build_model, check_model_cfg, fill_from_file
-from .names import BackboneError
-from .tokens import PROBE, LaterTokenizer, tokenizer_for
+from fedsigma.common.backbones.model import (
+    Backbone,
+    Preprocessing,
+    assemble,
+    build_model,
+    check_model_cfg,
+    fill_from_file,
+)
+from fedsigma.common.backbones.names import BackboneError
+from fedsigma.common.backbones.tokens import PROBE, LaterTokenizer, tokenizer_for
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

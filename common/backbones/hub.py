@@ -22,8 +22,8 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
-from .folder import CONFIG, localise, open_folder, read_json, save_backbone
-from .model import (
+from fedsigma.common.backbones.folder import CONFIG, localise, open_folder, read_json, save_backbone
+from fedsigma.common.backbones.model import (
     Backbone,
     Preprocessing,
     assemble,
@@ -33,8 +33,8 @@ from .model import (
     fill_from_file,
     image_size,
 )
-from .names import BackboneError, BackboneName, architecture_and_tag, parse_name
-from .tokens import tokenizer_for
+from fedsigma.common.backbones.names import BackboneError, BackboneName, architecture_and_tag, parse_name
+from fedsigma.common.backbones.tokens import tokenizer_for
 
 # Older versions run code hidden in a torch file in spite of weights_only (CVE-2025-32434).
 SAFE_TORCH = (2, 6)

@@ -8,11 +8,19 @@ from pathlib import Path
 
 import open_clip
 
-from .folder import MANIFEST, WEIGHTS, open_folder, sha256
-from .hub import Recipe, assemble_recipe, download, recipe, tags_of
-from .model import Backbone, Preprocessing, assemble, build_model, check_model_cfg, fill_from_file, image_size
-from .names import BackboneError, BackboneName, parse_name
-from .tokens import LaterTokenizer, tokenizer_for
+from fedsigma.common.backbones.folder import MANIFEST, WEIGHTS, open_folder, sha256
+from fedsigma.common.backbones.hub import Recipe, assemble_recipe, download, recipe, tags_of
+from fedsigma.common.backbones.model import (
+    Backbone,
+    Preprocessing,
+    assemble,
+    build_model,
+    check_model_cfg,
+    fill_from_file,
+    image_size,
+)
+from fedsigma.common.backbones.names import BackboneError, BackboneName, parse_name
+from fedsigma.common.backbones.tokens import LaterTokenizer, tokenizer_for
 
 
 def load_backbone(name: str, *, weights: bool = True) -> Backbone:

@@ -15,7 +15,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
-from .names import BackboneError
+from fedsigma.common.backbones.names import BackboneError
 
 Tokenizer = Callable[[list[str]], Tensor]
 INTERPOLATIONS = ("bicubic", "bilinear")

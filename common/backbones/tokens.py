@@ -10,8 +10,8 @@ from typing import Any
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
-from .model import Tokenizer
-from .names import BackboneError
+from fedsigma.common.backbones.model import Tokenizer
+from fedsigma.common.backbones.names import BackboneError
 
 # One of these holds the words; without any, transformers quietly builds a tokenizer that knows no word.
 VOCABULARIES = (
