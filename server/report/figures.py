@@ -174,10 +174,13 @@ def bytes_figure(content: Content) -> str:
         width = 0.38 if len(lines) <= 60 else 0.5
         axes.bar(rounds - width / 2, up, width, color=_ACCENT, label="from the sites")
         axes.bar(rounds + width / 2, down, width, color=_MUTED, alpha=0.55, label="to the sites")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value).replace(".0 ", " ")))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-        axes.set_xlim(rounds.min() - 0.8, rounds.max() + 0.8)
+        if len(lines) <= 12:
+            axes.set_xticks(rounds)
+        # Room for a few rounds at least, lest a single one become a wall.
+        axes.set_xlim(rounds.min() - 0.8, max(rounds.max(), rounds.min() + 7) + 0.8)
         axes.grid(axis="y")
         axes.set_xlabel("Round")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, handlelength=1, handletextpad=0.5)
@@ -237,7 +240,7 @@ def _rounds_axis(axes: Axes, series: dict[str, dict[int, float]], pooled: dict[i
     axes.set_ylim(max(0.0, min(every) - margin), min(1.0, max(every) + margin))
     axes.set_xlim(-0.01 * max(last, 1), max(last, 1) * 1.005)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
     axes.grid(axis="y")
     axes.set_xlabel("Finished rounds")
@@ -285,7 +288,8 @@ def _accuracy_words(content: Content, sites: int) -> str:
     if content.pooled:
         first, last = min(content.pooled), max(content.pooled)
         start, end = percent(content.pooled[first]), percent(content.pooled[last])
-        words += f" Over all sites it is {start} after {first} rounds and {end} after {last}."
+        begin = "before training" if first == 0 else f"after {first} rounds"
+        words += f" Over all sites it is {start} {begin} and {end} after {last} rounds."
     final = [_end(values)[1] for values in content.accuracy.values()]
     if len(final) > 1:
         words += f" At the end the sites lie between {percent(min(final))} and {percent(max(final))}."

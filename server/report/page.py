@@ -43,11 +43,12 @@ def _view(content: Content) -> dict[str, Any]:
     return {
         "name": run.study,
         "facts": _facts(content),
-        "failure": (run.reason or "No reason was recorded.") if run.state == "failed" else "",
+        "failure": (run.reason or "no reason was recorded") if run.state == "failed" else "",
         "lead": _lead(content),
         "numbers": _numbers(content),
         "methods": tables.methods_grid(content),
         "methods_note": _methods_note(content),
+        "no_results": _no_results(content),
         "sites": tables.sites_grid(content),
         "sites_caption": _sites_caption(content),
         # The drawings are markup made here; the names in them were escaped when they were drawn.
@@ -92,7 +93,7 @@ def _facts(content: Content) -> list[str]:
     facts = [run.state.capitalize(), _rounds_words(content)]
     if content.sites:
         facts.append(_count(len(content.sites), "site"))
-    if run.seconds is not None:
+    if run.seconds is not None and run.state != "unfinished":
         facts.append(duration(run.seconds))
     if run.started is not None:
         facts.append(f"started {moment(run.started)}")
@@ -116,7 +117,7 @@ def _lead(content: Content) -> str:
         words.append(f"It is above zero-shot at {where}.")
     everywhere = content.methods.get("local_only", {}).get("everywhere")
     if everywhere is not None:
-        words.append(f"A model trained at one site alone is worth {percent(everywhere)} at all sites.")
+        words.append(f"A model trained at one site alone reaches {percent(everywhere)} over all sites.")
     pooled = content.methods.get("pooled", {}).get("accuracy")
     if pooled:
         words.append(
@@ -133,7 +134,8 @@ def _lead_so_far(content: Content) -> str:
     if first == last:
         return f"Before training, accuracy over all sites is {percent(content.pooled[last])}."
     words = f"After {_count(last, 'round')}, accuracy over all sites is {percent(content.pooled[last])}"
-    return f"{words}, from {percent(content.pooled[first])} after {_count(first, 'round')}."
+    start = "before training" if first == 0 else f"after {_count(first, 'round')}"
+    return f"{words}; {start} it was {percent(content.pooled[first])}."
 
 
 def _pairs(content: Content, first: str, second: str) -> list[tuple[float, float]]:
@@ -144,14 +146,17 @@ def _pairs(content: Content, first: str, second: str) -> list[tuple[float, float
 def _numbers(content: Content) -> list[Fact]:
     run, upload = content.overview, content.summary.get("bytes_up_per_site_round")
     label = "federated accuracy, all sites" if run.state == "finished" else "federated accuracy so far"
-    facts = [Fact(what=label, value=percent(run.federated_accuracy))]
+    facts = []
+    if run.federated_accuracy is not None:
+        facts.append(Fact(what=label, value=percent(run.federated_accuracy)))
     if run.federated_accuracy is not None and content.zero_shot is not None:
         gain = points(run.federated_accuracy - content.zero_shot)
         facts.append(Fact(what="points against zero-shot", value=gain))
     if upload is None:
         sent = sum(line.sites for line in content.lines if line.bytes_up)
         upload = content.bytes_up / sent if sent else None
-    facts.append(Fact(what="one upload of one site", value=amount(upload)))
+    if upload is not None:
+        facts.append(Fact(what="one upload of one site", value=amount(upload)))
     if content.sigma_values:
         facts.append(Fact(what="trained values", value=f"{content.sigma_values:,}".replace(",", "\u202f")))
     return facts
@@ -163,6 +168,12 @@ def _methods_note(content: Content) -> str:
     if missing:
         words += f" Not part of this study: {', '.join(missing)}."
     return words
+
+
+def _no_results(content: Content) -> str:
+    if content.overview.state == "failed":
+        return "There are no results: the run failed before they were written."
+    return "There are no results yet: they are written when the last round is finished."
 
 
 def _sites_caption(content: Content) -> str:

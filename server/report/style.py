@@ -32,6 +32,7 @@ header { padding-top: 3.5rem; }
 h1 { margin: 0; font: 600 2.25rem/1.15 var(--serif); letter-spacing: -.01em; overflow-wrap: anywhere; }
 .facts { margin: .7rem 0 0; color: var(--muted); font-size: .9375rem; }
 .facts span + span::before { content: "·"; margin: 0 .55em; }
+.facts span { white-space: nowrap; }
 .state { color: var(--ink); font-weight: 600; }
 .lead { max-width: 44rem; margin: 1.6rem 0 0; font: 1.1875rem/1.55 var(--serif); text-wrap: pretty; }
 .alarm { margin: 1.6rem 0 0; padding: .8rem 1.1rem; border-left: 3px solid var(--alarm);
@@ -46,6 +47,7 @@ section { margin-top: 3.25rem; }
 h2 { margin: 0 0 .5rem; font: 600 1.375rem/1.25 var(--serif); }
 p { margin: 0 0 .9rem; max-width: 44rem; text-wrap: pretty; }
 .note, figcaption { color: var(--muted); font-size: .875rem; line-height: 1.5; }
+.wide + .note { margin-top: .8rem; }
 .quiet { color: var(--muted); font-style: italic; }
 .wide { overflow-x: auto; }
 .wide:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }

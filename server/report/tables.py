@@ -47,7 +47,7 @@ _ABOUT = {
     "zero_shot": "the backbone as it came",
     "local_only": "each site alone, judged at home",
     "federated": "only sigma shifts leave the sites",
-    "pooled": "all images in one place, for comparison",
+    "pooled": "all images in one place",
 }
 
 

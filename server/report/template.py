@@ -49,14 +49,16 @@ TEMPLATE = """<!doctype html>
 {%- for fact in view.facts %}<span{% if loop.first %} class="state"{% endif %}>{{ fact }}</span>{% endfor -%}
 </p>
 {%- if view.failure %}
-<p class="alarm" role="status"><strong>The run failed.</strong> {{ view.failure }}</p>
+<p class="alarm" role="status"><strong>The run failed:</strong> {{ view.failure }}</p>
 {%- endif %}
 <p class="lead">{{ view.lead }}</p>
+{%- if view.numbers %}
 <dl class="numbers">
 {%- for number in view.numbers %}
 <div><dt>{{ number.what }}</dt><dd>{{ number.value }}</dd></div>
 {%- endfor %}
 </dl>
+{%- endif %}
 </header>
 <main>
 <section>
@@ -65,7 +67,7 @@ TEMPLATE = """<!doctype html>
 {{ table(view.methods, "Results over the test images of all sites, by method") }}
 <p class="note">{{ view.methods_note }}</p>
 {%- else %}
-<p class="quiet">There are no results yet: they are written when the last round is finished.</p>
+<p class="quiet">{{ view.no_results }}</p>
 {%- endif %}
 </section>
 <section>

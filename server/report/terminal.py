@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +21,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
     methods = {name: summary[name] for name in METHODS if isinstance(summary.get(name), dict)}
     sites = list(dict.fromkeys(site for entry in methods.values() for site in entry.get("per_site") or {}))
     few = len(sites) <= MOST_SITES
-    table = Table(title=Text(f"Accuracy: {summary.get('study', 'this study')}"), title_justify="left")
+    table = Table(
+        title=Text(f"Accuracy: {summary.get('study', 'this study')}"), title_justify="left", box=SIMPLE_HEAD
+    )
     table.add_column("Method", no_wrap=True)
     table.add_column("All sites", justify="right", style="bold")
     for site in sites if few else ("Lowest site", "Median site", "Highest site"):

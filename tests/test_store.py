@@ -1,0 +1,218 @@
+"""Run folders: what is written is read back, whatever moment a crash chose."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_run import synthetic_layout, synthetic_shift, write_synthetic_run
+
+from fedsigma.common.artefact import ArtefactError
+from fedsigma.server.overview import find_runs, overview
+from fedsigma.server.store import METRICS, POOLED, RunFolder, StoreError
+
+STUDY = "name: small\nfederation: {rounds: 3}\n"
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+REPEATED = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", STUDY)
+
+
+def test_a_folder_is_taken_once_and_opened_only_if_it_is_one(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "a" / "b", STUDY)
+    assert RunFolder.open(tmp_path / "a" / "b").study_yaml == STUDY
+    with pytest.raises(StoreError, match=r"already holds a run.*resume=true"):
+        RunFolder.create(tmp_path / "a" / "b", STUDY)
+    with pytest.raises(StoreError, match="not a run folder"):
+        RunFolder.open(tmp_path / "a")
+    with pytest.raises(StoreError, match="does not exist"):
+        RunFolder.open(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file"):
+        RunFolder.create(tmp_path / "file", STUDY)
+
+
+def test_events_keep_order_types_and_time(folder: RunFolder) -> None:
+    folder.event("round_start", round=1, sites=("a", "b"))
+    folder.event("reply_accepted", round=1, site="a", bytes=np.int64(12), metrics={"f1": np.float32(0.5)})
+    folder.event("reply_rejected", round=1, site="b", reason="line\nbreak", metrics={"loss": math.nan})
+    first, second, third = folder.events()
+    assert (first["kind"], first["sites"]) == ("round_start", ["a", "b"])
+    assert (second["bytes"], second["metrics"]) == (12, {"f1": 0.5})
+    assert (third["reason"], third["metrics"]) == ("line\nbreak", {"loss": None})
+    assert first["time"] <= second["time"] <= third["time"]
+    assert len((folder.path / "events.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_event_that_is_not_json_is_refused_and_leaves_no_trace(folder: RunFolder) -> None:
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        folder.event("odd", value=object())
+    with pytest.raises(TypeError, match="named time"):
+        folder.event("odd", time=3)
+    assert folder.events() == []
+
+
+@REPEATED
+@given(cut=st.integers(0, 400), sites=st.lists(NAMES, min_size=1, max_size=4))
+def test_events_cut_anywhere_lose_only_the_cut_line(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, sites: list[str]
+) -> None:
+    folder = RunFolder.create(tmp_path_factory.mktemp("cut") / "run", STUDY)
+    for site in sites:
+        folder.event("site_ready", site=site)
+    path = folder.path / "events.jsonl"
+    content = path.read_bytes()[:cut]
+    path.write_bytes(content)
+    lines = content.split(b"\n")
+    whole = len(lines) - 1 + (lines[-1].endswith(b"}") and _is_json(lines[-1]))
+
+    assert [event["site"] for event in RunFolder.open(folder.path).events()] == sites[:whole]
+    assert path.read_bytes() == content  # reading repairs nothing
+    resumed = RunFolder.open(folder.path)
+    resumed.event("run_start")
+    resumed.event("run_end", ok=True)
+    kinds = [event["kind"] for event in RunFolder.open(folder.path).events()]
+    assert kinds == ["site_ready"] * whole + ["run_start", "run_end"]
+    assert path.read_bytes().startswith(b"\n".join(content.split(b"\n")[:whole]))
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_damaged_line_in_the_middle_is_shown_not_hidden(folder: RunFolder) -> None:
+    folder.event("site_ready", site="a")
+    with (folder.path / "events.jsonl").open("ab") as file:
+        file.write(b'{"time": 1, "ki\xff\n')
+    folder.event("site_ready", site="b")
+    kinds = [(event["kind"], event.get("line")) for event in folder.events()]
+    assert kinds == [("site_ready", None), ("unreadable_line", 2), ("site_ready", None)]
+
+
+def test_rows_come_back_as_numbers(folder: RunFolder) -> None:
+    metrics = {"accuracy": 1 / 3, "auroc": math.nan, "examples": 64, "test_examples": 130.0}
+    folder.round_row(1, 'a, "b"\nc', metrics, 10, 20, "rejected", "too long,\r\nby far")
+    (row,) = folder.rounds()
+    assert row["site"] == 'a, "b" c'
+    assert row["reason"] == "too long,  by far"
+    assert (row["round"], row["bytes_up"], row["bytes_down"]) == (1, 10, 20)
+    assert (row["accuracy"], row["auroc"], row["f1"]) == (1 / 3, None, None)
+    assert isinstance(row["examples"], int)
+    assert isinstance(row["test_examples"], int)
+    assert set(METRICS) <= set(row)
+
+
+def test_a_repeated_round_replaces_the_older_rows(folder: RunFolder) -> None:
+    for accuracy in (0.1, 0.2):
+        for site in ("a", "b", POOLED):
+            folder.round_row(1, site, {"accuracy": accuracy}, 1, 1, "accepted")
+    folder.round_row(2, "a", {"accuracy": 0.3}, 1, 1, "accepted")
+    resumed = RunFolder.open(folder.path)
+    resumed.round_row(2, "a", {"accuracy": 0.4}, 1, 1, "accepted")
+    found = [(row["round"], row["site"], row["accuracy"]) for row in resumed.rounds()]
+    assert found == [(1, "a", 0.2), (1, "b", 0.2), (1, POOLED, 0.2), (2, "a", 0.4)]
+    assert (folder.path / "rounds.csv").read_text().count("round,site") == 1
+
+
+def test_a_new_metric_becomes_a_column_and_keeps_the_old_rows(folder: RunFolder) -> None:
+    folder.round_row(1, "a", {"accuracy": 0.5}, 1, 2, "accepted", "why")
+    folder.round_row(2, "a", {"accuracy": 0.6, "drift": 0.25}, 1, 2, "accepted")
+    first, second = folder.rounds()
+    assert (first["accuracy"], first["reason"], first["drift"]) == (0.5, "why", None)
+    assert second["drift"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["site", "reason", "a,b", "", "x" * 65])
+def test_a_metric_that_cannot_be_a_column_is_refused(folder: RunFolder, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be a column"):
+        folder.round_row(1, "a", {name: 1.0}, 1, 1, "accepted")
+    assert folder.rounds() == []
+
+
+@REPEATED
+@given(cut=st.integers(0, 600), sites=st.lists(NAMES, min_size=1, max_size=4, unique=True))
+def test_rows_cut_anywhere_lose_only_the_cut_row(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, sites: list[str]
+) -> None:
+    folder = RunFolder.create(tmp_path_factory.mktemp("cut") / "run", STUDY)
+    for number, site in enumerate(sites, start=1):
+        folder.round_row(number, site, {"accuracy": 0.123456789 * number}, 111, 222, "accepted")
+    before = folder.rounds()
+    path = folder.path / "rounds.csv"
+    content = path.read_bytes()[:cut]
+    path.write_bytes(content)
+    whole = max(0, content.count(b"\n") - 1)
+
+    resumed = RunFolder.open(folder.path)
+    assert resumed.rounds() == before[:whole]
+    resumed.round_row(9, "late", {"accuracy": 0.5}, 1, 1, "accepted")
+    after = RunFolder.open(folder.path).rounds()
+    assert after[:whole] == before[:whole]
+    assert [row["site"] for row in after[whole:]] == ["late"]
+
+
+def test_summary_and_sigma_round_trip(folder: RunFolder) -> None:
+    assert folder.read_summary() == {}
+    folder.summary({"federated": {"accuracy": np.float32(0.5), "metrics": {"auroc": math.inf}}})
+    assert folder.read_summary() == {"federated": {"accuracy": 0.5, "metrics": {"auroc": None}}}
+    (folder.path / "summary.json").write_text("[1]")
+    with pytest.raises(StoreError, match="expected an object"):
+        folder.read_summary()
+
+    assert not folder.has_sigma
+    with pytest.raises(ArtefactError):
+        folder.load_sigma()
+    layout = synthetic_layout()
+    shift = synthetic_shift(layout)
+    kept = {"layout_json": layout.to_json(), "fingerprint_json": "{}", "study_yaml": STUDY}
+    folder.save_sigma(shift, **kept, round=3)
+    saved = folder.load_sigma()
+    assert saved.round == 3
+    assert saved.layout_json == kept["layout_json"]
+    np.testing.assert_array_equal(saved.shift.numpy(), shift)
+
+
+def test_overview_follows_a_run_through_failure_and_resume(folder: RunFolder) -> None:
+    assert overview(folder).state == "unfinished"
+    folder.event("run_start")
+    folder.round_row(1, POOLED, {"accuracy": 0.25}, 0, 0, "pooled")
+    folder.event("round_end", round=1, sites=["a"], seconds=1.0)
+    folder.event("run_end", ok=False, reason="no site left")
+    run = overview(folder)
+    assert (run.state, run.reason, run.rounds_done, run.rounds_planned) == ("failed", "no site left", 1, 3)
+    assert run.federated_accuracy == 0.25
+    folder.event("run_start")
+    assert overview(folder).state == "unfinished"
+    folder.event("round_end", round=1, sites=["a"], seconds=1.0)
+    folder.event("run_end", ok=True, reason="")
+    assert (overview(folder).state, overview(folder).rounds_done) == ("finished", 1)
+    folder.summary({"federated": {"accuracy": 0.75}})
+    assert overview(folder).federated_accuracy == 0.75
+
+
+def test_runs_are_found_in_a_directory_and_one_level_below(tmp_path: Path) -> None:
+    for name in ("one", "group/two", "a/b/c/too-deep", ".hidden"):
+        RunFolder.create(tmp_path / name, STUDY)
+    assert [str(path.relative_to(tmp_path)) for path in find_runs(tmp_path)] == ["group/two", "one"]
+    assert find_runs(tmp_path / "one") == [tmp_path / "one"]
+    with pytest.raises(StoreError, match="no directory"):
+        find_runs(tmp_path / "none")
+
+
+def test_a_synthetic_run_reads_as_finished(tmp_path: Path) -> None:
+    run = overview(write_synthetic_run(tmp_path / "run", rounds=4))
+    assert (run.state, run.rounds_done, run.rounds_planned, run.sites) == ("finished", 4, 4, 4)
