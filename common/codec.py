@@ -23,7 +23,7 @@ __all__ = ["HEADER_BYTES", "MAX_VALUES", "CodecError", "Level", "decode", "encod
 MAGIC = b"FSIG"
 VERSION = 1
 # Far above any backbone's layout (about 100,000 values); bounds the memory that a header can ask for.
-MAX_VALUES = 4_000_000
+MAX_VALUES = 1_000_000
 _HEADER = struct.Struct("<4sBBHII32s")
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size

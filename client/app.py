@@ -1,0 +1,179 @@
+"""The ClientApp: a message comes in, one reply of a fixed form goes out, and the audit log knows it first."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from fedsigma.client.audit import AuditLog
+from fedsigma.client.site import Site, SiteCountDiffers, open_site
+from fedsigma.common import protocol
+from fedsigma.common.codec import decode, encode
+from fedsigma.common.learner import Learner, seed_for
+from fedsigma.common.protocol import (
+    EvaluateReply,
+    EvaluateTask,
+    Evaluation,
+    Hello,
+    HelloReply,
+    TrainReply,
+    TrainTask,
+)
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+__all__ = ["app"]
+
+app = ClientApp()
+log = logging.getLogger("fedsigma.client")
+
+SITE_ERROR = 100
+"""Code of the error reply of a site whose handler failed; its reason is the exception's type, no more."""
+
+Task = TypeVar("Task", Hello, TrainTask, EvaluateTask)
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Say who this site is and what it computes with."""
+    return _answer(message, context, Hello, _hello)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Evaluate the incoming shift and train it on this site's images."""
+    return _answer(message, context, TrainTask, _train)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate one or more shifts on this site's test images."""
+    return _answer(message, context, EvaluateTask, _evaluate)
+
+
+def _answer(
+    message: Message, context: Context, kind: type[Task], handler: Callable[[Site, Task], Any]
+) -> Message:
+    """Read the task, handle it, and write down what leaves before it leaves.
+
+    Whatever fails, the server learns the exception's type alone: its text may hold paths, file names and
+    patients' identifiers, so it stays in the site's own log.
+    """
+    site: Site | None = None
+    asked: dict[str, Any] = {"message": kind.__name__, "run": str(context.run_id)}
+    try:
+        _use_one_thread_per_cpu(context)
+        task = protocol.from_content(kind, message.content)
+        asked |= {"study": task.setup.study, "round": getattr(task, "round", 0)}
+        asked |= {"mode": task.mode} if isinstance(task, TrainTask) else {}
+        try:
+            site = open_site(context.node_config, task.setup, run=f"run-{context.run_id}")
+        except SiteCountDiffers as error:
+            # Only a simulation gets here, before it is known which site this is.
+            name = f"partition {context.node_config['partition-id']}"
+            reply = _no_part(name, "site-count", sites=error.sites)
+            return Message(protocol.to_content(reply), reply_to=message)
+        content = protocol.to_content(handler(site, task))
+        AuditLog(site.audit_path).record(asked, protocol.fields_of(content))
+        return Message(content, reply_to=message)
+    except Exception as error:
+        log.exception("the task failed; the server is told %s", type(error).__name__)
+        if site is not None:
+            _record_failure(site, asked, error)
+        return Message(Error(SITE_ERROR, type(error).__name__), reply_to=message)
+
+
+def _record_failure(site: Site, asked: dict[str, Any], error: Exception) -> None:
+    try:
+        AuditLog(site.audit_path).record(asked, {"error": type(error).__name__})
+    except OSError:
+        log.exception("the audit log at %s cannot be written", site.audit_path)
+
+
+def _hello(site: Site, task: Hello) -> HelloReply:
+    from fedsigma.common.sigma import Fingerprint
+
+    site.allow_study(task.setup)
+    if task.protocol != protocol.PROTOCOL:
+        log.error("the server speaks protocol %s, this site %s", task.protocol, protocol.PROTOCOL)
+        return _no_part(site.name, "protocol", sites=site.sites)
+    mine = site.learner(task.setup).fingerprint
+    # The server compares, too, and decides; this is how the site's own people learn why.
+    difference = Fingerprint.from_json(task.fingerprint).compare(mine)
+    if difference:
+        log.error("this site takes no part in study '%s': %s", task.setup.study, difference)
+    return HelloReply(
+        protocol=protocol.PROTOCOL,
+        site=site.name,
+        fingerprint=mine.to_json(),
+        sites=site.sites,
+        problem="fingerprint" if difference else "",
+    )
+
+
+def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
+    return HelloReply(protocol=protocol.PROTOCOL, site=name, fingerprint="", sites=sites, problem=problem)
+
+
+def _train(site: Site, task: TrainTask) -> TrainReply:
+    site.allow_task(task)
+    learner = site.learner(task.setup)
+    images = site.images(task.setup, side=learner.side)
+    digest = learner.layout.digest
+    shift = decode(task.shift, layout_digest=digest, size=learner.layout.size)
+    before = _judge(learner, shift, images.test if task.evaluate else [])
+    learned = learner.train(
+        shift,
+        images.train,
+        task.recipe,
+        first_step=task.first_step,
+        steps=task.steps,
+        total_steps=task.total_steps,
+        seed=seed_for(task.setup.seed, site.name, task.mode, task.round),
+    )
+    return TrainReply(
+        shift=encode(learned.shift, layout_digest=digest, level=task.codec),
+        examples=learned.examples,
+        steps=learned.steps,
+        loss=learned.loss,
+        evaluation=before,
+        class_counts=_class_counts(site, task, images.train),
+    )
+
+
+def _class_counts(site: Site, task: TrainTask, examples: list[Any]) -> tuple[int, ...]:
+    if not site.policy.tell_class_counts:
+        return ()
+    labels = [example.label for example in examples]
+    return tuple(labels.count(index) for index in range(len(task.setup.classes)))
+
+
+def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
+    site.allow_study(task.setup)
+    learner = site.learner(task.setup)
+    images = site.images(task.setup, side=learner.side)
+    layout = learner.layout
+    shifts = [decode(data, layout_digest=layout.digest, size=layout.size) for data in task.shifts]
+    return EvaluateReply(evaluations=tuple(_judge(learner, shift, images.test) for shift in shifts))
+
+
+def _judge(learner: Learner, shift: np.ndarray, examples: list[Any]) -> Evaluation:
+    """Evaluate a shift; without test images, every metric is nan."""
+    if not examples:
+        return Evaluation(**dict.fromkeys(protocol.METRICS, float("nan")), test_examples=0)
+    scores = learner.evaluate(shift, examples)
+    metrics = {name: float(scores.get(name, float("nan"))) for name in protocol.METRICS}
+    return Evaluation(**metrics, test_examples=len(examples))
+
+
+def _use_one_thread_per_cpu(context: Context) -> None:
+    """In a simulation, use as many threads as the actor has processors: Ray tells by this variable."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if "partition-id" in context.node_config and threads.isdecimal() and int(threads) > 0:
+        import torch
+
+        if torch.get_num_threads() != int(threads):
+            torch.set_num_threads(int(threads))

@@ -1,0 +1,190 @@
+"""Using a finished study at a site: put its sigma shift on the backbone, judge pictures, or export the model."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsigma.common.artefact import SavedSigma, load_shift
+from fedsigma.common.config import StudyConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fedsigma.common.backbones import Backbone
+    from fedsigma.common.sigma import SigmaModel
+
+__all__ = ["ApplyError", "Restored", "export", "list_pictures", "predict", "restore"]
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
+
+
+class ApplyError(ValueError):
+    """A sigma shift that does not belong to this backbone, or pictures that cannot be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A study's result, put back on its backbone."""
+
+    saved: SavedSigma
+    study: StudyConfig
+    backbone: Backbone
+    sigma: SigmaModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    """A record of the data sources' form; `label` only fills the place."""
+
+    key: str
+    label: str | None
+    site: str | None = None
+    group: str | None = None
+    split: str | None = None
+
+
+class _Files:
+    """A picture source over plain files, so that they are decoded as in training."""
+
+    records: list[Any]
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.records = folder, []
+
+    def image(self, record: Any) -> Image:
+        """The picture, RGB."""
+        from PIL import Image, ImageOps
+
+        with Image.open(self._folder / record.key) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def restore(path: Path, backbone: str | None = None) -> Restored:
+    """Load a sigma file (or a run folder), its backbone, and set the shift, having compared fingerprints.
+
+    `backbone` names where the same backbone lies on this machine, if the study's own name does not fit here.
+
+    Raises:
+        ApplyError: the backbone is not the one that the shift was trained on.
+    """
+    from fedsigma.common.backbones import load_backbone
+    from fedsigma.common.sigma import Fingerprint, Selection, SigmaModel
+
+    saved = load_shift(path)
+    study = StudyConfig.from_yaml(saved.study_yaml, where=f"the study in {path}")
+    loaded = load_backbone(backbone or study.backbone)
+    selection = Selection(towers=study.sigma.towers, layers=study.sigma.layers, parts=study.sigma.parts)
+    sigma = SigmaModel.adapt(loaded.model, selection)
+    problem = Fingerprint.from_json(saved.fingerprint_json).compare(sigma.fingerprint)
+    if problem is None and saved.shift.numel() != sigma.layout.size:
+        problem = f"it has {saved.shift.numel()} values, this layout {sigma.layout.size}"
+    if problem:
+        raise ApplyError(
+            f"the sigma shift in {path} was not trained on {loaded.name}: {problem}. The study's backbone is "
+            f"{study.backbone!r}; name where it lies here with --backbone"
+        )
+    sigma.set_shift(saved.shift)
+    return Restored(saved=saved, study=study, backbone=loaded, sigma=sigma)
+
+
+def list_pictures(folder: Path) -> list[str]:
+    """The picture files in a folder and below it, as paths inside it, sorted; hidden ones are left out.
+
+    Raises:
+        ApplyError: no folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise ApplyError(f"there is no folder {folder}")
+    found = []
+    for base, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        here = Path(base).relative_to(folder)
+        found += [(here / n).as_posix() for n in names if not n.startswith(".") and _suffix(n) in SUFFIXES]
+    if not found:
+        raise ApplyError(f"no picture in {folder}: expected files ending in {', '.join(sorted(SUFFIXES))}")
+    return sorted(found)
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def predict(
+    restored: Restored, folder: Path, out: Path, *, batch_size: int = 64, progress: bool = False
+) -> list[str]:
+    """Judge every picture of a folder and write a CSV: file, prediction, and the probability of each class.
+
+    The CSV appears only when it is complete. Returns one line for each file that could not be read.
+
+    Raises:
+        ApplyError: there is nothing to judge.
+    """
+    from rich.progress import track
+
+    from fedsigma.common.training import Task, evaluate
+
+    classes = list(restored.study.classes)
+    task = Task(restored.backbone, restored.sigma, list(restored.study.prompts))
+    names, unreadable = list_pictures(folder), list[str]()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    starts = range(0, len(names), batch_size)
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "prediction", *(f"probability_{name}" for name in classes)])
+            for start in track(starts, "judging", disable=not progress):
+                pairs = list(_decoded(restored, folder, names[start : start + batch_size], unreadable))
+                if not pairs:
+                    continue
+                result = evaluate(task, [example for _, example in pairs], batch_size=batch_size)
+                for (name, _), row in zip(pairs, result.probabilities.tolist(), strict=True):
+                    best = max(range(len(classes)), key=row.__getitem__)
+                    writer.writerow([name, classes[best], *(f"{p:.6f}" for p in row)])
+        if len(unreadable) == len(names):
+            raise ApplyError(f"none of the {len(names)} pictures in {folder} can be read: {unreadable[0]}")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return unreadable
+
+
+def _decoded(
+    restored: Restored, folder: Path, names: list[str], unreadable: list[str]
+) -> Iterator[tuple[str, Any]]:
+    from fedsigma.common.data import load_examples
+
+    classes, source = list(restored.study.classes), _Files(folder)
+    side = restored.backbone.image_size * 3 // 2
+    for name in names:
+        record: Any = _Picture(key=name, label=classes[0])
+        try:
+            yield name, load_examples(source, [record], classes, side=side)[0]
+        # Pillow raises many types for damaged files; whatever it is, the file is named and the rest goes on.
+        except Exception as error:
+            unreadable.append(f"{name}: {type(error).__name__}")
+
+
+def export(restored: Restored, folder: Path) -> Path:
+    """Write the adapted model as a plain open_clip folder.
+
+    Raises:
+        BackboneError: the folder is not empty.
+    """
+    from dataclasses import replace
+
+    from fedsigma.common.backbones import export_merged
+
+    merged = replace(restored.backbone, model=restored.sigma.merge())
+    study = restored.study
+    notes = [
+        f"study {study.name}, after round {restored.saved.round}",
+        f"classes: {', '.join(study.classes)}",
+        f"template: {study.template}",
+    ]
+    return export_merged(merged, folder, notes=notes)

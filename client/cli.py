@@ -1,0 +1,235 @@
+"""The commands of a site: look at backbones, bring them over, check data, use a finished study.
+
+Nothing heavy is imported until a command runs, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fedsigma.common.backbones import Backbone
+
+__all__ = ["app"]
+
+PROBLEMS = 4
+
+app = typer.Typer(no_args_is_help=True, help="Commands for a site.")
+backbone_app = typer.Typer(no_args_is_help=True, help="Bring a backbone to a machine without internet.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at a site's own images before a study.")
+app.add_typer(backbone_app, name="backbone")
+app.add_typer(data_app, name="data")
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a sigma.safetensors file.")]
+Place = Annotated[
+    str | None,
+    typer.Option("--backbone", help="Where the study's backbone lies here, such as local-dir:DIR."),
+]
+
+
+@app.command()
+def inspect(
+    name: Annotated[
+        str, typer.Argument(help="A backbone: starter, ViT-B-16, ViT-B-16/openai, local-dir:DIR, ...")
+    ],
+    towers: Annotated[str, typer.Option(help="Towers to adapt, by commas.")] = "image,text",
+    layers: Annotated[str, typer.Option(help="all, top, middle, bottom, or numbers by commas.")] = "all",
+    parts: Annotated[str, typer.Option(help="Parts of a layer, by commas.")] = "q,k,v,o,mlp",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Count what a study would train on a backbone. Needs no weights and no download.
+
+    Example: fedsigma inspect ViT-B-16 --towers image --parts q,v
+    """
+    from fedsigma.common.backbones import count_backbone
+    from fedsigma.common.sigma import Selection, find_layout
+
+    selection = Selection(towers=_words(towers), layers=_layers(layers), parts=_words(parts))
+    model = count_backbone(name)
+    layout = find_layout(model, selection)
+    total = sum(p.numel() for p in model.parameters())
+    rows = [
+        {
+            "tower": tower,
+            "part": part,
+            "matrices": len(chosen),
+            "sigma_values": sum(e.size for e in chosen),
+        }
+        for tower in selection.towers
+        for part in selection.parts
+        if (chosen := [e for e in layout.entries if e.tower == tower and e.part == part])
+    ]
+    summary = {
+        "backbone": name,
+        "sigma_values": layout.size,
+        "backbone_parameters": total,
+        "share": layout.size / total,
+        "bytes_per_upload": 4 * layout.size,
+        "layout_digest": layout.digest,
+        "parts": rows,
+    }
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        _print_counts(summary, rows)
+
+
+def _print_counts(summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tower", "part", title=f"sigma values of {summary['backbone']}", title_justify="left")
+    for head in ("matrices", "sigma values"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(row["tower"], row["part"], f"{row['matrices']:,}", f"{row['sigma_values']:,}")
+    table.add_section()
+    table.add_row("all", "", f"{sum(r['matrices'] for r in rows):,}", f"{summary['sigma_values']:,}")
+    Console().print(table)
+    typer.echo(
+        f"{summary['sigma_values']:,} of {summary['backbone_parameters']:,} parameters are trained "
+        f"({100 * summary['share']:.4f}%); one upload is about {summary['bytes_per_upload'] / 1000:,.0f} kB."
+    )
+
+
+@backbone_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="ARCH/TAG, hf-hub:org/name, or local-dir:DIR to adopt one.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+) -> None:
+    """Download a backbone, on a connected machine, into one folder to carry to the sites.
+
+    Example: fedsigma backbone fetch ViT-B-16/openai clip-b16
+    """
+    from fedsigma.common.backbones import fetch as fetch_backbone
+
+    _written(fetch_backbone(name, folder), folder)
+
+
+@backbone_app.command()
+def convert(
+    torch_file: Annotated[Path, typer.Argument(help="A torch checkpoint (.pt, .pth, .bin) of tensors.")],
+    architecture: Annotated[
+        str, typer.Argument(help="ARCH, ARCH/TAG, hf-hub:org/name, or local-dir:DIR with its configuration.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+) -> None:
+    """Turn a torch file into a folder of safetensors. No code in the file is run.
+
+    Example: fedsigma backbone convert model.pt ViT-B-16/laion2b_s34b_b88k clip-b16
+    """
+    from fedsigma.common.backbones import convert as convert_file
+
+    _written(convert_file(torch_file, architecture, folder), folder)
+
+
+def _written(backbone: Backbone, folder: Path) -> None:
+    size = sum(p.stat().st_size for p in folder.iterdir())
+    notes = json.loads((folder / "fedsigma_backbone.json").read_text("utf-8"))["notes"]
+    typer.echo(f"Wrote {folder} ({size / 1e6:,.1f} MB), checked by loading it again.")
+    typer.echo(
+        f"Pictures: {backbone.image_size} pixels, {backbone.interpolation}, {backbone.resize_mode} side; "
+        f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}."
+    )
+    for note in notes:
+        typer.echo(f"Note: {note}.")
+    typer.echo(f"At a site, name it local-dir:{folder} (or wherever the folder is copied to).")
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{v:.4g}" for v in values)
+
+
+@data_app.command()
+def check(
+    spec: Annotated[str, typer.Argument(help="folder:PATH, csv:PATH, parquet:PATH, dicom:PATH or demo.")],
+    classes: Annotated[
+        str | None, typer.Option(help="The study's classes, by commas; default: the labels found.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Read every image and name what is wrong, before a study starts. Exit code 4 if anything is.
+
+    Example: fedsigma data check csv:manifest.csv --classes neutrophil,lymphocyte
+    """
+    from fedsigma.common.data import check as check_source
+    from fedsigma.common.data import open_source
+
+    source = open_source(spec)
+    found = sorted({record.label for record in source.records if record.label is not None})
+    report = check_source(source, classes=list(_words(classes)) if classes is not None else found)
+    problems = [str(problem) for problem in report.problems]
+    if as_json:
+        counts = {"records": len(source.records), "usable": len(report.usable), "problems": problems}
+        typer.echo(json.dumps(counts, indent=2))
+    else:
+        from rich.console import Console
+
+        table = report.table()
+        typer.echo(table) if isinstance(table, str) else Console().print(table)
+        typer.echo(f"{len(report.usable)} of {len(source.records)} records can be used.")
+    if problems:
+        typer.echo(f"{len(problems)} problem{'s' * (len(problems) > 1)} found.", err=True)
+        raise typer.Exit(PROBLEMS)
+
+
+@app.command()
+def predict(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(help="A folder of pictures; folders inside it are read too.")],
+    out: Annotated[Path, typer.Option(help="The CSV file to write.")],
+    backbone: Place = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
+) -> None:
+    """Judge a folder of pictures with a finished study. For research, not for clinical use.
+
+    Writes a CSV: file, prediction, and a probability for each class. The backbone's fingerprint is compared
+    with the study's first. Exit code 4 if some pictures could not be read.
+
+    Example: fedsigma predict runs/demo pictures --out predictions.csv
+    """
+    from fedsigma.client.applying import predict as judge
+    from fedsigma.client.applying import restore
+
+    unreadable = judge(restore(run, backbone), folder, out, batch_size=batch_size, progress=True)
+    typer.echo(f"Wrote {out}.")
+    if unreadable:
+        for line in unreadable:
+            typer.echo(f"Could not read {line}", err=True)
+        raise typer.Exit(PROBLEMS)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    backbone: Place = None,
+) -> None:
+    """Merge a finished study's shift into its backbone: a plain open_clip folder, with no extra cost in use.
+
+    Example: fedsigma export runs/demo --out adapted-clip
+    """
+    from fedsigma.client.applying import export as write_merged
+    from fedsigma.client.applying import restore
+
+    folder = write_merged(restore(run, backbone), out)
+    typer.echo(f"Wrote {folder}.")
+    typer.echo(f"With open_clip: open_clip.create_model_and_transforms('local-dir:{folder}')")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _layers(text: str) -> str | tuple[int, ...]:
+    words = _words(text)
+    numbers = [word for word in words if word.isdecimal()]
+    if not numbers:
+        return text.strip()
+    if len(numbers) != len(words):
+        raise typer.BadParameter(f"{text!r}: expected all, top, middle, bottom, or numbers such as 0,1,2")
+    return tuple(int(word) for word in numbers)

@@ -1,0 +1,225 @@
+"""The site's own rules and the site's own images.
+
+A real site has a `site.yaml` that bounds what it accepts and says where its images are; nothing a message
+says can widen it. In a simulation a site is one part of the study's data, and its rules let all through.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedsigma.common import sites as data_of
+from fedsigma.common.config import DataConfig
+from fedsigma.common.learner import Learner, open_learner
+from fedsigma.common.protocol import Setup, TrainTask
+from fedsigma.common.reading import ConfigError, build, check_number, check_printable, read_yaml
+
+if TYPE_CHECKING:
+    from fedsigma.common.data import SiteData
+
+__all__ = [
+    "BackboneNotAllowed",
+    "CohortTooSmall",
+    "Site",
+    "SiteCountDiffers",
+    "SitePolicy",
+    "StudyNotAllowed",
+    "TooManySteps",
+    "open_site",
+]
+
+
+# The server sees the names of these types and nothing else, so each names its reason.
+class StudyNotAllowed(ValueError):
+    """The site's policy does not list this study."""
+
+
+class BackboneNotAllowed(ValueError):
+    """The site's policy does not list this backbone."""
+
+
+class TooManySteps(ValueError):
+    """The task asks for more local steps than the site's policy allows."""
+
+
+class CohortTooSmall(ValueError):
+    """Fewer sites are averaged together than the site's policy demands."""
+
+
+class SiteCountDiffers(ValueError):
+    """The federation has more or fewer sites than the study's data are divided into."""
+
+    def __init__(self, *, sites: int, federation: int) -> None:
+        super().__init__(f"the study has {sites} sites, the federation {federation}")
+        self.sites = sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePolicy:
+    """What site.yaml says.
+
+    Fields: name, as the server sees it; source, the site's images, and options for it; studies that may be
+    run here (`*`: any); backbones, the study's name of each allowed backbone and where it lies here;
+    max_local_steps of one task; max_examples, the most training images used; min_cohort, the fewest sites
+    whose shifts must be averaged together (2 or more also refuses training alone); tell_class_counts,
+    whether the number of training images of each class may be told; audit, the audit log's file.
+    """
+
+    section: ClassVar[str] = ""
+
+    name: str
+    source: str
+    studies: tuple[str, ...]
+    backbones: dict[str, str] = field(default_factory=lambda: {"starter": "starter"})
+    options: dict[str, Any] = field(default_factory=dict)
+    test_share: float = 0.5
+    max_local_steps: int = 1000
+    max_examples: int = 10_000
+    min_cohort: int = 2
+    tell_class_counts: bool = False
+    audit: str = "audit.jsonl"
+
+    def __post_init__(self) -> None:
+        check_printable("name", self.name)
+        check_printable("source", self.source)
+        check_number("test_share", self.test_share, low=0.05, high=0.95)
+        check_number("max_local_steps", self.max_local_steps, low=1)
+        check_number("max_examples", self.max_examples, low=1)
+        check_number("min_cohort", self.min_cohort, low=1)
+        if len(self.name) > 80 or self.name == "pooled":
+            raise ConfigError(f"name is '{self.name}', expected at most 80 characters and not 'pooled'")
+        for name, place in self.backbones.items():
+            if not isinstance(place, str) or not place:
+                raise ConfigError(f"backbones says '{name}' is {place!r}, expected a backbone's name")
+
+    @classmethod
+    def read(cls, path: Path) -> SitePolicy:
+        """Read a site.yaml.
+
+        Raises:
+            ConfigError: it cannot be read, a key is unknown or missing, or a value is not allowed.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        return build(cls, read_yaml(text, where=str(path)), where=str(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One site as this process sees it. sites: the number of sites of a simulation, 0 for a real site."""
+
+    name: str
+    policy: SitePolicy
+    base: Path
+    audit_path: Path
+    sites: int = 0
+
+    def allow_study(self, setup: Setup) -> None:
+        """Refuse a study or backbone that the site's policy does not list.
+
+        Raises:
+            StudyNotAllowed, BackboneNotAllowed: it is not listed.
+        """
+        if "*" not in self.policy.studies and setup.study not in self.policy.studies:
+            raise StudyNotAllowed(f"study '{setup.study}' is not in site.yaml's list of studies")
+        if not self.sites and setup.backbone not in self.policy.backbones:
+            raise BackboneNotAllowed(f"backbone '{setup.backbone}' is not in site.yaml's list of backbones")
+
+    def allow_task(self, task: TrainTask) -> None:
+        """Refuse a training task that goes beyond the site's policy.
+
+        Raises:
+            StudyNotAllowed, BackboneNotAllowed, TooManySteps, CohortTooSmall: it goes beyond the policy.
+        """
+        self.allow_study(task.setup)
+        if task.steps > self.policy.max_local_steps:
+            raise TooManySteps(f"{task.steps} steps, site.yaml allows {self.policy.max_local_steps}")
+        if task.cohort < self.policy.min_cohort:
+            raise CohortTooSmall(f"cohort of {task.cohort}, site.yaml demands {self.policy.min_cohort}")
+
+    def learner(self, setup: Setup) -> Learner:
+        """Return the learner of this study, with the backbone from where it lies at this site."""
+        backbone = setup.backbone if self.sites else self.policy.backbones[setup.backbone]
+        return open_learner(backbone, setup.sigma, setup.classes, setup.prompts)
+
+    def images(self, setup: Setup, *, side: int) -> SiteData:
+        """Return the site's training and test images, kept between messages. Units: side in pixels."""
+        return _images(self, setup, side)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.sites, self.base))
+
+
+@lru_cache(maxsize=16)
+def _images(site: Site, setup: Setup, side: int) -> SiteData:
+    if site.sites:
+        source, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
+        records = parts[site.name]
+    else:
+        from fedsigma.common.data import open_source
+
+        policy = site.policy
+        source = open_source(policy.source, base=site.base, **policy.options)
+        data = DataConfig(source=policy.source, test_share=policy.test_share)
+        records = data_of.usable_records(source, data, classes=setup.classes, seed=setup.seed)
+    return data_of.load_site(
+        source,
+        records,
+        name=site.name,
+        classes=setup.classes,
+        shots=setup.shots,
+        seed=setup.seed,
+        side=side,
+        max_examples=site.policy.max_examples,
+    )
+
+
+def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site:
+    """Find out which site this process is.
+
+    A node with `site-config` (or the environment variable FEDSIGMA_SITE) is a real site; a node that has
+    only `partition-id` is one of a simulation's sites.
+
+    Raises:
+        ConfigError: neither is given, or site.yaml does not read.
+        SiteCountDiffers: the simulation's federation and the study differ in their number of sites.
+    """
+    file = str(node_config.get("site-config") or os.environ.get("FEDSIGMA_SITE") or "")
+    if file:
+        path = Path(file).expanduser().resolve()
+        policy = SitePolicy.read(path)
+        audit = path.parent / Path(policy.audit).expanduser()
+        return Site(name=policy.name, policy=policy, base=path.parent, audit_path=audit)
+    if "partition-id" not in node_config or not setup.data:
+        raise ConfigError("this node has no site.yaml: start it with --node-config 'site-config=\"PATH\"'")
+    _, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
+    federation = int(node_config["num-partitions"])
+    if federation != len(parts):
+        raise SiteCountDiffers(sites=len(parts), federation=federation)
+    name = list(parts)[int(node_config["partition-id"])]
+    anything = SitePolicy(
+        name=name,
+        source="simulation",
+        studies=("*",),
+        max_local_steps=2**31,
+        max_examples=2**31,
+        min_cohort=1,
+    )
+    return Site(
+        name=name, policy=anything, base=Path(), audit_path=_simulated_audit(run, name), sites=len(parts)
+    )
+
+
+def _simulated_audit(run: str, name: str) -> Path:
+    from platformdirs import user_state_path
+
+    folder = os.environ.get("FEDSIGMA_AUDIT") or user_state_path("fedsigma") / "audit"
+    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return Path(folder) / run / f"{safe}.jsonl"

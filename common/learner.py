@@ -1,0 +1,173 @@
+"""What a site and the server do with a model: train a sigma shift on images, and judge one.
+
+A `Learner` holds one backbone with its basis, for one list of classes. Building one takes seconds, so each
+process keeps those it has built; the shift is handed in and out, and nothing of a call stays behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from fedsigma.common.config import SigmaConfig, TrainingConfig
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fedsigma.common.sigma import Fingerprint, Layout
+
+__all__ = ["Learned", "Learner", "open_learner", "seed_for"]
+
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What training gave. Shapes: shift (layout size,) float32. loss: mean cross-entropy of the steps."""
+
+    shift: Vector
+    loss: float
+    steps: int
+    examples: int
+
+
+class Learner(Protocol):
+    """The seam between the federation and the method."""
+
+    layout: Layout
+    fingerprint: Fingerprint
+    side: int
+    """Images are loaded with their shorter side at most this long, in pixels."""
+
+    def train(
+        self,
+        shift: Vector,
+        examples: Sequence[Any],
+        recipe: TrainingConfig,
+        *,
+        first_step: int,
+        steps: int,
+        total_steps: int,
+        seed: int,
+    ) -> Learned:
+        """Train from `shift` on these examples; first_step and total_steps place it in the schedule."""
+        ...
+
+    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> dict[str, float]:
+        """Judge `shift` on these examples: the scalar metrics by name, and `examples`, their number."""
+        ...
+
+
+class SigmaLearner:
+    """The learner of the real method."""
+
+    def __init__(
+        self, backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
+    ) -> None:
+        # torch and open_clip take seconds to import; a server that only reads settings need not pay.
+        from fedsigma.common.backbones import load_backbone
+        from fedsigma.common.sigma import Selection, SigmaModel
+        from fedsigma.common.training import Task
+
+        loaded = load_backbone(backbone)
+        selection = Selection(towers=sigma.towers, layers=sigma.layers, parts=sigma.parts)
+        self.sigma = SigmaModel.adapt(loaded.model, selection)
+        self.task = Task(loaded, self.sigma, prompts)
+        self.classes = len(classes)
+        self.layout: Layout = self.sigma.layout
+        self.fingerprint: Fingerprint = self.sigma.fingerprint
+        # Room for random crops without keeping full-size images in memory.
+        self.side = loaded.image_size * 3 // 2
+
+    def train(
+        self,
+        shift: Vector,
+        examples: Sequence[Any],
+        recipe: TrainingConfig,
+        *,
+        first_step: int,
+        steps: int,
+        total_steps: int,
+        seed: int,
+    ) -> Learned:
+        """See `Learner.train`."""
+        from fedsigma.common.training import train
+
+        self._set(shift)
+        result = train(
+            self.task,
+            list(examples),
+            _recipe(recipe),
+            first_step=first_step,
+            steps=steps,
+            total_steps=total_steps,
+            seed=seed,
+        )
+        trained = self.sigma.get_shift().detach().cpu().numpy().astype(np.float32)
+        return Learned(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
+
+    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> dict[str, float]:
+        """See `Learner.evaluate`."""
+        from fedsigma.common.metrics import score
+        from fedsigma.common.training import evaluate
+
+        self._set(shift)
+        predictions = evaluate(self.task, list(examples))
+        scores = score(predictions)
+        return {**scores.scalars(), "examples": len(examples)}
+
+    def _set(self, shift: Vector) -> None:
+        import torch
+
+        self.sigma.set_shift(torch.from_numpy(np.array(shift, dtype=np.float32)))
+
+
+def _recipe(recipe: TrainingConfig) -> Any:
+    from fedsigma.common.training import Recipe
+
+    return Recipe(
+        learning_rate=recipe.learning_rate,
+        batch_size=recipe.batch_size,
+        weight_decay=recipe.weight_decay,
+        schedule=recipe.schedule,
+        final_learning_rate=recipe.final_learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        augment=recipe.augment,
+        proximal=recipe.proximal,
+        precision=recipe.precision,
+    )
+
+
+@lru_cache(maxsize=2)
+def _built(
+    build: Callable[..., Learner],
+    backbone: str,
+    sigma: SigmaConfig,
+    classes: tuple[str, ...],
+    prompts: tuple[str, ...],
+) -> Learner:
+    return build(backbone, sigma, classes, prompts)
+
+
+builder: Callable[..., Learner] = SigmaLearner
+"""Builds a learner from backbone, selection, classes and prompts; tests put a small one here."""
+
+
+def open_learner(
+    backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
+) -> Learner:
+    """Return the learner for this backbone and these classes, building it at most once per process."""
+    return _built(builder, backbone, sigma, classes, prompts)
+
+
+def seed_for(seed: int, *place: str | int) -> int:
+    """Derive the seed of one piece of work, such as a site's training in one round, from the study's.
+
+    Sites must not share a seed (they would draw the same augmentations), and a resumed run must draw what
+    the interrupted one would have drawn.
+    """
+    text = ":".join(str(part) for part in (seed, *place))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

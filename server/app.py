@@ -1,0 +1,239 @@
+"""The ServerApp: one study from its first handshake to its summary."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedsigma.common.config import ConfigError, StudyConfig, load_study
+from fedsigma.common.learner import Learner, open_learner
+from fedsigma.common.protocol import METRICS, Evaluation
+from fedsigma.server.averaging import ARRAY, make_averaging, restore_state
+from fedsigma.server.baselines import Baselines, result
+from fedsigma.server.exchange import Exchange
+from fedsigma.server.roster import Roster
+from fedsigma.server.store import POOLED, RunFolder
+from fedsigma.server.strategy import SigmaStrategy, state_path
+
+__all__ = ["app", "runs_folder"]
+
+app = ServerApp()
+
+
+class NoModel(RuntimeError):
+    """No round produced a model."""
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the study that the run configuration names; raises, so that Flower calls the run failed."""
+    started = time.monotonic()
+    config = context.run_config
+    study = _study(config)
+    averaging = make_averaging(study)
+    folder, resumed = _folder(config, study)
+    print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
+    folder.event("run_start", study=study.name, run=str(context.run_id), resume=resumed)
+    try:
+        learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
+        shift, done = _starting_point(folder, study, learner) if resumed else (_zero(learner), 0)
+        if done:
+            restore_state(averaging, state_path(folder, done), size=learner.layout.size)
+        exchange = Exchange(grid)
+        roster = Roster(exchange, folder, study, learner.fingerprint)
+        roster.wait()
+        strategy = SigmaStrategy(
+            averaging,
+            study=study,
+            exchange=exchange,
+            roster=roster,
+            folder=folder,
+            layout=learner.layout,
+            fingerprint=learner.fingerprint,
+            done=done,
+        )
+        shift = _rounds(strategy, grid, shift)
+        baselines = Baselines(exchange, roster, folder, study, learner.layout)
+        summary = _results(folder, study, baselines, learner, shift, started)
+        folder.event("run_end", ok=True, reason="")
+    except BaseException as error:
+        folder.event("run_end", ok=False, reason=str(error) or type(error).__name__)
+        raise
+    _report(folder, summary)
+
+
+def runs_folder() -> Path:
+    """Return where run folders go unless the run says otherwise: $FEDSIGMA_RUNS, or ~/fedsigma-runs."""
+    return Path(os.environ.get("FEDSIGMA_RUNS") or Path.home() / "fedsigma-runs").expanduser().resolve()
+
+
+def _study(config: Mapping[str, Any]) -> StudyConfig:
+    """Read the study, with the run's own rounds and seed where they are given (0 and -1: the study's)."""
+    rounds, seed = int(config.get("rounds", 0)), int(config.get("seed", -1))
+    study = load_study(str(config["study"]))
+    return study.replaced(rounds=rounds if rounds > 0 else None, seed=seed if seed >= 0 else None)
+
+
+def _folder(config: Mapping[str, Any], study: StudyConfig) -> tuple[RunFolder, bool]:
+    """Open the run folder, a new one or the one to go on with."""
+    out = str(config.get("out", ""))
+    if bool(config.get("resume", False)):
+        if not out:
+            raise ConfigError('resume=true needs out="PATH", the run folder to go on with')
+        folder = RunFolder.open(Path(out).expanduser().resolve())
+        _same_study(study, StudyConfig.from_yaml(folder.study_yaml, where=str(folder.path)), folder.path)
+        return folder, True
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    path = Path(out).expanduser() if out else runs_folder() / f"{study.name}-{stamp}-s{study.seed}"
+    return RunFolder.create(path.resolve(), study.to_yaml()), False
+
+
+def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
+    """Refuse to go on with a run of another study.
+
+    Raises:
+        ConfigError: a setting that shapes the result differs.
+    """
+    # Waiting times do not shape the result, and may be why the run was interrupted.
+    different = [
+        line
+        for line in set(now.to_yaml().splitlines()) ^ set(then.to_yaml().splitlines())
+        if not re.match(r"\s*(round_timeout_s|wait_for_sites_s|min_sites):", line)
+    ]
+    if different:
+        keys = sorted({line.strip().split(":")[0] for line in different})
+        raise ConfigError(
+            f"{path} holds a run with other settings ({', '.join(keys)}): resume with the same study, rounds"
+            " and seed, or start anew in another folder"
+        )
+
+
+def _zero(learner: Learner) -> np.ndarray:
+    return np.zeros(learner.layout.size, dtype=np.float32)
+
+
+def _starting_point(folder: RunFolder, study: StudyConfig, learner: Learner) -> tuple[np.ndarray, int]:
+    """Return the saved shift and its round, or zero if the run was interrupted before its first."""
+    from fedsigma.common.sigma import Fingerprint
+
+    if not folder.has_sigma:
+        return _zero(learner), 0
+    saved = folder.load_sigma()
+    difference = learner.fingerprint.compare(Fingerprint.from_json(saved.fingerprint_json))
+    if difference:
+        raise ConfigError(f"{folder.path} cannot be gone on with: {difference}")
+    return saved.shift.numpy(), min(saved.round, study.federation.rounds)
+
+
+def _rounds(strategy: SigmaStrategy, grid: Grid, shift: np.ndarray) -> np.ndarray:
+    """Run the rounds that are left and return the final shift.
+
+    Raises:
+        NoModel: there were rounds to run, and none produced a model.
+    """
+    study = strategy.study
+    left = study.federation.rounds - strategy.done
+    if left == 0:
+        return shift
+    found = strategy.start(
+        grid,
+        ArrayRecord({ARRAY: Array(shift)}),
+        num_rounds=left,
+        timeout=study.federation.round_timeout_s,
+    )
+    if strategy.models == 0:
+        raise NoModel(
+            f"none of {left} rounds had {study.federation.min_sites} accepted replies:"
+            f" see the events in {strategy.folder.path / 'events.jsonl'}"
+        )
+    return np.asarray(found.arrays[ARRAY].numpy(), dtype=np.float32)
+
+
+def _results(
+    folder: RunFolder,
+    study: StudyConfig,
+    baselines: Baselines,
+    learner: Learner,
+    shift: np.ndarray,
+    started: float,
+) -> dict[str, Any]:
+    """Judge the final model and the study's baselines, and write the summary after each of them."""
+    last = study.federation.rounds + 1
+    wanted, judged = {"federated": shift}, {}
+    if "zero_shot" in study.baselines:
+        judged["zero_shot"] = _first_round(folder)
+        if set(baselines.roster.present().values()) - set(judged["zero_shot"]):
+            # A site failed in the first round; asking all again here costs no further message.
+            wanted["zero_shot"] = _zero(learner)
+    judged |= baselines.judge(wanted, round=last)
+    if not judged["federated"]:
+        raise NoModel("no site could evaluate the final model")
+    for site, one in judged["federated"].items():
+        folder.round_row(last, site, one.metrics(), 0, 0, "accepted")
+    final = result(judged["federated"])
+    folder.round_row(last, POOLED, final["metrics"], 0, 0, "pooled")
+
+    summary: dict[str, Any] = {"study": study.name, "rounds": study.federation.rounds}
+    summary |= {"sites": sorted(judged["federated"]), **_traffic(folder)}
+    if "zero_shot" in judged:
+        summary["zero_shot"] = result(judged["zero_shot"])
+        pooled = summary["zero_shot"]["metrics"]
+        folder.event("baseline", method="zero_shot", site=POOLED, metrics=pooled)
+    summary["federated"] = final
+    steps = {
+        "local_only": baselines.local_only,
+        "pooled": lambda: baselines.pooled(learner),
+    }
+    for method, compute in steps.items():
+        _write(folder, summary, started)
+        if method in study.baselines and (found := compute()):
+            summary[method] = found
+    _write(folder, summary, started)
+    return summary
+
+
+def _first_round(folder: RunFolder) -> dict[str, Evaluation]:
+    """Return the sites' evaluations of the zero shift, which every site tells in round 1."""
+    found = {}
+    for row in folder.rounds():
+        if row["round"] == 1 and row["status"] == "accepted" and row["test_examples"]:
+            told = {name: math.nan if row[name] is None else row[name] for name in METRICS}
+            found[row["site"]] = Evaluation(**told, test_examples=row["test_examples"])
+    return found
+
+
+def _write(folder: RunFolder, summary: dict[str, Any], started: float) -> None:
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    folder.summary(summary)
+
+
+def _traffic(folder: RunFolder) -> dict[str, int]:
+    """Return the bytes of one site's exchange in one round, both ways: the mean over accepted replies."""
+    rows = [row for row in folder.rounds() if row["status"] == "accepted" and row["bytes_up"]]
+    count = max(1, len(rows))
+    return {
+        f"bytes_{way}_per_site_round": round(sum(row[f"bytes_{way}"] for row in rows) / count)
+        for way in ("up", "down")
+    }
+
+
+def _report(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """Write the report and say where everything is. A report that fails does not undo the run."""
+    for method in ("zero_shot", "local_only", "pooled", "federated"):
+        if method in summary:
+            print(f"FedSigma: {method:<10} accuracy {summary[method]['accuracy']:.4f}", flush=True)
+    try:
+        from fedsigma.server.report import write_report
+
+        print(f"FedSigma: report {write_report(folder)}", flush=True)
+    except Exception as error:
+        print(f"FedSigma: the report could not be written: {error}", flush=True)

@@ -1,0 +1,134 @@
+"""Flower's averaging strategies by name, and what has to be kept of them to go on after an interruption."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+
+from fedsigma.common.config import ConfigError, StudyConfig
+from fedsigma.common.reading import nearest
+
+__all__ = [
+    "ARRAY",
+    "EXAMPLES",
+    "LOSS",
+    "forget_model",
+    "make_averaging",
+    "proximal",
+    "restore_state",
+    "save_state",
+]
+
+ARRAY = "shift"
+EXAMPLES = "num-examples"
+LOSS = "train_loss"
+
+_STRATEGIES: dict[str, type[FedAvg]] = {
+    "fedavg": flower.FedAvg,
+    "fedprox": flower.FedProx,
+    "fedavgm": flower.FedAvgM,
+    "fedadam": flower.FedAdam,
+    "fedyogi": flower.FedYogi,
+    "fedmedian": flower.FedMedian,
+    "fedtrimmedavg": flower.FedTrimmedAvg,
+    "krum": flower.Krum,
+    "multikrum": flower.MultiKrum,
+    "qfedavg": flower.QFedAvg,
+}
+# Choosing sites, naming records and averaging metrics are not the inner strategy's business here.
+_OURS = set(inspect.signature(FedAvg.__init__).parameters) | {"train_loss_key"}
+
+
+def make_averaging(study: StudyConfig) -> FedAvg:
+    """Build the Flower strategy that the study names, with the study's options for it.
+
+    Raises:
+        ConfigError: an option is not one of the strategy's, or the strategy refuses its value.
+    """
+    name, options = study.federation.strategy, dict(study.federation.options)
+    cls = _STRATEGIES[name]
+    own = [key for key in inspect.signature(cls.__init__).parameters if key not in _OURS]
+    for key in options:
+        if key not in own:
+            hint = nearest(key, own) if own else f": {name} has no options"
+            raise ConfigError(f"federation.options.{key} is not an option of {name}{hint}")
+    if name == "qfedavg":
+        options.setdefault("client_learning_rate", study.training.learning_rate)
+    if name == "fedprox":
+        options.setdefault("proximal_mu", study.training.proximal)
+    try:
+        return cls(
+            min_train_nodes=1,
+            min_evaluate_nodes=1,
+            min_available_nodes=1,
+            weighted_by_key=EXAMPLES,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"federation.options: {name} refuses {options}: {error}") from error
+
+
+def proximal(averaging: FedAvg, study: StudyConfig) -> float:
+    """Return the weight of the proximal term at the sites: FedProx's own, else the training recipe's."""
+    return float(getattr(averaging, "proximal_mu", study.training.proximal))
+
+
+def forget_model(averaging: FedAvg) -> None:
+    """Make FedAvgM take the model of this round as its starting point, as the other strategies do.
+
+    It keeps the model it made; ours is rounded to float32 for the wire, and a resumed run has no other.
+    """
+    if isinstance(averaging, flower.FedAvgM):
+        averaging.current_arrays = None
+
+
+def save_state(averaging: FedAvg, path: Path) -> None:
+    """Write the strategy's momentum arrays, if it has any, to a safetensors file."""
+    from safetensors.numpy import save
+
+    from fedsigma.common.artefact import write_atomic
+
+    arrays = _state(averaging)
+    if arrays:
+        write_atomic(path, save(arrays))
+
+
+def restore_state(averaging: FedAvg, path: Path, *, size: int) -> None:
+    """Put back what `save_state` wrote; a strategy without state, or a file never written, changes nothing.
+
+    Shapes: every array is (size,).
+
+    Raises:
+        ConfigError: the file does not read or does not fit this study.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        return
+    try:
+        arrays = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete it to go on without momentum") from error
+    fits = all(array.shape == (size,) and bool(np.isfinite(array).all()) for array in arrays.values())
+    if not fits or not set(arrays) <= {"momentum", "first", "second"}:
+        raise ConfigError(f"{path} is not of this study: delete it to go on without momentum")
+    if isinstance(averaging, flower.FedAvgM) and "momentum" in arrays:
+        averaging.momentum_vector = [arrays["momentum"]]
+    elif {"first", "second"} <= set(arrays) and isinstance(averaging, flower.FedAdam | flower.FedYogi):
+        averaging.m_t, averaging.v_t = {ARRAY: arrays["first"]}, {ARRAY: arrays["second"]}
+
+
+def _state(averaging: Any) -> dict[str, NDArray[Any]]:
+    if isinstance(averaging, flower.FedAvgM) and averaging.momentum_vector:
+        return {"momentum": np.ascontiguousarray(averaging.momentum_vector[0])}
+    if isinstance(averaging, flower.FedAdam | flower.FedYogi) and averaging.m_t and averaging.v_t:
+        first, second = averaging.m_t[ARRAY], averaging.v_t[ARRAY]
+        return {"first": np.ascontiguousarray(first), "second": np.ascontiguousarray(second)}
+    return {}

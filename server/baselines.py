@@ -1,0 +1,194 @@
+"""What the federated model is compared with: no training, each site alone, and all images in one place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsigma.common.codec import encode
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.learner import Learner, seed_for
+from fedsigma.common.protocol import (
+    METRICS,
+    EvaluateReply,
+    EvaluateTask,
+    Evaluation,
+    ProtocolError,
+    Setup,
+    TrainTask,
+    from_content,
+)
+from fedsigma.server.replies import Rejected, accept_training, pool
+from fedsigma.server.store import POOLED
+
+if TYPE_CHECKING:
+    from fedsigma.common.sigma import Layout
+    from fedsigma.server.exchange import Exchange
+    from fedsigma.server.roster import Roster
+    from fedsigma.server.store import RunFolder
+
+__all__ = ["Baselines", "result"]
+
+Vector = NDArray[np.float32]
+# Several shifts go to a site in one message; this keeps it below what a proxy lets through.
+SHIFT_BYTES_A_MESSAGE = 8 * 1024 * 1024
+
+
+def result(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Put one method's evaluations into the form of summary.json: accuracy, per_site and metrics."""
+    metrics = pool(evaluations)
+    per_site = {site: one.accuracy for site, one in evaluations.items() if one.test_examples}
+    return {"accuracy": metrics.get("accuracy"), "per_site": per_site, "metrics": metrics}
+
+
+class Baselines:
+    """Asks the sites for evaluations, and computes the methods to compare with."""
+
+    def __init__(
+        self, exchange: Exchange, roster: Roster, folder: RunFolder, study: StudyConfig, layout: Layout
+    ) -> None:
+        self.exchange, self.roster, self.folder = exchange, roster, folder
+        self.study, self.layout = study, layout
+
+    def judge(self, shifts: Mapping[str, Vector], *, round: int) -> dict[str, dict[str, Evaluation]]:
+        """Have every site evaluate every shift: name of the shift -> site -> its evaluation.
+
+        A site that fails is recorded and left out.
+        """
+        coded = {name: encode(shift, layout_digest=self.layout.digest) for name, shift in shifts.items()}
+        names = list(coded)
+        most = max(1, SHIFT_BYTES_A_MESSAGE // max(len(data) for data in coded.values()))
+        found: dict[str, dict[str, Evaluation]] = {name: {} for name in names}
+        for start in range(0, len(names), most):
+            part = names[start : start + most]
+            task = EvaluateTask(
+                setup=Setup.of(self.study), round=round, shifts=tuple(coded[name] for name in part)
+            )
+            for site, evaluations in self._evaluate(task).items():
+                for name, evaluation in zip(part, evaluations, strict=True):
+                    found[name][site] = evaluation
+        return found
+
+    def _evaluate(self, task: EvaluateTask) -> dict[str, tuple[Evaluation, ...]]:
+        sites = self.roster.present()
+        timeout = self.study.federation.round_timeout_s
+        answers = self.exchange.ask(dict.fromkeys(sites, task), kind="evaluate", timeout=timeout)
+        found = {}
+        for node, answer in answers.items():
+            site = sites[node]
+            if answer.late:
+                self.folder.event("site_late", round=task.round, site=site)
+            elif answer.content is None:
+                self.folder.event("site_failed", round=task.round, site=site, reason=answer.failure)
+            else:
+                try:
+                    reply = from_content(EvaluateReply, answer.content)
+                    if len(reply.evaluations) != len(task.shifts):
+                        raise ProtocolError(
+                            f"{len(reply.evaluations)} evaluations came for {len(task.shifts)} shifts"
+                        )
+                    found[site] = reply.evaluations
+                except ProtocolError as error:
+                    self.folder.event("reply_rejected", round=task.round, site=site, reason=str(error))
+        return found
+
+    def local_only(self) -> dict[str, Any]:
+        """Train each site alone for as many steps as in the federation, and judge each model everywhere.
+
+        `accuracy` and `per_site` judge each site's model on its own test images; `everywhere` and
+        `everywhere_per_site` judge each site's model on all sites' test images.
+        """
+        shifts = self._train_alone()
+        if not shifts:
+            return {}
+        judged = self.judge(shifts, round=self.study.federation.rounds + 1)
+        home = {site: judged[site][site] for site in shifts if site in judged[site]}
+        everywhere = {site: pool(judged[site]).get("accuracy") for site in shifts}
+        known = [value for value in everywhere.values() if value is not None]
+        summary = result(home)
+        summary["everywhere"] = sum(known) / len(known) if known else None
+        summary["everywhere_per_site"] = everywhere
+        self._record("local_only", home)
+        return summary
+
+    def _train_alone(self) -> dict[str, Vector]:
+        sites = self.roster.present()
+        steps = self.study.training.local_steps * self.study.federation.rounds
+        task = TrainTask(
+            setup=Setup.of(self.study),
+            recipe=self.study.training,
+            mode="local",
+            round=1,
+            cohort=1,
+            first_step=0,
+            steps=steps,
+            total_steps=steps,
+            codec=self.study.federation.codec,
+            evaluate=False,
+            shift=encode(np.zeros(self.layout.size, np.float32), layout_digest=self.layout.digest),
+        )
+        timeout = self.study.federation.round_timeout_s * self.study.federation.rounds
+        answers = self.exchange.ask(dict.fromkeys(sites, task), kind="train", timeout=timeout)
+        shifts: dict[str, Vector] = {}
+        for node, answer in answers.items():
+            reason = answer.failure or "no reply in time"
+            try:
+                if answer.content is None:
+                    raise Rejected(reason)
+                accepted = accept_training(answer.content, study=self.study, layout=self.layout, steps=steps)
+                shifts[sites[node]] = accepted.shift
+            except Rejected as error:
+                self.folder.event(
+                    "baseline", method="local_only", site=sites[node], metrics={}, reason=str(error)
+                )
+        return shifts
+
+    def pooled(self, learner: Learner) -> dict[str, Any]:
+        """Train on all sites' images in this process, for all sites' steps together; a simulation only."""
+        from fedsigma.common.sites import load_site, simulated_sites
+
+        study, data = self.study, self.study.data
+        if data is None:
+            return {}
+        text = json.dumps(asdict(data), sort_keys=True)
+        source, parts = simulated_sites(text, study.classes, study.seed)
+        images = {
+            name: load_site(
+                source,
+                records,
+                name=name,
+                classes=study.classes,
+                shots=study.shots,
+                seed=study.seed,
+                side=learner.side,
+            )
+            for name, records in parts.items()
+        }
+        steps = len(images) * study.federation.rounds * study.training.local_steps
+        learned = learner.train(
+            np.zeros(self.layout.size, np.float32),
+            [example for one in images.values() for example in one.train],
+            study.training,
+            first_step=0,
+            steps=steps,
+            total_steps=steps,
+            seed=seed_for(study.seed, "pooled"),
+        )
+        judged = {}
+        for name, one in images.items():
+            if one.test:
+                scores = learner.evaluate(learned.shift, one.test)
+                metrics = {key: float(scores.get(key, float("nan"))) for key in METRICS}
+                judged[name] = Evaluation(**metrics, test_examples=len(one.test))
+        self._record("pooled", judged)
+        return result(judged)
+
+    def _record(self, method: str, evaluations: Mapping[str, Evaluation]) -> None:
+        for site, one in evaluations.items():
+            self.folder.event("baseline", method=method, site=site, metrics=one.metrics())
+        self.folder.event("baseline", method=method, site=POOLED, metrics=pool(evaluations))

@@ -1,0 +1,95 @@
+"""What the server demands of a reply before it counts, and how the sites' evaluations are put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsigma.common.codec import CodecError, decode
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.protocol import METRICS, Evaluation, ProtocolError, TrainReply, from_content
+
+if TYPE_CHECKING:
+    from fedsigma.common.sigma import Layout
+
+__all__ = ["Accepted", "Rejected", "accept_training", "pool"]
+
+
+class Rejected(ValueError):
+    """A reply does not count; the text says why, in one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """A training reply that counts. Shapes: shift (layout size,) float32. weight: its share in the mean."""
+
+    shift: NDArray[np.float32]
+    weight: int
+    reply: TrainReply
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The scalars that the site told."""
+        told = {"loss": self.reply.loss, "examples": self.reply.examples}
+        return {**self.reply.evaluation.metrics(), **told}
+
+
+def accept_training(content: Any, *, study: StudyConfig, layout: Layout, steps: int) -> Accepted:
+    """Check a training reply against the study.
+
+    Args:
+        content: the reply's record.
+        study: the study, with its bounds.
+        layout: the layout every shift of the study has.
+        steps: the steps that were asked for.
+
+    Raises:
+        Rejected: its form, layout digest, length, type, finiteness, norm or example count is not in order.
+    """
+    federation = study.federation
+    try:
+        reply = from_content(TrainReply, content)
+        shift = decode(reply.shift, layout_digest=layout.digest, size=layout.size, level=federation.codec)
+    except (ProtocolError, CodecError) as error:
+        raise Rejected(str(error)) from error
+    norm = float(np.linalg.norm(shift.astype(np.float64)))
+    if federation.norm_bound is not None and norm > federation.norm_bound:
+        raise Rejected(f"the shift's norm {norm:.4g} is above the bound {federation.norm_bound:g}")
+    if reply.examples > study.max_examples_per_site:
+        raise Rejected(
+            f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"
+            f" classes allow {study.max_examples_per_site}"
+        )
+    if reply.steps > steps:
+        raise Rejected(f"{reply.steps} steps were taken, {steps} were asked for")
+    if len(reply.class_counts) not in (0, len(study.classes)):
+        raise Rejected(f"{len(reply.class_counts)} class counts were told for {len(study.classes)} classes")
+    return Accepted(
+        shift=shift, weight=min(reply.examples, federation.max_examples or reply.examples), reply=reply
+    )
+
+
+def pool(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Put the sites' evaluations together, each site weighted by its number of test images.
+
+    The accuracy is exact: right answers of all sites over test images of all sites. The other metrics are
+    means of the sites' values, without the sites where a metric cannot be computed.
+    """
+    told = [one for one in evaluations.values() if one.test_examples > 0]
+    total = sum(one.test_examples for one in told)
+    if not total:
+        return {"test_examples": 0}
+    pooled: dict[str, float] = {}
+    for name in METRICS:
+        known = [(getattr(one, name), one.test_examples) for one in told]
+        known = [(value, count) for value, count in known if not math.isnan(value)]
+        if known:
+            pooled[name] = sum(value * count for value, count in known) / sum(count for _, count in known)
+    # Each accuracy is a count over a count; rounding gives the count back exactly.
+    pooled["accuracy"] = sum(round(one.accuracy * one.test_examples) for one in told) / total
+    return {**pooled, "test_examples": total}

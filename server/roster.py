@@ -1,0 +1,140 @@
+"""Who takes part: the handshake with each site, and waiting until enough sites are there."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.protocol import (
+    HELLO,
+    PROBLEMS,
+    PROTOCOL,
+    Hello,
+    HelloReply,
+    ProtocolError,
+    Setup,
+    from_content,
+)
+
+if TYPE_CHECKING:
+    from fedsigma.common.sigma import Fingerprint
+    from fedsigma.server.exchange import Answer, Exchange
+    from fedsigma.server.store import RunFolder
+
+__all__ = ["Roster", "TooFewSites", "WrongSiteCount"]
+
+# A site that was refused is asked again after this time: its people may have put it right.
+RETRY_S = 60.0
+LOOK_S = 1.0
+
+
+class TooFewSites(RuntimeError):
+    """Not enough sites were there by the deadline."""
+
+
+class WrongSiteCount(RuntimeError):
+    """A simulation was started with another number of sites than its study has."""
+
+
+class Roster:
+    """The sites that have shown the study's fingerprint, by node id."""
+
+    def __init__(
+        self, exchange: Exchange, folder: RunFolder, study: StudyConfig, fingerprint: Fingerprint
+    ) -> None:
+        self.names: dict[int, str] = {}
+        self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
+        self._ask_again: dict[int, float] = {}
+        self._reasons: dict[str, str] = {}
+        self._sites = 0
+
+    def present(self) -> dict[int, str]:
+        """Greet whoever is new and return the sites that are online and ready, node id -> name, by name."""
+        online = self._exchange.online()
+        now = time.monotonic()
+        new = [n for n in online if n not in self.names and self._ask_again.get(n, 0.0) <= now]
+        if new:
+            self._greet(sorted(new), online)
+        ready = [node for node in self.names if node in online]
+        return {node: self.names[node] for node in sorted(ready, key=lambda node: self.names[node])}
+
+    def wait(self) -> dict[int, str]:
+        """Wait until enough sites are ready: min_sites, and in a simulation all.
+
+        Raises:
+            TooFewSites: they are not there after the study's wait_for_sites_s.
+            WrongSiteCount: a simulation has another number of sites than its study.
+        """
+        federation = self._study.federation
+        deadline = time.monotonic() + federation.wait_for_sites_s
+        while True:
+            ready = self.present()
+            # A simulation's sites cannot come later; one that was refused there is left out.
+            settled = len(ready) + len(self._reasons) >= self._sites
+            if len(ready) >= federation.min_sites and settled:
+                return ready
+            if time.monotonic() >= deadline:
+                refused = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._reasons.items()))
+                raise TooFewSites(
+                    f"{len(ready)} of at least {federation.min_sites} sites were ready after"
+                    f" {federation.wait_for_sites_s:g} s" + (f" (refused: {refused})" if refused else "")
+                )
+            time.sleep(LOOK_S)
+
+    def _greet(self, nodes: list[int], online: set[int]) -> None:
+        hello = Hello(protocol=PROTOCOL, setup=Setup.of(self._study), fingerprint=self._fingerprint.to_json())
+        timeout = self._study.federation.round_timeout_s
+        answers = self._exchange.ask(dict.fromkeys(nodes, hello), kind=HELLO, timeout=timeout)
+        for node, answer in answers.items():
+            self._ask_again[node] = time.monotonic() + RETRY_S
+            self._judge(node, answer, online)
+
+    def _judge(self, node: int, answer: Answer, online: set[int]) -> None:
+        """Take a site in, or record in one sentence why not."""
+        name = f"node {node}"
+        try:
+            if answer.content is None:
+                return self._refuse(name, answer.failure or "it did not answer the handshake in time")
+            reply = from_content(HelloReply, answer.content)
+        except ProtocolError as error:
+            return self._refuse(name, f"its answer to the handshake is not valid: {error}")
+        if reply.problem == "site-count" or (reply.sites and len(online) != reply.sites):
+            raise WrongSiteCount(
+                f"study '{self._study.name}' has {reply.sites} sites, this federation has {len(online)}:"
+                f" run it with --federation-config 'num-supernodes={reply.sites}'"
+            )
+        self._sites = max(self._sites, reply.sites)
+        reason = self._difference(reply) or self._taken(node, reply.site, online)
+        if reason:
+            return self._refuse(reply.site, reason)
+        self._reasons.pop(reply.site, None)
+        self._reasons.pop(name, None)
+        self.names[node] = reply.site
+        self._folder.event("site_ready", site=reply.site)
+        return None
+
+    def _difference(self, reply: HelloReply) -> str:
+        """Say why this site cannot take part; empty if it can."""
+        from fedsigma.common.sigma import Fingerprint
+
+        if reply.protocol != PROTOCOL:
+            return f"the site speaks version {reply.protocol} of the messages, the server {PROTOCOL}"
+        try:
+            theirs = Fingerprint.from_json(reply.fingerprint)
+        except (ValueError, RecursionError):
+            return PROBLEMS[reply.problem] or "the site's fingerprint does not read"
+        return self._fingerprint.compare(theirs) or PROBLEMS[reply.problem]
+
+    def _taken(self, node: int, name: str, online: set[int]) -> str:
+        for other, known in list(self.names.items()):
+            if known == name and other != node:
+                if other in online:
+                    return f"another site is already called '{name}'"
+                del self.names[other]  # it came back under a new node id
+        return ""
+
+    def _refuse(self, name: str, reason: str) -> None:
+        if self._reasons.get(name) != reason:
+            self._folder.event("site_refused", site=name, reason=reason)
+        self._reasons[name] = reason

@@ -1,0 +1,240 @@
+"""The rounds of a study, as a Flower strategy wrapped around one of Flower's own.
+
+This strategy decides who is asked, what is asked, and which replies count; the strategy inside it only
+averages. It is driven by Flower's own loop (`Strategy.start`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+from numpy.typing import NDArray
+
+from fedsigma.common.codec import encode
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.protocol import Setup, TrainTask
+from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal, save_state
+from fedsigma.server.exchange import Answer, Exchange, attribute
+from fedsigma.server.replies import Accepted, Rejected, accept_training, pool
+from fedsigma.server.roster import Roster
+from fedsigma.server.store import POOLED, RunFolder
+
+if TYPE_CHECKING:
+    from fedsigma.common.sigma import Fingerprint, Layout
+
+__all__ = ["SigmaStrategy", "state_path"]
+
+Vector = NDArray[np.float32]
+
+
+def state_path(folder: RunFolder, round: int) -> Path:
+    """Return where the inner strategy's momentum after a round is kept."""
+    return folder.path / f"strategy-{round}.safetensors"
+
+
+class SigmaStrategy(Strategy):
+    """One message a site and round: evaluate the incoming shift, train it, send it back.
+
+    Args:
+        averaging: Flower's strategy that averages.
+        study: the study; its rounds are those of the whole study, however often it was interrupted.
+        exchange, roster, folder: to reach the sites, to know who is ready, to keep what happens.
+        layout, fingerprint: of the server's own backbone.
+        done: the rounds that an earlier, interrupted run has finished.
+    """
+
+    def __init__(
+        self,
+        averaging: FedAvg,
+        *,
+        study: StudyConfig,
+        exchange: Exchange,
+        roster: Roster,
+        folder: RunFolder,
+        layout: Layout,
+        fingerprint: Fingerprint,
+        done: int = 0,
+    ) -> None:
+        self.averaging, self.study, self.exchange = averaging, study, exchange
+        self.roster, self.folder, self.layout, self.fingerprint = roster, folder, layout, fingerprint
+        self.done = done
+        self.models = 0
+        """How many rounds of this process have produced a model."""
+        self._cohort: dict[int, str] = {}
+        self._sent: dict[int, Message] = {}
+        self._started = 0.0
+
+    def summary(self) -> None:
+        """Log the inner strategy's settings."""
+        self.averaging.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Build this round's task for every site that is ready.
+
+        Raises:
+            TooFewSites: not enough sites are ready in time.
+        """
+        number = self.done + server_round
+        self._cohort = self.roster.wait()
+        self._started = time.monotonic()
+        self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
+        shift = arrays[ARRAY].numpy().astype(np.float32)
+        self._prepare_averaging(number, shift)
+        task = self._task(number, shift)
+        timeout = self.study.federation.round_timeout_s
+        self._sent = {
+            node: self.exchange.message(
+                node, task, kind=MessageType.TRAIN, timeout=timeout, group=str(number)
+            )
+            for node in self._cohort
+        }
+        return list(self._sent.values())
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check the replies, have the accepted ones averaged, and keep the result.
+
+        Raises:
+            RuntimeError: the inner strategy's result is not a finite shift of this layout.
+        """
+        number = self.done + server_round
+        answers = attribute(self._sent, replies)
+        accepted = {
+            node: reply
+            for node, answer in answers.items()
+            if (reply := self._judge(number, self._cohort[node], answer)) is not None
+        }
+        self._pooled_row(number, accepted)
+        enough = len(accepted) >= self.study.federation.min_sites
+        # One site's shift alone would go out to all others: a cohort below min_sites makes no model.
+        arrays = self._average(number, accepted) if enough else None
+        self.folder.event(
+            "round_end",
+            round=number,
+            sites=[self._cohort[node] for node in accepted],
+            seconds=round(time.monotonic() - self._started, 3),
+            ok=enough,
+        )
+        return arrays, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nothing: evaluation rides on the next round's task."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing: see `configure_evaluate`."""
+        return None
+
+    def _task(self, number: int, shift: Vector) -> TrainTask:
+        steps, rounds = self.study.training.local_steps, self.study.federation.rounds
+        return TrainTask(
+            setup=Setup.of(self.study),
+            recipe=replace(self.study.training, proximal=proximal(self.averaging, self.study)),
+            mode="round",
+            round=number,
+            cohort=len(self._cohort),
+            first_step=(number - 1) * steps,
+            steps=steps,
+            total_steps=rounds * steps,
+            codec=self.study.federation.codec,
+            evaluate=True,
+            shift=encode(shift, layout_digest=self.layout.digest),
+        )
+
+    def _prepare_averaging(self, number: int, shift: Vector) -> None:
+        """Tell the inner strategy the round's model; the messages that it builds are not used."""
+        forget_model(self.averaging)
+        arrays = ArrayRecord({ARRAY: Array(shift.astype(np.float64))})
+        list(self.averaging.configure_train(number, arrays, ConfigRecord(), _Cohort(self._cohort)))
+
+    def _judge(self, number: int, site: str, answer: Answer) -> Accepted | None:
+        """Record what came of one site, and return its reply if it counts."""
+        steps = self.study.training.local_steps
+        status, reason, accepted = "accepted", "", None
+        if answer.late:
+            status, reason = "late", f"no reply within {self.study.federation.round_timeout_s:g} s"
+            self.folder.event("site_late", round=number, site=site)
+        elif answer.content is None:
+            status, reason = "failed", answer.failure
+            self.folder.event("site_failed", round=number, site=site, reason=reason)
+        else:
+            try:
+                accepted = accept_training(answer.content, study=self.study, layout=self.layout, steps=steps)
+            except Rejected as error:
+                status, reason = "rejected", str(error)
+                self.folder.event("reply_rejected", round=number, site=site, reason=reason)
+        metrics = accepted.metrics if accepted else {}
+        if accepted:
+            self.folder.event(
+                "reply_accepted", round=number, site=site, bytes=answer.bytes_up, metrics=metrics
+            )
+        self.folder.round_row(number, site, metrics, answer.bytes_up, answer.bytes_down, status, reason)
+        return accepted
+
+    def _pooled_row(self, number: int, accepted: dict[int, Accepted]) -> None:
+        if not accepted:
+            return
+        replies = [one.reply for one in accepted.values()]
+        examples = sum(reply.examples for reply in replies)
+        metrics = pool({self._cohort[node]: one.reply.evaluation for node, one in accepted.items()})
+        metrics["loss"] = sum(reply.loss * reply.examples for reply in replies) / examples
+        metrics["examples"] = examples
+        self.folder.round_row(number, POOLED, metrics, 0, 0, "pooled")
+
+    def _average(self, number: int, accepted: dict[int, Accepted]) -> ArrayRecord:
+        """Have the inner strategy average the accepted shifts, and save what comes out."""
+        messages = [self._plain(self._sent[node], one) for node, one in accepted.items()]
+        arrays, _ = self.averaging.aggregate_train(number, messages)
+        shift = np.zeros(0) if arrays is None else arrays[ARRAY].numpy().astype(np.float32)
+        if shift.shape != (self.layout.size,) or not bool(np.isfinite(shift).all()):
+            name = self.study.federation.strategy
+            raise RuntimeError(f"{name} gave no finite shift in round {number}: check federation.options")
+        save_state(self.averaging, state_path(self.folder, number))
+        self.folder.save_sigma(
+            shift,
+            layout_json=self.layout.to_json(),
+            fingerprint_json=self.fingerprint.to_json(),
+            study_yaml=self.study.to_yaml(),
+            round=number,
+        )
+        for old in self.folder.path.glob("strategy-*.safetensors"):
+            if old != state_path(self.folder, number):
+                old.unlink(missing_ok=True)
+        self.models += 1
+        return ArrayRecord({ARRAY: Array(shift)})
+
+    def _plain(self, sent: Message, accepted: Accepted) -> Message:
+        """Build the reply that Flower's strategies expect. float64, so that the mean is rounded once."""
+        arrays = ArrayRecord({ARRAY: Array(accepted.shift.astype(np.float64))})
+        metrics = MetricRecord({EXAMPLES: accepted.weight, LOSS: accepted.reply.loss})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=sent)
+
+
+class _Cohort(Grid):
+    """A grid of the sites that are asked anyway, for the inner strategy to choose from; it sends nothing."""
+
+    def __init__(self, nodes: Iterable[int]) -> None:
+        self._nodes = list(nodes)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the cohort's node ids."""
+        return self._nodes
+
+    def _no(self, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError("the inner strategy averages only")
+
+    set_run = create_message = get_nodes = push_messages = pull_messages = send_and_receive = _no  # type: ignore[assignment]
+    run = property(_no)  # type: ignore[assignment]

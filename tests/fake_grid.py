@@ -1,0 +1,92 @@
+"""Drive a ServerApp against a ClientApp in one process: no Ray, no SuperLink."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity  # a Message needs an identity outside a task process
+
+SERVER = 1
+Tamper = Callable[[int, Message, Message], "Message | None"]
+
+
+class FakeGrid(Grid):
+    """Nodes 100, 101, ... answer at once. `tamper(node, task, reply)` may change a reply or return None.
+
+    Messages take the way through Flower's own serialisation only as objects: what arrives is what was sent.
+    """
+
+    def __init__(
+        self,
+        client_app: Any,
+        sites: int,
+        *,
+        node_config: dict[str, Any] | None = None,
+        tamper: Tamper | None = None,
+    ) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER
+        self.app, self.tamper = client_app, tamper
+        self.away: set[int] = set()
+        self.asked: list[tuple[int, str]] = []
+        self._numbers = itertools.count()
+        self.contexts = {
+            100 + i: Context(
+                run_id=1,
+                node_id=100 + i,
+                node_config={"partition-id": i, "num-partitions": sites, **(node_config or {})},
+                state=RecordDict(),
+                run_config={},
+            )
+            for i in range(sites)
+        }
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return [node for node in self.contexts if node not in self.away]
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node) for node in self.get_node_ids()]
+
+    def push_messages(self, messages: Any) -> Any:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        replies = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"m{next(self._numbers)}"
+            node = message.metadata.dst_node_id
+            self.asked.append((node, message.metadata.message_type))
+            if node in self.away:
+                continue
+            try:
+                reply = self.app(message, self.contexts[node])
+            except Exception as error:
+                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error)), reply_to=message)
+            reply = self.tamper(node, message, reply) if self.tamper else reply
+            if reply is not None:
+                replies.append(reply)
+        return replies
+
+
+def gone(task: Message, code: int = 5) -> Message:
+    """The error that Flower makes up for a node that went away: it seems to come from the server."""
+    reply = Message(Error(code, "Node Unavailable: /secret/path"), reply_to=task)
+    reply.metadata.__dict__["_src_node_id"] = SERVER
+    return reply

@@ -1,0 +1,98 @@
+"""A federation without a model: each site's shift moves towards a target of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsigma.client import site as client_site
+from fedsigma.common import learner as learning
+from fedsigma.common import sites
+from fedsigma.common.learner import Learned
+from fedsigma.common.sigma import Entry, Fingerprint, Layout
+
+SIZE = 6
+NAMES = ("barcelona", "bccd", "cellavision", "jiangxi")
+TARGETS = {name: np.arange(SIZE, dtype=np.float32) * (i + 1) / 10 for i, name in enumerate(NAMES)}
+# Sites of different size, so that a plain mean and a weighted mean differ.
+IMAGES = {name: 2 * (i + 1) for i, name in enumerate(NAMES)}
+LAYOUT = Layout((Entry(weight="w", part="q", tower="image", layer=0, offset=0, size=SIZE, rows=(0, SIZE)),))
+FINGERPRINT = Fingerprint("a" * 64, LAYOUT.digest, ((1.0, 2.0),))
+STUDY = """
+name: fake
+backbone: fake
+classes: [a, b]
+shots: 4
+data: {source: demo}
+training: {local_steps: 5}
+federation: {rounds: 3, min_sites: 2, round_timeout_s: 5, wait_for_sites_s: 0}
+baselines: [zero_shot, local_only, pooled]
+"""
+
+
+class FakeLearner:
+    """See `fedsigma.common.learner.Learner`."""
+
+    side = 32
+    layout = LAYOUT
+    fingerprint = FINGERPRINT
+
+    def __init__(self, backbone: str, sigma: Any, classes: Any, prompts: Any) -> None:
+        if backbone == "other":
+            self.fingerprint = Fingerprint("b" * 64, LAYOUT.digest, ((1.0, 2.0),))
+
+    def train(
+        self,
+        shift: Any,
+        examples: Any,
+        recipe: Any,
+        *,
+        first_step: int,
+        steps: int,
+        total_steps: int,
+        seed: int,
+    ) -> Learned:
+        target = np.mean([one.target for one in examples], axis=0)
+        # The step size depends on the place in the schedule, and the seed adds its part: a resumed run that
+        # loses either ends elsewhere.
+        pull = sum(0.05 * (1 - step / total_steps) for step in range(first_step, first_step + steps))
+        noise = np.random.default_rng(seed).normal(size=SIZE) * 1e-3
+        moved = (shift + pull * (target - shift) + noise).astype(np.float32)
+        return Learned(shift=moved, loss=1.0, steps=steps, examples=len(examples))
+
+    def evaluate(self, shift: Any, examples: Any) -> dict[str, float]:
+        distance = float(np.linalg.norm(shift - examples[0].target))
+        right = round(len(examples) / (1 + distance))
+        return {"accuracy": right / len(examples), "balanced_accuracy": 0.5, "f1": 0.5, "ece": 0.1}
+
+
+def parts(data: str, classes: Any, seed: int) -> Any:
+    names = json.loads(data)["options"].get("names", list(NAMES))
+    return "source", {name: [name] for name in names}
+
+
+def load(source: Any, records: Any, *, name: str, **options: Any) -> Any:
+    if name == "broken":
+        raise FileNotFoundError("/data/patient-0815.png")
+    examples = [SimpleNamespace(target=TARGETS[name], label=i % 2) for i in range(IMAGES[name])]
+    return SimpleNamespace(name=name, train=examples, test=examples * 10)
+
+
+@pytest.fixture
+def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Put the fake learner and fake images in place of the real ones."""
+    monkeypatch.setattr(learning, "builder", FakeLearner)
+    monkeypatch.setattr(sites, "simulated_sites", parts)
+    monkeypatch.setattr(sites, "load_site", load)
+    monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
+    monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))
+    client_site._images.cache_clear()
+
+
+def digest_of(vector: np.ndarray) -> str:
+    return hashlib.sha256(vector.tobytes()).hexdigest()

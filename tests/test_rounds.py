@@ -1,0 +1,367 @@
+"""A whole study in one process: server and sites of the real apps, with a small learner behind them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_grid import FakeGrid, Tamper, gone
+from fake_learner import IMAGES, LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fedsigma.client.app import app as client
+from fedsigma.client.audit import verify
+from fedsigma.common import protocol
+from fedsigma.common.codec import decode, encode
+from fedsigma.common.reading import ConfigError
+from fedsigma.server.app import NoModel
+from fedsigma.server.app import app as server
+from fedsigma.server.roster import TooFewSites, WrongSiteCount
+from fedsigma.server.store import RunFolder
+
+pytestmark = pytest.mark.usefixtures("fake_method")
+
+
+def run(
+    tmp_path: Path,
+    study: str = STUDY,
+    *,
+    out: str = "out",
+    resume: bool = False,
+    rounds: int = 0,
+    sites: int = 4,
+    tamper: Tamper | None = None,
+) -> RunFolder:
+    file = tmp_path / "study.yaml"
+    file.write_text(study)
+    config: dict[str, Any] = {"study": str(file), "out": str(tmp_path / out), "resume": resume}
+    config |= {"seed": -1, "rounds": rounds}
+    grid = FakeGrid(client, sites, tamper=tamper)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    try:
+        server(grid, context)
+    finally:
+        run.grid = grid  # type: ignore[attr-defined]
+    return RunFolder.open(tmp_path / out)
+
+
+def events(folder: RunFolder, kind: str) -> list[dict]:
+    return [event for event in folder.events() if event["kind"] == kind]
+
+
+def out(tmp_path: Path, name: str = "out") -> RunFolder:
+    return RunFolder.open(tmp_path / name)
+
+
+def shift_of(folder: RunFolder) -> np.ndarray:
+    return folder.load_sigma().shift.numpy()
+
+
+def test_a_whole_study(tmp_path: Path) -> None:
+    folder = run(tmp_path)
+    summary = folder.read_summary()
+    assert summary["rounds"] == 3 and summary["sites"] == sorted(NAMES)
+    for method in ("zero_shot", "local_only", "pooled", "federated"):
+        assert set(summary[method]["per_site"]) == set(NAMES)
+    # Pooled accuracy is right answers over test images, not a mean of the sites' accuracies.
+    tests = {name: IMAGES[name] * 10 for name in NAMES}
+    per_site = summary["federated"]["per_site"]
+    right = sum(round(per_site[name] * tests[name]) for name in NAMES)
+    assert summary["federated"]["accuracy"] == right / sum(tests.values())
+    assert summary["federated"]["accuracy"] > summary["zero_shot"]["accuracy"]
+    assert set(summary["local_only"]["everywhere_per_site"]) == set(NAMES)
+    assert [event["round"] for event in events(folder, "round_end")] == [1, 2, 3]
+    assert events(folder, "run_end")[-1]["ok"] is True
+    saved = folder.load_sigma()
+    assert saved.round == 3 and saved.layout_json == LAYOUT.to_json()
+
+
+def test_one_message_a_site_and_round_and_one_after_the_last(tmp_path: Path) -> None:
+    run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[zero_shot]"))
+    asked = [kind for node, kind in run.grid.asked if node == 100]  # type: ignore[attr-defined]
+    assert asked == ["query.hello", "train", "train", "train", "evaluate"]
+
+
+def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
+    folder = run(tmp_path)
+    rows = {(row["round"], row["site"]): row for row in folder.rounds()}
+    summary = folder.read_summary()
+    assert {round for round, _ in rows} == {1, 2, 3, 4}
+    for name in NAMES:
+        assert rows[1, name]["accuracy"] == summary["zero_shot"]["per_site"][name]
+        assert rows[4, name]["accuracy"] == summary["federated"]["per_site"][name]
+        assert rows[1, name]["examples"] == IMAGES[name]
+    assert rows[4, "pooled"]["accuracy"] == summary["federated"]["accuracy"]
+    assert summary["bytes_up_per_site_round"] == rows[1, "bccd"]["bytes_up"] > 4 * LAYOUT.size
+
+
+def test_the_model_is_the_weighted_mean_of_the_sites_shifts(tmp_path: Path) -> None:
+    sent: dict[int, np.ndarray] = {}
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        if task.metadata.message_type == "train":
+            data = reply.content.config_records["fedsigma"]["shift"]
+            sent[node] = decode(data, layout_digest=LAYOUT.digest, size=LAYOUT.size)
+        return reply
+
+    folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"), rounds=1, tamper=watch)
+    weights = [IMAGES[name] for name in NAMES]
+    mean = np.average(np.stack([sent[100 + i] for i in range(4)]).astype(np.float64), axis=0, weights=weights)
+    np.testing.assert_array_equal(shift_of(folder), mean.astype(np.float32))
+
+
+def change_reply(node: int, **values: Any) -> Tamper:
+    """Make one site send other values than its app did."""
+
+    def tamper(sender: int, task: Message, reply: Message) -> Message:
+        if sender == node and task.metadata.message_type == "train":
+            reply.content.config_records["fedsigma"].update(values)
+        return reply
+
+    return tamper
+
+
+def coded(*values: float, digest: str = LAYOUT.digest) -> bytes:
+    return encode(np.array(values, dtype=np.float32), layout_digest=digest)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"shift": coded(*[0.0] * 6, digest="cd" * 32)}, "layout cdcdcdcdcdcd"),
+        ({"shift": coded(1.0, 2.0)}, "2 values, this study's layout has 6"),
+        ({"shift": coded(*[99.0] * 6)}, "norm 242.5 is above the bound 50"),
+        ({"shift": b"\0" * 76}, "not a coded shift"),
+        ({"shift": coded(*[0.0] * 6)[:-1] + b"\xff"}, "checksum"),
+        ({"examples": 9}, "9 training images are claimed, 4 shots of 2 classes allow 8"),
+        ({"examples": -5}, "examples is -5"),
+        ({"steps": 6}, "6 steps were taken, 5 were asked for"),
+        ({"patient": "0815"}, "fields that a TrainReply does not have"),
+        ({"evaluation.accuracy": 2.0}, "accuracy is 2.0"),
+        ({"class_counts": [1, 2, 3]}, "3 class counts"),
+    ],
+)
+def test_a_bad_reply_is_rejected_with_its_reason_and_the_round_goes_on(
+    tmp_path: Path, values: dict, words: str
+) -> None:
+    study = STUDY.replace("rounds: 3", "rounds: 2, norm_bound: 50").replace(", local_only, pooled", "")
+    folder = run(tmp_path, study, tamper=change_reply(101, **values))
+    rejected = events(folder, "reply_rejected")
+    assert [(event["round"], event["site"]) for event in rejected] == [(1, "bccd"), (2, "bccd")]
+    assert words in rejected[0]["reason"]
+    assert events(folder, "round_end")[0]["sites"] == ["barcelona", "cellavision", "jiangxi"]
+    row = next(row for row in folder.rounds() if row["site"] == "bccd" and row["round"] == 1)
+    assert row["status"] == "rejected" and row["accuracy"] is None
+    # The final model is judged on the site all the same, and its zero-shot value with it.
+    assert "bccd" in folder.read_summary()["zero_shot"]["per_site"]
+
+
+def test_values_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
+    data = bytearray(coded(*[0.0] * 6))
+    import struct
+    import zlib
+
+    data[-4:] = struct.pack("<f", float("nan"))
+    data[48:52] = struct.pack("<I", zlib.crc32(bytes(data[52:]), zlib.crc32(bytes(data[:48]))))
+    folder = run(tmp_path, rounds=1, tamper=change_reply(102, shift=bytes(data)))
+    assert "not finite" in events(folder, "reply_rejected")[0]["reason"]
+
+
+def test_failures_are_put_down_to_the_right_site_and_no_text_of_theirs_is_kept(tmp_path: Path) -> None:
+    def tamper(node: int, task: Message, reply: Message) -> Message | None:
+        if task.metadata.message_type != "train":
+            return reply
+        return {100: None, 102: gone(task)}.get(node, reply)
+
+    folder = run(tmp_path, STUDY.replace(", local_only, pooled", ""), tamper=tamper)
+    assert [event["site"] for event in events(folder, "site_late")] == ["barcelona"] * 3
+    failed = events(folder, "site_failed")
+    assert [(e["site"], e["reason"]) for e in failed] == [("cellavision", "the site went away")] * 3
+    assert events(folder, "round_end")[0]["sites"] == ["bccd", "jiangxi"]
+    assert "secret" not in (folder.path / "events.jsonl").read_text()
+
+
+def test_an_exceptions_text_never_leaves_the_site(tmp_path: Path) -> None:
+    study = STUDY.replace("{source: demo}", "{source: demo, options: {names: [barcelona, bccd, broken]}}")
+    study = study.replace(", local_only, pooled", "")
+    folder = run(tmp_path, study, sites=3)
+    failed = events(folder, "site_failed")
+    assert {(event["site"], event["reason"]) for event in failed} == {("broken", "FileNotFoundError")}
+    assert "0815" not in (folder.path / "events.jsonl").read_text()
+    log = (tmp_path / "audit" / "run-1" / "broken.jsonl").read_text()
+    assert "FileNotFoundError" in log and "0815" not in log
+
+
+def test_a_round_below_min_sites_makes_no_model_and_a_run_without_model_fails(tmp_path: Path) -> None:
+    def only_one(node: int, task: Message, reply: Message) -> Message | None:
+        return reply if node == 100 or task.metadata.message_type == "query.hello" else None
+
+    with pytest.raises(NoModel, match="none of 3 rounds had 2 accepted replies"):
+        run(tmp_path, tamper=only_one)
+    folder = out(tmp_path)
+    assert not folder.has_sigma
+    end = events(folder, "run_end")[-1]
+    assert end["ok"] is False and "none of 3 rounds" in end["reason"]
+
+
+def test_a_foreign_fingerprint_is_refused_on_both_sides_with_the_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fake_learner import FakeLearner
+
+    other = FakeLearner("other", None, None, None).fingerprint.to_json()
+
+    def foreign(node: int, task: Message, reply: Message) -> Message:
+        if node == 103 and task.metadata.message_type == "query.hello":
+            reply.content.config_records["fedsigma"]["fingerprint"] = other
+        return reply
+
+    folder = run(tmp_path, STUDY.replace(", local_only, pooled", ""), tamper=foreign)
+    refused = events(folder, "site_refused")
+    assert [event["site"] for event in refused] == ["jiangxi"]
+    assert "backbone weights differ" in refused[0]["reason"]
+    assert "jiangxi" not in folder.read_summary()["sites"]
+    # The site compares by itself: a server with another backbone is noticed there.
+    from fedsigma.common.config import StudyConfig
+
+    setup = protocol.Setup.of(StudyConfig.from_yaml(STUDY))
+    hello = protocol.Hello(protocol=1, setup=setup, fingerprint=other)
+    grid = run.grid  # type: ignore[attr-defined]
+    grid.tamper = None
+    message = Message(protocol.to_content(hello), dst_node_id=103, message_type=protocol.HELLO)
+    (reply,) = grid.send_and_receive([message])
+    assert protocol.from_content(protocol.HelloReply, reply.content).problem == "fingerprint"
+    assert "takes no part in study 'fake': the backbone weights differ" in caplog.text
+
+
+def test_a_federation_of_another_size_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(WrongSiteCount, match=r"has 4 sites, this federation has 6.*num-supernodes=4"):
+        run(tmp_path, sites=6)
+    with pytest.raises(WrongSiteCount, match="has 4 sites, this federation has 2"):
+        run(tmp_path, sites=2, out="second")
+
+
+def test_too_few_sites_by_the_deadline_is_an_error(tmp_path: Path) -> None:
+    def refuse(node: int, task: Message, reply: Message) -> Message | None:
+        return reply if node == 100 else None
+
+    with pytest.raises(TooFewSites, match="1 of at least 2 sites were ready after 0 s"):
+        run(tmp_path, tamper=refuse)
+    assert len(events(out(tmp_path), "site_refused")) == 3
+
+
+class Interrupted(RuntimeError):
+    pass
+
+
+def stop_in_round(number: int) -> Tamper:
+    def tamper(node: int, task: Message, reply: Message) -> Message:
+        values = task.content.config_records["fedsigma"]
+        if values.get("mode") == "round" and values["round"] == number:
+            raise Interrupted
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "fedavg",
+        "fedprox, options: {proximal_mu: 0.1}",
+        "fedavgm, options: {server_momentum: 0.9, server_learning_rate: 0.5}",
+        "fedadam, options: {eta: 0.01}",
+        "fedyogi",
+        "fedmedian",
+        "fedtrimmedavg, options: {beta: 0.25}",
+        "krum",
+        "multikrum, options: {num_nodes_to_select: 2}",
+        "qfedavg",
+    ],
+)
+def test_every_strategy_runs_and_an_interrupted_run_ends_where_a_whole_one_does(
+    tmp_path: Path, strategy: str
+) -> None:
+    study = STUDY.replace("rounds: 3", f"rounds: 4, strategy: {strategy}").replace(", local_only, pooled", "")
+    whole = run(tmp_path, study, out="whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path, study, out="broken", tamper=stop_in_round(3))
+    assert out(tmp_path, "broken").load_sigma().round == 2
+    resumed = run(tmp_path, study, out="broken", resume=True)
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
+    assert resumed.read_summary()["federated"] == whole.read_summary()["federated"]
+    assert resumed.read_summary()["zero_shot"] == whole.read_summary()["zero_shot"]
+    assert [row["round"] for row in resumed.rounds() if row["site"] == "pooled"] == [1, 2, 3, 4, 5]
+
+
+def test_resuming_a_finished_or_an_empty_run(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(tmp_path, tamper=stop_in_round(1))
+    first = run(tmp_path, resume=True)
+    shift = shift_of(first)
+    again = run(tmp_path, resume=True)
+    np.testing.assert_array_equal(shift_of(again), shift)
+    assert len(events(again, "round_start")) == 1 + 3
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ConfigError, match=r"other settings \(rounds\)"):
+        run(tmp_path, rounds=7, resume=True)
+    with pytest.raises(ConfigError, match="resume=true needs out"):
+        config = {"study": str(tmp_path / "study.yaml"), "out": "", "resume": True, "seed": -1, "rounds": 0}
+        server(
+            FakeGrid(client, 4),
+            Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config),
+        )
+
+
+def test_an_unknown_option_of_the_strategy_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'server_momentum'"):
+        run(tmp_path, STUDY.replace("rounds: 3", "rounds: 3, strategy: fedavgm, options: {momentum: 1}"))
+    with pytest.raises(ConfigError, match="fedavg has no options"):
+        run(tmp_path, STUDY.replace("rounds: 3", "rounds: 3, options: {fraction_train: 0.5}"))
+
+
+def test_everything_that_leaves_is_in_the_audit_log_first(tmp_path: Path) -> None:
+    left: list[dict] = []
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        if node == 101:
+            path = tmp_path / "audit" / "run-1" / "bccd.jsonl"
+            left.append(json.loads(path.read_text().splitlines()[-1]))
+            assert set(left[-1]["left"]["fields"]) == set(reply.content.config_records["fedsigma"])
+        return reply
+
+    run(tmp_path, tamper=watch)
+    assert [line["asked"]["message"] for line in left[:2]] == ["Hello", "TrainTask"]
+    assert left[1]["asked"]["round"] == 1 and left[1]["left"]["bytes"] > 4 * LAYOUT.size
+    path = tmp_path / "audit" / "run-1" / "bccd.jsonl"
+    assert verify(path) is None
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1].replace('"round": 1', '"round": 9'), *lines[2:]]))
+    assert verify(path) == 3
+
+
+def test_a_reply_that_cannot_be_audited_does_not_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "audit").write_text("a file where the folder should be")
+    with pytest.raises(TooFewSites, match="NotADirectoryError|FileExistsError"):
+        run(tmp_path)
+
+
+def test_class_counts_are_not_told_in_a_simulation_or_by_default(tmp_path: Path) -> None:
+    seen = []
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        values = reply.content.config_records["fedsigma"]
+        assert isinstance(values, ConfigRecord)
+        seen.append(values.get("class_counts"))
+        return reply
+
+    run(tmp_path, rounds=1, tamper=watch)
+    assert {tuple(counts) for counts in seen if counts is not None} == {()}
