@@ -5,7 +5,7 @@
 
 A stage is `pixels:steps[:dropped share of patches]`; positional embeddings are interpolated between
 stages. Small pictures and dropped patches make most of the training three times cheaper. The rate is constant
-after a warm-up, so that a later run can go on from any checkpoint (`--resume`); the cool-down ends it.
+after a warm-up, so that a later run can go on from any checkpoint (`--resume`, with another `--seed`); the cool-down ends it.
 Blood and skin pictures are never shown: only `--data` is read.
 """
 
@@ -55,6 +55,7 @@ class Settings:
     cooldown: bool
     dropped: float = 0.0
     compiled: bool = False
+    warmup: int = 300
 
 
 def build(pixels: int) -> CLIP:
@@ -83,14 +84,18 @@ def mimetic_(model: CLIP) -> None:
         u, s, vh = torch.linalg.svd(0.4 * torch.randn(width, width) / width**0.5 - 0.4 * torch.eye(width))
         with torch.no_grad():
             attn.in_proj_weight.copy_(
-                torch.cat([torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows]), s.sqrt()[:, None] * vh])
+                torch.cat(
+                    [torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows]), s.sqrt()[:, None] * vh]
+                )
             )
             attn.out_proj.weight.copy_(u * s.sqrt())
     side = math.isqrt(visual.positional_embedding.shape[0] - 1)
     steps = torch.exp(torch.arange(width // 4) * (-math.log(1e4) / (width // 4)))
     at = (torch.arange(side) / side * 16)[:, None] * steps
     wave = torch.cat([at.sin(), at.cos()], 1)
-    grid = torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], 2).reshape(-1, width)
+    grid = torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], 2).reshape(
+        -1, width
+    )
     with torch.no_grad():
         visual.positional_embedding[1:] = 0.3 * grid
 
@@ -192,7 +197,9 @@ def zero_shot(model: CLIP, corpus: C.Corpus, pixels: int) -> dict[str, float]:
     ).mean(0)
     features = []
     for part in corpus.pictures.split(256):
-        small = F.interpolate(part.float() / 255, (pixels, pixels), mode="bicubic", antialias=True).clamp(0, 1)
+        small = F.interpolate(part.float() / 255, (pixels, pixels), mode="bicubic", antialias=True).clamp(
+            0, 1
+        )
         features.append(F.normalize(model.visual(normalise(small)), dim=-1))
     logits, result = torch.cat(features) @ texts.T, {}
     for source, members in corpus.sources().items():
@@ -219,7 +226,7 @@ def run_stage(model: CLIP, batches: Batches, s: Settings, test: C.Corpus, log: P
     optimiser = torch.optim.AdamW(groups(model, 0.05), lr=s.rate, betas=(0.9, 0.98))
     started, sums = time.time(), {}
     for step in range(1, s.steps + 1):
-        factor = 1 - step / (s.steps + 1) if s.cooldown else min(1.0, step / 300)
+        factor = 1 - step / (s.steps + 1) if s.cooldown else min(1.0, step / s.warmup)
         for group in optimiser.param_groups:
             group["lr"] = s.rate * factor
         terms = loss_of(model, batches, s.pixels)
@@ -237,6 +244,7 @@ def run_stage(model: CLIP, batches: Batches, s: Settings, test: C.Corpus, log: P
             line |= {name: round(v / count, 4) for name, v in sums.items()}
             if step % 500 == 0 or step == s.steps:
                 line |= zero_shot(average, test, s.pixels)
+                save_file(average.state_dict(), log.parent / f"average-{s.pixels}.safetensors")
                 save_file(model.state_dict(), log.parent / f"stage-{s.pixels}.safetensors")
             with log.open("a") as file:
                 print(json.dumps(line), file=file)
@@ -245,12 +253,12 @@ def run_stage(model: CLIP, batches: Batches, s: Settings, test: C.Corpus, log: P
     return average
 
 
-def stages(text: str, rate: float, cooldown: bool, compiled: bool) -> Iterator[Settings]:
+def stages(text: str, rate: float, cooldown: bool, compiled: bool, warmup: int = 300) -> Iterator[Settings]:
     """Parse `pixels:steps[:dropped],...`."""
     for part in filter(None, text.split(",")):
         pixels, steps, *rest = part.split(":")
         dropped = float(rest[0]) if rest else 0.0
-        yield Settings(int(pixels), int(steps), rate, cooldown, dropped, compiled and not dropped)
+        yield Settings(int(pixels), int(steps), rate, cooldown, dropped, compiled and not dropped, warmup)
 
 
 def main() -> None:
@@ -269,11 +277,14 @@ def main() -> None:
     torch.manual_seed(a.seed)
     a.out.mkdir(parents=True, exist_ok=True)
     corpus, test = C.load(a.data, "train"), C.load(a.data, "test")
-    batches = Batches(corpus, C.drawings(a.drawings, a.seed), a.seed + (1 if a.resume else 0))
+    batches = Batches(corpus, C.drawings(a.drawings, a.seed), a.seed)
     print(f"{len(corpus.classes)} pictures, {len(corpus.names)} classes, {a.drawings} drawings", flush=True)
     state: dict[str, Tensor] | None = load_file(a.resume) if a.resume else None
     average = None
-    plan = [*stages(a.stages, a.rate, False, a.compile), *stages(a.cooldown, a.rate, True, False)]
+    plan = [
+        *stages(a.stages, a.rate, False, a.compile, 50 if a.resume else 300),
+        *stages(a.cooldown, a.rate, True, False),
+    ]
     for stage in plan:
         model = build(stage.pixels)
         if state is None:

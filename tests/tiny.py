@@ -15,10 +15,10 @@ def tiny_clip(seed: int = 0) -> CLIP:
     return CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval().requires_grad_(False)
 
 
-def timm_clip(name: str = "vit_tiny_patch16_224", seed: int = 0) -> CustomTextCLIP:
+def timm_clip(name: str = "test_vit", seed: int = 0) -> CustomTextCLIP:
     """A timm image tower beside open_clip's text tower."""
     torch.manual_seed(seed)
-    vision = CLIPVisionCfg(timm_model_name=name, image_size=32, timm_pool="", timm_proj="linear")
+    vision = CLIPVisionCfg(timm_model_name=name, image_size=160, timm_pool="", timm_proj="linear")
     text = CLIPTextCfg(context_length=16, vocab_size=64, width=32, heads=2, layers=1)
     return CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval().requires_grad_(False)
 
@@ -37,4 +37,6 @@ def words(count: int = 4, seed: int = 0) -> torch.Tensor:
 
 def outputs(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Image and text features."""
-    return model.encode_image(pictures()), model.encode_text(words())
+    size = model.visual.image_size
+    side = size[0] if isinstance(size, tuple) else size
+    return model.encode_image(pictures(size=side)), model.encode_text(words())

@@ -83,9 +83,7 @@ def _ground(rng: np.random.Generator, side: int, colour: str, kind: str) -> np.n
     return np.asarray(base, dtype=np.float32)
 
 
-def _polygon(
-    rng: np.random.Generator, shape: str, x: float, y: float, r: float
-) -> list[tuple[float, float]]:
+def _polygon(rng: np.random.Generator, shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
     turn = rng.uniform(0, 2 * np.pi)
     if shape in {"square", "triangle"}:
         corners = 4 if shape == "square" else 3
@@ -150,7 +148,13 @@ def plural_of(noun: str) -> str:
 
 def _caption(rng: np.random.Generator, word: dict[str, str]) -> str:
     plural = "s" if word["count"] != "one" else ""
-    parts = [word["count"], word["size"], word["texture"], word["colour"], plural_of(word["shape"]) if plural else word["shape"]]
+    parts = [
+        word["count"],
+        word["size"],
+        word["texture"],
+        word["colour"],
+        plural_of(word["shape"]) if plural else word["shape"],
+    ]
     said = " ".join(p for p in parts if p != "plain" and (p in (parts[3], parts[4]) or rng.random() < 0.75))
     if rng.random() < 0.6:
         said += f" with {word['border']} border{plural}"

@@ -1,0 +1,273 @@
+"""One training step of sigma against the paper's published form, and evaluation against plain open_clip.
+
+    python bench/step.py --json out/step.json
+
+CLIP ViT-B/16 with random weights (time and memory do not depend on their values), batch 32, 8 classes,
+both towers. The paper's form, written here as the baseline: each weight as two dense layers U and V with
+the vector of singular values between, separate q, k and v, 77-token prompts, float32 storage under
+autocast. Both forms run in turns in one process, so that a busy machine slows both; each one's peak memory
+is that of a process of its own. The first run computes a basis, which takes minutes and is cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsigma.common.backbones import Backbone
+from fedsigma.common.prompts import Prompts
+from fedsigma.common.sigma import Basis, SigmaModel, cached_basis, default_cache_dir, find_layout
+from fedsigma.common.sigma.basis import Triple
+from fedsigma.common.training import autocast, computes_bfloat16
+
+CLASSES = [
+    "neutrophil",
+    "lymphocyte",
+    "monocyte",
+    "eosinophil",
+    "basophil",
+    "platelet",
+    "blast",
+    "erythrocyte",
+]
+ARCHITECTURE = "ViT-B-16"
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class FactoredLinear(nn.Module):
+    """The paper's form of a linear layer: y = U (s * (V^T x)) + b."""
+
+    def __init__(self, triple: Triple, bias: Tensor | None) -> None:
+        super().__init__()
+        self.u = nn.Parameter(triple.u.clone(), requires_grad=False)
+        self.vh = nn.Parameter(triple.vh.clone(), requires_grad=False)
+        self.s = nn.Parameter(triple.s.clone())
+        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., columns) to (..., rows)."""
+        return F.linear(F.linear(x, self.vh) * self.s, self.u, self.bias)
+
+
+class FactoredAttention(nn.Module):
+    """Multi-head attention with separate factored q, k, v and o; called as open_clip calls its own."""
+
+    def __init__(self, plain: nn.MultiheadAttention, triples: list[Triple]) -> None:
+        super().__init__()
+        biases = [*plain.in_proj_bias.detach().chunk(3), plain.out_proj.bias.detach()]
+        self.heads = plain.num_heads
+        self.q, self.k, self.v, self.o = (FactoredLinear(t, b) for t, b in zip(triples, biases, strict=True))
+
+    def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: bool) -> tuple[Tensor]:
+        """Attention over x (batch, length, width); the other arguments are open_clip's."""
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        mask = None if attn_mask is None else attn_mask.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return (self.o(out.transpose(1, 2).flatten(2)),)
+
+
+def papers_form(model: nn.Module, basis: Basis) -> nn.Module:
+    """Replace each adapted layer of a plain CLIP by the paper's form."""
+    triples: dict[str, list[Triple]] = {}
+    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
+        triples.setdefault(entry.weight.partition("resblocks.")[0] + str(entry.layer), []).append(triple)
+    model.requires_grad_(False)
+    for prefix, blocks in (
+        ("visual.transformer.", model.visual.transformer.resblocks),
+        ("transformer.", model.transformer.resblocks),
+    ):
+        for number, block in enumerate(blocks):
+            q, k, v, o, fc, proj = triples[f"{prefix}{number}"]
+            block.attn = FactoredAttention(block.attn, [q, k, v, o])
+            for name, triple in (("c_fc", fc), ("c_proj", proj)):
+                plain = getattr(block.mlp, name)
+                setattr(block.mlp, name, FactoredLinear(triple, plain.bias.detach()))
+    # open_clip asks this weight for the type to compute in.
+    for transformer in (model.visual.transformer, model.transformer):
+        transformer.get_cast_dtype = lambda: torch.float32
+    return model
+
+
+def build() -> tuple[nn.Module, Basis]:
+    """A plain model with fixed random weights and its basis."""
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    model = open_clip.create_model(ARCHITECTURE, pretrained=None).eval().requires_grad_(False)
+    return model, cached_basis(model, find_layout(model), default_cache_dir())
+
+
+def backbone(model: nn.Module) -> Backbone:
+    """What `Prompts` needs to know of a model."""
+    tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return Backbone(
+        name=ARCHITECTURE,
+        model=model,
+        tokenizer=tokenizer,
+        image_size=224,
+        mean=mean,
+        std=std,
+        interpolation="bicubic",
+        logit_scale=100.0,
+    )
+
+
+def stepper(
+    model: nn.Module,
+    cut: bool,
+    parameters: list[nn.Parameter],
+    context: Callable[[], AbstractContextManager[object]],
+) -> Step:
+    """One optimiser step on a batch."""
+    prompts = Prompts(backbone(model), [f"a photo of a {c}." for c in CLASSES], cut=cut)
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        with context():
+            features = F.normalize(model.encode_image(images).float(), dim=-1)
+            logits = 100 * features @ prompts.features().T
+        loss = F.cross_entropy(logits.float(), labels)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return step
+
+
+def make(form: str, precision: str) -> Step:
+    """The step of one form: "sigma" or "paper"."""
+    model, basis = build()
+
+    def context() -> AbstractContextManager[object]:
+        return autocast(precision, torch.device("cpu"))  # type: ignore[arg-type]
+
+    if form == "sigma":
+        return stepper(model, True, SigmaModel(model, basis).parameters(), context)
+    factored = papers_form(model, basis)
+    return stepper(factored, False, [p for p in factored.parameters() if p.requires_grad], context)
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    """Random pictures (size, 3, 224, 224) and labels (size,)."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(size, 3, 224, 224, generator=generator)
+    return images, torch.randint(len(CLASSES), (size,), generator=generator)
+
+
+def _peak(form: str, precision: str, size: int, out: multiprocessing.SimpleQueue[int]) -> None:
+    step = make(form, precision)
+    for _ in range(2):
+        step(*batch(size))
+    out.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def peak_memory(form: str, precision: str, size: int) -> int:
+    """Peak resident memory of a process that makes two steps, in KiB."""
+    context = multiprocessing.get_context("spawn")
+    out: multiprocessing.SimpleQueue[int] = context.SimpleQueue()
+    worker = context.Process(target=_peak, args=(form, precision, size, out))
+    worker.start()
+    worker.join()
+    if worker.exitcode:
+        raise SystemExit(f"the {form} process ended with code {worker.exitcode}: is there enough memory?")
+    return out.get()
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare_evaluation(precision: str, size: int, rounds: int) -> float:
+    """Images per second of the adapted model over those of plain open_clip."""
+    plain, basis = build()
+    adapted = SigmaModel(build()[0], basis)
+    adapted.set_shift(0.01 * torch.randn(adapted.layout.size))
+    images, _ = batch(size)
+    times: dict[str, list[float]] = {"plain": [], "sigma": []}
+    with torch.no_grad(), autocast(precision, torch.device("cpu")):  # type: ignore[arg-type]
+        for _ in range(rounds):
+            times["plain"].append(timed(lambda: [plain.encode_image(images) for _ in range(4)]))
+            with adapted.frozen() as model:  # the weights are computed anew each time, as in a round
+                times["sigma"].append(timed(lambda m=model: [m.encode_image(images) for _ in range(4)]))
+    return statistics.median(times["plain"]) / statistics.median(times["sigma"])
+
+
+def startup(rounds: int = 3) -> float:
+    """Seconds that the adapter adds to a loaded model when its basis is cached."""
+    times = []
+    for _ in range(rounds):
+        model, _ = build()
+        times.append(timed(lambda m=model: SigmaModel.adapt(m)))
+    return min(times)
+
+
+def main() -> None:
+    """Measure and print."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="bfloat16")
+    p.add_argument("--ours", choices=["auto", "float32", "bfloat16"], help="precision of sigma's step")
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    ours, native = a.ours or a.precision, computes_bfloat16(torch.device("cpu"))
+    steps = {"sigma": make("sigma", ours), "paper": make("paper", a.precision)}
+    data, times = batch(a.batch), {"sigma": [], "paper": []}
+    first = {form: float(step(*data)) for form, step in steps.items()}
+    for _ in range(a.rounds):
+        for form, step in steps.items():
+            times[form].append(timed(lambda s=step: s(*data)))
+    seconds = {form: statistics.median(t) for form, t in times.items()}
+    del steps
+    memory = {
+        "sigma": peak_memory("sigma", ours, a.batch),
+        "paper": peak_memory("paper", a.precision, a.batch),
+    }
+    figures = {
+        "step_speedup": seconds["paper"] / seconds["sigma"],
+        "memory_ratio": memory["sigma"] / memory["paper"],
+        "eval_ratio": compare_evaluation(ours, a.batch, a.rounds),
+        "startup_seconds": startup(),
+        "native_bfloat16": native,
+        "precision": {"sigma": ours, "paper": a.precision},
+    }
+    print(f"bfloat16 in the processor: {'yes' if native else 'no'}; threads: {torch.get_num_threads()}")
+    print(f"{'':24}{'sigma':>12}{'paper':>12}{'ratio':>10}")
+    print(f"{'loss of the first step':24}{first['sigma']:12.4f}{first['paper']:12.4f}")
+    print(
+        f"{'seconds a step':24}{seconds['sigma']:12.2f}{seconds['paper']:12.2f}{figures['step_speedup']:10.2f}"
+    )
+    print(
+        f"{'peak memory, GiB':24}{memory['sigma'] / 2**20:12.2f}{memory['paper'] / 2**20:12.2f}{figures['memory_ratio']:10.2f}"
+    )
+    print(f"evaluation, share of plain open_clip's images a second: {figures['eval_ratio']:.3f}")
+    print(f"start-up with a warm basis cache, seconds added: {figures['startup_seconds']:.2f}")
+    if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Class prompts through the text tower, cut to the longest prompt of the study where that is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsigma.common.backbones import Backbone
+
+
+def _text_tower(model: nn.Module) -> Any:
+    """The module that holds the text tower's mask and positions (open_clip's CLIP holds them itself)."""
+    return getattr(model, "text", model)
+
+
+def _causal_to_end_of_text(tower: Any) -> bool:
+    """Whether no feature depends on what follows the end of the text.
+
+    True for a causal tower pooled at the end-of-text token. False for towers that look both ways or pool
+    at the last position, such as SigLIP's: there padding is part of the text.
+    """
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    plain = getattr(tower, "cls_emb", None) is None
+    return plain and pool == "argmax" and isinstance(getattr(tower, "attn_mask", None), Tensor)
+
+
+def _length(tower: Any, tokens: Tensor) -> int:
+    if _causal_to_end_of_text(tower):
+        return int(tokens.argmax(-1).max()) + 1
+    config = getattr(tower, "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and getattr(tower, "transformer", None) is not None:  # HFTextEncoder masks padding
+        used = (tokens != pad).any(0).nonzero()
+        return int(used.max()) + 1 if len(used) else tokens.shape[1]
+    return tokens.shape[1]
+
+
+@contextmanager
+def _shortened(tower: Any, length: int) -> Iterator[None]:
+    """Let open_clip's own text code run on `length` positions; everything is put back afterwards."""
+    mask, positions = getattr(tower, "attn_mask", None), getattr(tower, "positional_embedding", None)
+    if not isinstance(mask, Tensor) or not isinstance(positions, nn.Parameter) or length == mask.shape[0]:
+        yield
+        return
+    try:
+        tower.attn_mask = mask[:length, :length]
+        # A view shares storage: no copy, and training other parameters is not disturbed.
+        tower.positional_embedding = nn.Parameter(positions.data[:length], requires_grad=False)
+        yield
+    finally:
+        tower.attn_mask, tower.positional_embedding = mask, positions
+
+
+class Prompts:
+    """The prompts of a study, tokenised once.
+
+    Args:
+        backbone: whose tokenizer and text tower are used.
+        prompts: one a class.
+        cut: leave positions out that no feature depends on.
+
+    Raises:
+        ValueError: no prompt, or one longer than the text tower's context.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[str], *, cut: bool = True) -> None:
+        if not prompts:
+            raise ValueError("no prompt: a study needs at least one class")
+        self._model = backbone.model
+        tower = _text_tower(backbone.model)
+        tokens = backbone.tokenizer(list(prompts))
+        self.length = _length(tower, tokens) if cut else tokens.shape[1]
+        self.tokens = tokens[:, : self.length].contiguous()
+
+    def features(self) -> Tensor:
+        """Unit text features (classes, embedding), with gradients to the shift if they are enabled."""
+        device = next(self._model.parameters()).device
+        with _shortened(_text_tower(self._model), self.length):
+            return F.normalize(self._model.encode_text(self.tokens.to(device)).float(), dim=-1)
+
+
+def class_prompts(classes: Sequence[str], template: str) -> tuple[str, ...]:
+    """Fill a template such as "a photo of a {}." with each class name.
+
+    Raises:
+        ValueError: the template has not exactly one "{}".
+    """
+    if template.count("{}") != 1 or "{" in template.replace("{}", ""):
+        raise ValueError(f"template {template!r}: expected exactly one {{}}, where the class name goes")
+    return tuple(template.replace("{}", name) for name in classes)
+
+
+@torch.no_grad()
+def prompt_features(prompts: Prompts) -> Tensor:
+    """Text features (classes, embedding) without gradients."""
+    return prompts.features()

@@ -1,0 +1,297 @@
+"""Local training and evaluation: plain functions of tensors, with nothing of the federation in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from fedsigma.common.backbones import Backbone
+from fedsigma.common.metrics import Predictions
+from fedsigma.common.prompts import Prompts
+from fedsigma.common.sigma import SigmaModel
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Augment = Callable[[Tensor], Tensor]
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the message says why and what to do."""
+
+
+class Example(Protocol):
+    """A decoded picture, uint8 (3, height, width), and its class number."""
+
+    @property
+    def image(self) -> Tensor:
+        """The picture."""
+        ...
+
+    @property
+    def label(self) -> int:
+        """The class number."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a site trains. The defaults are those of CLIP-SVD's biomedical runs.
+
+    learning_rate, final_learning_rate: AdamW's, at the start and the end of the whole study.
+    schedule: "cosine" or "constant", counted in steps over the whole study.
+    warmup_steps: linear, at the start of the study.
+    weight_decay: pulls the shift, and so each singular value to its pretrained one.
+    augment: a name of AUGMENTATIONS.
+    proximal: FedProx's mu, the pull to the shift that the round began with (Li et al. 2020, eq. 2).
+    precision: "auto" takes bfloat16 where the processor computes in it.
+    """
+
+    learning_rate: float = 0.01
+    batch_size: int = 32
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    final_learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    augment: str = "paper"
+    proximal: float = 0.0
+    precision: Precision = "auto"
+
+    def rate(self, step: int, total_steps: int) -> float:
+        """The learning rate of step 0 <= step < total_steps of the study."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Mean cross-entropy over the steps, steps made, examples at hand."""
+
+    loss: float
+    steps: int
+    examples: int
+
+
+def _crop(size: int, least: float) -> v2.Transform:
+    return v2.RandomResizedCrop(
+        size, (least, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+    )
+
+
+def _paper(size: int) -> Augment:
+    """CLIP-SVD's: random resized crop of 8 to 100% of the area, horizontal flip."""
+    return v2.Compose([_crop(size, 0.08), v2.RandomHorizontalFlip()])
+
+
+def _gentle(size: int) -> Augment:
+    """Crops that keep most of the picture: for findings that fill it."""
+    return v2.Compose([_crop(size, 0.6), v2.RandomHorizontalFlip()])
+
+
+def _microscopy(size: int) -> Augment:
+    """Any orientation, and the changes of light and stain between laboratories."""
+    turns = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.Lambda(_quarter_turn)]
+    colour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)
+    return v2.Compose([_crop(size, 0.5), *turns, colour])
+
+
+def _quarter_turn(image: Tensor) -> Tensor:
+    return image.rot90(int(torch.randint(4, ())), (-2, -1))
+
+
+AUGMENTATIONS: dict[str, Callable[[int], Augment] | None] = {
+    "paper": _paper,
+    "gentle": _gentle,
+    "microscopy": _microscopy,
+    "none": None,
+}
+
+
+def fit(image: Tensor, backbone: Backbone) -> Tensor:
+    """Resize a uint8 picture (3, height, width) to (3, size, size) as the backbone's makers do."""
+    size, mode = backbone.image_size, backbone.resize_mode
+    how = v2.InterpolationMode(backbone.interpolation)
+    if mode == "squash":
+        return v2.functional.resize(image, [size, size], interpolation=how, antialias=True)
+    side = min(image.shape[1:]) if mode == "shortest" else max(image.shape[1:])
+    shape = [max(1, round(n * size / side)) for n in image.shape[1:]]
+    resized = v2.functional.resize(image, shape, interpolation=how, antialias=True)
+    return v2.functional.center_crop(resized, [size, size])
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices natively; elsewhere it is several times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context for a forward pass in the asked precision."""
+    wanted = precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+
+
+class Task:
+    """A backbone with its adapter and the prompts of a study: what training and evaluation need.
+
+    Args:
+        backbone: loaded by `load_backbone`; `sigma` wraps its model.
+        sigma: the adapter on that model.
+        prompts: one a class, in the order of the labels.
+        device: a GPU if there is one, by default.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        sigma: SigmaModel,
+        prompts: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.backbone, self.sigma = backbone, sigma.to(self.device)
+        self.prompts = Prompts(backbone, prompts)
+        self.size = backbone.image_size
+        self._mean = torch.tensor(backbone.mean, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(backbone.std, device=self.device).view(3, 1, 1)
+        adapted = {entry.tower for entry in sigma.layout.entries}
+        self._image_frozen, self._text_frozen = "image" not in adapted, "text" not in adapted
+        self._text: Tensor | None = None
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.prompts.tokens)
+
+    def text_features(self) -> Tensor:
+        """Unit text features (classes, embedding); computed once if the text tower is frozen."""
+        if not self._text_frozen:
+            return self.prompts.features()
+        if self._text is None:
+            with torch.no_grad():
+                self._text = self.prompts.features()
+        return self._text
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit image features (n, embedding) of uint8 pictures (n, 3, size, size)."""
+        x = (images.to(self.device).float() / 255 - self._mean) / self._std
+        grad = torch.no_grad() if self._image_frozen else nullcontext()
+        with grad:
+            return F.normalize(self.backbone.model.encode_image(x).float(), dim=-1)
+
+    def fitted(self, example: Example) -> Tensor:
+        """The picture as evaluation sees it, uint8 (3, size, size)."""
+        return fit(example.image, self.backbone)
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Cosine similarities times the backbone's logit scale (n, classes)."""
+        return self.backbone.logit_scale * image_features @ text_features.T
+
+
+def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Endless epochs in new orders; the last batch of an epoch may be smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count, size):
+            yield order[start : start + size]
+
+
+def train(
+    task: Task,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    first_step: int = 0,
+    steps: int,
+    total_steps: int,
+    seed: int,
+    progress: bool = False,
+) -> TrainResult:
+    """Train the task's shift in place: AdamW on the cross-entropy of cosine similarities.
+
+    Args:
+        task: holds the shift to start from.
+        examples: at least one; some classes may be missing.
+        recipe: optimiser settings.
+        first_step: number of this call's first step within the study, for the schedule.
+        steps: steps to make.
+        total_steps: of the whole study.
+        seed: of batches and augmentation; the same seed and first step give the same result.
+        progress: show a bar.
+
+    Raises:
+        TrainingError: no example, an unknown augmentation, or a loss that is not finite.
+    """
+    if not examples:
+        raise TrainingError("no training example: the site has no labelled image of the study's classes")
+    if recipe.augment not in AUGMENTATIONS:
+        raise TrainingError(f"unknown augmentation {recipe.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
+    build = AUGMENTATIONS[recipe.augment]
+    augment = build(task.size) if build else partial(fit, backbone=task.backbone)
+    labels = torch.tensor([e.label for e in examples])
+    shift, start = task.sigma.shift, task.sigma.shift.detach().clone()
+    optimiser = torch.optim.AdamW([shift], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    batches, total = _batches(len(examples), recipe.batch_size, seed + first_step), 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + first_step)
+        for step in track(range(steps), "training", disable=not progress):
+            chosen = next(batches)
+            images = torch.stack([augment(examples[i].image) for i in chosen])
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.rate(first_step + step, total_steps)
+            with autocast(recipe.precision, task.device):
+                logits = task.logits(task.image_features(images), task.text_features())
+            loss = F.cross_entropy(logits.float(), labels[chosen].to(task.device))
+            value = loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at step {first_step + step}: lower the learning rate "
+                    f"(now {recipe.learning_rate}) or set precision to float32"
+                )
+            if recipe.proximal:
+                loss = loss + 0.5 * recipe.proximal * (shift - start).square().sum()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            total += value
+    return TrainResult(total / max(1, steps), steps, len(examples))
+
+
+def evaluate(
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    precision: Precision = "auto",
+    progress: bool = False,
+) -> Predictions:
+    """Class probabilities of every example under the task's shift."""
+    labels = torch.tensor([e.label for e in examples], dtype=torch.long)
+    parts = []
+    with task.sigma.frozen(), autocast(precision, task.device):
+        text = task.text_features()
+        for start in track(range(0, len(examples), batch_size), "evaluating", disable=not progress):
+            images = torch.stack([task.fitted(e) for e in examples[start : start + batch_size]])
+            logits = task.logits(task.image_features(images), text)
+            parts.append(logits.float().softmax(1).cpu())
+    probabilities = torch.cat(parts) if parts else torch.zeros(0, task.classes)
+    return Predictions(probabilities, labels)
