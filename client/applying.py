@@ -1,4 +1,4 @@
-"""Using a finished study at a site: put its sigma shift on the backbone, judge pictures, or export the model."""
+"""Using a finished study at a site: put its shift on the backbone, judge pictures, export the model."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ def _print_counts(summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     Console().print(table)
     typer.echo(
         f"{summary['sigma_values']:,} of {summary['backbone_parameters']:,} parameters are trained "
-        f"({100 * summary['share']:.4f}%); one upload is about {summary['bytes_per_upload'] / 1000:,.0f} kB."
+        f"({100 * summary['share']:.4f}%); "
+        f"one upload is {summary['bytes_per_upload'] / 1000:,.0f} kB as float32."
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fedsigma.common.backbones.folder import export_merged, open_folder, save_backbone
 from fedsigma.common.backbones.hub import convert, fetch
-from fedsigma.common.backbones.load import load_backbone, starter_folder
+from fedsigma.common.backbones.load import count_backbone, load_backbone, starter_folder
 from fedsigma.common.backbones.model import Backbone, Preprocessing, assemble, build_model, count_model
 from fedsigma.common.backbones.names import BackboneError, BackboneName, parse_name
 
@@ -20,6 +20,7 @@ __all__ = [
     "assemble",
     "build_model",
     "convert",
+    "count_backbone",
     "count_model",
     "export_merged",
     "fetch",

@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import open_clip
+from torch import nn
 
-from fedsigma.common.backbones.folder import MANIFEST, WEIGHTS, open_folder, sha256
-from fedsigma.common.backbones.hub import Recipe, assemble_recipe, download, recipe, tags_of
+from fedsigma.common.backbones.folder import MANIFEST, WEIGHTS, open_folder, read_config, sha256
+from fedsigma.common.backbones.hub import Recipe, assemble_recipe, download, explained, recipe, tags_of
 from fedsigma.common.backbones.model import (
     Backbone,
     Preprocessing,
     assemble,
     build_model,
     check_model_cfg,
+    count_model,
     fill_from_file,
     image_size,
 )
@@ -81,6 +83,24 @@ def _any_recipe(parsed: BackboneName) -> Recipe:
             text_source=str(cfg["text_cfg"].get("hf_tokenizer_name")),
             architecture=parsed.architecture,
         )
+
+
+def count_backbone(name: str) -> nn.Module:
+    """The model of any name without storage for its weights, for counting; fast, and needs no weights.
+
+    Raises:
+        BackboneError: unknown, or its configuration is not on this machine.
+    """
+    parsed = parse_name(name)
+    if parsed.kind in ("starter", "folder"):
+        folder = starter_folder() if parsed.kind == "starter" else parsed.path
+        return count_model(read_config(folder, parsed.text)[0], parsed.text)
+    if parsed.kind == "hub":
+        cfg = recipe(parsed).model_cfg
+    else:
+        cfg = check_model_cfg(open_clip.get_model_config(parsed.architecture), parsed.text)
+    with explained(parsed.text):
+        return count_model(cfg, parsed.text)
 
 
 def starter_folder() -> Path:

@@ -103,7 +103,7 @@ def architecture_and_tag(text: str) -> tuple[str, str]:
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """`: did you mean A or B?`, or nothing when no known word is near."""
+    """` (did you mean A or B?)`, or nothing when no known word is near."""
     folded = {k.lower().replace("/", "-"): k for k in known}
     close = difflib.get_close_matches(word.lower().replace("/", "-"), folded, n=3, cutoff=0.6)
-    return f": did you mean {' or '.join(folded[c] for c in close)}?" if close else ""
+    return f" (did you mean {' or '.join(folded[c] for c in close)}?)" if close else ""

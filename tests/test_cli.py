@@ -1,0 +1,309 @@
+"""The command line: help, counts, backbones, prediction and export, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from tiny_backbones import tiny_clip
+from typer.testing import CliRunner
+
+from fedsigma import cli
+from fedsigma.client.applying import ApplyError, list_pictures, predict, restore
+from fedsigma.common.artefact import save_shift
+from fedsigma.common.backbones import load_backbone, save_backbone
+from fedsigma.common.config import SigmaConfig, StudyConfig
+from fedsigma.common.sigma import Selection, SigmaModel
+
+CLASSES = ("round cell", "long cell", "spiky cell")
+runner = CliRunner()
+
+
+def run(*args: object) -> tuple[int, str, str]:
+    result = runner.invoke(cli.main, [str(a) for a in args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("FEDSIGMA_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_backbone(tiny_clip(), tmp_path_factory.mktemp("cli") / "tiny", source="tests")
+
+
+@pytest.fixture
+def sigma_file(backbone_folder: Path, tmp_path: Path) -> Path:
+    """What a run of a study on the tiny backbone leaves: image tower only, with a shift that matters."""
+    study = StudyConfig(
+        name="tiny",
+        backbone=f"local-dir:{backbone_folder}",
+        classes=CLASSES,
+        sigma=SigmaConfig(towers=("image",), parts=("q", "v", "mlp")),
+    )
+    model = load_backbone(study.backbone).model
+    sigma = SigmaModel.adapt(model, Selection(towers=("image",), parts=("q", "v", "mlp")))
+    shift = 0.3 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(5))
+    path = tmp_path / "run" / "sigma.safetensors"
+    save_shift(
+        path,
+        shift,
+        layout_json=sigma.layout.to_json(),
+        fingerprint_json=sigma.fingerprint.to_json(),
+        study_yaml=study.to_yaml(),
+        round=4,
+    )
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five small pictures of different sizes, one in a folder below."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in [("a.png", 40), ("b.jpg", 33), ("c.PNG", 64), ("d.tif", 32), ("below/e.png", 50)]:
+        array = rng.integers(0, 255, (size, size + 7, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / name)
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+# Help
+
+
+def test_help_lists_all_and_imports_nothing_heavy() -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(name in out for name in cli.COMMANDS)
+    program = (
+        "import sys\nfrom fedsigma.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'open_clip', 'flwr', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Half a second on an idle machine; the limit leaves room for a busy one.
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["inspect"], ["backbone", "fetch"], ["backbone", "convert"], ["data", "check"], ["predict"], ["export"]],
+)
+def test_every_command_has_help_with_an_example(command: list[str]) -> None:
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert "Example: fedsigma " + " ".join(command) in " ".join(out.split())
+
+
+def test_version() -> None:
+    assert run("--version")[1].startswith("fedsigma 0.")
+
+
+# Inspect
+
+
+def test_inspect_counts_exactly() -> None:
+    code, out, _ = run("inspect", "ViT-B-16", "--json")
+    assert code == 0
+    values = json.loads(out)
+    assert values["sigma_values"] == 92_160
+    assert values["backbone_parameters"] == 149_620_737
+    assert values["share"] == pytest.approx(92_160 / 149_620_737)
+    assert sum(row["sigma_values"] for row in values["parts"]) == 92_160
+
+
+def test_inspect_with_a_selection_and_as_a_table() -> None:
+    options = ("--towers", "image", "--layers", "0,11", "--parts", "q, v")
+    values = json.loads(run("inspect", "ViT-B-16/openai", "--json", *options)[1])
+    assert values["sigma_values"] == 2 * 2 * 768
+    out = run("inspect", "ViT-B-16", *options)[1]
+    assert "3,072 of 149,620,737" in out
+
+
+def test_inspect_a_folder(backbone_folder: Path) -> None:
+    values = json.loads(run("inspect", f"local-dir:{backbone_folder}", "--json")[1])
+    assert values["backbone_parameters"] == sum(p.numel() for p in tiny_clip().model.parameters())
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["inspect"], 2, "Missing argument"),
+        (["nothing"], 2, "No such command"),
+        (["inspect", "ViT-B-16", "--layers", "0,top"], 2, "expected all, top"),
+        (["inspect", "ViT-B-17"], 3, "did you mean"),
+        (["inspect", "ViT-B-16", "--parts", "q,w"], 3, "'w'"),
+        (["inspect", "ViT-B-16", "--towers", ""], 3, "tower"),
+        (["backbone", "fetch", "ViT-B-16/openai", "new"], 3, "connected machine"),
+        (["backbone", "fetch", "ViT-B-16", "new"], 3, "choose one of ViT-B-16/openai"),
+        (["backbone", "convert", "none.pt", "ViT-B-16/openai", "new"], 3, "there is no file"),
+        (["predict", "nowhere", "x", "--out", "y.csv"], 3, "no sigma file"),
+        (["export", "nowhere", "--out", "y"], 3, "no sigma file"),
+    ],
+)
+def test_exit_codes(
+    args: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, _, err = run(*args)
+    assert found == code
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    if code == 3:
+        assert err.startswith("Error: ")
+        assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] in ([], ["cache"])
+
+
+def test_unexpected_error_is_one_line_unless_debugging(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(_: str) -> None:
+        raise ZeroDivisionError("over\nthere")
+
+    monkeypatch.setattr("fedsigma.common.backbones.count_backbone", broken)
+    code, _, err = run("inspect", "ViT-B-16")
+    assert code == 1
+    assert err == "Error: unexpected ZeroDivisionError: over there (FEDSIGMA_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("FEDSIGMA_DEBUG", "1")
+    result = runner.invoke(cli.main, ["inspect", "ViT-B-16"])
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_a_library_s_value_error_is_unexpected() -> None:
+    try:
+        int("x")
+        raise AssertionError
+    except ValueError as error:
+        assert cli.exit_code(error) == cli.UNEXPECTED
+
+
+# Backbones
+
+
+def test_adopt_a_folder(backbone_folder: Path, tmp_path: Path) -> None:
+    code, out, _ = run("backbone", "fetch", f"local-dir:{backbone_folder}", tmp_path / "new")
+    assert code == 0
+    assert "32 pixels, bicubic" in out
+    assert f"local-dir:{tmp_path / 'new'}" in out.replace("\n", "")
+    assert load_backbone(f"local-dir:{tmp_path / 'new'}").image_size == 32
+
+
+# Predict and export
+
+
+def test_restore_refuses_another_backbone(sigma_file: Path, tmp_path: Path) -> None:
+    other = save_backbone(tiny_clip(seed=9), tmp_path / "other", source="tests")
+    code, _, err = run("export", sigma_file, "--out", tmp_path / "merged", "--backbone", f"local-dir:{other}")
+    assert code == 3
+    assert "weights differ" in err
+    assert "--backbone" in err
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(ApplyError):
+        restore(sigma_file, f"local-dir:{other}")
+
+
+def test_export_is_the_adapted_model(sigma_file: Path, tmp_path: Path) -> None:
+    adapted = restore(sigma_file)
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = adapted.backbone.model.encode_image(images)
+        before = tiny_clip().model.encode_image(images)
+    code, out, _ = run("export", sigma_file.parent, "--out", tmp_path / "merged")
+    assert code == 0
+    assert "open_clip.create_model_and_transforms" in out
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'merged'}")
+    with torch.no_grad():
+        found = model.eval().encode_image(images)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, before, atol=1e-2)
+    notes = json.loads((tmp_path / "merged" / "fedsigma_backbone.json").read_text())["notes"]
+    assert "study tiny, after round 4" in notes
+
+
+def test_predict_writes_a_table(sigma_file: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "x.csv"
+    code, _, err = run("predict", sigma_file, pictures, "--out", out, "--batch-size", 2)
+    assert code == 0, err
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["a.png", "b.jpg", "below/e.png", "c.PNG", "d.tif"]
+    for row in rows:
+        probabilities = {name: float(row[f"probability_{name}"]) for name in CLASSES}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == max(probabilities, key=probabilities.__getitem__)
+    assert [p.name for p in out.parent.iterdir()] == ["x.csv"]
+
+
+def test_predict_applies_the_shift(
+    sigma_file: Path, pictures: Path, tmp_path: Path, backbone_folder: Path
+) -> None:
+    adapted = restore(sigma_file)
+    predict(adapted, pictures, tmp_path / "with.csv")
+    adapted.sigma.set_shift(torch.zeros(adapted.sigma.layout.size))
+    predict(adapted, pictures, tmp_path / "without.csv")
+    assert (tmp_path / "with.csv").read_text() != (tmp_path / "without.csv").read_text()
+
+
+def test_predict_names_what_it_cannot_read(sigma_file: Path, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:200])
+    out = tmp_path / "x.csv"
+    code, _, err = run("predict", sigma_file, pictures, "--out", out)
+    assert code == 4
+    assert "Could not read broken.png" in err
+    assert len(out.read_text().splitlines()) == 6
+
+
+def test_predict_without_anything_to_read(sigma_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run("predict", sigma_file, tmp_path / "empty", "--out", tmp_path / "x.csv")[0] == 3
+    (tmp_path / "empty" / "bad.png").write_bytes(b"x")
+    code, _, err = run("predict", sigma_file, tmp_path / "empty", "--out", tmp_path / "x.csv")
+    assert code == 3
+    assert "none of the 1 pictures" in err
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_pictures_are_found_in_a_fixed_order(pictures: Path) -> None:
+    assert list_pictures(pictures) == ["a.png", "b.jpg", "below/e.png", "c.PNG", "d.tif"]
+
+
+# Data
+
+
+def test_data_check(pictures: Path, tmp_path: Path) -> None:
+    root = tmp_path / "classes"
+    for name in ("a.png", "c.PNG"):
+        for label in ("long", "round"):
+            (root / label).mkdir(parents=True, exist_ok=True)
+            (root / label / name).write_bytes((pictures / name).read_bytes())
+    code, out, err = run("data", "check", f"folder:{root}", "--classes", "long,round")
+    assert code == 0, err
+    assert "4 of 4" in out
+    (root / "long" / "bad.png").write_bytes(b"nothing")
+    code, out, _ = run("data", "check", f"folder:{root}", "--classes", "long,round,spiky", "--json")
+    assert code == 4
+    problems = " ".join(json.loads(out)["problems"])
+    assert "spiky" in problems
