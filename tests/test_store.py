@@ -18,9 +18,7 @@ from fedsigma.server.store import METRICS, POOLED, RunFolder, StoreError
 
 STUDY = "name: small\nfederation: {rounds: 3}\n"
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
-REPEATED = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+REPEATED = settings(max_examples=60, deadline=None)
 
 
 @pytest.fixture
@@ -84,6 +82,16 @@ def test_events_cut_anywhere_lose_only_the_cut_line(
     kinds = [event["kind"] for event in RunFolder.open(folder.path).events()]
     assert kinds == ["site_ready"] * whole + ["run_start", "run_end"]
     assert path.read_bytes().startswith(b"\n".join(content.split(b"\n")[:whole]))
+
+
+def test_an_event_whole_but_for_its_newline_is_kept_and_ended(folder: RunFolder) -> None:
+    folder.event("site_ready", site="a")
+    path = folder.path / "events.jsonl"
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    resumed = RunFolder.open(folder.path)
+    assert [event["site"] for event in resumed.events()] == ["a"]
+    resumed.event("site_ready", site="b")
+    assert [event.get("site") for event in resumed.events()] == ["a", "b"]
 
 
 def _is_json(text: bytes) -> bool:
