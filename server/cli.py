@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedsigma.server.overview import Overview, find_runs, overview
+from fedsigma.server.overview import Overview, find_runs, overview, runs_folder
 from fedsigma.server.report.words import NOTHING, moment, percent
-from fedsigma.server.store import RunFolder, StoreError
+from fedsigma.server.store import RunFolder
 
 __all__ = ["app"]
 
@@ -24,27 +24,25 @@ _STATES = {"finished": "green", "failed": "red", "unfinished": "yellow"}
 
 @app.command()
 def runs(
-    directory: Annotated[Path, typer.Argument(help="Where the run folders are.", show_default=True)] = Path(
-        "runs"
-    ),
+    directory: Annotated[
+        Path | None,
+        typer.Argument(help="Where the run folders are.", show_default="$FEDSIGMA_RUNS, or ~/fedsigma-runs"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the runs in a directory, the newest last.
 
     A run is finished, failed, or unfinished: still running, or interrupted and ready for resume=true.
     """
-    try:
-        found = [overview(RunFolder.open(path)) for path in find_runs(directory)]
-    except StoreError as error:
-        _stop(error)
+    directory = directory or runs_folder()
+    found = [overview(RunFolder.open(path)) for path in find_runs(directory)]
     found.sort(key=lambda run: (run.started or 0.0, run.path))
     if as_json:
         typer.echo(json.dumps([run.to_dict() for run in found], indent=2))
-        return
-    if not found:
+    elif found:
+        Console().print(_table(found, directory))
+    else:
         typer.echo(f"No runs in {directory}.")
-        return
-    Console().print(_table(found, directory))
 
 
 @app.command()
@@ -52,16 +50,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the report of a run, finished or not, and print where it is."""
     from fedsigma.server.report import write_report
 
-    try:
-        path = write_report(RunFolder.open(run))
-    except StoreError as error:
-        _stop(error)
-    typer.echo(str(path))
-
-
-def _stop(error: Exception) -> NoReturn:
-    Console(stderr=True, highlight=False).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-    raise typer.Exit(code=1)
+    typer.echo(str(write_report(RunFolder.open(run))))
 
 
 def _table(found: list[Overview], directory: Path) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from fedsigma.server.store import POOLED, RunFolder, StoreError
 
-__all__ = ["Overview", "find_runs", "overview", "study_of"]
+__all__ = ["Overview", "find_runs", "overview", "runs_folder", "study_of"]
 
 _DEPTH = 2  # a run folder lies in the given directory, or in one of its subdirectories
 
@@ -68,6 +69,11 @@ def overview(folder: RunFolder) -> Overview:
         started=times[0] if times else None,
         seconds=summary.get("seconds") or (times[-1] - times[0] if times else None),
     )
+
+
+def runs_folder() -> Path:
+    """Where run folders go unless a run says otherwise: $FEDSIGMA_RUNS, or ~/fedsigma-runs."""
+    return Path(os.environ.get("FEDSIGMA_RUNS") or Path.home() / "fedsigma-runs").expanduser().resolve()
 
 
 def find_runs(directory: Path) -> list[Path]:

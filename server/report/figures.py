@@ -163,8 +163,8 @@ def bytes_figure(content: Content) -> str:
 
     Returns the SVG, or nothing if no round was exchanged yet.
     """
-    lines = content.lines
-    if not any(line.bytes_up or line.bytes_down for line in lines):
+    lines = [line for line in content.lines if line.bytes_up or line.bytes_down]
+    if not lines:
         return ""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(2.7)
@@ -185,7 +185,7 @@ def bytes_figure(content: Content) -> str:
         axes.set_xlabel("Round")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, handlelength=1, handletextpad=0.5)
         words = (
-            f"Bar chart of bytes by round. Over {len(lines)} exchanges the sites sent "
+            f"Bar chart of bytes by round. Over {len(lines)} rounds the sites sent "
             f"{amount(content.bytes_up)} and received {amount(content.bytes_down)} altogether."
         )
         return _svg(figure, "bytes", words, {})

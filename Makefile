@@ -1,0 +1,50 @@
+# The common tasks. `make demo` is the shortest way from a checkout to a report.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUNS := $(CURDIR)/runs
+
+# Flower: no private environment for each run, no telemetry, no look for updates.
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FEDSIGMA_RUNS := $(RUNS)
+
+.PHONY: help venv test lint demo demo-short clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make venv        make the environment in $(VENV)"
+	@echo "make test        run the tests"
+	@echo "make lint        check style and types"
+	@echo "make demo        run the demonstration study and write its report (about 4 minutes on two cores)"
+	@echo "make demo-short  the same study for two rounds"
+	@echo "make clean       remove caches and builds; environment and runs stay"
+
+venv: $(STAMP)
+
+# torch first and by itself: which build of it is installed is then the machine's choice, not the project's.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch torchvision
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p fedsigma.common -p fedsigma.client -p fedsigma.server
+
+demo: $(STAMP)
+	$(BIN)/fedsigma study run demo
+
+demo-short: $(STAMP)
+	$(BIN)/fedsigma study run demo --rounds 2
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
