@@ -73,7 +73,7 @@ TEMPLATE = """<!doctype html>
 <section>
 <h2>Sites</h2>
 {%- if view.sites_drawing %}
-{{ figure(view.sites_drawing, "Accuracy at each site. The bar leads from zero-shot to federated.") }}
+{{ figure(view.sites_drawing, view.sites_drawing_caption) }}
 {%- endif %}
 {%- if view.sites.rows %}
 <figure>{{ table(view.sites, view.sites_caption) }}</figure>
