@@ -40,6 +40,7 @@ def _view(content: Content) -> dict[str, Any]:
     run = content.overview
     notices = tables.notices_grid(content)
     left = len(content.notices) - len(notices.rows)
+    both = _pairs(content, "zero_shot", "federated")
     return {
         "name": run.study,
         "facts": _facts(content),
