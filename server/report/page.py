@@ -53,9 +53,7 @@ def _view(content: Content) -> dict[str, Any]:
         "sites": tables.sites_grid(content),
         "sites_caption": _sites_caption(content),
         "sites_drawing_caption": "Accuracy at each site."
-        + (
-            " The bar leads from zero-shot to federated." if _pairs(content, "zero_shot", "federated") else ""
-        ),
+        + (" The bar leads from zero-shot to federated." if both else ""),
         # The drawings are markup made here; the names in them were escaped when they were drawn.
         "sites_drawing": Markup(figures.sites_figure(content)),
         "accuracy_drawing": Markup(figures.accuracy_figure(content)),
