@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
 from fedsigma.client.audit import AuditLog
 from fedsigma.client.site import Site, SiteCountDiffers, open_site
 from fedsigma.common import protocol
@@ -22,8 +25,6 @@ from fedsigma.common.protocol import (
     TrainReply,
     TrainTask,
 )
-from flwr.app import Context, Error, Message
-from flwr.clientapp import ClientApp
 
 __all__ = ["app"]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+
 from fedsigma.common.reading import (
     ConfigError,
     build,
@@ -51,6 +52,7 @@ STRATEGIES = (
     "multikrum",
     "qfedavg",
 )
+AUGMENTATIONS = ("paper", "gentle", "microscopy", "none")
 BASELINES = ("zero_shot", "local_only", "pooled")
 TOWERS = ("image", "text")
 PARTS = ("q", "k", "v", "o", "mlp")
@@ -135,7 +137,7 @@ class TrainingConfig:
         check_choice("training.schedule", self.schedule, ("cosine", "constant"))
         check_number("training.final_learning_rate", self.final_learning_rate, low=0, high=10)
         check_number("training.warmup_steps", self.warmup_steps, low=0, high=1_000_000)
-        check_choice("training.augment", self.augment, ("paper", "gentle", "none"))
+        check_choice("training.augment", self.augment, AUGMENTATIONS)
         check_number("training.proximal", self.proximal, low=0, high=1e6)
         check_choice("training.precision", self.precision, ("auto", "float32", "bfloat16"))
 

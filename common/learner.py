@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from fedsigma.common.config import SigmaConfig, TrainingConfig
 from numpy.typing import NDArray
+
+from fedsigma.common.config import SigmaConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Layout
@@ -76,7 +77,6 @@ class SigmaLearner:
         selection = Selection(towers=sigma.towers, layers=sigma.layers, parts=sigma.parts)
         self.sigma = SigmaModel.adapt(loaded.model, selection)
         self.task = Task(loaded, self.sigma, prompts)
-        self.classes = len(classes)
         self.layout: Layout = self.sigma.layout
         self.fingerprint: Fingerprint = self.sigma.fingerprint
         # Room for random crops without keeping full-size images in memory.

@@ -13,9 +13,10 @@ import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
+from flwr.app import ConfigRecord, RecordDict
+
 from fedsigma.common.config import DataConfig, SigmaConfig, StudyConfig, TrainingConfig
 from fedsigma.common.reading import ConfigError, build
-from flwr.app import ConfigRecord, RecordDict
 
 __all__ = [
     "HELLO",

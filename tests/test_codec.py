@@ -6,10 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from fedsigma.common import codec
-from fedsigma.common.codec import HEADER_BYTES, CodecError, Level, decode, encode
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedsigma.common import codec
+from fedsigma.common.codec import HEADER_BYTES, CodecError, Level, decode, encode
 
 DIGEST = "ab" * 32
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -4,6 +4,9 @@ import contextlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedsigma.common.config import (
     BASELINES,
     STRATEGIES,
@@ -16,8 +19,6 @@ from fedsigma.common.config import (
     load_study,
     study_names,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 SMALL = """
 name: small

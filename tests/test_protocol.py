@@ -4,6 +4,10 @@ import dataclasses
 import math
 
 import pytest
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedsigma.common import protocol
 from fedsigma.common.config import StudyConfig, TrainingConfig
 from fedsigma.common.protocol import (
@@ -20,9 +24,6 @@ from fedsigma.common.protocol import (
     to_content,
     wire_bytes,
 )
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from hypothesis import given
-from hypothesis import strategies as st
 
 STUDY = StudyConfig.from_yaml(
     "{name: s, backbone: starter, classes: [a, b], data: {source: demo}, sigma: {layers: [0, 2]}}"

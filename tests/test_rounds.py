@@ -85,6 +85,21 @@ def test_one_message_a_site_and_round_and_one_after_the_last(tmp_path: Path) -> 
     assert asked == ["query.hello", "train", "train", "train", "evaluate"]
 
 
+def test_every_task_has_its_place_in_the_schedule_of_the_whole_study(tmp_path: Path) -> None:
+    places = []
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        values = task.content.config_records["fedsigma"]
+        if node == 100 and "first_step" in values:
+            names = ("mode", "first_step", "steps", "total_steps", "cohort", "evaluate")
+            places.append(tuple(values[name] for name in names))
+        return reply
+
+    run(tmp_path, tamper=watch)
+    rounds = [("round", first, 5, 15, 4, True) for first in (0, 5, 10)]
+    assert places == [*rounds, ("local", 0, 15, 15, 1, False)]
+
+
 def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
     folder = run(tmp_path)
     rows = {(row["round"], row["site"]): row for row in folder.rounds()}
@@ -346,11 +361,9 @@ def test_everything_that_leaves_is_in_the_audit_log_first(tmp_path: Path) -> Non
     assert verify(path) == 3
 
 
-def test_a_reply_that_cannot_be_audited_does_not_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reply_that_cannot_be_audited_does_not_leave(tmp_path: Path) -> None:
     (tmp_path / "audit").write_text("a file where the folder should be")
-    with pytest.raises(TooFewSites, match="NotADirectoryError|FileExistsError"):
+    with pytest.raises(TooFewSites, match=r"NotADirectoryError|FileExistsError"):
         run(tmp_path)
 
 
