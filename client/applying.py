@@ -13,14 +13,10 @@ from fedsigma.common.artefact import SavedSigma, load_shift
 from fedsigma.common.config import StudyConfig
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from fedsigma.common.backbones import Backbone
     from fedsigma.common.sigma import SigmaModel
 
 __all__ = ["ApplyError", "Restored", "export", "list_pictures", "predict", "restore"]
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 
 
 class ApplyError(ValueError):
@@ -35,33 +31,6 @@ class Restored:
     study: StudyConfig
     backbone: Backbone
     sigma: SigmaModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Picture:
-    """A record of the data sources' form; `label` only fills the place."""
-
-    key: str
-    label: str | None
-    site: str | None = None
-    group: str | None = None
-    split: str | None = None
-
-
-class _Files:
-    """A picture source over plain files, so that they are decoded as in training."""
-
-    records: list[Any]
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self.records = folder, []
-
-    def image(self, record: Any) -> Image:
-        """The picture, RGB."""
-        from PIL import Image, ImageOps
-
-        with Image.open(self._folder / record.key) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def restore(path: Path, backbone: str | None = None) -> Restored:
@@ -98,20 +67,22 @@ def list_pictures(folder: Path) -> list[str]:
     Raises:
         ApplyError: no folder, or no picture in it.
     """
+    from fedsigma.common.data.folder import SUFFIXES
+
     if not folder.is_dir():
         raise ApplyError(f"there is no folder {folder}")
     found = []
     for base, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         here = Path(base).relative_to(folder)
-        found += [(here / n).as_posix() for n in names if not n.startswith(".") and _suffix(n) in SUFFIXES]
+        found += [
+            (here / n).as_posix()
+            for n in names
+            if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES
+        ]
     if not found:
         raise ApplyError(f"no picture in {folder}: expected files ending in {', '.join(sorted(SUFFIXES))}")
     return sorted(found)
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
 
 
 def predict(
@@ -157,17 +128,20 @@ def predict(
 def _decoded(
     restored: Restored, folder: Path, names: list[str], unreadable: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    from fedsigma.common.data import load_examples
+    from PIL import Image
 
-    classes, source = list(restored.study.classes), _Files(folder)
+    from fedsigma.common.data import PictureError, Pictures, Record, load_examples
+
+    # The label only fills the place; decoding is that of the data sources, as in training.
+    classes = list(restored.study.classes)
+    records = [Record(key=name, label=classes[0]) for name in names]
+    source = Pictures(records, lambda key: Image.open(folder / key))
     side = restored.backbone.image_size * 3 // 2
-    for name in names:
-        record: Any = _Picture(key=name, label=classes[0])
+    for record in records:
         try:
-            yield name, load_examples(source, [record], classes, side=side)[0]
-        # Pillow raises many types for damaged files; whatever it is, the file is named and the rest goes on.
-        except Exception as error:
-            unreadable.append(f"{name}: {type(error).__name__}")
+            yield record.key, load_examples(source, [record], classes, side=side)[0]
+        except PictureError as error:
+            unreadable.append(str(error))
 
 
 def export(restored: Restored, folder: Path) -> Path:

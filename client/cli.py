@@ -163,18 +163,15 @@ def check(
     source = open_source(spec)
     found = sorted({record.label for record in source.records if record.label is not None})
     report = check_source(source, classes=list(_words(classes)) if classes is not None else found)
-    problems = [str(problem) for problem in report.problems]
     if as_json:
-        counts = {"records": len(source.records), "usable": len(report.usable), "problems": problems}
-        typer.echo(json.dumps(counts, indent=2))
+        problems = [{"kind": p.kind, "where": p.where, "detail": p.detail} for p in report.problems]
+        values = {"records": report.total, "usable": len(report.usable), "problems": problems}
+        typer.echo(json.dumps(values, indent=2))
     else:
         from rich.console import Console
 
-        table = report.table()
-        typer.echo(table) if isinstance(table, str) else Console().print(table)
-        typer.echo(f"{len(report.usable)} of {len(source.records)} records can be used.")
-    if problems:
-        typer.echo(f"{len(problems)} problem{'s' * (len(problems) > 1)} found.", err=True)
+        Console(highlight=False).print(report.rich())
+    if not report.ok:
         raise typer.Exit(PROBLEMS)
 
 

@@ -295,15 +295,23 @@ def test_pictures_are_found_in_a_fixed_order(pictures: Path) -> None:
 
 def test_data_check(pictures: Path, tmp_path: Path) -> None:
     root = tmp_path / "classes"
-    for name in ("a.png", "c.PNG"):
-        for label in ("long", "round"):
-            (root / label).mkdir(parents=True, exist_ok=True)
+    for label, names in {"long": ("a.png", "b.jpg"), "round": ("c.PNG", "d.tif")}.items():
+        (root / label).mkdir(parents=True)
+        for name in names:
             (root / label / name).write_bytes((pictures / name).read_bytes())
     code, out, err = run("data", "check", f"folder:{root}", "--classes", "long,round")
     assert code == 0, err
-    assert "4 of 4" in out
+    assert "no problems" in out
     (root / "long" / "bad.png").write_bytes(b"nothing")
     code, out, _ = run("data", "check", f"folder:{root}", "--classes", "long,round,spiky", "--json")
     assert code == 4
-    problems = " ".join(json.loads(out)["problems"])
-    assert "spiky" in problems
+    values = json.loads(out)
+    assert {p["kind"] for p in values["problems"]} >= {"corrupt picture", "empty class"}
+    assert any("spiky" in p["where"] + p["detail"] for p in values["problems"])
+    assert values["usable"] == 4
+    code, out, _ = run("data", "check", f"folder:{root}")
+    assert code == 4
+    assert "bad.png" in out
+    code, _, err = run("data", "check", "foldr:x")
+    assert code == 3
+    assert "folder" in err
