@@ -1,0 +1,55 @@
+"""Pictures of a site or a simulation: sources, checks, splits, few-shot draws, partitions and decoding."""
+
+# Importing a module registers its source.
+from fedsigma.common.data.check import KINDS, Report, check
+from fedsigma.common.data.dicom import open_dicom
+from fedsigma.common.data.folder import open_folder
+from fedsigma.common.data.loading import Example, SiteData, load_examples
+from fedsigma.common.data.manifest import open_manifest
+from fedsigma.common.data.parquet import open_parquet
+from fedsigma.common.data.partition import partition
+from fedsigma.common.data.records import (
+    DataError,
+    MissingPicture,
+    PictureError,
+    Pictures,
+    Problem,
+    Record,
+    SiteRow,
+    Source,
+    UnsupportedPicture,
+    site_table,
+)
+from fedsigma.common.data.registry import known_sources, open_source, register_source
+from fedsigma.common.data.sampling import few_shot, split_groups
+from fedsigma.common.data.smears import open_demo
+
+__all__ = [
+    "KINDS",
+    "DataError",
+    "Example",
+    "MissingPicture",
+    "PictureError",
+    "Pictures",
+    "Problem",
+    "Record",
+    "Report",
+    "SiteData",
+    "SiteRow",
+    "Source",
+    "UnsupportedPicture",
+    "check",
+    "few_shot",
+    "known_sources",
+    "load_examples",
+    "open_demo",
+    "open_dicom",
+    "open_folder",
+    "open_manifest",
+    "open_parquet",
+    "open_source",
+    "partition",
+    "register_source",
+    "site_table",
+    "split_groups",
+]
