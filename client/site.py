@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedsigma.common import sites as data_of
-from fedsigma.common.config import DataConfig
 from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.protocol import Setup, TrainTask
-from fedsigma.common.reading import ConfigError, build, check_number, check_printable, read_yaml
+from fedsigma.common.reading import ConfigError, build, check_choice, check_number, check_printable, read_yaml
 
 if TYPE_CHECKING:
     from fedsigma.common.data import SiteData
@@ -63,7 +62,8 @@ class SiteCountDiffers(ValueError):
 class SitePolicy:
     """What site.yaml says.
 
-    Fields: name, as the server sees it; source, the site's images, and options for it; studies that may be
+    Fields: name, as the server sees it; source, the site's images, and options for it; on_problem, whether a
+    damaged image or unknown label stops the site's work or is skipped; studies that may be
     run here (`*`: any); backbones, the study's name of each allowed backbone and where it lies here;
     max_local_steps of one task; max_examples, the most training images used; min_cohort, the fewest sites
     whose shifts must be averaged together (2 or more also refuses training alone); tell_class_counts,
@@ -77,6 +77,7 @@ class SitePolicy:
     studies: tuple[str, ...]
     backbones: dict[str, str] = field(default_factory=lambda: {"starter": "starter"})
     options: dict[str, Any] = field(default_factory=dict)
+    on_problem: str = "stop"
     test_share: float = 0.5
     max_local_steps: int = 1000
     max_examples: int = 10_000
@@ -87,6 +88,7 @@ class SitePolicy:
     def __post_init__(self) -> None:
         check_printable("name", self.name)
         check_printable("source", self.source)
+        check_choice("on_problem", self.on_problem, ("stop", "skip"))
         check_number("test_share", self.test_share, low=0.05, high=0.95)
         check_number("max_local_steps", self.max_local_steps, low=1)
         check_number("max_examples", self.max_examples, low=1)
@@ -161,14 +163,20 @@ class Site:
 def _images(site: Site, setup: Setup, side: int) -> SiteData:
     if site.sites:
         source, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
-        records = parts[site.name]
+        records, data = parts[site.name], setup.data_config
+        on_problem = data.on_problem if data else "stop"
     else:
         from fedsigma.common.data import open_source
 
-        policy = site.policy
+        policy, on_problem = site.policy, site.policy.on_problem
         source = open_source(policy.source, base=site.base, **policy.options)
-        data = DataConfig(source=policy.source, test_share=policy.test_share)
-        records = data_of.usable_records(source, data, classes=setup.classes, seed=setup.seed)
+        records = data_of.usable_records(
+            source,
+            classes=setup.classes,
+            test_share=policy.test_share,
+            on_problem=policy.on_problem,
+            seed=setup.seed,
+        )
     return data_of.load_site(
         source,
         records,
@@ -177,6 +185,7 @@ def _images(site: Site, setup: Setup, side: int) -> SiteData:
         shots=setup.shots,
         seed=setup.seed,
         side=side,
+        on_problem=on_problem,
         max_examples=site.policy.max_examples,
     )
 

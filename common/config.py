@@ -13,8 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from fedsigma.common.reading import (
     ConfigError,
     build,
@@ -23,8 +21,8 @@ from fedsigma.common.reading import (
     check_printable,
     check_subset,
     nearest,
-    plain,
     read_yaml,
+    write_yaml,
 )
 
 __all__ = [
@@ -235,7 +233,7 @@ class StudyConfig:
 
     def to_yaml(self) -> str:
         """Write the study with every setting spelled out; `StudyConfig.from_yaml` reads it back equal."""
-        return yaml.safe_dump(plain(self), sort_keys=False, allow_unicode=True, width=100)
+        return write_yaml(self)
 
     @classmethod
     def from_yaml(cls, text: str, *, where: str = "the study") -> StudyConfig:

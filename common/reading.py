@@ -21,8 +21,8 @@ __all__ = [
     "check_printable",
     "check_subset",
     "nearest",
-    "plain",
     "read_yaml",
+    "write_yaml",
 ]
 
 T = TypeVar("T")
@@ -93,9 +93,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what _Loader reads: a text like `1e3` is put in quotes."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def read_yaml(text: str, *, where: str) -> dict[str, Any]:
@@ -187,6 +194,11 @@ def _scalar(key: str, hint: Any, value: Any) -> Any:
 def _say(hint: Any) -> str:
     """Say in words what a field expects."""
     return _WORDS.get(typing.get_origin(hint) or hint, str(hint))
+
+
+def write_yaml(settings: Any) -> str:
+    """Write settings as YAML that `read_yaml` and `build` turn back into equal ones."""
+    return yaml.dump(plain(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def plain(value: Any) -> Any:

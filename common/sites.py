@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -10,21 +11,44 @@ from fedsigma.common.config import DataConfig
 from fedsigma.common.reading import build
 
 if TYPE_CHECKING:
-    from fedsigma.common.data import Record, SiteData, Source
+    from fedsigma.common.data import Example, Record, SiteData, Source
 
-__all__ = ["NoImages", "load_site", "simulated_sites", "usable_records"]
+__all__ = ["NoImages", "check_pictures", "load_site", "simulated_sites", "usable_records"]
 
 
 class NoImages(ValueError):
     """A site has no image to train on."""
 
 
-def usable_records(source: Source, data: DataConfig, *, classes: tuple[str, ...], seed: int) -> list[Record]:
-    """Return a source's records with a class of the study, each in the train or the test part."""
-    from fedsigma.common.data import split_groups
+def usable_records(
+    source: Source, *, classes: tuple[str, ...], test_share: float, on_problem: str, seed: int
+) -> list[Record]:
+    """Return a source's records with a class of the study, each in the train or the test part.
 
-    wanted = [record for record in source.records if record.label in classes]
-    return list(split_groups(wanted, test_share=data.test_share, seed=seed))
+    Pictures are not decoded here: a damaged one shows when it is loaded.
+
+    Raises:
+        DataError: there are problems and on_problem is 'stop', or nothing is usable.
+    """
+    from fedsigma.common.data import check, split_groups
+
+    report = check(source, classes=classes, pictures=False)
+    return list(split_groups(report.settle(on_problem), test_share=test_share, seed=seed))
+
+
+def check_pictures(data_json: str, classes: tuple[str, ...], seed: int) -> str:
+    """Decode every picture of a simulation once; return the problems as one report, empty if there are none.
+
+    Raises:
+        DataError: there are problems and the data section's on_problem is 'stop', or nothing is usable.
+    """
+    from fedsigma.common.data import check
+
+    data = build(DataConfig, json.loads(data_json), where="the data section")
+    source, _ = simulated_sites(data_json, classes, seed)
+    report = check(source, classes=classes)
+    report.settle(data.on_problem)
+    return "" if report.ok else report.table()
 
 
 @lru_cache(maxsize=2)
@@ -37,12 +61,17 @@ def simulated_sites(
         data_json: the study's data section as JSON (text, so that equal sections share the cache).
         classes: the classes of the study; images of others are left out.
         seed: the study's seed.
+
+    Raises:
+        DataError: the data cannot be read or divided, or have problems and on_problem is 'stop'.
     """
     from fedsigma.common.data import open_source, partition
 
     data = build(DataConfig, json.loads(data_json), where="the data section")
     source = open_source(data.source, **data.options)
-    records = usable_records(source, data, classes=classes, seed=seed)
+    records = usable_records(
+        source, classes=classes, test_share=data.test_share, on_problem=data.on_problem, seed=seed
+    )
     return source, dict(partition(records, data.sites_by, seed))
 
 
@@ -55,16 +84,18 @@ def load_site(
     shots: int,
     seed: int,
     side: int,
+    on_problem: str = "stop",
     max_examples: int | None = None,
 ) -> SiteData:
     """Draw a site's few training images and load them and its test images.
 
-    Units: side in pixels.
+    Units: side in pixels. on_problem: 'skip' leaves out pictures that cannot be decoded.
 
     Raises:
         NoImages: the site has no training image of any class.
+        DataError: a picture cannot be decoded and on_problem is 'stop'.
     """
-    from fedsigma.common.data import SiteData, few_shot, load_examples
+    from fedsigma.common.data import SiteData, few_shot
 
     chosen = few_shot(records, shots=shots, classes=list(classes), seed=seed)[:max_examples]
     if not chosen:
@@ -72,6 +103,23 @@ def load_site(
     test = [record for record in records if record.split == "test"]
     return SiteData(
         name=name,
-        train=load_examples(source, chosen, list(classes), side=side),
-        test=load_examples(source, test, list(classes), side=side),
+        train=_load(source, chosen, classes, side, on_problem),
+        test=_load(source, test, classes, side, on_problem),
     )
+
+
+def _load(
+    source: Source, records: list[Record], classes: tuple[str, ...], side: int, on_problem: str
+) -> list[Example]:
+    from fedsigma.common.data import PictureError, load_examples
+
+    try:
+        return load_examples(source, records, classes, side=side)
+    except PictureError:
+        if on_problem == "stop":
+            raise
+    found: list[Example] = []
+    for record in records:
+        with contextlib.suppress(PictureError):
+            found += load_examples(source, [record], classes, side=side)
+    return found

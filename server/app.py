@@ -14,9 +14,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsigma.common import sites
 from fedsigma.common.config import ConfigError, StudyConfig, load_study
 from fedsigma.common.learner import Learner, open_learner
-from fedsigma.common.protocol import METRICS, Evaluation
+from fedsigma.common.protocol import METRICS, Evaluation, Setup
 from fedsigma.server.averaging import ARRAY, make_averaging, restore_state
 from fedsigma.server.baselines import Baselines, result
 from fedsigma.server.exchange import Exchange
@@ -44,6 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
     folder.event("run_start", study=study.name, run=str(context.run_id), resume=resumed)
     try:
+        _check_pictures(folder, study)
         learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
         shift, done = _starting_point(folder, study, learner) if resumed else (_zero(learner), 0)
         if done:
@@ -115,6 +117,14 @@ def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
             f"{path} holds a run with other settings ({', '.join(keys)}): resume with the same study, rounds"
             " and seed, or start anew in another folder"
         )
+
+
+def _check_pictures(folder: RunFolder, study: StudyConfig) -> None:
+    """Name everything wrong with a simulation's data before training starts."""
+    setup = Setup.of(study)
+    if setup.data and (problems := sites.check_pictures(setup.data, setup.classes, setup.seed)):
+        print(problems, flush=True)
+        folder.event("data_problems", report=problems)
 
 
 def _zero(learner: Learner) -> np.ndarray:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -155,8 +153,7 @@ class Baselines:
         study, data = self.study, self.study.data
         if data is None:
             return {}
-        text = json.dumps(asdict(data), sort_keys=True)
-        source, parts = simulated_sites(text, study.classes, study.seed)
+        source, parts = simulated_sites(Setup.of(study).data, study.classes, study.seed)
         images = {
             name: load_site(
                 source,
@@ -166,6 +163,7 @@ class Baselines:
                 shots=study.shots,
                 seed=study.seed,
                 side=learner.side,
+                on_problem=data.on_problem,
             )
             for name, records in parts.items()
         }

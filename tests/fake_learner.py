@@ -89,6 +89,7 @@ def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(learning, "builder", FakeLearner)
     monkeypatch.setattr(sites, "simulated_sites", parts)
     monkeypatch.setattr(sites, "load_site", load)
+    monkeypatch.setattr(sites, "check_pictures", lambda *place: "")
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))
     client_site._images.cache_clear()

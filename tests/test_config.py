@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsigma.common.config import (
@@ -97,6 +97,12 @@ def test_exponents_without_a_dot_are_numbers() -> None:
     assert study.training.learning_rate == 0.001
 
 
+@pytest.mark.parametrize("name", ["6e90", "6e9b", "1e3"])
+def test_a_name_that_looks_like_a_number_survives(name: str) -> None:
+    study = StudyConfig.from_yaml(SMALL.replace("small", f"'{name}'"))
+    assert StudyConfig.from_yaml(study.to_yaml()).name == name
+
+
 def test_unknown_study_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         load_study("demoo")
@@ -145,6 +151,7 @@ studies = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(studies)
 def test_writing_and_reading_gives_the_same_study(study: StudyConfig) -> None:
     assert StudyConfig.from_yaml(study.to_yaml()) == study
