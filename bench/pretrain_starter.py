@@ -57,6 +57,11 @@ class Settings:
     compiled: bool = False
     warmup: int = 300
 
+    @property
+    def name(self) -> str:
+        """Names the stage's checkpoint."""
+        return f"{self.pixels}-cooldown" if self.cooldown else f"{self.pixels}-{self.dropped:g}"
+
 
 def build(pixels: int) -> CLIP:
     """A starter model for pictures of the given side."""
@@ -244,8 +249,8 @@ def run_stage(model: CLIP, batches: Batches, s: Settings, test: C.Corpus, log: P
             line |= {name: round(v / count, 4) for name, v in sums.items()}
             if step % 500 == 0 or step == s.steps:
                 line |= zero_shot(average, test, s.pixels)
-                save_file(average.state_dict(), log.parent / f"average-{s.pixels}.safetensors")
-                save_file(model.state_dict(), log.parent / f"stage-{s.pixels}.safetensors")
+                save_file(average.state_dict(), log.parent / f"average-{s.name}.safetensors")
+                save_file(model.state_dict(), log.parent / f"stage-{s.name}.safetensors")
             with log.open("a") as file:
                 print(json.dumps(line), file=file)
             print(line, flush=True)

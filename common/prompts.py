@@ -71,7 +71,7 @@ class Prompts:
     def __init__(self, backbone: Backbone, prompts: Sequence[str], *, cut: bool = True) -> None:
         if not prompts:
             raise ValueError("no prompt: a study needs at least one class")
-        self._model = backbone.model
+        self._model: Any = backbone.model
         tower = _text_tower(backbone.model)
         tokens = backbone.tokenizer(list(prompts))
         self.length = _length(tower, tokens) if cut else tokens.shape[1]

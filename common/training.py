@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.progress import track
@@ -20,7 +20,7 @@ from fedsigma.common.metrics import Predictions
 from fedsigma.common.prompts import Prompts
 from fedsigma.common.sigma import SigmaModel
 
-Precision = Literal["auto", "float32", "bfloat16"]
+PRECISIONS = ("auto", "float32", "bfloat16")
 Augment = Callable[[Tensor], Tensor]
 
 
@@ -63,7 +63,7 @@ class Recipe:
     warmup_steps: int = 0
     augment: str = "paper"
     proximal: float = 0.0
-    precision: Precision = "auto"
+    precision: str = "auto"
 
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of step 0 <= step < total_steps of the study."""
@@ -142,8 +142,14 @@ def computes_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context for a forward pass in the asked precision."""
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context for a forward pass in the asked precision.
+
+    Raises:
+        TrainingError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise TrainingError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     wanted = precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
 
@@ -168,6 +174,7 @@ class Task:
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.backbone, self.sigma = backbone, sigma.to(self.device)
+        self._model: Any = backbone.model
         self.prompts = Prompts(backbone, prompts)
         self.size = backbone.image_size
         self._mean = torch.tensor(backbone.mean, device=self.device).view(3, 1, 1)
@@ -195,7 +202,7 @@ class Task:
         x = (images.to(self.device).float() / 255 - self._mean) / self._std
         grad = torch.no_grad() if self._image_frozen else nullcontext()
         with grad:
-            return F.normalize(self.backbone.model.encode_image(x).float(), dim=-1)
+            return F.normalize(self._model.encode_image(x).float(), dim=-1)
 
     def fitted(self, example: Example) -> Tensor:
         """The picture as evaluation sees it, uint8 (3, size, size)."""
@@ -281,7 +288,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     batch_size: int = 64,
-    precision: Precision = "auto",
+    precision: str = "auto",
     progress: bool = False,
 ) -> Predictions:
     """Class probabilities of every example under the task's shift."""

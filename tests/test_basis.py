@@ -105,7 +105,7 @@ def test_nan_in_a_sketch_is_a_difference() -> None:
     ],
 )
 def test_garbage_fingerprint_is_named(text: str) -> None:
-    with pytest.raises((BasisError, ValueError), match=r"fingerprint|could not convert"):
+    with pytest.raises(BasisError, match="fingerprint"):
         Fingerprint.from_json(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_schedule_runs_over_the_whole_study(total: int, warmup: int, rate: float
     rates = [recipe.rate(step, total) for step in range(total)]
     assert all(0 < r <= rate * (1 + 1e-9) for r in rates)
     late = rates[warmup:]
-    assert all(a >= b for a, b in zip(late, late[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(late))
     if total > warmup:
         assert late[0] == pytest.approx(rate)
     assert recipe.rate(total, total) >= recipe.final_learning_rate * (1 - 1e-9)

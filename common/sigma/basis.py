@@ -124,16 +124,18 @@ class Fingerprint:
         """
         try:
             raw = json.loads(text)
-            if raw["version"] != VERSION:
-                raise BasisError(
-                    f"fingerprint version {raw['version']}, this program reads {VERSION}: update the older side"
-                )
-            rows = tuple(tuple(float(x) for x in row) for row in raw["sketch"])
-            return cls(str(raw["weights"]), str(raw["layout"]), rows)
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            version = raw["version"]
+            rows = tuple(tuple(float(x) for x in row) for row in raw.get("sketch", ()))
+            found = cls(str(raw.get("weights")), str(raw.get("layout")), rows)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BasisError(
                 f"not a fingerprint ({error}): expected what Fingerprint.to_json writes"
             ) from None
+        if version != VERSION or not rows:
+            raise BasisError(
+                f"fingerprint version {version}, this program has {VERSION}: update the older side"
+            )
+        return found
 
     def compare(self, other: Fingerprint) -> str | None:
         """None if both may average their shifts, else one sentence that says what differs."""
@@ -182,7 +184,7 @@ class Basis:
 
     def save(self, path: Path) -> None:
         """Write as safetensors; readers see the whole file or none."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for number, triple in enumerate(self.triples):
             tensors |= {f"{number}.u": triple.u, f"{number}.s": triple.s, f"{number}.vh": triple.vh}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,158 @@
+"""Try recipes on validation images taken from the training part; the test part is never read.
+
+    python bench/tune.py --data DIR --study white-cells-four-labs --try learning_rate=0.01,augment=microscopy
+
+Each --try is one recipe: fields of the training section, and `rounds`. The rest of a site's training images
+(those the few-shot draw left over) serve as validation. Everything runs in this process, without Flower;
+the averaging is the plain weighted mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from fedsigma.common.backbones import load_backbone
+from fedsigma.common.config import StudyConfig, TrainingConfig, load_study
+from fedsigma.common.data import Example, Record, few_shot, load_examples, open_source, partition
+from fedsigma.common.learner import seed_for
+from fedsigma.common.metrics import Predictions, score
+from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.training import Recipe, Task, evaluate, train
+
+Sites = dict[str, tuple[list[Example], list[Example]]]
+
+
+def validation_sites(study: StudyConfig, side: int, most: int, seed: int) -> Sites:
+    """Few-shot training and validation images of each site, both from its training part."""
+    source = open_source(study.data.source, **study.data.options)
+    kept = [r for r in source.records if r.split == "train" and r.label in study.classes]
+    sites: Sites = {}
+    for name, records in partition(kept, study.data.sites_by, seed).items():
+        chosen = few_shot(records, shots=study.shots, classes=study.classes, seed=seed)
+        groups = {r.group for r in chosen if r.group is not None}
+        taken = {r.key for r in chosen}
+        rest = [r for r in records if r.key not in taken and (r.group is None or r.group not in groups)]
+        held: list[Record] = few_shot(rest, shots=most, classes=study.classes, seed=seed + 1)
+        sites[name] = tuple(load_examples(source, part, study.classes, side=side) for part in (chosen, held))
+    return sites
+
+
+def recipe_of(config: TrainingConfig) -> Recipe:
+    """The training section as a recipe."""
+    names = Recipe.__dataclass_fields__
+    return Recipe(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+
+
+def judge(task: Task, shift: Tensor, sites: Sites) -> dict[str, Predictions]:
+    """Predictions of a shift on every site's validation images."""
+    task.sigma.set_shift(shift)
+    return {name: evaluate(task, held) for name, (_, held) in sites.items() if held}
+
+
+def accuracy(found: dict[str, Predictions]) -> float:
+    """Pooled accuracy."""
+    return score(Predictions.join(list(found.values()))).accuracy or 0.0
+
+
+def compare(task: Task, sites: Sites, study: StudyConfig, methods: set[str]) -> dict[str, float]:
+    """Accuracy of the methods under the study's recipe."""
+    recipe, steps, rounds = recipe_of(study.training), study.training.local_steps, study.federation.rounds
+    zero, total, result = torch.zeros(task.sigma.layout.size), steps * rounds, {}
+
+    def trained(name: str, shift: Tensor, examples: list[Example], first: int, count: int, of: int) -> Tensor:
+        task.sigma.set_shift(shift)
+        train(
+            task,
+            examples,
+            recipe,
+            first_step=first,
+            steps=count,
+            total_steps=of,
+            seed=seed_for(study.seed, name),
+        )
+        return task.sigma.get_shift()
+
+    if "zero" in methods:
+        result["zero"] = accuracy(judge(task, zero, sites))
+    if "federated" in methods:
+        shift = zero
+        for number in range(rounds):
+            parts = [trained(n, shift, x, number * steps, steps, total) for n, (x, _) in sites.items()]
+            weights = torch.tensor([float(len(x)) for x, _ in sites.values()])
+            shift = (torch.stack(parts) * (weights / weights.sum())[:, None]).sum(0)
+        result["federated"] = accuracy(judge(task, shift, sites))
+        result["norm"] = float(shift.norm())
+    if "local" in methods:
+        judged = {n: judge(task, trained(n, zero, x, 0, total, total), sites) for n, (x, _) in sites.items()}
+        result["home"] = accuracy({n: found[n] for n, found in judged.items() if n in found})
+        result["everywhere"] = sum(map(accuracy, judged.values())) / len(judged)
+    if "pooled" in methods:
+        everything = [e for x, _ in sites.values() for e in x]
+        of = total * len(sites)
+        result["pooled"] = accuracy(judge(task, trained("pooled", zero, everything, 0, of, of), sites))
+    return result
+
+
+def parse(text: str) -> dict[str, object]:
+    """`a=1,b=x` as a dictionary with numbers where they are numbers."""
+    found: dict[str, object] = {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def main() -> None:
+    """Run every recipe and print a line for each."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path)
+    p.add_argument("--study", required=True)
+    p.add_argument("--backbone", help="other than the study's")
+    p.add_argument("--try", dest="tries", action="append", default=[])
+    p.add_argument("--methods", nargs="+", default=["zero", "federated", "local", "pooled"])
+    p.add_argument("--validation", type=int, default=25, help="validation images a class and site at most")
+    p.add_argument("--seeds", type=int, nargs="+", default=[11])
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    if a.data:
+        os.environ["FEDSIGMA_DATA"] = str(a.data.resolve())
+    base, lines = load_study(a.study), []
+    backbone = load_backbone(a.backbone or base.backbone)
+    s = base.sigma
+    sigma = SigmaModel.adapt(backbone.model, Selection(towers=s.towers, layers=s.layers, parts=s.parts))
+    task = Task(backbone, sigma, base.prompts)
+    for text in a.tries or [""]:
+        wanted, started, found = parse(text), time.time(), []
+        rounds = wanted.pop("rounds", base.federation.rounds)
+        for seed in a.seeds:
+            study = replace(
+                base,
+                seed=seed,
+                training=replace(base.training, **wanted),
+                federation=replace(base.federation, rounds=rounds),
+            )
+            sites = validation_sites(study, backbone.image_size * 3 // 2, a.validation, seed)
+            found.append(compare(task, sites, study, set(a.methods)))
+        mean = {key: round(sum(f[key] for f in found) / len(found), 4) for key in found[0]}
+        lines.append({"recipe": text or "as the study says", **mean, "seconds": round(time.time() - started)})
+        print(lines[-1], flush=True)
+    if a.json:
+        a.json.write_text(json.dumps(lines, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
