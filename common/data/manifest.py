@@ -90,7 +90,7 @@ def _rows(path: Path, names: Mapping[str, str]) -> Iterator[tuple[int, dict[str 
             for name in ("path", "label"):
                 if names[name] not in present:
                     raise DataError(
-                        f"the manifest {path} has no column '{names[name]}', only {', '.join(present) or 'none'}; "
+                        f"the manifest {path} lacks the column '{names[name]}', has {', '.join(present)}; "
                         "rename it or name yours by the option columns"
                     )
             reader.fieldnames = present

@@ -11,21 +11,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+
+from fedsigma.common.data.smear_fields import (
+    PIXELS,
+    Field,
+    Place,
+    Rng,
+    Window,
+    balls,
+    cut,
+    ellipse,
+    grain,
+    grid,
+    inside,
+    join,
+    polar,
+    rope,
+    smooth_noise,
+    window,
+    wobble,
+)
 
 __all__ = ["CELL_TYPES", "PIXELS", "Stain", "draw_smear"]
 
-PIXELS = 128
 CELL_TYPES = ("neutrophil", "lymphocyte", "monocyte", "eosinophil")
-
-Field = NDArray[np.float32]
-Rng = np.random.Generator
-Window = tuple[slice, slice]
 
 # Optical density of a fully stained structure under white light: red, green, blue.
 _AZURE = np.array([0.85, 1.30, 0.42], np.float32)  # nuclei: the purple of azure B on DNA
@@ -33,8 +45,9 @@ _BLUE = np.array([0.55, 0.33, 0.10], np.float32)  # basophilic cytoplasm: methyl
 _EOSIN = np.array([0.10, 0.62, 0.55], np.float32)  # eosinophilic granules
 _LILAC = np.array([0.22, 0.45, 0.20], np.float32)  # neutrophilic and azurophilic granules
 _HAEM = np.array([0.13, 0.40, 0.40], np.float32)  # haemoglobin after eosin
+_GREY = np.array([0.26, 0.42, 0.26], np.float32)  # red cells of an old or acid stain
 
-_LARGEST_UM = {"neutrophil": 7.3, "lymphocyte": 6.8, "monocyte": 8.8, "eosinophil": 7.6}  # greatest radius
+_LARGEST_UM = {"neutrophil": 7.3, "lymphocyte": 7.0, "monocyte": 8.8, "eosinophil": 7.6}  # greatest radius
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +62,9 @@ class Stain:
     red_cell: float
     hue: float  # from -1 (bluish nuclei) to 1 (reddish nuclei)
     granule_hue: float  # from 0 (granules orange) to 1 (granules lilac), of every granulocyte
+    red_hue: float  # from 0 (salmon red cells) to 1 (greyish red cells)
     crowding: float  # share of the free places that hold a red cell
+    neighbours: float  # chance of another white cell, cut off by the picture's edge
 
 
 def draw_smear(cell: str, stain: Stain, rng: Rng) -> Field:
@@ -66,111 +81,26 @@ def draw_smear(cell: str, stain: Stain, rng: Rng) -> Field:
         raise ValueError(f"no drawing for {cell!r}; known cell types: {', '.join(CELL_TYPES)}")
     centre = (PIXELS - 1) / 2 + rng.normal(0, 5, 2)
     density, radius = _white_cell(cell, centre, stain, rng)
-    density += _red_cells(centre, radius, stain, rng)
-    density += _platelets(centre, radius, stain, rng)
-    density += 0.015 * _smooth_noise(rng, 5)[..., None] * np.array([0.5, 1, 0.7], np.float32)
+    taken = [(centre, radius)]
+    if rng.random() < stain.neighbours:
+        _neighbour(density, taken, stain, rng)
+    density += _red_cells(taken, stain, rng)
+    density += _platelets(taken, stain, rng)
+    density += 0.015 * smooth_noise(rng, 5)[..., None] * np.array([0.5, 1, 0.7], np.float32)
     light = np.asarray(stain.light, np.float32)
     return np.clip(light * np.exp(-np.maximum(density, -0.06)), 0, 1)
-
-
-# Fields
-
-
-@lru_cache(maxsize=1)
-def _grid() -> tuple[Field, Field]:
-    y, x = np.mgrid[:PIXELS, :PIXELS].astype(np.float32)
-    return x, y
-
-
-@lru_cache(maxsize=64)
-def _lowpass(sigma: float) -> Field:
-    """Fourier response of a Gaussian blur of `sigma` pixels, (PIXELS, PIXELS // 2 + 1)."""
-    fy = np.fft.fftfreq(PIXELS)[:, None]
-    fx = np.fft.rfftfreq(PIXELS)[None, :]
-    return np.exp(-2 * (np.pi * sigma) ** 2 * (fx**2 + fy**2)).astype(np.float32)
-
-
-def _grain(rng: Rng, sigma: float) -> Field:
-    """Blurred white noise of unit variance; `sigma` pixels sets the size of its grains."""
-    white = rng.standard_normal((PIXELS, PIXELS), dtype=np.float32)
-    field = np.fft.irfft2(np.fft.rfft2(white) * _lowpass(round(sigma, 1)), s=(PIXELS, PIXELS))
-    return (field / field.std()).astype(np.float32)
-
-
-def _smooth_noise(rng: Rng, cells: int) -> Field:
-    """Smooth noise of about unit variance with `cells` bumps across the picture."""
-    coarse = rng.standard_normal((cells + 1, cells + 1), dtype=np.float32)
-    return np.asarray(Image.fromarray(coarse).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
-
-
-def _inside(distance: Field, soft: float = 0.8) -> Field:
-    """Signed distance (negative inside) to coverage from 0 to 1, with an edge about `soft` pixels wide."""
-    return 1 / (1 + np.exp(np.clip(distance / (0.45 * soft), -30, 30)))
-
-
-def _ellipse(
-    x: Field, y: Field, at: NDArray[np.float64], radii: tuple[float, float], turn: float = 0.0
-) -> Field:
-    """Approximate signed distance to an ellipse with half axes `radii`, turned by `turn` radians."""
-    cos, sin = math.cos(turn), math.sin(turn)
-    dx, dy = x - np.float32(at[0]), y - np.float32(at[1])
-    u, v = (cos * dx + sin * dy) / radii[0], (cos * dy - sin * dx) / radii[1]
-    return (np.sqrt(u * u + v * v) - 1) * min(radii)
-
-
-def _rope(x: Field, y: Field, start: NDArray[np.float64], end: NDArray[np.float64], thick: float) -> Field:
-    """Signed distance to a segment of half thickness `thick`."""
-    dx, dy = x - np.float32(start[0]), y - np.float32(start[1])
-    across, down = (float(v) for v in end - start)
-    along = np.clip((dx * across + dy * down) / max(across**2 + down**2, 1e-6), 0, 1)
-    return np.hypot(dx - along * across, dy - along * down) - thick
-
-
-def _join(a: Field, b: Field, blend: float) -> Field:
-    """Smooth union of two signed distances."""
-    mix = np.clip(0.5 + 0.5 * (b - a) / blend, 0, 1)
-    return b + (a - b) * mix - blend * mix * (1 - mix)
-
-
-def _cut(a: Field, b: Field, blend: float) -> Field:
-    """`a` without `b`, with a smooth rim."""
-    return -_join(-a, b, blend)
-
-
-def _wobble(x: Field, y: Field, at: NDArray[np.float64], rng: Rng, amount: float) -> Field:
-    """Relative change of a radius around `at` with the angle: a few harmonics, `amount` in all."""
-    dx, dy = x - np.float32(at[0]), y - np.float32(at[1])
-    turn = (dx + 1j * dy) / np.maximum(np.hypot(dx, dy), 1e-3)
-    total, power = np.zeros_like(dx), turn
-    for order in (2, 3, 4, 5):
-        power = power * turn
-        wave = amount * rng.normal() / order * np.exp(2j * np.pi * rng.random())
-        total += (power * np.complex64(wave)).real
-    return total
-
-
-def _window(at: NDArray[np.float64], reach: float) -> Window:
-    """Rows and columns within `reach` pixels of a place, cut to the picture; empty if it is outside."""
-    column, row = (slice(max(int(c - reach), 0), max(min(int(c + reach) + 2, PIXELS), 0)) for c in at)
-    return row, column
-
-
-def _polar(at: NDArray[np.float64], angle: float, reach: float) -> NDArray[np.float64]:
-    return np.asarray(at + reach * np.array([np.cos(angle), np.sin(angle)]))
 
 
 # Nuclei: each returns a signed distance. `x`, `y` are already bent by noise; `r` is the cell's radius.
 
 
-def _segmented(
-    x: Field, y: Field, at: NDArray[np.float64], r: float, lobes: int, size: float, rng: Rng
-) -> Field:
+def _segmented(x: Field, y: Field, at: Place, r: float, lobes: int, size: float, rng: Rng) -> Field:
     """Lobes on an arc joined by threads: a neutrophil (three to five) or an eosinophil (two)."""
     turn = rng.uniform(0, 2 * np.pi)
     spread = {1: 0.0, 2: rng.uniform(2.0, 2.9)}.get(lobes, rng.uniform(3.4, 5.0))
     reach = r * (rng.uniform(0.42, 0.5) if lobes == 2 else rng.uniform(0.42, 0.56))
     spots = [
-        _polar(
+        polar(
             at,
             turn + spread * (i / max(lobes - 1, 1) - 0.5) + rng.normal(0, 0.1),
             reach * rng.uniform(0.85, 1.1),
@@ -180,55 +110,53 @@ def _segmented(
     shape: Field | None = None
     for spot in spots:
         half = size * r * rng.uniform(0.85, 1.15)
-        lobe = _ellipse(x, y, spot, (half * rng.uniform(0.95, 1.3), half), rng.uniform(0, np.pi))
-        shape = lobe if shape is None else _join(shape, lobe, 0.05 * r)
+        lobe = ellipse(x, y, spot, (half * rng.uniform(0.95, 1.3), half), rng.uniform(0, np.pi))
+        shape = lobe if shape is None else join(shape, lobe, 0.05 * r)
     assert shape is not None
     for one, two in pairwise(spots):
-        shape = _join(shape, _rope(x, y, one, two, r * rng.uniform(0.03, 0.13)), 0.09 * r)
+        shape = join(shape, rope(x, y, one, two, r * rng.uniform(0.03, 0.13)), 0.09 * r)
     return shape
 
 
-def _band(
-    x: Field, y: Field, at: NDArray[np.float64], r: float, thick: float, bend: float, rng: Rng
-) -> Field:
+def _band(x: Field, y: Field, at: Place, r: float, thick: float, bend: float, rng: Rng) -> Field:
     """A bent sausage of half thickness `thick * r` over `bend` radians: horseshoe, kidney or band form."""
     turn, reach = rng.uniform(0, 2 * np.pi), r * (0.92 - thick) * rng.uniform(0.75, 0.95)
-    middle = _polar(at, turn + np.pi, 0.25 * reach)
-    knots = [_polar(middle, turn + bend * (t - 0.5), reach) for t in np.linspace(0, 1, 5)]
+    middle = polar(at, turn + np.pi, 0.25 * reach)
+    knots = [polar(middle, turn + bend * (t - 0.5), reach) for t in np.linspace(0, 1, 5)]
     shape: Field | None = None
     for one, two in pairwise(knots):
-        part = _rope(x, y, one, two, thick * r * rng.uniform(0.88, 1.12))
-        shape = part if shape is None else _join(shape, part, 0.15 * r)
+        part = rope(x, y, one, two, thick * r * rng.uniform(0.88, 1.12))
+        shape = part if shape is None else join(shape, part, 0.15 * r)
     assert shape is not None
     return shape
 
 
-def _round(x: Field, y: Field, at: NDArray[np.float64], r: float, size: float, rng: Rng) -> Field:
+def _round(x: Field, y: Field, at: Place, r: float, size: float, rng: Rng) -> Field:
     """A round nucleus, sometimes with a shallow notch: a lymphocyte's."""
     half, turn = size * r, rng.uniform(0, 2 * np.pi)
-    spot = _polar(at, turn, r * (1 - size) * rng.uniform(0.2, 0.9))
-    shape = _ellipse(x, y, spot, (half * rng.uniform(0.97, 1.06), half * rng.uniform(0.9, 1)), turn)
+    spot = polar(at, turn, r * (1 - size) * rng.uniform(0.2, 0.9))
+    shape = ellipse(x, y, spot, (half * rng.uniform(0.97, 1.06), half * rng.uniform(0.9, 1)), turn)
     if rng.random() < 0.3:
-        notch = _ellipse(x, y, _polar(spot, rng.uniform(0, 6.28), half * 1.2), (half * 0.38, half * 0.38))
-        shape = _cut(shape, notch, 0.12 * r)
+        notch = ellipse(x, y, polar(spot, rng.uniform(0, 6.28), half * 1.2), (half * 0.38, half * 0.38))
+        shape = cut(shape, notch, 0.12 * r)
     return shape
 
 
-def _kidney(x: Field, y: Field, at: NDArray[np.float64], r: float, rng: Rng) -> Field:
+def _kidney(x: Field, y: Field, at: Place, r: float, rng: Rng) -> Field:
     """A large oval with one deep fold: a monocyte's nucleus seen flat."""
     turn, half = rng.uniform(0, 2 * np.pi), r * rng.uniform(0.6, 0.7)
-    spot = _polar(at, turn, r * rng.uniform(0.05, 0.2))
-    shape = _ellipse(x, y, spot, (half * 0.9, half * 1.12), turn)
+    spot = polar(at, turn, r * rng.uniform(0.05, 0.2))
+    shape = ellipse(x, y, spot, (half * 0.9, half * 1.12), turn)
     for _ in range(1 + (rng.random() < 0.3)):
         side = turn + np.pi + rng.normal(0, 0.35)
-        fold = _ellipse(
+        fold = ellipse(
             x,
             y,
-            _polar(spot, side, half * rng.uniform(0.85, 1.05)),
+            polar(spot, side, half * rng.uniform(0.85, 1.05)),
             (half * rng.uniform(0.4, 0.65), half * 0.3),
             side,
         )
-        shape = _cut(shape, fold, 0.14 * r)
+        shape = cut(shape, fold, 0.14 * r)
         turn += rng.uniform(1.6, 3.2)
     return shape
 
@@ -236,118 +164,134 @@ def _kidney(x: Field, y: Field, at: NDArray[np.float64], r: float, rng: Rng) -> 
 # Cells
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Anatomy:
     """What one white cell is made of, before staining."""
 
     radius: float
     nucleus: Field  # signed distance
-    outline: float  # how uneven the cell's edge is
-    chromatin: tuple[float, float]  # size of its clumps in micrometres, contrast
     density: float  # of the nucleus
+    clumps_um: float  # size of the chromatin's clumps
+    contrast: float  # between clumps
     blue: float  # basophilia of the cytoplasm
     pale: float  # acidophilia of the cytoplasm
-    granules: tuple[float, float, float]  # size in micrometres, share of the cytoplasm, strength
-    orange: float  # how far granules take eosin rather than azure
-    vacuoles: int
+    granule_um: float = 0.2
+    granules: float = 0.0  # share of the cytoplasm that they cover
+    strength: float = 0.0  # of the granules' stain
+    orange: float = 0.0  # how far granules take eosin rather than azure
+    vacuoles: int = 0
+    uneven: float = 0.05  # how much the cell's edge wavers
 
 
-def _anatomy(cell: str, x: Field, y: Field, at: NDArray[np.float64], um: float, rng: Rng) -> _Anatomy:
-    """Choose the parts of a cell of type `cell`; `um` is pixels per micrometre."""
-    if cell == "neutrophil":
-        r = rng.uniform(5.9, 7.3) * um
-        if rng.random() < 0.12:
-            nucleus = _band(x, y, at, r, rng.uniform(0.2, 0.25), rng.uniform(3.2, 4.4), rng)
-        else:
-            lobes = int(rng.choice([2, 3, 4, 5], p=[0.1, 0.42, 0.36, 0.12]))
-            nucleus = _segmented(x, y, at, r, lobes, 0.31 - 0.025 * (lobes - 3), rng)
-        return _Anatomy(r, nucleus, 0.05, (0.42, 0.2), 1.12, 0.06, 0.2, (0.2, 0.5, 0.22), 0.3, 0)
-    if cell == "lymphocyte":
-        large = rng.random() < 0.35
-        r = (rng.uniform(5.4, 6.8) if large else rng.uniform(4.1, 5.3)) * um
-        nucleus = _round(x, y, at, r, rng.uniform(0.68, 0.8) if large else rng.uniform(0.8, 0.92), rng)
-        few = 0.035 if large and rng.random() < 0.5 else 0.0
-        return _Anatomy(
-            r, nucleus, 0.05, (0.75, 0.13), 1.15, rng.uniform(0.35, 0.8), 0.05, (0.3, few, 0.6), 0.0, 0
-        )
-    if cell == "monocyte":
-        r = rng.uniform(6.8, 8.8) * um
-        if rng.random() < 0.45:
-            nucleus = _band(x, y, at, r, rng.uniform(0.29, 0.36), rng.uniform(2.0, 3.4), rng)
-        else:
-            nucleus = _kidney(x, y, at, r, rng)
-        vacuoles = int(rng.integers(0, 9))
-        return _Anatomy(
-            r,
-            nucleus,
-            0.11,
-            (0.5, 0.17),
-            0.82,
-            rng.uniform(0.35, 0.75),
-            0.12,
-            (0.16, 0.4, 0.14),
-            0.1,
-            vacuoles,
-        )
+# Dye uptake overlaps widely between the types on purpose: shape must tell them apart, not colour.
+def _neutrophil(x: Field, y: Field, at: Place, um: float, rng: Rng) -> _Anatomy:
+    r = rng.uniform(5.9, 7.3) * um
+    if rng.random() < 0.12:
+        nucleus = _band(x, y, at, r, rng.uniform(0.2, 0.25), rng.uniform(3.2, 4.4), rng)
+    else:
+        lobes = int(rng.choice([2, 3, 4, 5], p=[0.1, 0.42, 0.36, 0.12]))
+        nucleus = _segmented(x, y, at, r, lobes, 0.31 - 0.025 * (lobes - 3), rng)
+    return _Anatomy(
+        radius=r, nucleus=nucleus, density=rng.uniform(0.85, 1.2), clumps_um=0.42, contrast=0.2,
+        blue=rng.uniform(0, 0.45), pale=rng.uniform(0.05, 0.35), granule_um=0.2,
+        granules=rng.uniform(0.4, 0.6), strength=rng.uniform(0.15, 0.45), orange=rng.uniform(0.1, 0.6),
+    )  # fmt: skip
+
+
+def _lymphocyte(x: Field, y: Field, at: Place, um: float, rng: Rng) -> _Anatomy:
+    large = rng.random() < 0.4
+    r = (rng.uniform(5.4, 7.0) if large else rng.uniform(4.2, 5.3)) * um
+    nucleus = _round(x, y, at, r, rng.uniform(0.66, 0.8) if large else rng.uniform(0.78, 0.92), rng)
+    few = 0.035 if large and rng.random() < 0.5 else 0.0
+    return _Anatomy(
+        radius=r, nucleus=nucleus, density=rng.uniform(0.85, 1.25), clumps_um=0.75, contrast=0.13,
+        blue=rng.uniform(0.1, 0.75), pale=rng.uniform(0, 0.3), granule_um=0.3, granules=few, strength=0.6,
+    )  # fmt: skip
+
+
+def _monocyte(x: Field, y: Field, at: Place, um: float, rng: Rng) -> _Anatomy:
+    r = rng.uniform(6.6, 8.8) * um
+    if rng.random() < 0.45:
+        nucleus = _band(x, y, at, r, rng.uniform(0.27, 0.36), rng.uniform(2.0, 3.4), rng)
+    else:
+        nucleus = _kidney(x, y, at, r, rng)
+    return _Anatomy(
+        radius=r, nucleus=nucleus, density=rng.uniform(0.7, 1.15), clumps_um=0.5, contrast=0.17,
+        blue=rng.uniform(0.1, 0.7), pale=rng.uniform(0.05, 0.35), granule_um=0.16, granules=0.4,
+        strength=rng.uniform(0.08, 0.35), orange=rng.uniform(0, 0.5), vacuoles=int(rng.integers(0, 9)),
+        uneven=0.11,
+    )  # fmt: skip
+
+
+def _eosinophil(x: Field, y: Field, at: Place, um: float, rng: Rng) -> _Anatomy:
     r = rng.uniform(6.0, 7.6) * um
     lobes = int(rng.choice([1, 2, 3], p=[0.06, 0.8, 0.14]))
     nucleus = _segmented(x, y, at, r, lobes, {1: 0.5, 2: 0.37, 3: 0.3}[lobes], rng)
     return _Anatomy(
-        r, nucleus, 0.05, (0.45, 0.17), 0.98, 0.1, 0.22, (0.42, rng.uniform(0.5, 0.8), 1.0), 0.9, 0
-    )
+        radius=r, nucleus=nucleus, density=rng.uniform(0.8, 1.15), clumps_um=0.45, contrast=0.17,
+        blue=rng.uniform(0, 0.4), pale=rng.uniform(0.05, 0.35), granule_um=0.42,
+        granules=rng.uniform(0.4, 0.8), strength=rng.uniform(0.5, 1.05), orange=rng.uniform(0.6, 1.0),
+    )  # fmt: skip
 
 
-def _white_cell(cell: str, at: NDArray[np.float64], stain: Stain, rng: Rng) -> tuple[Field, float]:
+_TYPES = {
+    "neutrophil": _neutrophil,
+    "lymphocyte": _lymphocyte,
+    "monocyte": _monocyte,
+    "eosinophil": _eosinophil,
+}
+
+
+def _white_cell(cell: str, at: Place, stain: Stain, rng: Rng) -> tuple[Field, float]:
     """Draw the white cell at `at`; returns its optical density and its radius."""
     # Only a window around the cell is drawn, for speed.
     reach = 1.25 * _LARGEST_UM[cell] * stain.scale
-    window = _window(at, reach)
-    x, y = (grid[window] for grid in _grid())
+    area = window(at, reach)
+    x, y = (grid[area] for grid in grid())
     bend = 0.2 * stain.scale
-    bx, by = (axis + bend * _smooth_noise(rng, 9)[window] for axis in (x, y))
-    made = _anatomy(cell, bx, by, at, stain.scale, rng)
+    bx, by = (axis + bend * smooth_noise(rng, 9)[area] for axis in (x, y))
+    made = _TYPES[cell](bx, by, at, stain.scale, rng)
     r = made.radius
     squeeze = rng.uniform(0.9, 1.0)
-    edge = _ellipse(bx, by, at, (r, r * squeeze), rng.uniform(0, np.pi))
-    edge = edge - r * _wobble(x, y, at, rng, made.outline)
+    edge = ellipse(bx, by, at, (r, r * squeeze), rng.uniform(0, np.pi))
+    edge = edge - r * wobble(x, y, at, rng, made.uneven)
     nucleus_at = np.maximum(made.nucleus, edge + 0.035 * r)  # a nucleus never leaves its cell
-    body, nucleus = _inside(edge), _inside(nucleus_at)
+    body, nucleus = inside(edge), inside(nucleus_at)
     plasm = body * (1 - nucleus)
 
     purple = _AZURE + stain.hue * np.array([-0.22, 0.06, 0.1], np.float32)
-    clump, contrast = made.chromatin
-    chromatin = 1 + contrast * np.clip(_grain(rng, clump * stain.scale)[window], -2, 2)
+    chromatin = 1 + made.contrast * np.clip(grain(rng, made.clumps_um * stain.scale)[area], -2, 2)
     rim = 1 + 0.1 * np.exp(-((nucleus_at / (0.35 * stain.scale)) ** 2))  # chromatin lies along the membrane
     density = (stain.nucleus * made.density * nucleus * chromatin * rim)[..., None] * purple
-    cloud = 1 + 0.14 * _smooth_noise(rng, 9)[window]
-    blue = stain.cytoplasm * made.blue * cloud * (1 + 0.25 * _inside(-edge - 0.08 * r))
+    cloud = 1 + 0.14 * smooth_noise(rng, 9)[area]
+    blue = stain.cytoplasm * made.blue * cloud * (1 + 0.25 * inside(-edge - 0.08 * r))
     density += (plasm * blue)[..., None] * _BLUE
     density += (plasm * stain.eosin * made.pale * cloud)[..., None] * _EOSIN
     density += (plasm * 0.1)[..., None] * _LILAC
     for _ in range(made.vacuoles):
-        spot = _polar(at, rng.uniform(0, 6.28), r * rng.uniform(0.35, 0.9))
+        spot = polar(at, rng.uniform(0, 6.28), r * rng.uniform(0.35, 0.9))
         size = stain.scale * rng.uniform(0.25, 0.6)
         density *= (
-            1 - 0.75 * (_inside(_ellipse(x, y, spot, (size, size)), 1.2) * (1 - 0.8 * nucleus))[..., None]
+            1 - 0.75 * (inside(ellipse(x, y, spot, (size, size)), 1.2) * (1 - 0.8 * nucleus))[..., None]
         )
-    density += _granules(made, window, plasm, nucleus, stain, rng)
+    density += _granules(made, area, plasm, nucleus, stain, rng)
     whole = np.zeros((PIXELS, PIXELS, 3), np.float32)
-    whole[window] = density
+    whole[area] = density
     return whole, r
 
 
 def _granules(
-    made: _Anatomy, window: Window, plasm: Field, nucleus: Field, stain: Stain, rng: Rng
+    made: _Anatomy, area: Window, plasm: Field, nucleus: Field, stain: Stain, rng: Rng
 ) -> Field | float:
     """Optical density of the granules: fine ones as grain, coarse ones as small balls."""
-    size_um, share, strength = made.granules
+    size_um, share, strength = made.granule_um, made.granules, made.strength
     if share == 0:
         return 0.0
     coarse = size_um > 0.3
     if coarse:
-        dots = _balls(size_um * stain.scale, share, rng)[window]
+        dots = balls(size_um * stain.scale, share, area, rng)
     else:
-        field = _grain(rng, max(size_um * stain.scale, 0.6))[window]
+        field = grain(rng, max(size_um * stain.scale, 0.6))[area]
         level = float(np.quantile(field[::3, ::3], 1 - share))
         dots = 1 / (1 + np.exp(-np.clip((field - level) * 5, -30, 30)))
     lilac = stain.granule_hue
@@ -358,79 +302,84 @@ def _granules(
     return (where * dots * strength * stain.eosin)[..., None] * colour
 
 
-def _balls(radius: float, share: float, rng: Rng) -> Field:
-    """Small balls at random places all over the picture; depth from 0 to 1, greatest in their middle."""
-    count = int(1.5 * share * PIXELS**2 / (np.pi * radius**2))
-    spots = rng.uniform(0, PIXELS, (count, 1, 1, 2)).astype(np.float32)
-    sizes = radius * rng.uniform(0.75, 1.25, (count, 1, 1)).astype(np.float32)
-    reach = math.ceil(1.25 * radius) + 1
-    steps = np.arange(-reach, reach + 1)
-    columns = np.floor(spots[..., 0]).astype(np.int64) + steps[None, None, :]
-    rows = np.floor(spots[..., 1]).astype(np.int64) + steps[None, :, None]
-    gap = np.hypot(columns - spots[..., 0], rows - spots[..., 1]) / sizes
-    depth = _inside((gap - 1) * radius) * (1 - 0.35 * gap)
-    field = np.zeros((PIXELS, PIXELS), np.float32)
-    np.maximum.at(field, (rows % PIXELS, columns % PIXELS), depth.astype(np.float32))
-    return field
+def _neighbour(density: Field, taken: list[tuple[Place, float]], stain: Stain, rng: Rng) -> None:
+    """Add a second white cell of any type whose middle lies beyond the edge, if there is room."""
+    (at, radius), cell = taken[0], CELL_TYPES[rng.integers(len(CELL_TYPES))]
+    along, side = rng.uniform(0, PIXELS), int(rng.integers(4))
+    out = rng.uniform(0, 2.5) * stain.scale
+    place = np.array([along, -out if side < 2 else PIXELS + out])[:: 1 if side % 2 else -1]
+    if math.hypot(*(place - at)) < radius + 1.1 * _LARGEST_UM[cell] * stain.scale:
+        return
+    other, size = _white_cell(cell, place, stain, rng)
+    density += other
+    taken.append((place, size))
 
 
-def _red_cells(at: NDArray[np.float64], radius: float, stain: Stain, rng: Rng) -> Field:
-    """Red cells around the white cell: discs with a pale centre, jittered on a hexagonal lattice."""
+def _red_cells(white: list[tuple[Place, float]], stain: Stain, rng: Rng) -> Field:
+    """Draw red cells, discs with a pale centre on a jittered hexagonal lattice, beside the white cells.
+
+    `white` holds the place and radius of each white cell.
+    """
     density = np.zeros((PIXELS, PIXELS), np.float32)
     r = 3.55 * stain.scale
     step = 2.06 * r
     offset = rng.uniform(0, step, 2)
-    pallor, taken = rng.uniform(0.35, 0.85), []
+    pallor, spots = rng.uniform(0.35, 0.85), []
     for row in range(-1, int(PIXELS / (step * 0.87)) + 2):
         for column in range(-1, int(PIXELS / step) + 2):
             spot = np.array([(column + 0.5 * (row % 2)) * step, row * step * 0.87]) + offset - step / 2
             spot = spot + rng.normal(0, 0.16 * r, 2)
             if rng.random() < stain.crowding:
-                taken.append(spot)
-    for spot in taken:
+                spots.append(spot)
+    for spot in spots:
         size = r * rng.uniform(0.88, 1.1)
-        away = spot - at
-        gap = float(np.hypot(*away))
-        need = radius + 0.93 * size
-        if gap < 0.55 * need:
-            continue
-        if gap < need:  # pushed aside by the white cell
-            spot = at + away / gap * need
-        _add_red_cell(density, spot, size, pallor, rng)
-    return density[..., None] * (_HAEM * np.float32(stain.red_cell))
+        place: Place | None = spot
+        for at, radius in white:
+            place = None if place is None else _push(place, size, at, radius)
+        if place is not None:
+            _add_red_cell(density, place, size, pallor, rng)
+    haem = (1 - 0.6 * stain.red_hue) * _HAEM + 0.6 * stain.red_hue * _GREY
+    return density[..., None] * (haem * np.float32(stain.red_cell))
 
 
-def _add_red_cell(density: Field, spot: NDArray[np.float64], size: float, pallor: float, rng: Rng) -> None:
+def _push(spot: Place, size: float, at: Place, radius: float) -> Place | None:
+    """Move a red cell out of a white cell's way; None if it would lie under it."""
+    away = spot - at
+    gap, need = math.hypot(*away), radius + 0.93 * size
+    if gap < 0.55 * need:
+        return None
+    return spot if gap >= need else at + away / gap * need
+
+
+def _add_red_cell(density: Field, spot: Place, size: float, pallor: float, rng: Rng) -> None:
     """Add one red cell to `density` in place, touching only the pixels around it."""
-    window = _window(spot, size * 1.2 + 2)
-    x, y = (grid[window] for grid in _grid())
+    area = window(spot, size * 1.2 + 2)
+    x, y = (grid[area] for grid in grid())
     if not x.size:
         return
     turn, squeeze = rng.uniform(0, np.pi), rng.uniform(0.82, 1.0)
-    edge = _ellipse(x, y, spot, (size, size * squeeze), turn) - size * _wobble(x, y, spot, rng, 0.03)
+    edge = ellipse(x, y, spot, (size, size * squeeze), turn) - size * wobble(x, y, spot, rng, 0.03, highest=3)
     hollow = spot + rng.normal(0, 0.08 * size, 2)
     away = (
-        _ellipse(x, y, hollow, (size, size * squeeze), turn) / (size * squeeze) + 1
+        ellipse(x, y, hollow, (size, size * squeeze), turn) / (size * squeeze) + 1
     )  # 0 in the middle, 1 at the rim
     depth = np.exp(-(away**2) / 0.2)
-    thick = _inside(edge, 1.0) * (1 - pallor * rng.uniform(0.7, 1.15) * depth)
-    density[window] += thick * rng.uniform(0.85, 1.15)
+    thick = inside(edge, 1.0) * (1 - pallor * rng.uniform(0.7, 1.15) * depth)
+    density[area] += thick * rng.uniform(0.85, 1.15)
 
 
-def _platelets(at: NDArray[np.float64], radius: float, stain: Stain, rng: Rng) -> Field:
+def _platelets(white: list[tuple[Place, float]], stain: Stain, rng: Rng) -> Field:
     """A few small purple platelets between the cells."""
     total = np.zeros((PIXELS, PIXELS), np.float32)
-    x, y = _grid()
+    x, y = grid()
     for _ in range(rng.poisson(1.3)):
         spot = rng.uniform(0, PIXELS, 2)
         size = stain.scale * rng.uniform(0.6, 1.3)
-        if math.hypot(*(spot - at)) > radius + size:
-            window = _window(spot, 2 * size + 3)
-            shape = _ellipse(
-                x[window], y[window], spot, (size, size * rng.uniform(0.7, 1)), rng.uniform(0, 3)
-            )
-            total[window] += _inside(shape, 1.6)
+        if all(math.hypot(*(spot - at)) > radius + size for at, radius in white):
+            area = window(spot, 2 * size + 3)
+            shape = ellipse(x[area], y[area], spot, (size, size * rng.uniform(0.7, 1)), rng.uniform(0, 3))
+            total[area] += inside(shape, 1.6)
     if not total.any():
         return total[..., None]
-    speckle = 0.75 + 0.35 * np.clip(_grain(rng, 0.25 * stain.scale), -1.5, 1.5)
+    speckle = 0.75 + 0.35 * np.clip(grain(rng, 0.25 * stain.scale), -1.5, 1.5)
     return (total * speckle * 0.5 * stain.nucleus)[..., None] * _AZURE

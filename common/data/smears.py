@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from fedsigma.common.data.records import DataError, Pictures, Record
 from fedsigma.common.data.registry import register_source
-from fedsigma.common.data.smear_drawing import CELL_TYPES, Rng, Stain, draw_smear
+from fedsigma.common.data.smear_drawing import CELL_TYPES, Stain, draw_smear
+from fedsigma.common.data.smear_fields import Field, Rng
 
 __all__ = ["LABORATORIES", "Laboratory", "draw_picture", "open_demo"]
 
@@ -122,7 +122,7 @@ def draw_picture(key: str, *, seed: int) -> Image.Image:
 
 def _stain(laboratory: Laboratory, rng: Rng) -> Stain:
     """Draw one slide's stain. Strength and hue vary as much within a laboratory as between cell types."""
-    tint = rng.normal(0, 0.015, 3)
+    tint = rng.normal(0, 0.02, 3)
     red, green, blue = np.clip(np.array(laboratory.light) + tint, 0, 1)
     return Stain(
         scale=rng.uniform(*laboratory.scale),
@@ -133,11 +133,13 @@ def _stain(laboratory: Laboratory, rng: Rng) -> Stain:
         red_cell=rng.uniform(*laboratory.red_cell),
         hue=rng.uniform(*laboratory.hue),
         granule_hue=rng.uniform(0, 1),
+        red_hue=rng.uniform(0, 1),
         crowding=rng.uniform(*laboratory.crowding),
+        neighbours=0.35,
     )
 
 
-def _photograph(light: NDArray[np.float32], laboratory: Laboratory, rng: Rng) -> Image.Image:
+def _photograph(light: Field, laboratory: Laboratory, rng: Rng) -> Image.Image:
     """Camera: uneven light, white balance, exposure, blur, noise and compression."""
     height, width = light.shape[:2]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
@@ -145,7 +147,7 @@ def _photograph(light: NDArray[np.float32], laboratory: Laboratory, rng: Rng) ->
     angle, slope = rng.uniform(0, 2 * np.pi), laboratory.shade * rng.uniform(-0.5, 0.5)
     field = 1 - laboratory.shade * rng.uniform(0, 1) * 0.3 * (x**2 + y**2)
     field += slope * (math.cos(angle) * x + math.sin(angle) * y)
-    gain = np.array(laboratory.balance) * rng.uniform(0.93, 1.05) * rng.normal(1, 0.02, 3)
+    gain = np.array(laboratory.balance) * rng.uniform(0.82, 1.06) * rng.normal(1, 0.035, 3)
     gain = gain.astype(np.float32)
     seen = light * field[..., None] * gain
     picture = Image.fromarray((np.clip(seen, 0, 1) * 255).astype(np.uint8))
