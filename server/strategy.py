@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from logging import INFO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedsigma.common.codec import encode
@@ -73,8 +75,10 @@ class SigmaStrategy(Strategy):
         self._started = 0.0
 
     def summary(self) -> None:
-        """Log the inner strategy's settings."""
-        self.averaging.summary()
+        """Log the averaging; the inner strategy's own summary speaks of choosing sites, which it does not."""
+        federation = self.study.federation
+        log(INFO, "\t├── Averaging: %s %s", federation.strategy, federation.options or "")
+        log(INFO, "\t└── Sites: %s", ", ".join(self.roster.names.values()))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -1,0 +1,257 @@
+"""Run a study as a simulation on this machine: Flower's own `flwr run`, with its traps taken care of.
+
+`flwr run` keeps a SuperLink running for good, installs the app's dependencies into an environment of its
+own, starts two sites unless told otherwise, and ends with 0 even when the run failed. Here each simulation
+has a SuperLink, a port and a home folder of its own, which are gone afterwards, and the true end of the run
+decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedsigma.common.config import ConfigError, StudyConfig, load_study
+from fedsigma.common.protocol import Setup
+
+__all__ = ["SimulationError", "run_simulation"]
+
+COMPLETED = "finished:completed"
+START_S = 120.0
+"""How long the SuperLink may take to start; on a busy machine, much longer than Flower itself waits."""
+
+_APP_TOML = """\
+[project]
+name = "fedsigma-study"
+version = "1.0.0"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedsigma"
+fab-include = ["fedsigma_study/*.py"]
+
+[tool.flwr.app.components]
+serverapp = "fedsigma_study.serverapp:app"
+clientapp = "fedsigma_study.clientapp:app"
+
+[tool.flwr.app.config]
+study = "demo"
+out = ""
+resume = false
+seed = -1
+rounds = 0
+"""
+_GLUE = '''"""Flower entry point."""
+from fedsigma.{side}.app import app as _app
+
+app = _app
+'''
+
+
+class SimulationError(RuntimeError):
+    """Flower could not start the simulation."""
+
+
+def run_simulation(
+    study: str,
+    *,
+    out: Path | None = None,
+    rounds: int = 0,
+    seed: int = -1,
+    resume: bool = False,
+    cpus_per_site: int = 1,
+) -> int:
+    """Run a study with all its sites on this machine, showing Flower's log as it comes.
+
+    Args:
+        study: the name of a study that comes with FedSigma, or the path of a study file.
+        out: the run folder; None makes one under `runs_folder()`.
+        rounds, seed: instead of the study's own (0 and -1: the study's own).
+        resume: go on with the interrupted run in `out`.
+        cpus_per_site: processors for one site at a time; as many sites work at once as fit.
+
+    Returns:
+        0 if the run completed, else 1.
+
+    Raises:
+        ConfigError: the study does not read, or is not for a simulation.
+        SimulationError: Flower did not start.
+    """
+    config = load_study(study)
+    sites = _count_sites(config)
+    with tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
+        home = Path(folder)
+        (home / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        values = {"study": str(home / "study.yaml"), "resume": resume, "rounds": rounds, "seed": seed}
+        values["out"] = str(out.expanduser().resolve()) if out else ""
+        environment = _environment(home)
+        with _superlink(home, environment):
+            run = _flwr_run(home, environment, values, sites=sites, cpus=cpus_per_site)
+            status = _status(run, home, environment)
+    if status != COMPLETED:
+        print(f"FedSigma: the run ended as {status}: see its log above and events.jsonl", file=sys.stderr)
+    return 0 if status == COMPLETED else 1
+
+
+def _count_sites(study: StudyConfig) -> int:
+    from fedsigma.common.sites import simulated_sites
+
+    setup = Setup.of(study)
+    if not setup.data:
+        raise ConfigError(
+            f"study '{study.name}' has no data section, so it is for real sites: a simulation needs one"
+        )
+    return len(simulated_sites(setup.data, setup.classes, setup.seed)[1])
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Return the environment of every process of this simulation."""
+    api, control = _free_ports(2)
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home / "flwr"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(api),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(control),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        # Without it the log of a run comes in blocks, long after the event.
+        "PYTHONUNBUFFERED": "1",
+        # The programs of this environment first, even where it is not activated.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@contextmanager
+def _superlink(home: Path, environment: dict[str, str]) -> Iterator[None]:
+    """Run a SuperLink of our own, as `flwr run` would start it, and end it with all that it started."""
+    port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
+    control = environment["FLWR_LOCAL_CONTROL_API_PORT"]
+    log = home / "superlink.log"
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--control-api-address", f"127.0.0.1:{control}", "--host", "127.0.0.1", "--port", port]
+    command += ["--database", str(home / "state.db")]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=home, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(process, port, log)
+        yield
+    finally:
+        _end(process)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    raise SimulationError(f"flower-superlink did not start within {START_S:g} s:\n{tail}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and every process of its session."""
+    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _flwr_run(
+    home: Path, environment: dict[str, str], values: dict[str, object], *, sites: int, cpus: int
+) -> str:
+    """Start the run, show its log until it ends, and return its id."""
+    app = _app_folder(home)
+    # JSON's texts, numbers and booleans are TOML's, too.
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+    federation = f"num-supernodes={sites} client-resources-num-cpus={cpus} client-resources-num-gpus=0"
+    command = ["flwr", "run", str(app), "--stream", "--run-config", config]
+    command += ["--federation-config", federation]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    found = re.search(r"run[ _-]?(?:id)?[^0-9]{0,4}(\d{6,})", "".join(lines), re.IGNORECASE)
+    if found is None:
+        raise SimulationError("`flwr run` did not start the run: see its message above")
+    return found.group(1)
+
+
+def _app_folder(home: Path) -> Path:
+    """Return the folder of the Flower app: the checkout, or one made here for an installed package."""
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "fedsigma" / "serverapp.py").is_file():
+        return checkout
+    app = home / "app"
+    (app / "fedsigma_study").mkdir(parents=True)
+    (app / "pyproject.toml").write_text(_APP_TOML, encoding="utf-8")
+    (app / "fedsigma_study" / "__init__.py").write_text("", encoding="utf-8")
+    for side in ("server", "client"):
+        (app / "fedsigma_study" / f"{side}app.py").write_text(_GLUE.format(side=side), encoding="utf-8")
+    return app
+
+
+def _status(run: str, home: Path, environment: dict[str, str]) -> str:
+    """Ask Flower how the run ended; the end of the log may come a moment before the end of the run."""
+    status = "unknown"
+    for _ in range(30):
+        done = subprocess.run(
+            ["flwr", "ls", "--run-id", run, "--format", "json"],
+            env=environment,
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        try:
+            status = str(json.loads(done.stdout)["runs"][0]["status"])
+        except (ValueError, KeyError, IndexError, TypeError):
+            status = "unknown"
+        if status.startswith("finished"):
+            return status
+        time.sleep(1)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run_simulation(sys.argv[1] if len(sys.argv) > 1 else "demo"))

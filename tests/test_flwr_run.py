@@ -1,0 +1,59 @@
+"""The real thing: `flwr run` with Ray, on a tiny random backbone and the demonstration images."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_end_to_end import STUDY
+from tiny_backbones import tiny_clip
+
+from fedsigma.common.backbones import save_backbone
+from fedsigma.server.store import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    backbone = save_backbone(tiny_clip(), tmp_path / "backbone", source="tests")
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY.format(backbone=backbone).replace("round_timeout_s: 60", "round_timeout_s: 300"))
+    return file
+
+
+def simulate(tmp_path: Path, study: Path, *, resume: bool = False) -> subprocess.CompletedProcess[str]:
+    """Call run_simulation in a process of its own: Flower and Ray leave threads behind."""
+    call = (
+        "import sys, pathlib; from fedsigma.server.simulate import run_simulation;"
+        "sys.exit(run_simulation(sys.argv[1], out=pathlib.Path(sys.argv[2]), resume=sys.argv[3] == '1'))"
+    )
+    arguments = [sys.executable, "-c", call, str(study), str(tmp_path / "out"), str(int(resume))]
+    places = {"FEDSIGMA_CACHE": str(tmp_path / "cache"), "FEDSIGMA_AUDIT": str(tmp_path / "audit")}
+    environment = {**os.environ, **places, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, timeout=550, check=False, cwd=tmp_path
+    )
+
+
+def test_a_simulation_completes_and_can_be_resumed(tmp_path: Path, study: Path) -> None:
+    done = simulate(tmp_path, study)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = RunFolder.open(tmp_path / "out")
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert len(summary["sites"]) == 4 and summary["federated"]["accuracy"] is not None
+    assert folder.events()[-1]["kind"] == "run_end" and folder.events()[-1]["ok"]
+    # Ray's workers wrote the sites' own logs.
+    assert len(list((tmp_path / "audit").rglob("*.jsonl"))) == 4
+
+
+def test_a_run_that_fails_is_reported_as_failed(tmp_path: Path, study: Path) -> None:
+    study.write_text(study.read_text().replace("rounds: 2", "rounds: 2, strategy: fedavgm, options: {x: 1}"))
+    done = simulate(tmp_path, study)
+    assert done.returncode == 1
+    assert "federation.options.x is not an option of fedavgm" in done.stdout
+    assert "the run ended as finished:failed" in done.stderr
