@@ -1,0 +1,130 @@
+"""A real site: its site.yaml bounds what it does, whatever a message asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_grid import FakeGrid
+from fake_learner import FINGERPRINT, LAYOUT, STUDY, fake_method  # noqa: F401
+from flwr.app import Message
+from numpy import zeros
+
+from fedsigma.client import site as client_site
+from fedsigma.client.app import app as client
+from fedsigma.client.site import SitePolicy
+from fedsigma.common import protocol, sites
+from fedsigma.common.codec import encode
+from fedsigma.common.config import StudyConfig, TrainingConfig
+from fedsigma.common.protocol import Hello, HelloReply, Setup, TrainReply, TrainTask
+from fedsigma.common.reading import ConfigError
+
+pytestmark = pytest.mark.usefixtures("fake_method")
+
+POLICY = """
+name: barcelona
+source: folder:images
+studies: [fake]
+backbones: {fake: local-dir:/models/fake}
+max_local_steps: 10
+"""
+SETUP = Setup.of(StudyConfig.from_yaml(STUDY))
+TASK = TrainTask(
+    setup=SETUP,
+    recipe=TrainingConfig(),
+    mode="round",
+    round=1,
+    cohort=3,
+    first_step=0,
+    steps=5,
+    total_steps=15,
+    codec="exact",
+    evaluate=True,
+    shift=encode(zeros(LAYOUT.size), layout_digest=LAYOUT.digest),
+)
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Send one task to a real site with this policy, and return its reply."""
+    opened = []
+
+    def open_source(spec: str, **options: Any) -> Any:
+        opened.append((spec, options["base"]))
+        return "source"
+
+    monkeypatch.setattr("fedsigma.common.data.open_source", open_source)
+    monkeypatch.setattr(sites, "usable_records", lambda source, **options: ["record"])
+
+    def send(task: object, kind: str = "train", policy: str = POLICY) -> Message:
+        client_site._images.cache_clear()
+        file = tmp_path / "site.yaml"
+        file.write_text(policy)
+        grid = FakeGrid(client, 1, node_config={"site-config": str(file)})
+        message = Message(protocol.to_content(task), dst_node_id=100, message_type=kind)
+        return grid.send_and_receive([message])[0]
+
+    send.opened = opened  # type: ignore[attr-defined]
+    return send
+
+
+def test_a_real_site_uses_its_own_images_name_and_backbone(ask: Any, tmp_path: Path) -> None:
+    hello = Hello(protocol=1, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    reply = protocol.from_content(HelloReply, ask(hello, protocol.HELLO).content)
+    assert (reply.site, reply.sites, reply.problem) == ("barcelona", 0, "")
+    # The message's data section names the demonstration set; a real site never opens it.
+    reply = protocol.from_content(TrainReply, ask(TASK).content)
+    assert ask.opened == [("folder:images", tmp_path)]
+    assert reply.class_counts == ()
+    assert (tmp_path / "audit.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"steps": 11}, "TooManySteps"),
+        ({"cohort": 1}, "CohortTooSmall"),
+        ({"mode": "local", "cohort": 1}, "CohortTooSmall"),
+        ({"setup": dataclasses.replace(SETUP, study="other")}, "StudyNotAllowed"),
+        ({"setup": dataclasses.replace(SETUP, backbone="hf-hub:evil/model")}, "BackboneNotAllowed"),
+        ({"shift": b"\0" * 100}, "CodecError"),
+    ],
+)
+def test_what_goes_beyond_the_policy_is_refused(ask: Any, tmp_path: Path, change: dict, reason: str) -> None:
+    reply = ask(dataclasses.replace(TASK, **change))
+    assert reply.has_error() and reply.error.reason == reason
+    assert reason in (tmp_path / "audit.jsonl").read_text()
+
+
+def test_class_counts_are_told_only_where_the_policy_says_so(ask: Any) -> None:
+    told = ask(TASK, policy=POLICY + "tell_class_counts: true\n")
+    assert protocol.from_content(TrainReply, told.content).class_counts == (1, 1)
+
+
+def test_a_node_without_site_yaml_or_partition_says_nothing(ask: Any, tmp_path: Path) -> None:
+    grid = FakeGrid(client, 1)
+    grid.contexts[100].node_config.clear()
+    message = Message(protocol.to_content(TASK), dst_node_id=100, message_type="train")
+    (reply,) = grid.send_and_receive([message])
+    assert reply.error.reason == "ConfigError"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: x", "'source', 'studies' is missing"),
+        (POLICY + "max_steps: 1", "did you mean 'max_local_steps'?"),
+        (POLICY + "min_cohort: 0", "min_cohort is 0"),
+        (POLICY.replace("barcelona", "pooled"), "not 'pooled'"),
+        (POLICY.replace("local-dir:/models/fake", "3"), "backbones says 'fake' is 3"),
+    ],
+)
+def test_a_site_yaml_is_read_strictly(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
+        SitePolicy.read(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SitePolicy.read(tmp_path / "missing.yaml")

@@ -1,0 +1,174 @@
+"""The server's parts one by one: attribution, pooling, the roster, and the averaging strategies."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_grid import FakeGrid, gone
+from fake_learner import FINGERPRINT, STUDY
+from flwr.app import Error, Message, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsigma.common.config import STRATEGIES, ConfigError, StudyConfig
+from fedsigma.common.protocol import Evaluation, HelloReply, to_content
+from fedsigma.server import roster as roster_of
+from fedsigma.server.averaging import make_averaging, restore_state, save_state
+from fedsigma.server.exchange import attribute
+from fedsigma.server.replies import pool
+from fedsigma.server.roster import Roster
+from fedsigma.server.store import RunFolder
+
+NAN = math.nan
+
+
+def sent(*nodes: int) -> dict[int, Message]:
+    FakeGrid(None, 0)  # gives this process an identity, without which there are no messages
+    messages = {node: Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes}
+    for node, message in messages.items():
+        message.metadata.__dict__["_message_id"] = f"to-{node}"
+    return messages
+
+
+def test_every_failure_goes_to_its_own_site() -> None:
+    tasks = sent(7, 8, 9, 10)
+    content = to_content(HelloReply(protocol=1, site="x", fingerprint=""))
+    replies = [
+        gone(tasks[9], code=3),
+        Message(Error(2, "secret text"), reply_to=tasks[8]),
+        Message(content, reply_to=tasks[7]),
+        Message(Error(2, "a second reply"), reply_to=tasks[7]),
+        Message(Error(2, "never asked"), reply_to=sent(99)[99]),
+    ]
+    found = attribute(tasks, replies)
+    assert found[7].content is not None and found[7].bytes_up > 0
+    assert (found[8].failure, found[9].failure) == (
+        "the site's app failed",
+        "the site could not be reached in time",
+    )
+    assert found[10].late and not found[8].late
+    assert list(found) == [7, 8, 9, 10]
+
+
+def test_only_a_type_name_of_a_site_is_repeated() -> None:
+    tasks = sent(7, 8)
+    replies = [
+        Message(Error(100, "FileNotFoundError"), reply_to=tasks[7]),
+        Message(Error(100, "/data/patient-7.png"), reply_to=tasks[8]),
+    ]
+    found = attribute(tasks, replies)
+    assert (found[7].failure, found[8].failure) == ("FileNotFoundError", "error 100")
+
+
+counts = st.lists(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), min_size=1)
+
+
+@given(counts)
+def test_pooled_accuracy_is_right_answers_over_images(right_of: list[tuple[int, int]]) -> None:
+    told = {
+        str(i): Evaluation(
+            accuracy=right / n, balanced_accuracy=0.5, auroc=NAN, f1=0.5, ece=0.0, test_examples=n
+        )
+        for i, (right, n) in enumerate(right_of)
+    }
+    pooled = pool(told)
+    assert pooled["accuracy"] == sum(right for right, _ in right_of) / sum(n for _, n in right_of)
+    assert "auroc" not in pooled
+
+
+def test_a_metric_is_the_mean_of_the_sites_that_have_it() -> None:
+    def one(auroc: float, n: int) -> Evaluation:
+        accuracy = 1.0 if n else NAN
+        return Evaluation(
+            accuracy=accuracy, balanced_accuracy=NAN, auroc=auroc, f1=NAN, ece=NAN, test_examples=n
+        )
+
+    pooled = pool({"a": one(0.5, 10), "b": one(NAN, 100), "c": one(1.0, 30), "d": one(NAN, 0)})
+    assert pooled == {"auroc": 0.875, "accuracy": 1.0, "test_examples": 140}
+    assert pool({"d": one(NAN, 0)}) == {"test_examples": 0}
+
+
+class FakeExchange:
+    """Node id -> (name, fingerprint JSON), who is online, and how often each was asked."""
+
+    def __init__(self, sites: dict[int, tuple[str, str]]) -> None:
+        self.sites, self.asked = sites, []
+
+    def online(self) -> set[int]:
+        return set(self.sites)
+
+    def ask(self, tasks: Any, *, kind: str, timeout: float, group: str = "") -> Any:
+        self.asked += list(tasks)
+        replies = []
+        messages = sent(*tasks)
+        for node in tasks:
+            name, fingerprint = self.sites[node]
+            reply = HelloReply(protocol=1, site=name, fingerprint=fingerprint)
+            replies.append(Message(to_content(reply), reply_to=messages[node]))
+        return attribute(messages, replies)
+
+
+def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder.create(tmp_path / "run", STUDY)
+    good = FINGERPRINT.to_json()
+    exchange = FakeExchange({1: ("north", good), 2: ("south", "not json"), 3: ("north", good)})
+    roster = Roster(exchange, folder, StudyConfig.from_yaml(STUDY), FINGERPRINT)  # type: ignore[arg-type]
+    assert roster.present() == {1: "north"}
+    reasons = {(e["site"], e["reason"]) for e in folder.events() if e["kind"] == "site_refused"}
+    assert reasons == {
+        ("south", "the site's fingerprint does not read"),
+        ("north", "another site is already called 'north'"),
+    }
+    # A refused site is not asked again at once, a new one is, and one that came back keeps its name.
+    exchange.sites = {2: ("south", good), 4: ("north", good)}
+    assert roster.present() == {4: "north"}
+    assert exchange.asked == [1, 2, 3, 4]
+    monkeypatch.setattr(roster_of, "RETRY_S", 0.0)
+    roster._ask_again.clear()
+    assert roster.present() == {4: "north", 2: "south"}
+
+
+def study(strategy: str, **options: Any) -> StudyConfig:
+    federation = f"{{strategy: {strategy}, options: {options}}}"
+    return StudyConfig.from_yaml(f"{{name: s, backbone: b, classes: [a, b], federation: {federation}}}")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_built_by_name(name: str) -> None:
+    assert type(make_averaging(study(name))).__name__.lower() == name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("fedtrimmedavg", {"beta": 0.7}, "fedtrimmedavg refuses"),
+        ("fedadam", {"etta": 1}, "did you mean 'eta'"),
+        ("fedavg", {"weighted_by_key": "x"}, "fedavg has no options"),
+        ("fedavgm", {"min_train_nodes": 1}, "not an option of fedavgm"),
+    ],
+)
+def test_options_are_checked_before_anything_starts(name: str, options: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_averaging(study(name, **options))
+
+
+def test_momentum_is_kept_and_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "strategy-3.safetensors"
+    one, other = make_averaging(study("fedadam")), make_averaging(study("fedadam"))
+    save_state(one, path)
+    assert not path.exists()  # nothing to keep before the first round
+    one.m_t, one.v_t = {"shift": np.ones(4)}, {"shift": np.full(4, 2.0)}  # type: ignore[attr-defined]
+    save_state(one, path)
+    restore_state(other, path, size=4)
+    assert other.v_t["shift"].tolist() == [2.0] * 4  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="not of this study"):
+        restore_state(other, path, size=5)
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        restore_state(other, path, size=4)
