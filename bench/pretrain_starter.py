@@ -4,9 +4,9 @@
         --stages 64:3300,112:1000:0.5 --cooldown 112:420 --compile
 
 A stage is `pixels:steps[:dropped share of patches]`; positional embeddings are interpolated between
-stages. Small pictures and dropped patches make most of the training three times cheaper. The rate is constant
-after a warm-up, so that a later run can go on from any checkpoint (`--resume`, with another `--seed`); the cool-down ends it.
-Blood and skin pictures are never shown: only `--data` is read.
+stages. Small pictures and dropped patches make most of the training three times cheaper. The rate is
+constant after a warm-up, so that a later run can go on from any checkpoint (`--resume`, with another
+`--seed`); the cool-down ends it. Blood and skin pictures are never shown: only `--data` is read.
 """
 
 from __future__ import annotations

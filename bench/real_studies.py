@@ -1,6 +1,6 @@
 """The studies on real images, and the synthetic one: four methods side by side, several seeds.
 
-    python bench/real_studies.py --data DIR --out out/real --json out/real_studies.json --markdown out/results.md
+    python bench/real_studies.py --data DIR --out out/real --json out/real.json --markdown out/real.md
 
 DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet` (columns image, label, site, group, split). Each
 study and seed is one real run by `flwr run`, kept in its own folder under --out; a finished run is not
@@ -21,7 +21,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fedsigma.common.config import load_study
 from fedsigma.server.simulate import run_simulation
 from fedsigma.server.store import RunFolder
 
@@ -34,8 +33,7 @@ def run(study: str, seed: int, out: Path, rounds: int | None) -> dict[str, Any]:
     """The summary of one study and seed, run now unless it was before."""
     folder = out / f"{study}-s{seed}"
     if not (folder / "summary.json").exists() or "pooled" not in RunFolder.open(folder).read_summary():
-        chosen = load_study(study).replaced(seed=seed, rounds=rounds)
-        code = run_simulation(chosen, out=folder)
+        code = run_simulation(study, out=folder, seed=seed, rounds=rounds or 0)
         if code:
             raise SystemExit(f"study {study}, seed {seed}: the run ended with code {code}, see {folder}")
     return RunFolder.open(folder).read_summary()
@@ -92,11 +90,12 @@ def verdicts(study: str, table: dict[str, Any]) -> list[str]:
     fed, zero = table["federated"], table["zero_shot"]
     better = [site for site in fed["per_site"] if fed["per_site"][site] > zero["per_site"][site]]
     everywhere = 100 * (fed["mean"] - table["local_only_everywhere"]["mean"])
+    home = 100 * (fed["mean"] - table["local_only"]["mean"])
     return [
         f"{study}: federated above zero-shot at {len(better)} of {len(fed['per_site'])} sites",
         f"{study}: federated {everywhere:+.1f} points against local-only judged everywhere",
         f"{study}: federated reaches {fed['mean'] / table['pooled']['mean']:.1%} of pooled",
-        f"{study}: federated {100 * (fed['mean'] - table['local_only']['mean']):+.1f} points against local-only at home",
+        f"{study}: federated {home:+.1f} points against local-only at home",
     ]
 
 

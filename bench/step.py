@@ -256,12 +256,11 @@ def main() -> None:
     print(f"bfloat16 in the processor: {'yes' if native else 'no'}; threads: {torch.get_num_threads()}")
     print(f"{'':24}{'sigma':>12}{'paper':>12}{'ratio':>10}")
     print(f"{'loss of the first step':24}{first['sigma']:12.4f}{first['paper']:12.4f}")
-    print(
-        f"{'seconds a step':24}{seconds['sigma']:12.2f}{seconds['paper']:12.2f}{figures['step_speedup']:10.2f}"
-    )
-    print(
-        f"{'peak memory, GiB':24}{memory['sigma'] / 2**20:12.2f}{memory['paper'] / 2**20:12.2f}{figures['memory_ratio']:10.2f}"
-    )
+    for title, values, unit, ratio in (
+        ("seconds a step", seconds, 1, figures["step_speedup"]),
+        ("peak memory, GiB", memory, 2**20, figures["memory_ratio"]),
+    ):
+        print(f"{title:24}{values['sigma'] / unit:12.2f}{values['paper'] / unit:12.2f}{ratio:10.2f}")
     print(f"evaluation, share of plain open_clip's images a second: {figures['eval_ratio']:.3f}")
     print(f"start-up with a warm basis cache, seconds added: {figures['startup_seconds']:.2f}")
     if a.json:

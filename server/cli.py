@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,62 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     from fedsigma.server.report import write_report
 
     typer.echo(str(write_report(RunFolder.open(run))))
+
+
+study_app = typer.Typer(no_args_is_help=True, help="Run or check a study.")
+app.add_typer(study_app, name="study")
+
+StudyArgument = Annotated[
+    str, typer.Argument(help="A study that comes with FedSigma (demo), or the path of a study file.")
+]
+
+
+@study_app.command("run")
+def study_run(
+    study: StudyArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: as the study says.")] = 0,
+    seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: as the study says.")] = -1,
+    resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,
+    cpus_per_site: Annotated[int, typer.Option(min=1, help="Processors for one site at a time.")] = 1,
+) -> None:
+    """Simulate a study with all its sites on this machine, then print its results and its report's path.
+
+    Exit code 0 if the run completed, 1 if it failed, 3 if the study cannot be used.
+    """
+    from fedsigma.common.config import load_study
+    from fedsigma.server.report import summary_table
+    from fedsigma.server.simulate import run_simulation
+
+    config = load_study(study)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    number = seed if seed >= 0 else config.seed
+    folder = (out or runs_folder() / f"{config.name}-{stamp}-s{number}").expanduser().resolve()
+    code = run_simulation(
+        study, out=folder, rounds=rounds, seed=seed, resume=resume, cpus_per_site=cpus_per_site
+    )
+    if code:
+        raise typer.Exit(code)
+    run = RunFolder.open(folder)
+    if config.data is not None and config.data.source.startswith("demo"):
+        typer.echo("\nThe pictures of this study are synthetic: drawn by a program, not taken from patients.")
+    Console().print(summary_table(run.read_summary()))
+    typer.echo(f"Report: {run.report_path}")
+
+
+@study_app.command("check")
+def study_check(study: StudyArgument) -> None:
+    """Read a study file, open its data and say what would run, without training."""
+    from fedsigma.common.config import load_study
+    from fedsigma.common.data import open_source, site_table
+
+    config = load_study(study)
+    typer.echo(config.to_yaml())
+    if config.data is not None:
+        for row in site_table(open_source(config.data.source, **config.data.options).records):
+            typer.echo(f"{row.site or '-'}: {row.label}: {row.train} train, {row.test} test")
 
 
 def _table(found: list[Overview], directory: Path) -> Table:

@@ -192,6 +192,7 @@ def save_backbone(
         for k, v in state.items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone; a container's user must read
     model_cfg = check_model_cfg(backbone.model_cfg, backbone.name)
     _write_text_files(backbone, model_cfg, folder, text_path)
     config = {"model_cfg": model_cfg, "preprocess_cfg": backbone.preprocessing.to_dict()}

@@ -193,6 +193,7 @@ class Basis:
         os.close(handle)
         try:
             save_file(tensors, name, metadata={**metadata, "fingerprint": self.fingerprint.to_json()})
+            Path(name).chmod(0o644)  # mkstemp's files are the owner's alone; a cache may be shared
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
