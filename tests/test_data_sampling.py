@@ -143,6 +143,9 @@ def test_partition_shapes() -> None:
     assert partition(records, {"iid": {"sites": 4}}, 2) != even
     few = partition(records, {"pathological": {"sites": 4, "classes_per_site": 2}}, 1)
     assert all(len({r.label for r in part}) <= 2 for part in few.values())
+    for seed in range(8):  # as many sites as classes: every class has a home
+        homes = partition(records, {"pathological": {"sites": 4, "classes_per_site": 1}}, seed).values()
+        assert sorted(r.label for part in homes for r in part[:1]) == list("abcd")
     skewed = partition(records, {"dirichlet": {"sites": 4, "alpha": 0.1}}, 1)
     assert max(map(len, skewed.values())) > 40
 

@@ -73,17 +73,17 @@ def split_groups(records: Sequence[Record], *, test_share: float, seed: int) -> 
     for names in strata.values():
         names.sort(key=lambda name: _rank(seed, "split", *name))
         wanted = test_share * sum(len(groups[name]) for name in names)
-        taken = 0
-        for position, name in enumerate(names):
-            size, last = len(groups[name]), position == len(names) - 1
-            fits = abs(taken + size - wanted) <= abs(
-                taken - wanted
-            )  # nearer to the share with it than without
-            to_test = not (last and taken == 0 and len(names) == 1) and (fits or (last and taken == 0))
-            if position == len(names) - 1 and taken == sum(len(groups[n]) for n in names[:-1]) and taken:
-                to_test = False  # the others are all test: one stays to train on
-            chosen[name] = "test" if to_test else "train"
-            taken += size if to_test else 0
+        test, taken = [], 0
+        for name in names:
+            size = len(groups[name])
+            if abs(taken + size - wanted) <= abs(taken - wanted):  # nearer to the share with it than without
+                test.append(name)
+                taken += size
+        if len(names) > 1 and not test:
+            test = names[:1]
+        if len(test) == len(names):
+            test = test[:-1]  # something must be left to train on
+        chosen.update(dict.fromkeys(names, "train") | dict.fromkeys(test, "test"))
     return [r if r.split else replace(r, split=chosen[group_of(r)]) for r in records]
 
 
