@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_grid import FakeGrid
+from flwr.app import Context, RecordDict
+from tiny_backbones import tiny_clip
+
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
 from fedsigma.common.backbones import save_backbone
 from fedsigma.server.app import app as server
 from fedsigma.server.store import RunFolder
-from flwr.app import Context, RecordDict
-from tiny_backbones import tiny_clip
 
 STUDY = """
 name: tiny
