@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from fedsigma.common.backbones import load_backbone
+from fedsigma.common.backbones import build_model, load_backbone
 from fedsigma.common.config import StudyConfig, TrainingConfig, load_study
 from fedsigma.common.data import Example, Record, few_shot, load_examples, open_source, partition
 from fedsigma.common.learner import seed_for
@@ -122,6 +122,7 @@ def main() -> None:
     p.add_argument("--data", type=Path)
     p.add_argument("--study", required=True)
     p.add_argument("--backbone", help="other than the study's")
+    p.add_argument("--random-weights", action="store_true", help="the same architecture, untrained")
     p.add_argument("--try", dest="tries", action="append", default=[])
     p.add_argument("--methods", nargs="+", default=["zero", "federated", "local", "pooled"])
     p.add_argument("--validation", type=int, default=25, help="validation images a class and site at most")
@@ -132,6 +133,10 @@ def main() -> None:
         os.environ["FEDSIGMA_DATA"] = str(a.data.resolve())
     base, lines = load_study(a.study), []
     backbone = load_backbone(a.backbone or base.backbone)
+    if a.random_weights:
+        torch.manual_seed(0)
+        model = build_model(backbone.model_cfg).eval().requires_grad_(False)
+        backbone = replace(backbone, model=model)
     s = base.sigma
     sigma = SigmaModel.adapt(backbone.model, Selection(towers=s.towers, layers=s.layers, parts=s.parts))
     task = Task(backbone, sigma, base.prompts)

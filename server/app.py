@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -21,11 +20,12 @@ from fedsigma.common.protocol import METRICS, Evaluation, Setup
 from fedsigma.server.averaging import ARRAY, make_averaging, restore_state
 from fedsigma.server.baselines import Baselines, result
 from fedsigma.server.exchange import Exchange
+from fedsigma.server.overview import runs_folder
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
 from fedsigma.server.strategy import SigmaStrategy, state_path
 
-__all__ = ["app", "runs_folder"]
+__all__ = ["app"]
 
 app = ServerApp()
 
@@ -69,13 +69,9 @@ def main(grid: Grid, context: Context) -> None:
         folder.event("run_end", ok=True, reason="")
     except BaseException as error:
         folder.event("run_end", ok=False, reason=str(error) or type(error).__name__)
+        _report(folder, {})
         raise
     _report(folder, summary)
-
-
-def runs_folder() -> Path:
-    """Return where run folders go unless the run says otherwise: $FEDSIGMA_RUNS, or ~/fedsigma-runs."""
-    return Path(os.environ.get("FEDSIGMA_RUNS") or Path.home() / "fedsigma-runs").expanduser().resolve()
 
 
 def _study(config: Mapping[str, Any]) -> StudyConfig:
