@@ -299,7 +299,7 @@ def _granules(
     pale = 0.6 * (1 - lilac) * _EOSIN + lilac * _LILAC
     colour = made.orange * orange + (1 - made.orange) * pale
     where = plasm + (0.15 if coarse else 0.03) * nucleus  # a few lie over the nucleus
-    return (where * dots * strength * stain.eosin)[..., None] * colour
+    return np.asarray((where * dots * strength * stain.eosin)[..., None] * colour, np.float32)
 
 
 def _neighbour(density: Field, taken: list[tuple[Place, float]], stain: Stain, rng: Rng) -> None:
@@ -339,7 +339,7 @@ def _red_cells(white: list[tuple[Place, float]], stain: Stain, rng: Rng) -> Fiel
         if place is not None:
             _add_red_cell(density, place, size, pallor, rng)
     haem = (1 - 0.6 * stain.red_hue) * _HAEM + 0.6 * stain.red_hue * _GREY
-    return density[..., None] * (haem * np.float32(stain.red_cell))
+    return np.asarray(density[..., None] * (haem * stain.red_cell), np.float32)
 
 
 def _push(spot: Place, size: float, at: Place, radius: float) -> Place | None:
@@ -382,4 +382,4 @@ def _platelets(white: list[tuple[Place, float]], stain: Stain, rng: Rng) -> Fiel
     if not total.any():
         return total[..., None]
     speckle = 0.75 + 0.35 * np.clip(grain(rng, 0.25 * stain.scale), -1.5, 1.5)
-    return (total * speckle * 0.5 * stain.nucleus)[..., None] * _AZURE
+    return np.asarray((total * speckle * 0.5 * stain.nucleus)[..., None] * _AZURE, np.float32)
