@@ -104,8 +104,20 @@ def _gentle(size: int) -> Augment:
 def _microscopy(size: int) -> Augment:
     """Any orientation, and the changes of light and stain between laboratories."""
     turns = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.Lambda(_quarter_turn)]
-    colour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)
-    return v2.Compose([_crop(size, 0.5), *turns, colour])
+    return v2.Compose([_crop(size, 0.5), *turns, v2.Lambda(_restain)])
+
+
+def _restain(image: Tensor) -> Tensor:
+    """Mix the channels a little, and change brightness and contrast.
+
+    One matrix product; torchvision's jitter of the hue costs ten times as much, a fifth of a step.
+    """
+    mix = torch.eye(3) + 0.07 * torch.randn(3, 3)
+    mix = mix / mix.sum(1, keepdim=True) * (1 + 0.06 * torch.randn(3, 1))
+    contrast, brightness = 1 + 0.15 * torch.randn(()), 20 * torch.randn(())
+    mixed = mix.to(image.device) @ image.flatten(1).float()
+    mean = mixed.mean()
+    return ((mixed - mean) * contrast + mean + brightness).clamp(0, 255).to(torch.uint8).view_as(image)
 
 
 def _quarter_turn(image: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.prompts import Prompts, class_prompts
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import Recipe, Task, TrainingError, evaluate, fit, train
+from fedsigma.common.training import AUGMENTATIONS, Recipe, Task, TrainingError, evaluate, fit, train
 
 PROMPTS = ("a photo of a red one.", "a photo of a green one.", "a photo of a blue one, seen from far.")
 
@@ -122,6 +122,17 @@ def test_no_example_and_unknown_augmentation_are_named(tmp_path: Path) -> None:
         run(job, [])
     with pytest.raises(TrainingError, match="unknown augmentation 'heavy'"):
         run(job, coloured(2), Recipe(augment="heavy"))
+
+
+@pytest.mark.parametrize("name", [name for name, build in AUGMENTATIONS.items() if build])
+def test_augmentation_varies_pictures_of_the_right_shape(name: str) -> None:
+    augment = AUGMENTATIONS[name](32)
+    image = coloured(1)[0].image
+    found = [augment(image) for _ in range(8)]
+    assert all(x.shape == (3, 32, 32) and x.dtype == torch.uint8 for x in found)
+    assert len({x.float().mean().item() for x in found}) > 1
+    # Crops and changes of light leave the class visible: the strongest channel stays the strongest.
+    assert sum(x.float().mean((1, 2)).argmax().item() == 0 for x in found) >= 7
 
 
 def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
