@@ -18,7 +18,7 @@ help:
 	@echo "make venv        make the environment in $(VENV)"
 	@echo "make test        check style and types, then run the tests"
 	@echo "make lint        check style and types"
-	@echo "make demo        run the demonstration study and write its report (about 4 minutes on two cores)"
+	@echo "make demo        run the demonstration study and write its report"
 	@echo "make demo-short  the same study for two rounds"
 	@echo "make clean       remove caches and builds; environment and runs stay"
 
