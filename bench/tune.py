@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from fedsigma.common.backbones import build_model, load_backbone
-from fedsigma.common.config import StudyConfig, TrainingConfig, load_study
+from fedsigma.common.config import StudyConfig, load_study
 from fedsigma.common.data import Example, Record, few_shot, load_examples, open_source, partition
 from fedsigma.common.learner import seed_for
 from fedsigma.common.metrics import Predictions, score
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import Recipe, Task, evaluate, train
+from fedsigma.common.training import Task, evaluate, train
 
 Sites = dict[str, tuple[list[Example], list[Example]]]
 
@@ -48,12 +48,6 @@ def validation_sites(study: StudyConfig, side: int, most: int, seed: int) -> Sit
     return sites
 
 
-def recipe_of(config: TrainingConfig) -> Recipe:
-    """The training section as a recipe."""
-    names = Recipe.__dataclass_fields__
-    return Recipe(**{name: getattr(config, name) for name in names if hasattr(config, name)})
-
-
 def judge(task: Task, shift: Tensor, sites: Sites) -> dict[str, Predictions]:
     """Predictions of a shift on every site's validation images."""
     task.sigma.set_shift(shift)
@@ -67,7 +61,7 @@ def accuracy(found: dict[str, Predictions]) -> float:
 
 def compare(task: Task, sites: Sites, study: StudyConfig, methods: set[str]) -> dict[str, float]:
     """Accuracy of the methods under the study's recipe."""
-    recipe, steps, rounds = recipe_of(study.training), study.training.local_steps, study.federation.rounds
+    recipe, steps, rounds = study.training, study.training.local_steps, study.federation.rounds
     zero, total, result = torch.zeros(task.sigma.layout.size), steps * rounds, {}
 
     def trained(name: str, shift: Tensor, examples: list[Example], first: int, count: int, of: int) -> Tensor:

@@ -24,6 +24,7 @@ from fedsigma.common.reading import (
     read_yaml,
     write_yaml,
 )
+from fedsigma.common.recipe import Recipe
 
 __all__ = [
     "BASELINES",
@@ -111,21 +112,12 @@ class SigmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The recipe of local training. Lengths are optimiser steps; local_steps are a site's in one round."""
+class TrainingConfig(Recipe):
+    """The checked recipe of local training. Lengths are steps; local_steps are a site's in one round."""
 
     section: ClassVar[str] = "training"
 
-    learning_rate: float = 0.01
-    batch_size: int = 32
     local_steps: int = 20
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    final_learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    augment: str = "paper"
-    proximal: float = 0.0
-    precision: str = "auto"
 
     def __post_init__(self) -> None:
         check_number("training.learning_rate", self.learning_rate, low=1e-9, high=10)

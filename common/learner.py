@@ -100,7 +100,7 @@ class SigmaLearner:
         result = train(
             self.task,
             list(examples),
-            _recipe(recipe),
+            recipe,
             first_step=first_step,
             steps=steps,
             total_steps=total_steps,
@@ -126,22 +126,6 @@ class SigmaLearner:
         import torch
 
         self.sigma.set_shift(torch.from_numpy(np.array(shift, dtype=np.float32)))
-
-
-def _recipe(recipe: TrainingConfig) -> Any:
-    from fedsigma.common.training import Recipe
-
-    return Recipe(
-        learning_rate=recipe.learning_rate,
-        batch_size=recipe.batch_size,
-        weight_decay=recipe.weight_decay,
-        schedule=recipe.schedule,
-        final_learning_rate=recipe.final_learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        augment=recipe.augment,
-        proximal=recipe.proximal,
-        precision=recipe.precision,
-    )
 
 
 @lru_cache(maxsize=2)

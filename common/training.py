@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.metrics import Predictions
 from fedsigma.common.prompts import Prompts
+from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import SigmaModel
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -40,40 +41,6 @@ class Example(Protocol):
     def label(self) -> int:
         """The class number."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a site trains. The defaults are those of CLIP-SVD's biomedical runs.
-
-    learning_rate, final_learning_rate: AdamW's, at the start and the end of the whole study.
-    schedule: "cosine" or "constant", counted in steps over the whole study.
-    warmup_steps: linear, at the start of the study.
-    weight_decay: pulls the shift, and so each singular value to its pretrained one.
-    augment: a name of AUGMENTATIONS.
-    proximal: FedProx's mu, the pull to the shift that the round began with (Li et al. 2020, eq. 2).
-    precision: "auto" takes bfloat16 where the processor computes in it.
-    """
-
-    learning_rate: float = 0.01
-    batch_size: int = 32
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    final_learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    augment: str = "paper"
-    proximal: float = 0.0
-    precision: str = "auto"
-
-    def rate(self, step: int, total_steps: int) -> float:
-        """The learning rate of step 0 <= step < total_steps of the study."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return self.learning_rate
-        done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.prompts import Prompts, class_prompts
+from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import AUGMENTATIONS, Recipe, Task, TrainingError, evaluate, fit, train
+from fedsigma.common.training import AUGMENTATIONS, Task, TrainingError, evaluate, fit, train
 
 PROMPTS = ("a photo of a red one.", "a photo of a green one.", "a photo of a blue one, seen from far.")
 

@@ -22,8 +22,9 @@ from fedsigma.common.backbones import Backbone, build_model
 from fedsigma.common.data import Source, few_shot, load_examples, open_source
 from fedsigma.common.metrics import score
 from fedsigma.common.prompts import class_prompts
+from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training import Recipe, Task, evaluate, train
+from fedsigma.common.training import Task, evaluate, train
 
 SHOTS = 16
 
