@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,9 +92,3 @@ def class_prompts(classes: Sequence[str], template: str) -> tuple[str, ...]:
     if template.count("{}") != 1 or "{" in template.replace("{}", ""):
         raise ValueError(f"template {template!r}: expected exactly one {{}}, where the class name goes")
     return tuple(template.replace("{}", name) for name in classes)
-
-
-@torch.no_grad()
-def prompt_features(prompts: Prompts) -> Tensor:
-    """Text features (classes, embedding) without gradients."""
-    return prompts.features()
