@@ -2,9 +2,9 @@
 
     python bench/tune.py --data DIR --study white-cells-four-labs --try learning_rate=0.01,augment=microscopy
 
-Each --try is one recipe: fields of the training section, and `rounds`. The rest of a site's training images
-(those the few-shot draw left over) serve as validation. Everything runs in this process, without Flower;
-the averaging is the plain weighted mean.
+Each --try is one recipe: fields of the training section, `rounds`, and `server_learning_rate` and
+`server_momentum` as FedAvgM has them. The rest of a site's training images (those the few-shot draw left
+over) serve as validation. Everything runs in this process, without Flower.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -59,7 +59,23 @@ def accuracy(found: dict[str, Predictions]) -> float:
     return score(Predictions.join(list(found.values()))).accuracy or 0.0
 
 
-def compare(task: Task, sites: Sites, study: StudyConfig, methods: set[str]) -> dict[str, float]:
+@dataclass
+class Server:
+    """FedAvgM's step between rounds (Hsu et al. 2019, arXiv:1909.06335); plain FedAvg by default."""
+
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    _velocity: Tensor | float = 0.0
+
+    def step(self, shift: Tensor, mean: Tensor) -> Tensor:
+        """The next shift, from the one sent out and the mean of those that came back."""
+        self._velocity = self.momentum * self._velocity + (shift - mean)
+        return shift - self.learning_rate * self._velocity
+
+
+def compare(
+    task: Task, sites: Sites, study: StudyConfig, methods: set[str], server: Server
+) -> dict[str, float]:
     """Accuracy of the methods under the study's recipe."""
     recipe, steps, rounds = study.training, study.training.local_steps, study.federation.rounds
     zero, total, result = torch.zeros(task.sigma.layout.size), steps * rounds, {}
@@ -84,7 +100,8 @@ def compare(task: Task, sites: Sites, study: StudyConfig, methods: set[str]) -> 
         for number in range(rounds):
             parts = [trained(n, shift, x, number * steps, steps, total) for n, (x, _) in sites.items()]
             weights = torch.tensor([float(len(x)) for x, _ in sites.values()])
-            shift = (torch.stack(parts) * (weights / weights.sum())[:, None]).sum(0)
+            mean = (torch.stack(parts) * (weights / weights.sum())[:, None]).sum(0)
+            shift = server.step(shift, mean)
         result["federated"] = accuracy(judge(task, shift, sites))
         result["norm"] = float(shift.norm())
     if "local" in methods:
@@ -137,6 +154,7 @@ def main() -> None:
     for text in a.tries or [""]:
         wanted, started, found = parse(text), time.time(), []
         rounds = wanted.pop("rounds", base.federation.rounds)
+        server = (wanted.pop("server_learning_rate", 1.0), wanted.pop("server_momentum", 0.0))
         for seed in a.seeds:
             study = replace(
                 base,
@@ -145,7 +163,7 @@ def main() -> None:
                 federation=replace(base.federation, rounds=rounds),
             )
             sites = validation_sites(study, backbone.image_size * 3 // 2, a.validation, seed)
-            found.append(compare(task, sites, study, set(a.methods)))
+            found.append(compare(task, sites, study, set(a.methods), Server(*server)))
         mean = {key: round(sum(f[key] for f in found) / len(found), 4) for key in found[0]}
         lines.append({"recipe": text or "as the study says", **mean, "seconds": round(time.time() - started)})
         print(lines[-1], flush=True)

@@ -163,11 +163,8 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
 
 def _judge(learner: Learner, shift: np.ndarray, examples: list[Any]) -> Evaluation:
     """Evaluate a shift; without test images, every metric is nan."""
-    if not examples:
-        return Evaluation(**dict.fromkeys(protocol.METRICS, float("nan")), test_examples=0)
-    scores = learner.evaluate(shift, examples)
-    metrics = {name: float(scores.get(name, float("nan"))) for name in protocol.METRICS}
-    return Evaluation(**metrics, test_examples=len(examples))
+    scores = learner.evaluate(shift, examples) if examples else {}
+    return Evaluation.of(scores, len(examples))
 
 
 def _use_one_thread_per_cpu(context: Context) -> None:

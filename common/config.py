@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fedsigma.common.names import AUGMENTATIONS, PARTS, PRECISIONS, THIRDS, TOWERS
 from fedsigma.common.reading import (
     ConfigError,
     build,
@@ -51,11 +52,7 @@ STRATEGIES = (
     "multikrum",
     "qfedavg",
 )
-AUGMENTATIONS = ("paper", "gentle", "microscopy", "none")
 BASELINES = ("zero_shot", "local_only", "pooled")
-TOWERS = ("image", "text")
-PARTS = ("q", "k", "v", "o", "mlp")
-THIRDS = ("all", "top", "middle", "bottom")
 PATH_SOURCES = ("folder", "csv", "parquet", "dicom")
 
 # --- the study ----------------------------------------------------------------------------------------
@@ -129,7 +126,7 @@ class TrainingConfig(Recipe):
         check_number("training.warmup_steps", self.warmup_steps, low=0, high=1_000_000)
         check_choice("training.augment", self.augment, AUGMENTATIONS)
         check_number("training.proximal", self.proximal, low=0, high=1e6)
-        check_choice("training.precision", self.precision, ("auto", "float32", "bfloat16"))
+        check_choice("training.precision", self.precision, PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-METRICS = ("accuracy", "balanced_accuracy", "auroc", "f1", "ece")
+from fedsigma.common.names import METRICS
+
 ECE_BINS = 15
 
 

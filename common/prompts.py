@@ -81,14 +81,3 @@ class Prompts:
         device = next(self._model.parameters()).device
         with _shortened(_text_tower(self._model), self.length):
             return F.normalize(self._model.encode_text(self.tokens.to(device)).float(), dim=-1)
-
-
-def class_prompts(classes: Sequence[str], template: str) -> tuple[str, ...]:
-    """Fill a template such as "a photo of a {}." with each class name.
-
-    Raises:
-        ValueError: the template has not exactly one "{}".
-    """
-    if template.count("{}") != 1 or "{" in template.replace("{}", ""):
-        raise ValueError(f"template {template!r}: expected exactly one {{}}, where the class name goes")
-    return tuple(template.replace("{}", name) for name in classes)

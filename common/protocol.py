@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
 from fedsigma.common.config import DataConfig, SigmaConfig, StudyConfig, TrainingConfig
+from fedsigma.common.names import METRICS
 from fedsigma.common.reading import ConfigError, build
 
 __all__ = [
     "HELLO",
     "MAX_REPLY_BYTES",
-    "METRICS",
     "PROBLEMS",
     "PROTOCOL",
     "EvaluateReply",
@@ -44,9 +45,6 @@ PROTOCOL = 1
 
 HELLO = "query.hello"
 """Flower's message type of the handshake; training and evaluation use Flower's own types."""
-
-METRICS = ("accuracy", "balanced_accuracy", "auroc", "f1", "ece")
-"""The scalar metrics a site tells, and no others."""
 
 MAX_REPLY_BYTES = 4 * 1024 * 1024 + 65_536
 """The most a reply may hold: the longest layout that is coded, and room for the rest."""
@@ -144,6 +142,12 @@ class Evaluation:
             _require(math.isnan(value) or 0 <= value <= 1, f"{name} is {value}, expected 0 to 1")
         told = not math.isnan(self.accuracy)
         _require(told == (self.test_examples > 0), "accuracy and test_examples contradict each other")
+
+    @classmethod
+    def of(cls, scores: Mapping[str, float], test_examples: int) -> Evaluation:
+        """What a site tells of a learner's scores; a metric that is missing there cannot be computed."""
+        metrics = {name: float(scores.get(name, math.nan)) for name in METRICS}
+        return cls(**metrics, test_examples=test_examples)
 
     def metrics(self) -> dict[str, float]:
         """Return what was told as a mapping, without the metrics that could not be computed."""

@@ -14,7 +14,7 @@ class Recipe:
     schedule: "cosine" or "constant", counted in steps over the whole study.
     warmup_steps: linear, at the start of the study.
     weight_decay: pulls the shift, and so each singular value to its pretrained one.
-    augment: a name of `training.AUGMENTATIONS`.
+    augment: one of `names.AUGMENTATIONS`.
     proximal: FedProx's mu, the pull to the shift that the round began with (Li et al. 2020, eq. 2).
     precision: "auto" takes bfloat16 where the processor computes in it.
     """

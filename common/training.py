@@ -17,11 +17,11 @@ from torchvision.transforms import v2
 
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.metrics import Predictions
+from fedsigma.common.names import AUGMENTATIONS, PRECISIONS
 from fedsigma.common.prompts import Prompts
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import SigmaModel
 
-PRECISIONS = ("auto", "float32", "bfloat16")
 Augment = Callable[[Tensor], Tensor]
 
 
@@ -91,12 +91,8 @@ def _quarter_turn(image: Tensor) -> Tensor:
     return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
-AUGMENTATIONS: dict[str, Callable[[int], Augment] | None] = {
-    "paper": _paper,
-    "gentle": _gentle,
-    "microscopy": _microscopy,
-    "none": None,
-}
+_AUGMENTERS: tuple[Callable[[int], Augment] | None, ...] = (_paper, _gentle, _microscopy, None)
+AUGMENTERS = dict(zip(AUGMENTATIONS, _AUGMENTERS, strict=True))
 
 
 def fit(image: Tensor, backbone: Backbone) -> Tensor:
@@ -231,7 +227,7 @@ def train(
         raise TrainingError("no training example: the site has no labelled image of the study's classes")
     if recipe.augment not in AUGMENTATIONS:
         raise TrainingError(f"unknown augmentation {recipe.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
-    build = AUGMENTATIONS[recipe.augment]
+    build = AUGMENTERS[recipe.augment]
     augment = build(task.size) if build else partial(fit, backbone=task.backbone)
     labels = torch.tensor([e.label for e in examples])
     shift, start = task.sigma.shift, task.sigma.shift.detach().clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedsigma.common import sites
 from fedsigma.common.config import ConfigError, StudyConfig, load_study
 from fedsigma.common.learner import Learner, open_learner
-from fedsigma.common.protocol import METRICS, Evaluation, Setup
+from fedsigma.common.protocol import Evaluation, Setup
 from fedsigma.server.averaging import ARRAY, make_averaging, restore_state
 from fedsigma.server.baselines import Baselines, result
 from fedsigma.server.exchange import Exchange
@@ -212,8 +211,8 @@ def _first_round(folder: RunFolder) -> dict[str, Evaluation]:
     found = {}
     for row in folder.rounds():
         if row["round"] == 1 and row["status"] == "accepted" and row["test_examples"]:
-            told = {name: math.nan if row[name] is None else row[name] for name in METRICS}
-            found[row["site"]] = Evaluation(**told, test_examples=row["test_examples"])
+            told = {name: value for name, value in row.items() if value is not None}
+            found[row["site"]] = Evaluation.of(told, row["test_examples"])
     return found
 
 

@@ -12,7 +12,6 @@ from fedsigma.common.codec import encode
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.learner import Learner, seed_for
 from fedsigma.common.protocol import (
-    METRICS,
     EvaluateReply,
     EvaluateTask,
     Evaluation,
@@ -181,8 +180,7 @@ class Baselines:
         for name, one in images.items():
             if one.test:
                 scores = learner.evaluate(learned.shift, one.test)
-                metrics = {key: float(scores.get(key, float("nan"))) for key in METRICS}
-                judged[name] = Evaluation(**metrics, test_examples=len(one.test))
+                judged[name] = Evaluation.of(scores, len(one.test))
         self._record("pooled", judged)
         return result(judged)
 

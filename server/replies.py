@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fedsigma.common.codec import CodecError, decode
 from fedsigma.common.config import StudyConfig
-from fedsigma.common.protocol import METRICS, Evaluation, ProtocolError, TrainReply, from_content
+from fedsigma.common.names import METRICS
+from fedsigma.common.protocol import Evaluation, ProtocolError, TrainReply, from_content
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout

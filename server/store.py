@@ -20,18 +20,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsigma.common.names import METRICS
+
 if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
     import numpy as np
     from torch import Tensor
 
     from fedsigma.common.artefact import SavedSigma
 
-__all__ = ["METRICS", "POOLED", "RunFolder", "StoreError"]
+__all__ = ["METRIC_COLUMNS", "POOLED", "RunFolder", "StoreError"]
 
 POOLED = "pooled"
 """The site name of the line of `rounds.csv` that is computed over all sites' test images."""
 
-METRICS = ("accuracy", "balanced_accuracy", "auroc", "f1", "ece", "loss", "examples", "test_examples")
+METRIC_COLUMNS = (*METRICS, "loss", "examples", "test_examples")
 """The metric columns that every `rounds.csv` has; a run may add more, to the right of these."""
 
 _FIXED = ("round", "site", "status", "bytes_up", "bytes_down", "reason")
@@ -285,7 +287,7 @@ class RunFolder:
         self._repair(path, None)
         if self._columns is None or not path.is_file():
             self._columns = _read_table(path)[0] or None
-        columns = self._columns or [*_FIXED[:-1], *METRICS, _FIXED[-1]]
+        columns = self._columns or [*_FIXED[:-1], *METRIC_COLUMNS, _FIXED[-1]]
         wanted = [*columns, *(name for name in row if name not in columns)]
         if wanted != self._columns:
             # A metric not seen before: the whole table is written again with one more column.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def test_families_of_open_clip(name: str, parts: dict[str, int]) -> None:
         weight = model.get_parameter(entry.weight)
         assert entry.rows[1] <= weight.shape[0]
         assert entry.size == min(entry.rows[1] - entry.rows[0], weight.shape[1])
+
+
+def test_xcit_blocks_and_class_attention_are_layers() -> None:
+    with torch.device("meta"):
+        layout = find_layout(timm_clip("xcit_nano_12_p16_224"), Selection(towers=("image",)))
+    assert len(layout.entries) == (12 + 2) * 6
+    assert [e.part for e in layout.entries if e.layer == 13] == ["q", "k", "v", "o", "mlp", "mlp"]
+    assert layout.size == 14 * 6 * 128
 
 
 def test_packed_thirds_are_q_k_v() -> None:
@@ -236,7 +245,7 @@ class Method(torch.nn.Module):
         return getattr(self.model, self.method)(argument)
 
 
-@pytest.mark.parametrize("build", [tiny_clip, timm_clip])
+@pytest.mark.parametrize("build", [tiny_clip, timm_clip, partial(timm_clip, "xcit_nano_12_p16_224")])
 def test_merged_model_agrees_and_is_plain_open_clip(build: object, tmp_path: Path) -> None:
     model, fresh = build(), build(seed=1)
     names = set(model.state_dict())

@@ -14,7 +14,7 @@ from synthetic_run import synthetic_layout, synthetic_shift, write_synthetic_run
 
 from fedsigma.common.artefact import ArtefactError
 from fedsigma.server.overview import find_runs, overview
-from fedsigma.server.store import METRICS, POOLED, RunFolder, StoreError
+from fedsigma.server.store import METRIC_COLUMNS, POOLED, RunFolder, StoreError
 
 STUDY = "name: small\nfederation: {rounds: 3}\n"
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
@@ -121,7 +121,7 @@ def test_rows_come_back_as_numbers(folder: RunFolder) -> None:
     assert (row["accuracy"], row["auroc"], row["f1"]) == (1 / 3, None, None)
     assert isinstance(row["examples"], int)
     assert isinstance(row["test_examples"], int)
-    assert set(METRICS) <= set(row)
+    assert set(METRIC_COLUMNS) <= set(row)
 
 
 def test_a_repeated_round_replaces_the_older_rows(folder: RunFolder) -> None:

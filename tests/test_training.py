@@ -15,10 +15,10 @@ from tiny import timm_clip, tiny_clip
 from torch import Tensor, nn
 
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.prompts import Prompts, class_prompts
+from fedsigma.common.prompts import Prompts
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import AUGMENTATIONS, Task, TrainingError, evaluate, fit, train
+from fedsigma.common.training import AUGMENTERS, Task, TrainingError, evaluate, fit, train
 
 PROMPTS = ("a photo of a red one.", "a photo of a green one.", "a photo of a blue one, seen from far.")
 
@@ -125,9 +125,9 @@ def test_no_example_and_unknown_augmentation_are_named(tmp_path: Path) -> None:
         run(job, coloured(2), Recipe(augment="heavy"))
 
 
-@pytest.mark.parametrize("name", [name for name, build in AUGMENTATIONS.items() if build])
+@pytest.mark.parametrize("name", [name for name, build in AUGMENTERS.items() if build])
 def test_augmentation_varies_pictures_of_the_right_shape(name: str) -> None:
-    augment = AUGMENTATIONS[name](32)
+    augment = AUGMENTERS[name](32)
     image = coloured(1)[0].image
     found = [augment(image) for _ in range(8)]
     assert all(x.shape == (3, 32, 32) and x.dtype == torch.uint8 for x in found)
@@ -228,16 +228,6 @@ def test_towers_that_read_padding_are_not_cut() -> None:
     loaded = backbone(timm_clip())
     loaded.model.text.pool_type = "last"
     assert features(loaded, True)[1] == 16
-
-
-@pytest.mark.parametrize("template", ["a photo", "a {} and a {}", "a {name}", "a {} {x}"])
-def test_template_needs_one_place_for_the_name(template: str) -> None:
-    with pytest.raises(ValueError, match="exactly one"):
-        class_prompts(["cat"], template)
-
-
-def test_template_is_filled() -> None:
-    assert class_prompts(["cat", "dog"], "a {}.") == ("a cat.", "a dog.")
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])

@@ -21,7 +21,6 @@ from bench.starter.package import load_trained
 from fedsigma.common.backbones import Backbone, build_model
 from fedsigma.common.data import Source, few_shot, load_examples, open_source
 from fedsigma.common.metrics import score
-from fedsigma.common.prompts import class_prompts
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training import Task, evaluate, train
@@ -33,7 +32,7 @@ def task_for(backbone: Backbone, source: Source, cache: Path) -> tuple[Task, lis
     """An adapter at zero shift, and the source's classes."""
     classes = sorted({r.label for r in source.records if r.label})
     sigma = SigmaModel.adapt(backbone.model, cache_dir=cache)
-    return Task(backbone, sigma, class_prompts(classes, "a photo of a {}.")), classes
+    return Task(backbone, sigma, [f"a photo of a {c}." for c in classes]), classes
 
 
 def accuracy(task: Task, source: Source, classes: list[str]) -> float:

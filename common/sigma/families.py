@@ -95,6 +95,13 @@ FAMILIES: tuple[Family, ...] = (
         "Block",
         (*packed("attn.qkv.weight"), *_TIMM_MLP),
     ),
+    Family("XCiT", "timm.models.xcit", "XCABlock", (*packed("attn.qkv.weight"), *_TIMM_MLP)),
+    Family(
+        "XCiT, class attention",
+        "timm.models.xcit",
+        "ClassAttentionBlock",
+        (*separate("attn.q.weight", "attn.k.weight", "attn.v.weight"), *_TIMM_MLP),
+    ),
     Family("EVA", "timm.models.eva", "EvaBlock", _EVA, _EVA_OPTIONAL),
     Family("EVA, norm after", "timm.models.eva", "EvaBlockPostNorm", _EVA, _EVA_OPTIONAL),
     Family("BERT (BiomedCLIP)", "transformers.models.bert.modeling_bert", "BertLayer", _BERT),

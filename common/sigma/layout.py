@@ -6,15 +6,8 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal, get_args
 
-Tower = Literal["image", "text"]
-Part = Literal["q", "k", "v", "o", "mlp"]
-Third = Literal["all", "bottom", "middle", "top"]
-
-TOWERS: tuple[str, ...] = get_args(Tower)
-PARTS: tuple[str, ...] = get_args(Part)
-THIRDS: tuple[str, ...] = get_args(Third)
+from fedsigma.common.names import PARTS, THIRDS, TOWERS
 
 
 class LayoutError(ValueError):

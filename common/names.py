@@ -1,0 +1,21 @@
+"""The words that settings, messages and computations share; needs no torch, so that all may read them."""
+
+from __future__ import annotations
+
+TOWERS = ("image", "text")
+"""The two halves of a CLIP."""
+
+PARTS = ("q", "k", "v", "o", "mlp")
+"""The parts of a layer whose matrices are adapted."""
+
+THIRDS = ("all", "bottom", "middle", "top")
+"""Layers of a tower by name; the bottom is nearest the input."""
+
+AUGMENTATIONS = ("paper", "gentle", "microscopy", "none")
+"""What training may do to a picture; see `training` for what each does."""
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""What the forward pass computes in."""
+
+METRICS = ("accuracy", "balanced_accuracy", "auroc", "f1", "ece")
+"""The scalar metrics of an evaluation; a site tells these and no others."""
