@@ -223,44 +223,52 @@ def startup(rounds: int = 3) -> float:
     return min(times)
 
 
+def alternating(steps: dict[str, Step], size: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Loss of each form's first step, and median seconds of the others, made in turns."""
+    data = batch(size)
+    first = {form: float(step(*data)) for form, step in steps.items()}
+    times: dict[str, list[float]] = {form: [] for form in steps}
+    for _ in range(rounds):
+        for form, step in steps.items():
+            times[form].append(timed(lambda s=step: s(*data)))
+    return first, {form: statistics.median(t) for form, t in times.items()}
+
+
 def main() -> None:
     """Measure and print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="bfloat16")
-    p.add_argument("--ours", choices=["auto", "float32", "bfloat16"], help="precision of sigma's step")
+    p.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="the paper's")
+    p.add_argument("--ours", choices=["auto", "float32", "bfloat16"], default="auto", help="sigma's")
     p.add_argument("--json", type=Path)
     a = p.parse_args()
-    ours, native = a.ours or a.precision, computes_bfloat16(torch.device("cpu"))
-    steps = {"sigma": make("sigma", ours), "paper": make("paper", a.precision)}
-    data, times = batch(a.batch), {"sigma": [], "paper": []}
-    first = {form: float(step(*data)) for form, step in steps.items()}
-    for _ in range(a.rounds):
-        for form, step in steps.items():
-            times[form].append(timed(lambda s=step: s(*data)))
-    seconds = {form: statistics.median(t) for form, t in times.items()}
-    del steps
-    memory = {
-        "sigma": peak_memory("sigma", ours, a.batch),
-        "paper": peak_memory("paper", a.precision, a.batch),
-    }
+    native = computes_bfloat16(torch.device("cpu"))
+    ours = {"auto": "bfloat16" if native else "float32"}.get(a.ours, a.ours)
+    forms = {"sigma": ("sigma", ours), "paper": ("paper", a.precision), "same": ("paper", ours)}
+    if ours == a.precision:
+        del forms["same"]
+    first, seconds = alternating({name: make(*form) for name, form in forms.items()}, a.batch, a.rounds)
+    memory = {name: peak_memory(*form, a.batch) for name, form in forms.items()}
+    same = "same" if "same" in forms else "paper"
     figures = {
         "step_speedup": seconds["paper"] / seconds["sigma"],
+        "step_speedup_same_precision": seconds[same] / seconds["sigma"],
         "memory_ratio": memory["sigma"] / memory["paper"],
+        "memory_ratio_same_precision": memory["sigma"] / memory[same],
         "eval_ratio": compare_evaluation(ours, a.batch, a.rounds),
         "startup_seconds": startup(),
         "native_bfloat16": native,
         "precision": {"sigma": ours, "paper": a.precision},
     }
     print(f"bfloat16 in the processor: {'yes' if native else 'no'}; threads: {torch.get_num_threads()}")
-    print(f"{'':24}{'sigma':>12}{'paper':>12}{'ratio':>10}")
-    print(f"{'loss of the first step':24}{first['sigma']:12.4f}{first['paper']:12.4f}")
-    for title, values, unit, ratio in (
-        ("seconds a step", seconds, 1, figures["step_speedup"]),
-        ("peak memory, GiB", memory, 2**20, figures["memory_ratio"]),
-    ):
-        print(f"{title:24}{values['sigma'] / unit:12.2f}{values['paper'] / unit:12.2f}{ratio:10.2f}")
+    print(f"{'form':8}{'precision':>12}{'first loss':>12}{'s a step':>12}{'peak GiB':>12}{'speed-up':>12}")
+    for name, (form, precision) in forms.items():
+        print(
+            f"{form:8}{precision:>12}{first[name]:12.4f}{seconds[name]:12.2f}{memory[name] / 2**20:12.2f}"
+            f"{seconds[name] / seconds['sigma']:12.2f}"
+        )
+    print(f"memory, sigma's share of the paper's: {figures['memory_ratio']:.2f}")
     print(f"evaluation, share of plain open_clip's images a second: {figures['eval_ratio']:.3f}")
     print(f"start-up with a warm basis cache, seconds added: {figures['startup_seconds']:.2f}")
     if a.json:

@@ -75,7 +75,7 @@ def study_run(
 ) -> None:
     """Simulate a study with all its sites on this machine, then print its results and its report's path.
 
-    Exit code 0 if the run completed, 1 if it failed, 3 if the study cannot be used.
+    Exit code 0: the run completed; 1: it failed; 3: the study cannot be used; 130: interrupted.
     """
     from fedsigma.common.config import load_study
     from fedsigma.server.report import summary_table
@@ -85,9 +85,13 @@ def study_run(
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     number = seed if seed >= 0 else config.seed
     folder = (out or runs_folder() / f"{config.name}-{stamp}-s{number}").expanduser().resolve()
-    code = run_simulation(
-        study, out=folder, rounds=rounds, seed=seed, resume=resume, cpus_per_site=cpus_per_site
-    )
+    try:
+        code = run_simulation(
+            study, out=folder, rounds=rounds, seed=seed, resume=resume, cpus_per_site=cpus_per_site
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. To go on: the same command with --resume --out {folder}", err=True)
+        raise typer.Exit(130) from None
     if code:
         raise typer.Exit(code)
     run = RunFolder.open(folder)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -89,10 +90,11 @@ def run_simulation(
     Raises:
         ConfigError: the study does not read, or is not for a simulation.
         SimulationError: Flower did not start.
+        KeyboardInterrupt: by Ctrl-C or SIGTERM; nothing is left running, and the run can be resumed.
     """
     config = load_study(study)
     sites = _count_sites(config)
-    with tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
+    with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
         home = Path(folder)
         (home / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
         values = {"study": str(home / "study.yaml"), "resume": resume, "rounds": rounds, "seed": seed}
@@ -104,6 +106,23 @@ def run_simulation(
     if status != COMPLETED:
         print(f"FedSigma: the run ended as {status}: see its log above and events.jsonl", file=sys.stderr)
     return 0 if status == COMPLETED else 1
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end a simulation as Ctrl-C does, so that no SuperLink is left running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _count_sites(study: StudyConfig) -> int:
@@ -208,9 +227,13 @@ def _flwr_run(
         command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
     found = re.search(r"run[ _-]?(?:id)?[^0-9]{0,4}(\d{6,})", "".join(lines), re.IGNORECASE)
     if found is None:
         raise SimulationError("`flwr run` did not start the run: see its message above")

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_end_to_end import STUDY
@@ -26,8 +28,8 @@ def study(tmp_path: Path) -> Path:
     return file
 
 
-def simulate(tmp_path: Path, study: Path, *, resume: bool = False) -> subprocess.CompletedProcess[str]:
-    """Call run_simulation in a process of its own: Flower and Ray leave threads behind."""
+def command(tmp_path: Path, study: Path, *, resume: bool = False) -> dict[str, Any]:
+    """A call of run_simulation in a process of its own: Flower and Ray leave threads behind."""
     call = (
         "import sys, pathlib; from fedsigma.server.simulate import run_simulation;"
         "sys.exit(run_simulation(sys.argv[1], out=pathlib.Path(sys.argv[2]), resume=sys.argv[3] == '1'))"
@@ -35,12 +37,28 @@ def simulate(tmp_path: Path, study: Path, *, resume: bool = False) -> subprocess
     arguments = [sys.executable, "-c", call, str(study), str(tmp_path / "out"), str(int(resume))]
     places = {"FEDSIGMA_CACHE": str(tmp_path / "cache"), "FEDSIGMA_AUDIT": str(tmp_path / "audit")}
     environment = {**os.environ, **places, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return {"args": arguments, "env": environment, "cwd": tmp_path, "text": True}
+
+
+def simulate(tmp_path: Path, study: Path, *, resume: bool = False) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        arguments, env=environment, capture_output=True, text=True, timeout=550, check=False, cwd=tmp_path
+        **command(tmp_path, study, resume=resume), capture_output=True, timeout=550, check=False
     )
 
 
-def test_a_simulation_completes_and_can_be_resumed(tmp_path: Path, study: Path) -> None:
+def finished_rounds(out: Path) -> list[int]:
+    if not (out / "events.jsonl").is_file():
+        return []
+    return [e["round"] for e in RunFolder.open(out).events() if e["kind"] == "round_end"]
+
+
+def processes_naming(path: Path) -> list[str]:
+    """Command lines of running processes that name a path."""
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in lines.splitlines() if str(path) in line]
+
+
+def test_a_simulation_completes(tmp_path: Path, study: Path) -> None:
     done = simulate(tmp_path, study)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folder = RunFolder.open(tmp_path / "out")
@@ -57,3 +75,32 @@ def test_a_run_that_fails_is_reported_as_failed(tmp_path: Path, study: Path) -> 
     assert done.returncode == 1
     assert "federation.options.x is not an option of fedavgm" in done.stdout
     assert "the run ended as finished:failed" in done.stderr
+
+
+def test_a_run_ended_by_sigterm_leaves_nothing_running_and_goes_on_where_it_stood(
+    tmp_path: Path, study: Path
+) -> None:
+    rounds = 12
+    study.write_text(
+        study.read_text().replace("rounds: 2", f"rounds: {rounds}").replace("local_only, pooled", "")
+    )
+    temporary, out = tmp_path / "temporary", tmp_path / "out"
+    temporary.mkdir()
+    call = command(tmp_path, study)
+    call["env"]["TMPDIR"] = str(temporary)
+    with subprocess.Popen(**call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        for _ in range(2000):
+            if finished_rounds(out) or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.terminate()
+        process.wait(timeout=60)
+    before = finished_rounds(out)
+    assert 0 < len(before) < rounds
+    assert processes_naming(temporary) == [] and list(temporary.iterdir()) == []
+    done = simulate(tmp_path, study, resume=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    after = finished_rounds(out)
+    assert after[: len(before)] == before and after[-1] == rounds
+    # A round that was under way is made again; none is left out.
+    assert sorted(set(after)) == list(range(1, rounds + 1))
