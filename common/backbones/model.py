@@ -271,12 +271,29 @@ def image_size(model: nn.Module, where: str) -> int:
     visual: Any = model.visual
     side = square(visual.image_size, f"{where}: the model's image size")
     # open_clip does not hand vision_cfg.image_size to timm, whose own fixed size decides.
-    fixed = getattr(getattr(getattr(visual, "trunk", None), "patch_embed", None), "img_size", None)
-    if fixed is not None and square(fixed, f"{where}: the image tower's own size") != side:
+    trunk: Any = getattr(visual, "trunk", None)
+    fixed = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    differs = fixed is not None and square(fixed, f"{where}: the image tower's own size") != side
+    if differs and not _takes(trunk, side):
         raise BackboneError(
             f"{where}: vision_cfg.image_size is {side}, but its timm image tower takes {fixed[0]} pixels"
         )
     return side
+
+
+def _takes(trunk: nn.Module, side: int) -> bool:
+    """Whether a timm tower takes pictures of another size than its own without stretching weights.
+
+    Towers that compute their positions do, such as XCiT; learned positions would be interpolated.
+    """
+    if isinstance(getattr(trunk, "pos_embed", None), nn.Parameter):
+        return False
+    try:
+        with torch.no_grad():
+            trunk(torch.zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 def square(size: Any, what: str) -> int:
