@@ -273,10 +273,10 @@ def image_size(model: nn.Module, where: str) -> int:
     # open_clip does not hand vision_cfg.image_size to timm, whose own fixed size decides.
     trunk: Any = getattr(visual, "trunk", None)
     fixed = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
-    differs = fixed is not None and square(fixed, f"{where}: the image tower's own size") != side
-    if differs and not _takes(trunk, side):
+    own = side if fixed is None else square(fixed, f"{where}: the image tower's own size")
+    if own != side and not _takes(trunk, side):
         raise BackboneError(
-            f"{where}: vision_cfg.image_size is {side}, but its timm image tower takes {fixed[0]} pixels"
+            f"{where}: vision_cfg.image_size is {side}, but its timm image tower takes {own} pixels"
         )
     return side
 
