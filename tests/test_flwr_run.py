@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ def finished_rounds(out: Path) -> list[int]:
     return [e["round"] for e in RunFolder.open(out).events() if e["kind"] == "round_end"]
 
 
-def processes_naming(path: Path) -> list[str]:
+def processes_naming(path: str) -> list[str]:
     """Command lines of running processes that name a path."""
     lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in lines.splitlines() if str(path) in line]
+    return [line for line in lines.splitlines() if path in line]
 
 
 def test_a_simulation_completes(tmp_path: Path, study: Path) -> None:
@@ -84,20 +85,21 @@ def test_a_run_ended_by_sigterm_leaves_nothing_running_and_goes_on_where_it_stoo
     study.write_text(
         study.read_text().replace("rounds: 2", f"rounds: {rounds}").replace("local_only, pooled", "")
     )
-    temporary, out = tmp_path / "temporary", tmp_path / "out"
-    temporary.mkdir()
-    call = command(tmp_path, study)
-    call["env"]["TMPDIR"] = str(temporary)
-    with subprocess.Popen(**call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        for _ in range(2000):
-            if finished_rounds(out) or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        process.terminate()
-        process.wait(timeout=60)
-    before = finished_rounds(out)
-    assert 0 < len(before) < rounds
-    assert processes_naming(temporary) == [] and list(temporary.iterdir()) == []
+    out, call, log = tmp_path / "out", command(tmp_path, study), tmp_path / "log"
+    # Ray puts sockets there, whose paths may not be long.
+    with tempfile.TemporaryDirectory(prefix="fs") as temporary, log.open("w") as output:
+        call["env"]["TMPDIR"] = temporary
+        with subprocess.Popen(**call, stdout=output, stderr=output) as process:
+            for _ in range(2000):
+                if finished_rounds(out) or process.poll() is not None:
+                    break
+                time.sleep(0.1)
+            process.terminate()
+            process.wait(timeout=60)
+        before = finished_rounds(out)
+        assert 0 < len(before) < rounds, log.read_text()[-3000:]
+        assert processes_naming(temporary) == []
+        assert list(Path(temporary).glob("fedsigma-*")) == []
     done = simulate(tmp_path, study, resume=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     after = finished_rounds(out)
