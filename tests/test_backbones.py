@@ -265,6 +265,15 @@ def test_half_precision_folder_loads_as_float32(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in backbone.model.parameters())
 
 
+def test_loading_leaves_running_statistics_alone() -> None:
+    """The starter's image tower has batch norms, and its picture size is tried out on loading."""
+    loaded = load_backbone("starter").model.state_dict()
+    written = load_file(Path(load_module.__file__).parent.parent / "starter" / WEIGHTS)
+    assert any(name.endswith("running_var") for name in written)
+    for name, tensor in written.items():
+        assert torch.equal(loaded[name], tensor.to(loaded[name].dtype)), name
+
+
 def test_biomed_folder_works_wherever_it_lies(biomed_folder: Path, copied: Callable[[Path], Path]) -> None:
     moved = copied(biomed_folder)
     backbone = load_backbone(f"local-dir:{moved}")

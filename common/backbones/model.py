@@ -288,11 +288,16 @@ def _takes(trunk: nn.Module, side: int) -> bool:
     """
     if isinstance(getattr(trunk, "pos_embed", None), nn.Parameter):
         return False
+    # In training mode the trial would move the running statistics of batch norms.
+    was_training = trunk.training
+    trunk.eval()
     try:
         with torch.no_grad():
             trunk(torch.zeros(1, 3, side, side))
     except (AssertionError, RuntimeError):
         return False
+    finally:
+        trunk.train(was_training)
     return True
 
 
