@@ -135,8 +135,10 @@ class FederationConfig:
 
     Fields: strategy and its own options; rounds; min_sites, the fewest sites whose replies make a round
     count; round_timeout_s, how long one exchange may last; wait_for_sites_s, how long the server waits for
-    min_sites to be there; codec, the coding of a sigma shift on the wire; norm_bound, the largest L2 norm of
-    a shift that is accepted (null: none); max_examples, the most examples a site counts for (null: none).
+    min_sites to be there; evaluate_every, 1 to have each round's incoming shift judged at the sites, n for the
+    first round and each n-th after it (the final shift is always judged); codec, the coding of a sigma shift
+    on the wire; norm_bound, the largest L2 norm of a shift that is accepted (null: none); max_examples, the
+    most examples a site counts for (null: none).
     """
 
     section: ClassVar[str] = "federation"
@@ -146,6 +148,7 @@ class FederationConfig:
     min_sites: int = 2
     round_timeout_s: float = 600.0
     wait_for_sites_s: float = 300.0
+    evaluate_every: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     codec: str = "exact"
     norm_bound: float | None = None
@@ -157,6 +160,7 @@ class FederationConfig:
         check_number("federation.min_sites", self.min_sites, low=1, high=100_000)
         check_number("federation.round_timeout_s", self.round_timeout_s, low=1, high=43_200)
         check_number("federation.wait_for_sites_s", self.wait_for_sites_s, low=0, high=604_800)
+        check_number("federation.evaluate_every", self.evaluate_every, low=1, high=100_000)
         if self.norm_bound is not None:
             check_number("federation.norm_bound", self.norm_bound, low=1e-12)
         if self.max_examples is not None:

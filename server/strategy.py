@@ -135,7 +135,7 @@ class SigmaStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask nothing: evaluation rides on the next round's task."""
+        """Ask nothing: evaluation rides on the rounds' own tasks."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -154,7 +154,7 @@ class SigmaStrategy(Strategy):
             steps=steps,
             total_steps=rounds * steps,
             codec=self.study.federation.codec,
-            evaluate=True,
+            evaluate=(number - 1) % self.study.federation.evaluate_every == 0,
             shift=encode(shift, layout_digest=self.layout.digest),
         )
 

@@ -113,6 +113,15 @@ def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
     assert summary["bytes_up_per_site_round"] == rows[1, "bccd"]["bytes_up"] > 4 * LAYOUT.size
 
 
+def test_rounds_between_evaluations_have_no_metrics_but_the_final_model_has(tmp_path: Path) -> None:
+    folder = run(tmp_path, STUDY.replace("rounds: 3", "rounds: 4, evaluate_every: 2"))
+    rows = {row["round"]: row for row in folder.rounds() if row["site"] == "bccd"}
+    judged = {number: row["accuracy"] is not None for number, row in rows.items()}
+    assert judged == {1: True, 2: False, 3: True, 4: False, 5: True}
+    assert rows[2]["test_examples"] == 0 and rows[2]["examples"] == rows[1]["examples"]
+    assert folder.read_summary()["zero_shot"]["per_site"]["bccd"] == rows[1]["accuracy"]
+
+
 def test_the_model_is_the_weighted_mean_of_the_sites_shifts(tmp_path: Path) -> None:
     sent: dict[int, np.ndarray] = {}
 

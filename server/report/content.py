@@ -164,7 +164,7 @@ def _lines(rows: list[dict[str, Any]]) -> tuple[RoundLine, ...]:
             pooled=pooled[-1] if pooled else None,
             lowest=min(known, default=None),
             highest=max(known, default=None),
-            sites=len(known),
+            sites=sum(row["status"] == "accepted" for row in sites),
             bytes_up=sum(row["bytes_up"] for row in sites),
             bytes_down=sum(row["bytes_down"] for row in sites),
         )
