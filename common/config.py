@@ -135,10 +135,10 @@ class FederationConfig:
 
     Fields: strategy and its own options; rounds; min_sites, the fewest sites whose replies make a round
     count; round_timeout_s, how long one exchange may last; wait_for_sites_s, how long the server waits for
-    min_sites to be there; evaluate_every, 1 to have each round's incoming shift judged at the sites, n for the
-    first round and each n-th after it (the final shift is always judged); codec, the coding of a sigma shift
-    on the wire; norm_bound, the largest L2 norm of a shift that is accepted (null: none); max_examples, the
-    most examples a site counts for (null: none).
+    min_sites to be there; evaluate_every, 1 to have each round's incoming shift judged at the sites, n for
+    the first round and each n-th after it (the final shift is always judged); codec, the coding of a sigma
+    shift on the wire; norm_bound, the largest L2 norm of a shift that is accepted (null: none); max_examples,
+    the most examples a site counts for (null: none).
     """
 
     section: ClassVar[str] = "federation"
