@@ -4,8 +4,8 @@
 
 DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet` (columns image, label, site, group, split). Each
 study and seed is one real run by `flwr run`, kept in its own folder under --out; a finished run is not
-repeated, so an interrupted call can simply be made again. All methods make the same number of optimiser
-steps a site; pooled makes all sites' steps together.
+repeated and an interrupted one is gone on with, so a call that was cut off can simply be made again. All
+methods make the same number of optimiser steps a site; pooled makes all sites' steps together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def run(study: str, seed: int, out: Path, rounds: int | None) -> dict[str, Any]:
     """The summary of one study and seed, run now unless it was before."""
     folder = out / f"{study}-s{seed}"
     if not (folder / "summary.json").exists() or "pooled" not in RunFolder.open(folder).read_summary():
-        code = run_simulation(study, out=folder, seed=seed, rounds=rounds or 0)
+        begun = (folder / "study.yaml").exists()
+        code = run_simulation(study, out=folder, seed=seed, rounds=rounds or 0, resume=begun)
         if code:
             raise SystemExit(f"study {study}, seed {seed}: the run ended with code {code}, see {folder}")
     return RunFolder.open(folder).read_summary()
