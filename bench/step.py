@@ -174,14 +174,12 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
 
 
 def _peak(form: str, precision: str, size: int, out: multiprocessing.SimpleQueue[int]) -> None:
-    step = make(form, precision)
-    for _ in range(2):
-        step(*batch(size))
+    make(form, precision)(*batch(size))
     out.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def peak_memory(form: str, precision: str, size: int) -> int:
-    """Peak resident memory of a process that makes two steps, in KiB."""
+    """Peak resident memory of a process that makes one step, in KiB."""
     context = multiprocessing.get_context("spawn")
     out: multiprocessing.SimpleQueue[int] = context.SimpleQueue()
     worker = context.Process(target=_peak, args=(form, precision, size, out))
