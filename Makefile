@@ -19,7 +19,7 @@ help:
 	@echo "make test        check style and types, then run the tests"
 	@echo "make lint        check style and types"
 	@echo "make demo        run the demonstration study and write its report"
-	@echo "make demo-short  the same study for two rounds"
+	@echo "make demo-short  the same study for eight rounds"
 	@echo "make clean       remove caches and builds; environment and runs stay"
 
 venv: $(STAMP)
@@ -50,7 +50,7 @@ demo: $(STAMP)
 	$(BIN)/fedsigma study run demo
 
 demo-short: $(STAMP)
-	$(BIN)/fedsigma study run demo --rounds 2
+	$(BIN)/fedsigma study run demo --rounds 8
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ from fedsigma.client.audit import AuditLog
 from fedsigma.client.site import Site, SiteCountDiffers, open_site
 from fedsigma.common import protocol
 from fedsigma.common.codec import decode, encode
-from fedsigma.common.learner import Learner, seed_for
+from fedsigma.common.learner import Judged, Learner, seed_for
 from fedsigma.common.protocol import (
     EvaluateReply,
     EvaluateTask,
@@ -125,7 +125,8 @@ def _train(site: Site, task: TrainTask) -> TrainReply:
     images = site.images(task.setup, side=learner.side)
     digest = learner.layout.digest
     shift = decode(task.shift, layout_digest=digest, size=learner.layout.size)
-    before = _judge(learner, shift, images.test if task.evaluate else [])
+    test = images.test if task.evaluate else []
+    before = _told(_judge(learner, shift, test), test)
     learned = learner.train(
         shift,
         images.train,
@@ -158,13 +159,21 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     images = site.images(task.setup, side=learner.side)
     layout = learner.layout
     shifts = [decode(data, layout_digest=layout.digest, size=layout.size) for data in task.shifts]
-    return EvaluateReply(evaluations=tuple(_judge(learner, shift, images.test) for shift in shifts))
+    judged = [_judge(learner, shift, images.test) for shift in shifts]
+    counts = tuple(count for one in judged for count in one.confusion)
+    return EvaluateReply(
+        evaluations=tuple(_told(one, images.test) for one in judged),
+        confusions=counts if site.policy.tell_confusion else (),
+    )
 
 
-def _judge(learner: Learner, shift: np.ndarray, examples: list[Any]) -> Evaluation:
-    """Evaluate a shift; without test images, every metric is nan."""
-    scores = learner.evaluate(shift, examples) if examples else {}
-    return Evaluation.of(scores, len(examples))
+def _judge(learner: Learner, shift: np.ndarray, examples: list[Any]) -> Judged:
+    """Evaluate a shift; without test images, nothing is known."""
+    return learner.evaluate(shift, examples) if examples else Judged(scores={}, confusion=())
+
+
+def _told(judged: Judged, examples: list[Any]) -> Evaluation:
+    return Evaluation.of(judged.scores, len(examples))
 
 
 def _use_one_thread_per_cpu(context: Context) -> None:

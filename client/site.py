@@ -67,7 +67,8 @@ class SitePolicy:
     run here (`*`: any); backbones, the study's name of each allowed backbone and where it lies here;
     max_local_steps of one task; max_examples, the most training images used; min_cohort, the fewest sites
     whose shifts must be averaged together (2 or more also refuses training alone); tell_class_counts,
-    whether the number of training images of each class may be told; audit, the audit log's file.
+    whether the number of training images of each class may be told; tell_confusion, whether the final
+    models' confusion matrices may be, which count the test images of each class; audit, the audit log's file.
     """
 
     section: ClassVar[str] = ""
@@ -83,6 +84,7 @@ class SitePolicy:
     max_examples: int = 10_000
     min_cohort: int = 2
     tell_class_counts: bool = False
+    tell_confusion: bool = False
     audit: str = "audit.jsonl"
 
     def __post_init__(self) -> None:
@@ -220,6 +222,8 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         max_local_steps=2**31,
         max_examples=2**31,
         min_cohort=1,
+        # The server of a simulation has these images itself.
+        tell_confusion=True,
     )
     return Site(
         name=name, policy=anything, base=Path(), audit_path=_simulated_audit(run, name), sites=len(parts)

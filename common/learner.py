@@ -20,7 +20,7 @@ from fedsigma.common.config import SigmaConfig, TrainingConfig
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Layout
 
-__all__ = ["Learned", "Learner", "open_learner", "seed_for"]
+__all__ = ["Judged", "Learned", "Learner", "open_learner", "seed_for"]
 
 Vector = NDArray[np.float32]
 
@@ -33,6 +33,17 @@ class Learned:
     loss: float
     steps: int
     examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """How a shift did: the scalar metrics by name, and `examples`, their number.
+
+    confusion: images by true class (rows) and predicted class (columns), row by row.
+    """
+
+    scores: dict[str, float]
+    confusion: tuple[int, ...]
 
 
 class Learner(Protocol):
@@ -57,8 +68,8 @@ class Learner(Protocol):
         """Train from `shift` on these examples; first_step and total_steps place it in the schedule."""
         ...
 
-    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> dict[str, float]:
-        """Judge `shift` on these examples: the scalar metrics by name, and `examples`, their number."""
+    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> Judged:
+        """Judge `shift` on these examples."""
         ...
 
 
@@ -109,18 +120,18 @@ class SigmaLearner:
         trained = self.sigma.get_shift().detach().cpu().numpy().astype(np.float32)
         return Learned(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
 
-    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> dict[str, float]:
+    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> Judged:
         """See `Learner.evaluate`."""
         from fedsigma.common.metrics import score
         from fedsigma.common.training import evaluate
 
         self._set(shift)
-        predictions = evaluate(self.task, list(examples))
-        scores = score(predictions).scalars()
+        found = score(evaluate(self.task, list(examples)))
+        scores = found.scalars()
         if "accuracy" in scores:
             # torch counts in float32; right answers over images is a fraction that float64 holds better.
             scores["accuracy"] = round(scores["accuracy"] * len(examples)) / len(examples)
-        return scores
+        return Judged(scores=scores, confusion=tuple(found.confusion.flatten().tolist()))
 
     def _set(self, shift: Vector) -> None:
         import torch

@@ -242,9 +242,17 @@ class EvaluateTask:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateReply:
-    """One evaluation for each shift of the task, in its order."""
+    """One evaluation for each shift of the task, in its order.
+
+    confusions are their confusion matrices, one after another and each row by row (images by true class, then
+    by predicted class); empty unless the site's policy lets it tell them.
+    """
 
     evaluations: tuple[Evaluation, ...]
+    confusions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(all(0 <= count < 2**31 for count in self.confusions), "a count is out of range")
 
 
 _MESSAGES: dict[type, int] = {

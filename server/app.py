@@ -20,6 +20,7 @@ from fedsigma.server.averaging import ARRAY, make_averaging, restore_state
 from fedsigma.server.baselines import Baselines, result
 from fedsigma.server.exchange import Exchange
 from fedsigma.server.overview import runs_folder
+from fedsigma.server.replies import SiteResult
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
 from fedsigma.server.strategy import SigmaStrategy, state_path
@@ -183,12 +184,12 @@ def _results(
     if not judged["federated"]:
         raise NoModel("no site could evaluate the final model")
     for site, one in judged["federated"].items():
-        folder.round_row(last, site, one.metrics(), 0, 0, "accepted")
+        folder.round_row(last, site, one.evaluation.metrics(), 0, 0, "accepted")
     final = result(judged["federated"])
     folder.round_row(last, POOLED, final["metrics"], 0, 0, "pooled")
 
     summary: dict[str, Any] = {"study": study.name, "rounds": study.federation.rounds}
-    summary |= {"sites": sorted(judged["federated"]), **_traffic(folder)}
+    summary |= {"sites": sorted(judged["federated"]), "classes": list(study.classes), **_traffic(folder)}
     if "zero_shot" in judged:
         summary["zero_shot"] = result(judged["zero_shot"])
         pooled = summary["zero_shot"]["metrics"]
@@ -206,13 +207,13 @@ def _results(
     return summary
 
 
-def _first_round(folder: RunFolder) -> dict[str, Evaluation]:
+def _first_round(folder: RunFolder) -> dict[str, SiteResult]:
     """Return the sites' evaluations of the zero shift, which every site tells in round 1."""
     found = {}
     for row in folder.rounds():
         if row["round"] == 1 and row["status"] == "accepted" and row["test_examples"]:
             told = {name: value for name, value in row.items() if value is not None}
-            found[row["site"]] = Evaluation.of(told, row["test_examples"])
+            found[row["site"]] = SiteResult(evaluation=Evaluation.of(told, row["test_examples"]))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,8 @@ from numpy.typing import NDArray
 from fedsigma.common.codec import encode
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.learner import Learner, seed_for
-from fedsigma.common.protocol import (
-    EvaluateReply,
-    EvaluateTask,
-    Evaluation,
-    ProtocolError,
-    Setup,
-    TrainTask,
-    from_content,
-)
-from fedsigma.server.replies import Rejected, accept_training, pool
+from fedsigma.common.protocol import EvaluateTask, Evaluation, Setup, TrainTask
+from fedsigma.server.replies import Rejected, SiteResult, accept_evaluations, accept_training, pool
 from fedsigma.server.store import POOLED
 
 if TYPE_CHECKING:
@@ -36,11 +29,29 @@ Vector = NDArray[np.float32]
 SHIFT_BYTES_A_MESSAGE = 8 * 1024 * 1024
 
 
-def result(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Put one method's evaluations into the form of summary.json: accuracy, per_site and metrics."""
+def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
+    """Put one method's results into the form of summary.json: accuracy, per_site and metrics.
+
+    Where sites tell them, confusion matrices come along: of each such site, and of all together if all tell.
+    """
+    evaluations = _evaluations(judged)
     metrics = pool(evaluations)
     per_site = {site: one.accuracy for site, one in evaluations.items() if one.test_examples}
-    return {"accuracy": metrics.get("accuracy"), "per_site": per_site, "metrics": metrics}
+    entry: dict[str, Any] = {"accuracy": metrics.get("accuracy"), "per_site": per_site, "metrics": metrics}
+    matrices = {site: _square(one.confusion) for site, one in judged.items() if one.confusion}
+    if matrices:
+        entry["confusion"] = {"per_site": {site: matrix.tolist() for site, matrix in matrices.items()}}
+        if set(matrices) == set(per_site):
+            entry["confusion"]["all_sites"] = np.sum(list(matrices.values()), axis=0).tolist()
+    return entry
+
+
+def _evaluations(judged: Mapping[str, SiteResult]) -> dict[str, Evaluation]:
+    return {site: one.evaluation for site, one in judged.items()}
+
+
+def _square(counts: tuple[int, ...]) -> NDArray[np.int64]:
+    return np.array(counts, dtype=np.int64).reshape(math.isqrt(len(counts)), -1)
 
 
 class Baselines:
@@ -52,26 +63,26 @@ class Baselines:
         self.exchange, self.roster, self.folder = exchange, roster, folder
         self.study, self.layout = study, layout
 
-    def judge(self, shifts: Mapping[str, Vector], *, round: int) -> dict[str, dict[str, Evaluation]]:
-        """Have every site evaluate every shift: name of the shift -> site -> its evaluation.
+    def judge(self, shifts: Mapping[str, Vector], *, round: int) -> dict[str, dict[str, SiteResult]]:
+        """Have every site evaluate every shift: name of the shift -> site -> its result.
 
         A site that fails is recorded and left out.
         """
         coded = {name: encode(shift, layout_digest=self.layout.digest) for name, shift in shifts.items()}
         names = list(coded)
         most = max(1, SHIFT_BYTES_A_MESSAGE // max(len(data) for data in coded.values()))
-        found: dict[str, dict[str, Evaluation]] = {name: {} for name in names}
+        found: dict[str, dict[str, SiteResult]] = {name: {} for name in names}
         for start in range(0, len(names), most):
             part = names[start : start + most]
             task = EvaluateTask(
                 setup=Setup.of(self.study), round=round, shifts=tuple(coded[name] for name in part)
             )
-            for site, evaluations in self._evaluate(task).items():
-                for name, evaluation in zip(part, evaluations, strict=True):
-                    found[name][site] = evaluation
+            for site, results in self._evaluate(task).items():
+                for name, one in zip(part, results, strict=True):
+                    found[name][site] = one
         return found
 
-    def _evaluate(self, task: EvaluateTask) -> dict[str, tuple[Evaluation, ...]]:
+    def _evaluate(self, task: EvaluateTask) -> dict[str, tuple[SiteResult, ...]]:
         sites = self.roster.present()
         timeout = self.study.federation.round_timeout_s
         answers = self.exchange.ask(dict.fromkeys(sites, task), kind="evaluate", timeout=timeout)
@@ -84,13 +95,10 @@ class Baselines:
                 self.folder.event("site_failed", round=task.round, site=site, reason=answer.failure)
             else:
                 try:
-                    reply = from_content(EvaluateReply, answer.content)
-                    if len(reply.evaluations) != len(task.shifts):
-                        raise ProtocolError(
-                            f"{len(reply.evaluations)} evaluations came for {len(task.shifts)} shifts"
-                        )
-                    found[site] = reply.evaluations
-                except ProtocolError as error:
+                    found[site] = accept_evaluations(
+                        answer.content, shifts=len(task.shifts), classes=len(self.study.classes)
+                    )
+                except Rejected as error:
                     self.folder.event("reply_rejected", round=task.round, site=site, reason=str(error))
         return found
 
@@ -105,7 +113,7 @@ class Baselines:
             return {}
         judged = self.judge(shifts, round=self.study.federation.rounds + 1)
         home = {site: judged[site][site] for site in shifts if site in judged[site]}
-        everywhere = {site: pool(judged[site]).get("accuracy") for site in shifts}
+        everywhere = {site: pool(_evaluations(judged[site])).get("accuracy") for site in shifts}
         known = [value for value in everywhere.values() if value is not None]
         summary = result(home)
         summary["everywhere"] = sum(known) / len(known) if known else None
@@ -179,12 +187,14 @@ class Baselines:
         judged = {}
         for name, one in images.items():
             if one.test:
-                scores = learner.evaluate(learned.shift, one.test)
-                judged[name] = Evaluation.of(scores, len(one.test))
+                found = learner.evaluate(learned.shift, one.test)
+                evaluation = Evaluation.of(found.scores, len(one.test))
+                judged[name] = SiteResult(evaluation=evaluation, confusion=found.confusion)
         self._record("pooled", judged)
         return result(judged)
 
-    def _record(self, method: str, evaluations: Mapping[str, Evaluation]) -> None:
+    def _record(self, method: str, judged: Mapping[str, SiteResult]) -> None:
+        evaluations = _evaluations(judged)
         for site, one in evaluations.items():
             self.folder.event("baseline", method=method, site=site, metrics=one.metrics())
         self.folder.event("baseline", method=method, site=POOLED, metrics=pool(evaluations))

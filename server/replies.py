@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from fedsigma.common.codec import CodecError, decode
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.names import METRICS
-from fedsigma.common.protocol import Evaluation, ProtocolError, TrainReply, from_content
+from fedsigma.common.protocol import EvaluateReply, Evaluation, ProtocolError, TrainReply, from_content
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["Accepted", "Rejected", "accept_training", "pool"]
+__all__ = ["Accepted", "Rejected", "SiteResult", "accept_evaluations", "accept_training", "pool"]
 
 
 class Rejected(ValueError):
@@ -38,6 +38,43 @@ class Accepted:
         """The scalars that the site told."""
         told = {"loss": self.reply.loss, "examples": self.reply.examples}
         return {**self.reply.evaluation.metrics(), **told}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteResult:
+    """How a shift did at one site.
+
+    confusion: test images by true class, then by predicted class, row by row; empty if the site keeps it.
+    """
+
+    evaluation: Evaluation
+    confusion: tuple[int, ...] = ()
+
+
+def accept_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[SiteResult, ...]:
+    """Check a reply to an `EvaluateTask` with so many shifts.
+
+    Raises:
+        Rejected: its form is not in order, or its counts contradict each other.
+    """
+    try:
+        reply = from_content(EvaluateReply, content)
+    except ProtocolError as error:
+        raise Rejected(str(error)) from error
+    told, size = reply.confusions, classes * classes
+    if len(reply.evaluations) != shifts:
+        raise Rejected(f"{len(reply.evaluations)} evaluations came for {shifts} shifts")
+    if len(told) not in (0, shifts * size):
+        raise Rejected(f"{len(told)} counts came for {shifts} confusion matrices of {classes} classes")
+    found = []
+    for number, evaluation in enumerate(reply.evaluations):
+        matrix = told[number * size : (number + 1) * size]
+        if matrix and sum(matrix) != evaluation.test_examples:
+            raise Rejected(
+                f"a confusion matrix counts {sum(matrix)} of {evaluation.test_examples} test images"
+            )
+        found.append(SiteResult(evaluation=evaluation, confusion=matrix))
+    return tuple(found)
 
 
 def accept_training(content: Any, *, study: StudyConfig, layout: Layout, steps: int) -> Accepted:

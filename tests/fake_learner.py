@@ -13,7 +13,7 @@ import pytest
 from fedsigma.client import site as client_site
 from fedsigma.common import learner as learning
 from fedsigma.common import sites
-from fedsigma.common.learner import Learned
+from fedsigma.common.learner import Judged, Learned
 from fedsigma.common.sigma import Entry, Fingerprint, Layout
 
 SIZE = 6
@@ -65,10 +65,11 @@ class FakeLearner:
         moved = (shift + pull * (target - shift) + noise).astype(np.float32)
         return Learned(shift=moved, loss=1.0, steps=steps, examples=len(examples))
 
-    def evaluate(self, shift: Any, examples: Any) -> dict[str, float]:
+    def evaluate(self, shift: Any, examples: Any) -> Judged:
         distance = float(np.linalg.norm(shift - examples[0].target))
         right = round(len(examples) / (1 + distance))
-        return {"accuracy": right / len(examples), "balanced_accuracy": 0.5, "f1": 0.5, "ece": 0.1}
+        scores = {"accuracy": right / len(examples), "balanced_accuracy": 0.5, "f1": 0.5, "ece": 0.1}
+        return Judged(scores=scores, confusion=(right, 0, len(examples) - right, 0))
 
 
 def parts(data: str, classes: Any, seed: int) -> Any:

@@ -121,7 +121,7 @@ def write_synthetic_run(
         folder.event("run_end", ok=False, reason=fail)
     elif done == rounds:
         _write_rows(folder, done + 1, sites, curves, rng, final=True)
-        summary = _summary(name, sites, curves, done, baselines, rng)
+        summary = _summary(name, sites, classes, curves, done, baselines, rng)
         for method in baselines:
             folder.event("baseline", method=method, site=POOLED, metrics=summary[method]["metrics"])
         folder.summary(summary)
@@ -195,6 +195,7 @@ def _metrics(accuracy: float, rng: np.random.Generator) -> dict[str, float]:
 def _summary(
     name: str,
     sites: list[str],
+    classes: list[str],
     curves: np.ndarray,
     rounds: int,
     baselines: tuple[str, ...],
@@ -213,6 +214,7 @@ def _summary(
         "bytes_up_per_site_round": UPLOAD,
         "bytes_down_per_site_round": DOWNLOAD,
         "sites": sites,
+        "classes": classes,
     }
     for method in (*baselines, "federated"):
         values = per_site[method]
@@ -221,6 +223,8 @@ def _summary(
             "per_site": {site: float(value) for site, value in zip(sites, values, strict=True)},
             "metrics": _metrics(float(values.mean()), rng),
         }
+    counts = 40 * np.eye(len(classes), dtype=int) + np.arange(len(classes))
+    summary["federated"]["confusion"] = {"per_site": {}, "all_sites": counts.tolist()}
     if "local_only" in summary:
         everywhere = (per_site["zero_shot"] + 0.12).clip(0, 0.98)
         summary["local_only"]["everywhere"] = float(everywhere.mean())

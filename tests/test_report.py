@@ -130,6 +130,13 @@ def test_the_numbers_of_the_summary_stand_in_the_tables(tmp_path: Path) -> None:
     assert "61.7 kB" in page.text
 
 
+def test_the_confusion_matrix_is_a_table_with_true_classes_as_rows(tmp_path: Path) -> None:
+    page, _ = page_of(write_synthetic_run(tmp_path / "run"))
+    rows = [row for table in page.tables for row in table if row[0].strip() == "lymphocyte"]
+    # 40 on the diagonal and 0, 1, 2, 3 everywhere: 41 of 46 lymphocytes are found.
+    assert rows == [["lymphocyte", "0", "41", "2", "3", "46", "89.1%"]]
+
+
 def test_names_from_a_run_are_text_and_nothing_else(tmp_path: Path) -> None:
     page, text = page_of(write_synthetic_run(tmp_path / "run", **KINDS["hostile"]))
     for name in HOSTILE:

@@ -183,6 +183,50 @@ def test_a_bad_reply_is_rejected_with_its_reason_and_the_round_goes_on(
     assert "bccd" in folder.read_summary()["zero_shot"]["per_site"]
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"confusions": [1, 2, 3]}, "3 counts came for 1 confusion matrices of 2 classes"),
+        ({"confusions": [1, 0, 0, 0]}, "counts 1 of 40 test images"),
+        ({"confusions": [-1, 0, 0, 41]}, "out of range"),
+    ],
+)
+def test_a_bad_evaluation_is_rejected_and_the_others_count(tmp_path: Path, values: dict, words: str) -> None:
+    def tamper(node: int, task: Message, reply: Message) -> Message:
+        if node == 101 and task.metadata.message_type == "evaluate":
+            reply.content.config_records["fedsigma"].update(values)
+        return reply
+
+    folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"), rounds=1, tamper=tamper)
+    (rejected,) = events(folder, "reply_rejected")
+    assert rejected["site"] == "bccd" and words in rejected["reason"]
+    assert set(folder.read_summary()["federated"]["per_site"]) == set(NAMES) - {"bccd"}
+
+
+def test_confusion_matrices_of_all_sites_are_added_up(tmp_path: Path) -> None:
+    summary = run(tmp_path).read_summary()
+    assert summary["classes"] == ["a", "b"]
+    for method in ("federated", "local_only", "pooled"):
+        matrices = summary[method]["confusion"]
+        assert set(matrices["per_site"]) == set(NAMES)
+        for name in NAMES:
+            right = matrices["per_site"][name][0][0]
+            assert right == round(summary[method]["per_site"][name] * IMAGES[name] * 10)
+        added = np.sum(list(matrices["per_site"].values()), axis=0)
+        np.testing.assert_array_equal(matrices["all_sites"], added)
+
+
+def test_a_site_that_tells_no_confusion_matrix_leaves_no_sum(tmp_path: Path) -> None:
+    def tamper(node: int, task: Message, reply: Message) -> Message:
+        if node == 101 and task.metadata.message_type == "evaluate":
+            reply.content.config_records["fedsigma"]["confusions"] = []
+        return reply
+
+    folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"), rounds=1, tamper=tamper)
+    matrices = folder.read_summary()["federated"]["confusion"]
+    assert set(matrices["per_site"]) == set(NAMES) - {"bccd"} and "all_sites" not in matrices
+
+
 def test_values_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
     data = bytearray(coded(*[0.0] * 6))
     import struct

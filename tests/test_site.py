@@ -18,7 +18,15 @@ from fedsigma.client.site import SitePolicy
 from fedsigma.common import protocol, sites
 from fedsigma.common.codec import encode
 from fedsigma.common.config import StudyConfig, TrainingConfig
-from fedsigma.common.protocol import Hello, HelloReply, Setup, TrainReply, TrainTask
+from fedsigma.common.protocol import (
+    EvaluateReply,
+    EvaluateTask,
+    Hello,
+    HelloReply,
+    Setup,
+    TrainReply,
+    TrainTask,
+)
 from fedsigma.common.reading import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fake_method")
@@ -101,6 +109,17 @@ def test_what_goes_beyond_the_policy_is_refused(ask: Any, tmp_path: Path, change
 def test_class_counts_are_told_only_where_the_policy_says_so(ask: Any) -> None:
     told = ask(TASK, policy=POLICY + "tell_class_counts: true\n")
     assert protocol.from_content(TrainReply, told.content).class_counts == (1, 1)
+
+
+def test_confusion_matrices_are_told_only_where_the_policy_says_so(ask: Any) -> None:
+    task = EvaluateTask(setup=SETUP, round=1, shifts=(TASK.shift, TASK.shift))
+    quiet = protocol.from_content(EvaluateReply, ask(task, "evaluate").content)
+    assert len(quiet.evaluations) == 2 and quiet.confusions == ()
+    told = protocol.from_content(
+        EvaluateReply, ask(task, "evaluate", POLICY + "tell_confusion: true\n").content
+    )
+    assert len(told.confusions) == 2 * 4
+    assert sum(told.confusions[:4]) == told.evaluations[0].test_examples
 
 
 def test_a_node_without_site_yaml_or_partition_says_nothing(ask: Any, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def _view(content: Content) -> dict[str, Any]:
         "methods": tables.methods_grid(content),
         "methods_note": _methods_note(content),
         "no_results": _no_results(content),
+        "confusion": tables.confusion_grid(content),
         "sites": tables.sites_grid(content),
         "sites_caption": _sites_caption(content),
         "sites_drawing_caption": "Accuracy at each site."

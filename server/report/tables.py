@@ -9,7 +9,16 @@ from typing import Any
 from fedsigma.server.report.content import Content, Heat
 from fedsigma.server.report.words import METHODS, NOTHING, amount, decimal, percent, points
 
-__all__ = ["Grid", "Row", "heat_grid", "methods_grid", "notices_grid", "rounds_grid", "sites_grid"]
+__all__ = [
+    "Grid",
+    "Row",
+    "confusion_grid",
+    "heat_grid",
+    "methods_grid",
+    "notices_grid",
+    "rounds_grid",
+    "sites_grid",
+]
 
 MOST_NOTICES = 60
 
@@ -65,6 +74,21 @@ def methods_grid(content: Content) -> Grid:
             cells = [percent(entry["everywhere"]) if column == "accuracy" else NOTHING for column in shown]
             rows.append(Row(name=METHODS[name], note="each site alone, judged at all sites", cells=cells))
     return Grid(heads=["Method", *(_COLUMNS[column][0] for column in shown)], rows=rows, even=True)
+
+
+def confusion_grid(content: Content) -> Grid:
+    """The federated model's test images of all sites: a row per true class, a column per judgement.
+
+    Empty unless every site tells its counts.
+    """
+    classes = content.summary.get("classes") or []
+    matrix = (content.methods.get("federated", {}).get("confusion") or {}).get("all_sites") or []
+    rows = []
+    for number, (name, counts) in enumerate(zip(classes, matrix, strict=False)):
+        recall = counts[number] / sum(counts) if sum(counts) else None
+        cells = [*(str(count) for count in counts), str(sum(counts)), percent(recall)]
+        rows.append(Row(name=name, cells=cells, best=frozenset({number})))
+    return Grid(heads=["True class", *classes, "Images", "Found"], rows=rows, even=True)
 
 
 def sites_grid(content: Content) -> Grid:

@@ -66,6 +66,11 @@ TEMPLATE = """<!doctype html>
 {%- if view.methods.rows %}
 {{ table(view.methods, "Results over the test images of all sites, by method") }}
 <p class="note">{{ view.methods_note }}</p>
+{%- if view.confusion.rows %}
+<details open><summary>What the federated model takes for what</summary>
+{{ table(view.confusion, "Test images of all sites: rows are what they show, columns what the model says") }}
+</details>
+{%- endif %}
 {%- else %}
 <p class="quiet">{{ view.no_results }}</p>
 {%- endif %}
