@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedsigma.common.config import ConfigError, StudyConfig, load_study
@@ -201,15 +201,23 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: str, log: Path) 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and every process of its session."""
-    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=patience)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """End the SuperLink and all that it started.
+
+    Flower gives its children sessions of their own, so a signal to one group does not reach them all; and
+    once their parent is gone, nothing tells whose they were.
+    """
+    import psutil
+
+    left = []
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        left = [parent, *parent.children(recursive=True)]
+    for end, patience in ((psutil.Process.terminate, 10.0), (psutil.Process.kill, 5.0)):
+        for one in left:
+            with suppress(psutil.NoSuchProcess):
+                end(one)
+        left = psutil.wait_procs(left, timeout=patience)[1]
+    process.wait()
 
 
 def _flwr_run(

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_end_to_end import STUDY
 from tiny_backbones import tiny_clip
@@ -53,10 +55,14 @@ def finished_rounds(out: Path) -> list[int]:
     return [e["round"] for e in RunFolder.open(out).events() if e["kind"] == "round_end"]
 
 
-def processes_naming(path: str) -> list[str]:
-    """Command lines of running processes that name a path."""
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in lines.splitlines() if path in line]
+def processes_of(temporary: str) -> list[str]:
+    """Command lines of running processes that were started with this folder for temporary files."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get("TMPDIR") == temporary:
+                found.append(" ".join(process.cmdline())[:200])
+    return found
 
 
 def test_a_simulation_completes(tmp_path: Path, study: Path) -> None:
@@ -76,6 +82,25 @@ def test_a_run_that_fails_is_reported_as_failed(tmp_path: Path, study: Path) -> 
     assert done.returncode == 1
     assert "federation.options.x is not an option of fedavgm" in done.stdout
     assert "the run ended as finished:failed" in done.stderr
+
+
+def test_a_run_ended_while_the_sites_train_alone_leaves_nothing_running(tmp_path: Path, study: Path) -> None:
+    """There is no message then at whose failure Flower's processes would end by themselves."""
+    study.write_text(study.read_text().replace("local_steps: 2", "local_steps: 400"))
+    out, call, log = tmp_path / "out", command(tmp_path, study), tmp_path / "log"
+    with tempfile.TemporaryDirectory(prefix="fs") as temporary, log.open("w") as output:
+        call["env"]["TMPDIR"] = temporary
+        with subprocess.Popen(**call, stdout=output, stderr=output) as process:
+            for _ in range(4000):
+                if len(finished_rounds(out)) == 2 or process.poll() is not None:
+                    break
+                time.sleep(0.1)
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(3)
+            process.terminate()
+            process.wait(timeout=60)
+        assert processes_of(temporary) == []
+    assert "local_only" not in RunFolder.open(out).read_summary()
 
 
 def test_a_run_ended_by_sigterm_leaves_nothing_running_and_goes_on_where_it_stood(
@@ -98,7 +123,7 @@ def test_a_run_ended_by_sigterm_leaves_nothing_running_and_goes_on_where_it_stoo
             process.wait(timeout=60)
         before = finished_rounds(out)
         assert 0 < len(before) < rounds, log.read_text()[-3000:]
-        assert processes_naming(temporary) == []
+        assert processes_of(temporary) == []
         assert list(Path(temporary).glob("fedsigma-*")) == []
     done = simulate(tmp_path, study, resume=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
