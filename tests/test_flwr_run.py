@@ -84,23 +84,35 @@ def test_a_run_that_fails_is_reported_as_failed(tmp_path: Path, study: Path) -> 
     assert "the run ended as finished:failed" in done.stderr
 
 
-def test_a_run_ended_while_the_sites_train_alone_leaves_nothing_running(tmp_path: Path, study: Path) -> None:
-    """There is no message then at whose failure Flower's processes would end by themselves."""
-    study.write_text(study.read_text().replace("local_steps: 2", "local_steps: 400"))
-    out, call, log = tmp_path / "out", command(tmp_path, study), tmp_path / "log"
+def end_when(rounds: int, tmp_path: Path, study: Path, *, later: float = 0.0) -> str:
+    """Start a run and end it by SIGTERM some seconds after its first `rounds` rounds; return its output.
+
+    Asserts that it was still running and that it leaves no process and no temporary file.
+    """
+    call, log = command(tmp_path, study), tmp_path / "log"
+    # Ray puts sockets there, whose paths may not be long.
     with tempfile.TemporaryDirectory(prefix="fs") as temporary, log.open("w") as output:
         call["env"]["TMPDIR"] = temporary
         with subprocess.Popen(**call, stdout=output, stderr=output) as process:
-            for _ in range(4000):
-                if len(finished_rounds(out)) == 2 or process.poll() is not None:
+            deadline = time.monotonic() + 400
+            while process.poll() is None and time.monotonic() < deadline:
+                if len(finished_rounds(tmp_path / "out")) >= rounds:
                     break
                 time.sleep(0.1)
+            time.sleep(later)
             assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(3)
             process.terminate()
             process.wait(timeout=60)
         assert processes_of(temporary) == []
-    assert "local_only" not in RunFolder.open(out).read_summary()
+        assert list(Path(temporary).glob("fedsigma-*")) == []
+    return log.read_text()
+
+
+def test_a_run_ended_while_the_sites_train_alone_leaves_nothing_running(tmp_path: Path, study: Path) -> None:
+    """There is no message then at whose failure Flower's processes would end by themselves."""
+    study.write_text(study.read_text().replace("local_steps: 2", "local_steps: 400"))
+    end_when(2, tmp_path, study, later=3)
+    assert "local_only" not in RunFolder.open(tmp_path / "out").read_summary()
 
 
 def test_a_run_ended_by_sigterm_leaves_nothing_running_and_goes_on_where_it_stood(
@@ -110,24 +122,12 @@ def test_a_run_ended_by_sigterm_leaves_nothing_running_and_goes_on_where_it_stoo
     study.write_text(
         study.read_text().replace("rounds: 2", f"rounds: {rounds}").replace("local_only, pooled", "")
     )
-    out, call, log = tmp_path / "out", command(tmp_path, study), tmp_path / "log"
-    # Ray puts sockets there, whose paths may not be long.
-    with tempfile.TemporaryDirectory(prefix="fs") as temporary, log.open("w") as output:
-        call["env"]["TMPDIR"] = temporary
-        with subprocess.Popen(**call, stdout=output, stderr=output) as process:
-            for _ in range(2000):
-                if finished_rounds(out) or process.poll() is not None:
-                    break
-                time.sleep(0.1)
-            process.terminate()
-            process.wait(timeout=60)
-        before = finished_rounds(out)
-        assert 0 < len(before) < rounds, log.read_text()[-3000:]
-        assert processes_of(temporary) == []
-        assert list(Path(temporary).glob("fedsigma-*")) == []
+    printed = end_when(1, tmp_path, study)
+    before = finished_rounds(tmp_path / "out")
+    assert 0 < len(before) < rounds, printed[-3000:]
     done = simulate(tmp_path, study, resume=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    after = finished_rounds(out)
+    after = finished_rounds(tmp_path / "out")
     assert after[: len(before)] == before and after[-1] == rounds
     # A round that was under way is made again; none is left out.
     assert sorted(set(after)) == list(range(1, rounds + 1))
