@@ -52,7 +52,7 @@ def adapted(task: Task, source: Source, classes: list[str], steps: int) -> float
         )
     ]
     examples = load_examples(source, chosen, classes, side=task.size * 3 // 2)
-    recipe = Recipe(augment="microscopy")
+    recipe = Recipe(learning_rate=0.04, batch_size=16, augment="microscopy")  # as in the studies
     train(task, examples, recipe, steps=steps, total_steps=steps, seed=1, progress=True)
     return accuracy(task, source, classes)
 
