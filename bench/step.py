@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -176,11 +175,13 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
 
 def _peak(form: str, precision: str, size: int, out: multiprocessing.SimpleQueue[int]) -> None:
     make(form, precision)(*batch(size))
-    out.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not getrusage's ru_maxrss: Linux hands that on to a child, with the parent's peak in it.
+    status = Path("/proc/self/status").read_text()
+    out.put(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")))
 
 
 def peak_memory(form: str, precision: str, size: int) -> int:
-    """Peak resident memory of a process that makes one step, in KiB."""
+    """Peak resident memory of a process that makes one step, in KiB; Linux only."""
     context = multiprocessing.get_context("spawn")
     out: multiprocessing.SimpleQueue[int] = context.SimpleQueue()
     worker = context.Process(target=_peak, args=(form, precision, size, out))
