@@ -5,8 +5,9 @@
 CLIP ViT-B/16 with random weights (time and memory do not depend on their values), batch 32, 8 classes,
 both towers. The paper's form, written here as the baseline: each weight as two dense layers U and V with
 the vector of singular values between, separate q, k and v, 77-token prompts, float32 storage under
-autocast. Both forms run in turns in one process, so that a busy machine slows both; each one's peak memory
-is that of a process of its own. The first run computes a basis, which takes minutes and is cached.
+autocast to bfloat16 where the processor computes in it. Both forms run in turns in one process, so that a
+busy machine slows both; each one's peak memory is that of a process of its own. The first run computes a
+basis, which takes minutes and is cached.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import open_clip
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,7 +35,7 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.prompts import Prompts
 from fedsigma.common.sigma import Basis, SigmaModel, cached_basis, default_cache_dir, find_layout
 from fedsigma.common.sigma.basis import Triple
-from fedsigma.common.training import autocast, computes_bfloat16
+from fedsigma.common.training import Task, accumulate_gradient, autocast, computes_bfloat16
 
 CLASSES = [
     "neutrophil",
@@ -47,7 +49,9 @@ CLASSES = [
 ]
 ARCHITECTURE = "ViT-B-16"
 SLOW_S = 60.0
-Step = Callable[[Tensor, Tensor], Tensor]
+PROMPTS = [f"a photo of a {c}." for c in CLASSES]
+LOGIT_SCALE = 100.0
+Step = Callable[[Tensor, Tensor], float]
 
 
 class FactoredLinear(nn.Module):
@@ -117,59 +121,65 @@ def build() -> tuple[nn.Module, Basis]:
 def backbone(model: nn.Module) -> Backbone:
     """What `Prompts` needs to know of a model."""
     tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     return Backbone(
         name=ARCHITECTURE,
         model=model,
         tokenizer=tokenizer,
         image_size=224,
-        mean=mean,
-        std=std,
+        mean=OPENAI_DATASET_MEAN,
+        std=OPENAI_DATASET_STD,
         interpolation="bicubic",
-        logit_scale=100.0,
+        logit_scale=LOGIT_SCALE,
     )
 
 
-def stepper(
-    model: nn.Module,
-    cut: bool,
-    parameters: list[nn.Parameter],
-    context: Callable[[], AbstractContextManager[object]],
-) -> Step:
-    """One optimiser step on a batch."""
-    prompts = Prompts(backbone(model), [f"a photo of a {c}." for c in CLASSES], cut=cut)
+def stepper(parameters: list[nn.Parameter], gradient: Step) -> Step:
+    """One step of the optimiser, given what adds a batch's gradient and returns its loss."""
     optimiser = torch.optim.AdamW(parameters, lr=1e-4)
 
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        with context():
-            features = F.normalize(model.encode_image(images).float(), dim=-1)
-            logits = 100 * features @ prompts.features().T
-        loss = F.cross_entropy(logits.float(), labels)
+    def step(images: Tensor, labels: Tensor) -> float:
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = gradient(images, labels)
         optimiser.step()
-        return loss.detach()
+        return loss
 
     return step
 
 
-def make(form: str, precision: str) -> Step:
-    """The step of one form: "sigma" or "paper"."""
+def sigmas_step(precision: str, micro_batch: int | None = None) -> Step:
+    """FedSigma's own step, as a site makes it."""
     model, basis = build()
+    sigma = SigmaModel(model, basis)
+    task = Task(backbone(model), sigma, PROMPTS, device="cpu", micro_batch=micro_batch)
+    return stepper(sigma.parameters(), partial(accumulate_gradient, task, precision=precision))
 
-    def context() -> AbstractContextManager[object]:
-        return autocast(precision, torch.device("cpu"))  # type: ignore[arg-type]
 
-    if form == "sigma":
-        return stepper(model, True, SigmaModel(model, basis).parameters(), context)
-    factored = papers_form(model, basis)
-    return stepper(factored, False, [p for p in factored.parameters() if p.requires_grad], context)
+def papers_step(precision: str) -> Step:
+    """The published form's step: the whole batch and the uncut prompts in one pass."""
+    model = papers_form(*build())
+    prompts = Prompts(backbone(model), PROMPTS, cut=False)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+
+    def gradient(images: Tensor, labels: Tensor) -> float:
+        with autocast(precision, torch.device("cpu")):
+            features = F.normalize(model.encode_image((images.float() / 255 - mean) / std).float(), dim=-1)
+            logits = LOGIT_SCALE * features @ prompts.features().T
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        return loss.item()
+
+    return stepper([p for p in model.parameters() if p.requires_grad], gradient)
+
+
+def make(form: str, precision: str, micro_batch: int | None = None) -> Step:
+    """The step of one form: "sigma" or "paper"."""
+    return sigmas_step(precision, micro_batch) if form == "sigma" else papers_step(precision)
 
 
 def batch(size: int) -> tuple[Tensor, Tensor]:
-    """Random pictures (size, 3, 224, 224) and labels (size,)."""
+    """Random pictures, uint8 (size, 3, 224, 224), and labels (size,)."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(size, 3, 224, 224, generator=generator)
+    images = torch.randint(256, (size, 3, 224, 224), generator=generator, dtype=torch.uint8)
     return images, torch.randint(len(CLASSES), (size,), generator=generator)
 
 
@@ -204,9 +214,9 @@ def compare_evaluation(precision: str, size: int, rounds: int) -> float:
     plain, basis = build()
     adapted = SigmaModel(build()[0], basis)
     adapted.set_shift(0.01 * torch.randn(adapted.layout.size))
-    images, _ = batch(size)
+    images = batch(size)[0].float() / 255
     times: dict[str, list[float]] = {"plain": [], "sigma": []}
-    with torch.no_grad(), autocast(precision, torch.device("cpu")):  # type: ignore[arg-type]
+    with torch.no_grad(), autocast(precision, torch.device("cpu")):
         for _ in range(rounds):
             times["plain"].append(timed(lambda: [plain.encode_image(images) for _ in range(4)]))
             with adapted.frozen() as model:  # the weights are computed anew each time, as in a round
@@ -229,11 +239,10 @@ def alternating(steps: dict[str, Step], size: int, rounds: int) -> tuple[dict[st
     A form that takes minutes a step, as bfloat16 does where it is emulated, makes its first step only.
     """
     data = batch(size)
-    first, losses = {}, {}
+    first: dict[str, float] = {}
+    losses: dict[str, float] = {}
     for form, step in steps.items():
-        start = time.perf_counter()
-        losses[form] = float(step(*data))
-        first[form] = time.perf_counter() - start
+        first[form] = timed(lambda s=step, f=form: losses.update({f: s(*data)}))
         print(f"{form}: the first step took {first[form]:.1f} s", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {form: [] for form in steps}
     for _ in range(rounds):
@@ -243,20 +252,45 @@ def alternating(steps: dict[str, Step], size: int, rounds: int) -> tuple[dict[st
     return losses, {form: statistics.median(t or [first[form]]) for form, t in times.items()}
 
 
-def main() -> None:
-    """Measure and print."""
+def sweep(precision: str, size: int, rounds: int) -> dict[int, float]:
+    """Median seconds of a step of ours by micro-batch: 1, 2, 4 and so on up to the whole batch."""
+    sizes = [2**n for n in range(size.bit_length()) if 2**n < size] + [size]
+    model, basis = build()
+    task = Task(backbone(model), SigmaModel(model, basis), PROMPTS, device="cpu")
+    times: dict[int, list[float]] = {s: [] for s in sizes}
+    data = batch(size)
+    for number in range(rounds + 1):
+        for task.micro_batch in sizes:
+            seconds = timed(lambda: accumulate_gradient(task, *data, precision=precision))
+            if number:  # the first round of all warms up
+                times[task.micro_batch].append(seconds)
+        print(f"micro-batches: round {number} of {rounds}", file=sys.stderr, flush=True)
+    return {s: statistics.median(t) for s, t in times.items()}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="the paper's")
-    p.add_argument("--ours", choices=["auto", "float32", "bfloat16"], default="auto", help="sigma's")
+    auto = "auto is bfloat16 where the processor computes in it and float32 elsewhere"
+    choices = ["auto", "float32", "bfloat16"]
+    p.add_argument("--precision", choices=choices, default="auto", help=f"the published form's: {auto}")
+    p.add_argument("--ours", choices=choices, default="auto", help="sigma's, likewise")
+    p.add_argument("--sweep", action="store_true", help="also time micro-batches of every size")
     p.add_argument("--json", type=Path)
-    a = p.parse_args()
+    return p.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    a = arguments()
     native = computes_bfloat16(torch.device("cpu"))
-    ours = {"auto": "bfloat16" if native else "float32"}.get(a.ours, a.ours)
-    forms = {"sigma": ("sigma", ours), "paper": ("paper", a.precision), "same": ("paper", ours)}
-    if ours == a.precision:
-        del forms["same"]
+    auto = "bfloat16" if native else "float32"
+    ours, papers = (auto if p == "auto" else p for p in (a.ours, a.precision))
+    forms = {"sigma": ("sigma", ours), "paper": ("paper", papers)}
+    if ours != papers:
+        forms["same"] = ("paper", ours)
     first, seconds = alternating({name: make(*form) for name, form in forms.items()}, a.batch, a.rounds)
     memory = {}
     for name, form in forms.items():
@@ -271,7 +305,7 @@ def main() -> None:
         "eval_ratio": compare_evaluation(ours, a.batch, a.rounds),
         "startup_seconds": startup(),
         "native_bfloat16": native,
-        "precision": {"sigma": ours, "paper": a.precision},
+        "precision": {"sigma": ours, "paper": papers},
     }
     print(f"bfloat16 in the processor: {'yes' if native else 'no'}; threads: {torch.get_num_threads()}")
     print(f"{'form':8}{'precision':>12}{'first loss':>12}{'s a step':>12}{'peak GiB':>12}{'speed-up':>12}")
@@ -283,6 +317,9 @@ def main() -> None:
     print(f"memory, sigma's share of the paper's: {figures['memory_ratio']:.2f}")
     print(f"evaluation, share of plain open_clip's images a second: {figures['eval_ratio']:.3f}")
     print(f"start-up with a warm basis cache, seconds added: {figures['startup_seconds']:.2f}")
+    if a.sweep:
+        figures["micro_batch_seconds"] = by_size = sweep(ours, a.batch, a.rounds)
+        print("images at once in a step: " + ", ".join(f"{n}: {t:.1f} s" for n, t in by_size.items()))
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)
         a.json.write_text(json.dumps(figures, indent=2) + "\n")

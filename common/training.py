@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -137,6 +138,8 @@ class Task:
         sigma: the adapter on that model.
         prompts: one a class, in the order of the labels.
         device: a GPU if there is one, by default.
+        micro_batch: images that go through the model at once in training, which bounds its memory; by default
+            the whole batch on a GPU, and on a processor as many as its cache is good for.
     """
 
     def __init__(
@@ -146,17 +149,24 @@ class Task:
         prompts: Sequence[str],
         *,
         device: torch.device | str | None = None,
+        micro_batch: int | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.backbone, self.sigma = backbone, sigma.to(self.device)
         self._model: Any = backbone.model
         self.prompts = Prompts(backbone, prompts)
         self.size = backbone.image_size
+        self.micro_batch = micro_batch or self._default_micro_batch()
         self._mean = torch.tensor(backbone.mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(backbone.std, device=self.device).view(3, 1, 1)
         adapted = {entry.tower for entry in sigma.layout.entries}
         self._image_frozen, self._text_frozen = "image" not in adapted, "text" not in adapted
         self._text: Tensor | None = None
+
+    def _default_micro_batch(self) -> int:
+        # Measured by bench/step.py on ViT-B/16 at 224 pixels: past four images the activations of a layer
+        # leave the cache, and a step takes up to half as long again.
+        return sys.maxsize if self.device.type != "cpu" else max(1, 4 * 224**2 // self.size**2)
 
     @property
     def classes(self) -> int:
@@ -195,6 +205,37 @@ def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
         order = torch.randperm(count, generator=generator).tolist()
         for start in range(0, count, size):
             yield order[start : start + size]
+
+
+def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto") -> float:
+    """Add the gradient of a batch's mean cross-entropy to that of the task's shift.
+
+    The images go through the model `task.micro_batch` at a time, the prompts once: the gradient is that of
+    the whole batch, but the activations of one part only are held.
+
+    Args:
+        task: whose shift is trained.
+        images: uint8 (n, 3, size, size), n > 0.
+        labels: class numbers (n,).
+        precision: "auto", "float32" or "bfloat16".
+
+    Returns:
+        The mean cross-entropy over the batch; it may be infinite or not a number.
+    """
+    total = 0.0
+    with task.sigma.accumulating():
+        with autocast(precision, task.device):
+            text = task.text_features()
+        leaf = text.detach().requires_grad_(text.requires_grad)
+        for part, truth in zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True):
+            with autocast(precision, task.device):
+                logits = task.logits(task.image_features(part), leaf)
+            loss = F.cross_entropy(logits.float(), truth.to(task.device)) * (len(part) / len(images))
+            loss.backward()
+            total += loss.item()
+        if leaf.grad is not None:
+            text.backward(leaf.grad)
+    return total
 
 
 def train(
@@ -240,19 +281,15 @@ def train(
             images = torch.stack([augment(examples[i].image) for i in chosen])
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(first_step + step, total_steps)
-            with autocast(recipe.precision, task.device):
-                logits = task.logits(task.image_features(images), task.text_features())
-            loss = F.cross_entropy(logits.float(), labels[chosen].to(task.device))
-            value = loss.item()
+            optimiser.zero_grad(set_to_none=True)
+            value = accumulate_gradient(task, images, labels[chosen], precision=recipe.precision)
             if not math.isfinite(value):
                 raise TrainingError(
                     f"the loss is {value} at step {first_step + step}: lower the learning rate "
                     f"(now {recipe.learning_rate}) or set precision to float32"
                 )
             if recipe.proximal:
-                loss = loss + 0.5 * recipe.proximal * (shift - start).square().sum()
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+                (0.5 * recipe.proximal * (shift - start).square().sum()).backward()
             optimiser.step()
             total += value
     return TrainResult(total / max(1, steps), steps, len(examples))

@@ -14,6 +14,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from tiny import outputs, pictures, timm_clip, tiny_clip, words
 
 from fedsigma.common.sigma import Basis, Layout, LayoutError, Selection, SigmaModel, find_layout
+from fedsigma.common.sigma.adapter import SigmaParametrization
 
 
 def adapted(tmp_path: Path, seed: int = 0, **selection: object) -> SigmaModel:
@@ -232,6 +233,42 @@ def test_gradient_equals_that_of_the_explicit_form(tmp_path: Path) -> None:
     (want,) = torch.autograd.grad(explicit, shift)
     assert want.abs().max() > 1e-3
     torch.testing.assert_close(gradient, want, atol=1e-9, rtol=1e-8)
+
+
+def test_accumulating_over_parts_gives_the_gradient_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sigma = SigmaModel.adapt(tiny_clip(), cache_dir=tmp_path)
+    shifted(sigma)
+    images, tokens = torch.cat([pictures(), pictures().flip(0)]), words()
+    loss = sigma.model.encode_image(images).cos().sum() + sigma.model.encode_text(tokens).sin().sum()
+    (want,) = torch.autograd.grad(loss, sigma.shift)
+
+    built = []
+    adapted = SigmaParametrization._adapted
+    monkeypatch.setattr(
+        SigmaParametrization, "_adapted", lambda self, weight: built.append(self) or adapted(self, weight)
+    )
+    sigma.shift.grad = torch.ones_like(sigma.shift)
+    with sigma.accumulating() as model:
+        for part in images.split(1):
+            model.encode_image(part).cos().sum().backward()
+        model.encode_text(tokens).sin().sum().backward()
+    torch.testing.assert_close(sigma.shift.grad - 1, want, atol=1e-5, rtol=1e-4)
+    assert len(built) == len(set(built)) == len({entry.weight for entry in sigma.layout.entries})
+    assert torch.equal(sigma.model.encode_image(images), sigma.model.encode_image(images))
+    assert len(built) > len(set(built))  # outside of the block, anew at each use
+
+
+def test_accumulating_leaves_the_gradient_alone_if_it_fails(tmp_path: Path) -> None:
+    sigma = SigmaModel.adapt(tiny_clip(), cache_dir=tmp_path)
+    with pytest.raises(ZeroDivisionError), sigma.accumulating() as model:
+        model.encode_image(pictures()).sum().backward()
+        _ = 1 / 0
+    assert sigma.shift.grad is None
+    before = outputs(sigma.model)
+    shifted(sigma)  # and nothing computed in the block is used again
+    assert not torch.equal(before[0], outputs(sigma.model)[0])
 
 
 class Method(torch.nn.Module):

@@ -18,7 +18,16 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.prompts import Prompts
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import AUGMENTERS, Task, TrainingError, evaluate, fit, train
+from fedsigma.common.training import (
+    AUGMENTERS,
+    Task,
+    TrainingError,
+    accumulate_gradient,
+    autocast,
+    evaluate,
+    fit,
+    train,
+)
 
 PROMPTS = ("a photo of a red one.", "a photo of a green one.", "a photo of a blue one, seen from far.")
 
@@ -184,6 +193,29 @@ def test_weight_decay_and_proximal_term_pull(tmp_path: Path) -> None:
     )
     held = trained(Recipe(learning_rate=0.03, batch_size=8, augment="gentle", proximal=100.0), 0.3)
     assert (held - 0.3).norm() < 0.7 * (free - 0.3).norm()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("towers", [("image", "text"), ("image",), ("text",)])
+def test_gradient_in_parts_is_that_of_the_batch(
+    towers: tuple[str, ...], precision: str, tmp_path: Path
+) -> None:
+    job = task(tmp_path, towers=towers)
+    job.sigma.set_shift(0.05 * torch.randn(job.sigma.layout.size))
+    images, labels = torch.stack([job.fitted(e) for e in coloured(7)]), torch.arange(7) % 3
+    losses, gradients = [], []
+    for size in (7, 3, 1):
+        job.micro_batch, job.sigma.shift.grad = size, None
+        losses.append(accumulate_gradient(job, images, labels, precision=precision))
+        gradients.append(job.sigma.shift.grad)
+    close = {"atol": 1e-5, "rtol": 1e-4} if precision == "float32" else {"atol": 0.02, "rtol": 0.1}
+    with autocast(precision, job.device):
+        logits = job.logits(job.image_features(images), job.text_features())
+    (whole,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits.float(), labels), job.sigma.shift)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-2)
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, whole, **close)
+        assert torch.nn.functional.cosine_similarity(gradient, whole, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

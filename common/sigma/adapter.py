@@ -71,6 +71,8 @@ class SigmaParametrization(nn.Module):
         self.entries = entries
         self.start, self.stop = entries[0].offset, entries[-1].offset + entries[-1].size
         self._shift = (shift,)
+        self._accumulating = False
+        self._shared: tuple[Tensor, Tensor] | None = None
         number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
         for i, entry in enumerate(entries):
             triple = basis.triples[number[entry.key]]
@@ -79,6 +81,26 @@ class SigmaParametrization(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, of the shape of `weight`."""
+        if not self._accumulating:
+            return self._adapted(weight)
+        if self._shared is None:
+            with torch.enable_grad():
+                adapted = self._adapted(weight)
+            self._shared = adapted, adapted.detach().requires_grad_()
+        return self._shared[1]
+
+    def accumulate(self) -> None:
+        """From here on compute the weight once, as a leaf on which gradients accumulate."""
+        self._accumulating = True
+
+    def release(self) -> list[tuple[Tensor, Tensor]]:
+        """End `accumulate`: the adapted weight and the gradient accumulated on it, if there is one."""
+        shared, self._shared, self._accumulating = self._shared, None, False
+        if shared is None or shared[1].grad is None:
+            return []
+        return [(shared[0], shared[1].grad)]
+
+    def _adapted(self, weight: Tensor) -> Tensor:
         blocks = [
             (
                 entry.rows,
@@ -115,10 +137,12 @@ class SigmaModel:
         for entry in self.layout.entries:
             by_weight[entry.weight].append(entry)
         self._weights = list(by_weight)
+        self._parametrizations = []
         for weight, entries in by_weight.items():
             module, name = _owner(model, weight)
             parametrization = SigmaParametrization(entries, basis, self.shift).to(device)
             parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+            self._parametrizations.append(parametrization)
 
     @classmethod
     def adapt(
@@ -176,6 +200,23 @@ class SigmaModel:
         with torch.no_grad(), parametrize.cached():
             yield self.model
 
+    @contextmanager
+    def accumulating(self) -> Iterator[nn.Module]:
+        """Any number of forward and backward passes for which each adapted weight is computed once.
+
+        Gradients accumulate on the adapted weights and are added to the shift's when the block ends. So a
+        batch can go through the model in parts, without the activations of all being held at once, and the
+        gradient is that of the whole. If the block raises, the shift's gradient stays as it was.
+        """
+        for parametrization in self._parametrizations:
+            parametrization.accumulate()
+        try:
+            yield self.model
+        finally:
+            pairs = [pair for parametrization in self._parametrizations for pair in parametrization.release()]
+        if pairs:
+            torch.autograd.backward([weight for weight, _ in pairs], [grad for _, grad in pairs])
+
     def to(self, device: torch.device | str) -> SigmaModel:
         """Move the model, its basis and the shift."""
         self.model.to(device)
@@ -188,7 +229,7 @@ class SigmaModel:
             for weight in self._weights:
                 module, name = _owner(self.model, weight)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        self._weights = []
+        self._weights, self._parametrizations = [], []
         return self.model
 
     def detach(self) -> nn.Module:
@@ -196,5 +237,5 @@ class SigmaModel:
         for weight in self._weights:
             module, name = _owner(self.model, weight)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        self._weights = []
+        self._weights, self._parametrizations = [], []
         return self.model
