@@ -205,11 +205,18 @@ def test_gradient_equals_that_of_the_explicit_form(tmp_path: Path) -> None:
     sigma.shift.data = 0.1 * torch.randn(sigma.layout.size, dtype=torch.float64)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name.startswith(("u", "vh")):
+            if name.startswith(("u", "s", "vh")):
                 setattr(module, name, buffer.double())
     tokens, images = words(), pictures().double()
-    loss = (model.encode_image(images).sum(1).sin().sum() + model.encode_text(tokens).cos().sum()).square()
-    (gradient,) = torch.autograd.grad(loss, sigma.shift)
+
+    def loss() -> torch.Tensor:
+        return (
+            model.encode_image(images).sum(1).sin().sum() + model.encode_text(tokens).cos().sum()
+        ).square()
+
+    (gradient,) = torch.autograd.grad(loss(), sigma.shift)
+    with sigma.accumulating():
+        loss().backward()
 
     other, shift = tiny_clip().double(), sigma.shift.detach().clone().requires_grad_()
     weights = {}
@@ -233,6 +240,8 @@ def test_gradient_equals_that_of_the_explicit_form(tmp_path: Path) -> None:
     (want,) = torch.autograd.grad(explicit, shift)
     assert want.abs().max() > 1e-3
     torch.testing.assert_close(gradient, want, atol=1e-9, rtol=1e-8)
+    # The mlp is factored there, and W0 is U diag(s0) V^T only to the basis's float32.
+    torch.testing.assert_close(sigma.shift.grad, want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
 
 
 def test_accumulating_over_parts_gives_the_gradient_of_the_whole(
@@ -255,7 +264,9 @@ def test_accumulating_over_parts_gives_the_gradient_of_the_whole(
             model.encode_image(part).cos().sum().backward()
         model.encode_text(tokens).sin().sum().backward()
     torch.testing.assert_close(sigma.shift.grad - 1, want, atol=1e-5, rtol=1e-4)
-    assert len(built) == len(set(built)) == len({entry.weight for entry in sigma.layout.entries})
+    dense = {entry.weight for entry in sigma.layout.entries if entry.part != "mlp"}
+    dense.add("transformer.resblocks.0.mlp.c_fc.weight")  # open_clip asks it for its dtype
+    assert sorted(p.entries[0].weight for p in built) == sorted(dense)
     assert torch.equal(sigma.model.encode_image(images), sigma.model.encode_image(images))
     assert len(built) > len(set(built))  # outside of the block, anew at each use
 
@@ -269,6 +280,29 @@ def test_accumulating_leaves_the_gradient_alone_if_it_fails(tmp_path: Path) -> N
     before = outputs(sigma.model)
     shifted(sigma)  # and nothing computed in the block is used again
     assert not torch.equal(before[0], outputs(sigma.model)[0])
+
+
+@pytest.mark.parametrize(
+    ("selection", "factored"),
+    [(Selection(), True), (Selection(parts=("q",)), False), (Selection(parts=("o",)), False)],
+)
+def test_accumulating_computes_what_the_model_does(
+    selection: Selection, factored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a part of a packed weight alone is adapted, which has the shape of an mlp's."""
+    sigma = SigmaModel.adapt(timm_clip(), selection, cache_dir=tmp_path)
+    shifted(sigma)
+    calls = []
+    linear = SigmaParametrization._linear
+    monkeypatch.setattr(
+        SigmaParametrization, "_linear", lambda self, *a: calls.append(self) or linear(self, *a)
+    )
+    want = sigma.model.encode_image(pictures())
+    assert not calls
+    with sigma.accumulating() as model:
+        torch.testing.assert_close(model.encode_image(pictures()), want, atol=1e-5, rtol=1e-4)
+    assert bool(calls) == factored
+    assert torch.equal(sigma.model.encode_image(pictures()), want)
 
 
 class Method(torch.nn.Module):

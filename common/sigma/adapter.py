@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from fedsigma.common.sigma.basis import Basis, Progress, cached_basis
 from fedsigma.common.sigma.families import find_layout
+from fedsigma.common.sigma.functions import Factored, Shifted, autocast_dtype, cheaper_factored
 from fedsigma.common.sigma.layout import Entry, LayoutError, Selection
 
 
@@ -27,38 +28,6 @@ def default_cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("fedsigma")) / "bases"
 
 
-class _Shifted(torch.autograd.Function):
-    """W0 with U diag(d) V^T added to row blocks.
-
-    The derivative needs no dense matrix product with the data: dL/dd_k = u_k^T (dL/dW) v_k.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, shift: Tensor, blocks: Any) -> Tensor:
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        # The sum stays in the weight's own precision: models ask their weights for a dtype (open_clip's
-        # get_cast_dtype), and zero must change no bit.
-        out = weight.clone()
-        for (low, high), (start, stop), u, vh in blocks:
-            scaled = (u * shift[start:stop]).to(dtype)
-            if dtype == out.dtype:
-                out[low:high].addmm_(scaled, vh)
-            else:
-                out[low:high] += scaled @ vh.to(dtype)
-        ctx.blocks, ctx.dtype, ctx.shift_like = blocks, dtype, shift
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        (grad,) = grads
-        result = torch.zeros_like(ctx.shift_like)
-        for (low, high), (start, stop), u, vh in ctx.blocks:
-            left = u.t().to(ctx.dtype) @ grad[low:high].to(ctx.dtype)
-            result[start:stop] = (left.to(vh.dtype) * vh).sum(1)
-        return None, result, None
-
-
 class SigmaParametrization(nn.Module):
     """Adds the shift's matrix to one (perhaps packed) weight.
 
@@ -66,39 +35,57 @@ class SigmaParametrization(nn.Module):
     parameters and state stay its own.
     """
 
+    u0: Tensor
+    s0: Tensor
+    vh0: Tensor
+
     def __init__(self, entries: list[Entry], basis: Basis, shift: nn.Parameter) -> None:
         super().__init__()
         self.entries = entries
         self.start, self.stop = entries[0].offset, entries[-1].offset + entries[-1].size
         self._shift = (shift,)
         self._accumulating = False
-        self._shared: tuple[Tensor, Tensor] | None = None
+        self._shared: dict[str, tuple[Tensor, Tensor]] = {}
+        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
         for i, entry in enumerate(entries):
             triple = basis.triples[number[entry.key]]
             self.register_buffer(f"u{i}", triple.u, persistent=False)
+            self.register_buffer(f"s{i}", triple.s, persistent=False)
             self.register_buffer(f"vh{i}", triple.vh, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, of the shape of `weight`."""
-        if not self._accumulating:
-            return self._adapted(weight)
-        if self._shared is None:
-            with torch.enable_grad():
-                adapted = self._adapted(weight)
-            self._shared = adapted, adapted.detach().requires_grad_()
-        return self._shared[1]
+        return self._once("weight", partial(self._adapted, weight))
 
-    def accumulate(self) -> None:
-        """From here on compute the weight once, as a leaf on which gradients accumulate."""
+    def accumulate(self, owner: nn.Module) -> None:
+        """From here on compute what is adapted once, as a leaf on which gradients accumulate.
+
+        Args:
+            owner: the module whose weight this is. If it is a plain linear layer that costs less factored
+                than dense, its forward pass is until `release` the factored one.
+        """
         self._accumulating = True
+        if not isinstance(owner, nn.Linear) or type(owner).forward is not nn.Linear.forward:
+            return
+        whole = [entry.rows for entry in self.entries] == [(0, owner.out_features)]
+        if whole and cheaper_factored(owner.out_features, owner.in_features):
+            owner.__dict__["forward"] = partial(self._linear, owner.bias)
 
-    def release(self) -> list[tuple[Tensor, Tensor]]:
-        """End `accumulate`: the adapted weight and the gradient accumulated on it, if there is one."""
-        shared, self._shared, self._accumulating = self._shared, None, False
-        if shared is None or shared[1].grad is None:
-            return []
-        return [(shared[0], shared[1].grad)]
+    def release(self, owner: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """End `accumulate`: what was adapted, and the gradient accumulated on it where there is one."""
+        owner.__dict__.pop("forward", None)
+        shared, self._shared, self._cast, self._accumulating = self._shared, {}, {}, False
+        return [(value, leaf.grad) for value, leaf in shared.values() if leaf.grad is not None]
+
+    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        if not self._accumulating:
+            return compute()
+        if name not in self._shared:
+            with torch.enable_grad():
+                value = compute()
+            self._shared[name] = value, value.detach().requires_grad_()
+        return self._shared[name][1]
 
     def _adapted(self, weight: Tensor) -> Tensor:
         blocks = [
@@ -110,7 +97,14 @@ class SigmaParametrization(nn.Module):
             )
             for i, entry in enumerate(self.entries)
         ]
-        return _Shifted.apply(weight, self._shift[0][self.start : self.stop], blocks)
+        return Shifted.apply(weight, self._shift[0][self.start : self.stop], blocks)
+
+    def _linear(self, bias: Tensor | None, x: Tensor) -> Tensor:
+        s = self._once("s", lambda: self.s0 + self._shift[0][self.start : self.stop])
+        dtype = autocast_dtype(x)
+        if dtype not in self._cast:
+            self._cast[dtype] = self.u0.to(dtype), self.vh0.to(dtype)
+        return Factored.apply(x, s, *self._cast[dtype], bias)
 
 
 def _owner(model: nn.Module, weight: str) -> tuple[nn.Module, str]:
@@ -137,12 +131,12 @@ class SigmaModel:
         for entry in self.layout.entries:
             by_weight[entry.weight].append(entry)
         self._weights = list(by_weight)
-        self._parametrizations = []
+        self._adapted: list[tuple[nn.Module, SigmaParametrization]] = []
         for weight, entries in by_weight.items():
             module, name = _owner(model, weight)
             parametrization = SigmaParametrization(entries, basis, self.shift).to(device)
             parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-            self._parametrizations.append(parametrization)
+            self._adapted.append((module, parametrization))
 
     @classmethod
     def adapt(
@@ -207,15 +201,20 @@ class SigmaModel:
         Gradients accumulate on the adapted weights and are added to the shift's when the block ends. So a
         batch can go through the model in parts, without the activations of all being held at once, and the
         gradient is that of the whole. If the block raises, the shift's gradient stays as it was.
+
+        Linear layers much longer than wide, or the reverse, are computed factored meanwhile: their outputs
+        differ from those outside of the block by rounding.
         """
-        for parametrization in self._parametrizations:
-            parametrization.accumulate()
+        for module, parametrization in self._adapted:
+            parametrization.accumulate(module)
         try:
             yield self.model
         finally:
-            pairs = [pair for parametrization in self._parametrizations for pair in parametrization.release()]
+            pairs = [
+                pair for module, parametrization in self._adapted for pair in parametrization.release(module)
+            ]
         if pairs:
-            torch.autograd.backward([weight for weight, _ in pairs], [grad for _, grad in pairs])
+            torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
 
     def to(self, device: torch.device | str) -> SigmaModel:
         """Move the model, its basis and the shift."""
@@ -229,7 +228,7 @@ class SigmaModel:
             for weight in self._weights:
                 module, name = _owner(self.model, weight)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        self._weights, self._parametrizations = [], []
+        self._weights, self._adapted = [], []
         return self.model
 
     def detach(self) -> nn.Module:
@@ -237,5 +236,5 @@ class SigmaModel:
         for weight in self._weights:
             module, name = _owner(self.model, weight)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        self._weights, self._parametrizations = [], []
+        self._weights, self._adapted = [], []
         return self.model

@@ -1,0 +1,93 @@
+"""The two ways to compute with U diag(s0 + d) V^T: as a dense weight, and factored, without building it.
+
+A plain layer of a weight (r, c) and rank k = min(r, c) costs r c multiplications a token forward and as many
+for each of the two gradients backward. The dense way costs that, 3 r c, and the weight and its gradient
+once a step. The factored way costs k (r + c) forward and again backward, for the gradient of d needs no
+product of its own: 2 k (r + c). So a weight whose longer side is more than twice its rank, as an mlp's, is
+cheaper factored, and a square one dense.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Rows of a packed weight, their values within the shift's part for this weight, U and V^T.
+Block = tuple[tuple[int, int], tuple[int, int], Tensor, Tensor]
+
+
+def cheaper_factored(rows: int, columns: int) -> bool:
+    """Whether a training step multiplies less by U and V than by the dense weight."""
+    return max(rows, columns) > 2 * min(rows, columns)
+
+
+def autocast_dtype(like: Tensor) -> torch.dtype:
+    """What matrices are multiplied in on a tensor's device: autocast's choice, or the tensor's own."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+class Shifted(torch.autograd.Function):
+    """W0 with U diag(d) V^T added to row blocks.
+
+    The derivative needs no dense matrix product with the data: dL/dd_k = u_k^T (dL/dW) v_k.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, shift: Tensor, blocks: list[Block]) -> Tensor:
+        """The shifted weight (rows, columns); shift (values,) is the part that belongs to it."""
+        dtype = autocast_dtype(weight)
+        # The sum stays in the weight's own precision: models ask their weights for a dtype (open_clip's
+        # get_cast_dtype), and zero must change no bit.
+        out = weight.clone()
+        for (low, high), (start, stop), u, vh in blocks:
+            scaled = (u * shift[start:stop]).to(dtype)
+            if dtype == out.dtype:
+                out[low:high].addmm_(scaled, vh)
+            else:
+                out[low:high] += scaled @ vh.to(dtype)
+        ctx.blocks, ctx.dtype, ctx.shift_like = blocks, dtype, shift
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        """The shift's gradient (values,)."""
+        (grad,) = grads
+        result = torch.zeros_like(ctx.shift_like)
+        for (low, high), (start, stop), u, vh in ctx.blocks:
+            left = u.t().to(ctx.dtype) @ grad[low:high].to(ctx.dtype)
+            result[start:stop] = (left.to(vh.dtype) * vh).sum(1)
+        return None, result, None
+
+
+class Factored(torch.autograd.Function):
+    """y = (x V * s) U^T + bias, for x (..., columns), U (rows, k), s (k,), V^T (k, columns).
+
+    With a = x V and b = (dL/dy) U: dL/ds_k = sum of a_k b_k over the tokens, and dL/dx = (b * s) V^T. Only a
+    is kept for the way back. U and V^T are in the dtype to multiply in, s in its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor, u: Tensor, vh: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output (..., rows), in the dtype of U."""
+        a = x.reshape(-1, x.shape[-1]).to(u.dtype) @ vh.t()
+        ctx.save_for_backward(a, s, u, vh)
+        scaled = (a * s).to(u.dtype)
+        out = scaled @ u.t() if bias is None else torch.addmm(bias.to(u.dtype), scaled, u.t())
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        """The gradients of x (..., columns), where it is asked for, and of s (k,)."""
+        (grad,) = grads
+        a, s, u, vh = ctx.saved_tensors
+        b = grad.reshape(-1, grad.shape[-1]) @ u
+        of_s = (a.to(s.dtype) * b).sum(0)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = ((b * s).to(u.dtype) @ vh).view(*grad.shape[:-1], -1)
+        return of_x, of_s, None, None, None
