@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from fedsigma.common.attention import by_products
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.metrics import Predictions
 from fedsigma.common.names import AUGMENTATIONS, PRECISIONS
@@ -118,16 +119,28 @@ def computes_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
+def _wants_bfloat16(precision: str, device: torch.device) -> bool:
+    if precision not in PRECISIONS:
+        raise TrainingError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    return precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """The context for a forward pass in the asked precision.
 
     Raises:
         TrainingError: an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise TrainingError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    wanted = precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
+    wanted = _wants_bfloat16(precision, device)
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+
+
+def training_attention(
+    model: nn.Module, precision: str, device: torch.device
+) -> AbstractContextManager[object]:
+    """The context in which a model's attention is trained by what is faster (`bench/attention.py`)."""
+    slow_kernel = device.type == "cpu" and _wants_bfloat16(precision, device)
+    return by_products(model) if slow_kernel else nullcontext()
 
 
 class Task:
@@ -223,7 +236,7 @@ def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision
         The mean cross-entropy over the batch; it may be infinite or not a number.
     """
     total = 0.0
-    with task.sigma.accumulating():
+    with task.sigma.accumulating(), training_attention(task.backbone.model, precision, task.device):
         with autocast(precision, task.device):
             text = task.text_features()
         leaf = text.detach().requires_grad_(text.requires_grad)

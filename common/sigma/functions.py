@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 # Rows of a packed weight, their values within the shift's part for this weight, U and V^T.
 Block = tuple[tuple[int, int], tuple[int, int], Tensor, Tensor]
@@ -75,8 +76,7 @@ class Factored(torch.autograd.Function):
         """The layer's output (..., rows), in the dtype of U."""
         a = x.reshape(-1, x.shape[-1]).to(u.dtype) @ vh.t()
         ctx.save_for_backward(a, s, u, vh)
-        scaled = (a * s).to(u.dtype)
-        out = scaled @ u.t() if bias is None else torch.addmm(bias.to(u.dtype), scaled, u.t())
+        out = F.linear((a * s).to(u.dtype), u, None if bias is None else bias.to(u.dtype))
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod

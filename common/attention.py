@@ -1,0 +1,107 @@
+"""Attention for training in bfloat16 on a processor, where torch's fused kernel is slow.
+
+For the few images that training sends through a model at once, its forward and backward pass together take
+more than twice as long as plain batched products (`bench/attention.py`). In float32, on a GPU and without
+gradients the fused kernels are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class Attention(torch.autograd.Function):
+    """Scaled dot-product self-attention of packed queries, keys and values, by batched products.
+
+    The probabilities (n, heads, length, length) are kept for the way back, which is little where a few
+    images go through a model at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+        """Attention over qkv (n, length, 3 width), mask (length, length) added: (n, length, width)."""
+        q, k, v = _split(qkv, heads)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        p = (scores if mask is None else scores + mask).softmax(-1).to(qkv.dtype)
+        ctx.save_for_backward(qkv, p)
+        return (p @ v).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of qkv (n, length, 3 width)."""
+        qkv, p = ctx.saved_tensors
+        q, k, v = _split(qkv, p.shape[1])
+        g = grads[0].unflatten(-1, (p.shape[1], -1)).transpose(1, 2)
+        # What torch's own softmax calls: one pass over p, where the formula written out takes four.
+        of_scores = torch._softmax_backward_data(g @ v.transpose(-1, -2), p, -1, p.dtype)
+        of_scores.mul_(q.shape[-1] ** -0.5)
+        result = torch.empty_like(qkv)
+        of_q, of_k, of_v = _split(result, p.shape[1])
+        of_q.copy_(of_scores @ k)
+        of_k.copy_(of_scores.transpose(-1, -2) @ q)
+        of_v.copy_(p.transpose(-1, -2) @ g)
+        return result, None, None
+
+
+def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (n, heads, length, width / heads) of the queries, keys and values in (n, length, 3 width)."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+@contextmanager
+def by_products(model: nn.Module) -> Iterator[None]:
+    """Have a model's attention layers compute by batched products in the block.
+
+    torch's own layer is given another forward pass for the time; timm's layers have a switch for it.
+    Other layers, and calls that are not plain self-attention, stay as they are. Outputs differ by rounding.
+    """
+    switched: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", None) is True]
+    replaced = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.MultiheadAttention) and type(m).forward is nn.MultiheadAttention.forward
+    ]
+    for module in switched:
+        module.fused_attn = False
+    for layer in replaced:
+        layer.__dict__["forward"] = partial(_attend, layer)
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.fused_attn = True
+        for layer in replaced:
+            del layer.__dict__["forward"]
+
+
+def _attend(
+    layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    mask = options.get("attn_mask")
+    plain = (
+        query is key is value
+        and query.ndim == 3
+        and layer.batch_first
+        and layer.in_proj_weight is not None
+        and layer.bias_k is None
+        and not layer.add_zero_attn
+        and not (layer.training and layer.dropout)
+        and not options.get("need_weights", True)
+        and not options.get("is_causal", False)
+        and options.get("key_padding_mask") is None
+        and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
+    )
+    if not plain:
+        return nn.MultiheadAttention.forward(layer, query, key, value, **options)
+    qkv = F.linear(query, layer.in_proj_weight, layer.in_proj_bias)
+    return layer.out_proj(Attention.apply(qkv, layer.num_heads, mask)), None
