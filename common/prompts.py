@@ -7,9 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedsigma.common.backbones import Backbone
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features (n, width) in float32, divided by their lengths (n, 1).
+
+    Where a length is zero or overflows the result is not a number. torch's normalize gives zeros there, and
+    those would hide that a model has diverged: its last layer norm turns endless activations into zeros.
+    """
+    x = features.float()
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm.isinf(), float("nan"))
 
 
 def _text_tower(model: nn.Module) -> Any:
@@ -80,4 +90,4 @@ class Prompts:
         """Unit text features (classes, embedding), with gradients to the shift if they are enabled."""
         device = next(self._model.parameters()).device
         with _shortened(_text_tower(self._model), self.length):
-            return F.normalize(self._model.encode_text(self.tokens.to(device)).float(), dim=-1)
+            return unit(self._model.encode_text(self.tokens.to(device)))

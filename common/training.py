@@ -20,7 +20,7 @@ from fedsigma.common.attention import by_products
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.metrics import Predictions
 from fedsigma.common.names import AUGMENTATIONS, PRECISIONS
-from fedsigma.common.prompts import Prompts
+from fedsigma.common.prompts import Prompts, unit
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import SigmaModel
 
@@ -200,15 +200,19 @@ class Task:
         x = (images.to(self.device).float() / 255 - self._mean) / self._std
         grad = torch.no_grad() if self._image_frozen else nullcontext()
         with grad:
-            return F.normalize(self._model.encode_image(x).float(), dim=-1)
+            return unit(self._model.encode_image(x))
 
     def fitted(self, example: Example) -> Tensor:
         """The picture as evaluation sees it, uint8 (3, size, size)."""
         return fit(example.image, self.backbone)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Cosine similarities times the backbone's logit scale (n, classes)."""
-        return self.backbone.logit_scale * image_features @ text_features.T
+        """Cosine similarities times the backbone's logit scale (n, classes), in float32.
+
+        Also under autocast: bfloat16 would round a logit of 25 to eighths and make classes equal.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return self.backbone.logit_scale * image_features @ text_features.T
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -243,7 +247,7 @@ def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision
         for part, truth in zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True):
             with autocast(precision, task.device):
                 logits = task.logits(task.image_features(part), leaf)
-            loss = F.cross_entropy(logits.float(), truth.to(task.device)) * (len(part) / len(images))
+            loss = F.cross_entropy(logits, truth.to(task.device)) * (len(part) / len(images))
             loss.backward()
             total += loss.item()
         if leaf.grad is not None:
@@ -316,7 +320,11 @@ def evaluate(
     precision: str = "auto",
     progress: bool = False,
 ) -> Predictions:
-    """Class probabilities of every example under the task's shift."""
+    """Class probabilities of every example under the task's shift.
+
+    Raises:
+        TrainingError: a probability is not a number, as where the shift has diverged.
+    """
     labels = torch.tensor([e.label for e in examples], dtype=torch.long)
     parts = []
     with task.sigma.frozen(), autocast(precision, task.device):
@@ -324,6 +332,12 @@ def evaluate(
         for start in track(range(0, len(examples), batch_size), "evaluating", disable=not progress):
             images = torch.stack([task.fitted(e) for e in examples[start : start + batch_size]])
             logits = task.logits(task.image_features(images), text)
-            parts.append(logits.float().softmax(1).cpu())
+            parts.append(logits.softmax(1).cpu())
     probabilities = torch.cat(parts) if parts else torch.zeros(0, task.classes)
+    if not probabilities.isfinite().all():
+        largest = task.sigma.shift.detach().abs().max().item()
+        raise TrainingError(
+            f"no finite probability comes out: the shift has diverged (largest value {largest:.3g}); "
+            "train again with a lower learning rate or set precision to float32"
+        )
     return Predictions(probabilities, labels)

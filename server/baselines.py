@@ -13,7 +13,7 @@ from fedsigma.common.codec import encode
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.learner import Learner, seed_for
 from fedsigma.common.protocol import EvaluateTask, Evaluation, Setup, TrainTask
-from fedsigma.server.replies import Rejected, SiteResult, accept_evaluations, accept_training, pool
+from fedsigma.server.replies import Rejected, SiteResult, accept_evaluations, accept_training, counted, pool
 from fedsigma.server.store import POOLED
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ SHIFT_BYTES_A_MESSAGE = 8 * 1024 * 1024
 def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
     """Put one method's results into the form of summary.json: accuracy, per_site and metrics.
 
-    Where sites tell them, confusion matrices come along: of each such site, and of all together if all tell.
+    Where sites tell them, confusion matrices come along: of each such site, and of all together if all tell,
+    with the metrics that follow from them. Those stand apart from the means in metrics, so that these can be
+    compared between methods whether or not matrices were told.
     """
     evaluations = _evaluations(judged)
     metrics = pool(evaluations)
@@ -42,7 +44,8 @@ def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
     if matrices:
         entry["confusion"] = {"per_site": {site: matrix.tolist() for site, matrix in matrices.items()}}
         if set(matrices) == set(per_site):
-            entry["confusion"]["all_sites"] = np.sum(list(matrices.values()), axis=0).tolist()
+            added = np.sum(list(matrices.values()), axis=0)
+            entry["confusion"] |= {"all_sites": added.tolist(), "metrics": counted(added)}
     return entry
 
 

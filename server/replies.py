@@ -18,7 +18,7 @@ from fedsigma.common.protocol import EvaluateReply, Evaluation, ProtocolError, T
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["Accepted", "Rejected", "SiteResult", "accept_evaluations", "accept_training", "pool"]
+__all__ = ["Accepted", "Rejected", "SiteResult", "accept_evaluations", "accept_training", "counted", "pool"]
 
 
 class Rejected(ValueError):
@@ -131,3 +131,19 @@ def pool(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     # Each accuracy is a count over a count; rounding gives the count back exactly.
     pooled["accuracy"] = sum(round(one.accuracy * one.test_examples) for one in told) / total
     return {**pooled, "test_examples": total}
+
+
+def counted(confusion: NDArray[np.int64]) -> dict[str, float]:
+    """The metrics that a confusion matrix (classes, classes) settles: accuracy, balanced_accuracy and f1.
+
+    Rows are true classes, columns predicted ones; at least one image. As at a site, balanced accuracy is the
+    mean recall and f1 the mean F1 of the classes that occur.
+    """
+    right, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    occurs = true > 0
+    recall, f1 = right[occurs] / true[occurs], 2 * right[occurs] / (true + said)[occurs]
+    return {
+        "accuracy": float(right.sum() / true.sum()),
+        "balanced_accuracy": float(recall.mean()),
+        "f1": float(f1.mean()),
+    }

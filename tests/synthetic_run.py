@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from fedsigma.common.sigma.layout import Entry, Layout
+from fedsigma.server.replies import counted
 from fedsigma.server.store import POOLED, RunFolder
 
 PARTS = ("q", "k", "v", "o", "mlp", "mlp")
@@ -224,7 +225,11 @@ def _summary(
             "metrics": _metrics(float(values.mean()), rng),
         }
     counts = 40 * np.eye(len(classes), dtype=int) + np.arange(len(classes))
-    summary["federated"]["confusion"] = {"per_site": {}, "all_sites": counts.tolist()}
+    summary["federated"]["confusion"] = {
+        "per_site": {},
+        "all_sites": counts.tolist(),
+        "metrics": counted(counts),
+    }
     if "local_only" in summary:
         everywhere = (per_site["zero_shot"] + 0.12).clip(0, 0.98)
         summary["local_only"]["everywhere"] = float(everywhere.mean())

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsigma.common.metrics import Predictions, score
+from fedsigma.server.replies import counted
 
 
 def predictions(rows: list[list[float]], labels: list[int]) -> Predictions:
@@ -61,3 +62,15 @@ def test_pooled_accuracy_is_the_weighted_mean_of_sites(classes: int, count: int,
     assert pooled.accuracy == pytest.approx((count * a.accuracy + 7 * b.accuracy) / (count + 7))
     assert torch.equal(pooled.confusion, a.confusion + b.confusion)
     assert all(0 <= v <= 1 for k, v in pooled.scalars().items() if k != "examples")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 30), st.integers(0, 2**31))
+def test_what_a_confusion_matrix_settles_is_what_the_predictions_give(
+    classes: int, count: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=g)
+    s = score(Predictions(torch.rand(count, classes, generator=g).softmax(1), labels))
+    settled = counted(s.confusion.numpy())
+    assert settled == pytest.approx({name: getattr(s, name) for name in settled}, abs=1e-6)

@@ -131,10 +131,21 @@ def test_the_numbers_of_the_summary_stand_in_the_tables(tmp_path: Path) -> None:
 
 
 def test_the_confusion_matrix_is_a_table_with_true_classes_as_rows(tmp_path: Path) -> None:
-    page, _ = page_of(write_synthetic_run(tmp_path / "run"))
+    folder = write_synthetic_run(tmp_path / "run")
+    page, _ = page_of(folder)
     rows = [row for table in page.tables for row in table if row[0].strip() == "lymphocyte"]
     # 40 on the diagonal and 0, 1, 2, 3 everywhere: 41 of 46 lymphocytes are found.
     assert rows == [["lymphocyte", "0", "41", "2", "3", "46", "89.1%"]]
+    known = folder.read_summary()["federated"]["confusion"].pop("metrics")
+    assert f"balanced accuracy {100 * known['balanced_accuracy']:.1f}%, F1 {known['f1']:.3f}." in page.text
+
+
+def test_a_run_that_tells_no_metrics_of_all_images_has_no_note(tmp_path: Path) -> None:
+    folder = write_synthetic_run(tmp_path / "run")
+    summary = folder.read_summary()
+    del summary["federated"]["confusion"]["metrics"]
+    folder.summary(summary)
+    assert "Of all these images together" not in page_of(folder)[0].text
 
 
 def test_names_from_a_run_are_text_and_nothing_else(tmp_path: Path) -> None:

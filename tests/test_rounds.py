@@ -214,6 +214,10 @@ def test_confusion_matrices_of_all_sites_are_added_up(tmp_path: Path) -> None:
             assert right == round(summary[method]["per_site"][name] * IMAGES[name] * 10)
         added = np.sum(list(matrices["per_site"].values()), axis=0)
         np.testing.assert_array_equal(matrices["all_sites"], added)
+        # All is taken for "a". The learner's own scores say 0.5 of f1.
+        right, wrong = added[:, 0]
+        assert matrices["metrics"]["f1"] == pytest.approx(right / (2 * right + wrong))
+        assert summary[method]["metrics"]["f1"] == 0.5
 
 
 def test_a_site_that_tells_no_confusion_matrix_leaves_no_sum(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from tiny import timm_clip, tiny_clip
 from torch import Tensor, nn
 
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.prompts import Prompts
+from fedsigma.common.prompts import Prompts, unit
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.training import (
@@ -145,10 +146,14 @@ def test_augmentation_varies_pictures_of_the_right_shape(name: str) -> None:
     assert sum(x.float().mean((1, 2)).argmax().item() == 0 for x in found) >= 7
 
 
-def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [1e9, 1e20])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_loss_that_is_not_finite_is_named(precision: str, rate: float, tmp_path: Path) -> None:
     job = task(tmp_path)
+    # At 1e9 in bfloat16 nothing overflows but what the last layer norm turns into zeros.
+    recipe = Recipe(learning_rate=rate, batch_size=8, schedule="constant", precision=precision)
     with pytest.raises(TrainingError, match="lower the learning rate"):
-        run(job, coloured(8), Recipe(learning_rate=1e9, batch_size=8, schedule="constant"), steps=5)
+        run(job, coloured(8), recipe, steps=5)
 
 
 @settings(max_examples=50)
@@ -208,14 +213,12 @@ def test_gradient_in_parts_is_that_of_the_batch(
         job.micro_batch, job.sigma.shift.grad = size, None
         losses.append(accumulate_gradient(job, images, labels, precision=precision))
         gradients.append(job.sigma.shift.grad)
-    close = {"atol": 1e-5, "rtol": 1e-4} if precision == "float32" else {"atol": 0.02, "rtol": 0.1}
-    with autocast(precision, job.device):
-        logits = job.logits(job.image_features(images), job.text_features())
+    logits = job.logits(job.image_features(images), job.text_features())  # in float32
     (whole,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits.float(), labels), job.sigma.shift)
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-2)
     for gradient in gradients:
-        torch.testing.assert_close(gradient, whole, **close)
-        assert torch.nn.functional.cosine_similarity(gradient, whole, dim=0) > 0.999
+        # bfloat16 has 8 bits: the whole batch in one pass is off by up to 0.05 here.
+        assert (gradient - whole).norm() < (1e-4 if precision == "float32" else 0.1) * whole.norm()
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -270,3 +273,23 @@ def test_fit_gives_a_square(mode: str, shape: tuple[int, int, int]) -> None:
     assert fitted.shape == (3, 32, 32) and fitted.dtype == torch.uint8
     bars = mode == "longest" and shape[1] != shape[2]
     assert bool((fitted == 0).any()) == bars
+
+
+def test_logits_are_float32_also_under_autocast(tmp_path: Path) -> None:
+    job = task(tmp_path)
+    image, text = torch.randn(2, 3, 24).unbind()
+    with autocast("bfloat16", job.device):
+        logits = job.logits(image, text)
+    assert torch.equal(logits, job.logits(image, text)) and logits.dtype == torch.float32
+
+
+def test_features_without_a_direction_are_not_numbers() -> None:
+    features = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e30, 1e30]])
+    np.testing.assert_allclose(unit(features), [[0.6, 0.8], [np.nan] * 2, [np.nan] * 2])
+
+
+def test_a_diverged_model_gives_no_predictions(tmp_path: Path) -> None:
+    job = task(tmp_path)
+    job.sigma.set_shift(torch.full((job.sigma.layout.size,), 1e25))
+    with pytest.raises(TrainingError, match=r"diverged \(largest value 1e\+25\)"):
+        evaluate(job, coloured(5))

@@ -16,7 +16,7 @@ from fedsigma.server.report import figures, tables
 from fedsigma.server.report.content import Content
 from fedsigma.server.report.style import STYLE
 from fedsigma.server.report.template import TEMPLATE
-from fedsigma.server.report.words import METHODS, amount, duration, moment, percent, points
+from fedsigma.server.report.words import METHODS, amount, decimal, duration, moment, percent, points
 
 __all__ = ["render"]
 
@@ -51,6 +51,7 @@ def _view(content: Content) -> dict[str, Any]:
         "methods_note": _methods_note(content),
         "no_results": _no_results(content),
         "confusion": tables.confusion_grid(content),
+        "confusion_note": _confusion_note(content),
         "sites": tables.sites_grid(content),
         "sites_caption": _sites_caption(content),
         "sites_drawing_caption": "Accuracy at each site."
@@ -168,10 +169,23 @@ def _numbers(content: Content) -> list[Fact]:
 
 def _methods_note(content: Content) -> str:
     missing = [METHODS[n].lower() for n in METHODS if n not in content.methods and n != "federated"]
-    words = "AUROC and F1 are means over the classes. Calibration error (expected) is better when lower."
+    words = (
+        "Accuracy is over the images of all sites; the other metrics are means of the sites' values. "
+        "AUROC and F1 are means over the classes. Calibration error (expected) is better when lower."
+    )
     if missing:
         words += f" Not part of this study: {', '.join(missing)}."
     return words
+
+
+def _confusion_note(content: Content) -> str:
+    known = (content.methods.get("federated", {}).get("confusion") or {}).get("metrics")
+    if not known:
+        return ""
+    return (
+        f"Of all these images together: balanced accuracy {percent(known.get('balanced_accuracy'))}, "
+        f"F1 {decimal(known.get('f1'))}."
+    )
 
 
 def _no_results(content: Content) -> str:

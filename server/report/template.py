@@ -69,6 +69,9 @@ TEMPLATE = """<!doctype html>
 {%- if view.confusion.rows %}
 <details open><summary>What the federated model takes for what</summary>
 {{ table(view.confusion, "Test images of all sites: rows are what they show, columns what the model says") }}
+{%- if view.confusion_note %}
+<p class="note">{{ view.confusion_note }}</p>
+{%- endif %}
 </details>
 {%- endif %}
 {%- else %}
