@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
 from fedsigma.client.audit import AuditLog
+from fedsigma.client.feedback import Feedback
 from fedsigma.client.site import Site, SiteCountDiffers, open_site
 from fedsigma.common import protocol
 from fedsigma.common.codec import decode, encode
@@ -34,6 +37,7 @@ log = logging.getLogger("fedsigma.client")
 SITE_ERROR = 100
 """Code of the error reply of a site whose handler failed; its reason is the exception's type, no more."""
 
+Vector = NDArray[np.float32]
 Task = TypeVar("Task", Hello, TrainTask, EvaluateTask)
 
 
@@ -46,7 +50,7 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Evaluate the incoming shift and train it on this site's images."""
-    return _answer(message, context, TrainTask, _train)
+    return _answer(message, context, TrainTask, partial(_train, feedback=Feedback(context.state)))
 
 
 @app.evaluate()
@@ -119,12 +123,11 @@ def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
     return HelloReply(protocol=protocol.PROTOCOL, site=name, fingerprint="", sites=sites, problem=problem)
 
 
-def _train(site: Site, task: TrainTask) -> TrainReply:
+def _train(site: Site, task: TrainTask, *, feedback: Feedback) -> TrainReply:
     site.allow_task(task)
     learner = site.learner(task.setup)
     images = site.images(task.setup, side=learner.side)
-    digest = learner.layout.digest
-    shift = decode(task.shift, layout_digest=digest, size=learner.layout.size)
+    shift = decode(task.shift, learner.layout)
     test = images.test if task.evaluate else []
     before = _told(_judge(learner, shift, test), test)
     learned = learner.train(
@@ -137,13 +140,24 @@ def _train(site: Site, task: TrainTask) -> TrainReply:
         seed=seed_for(task.setup.seed, site.name, task.mode, task.round),
     )
     return TrainReply(
-        shift=encode(learned.shift, layout_digest=digest, level=task.codec),
+        change=_coded(site, task, learner, learned.shift - shift, feedback),
         examples=learned.examples,
         steps=learned.steps,
         loss=learned.loss,
         evaluation=before,
         class_counts=_class_counts(site, task, images.train),
     )
+
+
+def _coded(site: Site, task: TrainTask, learner: Learner, change: Vector, feedback: Feedback) -> bytes:
+    """Code a change together with what coding lost of the last one, and remember what it loses now."""
+    layout, seed = learner.layout, seed_for(task.setup.seed, site.name, task.mode, task.round, "codec")
+    if task.mode == "round":
+        change = change + feedback.lost(layout, before=task.round)
+    data = encode(change, layout, level=task.codec, seed=seed)
+    if task.mode == "round":
+        feedback.keep(change - decode(data, layout), layout, round=task.round)
+    return data
 
 
 def _class_counts(site: Site, task: TrainTask, examples: list[Any]) -> tuple[int, ...]:
@@ -157,8 +171,7 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     site.allow_study(task.setup)
     learner = site.learner(task.setup)
     images = site.images(task.setup, side=learner.side)
-    layout = learner.layout
-    shifts = [decode(data, layout_digest=layout.digest, size=layout.size) for data in task.shifts]
+    shifts = [decode(data, learner.layout) for data in task.shifts]
     judged = [_judge(learner, shift, images.test) for shift in shifts]
     counts = tuple(count for one in judged for count in one.confusion)
     return EvaluateReply(
@@ -167,7 +180,7 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     )
 
 
-def _judge(learner: Learner, shift: np.ndarray, examples: list[Any]) -> Judged:
+def _judge(learner: Learner, shift: Vector, examples: list[Any]) -> Judged:
     """Evaluate a shift; without test images, nothing is known."""
     return learner.evaluate(shift, examples) if examples else Judged(scores={}, confusion=())
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedsigma.common.names import AUGMENTATIONS, PARTS, PRECISIONS, THIRDS, TOWERS
+from fedsigma.common.names import AUGMENTATIONS, CODECS, PARTS, PRECISIONS, THIRDS, TOWERS
 from fedsigma.common.reading import (
     ConfigError,
     build,
@@ -136,9 +136,9 @@ class FederationConfig:
     Fields: strategy and its own options; rounds; min_sites, the fewest sites whose replies make a round
     count; round_timeout_s, how long one exchange may last; wait_for_sites_s, how long the server waits for
     min_sites to be there; evaluate_every, 1 to have each round's incoming shift judged at the sites, n for
-    the first round and each n-th after it (the final shift is always judged); codec, the coding of a sigma
-    shift on the wire; norm_bound, the largest L2 norm of a shift that is accepted (null: none); max_examples,
-    the most examples a site counts for (null: none).
+    the first round and each n-th after it (the final shift is always judged); codec, how sites code what they
+    send (one of `CODECS`); norm_bound, the largest L2 norm of a shift that is accepted (null: none);
+    max_examples, the most examples a site counts for (null: none).
     """
 
     section: ClassVar[str] = "federation"
@@ -156,6 +156,7 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         check_choice("federation.strategy", self.strategy, STRATEGIES)
+        check_choice("federation.codec", self.codec, CODECS)
         check_number("federation.rounds", self.rounds, low=1, high=100_000)
         check_number("federation.min_sites", self.min_sites, low=1, high=100_000)
         check_number("federation.round_timeout_s", self.round_timeout_s, low=1, high=43_200)

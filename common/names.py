@@ -19,3 +19,6 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc", "f1", "ece")
 """The scalar metrics of an evaluation; a site tells these and no others."""
+
+CODECS = ("exact", "half", "int8", "small")
+"""How a sigma shift is coded on the wire, from 32 bits a value to less than 3; see `codec`."""

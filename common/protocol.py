@@ -40,7 +40,7 @@ __all__ = [
     "wire_bytes",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the messages; both sides must have the same."""
 
 HELLO = "query.hello"
@@ -188,7 +188,7 @@ class TrainTask:
 
     Fields: mode, `round` for a round of the federation or `local` for a site alone, whose shift is not
     averaged; cohort, the number of sites whose shifts are averaged together (1 when alone); first_step,
-    steps and total_steps place this training in the whole study's schedule; codec, how to code the reply.
+    steps and total_steps place this training in the whole study's schedule; codec, how to code the change.
     """
 
     setup: Setup
@@ -212,12 +212,13 @@ class TrainTask:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReply:
-    """A site's new sigma shift, how many images it learned from, and how the incoming shift did.
+    """How training changed the shift, on how many images, and how the incoming shift did.
 
+    change is coded, and counts from the shift as the site decoded it from the task.
     class_counts are the training images of each class; empty unless the site's policy lets it tell them.
     """
 
-    shift: bytes
+    change: bytes
     examples: int
     steps: int
     loss: float

@@ -71,7 +71,7 @@ class Baselines:
 
         A site that fails is recorded and left out.
         """
-        coded = {name: encode(shift, layout_digest=self.layout.digest) for name, shift in shifts.items()}
+        coded = {name: encode(shift, self.layout) for name, shift in shifts.items()}
         names = list(coded)
         most = max(1, SHIFT_BYTES_A_MESSAGE // max(len(data) for data in coded.values()))
         found: dict[str, dict[str, SiteResult]] = {name: {} for name in names}
@@ -127,6 +127,7 @@ class Baselines:
     def _train_alone(self) -> dict[str, Vector]:
         sites = self.roster.present()
         steps = self.study.training.local_steps * self.study.federation.rounds
+        start = np.zeros(self.layout.size, np.float32)
         task = TrainTask(
             setup=Setup.of(self.study),
             recipe=self.study.training,
@@ -136,9 +137,9 @@ class Baselines:
             first_step=0,
             steps=steps,
             total_steps=steps,
-            codec=self.study.federation.codec,
+            codec="exact",
             evaluate=False,
-            shift=encode(np.zeros(self.layout.size, np.float32), layout_digest=self.layout.digest),
+            shift=encode(start, self.layout),
         )
         timeout = self.study.federation.round_timeout_s * self.study.federation.rounds
         answers = self.exchange.ask(dict.fromkeys(sites, task), kind="train", timeout=timeout)
@@ -148,8 +149,15 @@ class Baselines:
             try:
                 if answer.content is None:
                     raise Rejected(reason)
-                accepted = accept_training(answer.content, study=self.study, layout=self.layout, steps=steps)
-                shifts[sites[node]] = accepted.shift
+                accepted = accept_training(
+                    answer.content,
+                    study=self.study,
+                    layout=self.layout,
+                    start=start,
+                    codec=task.codec,
+                    steps=steps,
+                )
+                shifts[sites[node]] = accepted.shift.astype(np.float32)
             except Rejected as error:
                 self.folder.event(
                     "baseline", method="local_only", site=sites[node], metrics={}, reason=str(error)

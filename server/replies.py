@@ -27,9 +27,9 @@ class Rejected(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """A training reply that counts. Shapes: shift (layout size,) float32. weight: its share in the mean."""
+    """A training reply that counts. Shapes: shift (layout size,) float64. weight: its share in the mean."""
 
-    shift: NDArray[np.float32]
+    shift: NDArray[np.float64]
     weight: int
     reply: TrainReply
 
@@ -77,13 +77,17 @@ def accept_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[Site
     return tuple(found)
 
 
-def accept_training(content: Any, *, study: StudyConfig, layout: Layout, steps: int) -> Accepted:
+def accept_training(
+    content: Any, *, study: StudyConfig, layout: Layout, start: NDArray[np.float32], codec: str, steps: int
+) -> Accepted:
     """Check a training reply against the study.
 
     Args:
         content: the reply's record.
         study: the study, with its bounds.
         layout: the layout every shift of the study has.
+        start: the server's shift, of which the site has sent the change (layout size,).
+        codec: the level that was asked for.
         steps: the steps that were asked for.
 
     Raises:
@@ -92,10 +96,13 @@ def accept_training(content: Any, *, study: StudyConfig, layout: Layout, steps: 
     federation = study.federation
     try:
         reply = from_content(TrainReply, content)
-        shift = decode(reply.shift, layout_digest=layout.digest, size=layout.size, level=federation.codec)
+        change = decode(reply.change, layout, level=codec)
     except (ProtocolError, CodecError) as error:
         raise Rejected(str(error)) from error
-    norm = float(np.linalg.norm(shift.astype(np.float64)))
+    # The change is added to the shift itself, not to its coded form that the sites start from: what coding
+    # took from that form must not enter the model. float64 makes the sum exact.
+    shift = start.astype(np.float64) + change
+    norm = float(np.linalg.norm(shift))
     if federation.norm_bound is not None and norm > federation.norm_bound:
         raise Rejected(f"the shift's norm {norm:.4g} is above the bound {federation.norm_bound:g}")
     if reply.examples > study.max_examples_per_site:

@@ -20,8 +20,9 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.supercore import log
 from numpy.typing import NDArray
 
-from fedsigma.common.codec import encode
+from fedsigma.common.codec import download_level, encode
 from fedsigma.common.config import StudyConfig
+from fedsigma.common.learner import seed_for
 from fedsigma.common.protocol import Setup, TrainTask
 from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal, save_state
 from fedsigma.server.exchange import Answer, Exchange, attribute
@@ -72,6 +73,7 @@ class SigmaStrategy(Strategy):
         """How many rounds of this process have produced a model."""
         self._cohort: dict[int, str] = {}
         self._sent: dict[int, Message] = {}
+        self._shift: Vector = np.zeros(layout.size, np.float32)
         self._started = 0.0
 
     def summary(self) -> None:
@@ -93,6 +95,7 @@ class SigmaStrategy(Strategy):
         self._started = time.monotonic()
         self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
         shift = arrays[ARRAY].numpy().astype(np.float32)
+        self._shift = shift
         self._prepare_averaging(number, shift)
         task = self._task(number, shift)
         timeout = self.study.federation.round_timeout_s
@@ -155,7 +158,12 @@ class SigmaStrategy(Strategy):
             total_steps=rounds * steps,
             codec=self.study.federation.codec,
             evaluate=(number - 1) % self.study.federation.evaluate_every == 0,
-            shift=encode(shift, layout_digest=self.layout.digest),
+            shift=encode(
+                shift,
+                self.layout,
+                level=download_level(self.study.federation.codec),
+                seed=seed_for(self.study.seed, POOLED, "round", number, "codec"),
+            ),
         )
 
     def _prepare_averaging(self, number: int, shift: Vector) -> None:
@@ -176,7 +184,14 @@ class SigmaStrategy(Strategy):
             self.folder.event("site_failed", round=number, site=site, reason=reason)
         else:
             try:
-                accepted = accept_training(answer.content, study=self.study, layout=self.layout, steps=steps)
+                accepted = accept_training(
+                    answer.content,
+                    study=self.study,
+                    layout=self.layout,
+                    start=self._shift,
+                    codec=self.study.federation.codec,
+                    steps=steps,
+                )
             except Rejected as error:
                 status, reason = "rejected", str(error)
                 self.folder.event("reply_rejected", round=number, site=site, reason=reason)
@@ -222,7 +237,7 @@ class SigmaStrategy(Strategy):
 
     def _plain(self, sent: Message, accepted: Accepted) -> Message:
         """Build the reply that Flower's strategies expect. float64, so that the mean is rounded once."""
-        arrays = ArrayRecord({ARRAY: Array(accepted.shift.astype(np.float64))})
+        arrays = ArrayRecord({ARRAY: Array(accepted.shift)})
         metrics = MetricRecord({EXAMPLES: accepted.weight, LOSS: accepted.reply.loss})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=sent)
 

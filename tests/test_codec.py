@@ -1,57 +1,186 @@
-"""A coded shift comes back bit for bit, and no other bytes decode."""
+"""A coded shift comes back as its level promises, and any other bytes are refused."""
 
 import contextlib
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+import zstandard
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common import codec
-from fedsigma.common.codec import HEADER_BYTES, CodecError, Level, decode, encode
+from fedsigma.common import quantise
+from fedsigma.common.codec import (
+    HEADER_BYTES,
+    LEVELS,
+    SMALL_BITS,
+    SMALL_ROOM,
+    CodecError,
+    decode,
+    download_level,
+    encode,
+)
+from fedsigma.common.names import CODECS
+from fedsigma.common.sigma.layout import Entry, Layout
 
-DIGEST = "ab" * 32
+
+def layout_of(*blocks: int) -> Layout:
+    entries, offset = [], 0
+    for number, size in enumerate(blocks):
+        entries.append(Entry(f"w{number}", "q", "image", number, offset, size, (0, size)))
+        offset += size
+    return Layout(tuple(entries))
+
+
+TWO = layout_of(2)
+MANY = layout_of(*[96] * 40)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
-vectors = st.lists(finite, min_size=1, max_size=40).map(lambda values: np.array(values, dtype=np.float32))
+shapes = st.lists(st.integers(1, 12), min_size=1, max_size=5).map(lambda blocks: layout_of(*blocks))
 
 
-@given(vectors)
-def test_exact_is_bit_for_bit(vector: np.ndarray) -> None:
-    data = encode(vector, layout_digest=DIGEST)
-    back = decode(data, layout_digest=DIGEST, size=vector.size)
+@st.composite
+def cases(draw: st.DrawFn, values: st.SearchStrategy[float] = finite) -> tuple[np.ndarray, Layout]:
+    layout = draw(shapes)
+    given_values = draw(st.lists(values, min_size=layout.size, max_size=layout.size))
+    return np.array(given_values, dtype=np.float32), layout
+
+
+moderate = st.floats(-1000, 1000, width=32)
+levels = st.sampled_from(CODECS)
+
+
+def per_block(vector: np.ndarray, layout: Layout) -> np.ndarray:
+    """The largest magnitude of each value's matrix."""
+    starts = np.cumsum((0, *layout.blocks[:-1]))
+    return np.repeat(np.maximum.reduceat(np.abs(vector), starts), layout.blocks)
+
+
+@given(cases())
+def test_exact_is_bit_for_bit(case: tuple[np.ndarray, Layout]) -> None:
+    vector, layout = case
+    data = encode(vector, layout)
+    back = decode(data, layout)
     assert back.tobytes() == vector.tobytes()
     assert len(data) == HEADER_BYTES + 4 * vector.size
     back += 1  # the result is the caller's own
 
 
-@given(vectors, st.data())
-def test_one_changed_byte_is_always_refused(vector: np.ndarray, draw: st.DataObject) -> None:
-    data = bytearray(encode(vector, layout_digest=DIGEST))
+@given(cases(st.floats(-(2.0**126), 2.0**126, width=32)))
+def test_half_is_within_half_a_unit_of_the_matrixs_largest(case: tuple[np.ndarray, Layout]) -> None:
+    vector, layout = case
+    back = decode(encode(vector, layout, level="half"), layout).astype(np.float64)
+    bound = 2.0**-11 * np.abs(vector) + 2.0**-24 * per_block(vector, layout) + 1e-45
+    assert (np.abs(back - vector) <= bound).all()
+
+
+@given(cases(moderate), st.integers(0, 2**64 - 1))
+def test_int8_is_within_half_a_step(case: tuple[np.ndarray, Layout], seed: int) -> None:
+    vector, layout = case
+    back = decode(encode(vector, layout, level="int8", seed=seed), layout)
+    # A step is the matrix's largest magnitude over 126, rounded up to the next eighth of an octave.
+    step = np.maximum(per_block(vector, layout) / 126 * 2 ** (1 / 8), 2.0**-26)
+    assert (np.abs(back - vector) <= 0.501 * step).all()
+    assert (back[per_block(vector, layout) == 0] == 0).all()
+
+
+@given(cases(moderate), levels, st.integers(0, 2**64 - 1))
+def test_every_level_gives_finite_values_of_the_right_length(
+    case: tuple[np.ndarray, Layout], level: str, seed: int
+) -> None:
+    vector, layout = case
+    data = encode(vector, layout, level=level, seed=seed)
+    assert data == encode(vector, layout, level=level, seed=seed)
+    back = decode(data, layout, level=level)
+    assert back.shape == vector.shape and back.dtype == np.float32 and np.isfinite(back).all()
+    assert back.flags.writeable
+
+
+def changes(seed: int, spread: float = 0.0) -> np.ndarray:
+    """Values of matrices of different scale; a few lie far out if spread is large."""
+    rng = np.random.default_rng(seed)
+    scale = np.repeat(np.exp(rng.normal(size=len(MANY.blocks))), MANY.blocks) * 1e-2
+    return (scale * rng.normal(size=MANY.size) * np.exp(spread * rng.normal(size=MANY.size))).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_small_keeps_to_its_size_whatever_the_values(spread: float) -> None:
+    for seed in range(5):
+        data = encode(changes(seed, spread), MANY, level="small", seed=seed)
+        assert len(data) <= HEADER_BYTES + 9 + len(MANY.blocks) + MANY.size * SMALL_BITS / 8 + SMALL_ROOM
+        error = decode(data, MANY) - changes(seed, spread)
+        assert np.linalg.norm(error) < 0.35 * np.linalg.norm(changes(seed, spread))
+
+
+def test_rounding_is_unbiased_and_as_small_as_dither_makes_it() -> None:
+    vector, total = changes(1), np.zeros(MANY.size)
+    for seed in range(400):
+        total += quantise.unpack(quantise.pack(vector, MANY.blocks, seed, fraction=0.6), MANY.blocks) - vector
+    codes = np.frombuffer(quantise.pack(vector, MANY.blocks, 0, fraction=0.6), np.uint8, 40, 9)
+    steps = np.repeat(2.0 ** (codes / 8 - 27), MANY.blocks)
+    # Each error is uniform over a step: variance step^2 / 12, so a mean of 400 is within five sigmas of zero.
+    assert (np.abs(total / 400) < 5 * steps / np.sqrt(12 * 400)).all()
+    error = quantise.unpack(quantise.pack(vector, MANY.blocks, 7, fraction=0.6), MANY.blocks) - vector
+    assert np.square(error / steps).mean() == pytest.approx(1 / 12, rel=0.05)
+
+
+def test_dither_does_not_change_between_versions() -> None:
+    known = [-0.0724322340, 0.3530939149, 0.0498588090]
+    assert quantise._dither(5, 3).tolist() == pytest.approx(known, abs=1e-8)
+
+
+def test_an_old_version_is_refused_by_name() -> None:
+    old = bytearray(encode(np.zeros(2), TWO))
+    old[4] = 1
+    with pytest.raises(CodecError, match=r"version 1, this FedSigma reads version 2"):
+        decode(bytes(old), TWO)
+
+
+@given(cases(moderate), levels, st.data())
+def test_one_changed_byte_is_always_refused(
+    case: tuple[np.ndarray, Layout], level: str, draw: st.DataObject
+) -> None:
+    vector, layout = case
+    data = bytearray(encode(vector, layout, level=level))
     place = draw.draw(st.integers(0, len(data) - 1))
     data[place] ^= draw.draw(st.integers(1, 255))
     with pytest.raises(CodecError):
-        decode(bytes(data), layout_digest=DIGEST, size=vector.size)
+        decode(bytes(data), layout)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_shift_or_a_codec_error(data: bytes) -> None:
     with contextlib.suppress(CodecError):
-        decode(data, layout_digest=DIGEST, size=4)
+        decode(data, TWO)
 
 
-@given(vectors, st.integers(0, 60))
-def test_cut_bytes_are_refused(vector: np.ndarray, cut: int) -> None:
-    data = encode(vector, layout_digest=DIGEST)
+@given(cases(moderate), levels, st.integers(0, 60))
+def test_cut_bytes_are_refused(case: tuple[np.ndarray, Layout], level: str, cut: int) -> None:
+    vector, layout = case
+    data = encode(vector, layout, level=level)
     with pytest.raises(CodecError):
-        decode(data[: max(0, len(data) - 1 - cut)], layout_digest=DIGEST, size=vector.size)
+        decode(data[: max(0, len(data) - 1 - cut)], layout)
 
 
-def forged(*, level: int = 1, values: int = 2, digest: str = DIGEST, payload: bytes = b"\0" * 8) -> bytes:
+def forged(
+    *,
+    level: int = 1,
+    values: int = 2,
+    digest: str = TWO.digest,
+    payload: bytes = b"\0" * 8,
+    layout: Layout = TWO,
+) -> bytes:
     """A message with a right checksum around wrong content, as only a faulty or hostile site would make."""
-    header = struct.pack("<4sBBHII32s", b"FSIG", 1, level, 0, values, len(payload), bytes.fromhex(digest))
+    header = struct.pack("<4sBBHII32s", b"FSIG", 2, level, 0, values, len(payload), bytes.fromhex(digest))
     return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
+
+
+def integers(raw: bytes, *, bits: int = 8, codes: bytes = b"\x80", **options: bool) -> bytes:
+    """A payload of the quantised levels around these integers."""
+    return struct.pack("<QB", 1, bits) + codes + zstandard.ZstdCompressor(**options).compress(raw)
 
 
 @pytest.mark.parametrize(
@@ -59,44 +188,73 @@ def forged(*, level: int = 1, values: int = 2, digest: str = DIGEST, payload: by
     [
         (forged(level=9), "unknown level 9"),
         (forged(values=3), "3 values, this study's layout has 2"),
-        (forged(digest="cd" * 32), "layout cdcdcdcdcdcd, this study has abababababab"),
+        (forged(digest="cd" * 32), "layout cdcdcdcdcdcd, this study has"),
         (forged(payload=b"\0" * 12), "12 bytes, 2 float32 values take 8"),
         (forged(payload=struct.pack("<2f", 1.0, float("nan"))), "not finite"),
         (forged(payload=struct.pack("<2f", 1.0, float("inf"))), "not finite"),
+        (forged(level=2, payload=b"\0" * 4), "4 bytes, expected 5"),
+        (forged(level=2, payload=b"\x7f" + struct.pack("<2e", 1.0, 65504.0)), "not finite"),
+        (forged(level=2, payload=b"\0" + struct.pack("<2e", 1.0, float("nan"))), "not finite"),
+        (forged(level=3, payload=b"\0" * 9), "9 bytes, expected at least 10"),
+        (forged(level=3, payload=integers(b"ab", bits=5)), "5 bits are not known"),
+        (forged(level=3, payload=integers(b"abc")), "not 2 bytes"),
+        (forged(level=4, payload=integers(b"ab", bits=4)), "not 1 bytes"),
+        (forged(level=3, payload=integers(b"ab", write_content_size=False)), "not 2 bytes"),
+        (forged(level=3, payload=integers(b"ab", write_checksum=True)), "not in the expected form"),
+        (forged(level=3, payload=integers(b"ab") + b"x"), "damaged integers"),
+        (forged(level=3, payload=integers(b"ab")[:-1]), "damaged integers"),
+        (forged(level=3, payload=integers(b"")[:10] + b"nonsense"), "damaged integers"),
         (b"", "shorter than its header"),
         (b"PK" + forged()[2:], "not a coded shift"),
     ],
 )
 def test_forged_messages_are_refused_with_the_reason(data: bytes, words: str) -> None:
     with pytest.raises(CodecError, match=words):
-        decode(data, layout_digest=DIGEST, size=2)
+        decode(data, TWO)
+
+
+def test_a_bomb_takes_no_memory() -> None:
+    bomb = forged(level=3, payload=integers(b"\0" * 200_000_000))
+    assert len(bomb) < 100_000
+    tracemalloc.start()
+    with pytest.raises(CodecError, match="not 2 bytes"):
+        decode(bomb, TWO)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([1, 2, 3, 4]), st.binary(max_size=120), st.booleans())
+def test_any_payload_gives_a_shift_or_a_codec_error(level: int, body: bytes, framed: bool) -> None:
+    layout = layout_of(3, 5)
+    payload = integers(body, codes=b"\x80\0", bits=4 if len(body) % 2 else 8) if framed else body
+    with contextlib.suppress(CodecError):
+        data = forged(level=level, values=8, digest=layout.digest, payload=payload)
+        vector = decode(data, layout)
+        assert vector.shape == (8,) and np.isfinite(vector).all()
 
 
 def test_what_cannot_be_coded() -> None:
     with pytest.raises(CodecError, match="not finite"):
-        encode(np.array([np.inf], dtype=np.float32), layout_digest=DIGEST)
-    with pytest.raises(CodecError, match="shape"):
-        encode(np.zeros((2, 2), dtype=np.float32), layout_digest=DIGEST)
-    with pytest.raises(CodecError, match="'tiny' is not known: known are exact"):
-        encode(np.zeros(2, dtype=np.float32), layout_digest=DIGEST, level="tiny")
-    with pytest.raises(CodecError, match="64 hex digits"):
-        encode(np.zeros(2, dtype=np.float32), layout_digest="xyz")
+        encode(np.array([np.inf, 0]), TWO)
+    with pytest.raises(CodecError, match=r"shape \(2, 2\) cannot be coded, expected \(2,\)"):
+        encode(np.zeros((2, 2)), TWO)
+    with pytest.raises(CodecError, match="'tiny' is not known: known are exact, half, int8, small"):
+        encode(np.zeros(2), TWO, level="tiny")
+    for level in ("half", "int8", "small"):
+        with pytest.raises(CodecError, match="too large to be coded"):
+            encode(np.array([2e38, 0]), TWO, level=level)
 
 
-def test_a_level_is_registered_once_and_only_the_asked_level_is_accepted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(codec, "_levels", dict(codec._levels))
-    half = Level(
-        name="half",
-        number=7,
-        pack=lambda vector: vector.astype("<f2").tobytes(),
-        unpack=lambda payload, values: np.frombuffer(payload, "<f2").astype(np.float32),
-    )
-    codec.register(half)
-    with pytest.raises(ValueError, match="clashes"):
-        codec.register(half)
-    data = encode(np.ones(3, dtype=np.float32), layout_digest=DIGEST, level="half")
-    assert decode(data, layout_digest=DIGEST, size=3).tolist() == [1, 1, 1]
+def test_only_the_asked_level_is_accepted() -> None:
+    data = encode(np.ones(2), TWO, level="half")
+    assert decode(data, TWO).tolist() == decode(data, TWO, level="half").tolist() == [1, 1]
     with pytest.raises(CodecError, match="not 'exact'"):
-        decode(data, layout_digest=DIGEST, size=3, level="exact")
+        decode(data, TWO, level="exact")
+
+
+def test_the_levels_table_is_consistent() -> None:
+    assert tuple(LEVELS) == CODECS
+    assert len({level.number for level in LEVELS.values()}) == len(LEVELS)
+    assert [download_level(name) for name in CODECS] == ["exact", "half", "int8", "int8"]

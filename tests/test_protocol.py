@@ -43,10 +43,10 @@ TASK = TrainTask(
     evaluate=True,
     shift=b"\0\xff",
 )
-REPLY = TrainReply(shift=b"abc", examples=4, steps=20, loss=0.5, evaluation=SCORES, class_counts=(1, 3))
+REPLY = TrainReply(change=b"abc", examples=4, steps=20, loss=0.5, evaluation=SCORES, class_counts=(1, 3))
 MESSAGES = [
-    Hello(protocol=1, setup=SETUP, fingerprint="{}"),
-    HelloReply(protocol=1, site="north", fingerprint="{}", sites=4),
+    Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint="{}"),
+    HelloReply(protocol=protocol.PROTOCOL, site="north", fingerprint="{}", sites=4),
     TASK,
     REPLY,
     EvaluateTask(setup=SETUP, round=3, shifts=(b"1", b"2")),
@@ -93,13 +93,13 @@ def test_a_missing_field_is_refused(name: str) -> None:
         ({"examples": True}, "'examples' is of type bool"),
         ({"loss": math.inf}, "loss is not finite"),
         ({"loss": 1}, "'loss' is of type int"),
-        ({"shift": "text"}, "'shift' is of type str"),
+        ({"change": "text"}, "'change' is of type str"),
         ({"class_counts": 3}, "'class_counts' is not a list"),
         ({"class_counts": ["a"]}, "'class_counts' is of type str"),
         ({"evaluation.accuracy": 1.5}, "accuracy is 1.5"),
         ({"evaluation.test_examples": 0}, "contradict"),
         ({"kind": "Hello"}, "not a TrainReply"),
-        ({"shift": b"\0" * (5 * 1024 * 1024)}, "at most"),
+        ({"change": b"\0" * (5 * 1024 * 1024)}, "at most"),
     ],
 )
 def test_a_changed_field_is_refused_with_the_reason(change: dict, words: str) -> None:
@@ -125,13 +125,13 @@ def test_only_messages_can_be_sent() -> None:
     with pytest.raises(ProtocolError, match="must not be sent"):
         to_content({"loss": 1.0})
     with pytest.raises(ProtocolError, match="at most"):
-        to_content(dataclasses.replace(REPLY, shift=b"\0" * protocol.MAX_REPLY_BYTES))
+        to_content(dataclasses.replace(REPLY, change=b"\0" * protocol.MAX_REPLY_BYTES))
 
 
 @pytest.mark.parametrize("name", ["", "pooled", "a\nb", "x" * 81])
 def test_a_site_name_is_short_and_printable(name: str) -> None:
     with pytest.raises(ProtocolError):
-        HelloReply(protocol=1, site=name, fingerprint="{}")
+        HelloReply(protocol=protocol.PROTOCOL, site=name, fingerprint="{}")
 
 
 def test_a_schedule_must_fit() -> None:
@@ -144,7 +144,7 @@ def test_metrics_that_cannot_be_computed_are_left_out() -> None:
 
 
 def test_wire_bytes_counts_the_shift() -> None:
-    longer = to_content(dataclasses.replace(REPLY, shift=b"abc" + b"\0" * 1000))
+    longer = to_content(dataclasses.replace(REPLY, change=b"abc" + b"\0" * 1000))
     assert wire_bytes(longer) == wire_bytes(to_content(REPLY)) + 1000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedsigma.client.audit import verify
 from fedsigma.common import protocol
 from fedsigma.common.codec import decode, encode
 from fedsigma.common.reading import ConfigError
+from fedsigma.common.sigma import Layout
 from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
 from fedsigma.server.roster import TooFewSites, WrongSiteCount
@@ -127,8 +129,8 @@ def test_the_model_is_the_weighted_mean_of_the_sites_shifts(tmp_path: Path) -> N
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.message_type == "train":
-            data = reply.content.config_records["fedsigma"]["shift"]
-            sent[node] = decode(data, layout_digest=LAYOUT.digest, size=LAYOUT.size)
+            data = reply.content.config_records["fedsigma"]["change"]
+            sent[node] = decode(data, LAYOUT)
         return reply
 
     folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"), rounds=1, tamper=watch)
@@ -148,18 +150,19 @@ def change_reply(node: int, **values: Any) -> Tamper:
     return tamper
 
 
-def coded(*values: float, digest: str = LAYOUT.digest) -> bytes:
-    return encode(np.array(values, dtype=np.float32), layout_digest=digest)
+def coded(*values: float, tower: str = "image") -> bytes:
+    entry = replace(LAYOUT.entries[0], size=len(values), tower=tower)
+    return encode(np.array(values, dtype=np.float32), Layout((entry,)))
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"shift": coded(*[0.0] * 6, digest="cd" * 32)}, "layout cdcdcdcdcdcd"),
-        ({"shift": coded(1.0, 2.0)}, "2 values, this study's layout has 6"),
-        ({"shift": coded(*[99.0] * 6)}, "norm 242.5 is above the bound 50"),
-        ({"shift": b"\0" * 76}, "not a coded shift"),
-        ({"shift": coded(*[0.0] * 6)[:-1] + b"\xff"}, "checksum"),
+        ({"change": coded(*[0.0] * 6, tower="text")}, f"this study has {LAYOUT.digest[:12]}"),
+        ({"change": coded(1.0, 2.0)}, f"this study has {LAYOUT.digest[:12]}"),
+        ({"change": coded(*[99.0] * 6)}, "norm 242.5 is above the bound 50"),
+        ({"change": b"\0" * 76}, "not a coded shift"),
+        ({"change": coded(*[0.0] * 6)[:-1] + b"\xff"}, "checksum"),
         ({"examples": 9}, "9 training images are claimed, 4 shots of 2 classes allow 8"),
         ({"examples": -5}, "examples is -5"),
         ({"steps": 6}, "6 steps were taken, 5 were asked for"),
@@ -238,7 +241,7 @@ def test_values_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
 
     data[-4:] = struct.pack("<f", float("nan"))
     data[48:52] = struct.pack("<I", zlib.crc32(bytes(data[52:]), zlib.crc32(bytes(data[:48]))))
-    folder = run(tmp_path, rounds=1, tamper=change_reply(102, shift=bytes(data)))
+    folder = run(tmp_path, rounds=1, tamper=change_reply(102, change=bytes(data)))
     assert "not finite" in events(folder, "reply_rejected")[0]["reason"]
 
 
@@ -300,7 +303,7 @@ def test_a_foreign_fingerprint_is_refused_on_both_sides_with_the_reason(
     from fedsigma.common.config import StudyConfig
 
     setup = protocol.Setup.of(StudyConfig.from_yaml(STUDY))
-    hello = protocol.Hello(protocol=1, setup=setup, fingerprint=other)
+    hello = protocol.Hello(protocol=protocol.PROTOCOL, setup=setup, fingerprint=other)
     grid = run.grid  # type: ignore[attr-defined]
     grid.tamper = None
     message = Message(protocol.to_content(hello), dst_node_id=103, message_type=protocol.HELLO)

@@ -50,7 +50,7 @@ TASK = TrainTask(
     total_steps=15,
     codec="exact",
     evaluate=True,
-    shift=encode(zeros(LAYOUT.size), layout_digest=LAYOUT.digest),
+    shift=encode(zeros(LAYOUT.size), LAYOUT),
 )
 
 
@@ -79,7 +79,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_real_site_uses_its_own_images_name_and_backbone(ask: Any, tmp_path: Path) -> None:
-    hello = Hello(protocol=1, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
     reply = protocol.from_content(HelloReply, ask(hello, protocol.HELLO).content)
     assert (reply.site, reply.sites, reply.problem) == ("barcelona", 0, "")
     # The message's data section names the demonstration set; a real site never opens it.

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsigma.common.config import STRATEGIES, ConfigError, StudyConfig
-from fedsigma.common.protocol import Evaluation, HelloReply, to_content
+from fedsigma.common.protocol import PROTOCOL, Evaluation, HelloReply, to_content
 from fedsigma.server import roster as roster_of
 from fedsigma.server.averaging import make_averaging, restore_state, save_state
 from fedsigma.server.exchange import attribute
@@ -36,7 +36,7 @@ def sent(*nodes: int) -> dict[int, Message]:
 
 def test_every_failure_goes_to_its_own_site() -> None:
     tasks = sent(7, 8, 9, 10)
-    content = to_content(HelloReply(protocol=1, site="x", fingerprint=""))
+    content = to_content(HelloReply(protocol=PROTOCOL, site="x", fingerprint=""))
     replies = [
         gone(tasks[9], code=3),
         Message(Error(2, "secret text"), reply_to=tasks[8]),
@@ -107,7 +107,7 @@ class FakeExchange:
         messages = sent(*tasks)
         for node in tasks:
             name, fingerprint = self.sites[node]
-            reply = HelloReply(protocol=1, site=name, fingerprint=fingerprint)
+            reply = HelloReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint)
             replies.append(Message(to_content(reply), reply_to=messages[node]))
         return attribute(messages, replies)
 

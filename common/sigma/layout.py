@@ -108,6 +108,11 @@ class Layout:
         return last.offset + last.size
 
     @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """The number of values of each entry, in order."""
+        return tuple(entry.size for entry in self.entries)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the layout, as 64 hexadecimal characters; equal layouts have equal digests."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()

@@ -1,0 +1,174 @@
+"""Sigma shifts in a few bits a value: a step for each weight matrix, dithered rounding, entropy coding.
+
+A value x of a matrix with step h becomes the integer q = round(x / h + u) and is read as (q - u) h, where u
+is uniform in [-1/2, 1/2) and drawn by both ends from one seed (subtractive dither; Gray and Stockham, IEEE
+Transactions on Information Theory 39(3), 1993). This is stochastic rounding whose randomness the reader
+takes away again: the error is uniform and does not depend on x, its mean is zero and its variance h^2 / 12,
+where plain stochastic rounding has h^2 / 6 on average.
+
+The integers go through zstandard, two to a byte where they are small. That takes one or two per cent more
+than a range coder (`bench/wire.py`), by a library that is kept better and read by more.
+
+Payload: the seed (8 bytes, little endian), bits an integer (1 byte: 4 or 8), a step code for each matrix
+(1 byte), the compressed integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+__all__ = ["QuantiseError", "pack", "pack_half", "unpack", "unpack_half"]
+
+Vector = NDArray[np.float32]
+
+# Steps are 2^(code / 8 - 27), 1.5e-8 to 29; code 0 marks a matrix of zeros.
+_STEPS = np.array([2.0 ** (code / 8 - 27) for code in range(256)])
+# Leaves room for the dither in a signed byte.
+_LARGEST = 126
+_START = struct.Struct("<QB")
+_COARSEST = 4.0
+_TOO_LARGE = "a value of the shift is too large to be coded: lower the learning rate"
+
+
+class QuantiseError(ValueError):
+    """A payload that cannot be read, or values that cannot be coded."""
+
+
+def pack(
+    vector: Vector, blocks: tuple[int, ...], seed: int, *, fraction: float = 0.0, most_bytes: int = 0
+) -> bytes:
+    """Code a vector.
+
+    Args:
+        vector: (sum of blocks,) finite float32.
+        blocks: the number of values of each matrix.
+        seed: of the dither, below 2^64; another for each message of a study.
+        fraction: the step as a share of the root mean square of a matrix; steps are never so small that an
+            integer would not fit a byte, and 0 asks for these.
+        most_bytes: if positive, steps grow until the compressed integers have at most so many bytes, up to
+            four times the root mean square.
+
+    Raises:
+        QuantiseError: a value is above about 3,700.
+    """
+    x, starts = vector.astype(np.float64), np.cumsum((0, *blocks[:-1]))
+    largest = np.maximum.reduceat(np.abs(x), starts)
+    typical = np.sqrt(np.add.reduceat(x * x, starts) / np.array(blocks))
+    if largest.max() > _LARGEST * _STEPS[-1]:
+        raise QuantiseError(_TOO_LARGE)
+    while True:
+        codes = _codes(np.maximum(fraction * typical, largest / _LARGEST))
+        bits, integers = _integers(x, codes, blocks, seed)
+        if not 0 < most_bytes < len(integers) or fraction >= _COARSEST:
+            return _START.pack(seed, bits) + codes.tobytes() + integers
+        fraction = max(fraction, 0.1) * 2 ** (1 / 8)
+
+
+def _codes(steps: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The code of the next larger step; 0 for 0."""
+    with np.errstate(divide="ignore"):
+        codes = np.ceil(8 * (np.log2(steps) + 27))
+    return np.where(steps > 0, codes.clip(1, 255), 0).astype(np.uint8)
+
+
+def _integers(
+    x: NDArray[np.float64], codes: NDArray[np.uint8], blocks: tuple[int, ...], seed: int
+) -> tuple[int, bytes]:
+    """How many bits an integer takes before compression, and the compressed integers."""
+    steps = np.repeat(_STEPS[codes], blocks)
+    zero = np.repeat(codes == 0, blocks)
+    whole = np.where(zero, 0, np.rint(x / steps + _dither(seed, x.size))).astype(np.int8)
+    bits = 4 if whole.min() >= -8 and whole.max() <= 7 else 8
+    raw = _pair(whole) if bits == 4 else whole.tobytes()
+    coder = zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True)
+    return bits, coder.compress(raw)
+
+
+def unpack(payload: bytes, blocks: tuple[int, ...]) -> Vector:
+    """Read what `pack` made: (sum of blocks,) float32.
+
+    Raises:
+        QuantiseError: the bytes are not such a payload for these blocks. No more memory is used than for one.
+    """
+    head = _START.size + len(blocks)
+    if len(payload) < head:
+        raise QuantiseError(f"the payload has {len(payload)} bytes, expected at least {head}")
+    seed, bits = _START.unpack_from(payload)
+    values = sum(blocks)
+    if bits not in (4, 8):
+        raise QuantiseError(f"integers of {bits} bits are not known: expected 4 or 8")
+    raw = _decompress(payload[head:], values if bits == 8 else (values + 1) // 2)
+    whole = np.frombuffer(raw, np.int8) if bits == 8 else _unpair(raw, values)
+    codes = np.frombuffer(payload, np.uint8, len(blocks), _START.size)
+    read = (whole - _dither(seed, values)) * np.repeat(_STEPS[codes], blocks)
+    return np.where(np.repeat(codes == 0, blocks), 0.0, read).astype(np.float32)
+
+
+def _decompress(data: bytes, size: int) -> bytes:
+    """The one frame in `data`, which must say that it holds `size` bytes and must hold them."""
+    try:
+        # Asked first: the reader takes the memory that the frame itself asks for.
+        if zstandard.frame_content_size(data) != size:
+            raise QuantiseError(f"the compressed integers are not {size} bytes")
+        frame = zstandard.get_frame_parameters(data)
+        if frame.window_size > 2**23 or frame.dict_id or frame.has_checksum:
+            raise QuantiseError("the compressed integers are not in the expected form")
+        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
+    except (zstandard.ZstdError, ValueError) as error:
+        raise error if isinstance(error, QuantiseError) else QuantiseError("damaged integers") from error
+    if len(raw) != size:
+        raise QuantiseError(f"{len(raw)} bytes came out of the compressed integers, expected {size}")
+    return raw
+
+
+def _pair(whole: NDArray[np.int8]) -> bytes:
+    nibbles = np.zeros(2 * ((whole.size + 1) // 2), np.uint8)
+    nibbles[: whole.size] = (whole + 8).astype(np.uint8)
+    return (16 * nibbles[::2] + nibbles[1::2]).astype(np.uint8).tobytes()
+
+
+def _unpair(raw: bytes, values: int) -> NDArray[np.int8]:
+    pairs = np.frombuffer(raw, np.uint8)
+    return (np.stack([pairs >> 4, pairs & 15], 1).ravel()[:values].astype(np.int8)) - np.int8(8)
+
+
+def _dither(seed: int, values: int) -> NDArray[np.float64]:
+    """Uniform values in [-1/2, 1/2), the same on every machine; numpy promises no stream for ever."""
+    stream = hashlib.shake_256(b"fedsigma dither" + seed.to_bytes(8, "little")).digest(4 * values)
+    return np.frombuffer(stream, "<u4") / 2**32 - 0.5
+
+
+def pack_half(vector: Vector, blocks: tuple[int, ...]) -> bytes:
+    """Code a vector as float16 of each value over a power of two that fits its matrix (1 byte each).
+
+    Raises:
+        QuantiseError: a value is 2^127 or more.
+    """
+    starts = np.cumsum((0, *blocks[:-1]))
+    largest = np.maximum.reduceat(np.abs(vector), starts)
+    if largest.max() >= 2.0**127:
+        raise QuantiseError(_TOO_LARGE)
+    _, exponents = np.frexp(largest)
+    exponents = exponents.clip(-126, None)
+    scaled = np.ldexp(vector, -np.repeat(exponents, blocks))
+    return exponents.astype(np.int8).tobytes() + scaled.astype("<f2").tobytes()
+
+
+def unpack_half(payload: bytes, blocks: tuple[int, ...]) -> Vector:
+    """Read what `pack_half` made.
+
+    Raises:
+        QuantiseError: the length is not right.
+    """
+    values, head = sum(blocks), len(blocks)
+    if len(payload) != head + 2 * values:
+        raise QuantiseError(f"the payload has {len(payload)} bytes, expected {head + 2 * values}")
+    exponents = np.frombuffer(payload, np.int8, head).astype(np.int32)
+    scaled = np.frombuffer(payload, "<f2", values, head).astype(np.float32)
+    with np.errstate(over="ignore"):  # the caller refuses what is not finite
+        return np.ldexp(scaled, np.repeat(exponents, blocks)).astype(np.float32)
