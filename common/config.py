@@ -138,7 +138,8 @@ class FederationConfig:
     min_sites to be there; evaluate_every, 1 to have each round's incoming shift judged at the sites, n for
     the first round and each n-th after it (the final shift is always judged); codec, how sites code what they
     send (one of `CODECS`); norm_bound, the largest L2 norm of a shift that is accepted (null: none);
-    max_examples, the most examples a site counts for (null: none).
+    norm_factor, how many times the median length of a round's changes one may have, where three sites or more
+    reply (null: any); max_examples, the most examples a site counts for (null: none).
     """
 
     section: ClassVar[str] = "federation"
@@ -152,6 +153,7 @@ class FederationConfig:
     options: dict[str, Any] = field(default_factory=dict)
     codec: str = "exact"
     norm_bound: float | None = None
+    norm_factor: float | None = 10.0
     max_examples: int | None = None
 
     def __post_init__(self) -> None:
@@ -164,6 +166,8 @@ class FederationConfig:
         check_number("federation.evaluate_every", self.evaluate_every, low=1, high=100_000)
         if self.norm_bound is not None:
             check_number("federation.norm_bound", self.norm_bound, low=1e-12)
+        if self.norm_factor is not None:
+            check_number("federation.norm_factor", self.norm_factor, low=1)
         if self.max_examples is not None:
             check_number("federation.max_examples", self.max_examples, low=1)
 

@@ -170,5 +170,5 @@ def unpack_half(payload: bytes, blocks: tuple[int, ...]) -> Vector:
         raise QuantiseError(f"the payload has {len(payload)} bytes, expected {head + 2 * values}")
     exponents = np.frombuffer(payload, np.int8, head).astype(np.int32)
     scaled = np.frombuffer(payload, "<f2", values, head).astype(np.float32)
-    with np.errstate(over="ignore"):  # the caller refuses what is not finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
         return np.ldexp(scaled, np.repeat(exponents, blocks)).astype(np.float32)

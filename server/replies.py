@@ -18,7 +18,16 @@ from fedsigma.common.protocol import EvaluateReply, Evaluation, ProtocolError, T
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["Accepted", "Rejected", "SiteResult", "accept_evaluations", "accept_training", "counted", "pool"]
+__all__ = [
+    "Accepted",
+    "Rejected",
+    "SiteResult",
+    "accept_evaluations",
+    "accept_training",
+    "counted",
+    "pool",
+    "too_long",
+]
 
 
 class Rejected(ValueError):
@@ -27,9 +36,13 @@ class Rejected(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """A training reply that counts. Shapes: shift (layout size,) float64. weight: its share in the mean."""
+    """A training reply that counts.
+
+    Shapes: shift (layout size,) float64. change_norm: the change's L2 norm. weight: its share in the mean.
+    """
 
     shift: NDArray[np.float64]
+    change_norm: float
     weight: int
     reply: TrainReply
 
@@ -115,8 +128,30 @@ def accept_training(
     if len(reply.class_counts) not in (0, len(study.classes)):
         raise Rejected(f"{len(reply.class_counts)} class counts were told for {len(study.classes)} classes")
     return Accepted(
-        shift=shift, weight=min(reply.examples, federation.max_examples or reply.examples), reply=reply
+        shift=shift,
+        change_norm=float(np.linalg.norm(change.astype(np.float64))),
+        weight=min(reply.examples, federation.max_examples or reply.examples),
+        reply=reply,
     )
+
+
+def too_long(accepted: Mapping[int, Accepted], factor: float | None) -> dict[int, str]:
+    """The replies of a round whose changes are out of all proportion to the others', with the reason.
+
+    Sites make equally many steps by one recipe, so honest changes have similar norms whatever the images; a
+    mean has no defence of its own against one that is many times as long. The median is that of all replies,
+    of which there must be three: of two, nobody can say which one is wrong.
+    """
+    if factor is None or len(accepted) < 3:
+        return {}
+    typical = float(np.median([one.change_norm for one in accepted.values()]))
+    bound = factor * typical
+    words = f"is above {factor:g} times the round's median {typical:.4g}"
+    return {
+        node: f"the change's norm {one.change_norm:.4g} {words}"
+        for node, one in accepted.items()
+        if one.change_norm > bound > 0
+    }
 
 
 def pool(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:

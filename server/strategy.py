@@ -26,7 +26,7 @@ from fedsigma.common.learner import seed_for
 from fedsigma.common.protocol import Setup, TrainTask
 from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal, save_state
 from fedsigma.server.exchange import Answer, Exchange, attribute
-from fedsigma.server.replies import Accepted, Rejected, accept_training, pool
+from fedsigma.server.replies import Accepted, Rejected, accept_training, pool, too_long
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
 
@@ -117,11 +117,13 @@ class SigmaStrategy(Strategy):
         """
         number = self.done + server_round
         answers = attribute(self._sent, replies)
-        accepted = {
-            node: reply
-            for node, answer in answers.items()
-            if (reply := self._judge(number, self._cohort[node], answer)) is not None
-        }
+        verdicts = {node: self._check(answer) for node, answer in answers.items()}
+        accepted = {node: one for node, one in verdicts.items() if isinstance(one, Accepted)}
+        for node, reason in too_long(accepted, self.study.federation.norm_factor).items():
+            verdicts[node] = Rejected(reason)
+            del accepted[node]
+        for node, verdict in verdicts.items():
+            self._record(number, self._cohort[node], answers[node], verdict)
         self._pooled_row(number, accepted)
         enough = len(accepted) >= self.study.federation.min_sites
         # One site's shift alone would go out to all others: a cohort below min_sites makes no model.
@@ -172,36 +174,40 @@ class SigmaStrategy(Strategy):
         arrays = ArrayRecord({ARRAY: Array(shift.astype(np.float64))})
         list(self.averaging.configure_train(number, arrays, ConfigRecord(), _Cohort(self._cohort)))
 
-    def _judge(self, number: int, site: str, answer: Answer) -> Accepted | None:
-        """Record what came of one site, and return its reply if it counts."""
-        steps = self.study.training.local_steps
-        status, reason, accepted = "accepted", "", None
-        if answer.late:
-            status, reason = "late", f"no reply within {self.study.federation.round_timeout_s:g} s"
-            self.folder.event("site_late", round=number, site=site)
-        elif answer.content is None:
-            status, reason = "failed", answer.failure
-            self.folder.event("site_failed", round=number, site=site, reason=reason)
-        else:
-            try:
-                accepted = accept_training(
-                    answer.content,
-                    study=self.study,
-                    layout=self.layout,
-                    start=self._shift,
-                    codec=self.study.federation.codec,
-                    steps=steps,
-                )
-            except Rejected as error:
-                status, reason = "rejected", str(error)
-                self.folder.event("reply_rejected", round=number, site=site, reason=reason)
-        metrics = accepted.metrics if accepted else {}
-        if accepted:
+    def _check(self, answer: Answer) -> Accepted | Rejected | None:
+        """The reply if it is in order by itself, why it is not, or nothing if there is none."""
+        if answer.content is None:
+            return None
+        try:
+            return accept_training(
+                answer.content,
+                study=self.study,
+                layout=self.layout,
+                start=self._shift,
+                codec=self.study.federation.codec,
+                steps=self.study.training.local_steps,
+            )
+        except Rejected as error:
+            return error
+
+    def _record(self, number: int, site: str, answer: Answer, verdict: Accepted | Rejected | None) -> None:
+        """Keep what came of one site."""
+        metrics: dict[str, float] = {}
+        if isinstance(verdict, Accepted):
+            status, reason, metrics = "accepted", "", verdict.metrics
             self.folder.event(
                 "reply_accepted", round=number, site=site, bytes=answer.bytes_up, metrics=metrics
             )
+        elif verdict is not None:
+            status, reason = "rejected", str(verdict)
+            self.folder.event("reply_rejected", round=number, site=site, reason=reason)
+        elif answer.late:
+            status, reason = "late", f"no reply within {self.study.federation.round_timeout_s:g} s"
+            self.folder.event("site_late", round=number, site=site)
+        else:
+            status, reason = "failed", answer.failure
+            self.folder.event("site_failed", round=number, site=site, reason=reason)
         self.folder.round_row(number, site, metrics, answer.bytes_up, answer.bytes_down, status, reason)
-        return accepted
 
     def _pooled_row(self, number: int, accepted: dict[int, Accepted]) -> None:
         if not accepted:

@@ -1,0 +1,153 @@
+"""Feed the reader of coded shifts with hostile bytes: each must give a shift or a `CodecError`.
+
+    python bench/fuzz_wire.py --inputs 200000 --json out/fuzz.json
+
+Four kinds in equal numbers, drawn by hypothesis: any bytes; any payload, often of a right length, behind a
+right header and checksum; any integers, well compressed, behind right step codes; and valid messages with a
+few bytes changed and the checksum mended. Any other exception, a wrong shape, a value that is not finite, or
+more than 16 MiB of new memory ends the run with code 1 and prints the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import struct
+import sys
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import zstandard
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fedsigma.common.codec import HEADER_BYTES, LEVELS, CodecError, decode, encode
+from fedsigma.common.names import CODECS
+from fedsigma.common.sigma.layout import Entry, Layout
+
+BLOCKS = (5, 1, 30, 12)
+MOST_MEMORY = 16 * 2**20
+
+
+def layout() -> Layout:
+    """A small layout of several matrices."""
+    starts = np.cumsum((0, *BLOCKS[:-1])).tolist()
+    return Layout(
+        tuple(
+            Entry(f"w{n}", "q", "image", n, start, size, (0, size))
+            for n, (start, size) in enumerate(zip(starts, BLOCKS, strict=True))
+        )
+    )
+
+
+LAYOUT = layout()
+
+
+def sealed(level: int, payload: bytes, *, values: int = LAYOUT.size) -> bytes:
+    """A message with a right header and checksum around any payload."""
+    digest = bytes.fromhex(LAYOUT.digest)
+    header = struct.pack("<4sBBHII32s", b"FSIG", 2, level, 0, values, len(payload), digest)
+    return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
+
+
+numbers = st.one_of(st.sampled_from([level.number for level in LEVELS.values()]), st.integers(0, 255))
+
+fitting = st.sampled_from([4 * LAYOUT.size, len(BLOCKS) + 2 * LAYOUT.size]).flatmap(
+    lambda length: st.binary(min_size=length, max_size=length)
+)
+
+
+@st.composite
+def compressed(draw: st.DrawFn) -> bytes:
+    """Any integers, compressed as a writer would, of a length that may be wrong."""
+    bits = draw(st.sampled_from([4, 8, 8, 4, 0, 255]))
+    expected = LAYOUT.size if bits == 8 else (LAYOUT.size + 1) // 2
+    length = draw(st.one_of(st.just(expected), st.integers(0, 4 * LAYOUT.size)))
+    raw = draw(st.binary(min_size=length, max_size=length))
+    frame = zstandard.ZstdCompressor(level=draw(st.sampled_from([-5, 1, 19]))).compress(raw)
+    codes = draw(st.binary(min_size=len(BLOCKS), max_size=len(BLOCKS)))
+    head = struct.pack("<QB", draw(st.integers(0, 2**64 - 1)), bits)
+    return sealed(draw(st.sampled_from([3, 4])), head + codes + frame)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A valid message of any level with some bytes of its payload changed, cut or added."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    level = draw(st.sampled_from(CODECS))
+    valid = encode(
+        generator.normal(size=LAYOUT.size), LAYOUT, level=level, seed=draw(st.integers(0, 2**64 - 1))
+    )
+    payload = bytearray(valid[HEADER_BYTES:])
+    for _ in range(draw(st.integers(1, 4))):
+        payload[draw(st.integers(0, len(payload) - 1))] = draw(st.integers(0, 255))
+    cut = draw(st.integers(0, 3))
+    tail = draw(st.binary(max_size=3))
+    return sealed(LEVELS[level].number, bytes(payload[: len(payload) - cut]) + tail)
+
+
+KINDS = {
+    "any bytes": st.binary(max_size=600),
+    "any payload": st.builds(sealed, numbers, st.one_of(st.binary(max_size=400), fitting)),
+    "any integers": compressed(),
+    "damaged messages": damaged(),
+}
+
+
+def feed(kind: str, inputs: int) -> collections.Counter[str]:
+    """Read so many inputs of one kind; how many gave a shift, and how many which error."""
+    found: collections.Counter[str] = collections.Counter()
+
+    @settings(
+        max_examples=inputs,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.target],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(KINDS[kind])
+    def read(data: bytes) -> None:
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        try:
+            vector = decode(data, LAYOUT)
+        except CodecError as error:
+            found[type(error).__name__] += 1
+        else:
+            assert vector.shape == (LAYOUT.size,) and vector.dtype == np.float32, data
+            assert np.isfinite(vector).all(), data
+            found["a shift"] += 1
+        assert tracemalloc.get_traced_memory()[1] - before < MOST_MEMORY, data
+
+    read()
+    return found
+
+
+def main() -> None:
+    """Feed all kinds and print what came of them."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--inputs", type=int, default=200_000)
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    each, started, figures = -(-a.inputs // len(KINDS)), time.monotonic(), {}
+    print(f"{'kind':20}{'inputs':>10}{'a shift':>10}{'CodecError':>12}")
+    tracemalloc.start()
+    for kind in KINDS:
+        found = feed(kind, each)
+        figures[kind] = {"inputs": found.total(), **found}
+        print(f"{kind:20}{found.total():10,}{found['a shift']:10,}{found['CodecError']:12,}", flush=True)
+    total = sum(row["inputs"] for row in figures.values())
+    print(f"{total:,} inputs in {time.monotonic() - started:.0f} s, nothing else came of any")
+    if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
