@@ -173,7 +173,7 @@ SMALL_BITS = 2.78
 """Bits a value that the integers of the level small take at most; steps grow until they fit."""
 SMALL_ROOM = 64
 """Bytes beside that, which matter for the shortest layouts only."""
-SMALL_STEP = 0.6
+SMALL_STEP = 0.4
 """Its step, as a share of a matrix's root mean square, where that fits."""
 
 LEVELS: dict[str, Level] = {
