@@ -17,11 +17,14 @@ from typing import Any, TypeVar
 from flwr.app import ConfigRecord, RecordDict
 
 from fedsigma.common.config import DataConfig, SigmaConfig, StudyConfig, TrainingConfig
+from fedsigma.common.masking import Member
 from fedsigma.common.names import METRICS
 from fedsigma.common.reading import ConfigError, build
 
 __all__ = [
     "HELLO",
+    "LOSS_UNIT",
+    "MASKED_COUNTS",
     "MAX_REPLY_BYTES",
     "PROBLEMS",
     "PROTOCOL",
@@ -30,6 +33,7 @@ __all__ = [
     "Evaluation",
     "Hello",
     "HelloReply",
+    "MaskedReply",
     "ProtocolError",
     "Setup",
     "TrainReply",
@@ -40,7 +44,7 @@ __all__ = [
     "wire_bytes",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the messages; both sides must have the same."""
 
 HELLO = "query.hello"
@@ -167,19 +171,27 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True)
 class HelloReply:
-    """A site says its name and fingerprint. sites: the study's number of sites in a simulation, else 0."""
+    """A site says its name and fingerprint. sites: the study's number of sites in a simulation, else 0.
+
+    mask_key is its X25519 key for masks in this run, mask_signature its identity's signature of it; empty if
+    it has no identity.
+    """
 
     protocol: int
     site: str
     fingerprint: str
     sites: int = 0
     problem: str = ""
+    mask_key: bytes = b""
+    mask_signature: bytes = b""
 
     def __post_init__(self) -> None:
         plain_name = 0 < len(self.site) <= 80 and self.site.isprintable() and self.site != "pooled"
         _require(plain_name, "the site's name is empty, too long, reserved or not printable")
         _require(self.problem in PROBLEMS, "the problem is not one of the known ones")
         _require(0 <= self.sites < 2**31, "the number of sites is out of range")
+        sizes = len(self.mask_key), len(self.mask_signature)
+        _require(sizes in ((0, 0), (32, 64)), "the mask's key or its signature has a wrong length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +201,10 @@ class TrainTask:
     Fields: mode, `round` for a round of the federation or `local` for a site alone, whose shift is not
     averaged; cohort, the number of sites whose shifts are averaged together (1 when alone); first_step,
     steps and total_steps place this training in the whole study's schedule; codec, how to code the change.
+
+    With members, the reply is a `MaskedReply` for this cohort. attempt counts the cohorts of one round from
+    0; bound is the largest magnitude of a value that the sum has room for, and most_examples the most images
+    that a site counts for.
     """
 
     setup: Setup
@@ -202,8 +218,14 @@ class TrainTask:
     codec: str
     evaluate: bool
     shift: bytes
+    members: tuple[Member, ...] = ()
+    attempt: int = 0
+    bound: float = 1.0
+    most_examples: int = 1
 
     def __post_init__(self) -> None:
+        fits = 0 <= self.attempt < 2**31 and 1 <= self.most_examples < 2**31 and 0 < self.bound < 2**31
+        _require(fits, "attempt, bound or most_examples is out of range")
         _require(self.mode in ("round", "local"), f"mode is '{self.mode}', expected 'round' or 'local'")
         _require(self.round >= 1 and self.cohort >= 1, "round and cohort count from 1")
         fits = 0 <= self.first_step < self.first_step + self.steps <= self.total_steps < 2**31
@@ -230,6 +252,27 @@ class TrainReply:
         _require(0 <= self.steps < 2**31, f"steps is {self.steps}")
         _require(math.isfinite(self.loss), "the loss is not finite")
         _require(all(0 <= count < 2**31 for count in self.class_counts), "a class count is out of range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedReply:
+    """A site's part of a masked sum: integers modulo 2^32, little endian.
+
+    Behind the values of the layout stand those of `MASKED_COUNTS`. Nothing else of the training is told.
+    """
+
+    masked: bytes
+    steps: int
+
+    def __post_init__(self) -> None:
+        _require(len(self.masked) % 4 == 0, "the masked integers are not whole")
+        _require(0 <= self.steps < 2**31, f"steps is {self.steps}")
+
+
+MASKED_COUNTS = ("examples", "loss", "test_examples", "right")
+"""Sums that come with a masked change: training images, their loss in 1/1024, test images, right answers."""
+
+LOSS_UNIT = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +304,7 @@ _MESSAGES: dict[type, int] = {
     HelloReply: MAX_REPLY_BYTES,
     TrainTask: MAX_TASK_BYTES,
     TrainReply: MAX_REPLY_BYTES,
+    MaskedReply: MAX_REPLY_BYTES,
     EvaluateTask: MAX_TASK_BYTES,
     EvaluateReply: MAX_REPLY_BYTES,
 }
