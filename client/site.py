@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from fedsigma.common import sites as data_of
 from fedsigma.common.learner import Learner, open_learner
@@ -36,6 +41,7 @@ __all__ = [
     "SitePolicy",
     "StudyNotAllowed",
     "TooManySteps",
+    "new_identity",
     "open_site",
 ]
 
@@ -251,6 +257,23 @@ def _images(site: Site, setup: Setup, side: int) -> SiteData:
         on_problem=on_problem,
         max_examples=site.policy.max_examples,
     )
+
+
+def new_identity(path: Path) -> str:
+    """Make an Ed25519 key, keep it as PEM in a new file that its owner alone can read, and return the public
+    key.
+
+    Returns:
+        The public key as 64 hex digits.
+
+    Raises:
+        FileExistsError: there is a file already; an identity is never replaced by accident.
+    """
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)
+    return key.public_key().public_bytes_raw().hex()
 
 
 def simulated_identity(name: str) -> Ed25519PrivateKey:
