@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from flwr.app import Context, Error, Message
@@ -15,19 +15,24 @@ from numpy.typing import NDArray
 
 from fedsigma.client.audit import AuditLog
 from fedsigma.client.feedback import Feedback
+from fedsigma.client.masked import Masker, counts_of
 from fedsigma.client.site import Site, SiteCountDiffers, open_site
 from fedsigma.common import protocol
 from fedsigma.common.codec import decode, encode
-from fedsigma.common.learner import Judged, Learner, seed_for
+from fedsigma.common.learner import Judged, Learned, Learner, seed_for
 from fedsigma.common.protocol import (
     EvaluateReply,
     EvaluateTask,
     Evaluation,
     Hello,
     HelloReply,
+    MaskedReply,
     TrainReply,
     TrainTask,
 )
+
+if TYPE_CHECKING:
+    from fedsigma.common.data import SiteData
 
 __all__ = ["app"]
 
@@ -44,13 +49,13 @@ Task = TypeVar("Task", Hello, TrainTask, EvaluateTask)
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Say who this site is and what it computes with."""
-    return _answer(message, context, Hello, _hello)
+    return _answer(message, context, Hello, partial(_hello, context=context))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Evaluate the incoming shift and train it on this site's images."""
-    return _answer(message, context, TrainTask, partial(_train, feedback=Feedback(context.state)))
+    return _answer(message, context, TrainTask, partial(_train, context=context))
 
 
 @app.evaluate()
@@ -98,7 +103,7 @@ def _record_failure(site: Site, asked: dict[str, Any], error: Exception) -> None
         log.exception("the audit log at %s cannot be written", site.audit_path)
 
 
-def _hello(site: Site, task: Hello) -> HelloReply:
+def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
     from fedsigma.common.sigma import Fingerprint
 
     site.allow_study(task.setup)
@@ -110,12 +115,15 @@ def _hello(site: Site, task: Hello) -> HelloReply:
     difference = Fingerprint.from_json(task.fingerprint).compare(mine)
     if difference:
         log.error("this site takes no part in study '%s': %s", task.setup.study, difference)
+    member = Masker(site, context).member() if site.has_identity else None
     return HelloReply(
         protocol=protocol.PROTOCOL,
         site=site.name,
         fingerprint=mine.to_json(),
         sites=site.sites,
         problem="fingerprint" if difference else "",
+        mask_key=member.key if member else b"",
+        mask_signature=member.signature if member else b"",
     )
 
 
@@ -123,10 +131,44 @@ def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
     return HelloReply(protocol=protocol.PROTOCOL, site=name, fingerprint="", sites=sites, problem=problem)
 
 
-def _train(site: Site, task: TrainTask, *, feedback: Feedback) -> TrainReply:
+def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | MaskedReply:
     site.allow_task(task)
+    if task.members:
+        return _train_masked(site, task, Masker(site, context))
     learner = site.learner(task.setup)
     images = site.images(task.setup, side=learner.side)
+    before, learned, change = _work(site, task, learner, images)
+    return TrainReply(
+        change=_coded(site, task, learner, change, Feedback(context.state)),
+        examples=learned.examples,
+        steps=learned.steps,
+        loss=learned.loss,
+        evaluation=before,
+        class_counts=_class_counts(site, task, images.train),
+    )
+
+
+def _train_masked(site: Site, task: TrainTask, masker: Masker) -> MaskedReply:
+    """As `_train`, with a reply of which the server can read the cohort's sum only."""
+    masker.allow(task)
+    if (known := masker.trained()) is None:
+        learner = site.learner(task.setup)
+        before, learned, change = _work(site, task, learner, site.images(task.setup, side=learner.side))
+        counts = counts_of(
+            examples=min(learned.examples, task.most_examples),
+            loss=learned.loss,
+            test_examples=before.test_examples,
+            accuracy=before.accuracy,
+        )
+        masker.keep(change, counts)
+        known = change, counts
+    return masker.reply(task, *known, steps=task.steps)
+
+
+def _work(
+    site: Site, task: TrainTask, learner: Learner, images: SiteData
+) -> tuple[Evaluation, Learned, Vector]:
+    """Judge the incoming shift and train it: the evaluation, what training gave, and the change."""
     shift = decode(task.shift, learner.layout)
     test = images.test if task.evaluate else []
     before = _told(_judge(learner, shift, test), test)
@@ -139,14 +181,7 @@ def _train(site: Site, task: TrainTask, *, feedback: Feedback) -> TrainReply:
         total_steps=task.total_steps,
         seed=seed_for(task.setup.seed, site.name, task.mode, task.round),
     )
-    return TrainReply(
-        change=_coded(site, task, learner, learned.shift - shift, feedback),
-        examples=learned.examples,
-        steps=learned.steps,
-        loss=learned.loss,
-        evaluation=before,
-        class_counts=_class_counts(site, task, images.train),
-    )
+    return before, learned, learned.shift - shift
 
 
 def _coded(site: Site, task: TrainTask, learner: Learner, change: Vector, feedback: Feedback) -> bytes:

@@ -32,6 +32,24 @@ Place = Annotated[
 
 
 @app.command()
+def identity(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Where the private key goes; site.yaml names it.")
+    ],
+) -> None:
+    """Make the key by which other sites know this one, for studies that mask what sites send.
+
+    The private key stays in FILE, readable by its owner alone. The public key is printed: give it to the
+    other sites by a way that the server does not control; they write it into their site.yaml under peers.
+
+    Exit code 3: FILE exists.
+    """
+    from fedsigma.client.site import new_identity
+
+    typer.echo(new_identity(file))
+
+
+@app.command()
 def inspect(
     name: Annotated[
         str, typer.Argument(help="A backbone: starter, ViT-B-16, ViT-B-16/openai, local-dir:DIR, ...")

@@ -6,12 +6,22 @@ says can widen it. In a simulation a site is one part of the study's data, and i
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from fedsigma.common import sites as data_of
 from fedsigma.common.learner import Learner, open_learner
@@ -24,11 +34,14 @@ if TYPE_CHECKING:
 __all__ = [
     "BackboneNotAllowed",
     "CohortTooSmall",
+    "NoIdentity",
+    "NotMasked",
     "Site",
     "SiteCountDiffers",
     "SitePolicy",
     "StudyNotAllowed",
     "TooManySteps",
+    "new_identity",
     "open_site",
 ]
 
@@ -50,6 +63,14 @@ class CohortTooSmall(ValueError):
     """Fewer sites are averaged together than the site's policy demands."""
 
 
+class NotMasked(ValueError):
+    """The site's policy demands masking, and the task does not ask for it."""
+
+
+class NoIdentity(ValueError):
+    """The task is masked, and the site's policy names no identity or does not know the others."""
+
+
 class SiteCountDiffers(ValueError):
     """The federation has more or fewer sites than the study's data are divided into."""
 
@@ -69,6 +90,11 @@ class SitePolicy:
     whose shifts must be averaged together (2 or more also refuses training alone); tell_class_counts,
     whether the number of training images of each class may be told; tell_confusion, whether the final
     models' confusion matrices may be, which count the test images of each class; audit, the audit log's file.
+
+    For masked sums: identity, the file of the site's Ed25519 private key (PEM); peers, the public key of each
+    site of the study (64 hex digits), copied from the study's list and never from the server;
+    require_masking, whether an unmasked round is refused; max_cohorts, for how many cohorts one round is
+    answered.
     """
 
     section: ClassVar[str] = ""
@@ -86,6 +112,10 @@ class SitePolicy:
     tell_class_counts: bool = False
     tell_confusion: bool = False
     audit: str = "audit.jsonl"
+    identity: str = ""
+    peers: dict[str, str] = field(default_factory=dict)
+    require_masking: bool = False
+    max_cohorts: int = 2
 
     def __post_init__(self) -> None:
         check_printable("name", self.name)
@@ -95,6 +125,10 @@ class SitePolicy:
         check_number("max_local_steps", self.max_local_steps, low=1)
         check_number("max_examples", self.max_examples, low=1)
         check_number("min_cohort", self.min_cohort, low=1)
+        check_number("max_cohorts", self.max_cohorts, low=1)
+        for name, key in self.peers.items():
+            if not re.fullmatch("[0-9a-f]{64}", str(key)):
+                raise ConfigError(f"peers says '{name}' is {key!r}, expected 64 hex digits")
         if len(self.name) > 80 or self.name == "pooled":
             raise ConfigError(f"name is '{self.name}', expected at most 80 characters and not 'pooled'")
         for name, place in self.backbones.items():
@@ -147,6 +181,39 @@ class Site:
             raise TooManySteps(f"{task.steps} steps, site.yaml allows {self.policy.max_local_steps}")
         if task.cohort < self.policy.min_cohort:
             raise CohortTooSmall(f"cohort of {task.cohort}, site.yaml demands {self.policy.min_cohort}")
+        if task.members and len(task.members) != task.cohort:
+            raise CohortTooSmall(f"cohort of {task.cohort}, {len(task.members)} sites are named")
+        if self.policy.require_masking and not task.members:
+            raise NotMasked("site.yaml demands that the change is masked")
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether this site can take part in masked sums."""
+        return bool(self.sites or self.policy.identity)
+
+    def identity(self) -> Ed25519PrivateKey:
+        """Return the key that says who this site is.
+
+        Raises:
+            NoIdentity: site.yaml names none, or the file holds no Ed25519 key.
+        """
+        if self.sites:
+            return simulated_identity(self.name)
+        if not self.policy.identity:
+            raise NoIdentity("site.yaml names no identity")
+        pem = (self.base / Path(self.policy.identity).expanduser()).read_bytes()
+        key = load_pem_private_key(pem, password=None)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise NoIdentity(f"{self.policy.identity} holds no Ed25519 key")
+        return key
+
+    def peers(self, setup: Setup) -> dict[str, bytes]:
+        """Return the public keys of the sites that this one knows, and its own."""
+        own = {self.name: self.identity().public_key().public_bytes_raw()}
+        if not self.sites:
+            return {name: bytes.fromhex(key) for name, key in self.policy.peers.items()} | own
+        _, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
+        return {name: simulated_identity(name).public_key().public_bytes_raw() for name in parts}
 
     def learner(self, setup: Setup) -> Learner:
         """Return the learner of this study, with the backbone from where it lies at this site."""
@@ -192,6 +259,28 @@ def _images(site: Site, setup: Setup, side: int) -> SiteData:
     )
 
 
+def new_identity(path: Path) -> str:
+    """Make an Ed25519 key, keep it as PEM in a new file that its owner alone can read, and return the public
+    key.
+
+    Returns:
+        The public key as 64 hex digits.
+
+    Raises:
+        FileExistsError: there is a file already; an identity is never replaced by accident.
+    """
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)
+    return key.public_key().public_bytes_raw().hex()
+
+
+def simulated_identity(name: str) -> Ed25519PrivateKey:
+    """The identity of a simulated site: made from its name, so no secret; a simulation has none to keep."""
+    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"simulated {name}".encode()).digest())
+
+
 def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site:
     """Find out which site this process is.
 
@@ -222,6 +311,7 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         max_local_steps=2**31,
         max_examples=2**31,
         min_cohort=1,
+        max_cohorts=10,
         # The server of a simulation has these images itself.
         tell_confusion=True,
     )

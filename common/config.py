@@ -52,6 +52,8 @@ STRATEGIES = (
     "multikrum",
     "qfedavg",
 )
+MEANS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
+"""The strategies that need no more than the weighted mean."""
 BASELINES = ("zero_shot", "local_only", "pooled")
 PATH_SOURCES = ("folder", "csv", "parquet", "dicom")
 
@@ -139,7 +141,9 @@ class FederationConfig:
     the first round and each n-th after it (the final shift is always judged); codec, how sites code what they
     send (one of `CODECS`); norm_bound, the largest L2 norm of a shift that is accepted (null: none);
     norm_factor, how many times the median length of a round's changes one may have, where three sites or more
-    reply (null: any); max_examples, the most examples a site counts for (null: none).
+    reply (null: any); masking, whether the server learns the sum of the changes only; mask_bound, the largest
+    magnitude of a changed value that the sum has room for; max_examples, the most examples a site counts for
+    (null: none).
     """
 
     section: ClassVar[str] = "federation"
@@ -154,6 +158,8 @@ class FederationConfig:
     codec: str = "exact"
     norm_bound: float | None = None
     norm_factor: float | None = 10.0
+    masking: bool = False
+    mask_bound: float = 16.0
     max_examples: int | None = None
 
     def __post_init__(self) -> None:
@@ -166,6 +172,12 @@ class FederationConfig:
         check_number("federation.evaluate_every", self.evaluate_every, low=1, high=100_000)
         if self.norm_bound is not None:
             check_number("federation.norm_bound", self.norm_bound, low=1e-12)
+        check_number("federation.mask_bound", self.mask_bound, low=1e-6, high=1e6)
+        if self.masking and self.strategy not in MEANS:
+            raise ConfigError(
+                f"federation.masking: the server sees the sum only, and {self.strategy} needs each site's"
+                f" change: use one of {', '.join(MEANS)}, or masking: false"
+            )
         if self.norm_factor is not None:
             check_number("federation.norm_factor", self.norm_factor, low=1)
         if self.max_examples is not None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": (_CLIENT, "Count what a study would train on a backbone."),
     "backbone": (_CLIENT, "Bring a backbone to a machine without internet: fetch, convert."),
     "data": (_CLIENT, "Look at a site's own images before a study: check."),
+    "identity": (_CLIENT, "Make the key by which other sites know this one."),
     "study": (_SERVER, "Simulate a study on this machine: run, check."),
     "predict": (_CLIENT, "Judge a folder of pictures with a finished study."),
     "export": (_CLIENT, "Write a finished study's model as a plain open_clip folder."),

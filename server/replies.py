@@ -24,6 +24,7 @@ __all__ = [
     "SiteResult",
     "accept_evaluations",
     "accept_training",
+    "check_norm",
     "counted",
     "pool",
     "too_long",
@@ -115,9 +116,7 @@ def accept_training(
     # The change is added to the shift itself, not to its coded form that the sites start from: what coding
     # took from that form must not enter the model. float64 makes the sum exact.
     shift = start.astype(np.float64) + change
-    norm = float(np.linalg.norm(shift))
-    if federation.norm_bound is not None and norm > federation.norm_bound:
-        raise Rejected(f"the shift's norm {norm:.4g} is above the bound {federation.norm_bound:g}")
+    check_norm(shift, federation.norm_bound)
     if reply.examples > study.max_examples_per_site:
         raise Rejected(
             f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"
@@ -133,6 +132,17 @@ def accept_training(
         weight=min(reply.examples, federation.max_examples or reply.examples),
         reply=reply,
     )
+
+
+def check_norm(shift: NDArray[np.float64], bound: float | None) -> None:
+    """Refuse a shift (layout size,) that is too long.
+
+    Raises:
+        Rejected: its L2 norm is above the bound, if there is one.
+    """
+    norm = float(np.linalg.norm(shift))
+    if bound is not None and norm > bound:
+        raise Rejected(f"the shift's norm {norm:.4g} is above the bound {bound:g}")
 
 
 def too_long(accepted: Mapping[int, Accepted], factor: float | None) -> dict[int, str]:

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from fedsigma.common.config import StudyConfig
+from fedsigma.common.masking import Member
 from fedsigma.common.protocol import (
     HELLO,
     PROBLEMS,
@@ -44,6 +45,8 @@ class Roster:
         self, exchange: Exchange, folder: RunFolder, study: StudyConfig, fingerprint: Fingerprint
     ) -> None:
         self.names: dict[int, str] = {}
+        self.members: dict[int, Member] = {}
+        """The signed mask key of each site that has one."""
         self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
         self._ask_again: dict[int, float] = {}
         self._reasons: dict[str, str] = {}
@@ -111,6 +114,8 @@ class Roster:
         self._reasons.pop(reply.site, None)
         self._reasons.pop(name, None)
         self.names[node] = reply.site
+        if reply.mask_key:
+            self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
         self._folder.event("site_ready", site=reply.site)
         return None
 
@@ -124,7 +129,10 @@ class Roster:
             theirs = Fingerprint.from_json(reply.fingerprint)
         except (ValueError, RecursionError):
             return PROBLEMS[reply.problem] or "the site's fingerprint does not read"
-        return self._fingerprint.compare(theirs) or PROBLEMS[reply.problem]
+        difference = self._fingerprint.compare(theirs) or PROBLEMS[reply.problem]
+        if not difference and self._study.federation.masking and not reply.mask_key:
+            return "the study masks what sites send, and the site has no identity to sign its key with"
+        return difference
 
     def _taken(self, node: int, name: str, online: set[int]) -> str:
         for other, known in list(self.names.items()):

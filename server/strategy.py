@@ -7,6 +7,7 @@ averages. It is driven by Flower's own loop (`Strategy.start`).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from logging import INFO
@@ -23,10 +24,12 @@ from numpy.typing import NDArray
 from fedsigma.common.codec import download_level, encode
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.learner import seed_for
-from fedsigma.common.protocol import Setup, TrainTask
+from fedsigma.common.masking import Member
+from fedsigma.common.protocol import MaskedReply, Setup, TrainTask
+from fedsigma.server import masked
 from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal, save_state
 from fedsigma.server.exchange import Answer, Exchange, attribute
-from fedsigma.server.replies import Accepted, Rejected, accept_training, pool, too_long
+from fedsigma.server.replies import Accepted, Rejected, accept_training, check_norm, pool, too_long
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
 
@@ -73,6 +76,7 @@ class SigmaStrategy(Strategy):
         """How many rounds of this process have produced a model."""
         self._cohort: dict[int, str] = {}
         self._sent: dict[int, Message] = {}
+        self._task: TrainTask
         self._shift: Vector = np.zeros(layout.size, np.float32)
         self._started = 0.0
 
@@ -97,11 +101,13 @@ class SigmaStrategy(Strategy):
         shift = arrays[ARRAY].numpy().astype(np.float32)
         self._shift = shift
         self._prepare_averaging(number, shift)
-        task = self._task(number, shift)
+        self._task = self._make_task(number, shift)
+        if self.study.federation.masking:
+            self._task = masked.task_for(self._task, self._members(), self.study, attempt=0)
         timeout = self.study.federation.round_timeout_s
         self._sent = {
             node: self.exchange.message(
-                node, task, kind=MessageType.TRAIN, timeout=timeout, group=str(number)
+                node, self._task, kind=MessageType.TRAIN, timeout=timeout, group=str(number)
             )
             for node in self._cohort
         }
@@ -117,6 +123,21 @@ class SigmaStrategy(Strategy):
         """
         number = self.done + server_round
         answers = attribute(self._sent, replies)
+        counted = self._counted_masked if self.study.federation.masking else self._counted
+        messages, sites = counted(number, answers)
+        # One site's shift alone would go out to all others: a cohort below min_sites makes no model.
+        arrays = self._average(number, messages) if messages else None
+        self.folder.event(
+            "round_end",
+            round=number,
+            sites=sites,
+            seconds=round(time.monotonic() - self._started, 3),
+            ok=bool(messages),
+        )
+        return arrays, None
+
+    def _counted(self, number: int, answers: dict[int, Answer]) -> tuple[list[Message], list[str]]:
+        """What the inner strategy is to average, empty if too few replies count; and the sites that count."""
         verdicts = {node: self._check(answer) for node, answer in answers.items()}
         accepted = {node: one for node, one in verdicts.items() if isinstance(one, Accepted)}
         for node, reason in too_long(accepted, self.study.federation.norm_factor).items():
@@ -125,17 +146,60 @@ class SigmaStrategy(Strategy):
         for node, verdict in verdicts.items():
             self._record(number, self._cohort[node], answers[node], verdict)
         self._pooled_row(number, accepted)
+        messages = [
+            self._plain(node, one.shift, weight=one.weight, loss=one.reply.loss)
+            for node, one in accepted.items()
+        ]
         enough = len(accepted) >= self.study.federation.min_sites
-        # One site's shift alone would go out to all others: a cohort below min_sites makes no model.
-        arrays = self._average(number, accepted) if enough else None
-        self.folder.event(
-            "round_end",
-            round=number,
-            sites=[self._cohort[node] for node in accepted],
-            seconds=round(time.monotonic() - self._started, 3),
-            ok=enough,
-        )
-        return arrays, None
+        return messages if enough else [], [self._cohort[node] for node in accepted]
+
+    def _counted_masked(self, number: int, answers: dict[int, Answer]) -> tuple[list[Message], list[str]]:
+        """As `_counted`, of a round whose sum alone can be read: without a site, it is asked for again."""
+        up, down = Counter[int](), Counter[int]()
+        while True:
+            read = {n: masked.read_masked(a, self.layout, steps=self._task.steps) for n, a in answers.items()}
+            for node, answer in answers.items():
+                up[node] += answer.bytes_up
+                down[node] += answer.bytes_down
+                if not isinstance(reply := read[node], MaskedReply):
+                    self._record(number, self._cohort[node], answer, reply)
+            replies = {node: one for node, one in read.items() if isinstance(one, MaskedReply)}
+            sites = [self._cohort[node] for node in replies]
+            if len(replies) == len(answers) or len(replies) < self.study.federation.min_sites:
+                break
+            self.folder.event("masked_again", round=number, sites=sites)
+            attempt = self._task.attempt + 1
+            self._task = masked.task_for(self._task, self._members(replies), self.study, attempt=attempt)
+            answers = self.exchange.ask(
+                dict.fromkeys(replies, self._task),
+                kind=MessageType.TRAIN,
+                timeout=self.study.federation.round_timeout_s,
+                group=str(number),
+            )
+        if len(replies) < self.study.federation.min_sites:
+            return [], []
+        return self._summed(number, replies, up, down), sites
+
+    def _summed(
+        self, number: int, replies: dict[int, MaskedReply], up: Counter[int], down: Counter[int]
+    ) -> list[Message]:
+        """The sum of a whole cohort as one reply of all, empty if it cannot be right; records either."""
+        try:
+            found = masked.sum_masked(list(replies.values()), self._task, self.layout)
+            shift = self._shift.astype(np.float64) + found.change
+            check_norm(shift, self.study.federation.norm_bound)
+        except Rejected as error:
+            self.folder.event("masked_sum_rejected", round=number, reason=str(error))
+            return []
+        for node in replies:
+            site = self._cohort[node]
+            self.folder.event("reply_accepted", round=number, site=site, bytes=up[node], metrics={})
+            self.folder.round_row(number, site, {}, up[node], down[node], "accepted")
+        self.folder.round_row(number, POOLED, found.metrics, 0, 0, "pooled")
+        return [self._plain(next(iter(replies)), shift, weight=found.examples, loss=found.loss)]
+
+    def _members(self, nodes: Iterable[int] | None = None) -> dict[int, Member]:
+        return {node: self.roster.members[node] for node in (self._cohort if nodes is None else nodes)}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -147,7 +211,7 @@ class SigmaStrategy(Strategy):
         """Return nothing: see `configure_evaluate`."""
         return None
 
-    def _task(self, number: int, shift: Vector) -> TrainTask:
+    def _make_task(self, number: int, shift: Vector) -> TrainTask:
         steps, rounds = self.study.training.local_steps, self.study.federation.rounds
         return TrainTask(
             setup=Setup.of(self.study),
@@ -219,9 +283,8 @@ class SigmaStrategy(Strategy):
         metrics["examples"] = examples
         self.folder.round_row(number, POOLED, metrics, 0, 0, "pooled")
 
-    def _average(self, number: int, accepted: dict[int, Accepted]) -> ArrayRecord:
+    def _average(self, number: int, messages: list[Message]) -> ArrayRecord:
         """Have the inner strategy average the accepted shifts, and save what comes out."""
-        messages = [self._plain(self._sent[node], one) for node, one in accepted.items()]
         arrays, _ = self.averaging.aggregate_train(number, messages)
         shift = np.zeros(0) if arrays is None else arrays[ARRAY].numpy().astype(np.float32)
         if shift.shape != (self.layout.size,) or not bool(np.isfinite(shift).all()):
@@ -241,11 +304,11 @@ class SigmaStrategy(Strategy):
         self.models += 1
         return ArrayRecord({ARRAY: Array(shift)})
 
-    def _plain(self, sent: Message, accepted: Accepted) -> Message:
+    def _plain(self, node: int, shift: NDArray[np.float64], *, weight: int, loss: float) -> Message:
         """Build the reply that Flower's strategies expect. float64, so that the mean is rounded once."""
-        arrays = ArrayRecord({ARRAY: Array(accepted.shift)})
-        metrics = MetricRecord({EXAMPLES: accepted.weight, LOSS: accepted.reply.loss})
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=sent)
+        arrays = ArrayRecord({ARRAY: Array(shift)})
+        metrics = MetricRecord({EXAMPLES: weight, LOSS: loss})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=self._sent[node])
 
 
 class _Cohort(Grid):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fake_grid import FakeGrid
 from fake_learner import FINGERPRINT, LAYOUT, STUDY, fake_method  # noqa: F401
 from flwr.app import Message
@@ -15,9 +18,10 @@ from numpy import zeros
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
 from fedsigma.client.site import SitePolicy
-from fedsigma.common import protocol, sites
+from fedsigma.common import masking, protocol, sites
 from fedsigma.common.codec import encode
 from fedsigma.common.config import StudyConfig, TrainingConfig
+from fedsigma.common.masking import Member
 from fedsigma.common.protocol import (
     EvaluateReply,
     EvaluateTask,
@@ -147,3 +151,43 @@ def test_a_site_yaml_is_read_strictly(tmp_path: Path, text: str, words: str) -> 
         SitePolicy.read(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         SitePolicy.read(tmp_path / "missing.yaml")
+
+
+def test_an_identity_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
+    public = client_site.new_identity(tmp_path / "identity.pem")
+    assert re.fullmatch("[0-9a-f]{64}", public)
+    assert (tmp_path / "identity.pem").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileExistsError):
+        client_site.new_identity(tmp_path / "identity.pem")
+
+
+def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any, tmp_path: Path) -> None:
+    mine = client_site.new_identity(tmp_path / "identity.pem")
+    north = Ed25519PrivateKey.generate()
+    known = north.public_key().public_bytes_raw().hex()
+    policy = POLICY + f"identity: identity.pem\npeers: {{north: '{known}'}}\nrequire_masking: true\n"
+    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO, policy).content)
+    own = Member(name="barcelona", key=said.mask_key, signature=said.mask_signature)
+    key = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    other = masking.sign(north, run=1, name="north", key=key)
+    place = masking.Place(run=1, round=1, attempt=0, members=(own, other))
+    everyone = {"barcelona": bytes.fromhex(mine), "north": bytes.fromhex(known)}
+    masking.check_members(place, everyone, me="barcelona", key=own.key)
+    assert ask(TASK, "train", policy).error.reason == "NotMasked"
+    masked = dataclasses.replace(TASK, cohort=2, members=(own, other), bound=16.0, most_examples=100)
+    # Each call of `ask` is a new run of the site, with a new key: the cohort names one that is not its own.
+    assert ask(masked, "train", policy).error.reason == "MaskingError"
+
+
+def test_without_an_identity_a_site_offers_no_key(ask: Any) -> None:
+    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO).content)
+    assert (said.mask_key, said.mask_signature) == (b"", b"")
+
+
+def test_a_peers_key_that_is_none_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(POLICY + "peers: {north: abc}\n")
+    with pytest.raises(ConfigError, match="peers says 'north' is 'abc', expected 64 hex digits"):
+        SitePolicy.read(file)

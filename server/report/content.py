@@ -19,6 +19,7 @@ _NOTABLE = {
     "reply_rejected": "reply rejected",
     "site_failed": "site failed",
     "site_late": "no reply in time",
+    "masked_sum_rejected": "masked sum rejected",
     "unreadable_line": "line of events.jsonl unreadable",
 }
 
