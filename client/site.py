@@ -268,7 +268,14 @@ def new_identity(path: Path) -> str:
 
     Raises:
         FileExistsError: there is a file already; an identity is never replaced by accident.
+        FileNotFoundError: its folder does not exist.
     """
+    if path.exists():
+        raise FileExistsError(
+            f"{path} exists: an identity is not replaced, name another file or move it away"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder: make it first")
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -157,8 +157,10 @@ def test_an_identity_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
     public = client_site.new_identity(tmp_path / "identity.pem")
     assert re.fullmatch("[0-9a-f]{64}", public)
     assert (tmp_path / "identity.pem").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="an identity is not replaced, name another file"):
         client_site.new_identity(tmp_path / "identity.pem")
+    with pytest.raises(FileNotFoundError, match="is not a folder: make it first"):
+        client_site.new_identity(tmp_path / "none" / "identity.pem")
 
 
 def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any, tmp_path: Path) -> None:
