@@ -61,13 +61,16 @@ def cohort(sites: int) -> tuple[masking.Place, dict[str, X25519PrivateKey], dict
         masking.sign(identities[n], run=1, name=n, key=keys[n].public_key().public_bytes_raw()) for n in names
     )
     public = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
-    return masking.Place(run=1, round=1, attempt=0, members=members), keys, public
+    return (
+        masking.Place(run=1, round=1, attempt=0, members=members, bound=BOUND, most_examples=SHOTS),
+        keys,
+        public,
+    )
 
 
 def measure(sites: int) -> dict[str, float]:
     """Bytes, seconds and error of one round with so many sites."""
     place, keys, public = cohort(sites)
-    scale = masking.scale_for(bound=BOUND, weights=sites * SHOTS)
     rng = np.random.default_rng(0)
     values = 0.05 * rng.normal(size=(sites, VALUES))
     weights = rng.integers(1, SHOTS + 1, sites)
@@ -75,11 +78,11 @@ def measure(sites: int) -> dict[str, float]:
     def one(number: int) -> np.ndarray:
         name = place.members[number].name
         masking.check_members(place, public, me=name, key=keys[name].public_key().public_bytes_raw())
-        whole = masking.to_integers(values[number], weight=weights[number], scale=scale, bound=BOUND)
+        whole = masking.to_integers(values[number], weight=weights[number], scale=place.scale, bound=BOUND)
         return masking.mask(whole, place, me=name, private=keys[name])
 
     parts = [one(number) for number in range(sites)]
-    mean = masking.sum_of(parts) / scale / weights.sum()
+    mean = masking.sum_of(parts) / place.scale / weights.sum()
     exact = weights @ values / weights.sum()
     reply = MaskedReply(masked=bytes(4 * (VALUES + len(MASKED_COUNTS))), steps=2)
     return {

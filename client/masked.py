@@ -87,8 +87,7 @@ class Masker:
             MaskingError: a value or a count has no room in the sum.
         """
         sites, place = len(task.members), self._place(task)
-        scale = masking.scale_for(bound=task.bound, weights=sites * task.most_examples)
-        integers = masking.to_integers(change, weight=counts[0], scale=scale, bound=task.bound)
+        integers = masking.to_integers(change, weight=counts[0], scale=place.scale, bound=place.bound)
         if counts[0] > task.most_examples or max(counts) * sites >= 2**31:
             raise masking.MaskingError("a count has no room in the masked sum")
         whole = np.concatenate([integers, np.array(counts, dtype=np.uint32)])
@@ -96,7 +95,14 @@ class Masker:
         return MaskedReply(masked=masked.astype("<u4").tobytes(), steps=steps)
 
     def _place(self, task: TrainTask) -> Place:
-        return Place(run=self._run, round=task.round, attempt=task.attempt, members=task.members)
+        return Place(
+            run=self._run,
+            round=task.round,
+            attempt=task.attempt,
+            members=task.members,
+            bound=task.bound,
+            most_examples=task.most_examples,
+        )
 
     def _private(self) -> X25519PrivateKey:
         kept = self._state.config_records.get(_KEY)

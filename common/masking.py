@@ -57,12 +57,23 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What one mask is for. Two masks of the same pair are equal only if all of this is."""
+    """What one mask is for. Two masks of the same pair are equal only if all of this is.
+
+    bound and most_examples set the scale. They belong here: the same change at two scales under one mask
+    would give the change away as their difference.
+    """
 
     run: int
     round: int
     attempt: int
     members: tuple[Member, ...]
+    bound: float
+    most_examples: int
+
+    @property
+    def scale(self) -> float:
+        """What weighted values are multiplied with: see `scale_for`."""
+        return scale_for(bound=self.bound, weights=len(self.members) * self.most_examples)
 
     @property
     def cohort(self) -> bytes:
@@ -76,7 +87,8 @@ class Place:
     @property
     def info(self) -> bytes:
         """What HKDF binds a key to."""
-        return _MASK + struct.pack("<QQQ", self.run, self.round, self.attempt) + self.cohort
+        numbers = struct.pack("<QQQdQ", self.run, self.round, self.attempt, self.bound, self.most_examples)
+        return _MASK + numbers + self.cohort
 
 
 def _signed(run: int, name: str, key: bytes) -> bytes:

@@ -26,7 +26,7 @@ def own(name: str) -> bytes:
 
 def place(*names: str, run: int = 7, round: int = 1, attempt: int = 0) -> Place:
     members = tuple(masking.sign(IDENTITIES[n], run=run, name=n, key=own(n)) for n in names or NAMES)
-    return Place(run=run, round=round, attempt=attempt, members=members)
+    return Place(run=run, round=round, attempt=attempt, members=members, bound=16.0, most_examples=64)
 
 
 def masked(integers: np.ndarray, where: Place, name: str) -> np.ndarray:
@@ -86,6 +86,13 @@ def test_a_mask_is_bound_to_its_whole_cohort() -> None:
     assert smaller.info != place().info and place().info == place().info
     other_key = swap(place(), 3, key=SERVERS)
     assert other_key.info != place().info
+
+
+def test_one_change_at_two_scales_is_never_under_one_mask() -> None:
+    """Else the difference of the two would be the change, times the difference of the scales."""
+    for other in (replace(place(), bound=8.0), replace(place(), most_examples=32)):
+        zeros = np.zeros(1000, np.uint32)
+        assert np.count_nonzero(masked(zeros, place(), "east") == masked(zeros, other, "east")) < 5
 
 
 def test_all_but_one_of_the_others_together_cannot_unmask() -> None:

@@ -173,7 +173,7 @@ def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any,
     own = Member(name="barcelona", key=said.mask_key, signature=said.mask_signature)
     key = X25519PrivateKey.generate().public_key().public_bytes_raw()
     other = masking.sign(north, run=1, name="north", key=key)
-    place = masking.Place(run=1, round=1, attempt=0, members=(own, other))
+    place = masking.Place(run=1, round=1, attempt=0, members=(own, other), bound=1.0, most_examples=1)
     everyone = {"barcelona": bytes.fromhex(mine), "north": bytes.fromhex(known)}
     masking.check_members(place, everyone, me="barcelona", key=own.key)
     assert ask(TASK, "train", policy).error.reason == "NotMasked"
