@@ -140,15 +140,17 @@ def accuracy(study: StudyConfig, level: str, seed: int, out: Path) -> float:
 
 def drops(levels: list[str], seeds: list[int], out: Path) -> dict[str, Any]:
     """Accuracy of each level and study by seed, and the loss against exact."""
-    found: dict[str, Any] = {}
     # Exact first, and each level for all seeds before the next: a call that is cut off leaves whole rows.
-    for level in dict.fromkeys(["exact", *levels]):
-        found[level] = {
-            name: [accuracy(load_study(name), level, seed, out) for seed in seeds] for name in STUDIES
+    reached = {
+        level: {name: [accuracy(load_study(name), level, seed, out) for seed in seeds] for name in STUDIES}
+        for level in dict.fromkeys(["exact", *levels])
+    }
+    found: dict[str, Any] = {}
+    for level, studies in reached.items():
+        lost = {
+            name: 100 * (statistics.mean(reached["exact"][name]) - statistics.mean(studies[name]))
+            for name in STUDIES
         }
-    for level, studies in list(found.items()):
-        mean = {name: statistics.mean(values) for name, values in studies.items()}
-        lost = {name: 100 * (statistics.mean(found["exact"][name]) - mean[name]) for name in STUDIES}
         found[level] = {"accuracy": studies, "drop": lost, "accuracy_drop": max(lost.values())}
     return found
 
