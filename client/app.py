@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from fedsigma.client.audit import AuditLog
 from fedsigma.client.feedback import Feedback
-from fedsigma.client.masked import Masker, counts_of
+from fedsigma.client.masked import SITE_COUNTS, Masker, counts_of
 from fedsigma.client.site import Site, SiteCountDiffers, open_site
 from fedsigma.common import protocol
 from fedsigma.common.codec import decode, encode
 from fedsigma.common.learner import Judged, Learned, Learner, seed_for
+from fedsigma.common.noise import shared_noise
+from fedsigma.common.privacy import Release, sampling_rate
 from fedsigma.common.protocol import (
     EvaluateReply,
     EvaluateTask,
@@ -134,9 +136,10 @@ def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
 def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | MaskedReply:
     site.allow_task(task)
     if task.members:
-        return _train_masked(site, task, Masker(site, context))
+        return _train_masked(site, task, Masker(site, context), context)
     learner = site.learner(task.setup)
     images = site.images(task.setup, side=learner.side)
+    epsilon = _spend(site, task, images, context)
     before, learned, change = _work(site, task, learner, images)
     return TrainReply(
         change=_coded(site, task, learner, change, Feedback(context.state)),
@@ -144,16 +147,23 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
         steps=learned.steps,
         loss=learned.loss,
         evaluation=before,
+        epsilon=epsilon,
         class_counts=_class_counts(site, task, images.train),
     )
 
 
-def _train_masked(site: Site, task: TrainTask, masker: Masker) -> MaskedReply:
+def _train_masked(site: Site, task: TrainTask, masker: Masker, context: Context) -> MaskedReply:
     """As `_train`, with a reply of which the server can read the cohort's sum only."""
     masker.allow(task)
+    if task.privacy.of_sites:
+        # Each cohort that is answered gets noise of its own, so each counts.
+        release = Release(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
+        site.spend(task, release, run=str(context.run_id))
     if (known := masker.trained()) is None:
         learner = site.learner(task.setup)
-        before, learned, change = _work(site, task, learner, site.images(task.setup, side=learner.side))
+        images = site.images(task.setup, side=learner.side)
+        _spend(site, task, images, context)
+        before, learned, change = _work(site, task, learner, images)
         counts = counts_of(
             examples=min(learned.examples, task.most_examples),
             loss=learned.loss,
@@ -162,7 +172,21 @@ def _train_masked(site: Site, task: TrainTask, masker: Masker) -> MaskedReply:
         )
         masker.keep(change, counts)
         known = change, counts
+    if task.privacy.of_sites:
+        known = shared_noise(known[0], task.privacy, sites=len(task.members)), SITE_COUNTS
     return masker.reply(task, *known, steps=task.steps)
+
+
+def _spend(site: Site, task: TrainTask, images: SiteData, context: Context) -> float:
+    """Have private training entered into the site's ledger before it starts: what has been spent so far."""
+    if not task.privacy.in_training:
+        return 0.0
+    release = Release(
+        rate=sampling_rate(len(images.train), task.recipe.batch_size),
+        noise_multiplier=task.privacy.noise_multiplier,
+        steps=task.steps,
+    )
+    return site.spend(task, release, run=str(context.run_id))
 
 
 def _work(
@@ -180,6 +204,7 @@ def _work(
         steps=task.steps,
         total_steps=task.total_steps,
         seed=seed_for(task.setup.seed, site.name, task.mode, task.round),
+        privacy=task.privacy,
     )
     return before, learned, learned.shift - shift
 
@@ -196,7 +221,7 @@ def _coded(site: Site, task: TrainTask, learner: Learner, change: Vector, feedba
 
 
 def _class_counts(site: Site, task: TrainTask, examples: list[Any]) -> tuple[int, ...]:
-    if not site.policy.tell_class_counts:
+    if not site.policy.tell_class_counts or task.privacy.in_training:
         return ()
     labels = [example.label for example in examples]
     return tuple(labels.count(index) for index in range(len(task.setup.classes)))

@@ -50,6 +50,36 @@ def identity(
 
 
 @app.command()
+def budget(
+    file: Annotated[Path, typer.Argument(metavar="SITE_YAML", help="The site's rules.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> None:
+    """Say what private studies have spent of this site's images, by study and of all together.
+
+    Exit code 3: SITE_YAML or the ledger cannot be read.
+    """
+    from fedsigma.client.ledger import Ledger
+    from fedsigma.client.site import SitePolicy
+    from fedsigma.common.privacy import epsilon
+
+    policy = SitePolicy.read(file)
+    entries = Ledger(file.resolve().parent / Path(policy.ledger).expanduser()).entries()
+    studies = {
+        study: epsilon([e.release for e in entries if e.study == study], policy.delta)
+        for study in sorted({e.study for e in entries})
+    }
+    total = epsilon([e.release for e in entries], policy.delta)
+    if as_json:
+        values = {"studies": studies, "all": total, "budget": policy.epsilon, "delta": policy.delta}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    for study, spent in studies.items():
+        typer.echo(f"{study}: epsilon {spent:.2f}")
+    allowed = "no budget of the site's own" if policy.epsilon is None else f"budget {policy.epsilon:g}"
+    typer.echo(f"all studies: epsilon {total:.2f} at delta {policy.delta:g}; {allowed}")
+
+
+@app.command()
 def inspect(
     name: Annotated[
         str, typer.Argument(help="A backbone: starter, ViT-B-16, ViT-B-16/openai, local-dir:DIR, ...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedsigma.common.protocol import LOSS_UNIT, MaskedReply, TrainTask
 if TYPE_CHECKING:
     from fedsigma.client.site import Site
 
-__all__ = ["Masker", "TooManyCohorts"]
+__all__ = ["SITE_COUNTS", "Masker", "TooManyCohorts", "counts_of"]
 
 _KEY, _ROUND = "fedsigma.mask-key", "fedsigma.masked-round"
 Vector = NDArray[np.float32]
@@ -122,6 +123,14 @@ class Masker:
 
 
 def counts_of(*, examples: int, loss: float, test_examples: int, accuracy: float) -> list[int]:
-    """What is summed beside the change, in the order of `MASKED_COUNTS`; no loss is told below zero."""
+    """What is summed beside the change, in the order of `MASKED_COUNTS`.
+
+    No loss is told below zero, and one that is not a number, as of private training, counts as zero.
+    """
     right = round(accuracy * test_examples) if test_examples else 0
-    return [examples, max(0, round(examples * loss * LOSS_UNIT)), test_examples, right]
+    units = 0 if math.isnan(loss) else max(0, round(examples * loss * LOSS_UNIT))
+    return [examples, units, test_examples, right]
+
+
+SITE_COUNTS = [1, 0, 0, 0]
+"""What a site counts for where the site itself is hidden: one, and nothing is told of its images."""

@@ -23,8 +23,11 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from fedsigma.client.ledger import Entry, Ledger
 from fedsigma.common import sites as data_of
 from fedsigma.common.learner import Learner, open_learner
+from fedsigma.common.names import PRIVACY_LEVELS
+from fedsigma.common.privacy import Release
 from fedsigma.common.protocol import Setup, TrainTask
 from fedsigma.common.reading import ConfigError, build, check_choice, check_number, check_printable, read_yaml
 
@@ -36,6 +39,7 @@ __all__ = [
     "CohortTooSmall",
     "NoIdentity",
     "NotMasked",
+    "NotPrivate",
     "Site",
     "SiteCountDiffers",
     "SitePolicy",
@@ -67,6 +71,10 @@ class NotMasked(ValueError):
     """The site's policy demands masking, and the task does not ask for it."""
 
 
+class NotPrivate(ValueError):
+    """The site's policy demands differential privacy, and the task offers none or hides less."""
+
+
 class NoIdentity(ValueError):
     """The task is masked, and the site's policy names no identity or does not know the others."""
 
@@ -95,6 +103,10 @@ class SitePolicy:
     site of the study (64 hex digits), copied from the study's list and never from the server;
     require_masking, whether an unmasked round is refused; max_cohorts, for how many cohorts one round is
     answered.
+
+    For differential privacy: privacy, what training must hide at least (`none`, `image` or `group`); epsilon,
+    the budget of all studies together (null: each study's own only), counted at delta; ledger, the file that
+    says what has been spent.
     """
 
     section: ClassVar[str] = ""
@@ -116,6 +128,10 @@ class SitePolicy:
     peers: dict[str, str] = field(default_factory=dict)
     require_masking: bool = False
     max_cohorts: int = 2
+    privacy: str = "none"
+    epsilon: float | None = None
+    delta: float = 1e-5
+    ledger: str = "privacy.jsonl"
 
     def __post_init__(self) -> None:
         check_printable("name", self.name)
@@ -126,6 +142,15 @@ class SitePolicy:
         check_number("max_examples", self.max_examples, low=1)
         check_number("min_cohort", self.min_cohort, low=1)
         check_number("max_cohorts", self.max_cohorts, low=1)
+        check_choice("privacy", self.privacy, PRIVACY_LEVELS[:3])
+        check_number("delta", self.delta, low=1e-15, high=0.1)
+        if self.epsilon is not None:
+            check_number("epsilon", self.epsilon, low=1e-3)
+            if self.privacy == "none":
+                raise ConfigError(
+                    f"epsilon is {self.epsilon:g}, and privacy 'none' lets studies train that spend without"
+                    " bound: set privacy to image or group"
+                )
         for name, key in self.peers.items():
             if not re.fullmatch("[0-9a-f]{64}", str(key)):
                 raise ConfigError(f"peers says '{name}' is {key!r}, expected 64 hex digits")
@@ -157,6 +182,7 @@ class Site:
     policy: SitePolicy
     base: Path
     audit_path: Path
+    ledger_path: Path
     sites: int = 0
 
     def allow_study(self, setup: Setup) -> None:
@@ -185,6 +211,33 @@ class Site:
             raise CohortTooSmall(f"cohort of {task.cohort}, {len(task.members)} sites are named")
         if self.policy.require_masking and not task.members:
             raise NotMasked("site.yaml demands that the change is masked")
+        hides = PRIVACY_LEVELS.index(task.privacy.level) if task.privacy.in_training else 0
+        if hides < PRIVACY_LEVELS.index(self.policy.privacy):
+            raise NotPrivate(
+                f"site.yaml demands that training hides each {self.policy.privacy}, the task's"
+                f" level is {task.privacy.level}"
+            )
+
+    def spend(self, task: TrainTask, release: Release, *, run: str) -> float:
+        """Write down what is about to be released of this site's images.
+
+        Returns:
+            The epsilon that has been spent for this study, at the study's delta.
+
+        Raises:
+            PrivacyBudgetSpent: the study's budget or the site's own does not allow it.
+            LedgerDamaged: what was spent before is not known.
+        """
+        entry = Entry(
+            study=task.setup.study,
+            run=run,
+            round=task.round,
+            mode=task.mode,
+            level=task.privacy.level,
+            release=release,
+        )
+        policy = self.policy
+        return Ledger(self.ledger_path).spend(entry, task.privacy, budget=policy.epsilon, delta=policy.delta)
 
     @property
     def has_identity(self) -> bool:
@@ -302,8 +355,13 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
     if file:
         path = Path(file).expanduser().resolve()
         policy = SitePolicy.read(path)
-        audit = path.parent / Path(policy.audit).expanduser()
-        return Site(name=policy.name, policy=policy, base=path.parent, audit_path=audit)
+        return Site(
+            name=policy.name,
+            policy=policy,
+            base=path.parent,
+            audit_path=path.parent / Path(policy.audit).expanduser(),
+            ledger_path=path.parent / Path(policy.ledger).expanduser(),
+        )
     if "partition-id" not in node_config or not setup.data:
         raise ConfigError("this node has no site.yaml: start it with --node-config 'site-config=\"PATH\"'")
     _, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
@@ -322,14 +380,21 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         # The server of a simulation has these images itself.
         tell_confusion=True,
     )
+    folder, safe = _simulated_folder(run, name)
     return Site(
-        name=name, policy=anything, base=Path(), audit_path=_simulated_audit(run, name), sites=len(parts)
+        name=name,
+        policy=anything,
+        base=Path(),
+        audit_path=folder / f"{safe}.jsonl",
+        ledger_path=folder / f"{safe}.privacy.jsonl",
+        sites=len(parts),
     )
 
 
-def _simulated_audit(run: str, name: str) -> Path:
+def _simulated_folder(run: str, name: str) -> tuple[Path, str]:
+    """Where a simulated site keeps its files during a run, and its name as part of a file's."""
     from platformdirs import user_state_path
 
     folder = os.environ.get("FEDSIGMA_AUDIT") or user_state_path("fedsigma") / "audit"
     safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
-    return Path(folder) / run / f"{safe}.jsonl"
+    return Path(folder) / run, safe

@@ -2,13 +2,14 @@
 
 For the few images that training sends through a model at once, its forward and backward pass together take
 more than twice as long as plain batched products (`bench/attention.py`). In float32, on a GPU and without
-gradients the fused kernels are left alone.
+gradients the fused kernels are left alone. Where an adapted layer computes its own projection
+(`sigma.Separation`), torch's attention layer is given that, whichever kernel follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -58,23 +59,49 @@ def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@contextmanager
-def by_products(model: nn.Module) -> Iterator[None]:
-    """Have a model's attention layers compute by batched products in the block.
+Project = Callable[[nn.MultiheadAttention, Tensor], Tensor]
+Attend = Callable[[Tensor, int, Tensor | None], Tensor]
 
-    torch's own layer is given another forward pass for the time; timm's layers have a switch for it.
+
+def packed(layer: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """The packed queries, keys and values (n, length, 3 width) of x (n, length, width)."""
+    return F.linear(x, layer.in_proj_weight, layer.in_proj_bias)
+
+
+def _by_products(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    return Attention.apply(qkv, heads, mask)
+
+
+def fused(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """As `Attention`, by torch's fused kernel."""
+    q, k, v = _split(qkv, heads)
+    mask = None if mask is None else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def attention(model: nn.Module, *, products: bool, project: Project = packed) -> Iterator[None]:
+    """Have a model's attention layers compute in the block as is said here.
+
+    torch's own layer is given another forward pass for the time; timm's layers have a switch for products.
     Other layers, and calls that are not plain self-attention, stay as they are. Outputs differ by rounding.
+
+    Args:
+        model: any.
+        products: by batched products, else by the fused kernels.
+        project: computes the packed queries, keys and values of torch's layer.
     """
-    switched: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", None) is True]
+    switched: list[Any] = [m for m in model.modules() if products and getattr(m, "fused_attn", None) is True]
     replaced = [
         m
         for m in model.modules()
         if isinstance(m, nn.MultiheadAttention) and type(m).forward is nn.MultiheadAttention.forward
     ]
+    attend = _by_products if products else fused
     for module in switched:
         module.fused_attn = False
     for layer in replaced:
-        layer.__dict__["forward"] = partial(_attend, layer)
+        layer.__dict__["forward"] = partial(_attend, layer, attend, project)
     try:
         yield
     finally:
@@ -84,15 +111,26 @@ def by_products(model: nn.Module) -> Iterator[None]:
             del layer.__dict__["forward"]
 
 
+def by_products(model: nn.Module) -> AbstractContextManager[None]:
+    """`attention` by batched products, with torch's own projection."""
+    return attention(model, products=True)
+
+
 def _attend(
-    layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    layer: nn.MultiheadAttention,
+    attend: Attend,
+    project: Project,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     mask = options.get("attn_mask")
     plain = (
         query is key is value
         and query.ndim == 3
         and layer.batch_first
-        and layer.in_proj_weight is not None
+        and layer._qkv_same_embed_dim
         and layer.bias_k is None
         and not layer.add_zero_attn
         and not (layer.training and layer.dropout)
@@ -103,5 +141,4 @@ def _attend(
     )
     if not plain:
         return nn.MultiheadAttention.forward(layer, query, key, value, **options)
-    qkv = F.linear(query, layer.in_proj_weight, layer.in_proj_bias)
-    return layer.out_proj(Attention.apply(qkv, layer.num_heads, mask)), None
+    return layer.out_proj(attend(project(layer, query), layer.num_heads, mask)), None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fedsigma.common.names import AUGMENTATIONS, CODECS, PARTS, PRECISIONS, THIRDS, TOWERS
+from fedsigma.common.privacy import PrivacyConfig
 from fedsigma.common.reading import (
     ConfigError,
     build,
@@ -33,6 +34,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "FederationConfig",
+    "PrivacyConfig",
     "SigmaConfig",
     "StudyConfig",
     "TrainingConfig",
@@ -199,6 +201,7 @@ class StudyConfig:
     sigma: SigmaConfig = field(default_factory=SigmaConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     baselines: tuple[str, ...] = ("zero_shot",)
     seed: int = 1
 
@@ -218,10 +221,24 @@ class StudyConfig:
         check_number("shots", self.shots, low=1, high=100_000)
         check_number("seed", self.seed, low=0, high=2**31 - 1)
         check_subset("baselines", self.baselines, BASELINES, empty=True)
+        self._check_privacy()
         if "pooled" in self.baselines and self.data is None:
             raise ConfigError(
                 "baselines asks for 'pooled', but the study has no data section: pooling needs all images in"
                 " one place, which only a simulation has; leave 'pooled' out"
+            )
+
+    def _check_privacy(self) -> None:
+        level, strategy = self.privacy.level, self.federation.strategy
+        if self.privacy.in_training and strategy == "qfedavg":
+            raise ConfigError(
+                f"privacy.level is '{level}', which keeps the sites' losses untold, and qfedavg needs them:"
+                " use another federation.strategy"
+            )
+        if self.privacy.of_sites and strategy not in MEANS:
+            raise ConfigError(
+                f"privacy.level is 'site', whose noise is reckoned for a mean, and {strategy} takes none: use"
+                f" one of {', '.join(MEANS)}"
             )
 
     @property

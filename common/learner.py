@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsigma.common.config import SigmaConfig, TrainingConfig
+from fedsigma.common.config import PrivacyConfig, SigmaConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Layout
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["Judged", "Learned", "Learner", "open_learner", "seed_for"]
 
 Vector = NDArray[np.float32]
+NO_PRIVACY = PrivacyConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What training gave. Shapes: shift (layout size,) float32. loss: mean cross-entropy of the steps."""
+    """What training gave. Shapes: shift (layout size,) float32. loss: mean cross-entropy of the steps,
+    nan where training is private."""
 
     shift: Vector
     loss: float
@@ -64,8 +66,13 @@ class Learner(Protocol):
         steps: int,
         total_steps: int,
         seed: int,
+        privacy: PrivacyConfig = NO_PRIVACY,
     ) -> Learned:
-        """Train from `shift` on these examples; first_step and total_steps place it in the schedule."""
+        """Train from `shift` on these examples; first_step and total_steps place it in the schedule.
+
+        Where privacy is to be kept in training, nothing of what is returned depends on them otherwise than
+        through noise, but their number.
+        """
         ...
 
     def evaluate(self, shift: Vector, examples: Sequence[Any]) -> Judged:
@@ -103,11 +110,14 @@ class SigmaLearner:
         steps: int,
         total_steps: int,
         seed: int,
+        privacy: PrivacyConfig = NO_PRIVACY,
     ) -> Learned:
         """See `Learner.train`."""
+        from fedsigma.common.private import PrivateGradient
         from fedsigma.common.training import train
 
         self._set(shift)
+        gradient = PrivateGradient(self.task, examples, recipe, privacy) if privacy.in_training else None
         result = train(
             self.task,
             list(examples),
@@ -116,6 +126,7 @@ class SigmaLearner:
             steps=steps,
             total_steps=total_steps,
             seed=seed,
+            gradient=gradient,
         )
         trained = self.sigma.get_shift().detach().cpu().numpy().astype(np.float32)
         return Learned(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from fedsigma.common.config import DataConfig, SigmaConfig, StudyConfig, TrainingConfig
 from fedsigma.common.masking import Member
 from fedsigma.common.names import METRICS
+from fedsigma.common.privacy import PrivacyConfig
 from fedsigma.common.reading import build
 
 __all__ = [
@@ -173,7 +174,8 @@ class TrainTask:
 
     Fields: mode, `round` for a round of the federation or `local` for a site alone, whose shift is not
     averaged; cohort, the number of sites whose shifts are averaged together (1 when alone); first_step,
-    steps and total_steps place this training in the whole study's schedule; codec, how to code the change.
+    steps and total_steps place this training in the whole study's schedule; codec, how to code the change;
+    privacy, what training has to hide.
 
     With members, the reply is a `MaskedReply` for this cohort. attempt counts the cohorts of one round from
     0; bound is the largest magnitude of a value that the sum has room for, and most_examples the most images
@@ -191,6 +193,7 @@ class TrainTask:
     codec: str
     evaluate: bool
     shift: bytes
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     members: tuple[Member, ...] = ()
     attempt: int = 0
     bound: float = 1.0
@@ -209,7 +212,9 @@ class TrainTask:
 class TrainReply:
     """How training changed the shift, on how many images, and how the incoming shift did.
 
-    change is coded, and counts from the shift as the site decoded it from the task.
+    change is coded, and counts from the shift as the site decoded it from the task. loss is nan, for untold,
+    where training is differentially private; epsilon is then what the site's images have been given so far in
+    this study, at the study's delta, and else 0.
     class_counts are the training images of each class; empty unless the site's policy lets it tell them.
     """
 
@@ -218,12 +223,14 @@ class TrainReply:
     steps: int
     loss: float
     evaluation: Evaluation
+    epsilon: float = 0.0
     class_counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(1 <= self.examples < 2**31, f"examples is {self.examples}, expected at least 1")
         _require(0 <= self.steps < 2**31, f"steps is {self.steps}")
-        _require(math.isfinite(self.loss), "the loss is not finite")
+        _require(math.isfinite(self.loss) or math.isnan(self.loss), "the loss is infinite")
+        _require(math.isfinite(self.epsilon) and self.epsilon >= 0, f"epsilon is {self.epsilon}")
         _require(all(0 <= count < 2**31 for count in self.class_counts), "a class count is out of range")
 
 

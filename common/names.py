@@ -22,3 +22,6 @@ METRICS = ("accuracy", "balanced_accuracy", "auroc", "f1", "ece")
 
 CODECS = ("exact", "half", "int8", "small")
 """How a sigma shift is coded on the wire, from 32 bits a value to less than 3; see `codec`."""
+
+PRIVACY_LEVELS = ("none", "image", "group", "site")
+"""Whose presence differential privacy hides; see `privacy`."""

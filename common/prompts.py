@@ -86,8 +86,14 @@ class Prompts:
         self.length = _length(tower, tokens) if cut else tokens.shape[1]
         self.tokens = tokens[:, : self.length].contiguous()
 
-    def features(self) -> Tensor:
-        """Unit text features (classes, embedding), with gradients to the shift if they are enabled."""
+    def features(self, copies: int | None = None) -> Tensor:
+        """Unit text features (classes, embedding), with gradients to the shift if they are enabled.
+
+        With `copies` the prompts go through the tower so many times (copies, classes, embedding): where each
+        example needs a gradient of its own, it needs prompts of its own.
+        """
         device = next(self._model.parameters()).device
+        tokens = self.tokens.repeat(copies or 1, 1).to(device)
         with _shortened(_text_tower(self._model), self.length):
-            return unit(self._model.encode_text(self.tokens.to(device)))
+            found = unit(self._model.encode_text(tokens))
+        return found if copies is None else found.view(copies, len(self.tokens), -1)

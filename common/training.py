@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from fedsigma.common.attention import by_products
+from fedsigma.common.attention import Project, attention, packed
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.metrics import Predictions
 from fedsigma.common.names import AUGMENTATIONS, PRECISIONS
@@ -136,11 +136,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def training_attention(
-    model: nn.Module, precision: str, device: torch.device
+    model: nn.Module, precision: str, device: torch.device, project: Project = packed
 ) -> AbstractContextManager[object]:
     """The context in which a model's attention is trained by what is faster (`bench/attention.py`)."""
     slow_kernel = device.type == "cpu" and _wants_bfloat16(precision, device)
-    return by_products(model) if slow_kernel else nullcontext()
+    if not slow_kernel and project is packed:
+        return nullcontext()
+    return attention(model, products=slow_kernel, project=project)
 
 
 class Task:
@@ -186,10 +188,13 @@ class Task:
         """Number of classes."""
         return len(self.prompts.tokens)
 
-    def text_features(self) -> Tensor:
-        """Unit text features (classes, embedding); computed once if the text tower is frozen."""
+    def text_features(self, copies: int | None = None) -> Tensor:
+        """Unit text features (classes, embedding); computed once if the text tower is frozen.
+
+        With `copies`, and a text tower that is not frozen: (copies, classes, embedding), see `Prompts`.
+        """
         if not self._text_frozen:
-            return self.prompts.features()
+            return self.prompts.features(copies)
         if self._text is None:
             with torch.no_grad():
                 self._text = self.prompts.features()
@@ -213,6 +218,23 @@ class Task:
         """
         with torch.autocast(self.device.type, enabled=False):
             return self.backbone.logit_scale * image_features @ text_features.T
+
+    def own_logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """As `logits`, of each image and its own text features (n, classes, embedding)."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.backbone.logit_scale * (image_features[:, None] * text_features).sum(-1)
+
+
+def augmenter(task: Task, recipe: Recipe) -> Augment:
+    """What training does to a picture (3, height, width) before the model sees it (3, size, size).
+
+    Raises:
+        TrainingError: the recipe names an augmentation that is not known.
+    """
+    if recipe.augment not in AUGMENTATIONS:
+        raise TrainingError(f"unknown augmentation {recipe.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
+    build = AUGMENTERS[recipe.augment]
+    return build(task.size) if build else partial(fit, backbone=task.backbone)
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -255,6 +277,34 @@ def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision
     return total
 
 
+Gradient = Callable[[], float]
+"""Adds the gradient of one step to that of the task's shift, and returns the step's loss."""
+
+
+def batch_gradient(task: Task, examples: Sequence[Example], recipe: Recipe, *, seed: int) -> Gradient:
+    """The gradient of one batch after another: of epochs in new orders, augmented by torch's generator.
+
+    Its calls raise:
+        TrainingError: the loss is not finite.
+    """
+    augment = augmenter(task, recipe)
+    labels = torch.tensor([e.label for e in examples])
+    batches = _batches(len(examples), recipe.batch_size, seed)
+
+    def gradient() -> float:
+        chosen = next(batches)
+        images = torch.stack([augment(examples[i].image) for i in chosen])
+        value = accumulate_gradient(task, images, labels[chosen], precision=recipe.precision)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value}: lower the learning rate (now {recipe.learning_rate}) or set precision"
+                " to float32"
+            )
+        return value
+
+    return gradient
+
+
 def train(
     task: Task,
     examples: Sequence[Example],
@@ -265,6 +315,7 @@ def train(
     total_steps: int,
     seed: int,
     progress: bool = False,
+    gradient: Gradient | None = None,
 ) -> TrainResult:
     """Train the task's shift in place: AdamW on the cross-entropy of cosine similarities.
 
@@ -277,38 +328,28 @@ def train(
         total_steps: of the whole study.
         seed: of batches and augmentation; the same seed and first step give the same result.
         progress: show a bar.
+        gradient: of one step; `batch_gradient` by default.
 
     Raises:
         TrainingError: no example, an unknown augmentation, or a loss that is not finite.
     """
     if not examples:
         raise TrainingError("no training example: the site has no labelled image of the study's classes")
-    if recipe.augment not in AUGMENTATIONS:
-        raise TrainingError(f"unknown augmentation {recipe.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
-    build = AUGMENTERS[recipe.augment]
-    augment = build(task.size) if build else partial(fit, backbone=task.backbone)
-    labels = torch.tensor([e.label for e in examples])
+    if gradient is None:
+        gradient = batch_gradient(task, examples, recipe, seed=seed + first_step)
     shift, start = task.sigma.shift, task.sigma.shift.detach().clone()
     optimiser = torch.optim.AdamW([shift], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    batches, total = _batches(len(examples), recipe.batch_size, seed + first_step), 0.0
+    total = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + first_step)
         for step in track(range(steps), "training", disable=not progress):
-            chosen = next(batches)
-            images = torch.stack([augment(examples[i].image) for i in chosen])
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(first_step + step, total_steps)
             optimiser.zero_grad(set_to_none=True)
-            value = accumulate_gradient(task, images, labels[chosen], precision=recipe.precision)
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss is {value} at step {first_step + step}: lower the learning rate "
-                    f"(now {recipe.learning_rate}) or set precision to float32"
-                )
+            total += gradient()
             if recipe.proximal:
                 (0.5 * recipe.proximal * (shift - start).square().sum()).backward()
             optimiser.step()
-            total += value
     return TrainResult(total / max(1, steps), steps, len(examples))
 
 

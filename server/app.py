@@ -18,12 +18,13 @@ from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.protocol import Evaluation, Setup
 from fedsigma.server.averaging import ARRAY, make_averaging, restore_state
 from fedsigma.server.baselines import Baselines, result
+from fedsigma.server.budget import check_budget
 from fedsigma.server.exchange import Exchange
 from fedsigma.server.overview import runs_folder
 from fedsigma.server.replies import SiteResult
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
-from fedsigma.server.strategy import SigmaStrategy, state_path
+from fedsigma.server.strategy import BudgetsSpent, SigmaStrategy, state_path
 
 __all__ = ["app"]
 
@@ -40,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     started = time.monotonic()
     config = context.run_config
     study = _study(config)
+    check_budget(study)
     averaging = make_averaging(study)
     folder, resumed = _folder(config, study)
     print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
@@ -150,12 +152,18 @@ def _rounds(strategy: SigmaStrategy, grid: Grid, shift: np.ndarray) -> np.ndarra
     left = study.federation.rounds - strategy.done
     if left == 0:
         return shift
-    found = strategy.start(
-        grid,
-        ArrayRecord({ARRAY: Array(shift)}),
-        num_rounds=left,
-        timeout=study.federation.round_timeout_s,
-    )
+    try:
+        found = strategy.start(
+            grid,
+            ArrayRecord({ARRAY: Array(shift)}),
+            num_rounds=left,
+            timeout=study.federation.round_timeout_s,
+        )
+    except BudgetsSpent as spent:
+        print(f"FedSigma: {spent}", flush=True)
+        strategy.folder.event("budgets_spent", round=spent.round)
+        if strategy.models or strategy.done:
+            return strategy.model
     if strategy.models == 0:
         raise NoModel(
             f"none of {left} rounds had {study.federation.min_sites} accepted replies:"

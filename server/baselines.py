@@ -140,6 +140,7 @@ class Baselines:
             codec="exact",
             evaluate=False,
             shift=encode(start, self.layout),
+            privacy=self.study.privacy,
         )
         timeout = self.study.federation.round_timeout_s * self.study.federation.rounds
         answers = self.exchange.ask(dict.fromkeys(sites, task), kind="train", timeout=timeout)
@@ -194,6 +195,7 @@ class Baselines:
             steps=steps,
             total_steps=steps,
             seed=seed_for(study.seed, "pooled"),
+            privacy=study.privacy,
         )
         judged = {}
         for name, one in images.items():

@@ -114,6 +114,45 @@ def study_check(study: StudyArgument) -> None:
             typer.echo(f"{row.site or '-'}: {row.label}: {row.train} train, {row.test} test")
 
 
+@study_app.command("privacy")
+def study_privacy(
+    study: StudyArgument,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images of a site.", show_default="shots times classes"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> None:
+    """Reckon what a private study will spend, before it runs. The fewer images, the more.
+
+    Exit code 3: the study has no section privacy, or cannot be used.
+    """
+    from dataclasses import asdict
+
+    from fedsigma.common.config import load_study
+    from fedsigma.server.budget import plan
+
+    config = load_study(study)
+    number = images or config.max_examples_per_site
+    found = plan(config, images=number)
+    if as_json:
+        typer.echo(json.dumps({"images": number, **asdict(found)}, indent=2))
+        return
+    privacy = config.privacy
+    whose = "each site" if privacy.of_sites else f"each {privacy.level}, of {number} images at a site"
+    typer.echo(
+        f"Hides {whose}: noise multiplier {privacy.noise_multiplier:g}, delta {privacy.delta:g};"
+        f" a round is {found.release.steps} steps at a sampling rate of {found.release.rate:.3g}."
+    )
+    for rounds, spent in found.spent.items():
+        typer.echo(f"  after {rounds:>4} rounds  epsilon {spent:8.2f}")
+    for target, noise in found.noise_for.items():
+        typer.echo(
+            f"  all {found.rounds} rounds within epsilon {target:g} need a noise multiplier of {noise:g}"
+        )
+    typer.echo(f"The budget, epsilon {privacy.epsilon:g}, allows {found.within} of {found.rounds} rounds.")
+
+
 def _table(found: list[Overview], directory: Path) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for head in ("Run", "Study", "State"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ class MaskedSum:
     """What the server learns of a round.
 
     Shapes: change (layout size,), the weighted mean. Sums over the cohort: examples, loss (the mean over the
-    images), test_examples and right answers.
+    images; nan, for untold, where the study is private), test_examples and right answers.
     """
 
     change: NDArray[np.float64]
@@ -45,16 +46,15 @@ class MaskedSum:
     @property
     def metrics(self) -> dict[str, float]:
         """The scalars by name, as of one site."""
-        told = {
-            "loss": self.loss,
-            "examples": float(self.examples),
-            "test_examples": float(self.test_examples),
-        }
+        told = {"examples": float(self.examples), "test_examples": float(self.test_examples)}
+        told |= {} if math.isnan(self.loss) else {"loss": self.loss}
         return told | ({"accuracy": self.right / self.test_examples} if self.test_examples else {})
 
 
 def most_examples(study: StudyConfig) -> int:
-    """The most images that a site counts for."""
+    """The most images that a site counts for; one where it counts like every other site."""
+    if study.privacy.of_sites:
+        return 1
     return min(study.max_examples_per_site, study.federation.max_examples or study.max_examples_per_site)
 
 
@@ -107,7 +107,7 @@ def sum_masked(replies: list[MaskedReply], task: TrainTask, layout: Layout) -> M
     return MaskedSum(
         change=values / scale / examples,
         examples=examples,
-        loss=loss / LOSS_UNIT / examples,
+        loss=math.nan if task.privacy.level != "none" else loss / LOSS_UNIT / examples,
         test_examples=test_examples,
         right=right,
     )

@@ -50,8 +50,10 @@ class Accepted:
     @property
     def metrics(self) -> dict[str, float]:
         """The scalars that the site told."""
-        told = {"loss": self.reply.loss, "examples": self.reply.examples}
-        return {**self.reply.evaluation.metrics(), **told}
+        told = {**self.reply.evaluation.metrics(), "examples": self.reply.examples}
+        if math.isnan(self.reply.loss):  # untold, for training is private
+            return told | {"epsilon": self.reply.epsilon}
+        return told | {"loss": self.reply.loss}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,12 @@ def accept_training(
         raise Rejected(
             f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"
             f" classes allow {study.max_examples_per_site}"
+        )
+    if math.isnan(reply.loss) != study.privacy.in_training:
+        raise Rejected(
+            "the loss is not a number"
+            if math.isnan(reply.loss)
+            else "the loss is told, which in this study training keeps to itself: the site does not add noise"
         )
     if reply.steps > steps:
         raise Rejected(f"{reply.steps} steps were taken, {steps} were asked for")

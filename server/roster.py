@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Roster", "TooFewSites", "WrongSiteCount"]
 
+BUDGET_SPENT = "PrivacyBudgetSpent"
+"""What a site answers whose privacy budget does not allow the round, or any later one."""
 # A site that was refused is asked again after this time: its people may have put it right.
 RETRY_S = 60.0
 LOOK_S = 1.0
@@ -47,6 +49,8 @@ class Roster:
         self.names: dict[int, str] = {}
         self.members: dict[int, Member] = {}
         """The signed mask key of each site that has one."""
+        self.spent: set[int] = set()
+        """The sites that train no more, for their privacy budgets are spent; they still evaluate."""
         self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
         self._ask_again: dict[int, float] = {}
         self._reasons: dict[str, str] = {}
@@ -62,6 +66,15 @@ class Roster:
         ready = [node for node in self.names if node in online]
         return {node: self.names[node] for node in sorted(ready, key=lambda node: self.names[node])}
 
+    def willing(self) -> dict[int, str]:
+        """The sites of `present` that still train."""
+        return {node: name for node, name in self.present().items() if node not in self.spent}
+
+    def retire(self, node: int) -> None:
+        """Ask a site for no more training."""
+        self.spent.add(node)
+        self._folder.event("site_spent", site=self.names[node])
+
     def wait(self) -> dict[int, str]:
         """Wait until enough sites are ready: min_sites, and in a simulation all.
 
@@ -72,9 +85,9 @@ class Roster:
         federation = self._study.federation
         deadline = time.monotonic() + federation.wait_for_sites_s
         while True:
-            ready = self.present()
+            ready = self.willing()
             # A simulation's sites cannot come later; one that was refused there is left out.
-            settled = len(ready) + len(self._reasons) >= self._sites
+            settled = len(ready) + len(self.spent) + len(self._reasons) >= self._sites
             if len(ready) >= federation.min_sites and settled:
                 return ready
             if time.monotonic() >= deadline:

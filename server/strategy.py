@@ -6,6 +6,7 @@ averages. It is driven by Flower's own loop (`Strategy.start`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -25,20 +26,30 @@ from fedsigma.common.codec import download_level, encode
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.learner import seed_for
 from fedsigma.common.masking import Member
+from fedsigma.common.noise import noisy_mean
 from fedsigma.common.protocol import MaskedReply, Setup, TrainTask
 from fedsigma.server import masked
 from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal, save_state
+from fedsigma.server.budget import spent_of_sites
 from fedsigma.server.exchange import Answer, Exchange, attribute
 from fedsigma.server.replies import Accepted, Rejected, accept_training, check_norm, pool, too_long
-from fedsigma.server.roster import Roster
+from fedsigma.server.roster import BUDGET_SPENT, Roster
 from fedsigma.server.store import POOLED, RunFolder
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Layout
 
-__all__ = ["SigmaStrategy", "state_path"]
+__all__ = ["BudgetsSpent", "SigmaStrategy", "state_path"]
 
 Vector = NDArray[np.float32]
+
+
+class BudgetsSpent(RuntimeError):
+    """The study cannot go on: the privacy budgets of too many sites are spent."""
+
+    def __init__(self, round: int) -> None:
+        super().__init__(f"round {round} and those after it were left out: privacy budgets are spent")
+        self.round = round
 
 
 def state_path(folder: RunFolder, round: int) -> Path:
@@ -77,7 +88,8 @@ class SigmaStrategy(Strategy):
         self._cohort: dict[int, str] = {}
         self._sent: dict[int, Message] = {}
         self._task: TrainTask
-        self._shift: Vector = np.zeros(layout.size, np.float32)
+        self.model: Vector = np.zeros(layout.size, np.float32)
+        """The shift that the sites start from in the round, which is the model until its end."""
         self._started = 0.0
 
     def summary(self) -> None:
@@ -93,13 +105,16 @@ class SigmaStrategy(Strategy):
 
         Raises:
             TooFewSites: not enough sites are ready in time.
+            BudgetsSpent: too many sites take no more part, for their privacy budgets are spent.
         """
         number = self.done + server_round
+        shift = arrays[ARRAY].numpy().astype(np.float32)
+        self.model = shift
+        if self.roster.spent and len(self.roster.willing()) < self.study.federation.min_sites:
+            raise BudgetsSpent(number)
         self._cohort = self.roster.wait()
         self._started = time.monotonic()
         self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
-        shift = arrays[ARRAY].numpy().astype(np.float32)
-        self._shift = shift
         self._prepare_averaging(number, shift)
         self._task = self._make_task(number, shift)
         if self.study.federation.masking:
@@ -151,7 +166,15 @@ class SigmaStrategy(Strategy):
             for node, one in accepted.items()
         ]
         enough = len(accepted) >= self.study.federation.min_sites
+        if enough and self.study.privacy.of_sites:
+            messages = [self._hidden_sites(accepted)]
         return messages if enough else [], [self._cohort[node] for node in accepted]
+
+    def _hidden_sites(self, accepted: dict[int, Accepted]) -> Message:
+        """One reply in place of all: the noisy mean of their clipped changes, each site counting alike."""
+        start = self.model.astype(np.float64)
+        shift = start + noisy_mean([one.shift - start for one in accepted.values()], self.study.privacy)
+        return self._plain(next(iter(accepted)), shift, weight=len(accepted), loss=0.0)
 
     def _counted_masked(self, number: int, answers: dict[int, Answer]) -> tuple[list[Message], list[str]]:
         """As `_counted`, of a round whose sum alone can be read: without a site, it is asked for again."""
@@ -186,7 +209,7 @@ class SigmaStrategy(Strategy):
         """The sum of a whole cohort as one reply of all, empty if it cannot be right; records either."""
         try:
             found = masked.sum_masked(list(replies.values()), self._task, self.layout)
-            shift = self._shift.astype(np.float64) + found.change
+            shift = self.model.astype(np.float64) + found.change
             check_norm(shift, self.study.federation.norm_bound)
         except Rejected as error:
             self.folder.event("masked_sum_rejected", round=number, reason=str(error))
@@ -195,7 +218,8 @@ class SigmaStrategy(Strategy):
             site = self._cohort[node]
             self.folder.event("reply_accepted", round=number, site=site, bytes=up[node], metrics={})
             self.folder.round_row(number, site, {}, up[node], down[node], "accepted")
-        self.folder.round_row(number, POOLED, found.metrics, 0, 0, "pooled")
+        metrics = found.metrics | self._spent_of_sites(number)
+        self.folder.round_row(number, POOLED, metrics, 0, 0, "pooled")
         return [self._plain(next(iter(replies)), shift, weight=found.examples, loss=found.loss)]
 
     def _members(self, nodes: Iterable[int] | None = None) -> dict[int, Member]:
@@ -223,6 +247,7 @@ class SigmaStrategy(Strategy):
             steps=steps,
             total_steps=rounds * steps,
             codec=self.study.federation.codec,
+            privacy=self.study.privacy,
             evaluate=(number - 1) % self.study.federation.evaluate_every == 0,
             shift=encode(
                 shift,
@@ -247,7 +272,7 @@ class SigmaStrategy(Strategy):
                 answer.content,
                 study=self.study,
                 layout=self.layout,
-                start=self._shift,
+                start=self.model,
                 codec=self.study.federation.codec,
                 steps=self.study.training.local_steps,
             )
@@ -271,6 +296,8 @@ class SigmaStrategy(Strategy):
         else:
             status, reason = "failed", answer.failure
             self.folder.event("site_failed", round=number, site=site, reason=reason)
+            if reason == BUDGET_SPENT:
+                self.roster.retire(answer.node)
         self.folder.round_row(number, site, metrics, answer.bytes_up, answer.bytes_down, status, reason)
 
     def _pooled_row(self, number: int, accepted: dict[int, Accepted]) -> None:
@@ -279,9 +306,18 @@ class SigmaStrategy(Strategy):
         replies = [one.reply for one in accepted.values()]
         examples = sum(reply.examples for reply in replies)
         metrics = pool({self._cohort[node]: one.reply.evaluation for node, one in accepted.items()})
-        metrics["loss"] = sum(reply.loss * reply.examples for reply in replies) / examples
         metrics["examples"] = examples
+        loss = sum(reply.loss * reply.examples for reply in replies) / examples
+        metrics |= {} if math.isnan(loss) else {"loss": loss}
+        if self.study.privacy.in_training:
+            metrics["epsilon"] = max(reply.epsilon for reply in replies)
+        metrics |= self._spent_of_sites(number)
         self.folder.round_row(number, POOLED, metrics, 0, 0, "pooled")
+
+    def _spent_of_sites(self, number: int) -> dict[str, float]:
+        if not self.study.privacy.of_sites:
+            return {}
+        return {"epsilon": spent_of_sites(self.study, number)}
 
     def _average(self, number: int, messages: list[Message]) -> ArrayRecord:
         """Have the inner strategy average the accepted shifts, and save what comes out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from fedsigma.client import site as client_site
 from fedsigma.common import learner as learning
 from fedsigma.common import sites
+from fedsigma.common.config import PrivacyConfig
 from fedsigma.common.learner import Judged, Learned
 from fedsigma.common.sigma import Entry, Fingerprint, Layout
 
@@ -56,6 +58,7 @@ class FakeLearner:
         steps: int,
         total_steps: int,
         seed: int,
+        privacy: PrivacyConfig | None = None,
     ) -> Learned:
         target = np.mean([one.target for one in examples], axis=0)
         # The step size depends on the place in the schedule, and the seed adds its part: a resumed run that
@@ -63,7 +66,8 @@ class FakeLearner:
         pull = sum(0.05 * (1 - step / total_steps) for step in range(first_step, first_step + steps))
         noise = np.random.default_rng(seed).normal(size=SIZE) * 1e-3
         moved = (shift + pull * (target - shift) + noise).astype(np.float32)
-        return Learned(shift=moved, loss=1.0, steps=steps, examples=len(examples))
+        loss = math.nan if privacy and privacy.in_training else 1.0
+        return Learned(shift=moved, loss=loss, steps=steps, examples=len(examples))
 
     def evaluate(self, shift: Any, examples: Any) -> Judged:
         distance = float(np.linalg.norm(shift - examples[0].target))

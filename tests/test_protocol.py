@@ -91,7 +91,7 @@ def test_a_missing_field_is_refused(name: str) -> None:
         ({"examples": 0}, "examples is 0"),
         ({"examples": 4.0}, "'examples' is of type float, expected int"),
         ({"examples": True}, "'examples' is of type bool"),
-        ({"loss": math.inf}, "loss is not finite"),
+        ({"loss": math.inf}, "loss is infinite"),
         ({"loss": 1}, "'loss' is of type int"),
         ({"change": "text"}, "'change' is of type str"),
         ({"class_counts": 3}, "'class_counts' is not a list"),

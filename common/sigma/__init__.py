@@ -4,6 +4,7 @@ from fedsigma.common.sigma.adapter import SigmaModel, default_cache_dir
 from fedsigma.common.sigma.basis import Basis, BasisError, Fingerprint, cached_basis
 from fedsigma.common.sigma.families import FAMILIES, Family, Slot, find_layout
 from fedsigma.common.sigma.layout import PARTS, TOWERS, Entry, Layout, LayoutError, Selection
+from fedsigma.common.sigma.separation import NotSeparable, Separation
 
 __all__ = [
     "FAMILIES",
@@ -16,7 +17,9 @@ __all__ = [
     "Fingerprint",
     "Layout",
     "LayoutError",
+    "NotSeparable",
     "Selection",
+    "Separation",
     "SigmaModel",
     "Slot",
     "cached_basis",

@@ -15,8 +15,9 @@ from torch.nn.utils import parametrize
 
 from fedsigma.common.sigma.basis import Basis, Progress, cached_basis
 from fedsigma.common.sigma.families import find_layout
-from fedsigma.common.sigma.functions import Factored, Shifted, autocast_dtype, cheaper_factored
+from fedsigma.common.sigma.functions import Block, Factored, Shifted, autocast_dtype, cheaper_factored
 from fedsigma.common.sigma.layout import Entry, LayoutError, Selection
+from fedsigma.common.sigma.separation import Refused, Separation, plain_linear
 
 
 def default_cache_dir() -> Path:
@@ -45,6 +46,8 @@ class SigmaParametrization(nn.Module):
         self.start, self.stop = entries[0].offset, entries[-1].offset + entries[-1].size
         self._shift = (shift,)
         self._accumulating = False
+        self.separated = False
+        """Whether the layer computes with parts of the weight, and must not use the whole."""
         self._shared: dict[str, tuple[Tensor, Tensor]] = {}
         self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
@@ -55,7 +58,9 @@ class SigmaParametrization(nn.Module):
             self.register_buffer(f"vh{i}", triple.vh, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The adapted weight, of the shape of `weight`."""
+        """The adapted weight, of the shape of `weight`; in `SigmaModel.separating` a stand-in for it."""
+        if self.separated:
+            return Refused.apply(weight, self.values)
         return self._once("weight", partial(self._adapted, weight))
 
     def accumulate(self, owner: nn.Module) -> None:
@@ -66,11 +71,13 @@ class SigmaParametrization(nn.Module):
                 than dense, its forward pass is until `release` the factored one.
         """
         self._accumulating = True
-        if not isinstance(owner, nn.Linear) or type(owner).forward is not nn.Linear.forward:
-            return
-        whole = [entry.rows for entry in self.entries] == [(0, owner.out_features)]
-        if whole and cheaper_factored(owner.out_features, owner.in_features):
+        if plain_linear(owner) and self.factored(owner):
             owner.__dict__["forward"] = partial(self._linear, owner.bias)
+
+    def factored(self, owner: nn.Linear) -> bool:
+        """Whether a linear layer costs less by U and V^T than by the dense weight."""
+        rows, columns = owner.out_features, owner.in_features
+        return [e.rows for e in self.entries] == [(0, rows)] and cheaper_factored(rows, columns)
 
     def release(self, owner: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """End `accumulate`: what was adapted, and the gradient accumulated on it where there is one."""
@@ -88,7 +95,17 @@ class SigmaParametrization(nn.Module):
         return self._shared[name][1]
 
     def _adapted(self, weight: Tensor) -> Tensor:
-        blocks = [
+        return Shifted.apply(weight, self.values, self.blocks)
+
+    @property
+    def values(self) -> Tensor:
+        """The shift's part for this weight."""
+        return self._shift[0][self.start : self.stop]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The adapted row blocks, as `Shifted` takes them."""
+        return [
             (
                 entry.rows,
                 (entry.offset - self.start, entry.offset - self.start + entry.size),
@@ -97,10 +114,9 @@ class SigmaParametrization(nn.Module):
             )
             for i, entry in enumerate(self.entries)
         ]
-        return Shifted.apply(weight, self._shift[0][self.start : self.stop], blocks)
 
     def _linear(self, bias: Tensor | None, x: Tensor) -> Tensor:
-        s = self._once("s", lambda: self.s0 + self._shift[0][self.start : self.stop])
+        s = self._once("s", lambda: self.s0 + self.values)
         dtype = autocast_dtype(x)
         if dtype not in self._cast:
             self._cast[dtype] = self.u0.to(dtype), self.vh0.to(dtype)
@@ -215,6 +231,18 @@ class SigmaModel:
             ]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
+
+    @contextmanager
+    def separating(self) -> Iterator[Separation]:
+        """Forward and backward passes that give the shift's gradient of each example by itself.
+
+        See `Separation` for how to go about it. The shift's own gradient is left alone.
+        """
+        separation = Separation(self._adapted, self.layout.size, self.shift.device)
+        try:
+            yield separation
+        finally:
+            separation.end()
 
     def to(self, device: torch.device | str) -> SigmaModel:
         """Move the model, its basis and the shift."""

@@ -64,30 +64,95 @@ class Shifted(torch.autograd.Function):
         return None, result, None
 
 
+def by_example(left: Tensor, right: Tensor, examples: int) -> Tensor:
+    """The products of left and right (tokens, k), summed over the tokens of each example: (examples, k).
+
+    In float32, whatever they were multiplied in: a sum over hundreds of tokens needs it.
+    """
+    return (left.float() * right).view(examples, -1, left.shape[-1]).sum(1)
+
+
 class Factored(torch.autograd.Function):
     """y = (x V * s) U^T + bias, for x (..., columns), U (rows, k), s (k,), V^T (k, columns).
 
     With a = x V and b = (dL/dy) U: dL/ds_k = sum of a_k b_k over the tokens, and dL/dx = (b * s) V^T. Only a
     is kept for the way back. U and V^T are in the dtype to multiply in, s in its own.
+
+    With `each` (examples, k), whose values are not used, the sums over each example's tokens become its
+    gradient, and s has none. The first dimension of x then holds the examples one after another.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, u: Tensor, vh: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, s: Tensor, u: Tensor, vh: Tensor, bias: Tensor | None, each: Tensor | None = None
+    ) -> Tensor:
         """The layer's output (..., rows), in the dtype of U."""
         a = x.reshape(-1, x.shape[-1]).to(u.dtype) @ vh.t()
         ctx.save_for_backward(a, s, u, vh)
+        ctx.examples = None if each is None else each.shape[0]
         out = F.linear((a * s).to(u.dtype), u, None if bias is None else bias.to(u.dtype))
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
-        """The gradients of x (..., columns), where it is asked for, and of s (k,)."""
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, Tensor | None]:
+        """The gradients of x (..., columns), where it is asked for, and of s (k,) or each (examples, k)."""
         (grad,) = grads
         a, s, u, vh = ctx.saved_tensors
         b = grad.reshape(-1, grad.shape[-1]) @ u
-        of_s = (a.to(s.dtype) * b).sum(0)
-        of_x = None
+        of_s = of_each = of_x = None
+        if ctx.examples is None:
+            of_s = (a.to(s.dtype) * b).sum(0)
+        else:
+            of_each = by_example(a, b, ctx.examples)
         if ctx.needs_input_grad[0]:
             of_x = ((b * s).to(u.dtype) @ vh).view(*grad.shape[:-1], -1)
-        return of_x, of_s, None, None, None
+        return of_x, of_s, None, None, None, of_each
+
+
+class Separated(torch.autograd.Function):
+    """y = x W^T + bias with the dense adapted weight, and the gradient of its shift for each example.
+
+    For a block of rows with U and V^T: a = x V, b = (dL/dy of these rows) U, and an example's gradient is the
+    sum of a b over its tokens, as in `Factored` (Goodfellow 2015, arXiv:1510.01799, has it for a dense weight
+    and its norm). Both are computed on the way back, so that x alone is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        each: Tensor,
+        blocks: list[Block],
+        vh: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The layer's output (..., rows), in the dtype of the weight.
+
+        Args:
+            ctx: autograd's.
+            x: (examples or a multiple of it, ..., columns), the examples one after another.
+            weight: (rows, columns).
+            each: (examples, values), whose gradient is asked for; its values are not used.
+            blocks: as of `Shifted`, U in the weight's dtype.
+            vh: the blocks' V^T one above the other (values, columns), in the weight's dtype.
+            bias: (rows,).
+        """
+        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        ctx.save_for_backward(flat, weight, vh)
+        ctx.blocks, ctx.examples, ctx.shape = blocks, each.shape[0], x.shape
+        return F.linear(flat, weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor, None, None, None]:
+        """The gradients of x, where it is asked for, and of each (examples, values), float32."""
+        flat, weight, vh = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        a = flat @ vh.t()
+        b = torch.cat([grad[:, low:high] @ u for (low, high), _, u, _ in ctx.blocks], 1)
+        of_x = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return of_x, None, by_example(a, b, ctx.examples), None, None, None

@@ -18,6 +18,8 @@ _NOTABLE = {
     "site_refused": "took no part",
     "reply_rejected": "reply rejected",
     "site_failed": "site failed",
+    "site_spent": "privacy budget spent: no more training",
+    "budgets_spent": "ended early: privacy budgets spent",
     "site_late": "no reply in time",
     "masked_sum_rejected": "masked sum rejected",
     "unreadable_line": "line of events.jsonl unreadable",
@@ -69,7 +71,8 @@ class Content:
     """All of a report.
 
     `accuracy` maps a site to the accuracy after so many finished rounds, 0 being the untouched backbone.
-    `methods` are the entries of summary.json that are there, in the order to show them.
+    `methods` are the entries of summary.json that are there, in the order to show them. `epsilon` is the most
+    that any site's images (or the sites) have been told to have spent.
     """
 
     overview: Overview
@@ -86,6 +89,7 @@ class Content:
     heat_problem: str
     sigma_values: int | None
     sigma_round: int | None
+    epsilon: float | None
 
     @property
     def bytes_up(self) -> int:
@@ -127,6 +131,7 @@ def gather(folder: RunFolder) -> Content:
         heat_problem=problem,
         sigma_values=values,
         sigma_round=sigma_round,
+        epsilon=max((row["epsilon"] for row in rows if row.get("epsilon") is not None), default=None),
     )
 
 

@@ -250,10 +250,22 @@ def _study(content: Content) -> list[Fact]:
             (training.get("learning_rate"), "learning rate"),
         ),
         "Federation": _phrase((federation.get("strategy"), ""), (federation.get("rounds"), "rounds")),
+        "Privacy": _privacy(content),
         "Seed": study.get("seed"),
     }
     shown = {what: _text(value) for what, value in facts.items()}
     return [Fact(what=what, value=value) for what, value in shown.items() if value]
+
+
+def _privacy(content: Content) -> str:
+    asked = _mapping(content.study.get("privacy"))
+    if asked.get("level", "none") == "none":
+        return ""
+    told = "" if content.epsilon is None else f"; epsilon {content.epsilon:.2f} was spent"
+    return (
+        f"differential, hides each {asked['level']}: noise multiplier {asked['noise_multiplier']:g},"
+        f" clipping norm {asked['clip_norm']:g}, delta {asked['delta']:g}{told}, of {asked['epsilon']:g}"
+    )
 
 
 def _adapted(sigma: dict[str, Any]) -> str:

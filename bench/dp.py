@@ -1,0 +1,181 @@
+"""What differential privacy costs: a private step against a plain one, and accuracy against epsilon.
+
+    python bench/dp.py --json out/dp.json
+    python bench/dp.py --data DIR --out out/dp --json out/dp.json
+
+The step: CLIP ViT-B/16 with random weights, batch 32, 8 classes, as in bench/step.py. A plain and a private
+step of both towers, and of the image tower alone, are made in turns in one process. Beside them stands Opacus
+(if it is installed) on the published form of the image tower, in which each vector of singular values is a
+module of its own, the best case for it. Opacus cannot separate prompts that examples share, so it has no
+figure for both towers.
+
+The accuracy (with --data, a folder that holds `wbc_labs.parquet`): the study on white cells at several
+epsilons, as real runs by `flwr run`; finished runs under --out are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench import step as plain_step
+from fedsigma.common.privacy import PrivacyConfig
+from fedsigma.common.private import PrivateGradient
+from fedsigma.common.recipe import Recipe
+from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.training import Gradient, Task, autocast, batch_gradient
+
+PRIVACY = PrivacyConfig(level="image", noise_multiplier=1.0, clip_norm=1.0)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What training needs of an example."""
+
+    image: Tensor
+    label: int
+
+
+class Scale(nn.Module):
+    """The vector of singular values of the published form, as a module of its own."""
+
+    def __init__(self, s: Tensor) -> None:
+        super().__init__()
+        self.s = nn.Parameter(s.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale x (..., k)."""
+        return x * self.s
+
+
+class ScaledLinear(nn.Module):
+    """y = U (s * (V^T x)) + b, with s in a module of its own and the rest frozen."""
+
+    def __init__(self, plain: plain_step.FactoredLinear) -> None:
+        super().__init__()
+        self.register_buffer("u", plain.u.detach())
+        self.register_buffer("vh", plain.vh.detach())
+        self.register_buffer("bias", None if plain.bias is None else plain.bias.detach())
+        self.scale = Scale(plain.s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., columns) to (..., rows)."""
+        return F.linear(self.scale(F.linear(x, self.vh)), self.u, self.bias)
+
+
+def pictures(count: int) -> list[Picture]:
+    """The batch of bench/step.py as examples."""
+    images, labels = plain_step.batch(count)
+    return [Picture(image, int(label)) for image, label in zip(images, labels, strict=True)]
+
+
+def steps(size: int, precision: str, towers: tuple[str, ...]) -> dict[str, plain_step.Step]:
+    """A plain and a private step of a model of their own each, noise and optimiser included."""
+    recipe = Recipe(batch_size=size, augment="none", precision=precision)
+    found = {}
+    for form in ("plain", "private"):
+        model, _ = plain_step.build()
+        sigma = SigmaModel.adapt(model, Selection(towers=towers))
+        task = Task(plain_step.backbone(model), sigma, plain_step.PROMPTS, device="cpu")
+        examples = pictures(size)
+        # With as many examples as the batch has on average, each is taken in every step.
+        gradient: Gradient = (
+            batch_gradient(task, examples, recipe, seed=1)
+            if form == "plain"
+            else PrivateGradient(task, examples, recipe, PRIVACY)
+        )
+        found[form] = plain_step.stepper(sigma.parameters(), lambda *_, g=gradient: g())
+    return found
+
+
+def opacus_step(size: int, precision: str) -> plain_step.Step | None:
+    """A step of Opacus on the published form of the image tower; None if it is not installed."""
+    try:
+        from opacus.grad_sample import GradSampleModule
+        from opacus.optimizers import DPOptimizer
+    except ImportError:
+        return None
+    model = plain_step.papers_form(*plain_step.build())
+    model.requires_grad_(False)
+    for module in list(model.visual.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, plain_step.FactoredLinear):
+                setattr(module, name, ScaledLinear(child))
+    with torch.no_grad():
+        text = plain_step.Prompts(plain_step.backbone(model), plain_step.PROMPTS).features()
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (plain_step.OPENAI_DATASET_MEAN, plain_step.OPENAI_DATASET_STD)
+    )
+    tower = GradSampleModule(model.visual, batch_first=True, loss_reduction="mean", strict=False)
+    trained = [p for p in tower.parameters() if p.requires_grad]
+    optimiser = DPOptimizer(
+        torch.optim.AdamW(trained, lr=1e-4),
+        noise_multiplier=PRIVACY.noise_multiplier,
+        max_grad_norm=PRIVACY.clip_norm,
+        expected_batch_size=size,
+    )
+
+    def step(images: Tensor, labels: Tensor) -> float:
+        optimiser.zero_grad(set_to_none=True)
+        with autocast(precision, torch.device("cpu")):
+            features = F.normalize(tower((images.float() / 255 - mean) / std).float(), dim=-1)
+        loss = F.cross_entropy(plain_step.LOGIT_SCALE * features @ text.T, labels)
+        loss.backward()
+        optimiser.step()
+        return loss.item()
+
+    return step
+
+
+def compare_steps(size: int, rounds: int, precision: str) -> dict[str, float]:
+    """Seconds of the steps, and the private one over the plain one."""
+    forms: dict[str, plain_step.Step] = dict(steps(size, precision, ("image", "text")))
+    image = steps(size, precision, ("image",))
+    forms |= {f"image tower, {name}": made for name, made in image.items()}
+    if (opacus := opacus_step(size, precision)) is not None:
+        forms["image tower, Opacus"] = opacus
+    _, seconds = plain_step.alternating(forms, size, rounds)
+    for name, value in seconds.items():
+        print(f"{name:<24} {value:8.2f} s a step")
+    found = {
+        "dp_step_ratio": seconds["private"] / seconds["plain"],
+        "dp_step_ratio_image": seconds["image tower, private"] / seconds["image tower, plain"],
+    }
+    if opacus is not None:
+        found["opacus_step_ratio_image"] = seconds["image tower, Opacus"] / seconds["image tower, plain"]
+    for name, value in found.items():
+        print(f"{name:<24} {value:8.2f}")
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rounds", type=int, default=3, help="timed steps of each form")
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--json", type=Path)
+    return p.parse_args()
+
+
+def main() -> None:
+    """Print the tables."""
+    a = arguments()
+    found: dict[str, Any] = compare_steps(a.batch, a.rounds, a.precision)
+    if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

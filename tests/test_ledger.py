@@ -1,0 +1,97 @@
+"""A site's ledger of what has been spent."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from fedsigma.client.ledger import Entry, Ledger, LedgerDamaged, PrivacyBudgetSpent
+from fedsigma.common.privacy import PrivacyConfig, Release, epsilon
+
+PRIVACY = PrivacyConfig(level="image", noise_multiplier=2.0, epsilon=4.0)
+ONE = Release(rate=0.25, noise_multiplier=2.0, steps=2)
+
+
+def entry(round: int = 1, study: str = "cells") -> Entry:
+    return Entry(study=study, run="7", round=round, mode="round", level="image", release=ONE)
+
+
+def spend(ledger: Ledger, round: int = 1, study: str = "cells", budget: float | None = None) -> float:
+    return ledger.spend(entry(round, study), PRIVACY, budget=budget, delta=1e-5)
+
+
+def test_what_was_spent_is_there_for_the_next_process(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "privacy.jsonl"
+    first = spend(Ledger(path))
+    second = spend(Ledger(path), 2)
+    assert first == epsilon([ONE], 1e-5) and second == epsilon([ONE, ONE], 1e-5)
+    assert Ledger(path).entries() == [entry(1), entry(2)]
+
+
+def test_a_spent_budget_refuses_and_writes_nothing(tmp_path: Path) -> None:
+    ledger, rounds = Ledger(tmp_path / "privacy.jsonl"), 0
+    with pytest.raises(PrivacyBudgetSpent, match="study 'cells' would have spent epsilon 4"):
+        for rounds in range(1000):
+            assert spend(ledger, rounds) <= 4.0
+    before = ledger.path.read_bytes()
+    assert len(ledger.entries()) == rounds > 3
+    with pytest.raises(PrivacyBudgetSpent):
+        spend(ledger, rounds)
+    assert ledger.path.read_bytes() == before
+    # Another study has a budget of its own ...
+    assert spend(ledger, 1, "skin") == epsilon([ONE], 1e-5)
+    # ... but the site's counts all.
+    with pytest.raises(PrivacyBudgetSpent, match=r"all studies together .* site.yaml allows 4"):
+        spend(ledger, 2, "skin", budget=4.0)
+
+
+@pytest.mark.parametrize("damage", ["steps", "removed", "text", "negative"])
+def test_a_changed_ledger_stops_private_training(damage: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "privacy.jsonl")
+    for round in range(3):
+        spend(ledger, round)
+    lines = ledger.path.read_text().splitlines(keepends=True)
+    if damage == "steps":
+        lines[1] = json.dumps({**json.loads(lines[1]), "steps": 1}) + "\n"
+    elif damage == "removed":
+        del lines[1]
+    elif damage == "negative":
+        lines[2] = json.dumps({**json.loads(lines[2]), "steps": -2}) + "\n"
+    else:
+        lines[0] = "what?\n"
+    ledger.path.write_text("".join(lines))
+    with pytest.raises(LedgerDamaged, match=r"line [123] of .* was changed or cut: put the file back"):
+        spend(ledger, 4)
+
+
+def test_a_line_that_was_being_written_when_the_power_went_does_not_count(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "privacy.jsonl")
+    spend(ledger, 1)
+    spend(ledger, 2)
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole[:-20])
+    assert ledger.entries() == [entry(1)]
+    assert spend(ledger, 3) == epsilon([ONE, ONE], 1e-5)
+    assert ledger.entries() == [entry(1), entry(3)]
+
+
+def test_two_studies_at_once_cannot_both_take_the_last_of_a_budget(tmp_path: Path) -> None:
+    path, refused = tmp_path / "privacy.jsonl", []
+    last = next(n for n in range(1, 99) if epsilon([ONE] * (n + 1), 1e-5) > 4.0)
+
+    def work(name: str) -> None:
+        for round in range(last):
+            try:
+                spend(Ledger(path), round)
+            except PrivacyBudgetSpent:
+                refused.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Ledger(path).entries()) == last and len(refused) == last
