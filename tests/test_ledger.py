@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from fedsigma.client import ledger as module
 from fedsigma.client.ledger import Entry, Ledger, LedgerDamaged, PrivacyBudgetSpent
 from fedsigma.common.privacy import PrivacyConfig, Release, epsilon
 
@@ -78,8 +80,11 @@ def test_a_line_that_was_being_written_when_the_power_went_does_not_count(tmp_pa
     assert ledger.entries() == [entry(1), entry(3)]
 
 
-def test_two_studies_at_once_cannot_both_take_the_last_of_a_budget(tmp_path: Path) -> None:
+def test_two_studies_at_once_cannot_both_take_the_last_of_a_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, refused = tmp_path / "privacy.jsonl", []
+    monkeypatch.setattr(module, "epsilon", lambda *place: time.sleep(0.01) or epsilon(*place))
     last = next(n for n in range(1, 99) if epsilon([ONE] * (n + 1), 1e-5) > 4.0)
 
     def work(name: str) -> None:
