@@ -192,8 +192,15 @@ def _spend(site: Site, task: TrainTask, images: SiteData, context: Context) -> f
 def _work(
     site: Site, task: TrainTask, learner: Learner, images: SiteData
 ) -> tuple[Evaluation, Learned, Vector]:
-    """Judge the incoming shift and train it: the evaluation, what training gave, and the change."""
-    shift = decode(task.shift, learner.layout)
+    """Judge the incoming shift and train it: the evaluation, what training gave, and the change.
+
+    Where some of the shift is personal, the site's own values are judged and trained with the shared ones,
+    and stay: the change is that of the shared ones.
+    """
+    split = learner.split(task.setup.personal_config)
+    personal = site.personal(task.setup, learner, run=task.run)
+    own = personal.start(task.round if task.mode == "round" else 1)
+    shift = split.scatter(decode(task.shift, split.shared), own)
     test = images.test if task.evaluate else []
     before = _told(_judge(learner, shift, test), test)
     learned = learner.train(
@@ -206,12 +213,15 @@ def _work(
         seed=seed_for(task.setup.seed, site.name, task.mode, task.round),
         privacy=task.privacy,
     )
-    return before, learned, learned.shift - shift
+    if split.personal_size and task.mode == "round":
+        personal.keep(own, split.personal(learned.shift), round=task.round)
+    return before, learned, split.gather(learned.shift - shift)
 
 
 def _coded(site: Site, task: TrainTask, learner: Learner, change: Vector, feedback: Feedback) -> bytes:
     """Code a change together with what coding lost of the last one, and remember what it loses now."""
-    layout, seed = learner.layout, seed_for(task.setup.seed, site.name, task.mode, task.round, "codec")
+    layout = learner.split(task.setup.personal_config).shared
+    seed = seed_for(task.setup.seed, site.name, task.mode, task.round, "codec")
     if task.mode == "round":
         change = change + feedback.lost(layout, before=task.round)
     data = encode(change, layout, level=task.codec, seed=seed)
@@ -231,7 +241,9 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     site.allow_study(task.setup)
     learner = site.learner(task.setup)
     images = site.images(task.setup, side=learner.side)
-    shifts = [decode(data, learner.layout) for data in task.shifts]
+    split = learner.split(task.setup.personal_config)
+    own = site.personal(task.setup, learner, run=task.run).now() if task.personal else None
+    shifts = [split.scatter(decode(data, split.shared), own) for data in task.shifts]
     judged = [_judge(learner, shift, images.test) for shift in shifts]
     counts = tuple(count for one in judged for count in one.confusion)
     return EvaluateReply(

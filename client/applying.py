@@ -13,6 +13,8 @@ from fedsigma.common.artefact import SavedSigma, load_shift
 from fedsigma.common.config import StudyConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedsigma.common.backbones import Backbone
     from fedsigma.common.sigma import SigmaModel
 
@@ -33,13 +35,18 @@ class Restored:
     sigma: SigmaModel
 
 
-def restore(path: Path, backbone: str | None = None) -> Restored:
+def restore(path: Path, backbone: str | None = None, personal: Path | None = None) -> Restored:
     """Load a sigma file (or a run folder), its backbone, and set the shift, having compared fingerprints.
 
-    `backbone` names where the same backbone lies on this machine, if the study's own name does not fit here.
+    Args:
+        path: of the sigma file or run folder.
+        backbone: where the same backbone lies on this machine, if the study's own name does not fit here.
+        personal: a site's file of its own values for this study; without it the pretrained ones are in place.
 
     Raises:
-        ApplyError: the backbone is not the one that the shift was trained on.
+        ApplyError: the backbone is not the one that the shift was trained on, or personal values are given to
+            a study that has none.
+        PersonalError: the file of personal values does not belong to this study.
     """
     from fedsigma.common.backbones import load_backbone
     from fedsigma.common.sigma import Fingerprint, Selection, SigmaModel
@@ -57,8 +64,22 @@ def restore(path: Path, backbone: str | None = None) -> Restored:
             f"the sigma shift in {path} was not trained on {loaded.name}: {problem}. The study's backbone is "
             f"{study.backbone!r}; name where it lies here with --backbone"
         )
-    sigma.set_shift(saved.shift)
+    sigma.set_shift(saved.shift if personal is None else _with_personal(saved, study, sigma, personal))
     return Restored(saved=saved, study=study, backbone=loaded, sigma=sigma)
+
+
+def _with_personal(saved: SavedSigma, study: StudyConfig, sigma: SigmaModel, file: Path) -> Tensor:
+    """The shared values with a site's own, as a whole shift."""
+    import torch
+
+    from fedsigma.client.personal import read_personal
+    from fedsigma.common.learner import split_of
+
+    if study.personal is None:
+        raise ApplyError(f"study '{study.name}' keeps nothing at the sites: leave --personal out")
+    split = split_of(sigma, study.personal)
+    _, _, own = read_personal(file, split, sigma.fingerprint)
+    return torch.from_numpy(split.scatter(split.gather(saved.shift.numpy()), own))
 
 
 def list_pictures(folder: Path) -> list[str]:

@@ -31,6 +31,12 @@ Place = Annotated[
 ]
 
 
+Personal = Annotated[
+    Path | None,
+    typer.Option("--personal", help="The site's own values, of a study that leaves some at the sites."),
+]
+
+
 @app.command()
 def identity(
     file: Annotated[
@@ -229,6 +235,7 @@ def predict(
     folder: Annotated[Path, typer.Argument(help="A folder of pictures; folders inside it are read too.")],
     out: Annotated[Path, typer.Option(help="The CSV file to write.")],
     backbone: Place = None,
+    personal: Personal = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
 ) -> None:
     """Judge a folder of pictures with a finished study. For research, not for clinical use.
@@ -241,7 +248,7 @@ def predict(
     from fedsigma.client.applying import predict as judge
     from fedsigma.client.applying import restore
 
-    unreadable = judge(restore(run, backbone), folder, out, batch_size=batch_size, progress=True)
+    unreadable = judge(restore(run, backbone, personal), folder, out, batch_size=batch_size, progress=True)
     typer.echo(f"Wrote {out}.")
     if unreadable:
         for line in unreadable:
@@ -254,6 +261,7 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
     backbone: Place = None,
+    personal: Personal = None,
 ) -> None:
     """Merge a finished study's shift into its backbone: a plain open_clip folder, with no extra cost in use.
 
@@ -262,7 +270,7 @@ def export(
     from fedsigma.client.applying import export as write_merged
     from fedsigma.client.applying import restore
 
-    folder = write_merged(restore(run, backbone), out)
+    folder = write_merged(restore(run, backbone, personal), out)
     typer.echo(f"Wrote {folder}.")
     typer.echo(f"With open_clip: open_clip.create_model_and_transforms('local-dir:{folder}')")
 

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedsigma.client.ledger import Entry, Ledger
+from fedsigma.client.personal import PersonalPart
 from fedsigma.common import sites as data_of
 from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.names import PRIVACY_LEVELS
@@ -107,6 +108,8 @@ class SitePolicy:
     For differential privacy: privacy, what training must hide at least (`none`, `image` or `group`); epsilon,
     the budget of all studies together (null: each study's own only), counted at delta; ledger, the file that
     says what has been spent.
+
+    personal: the folder of the values that studies leave at the site.
     """
 
     section: ClassVar[str] = ""
@@ -132,6 +135,7 @@ class SitePolicy:
     epsilon: float | None = None
     delta: float = 1e-5
     ledger: str = "privacy.jsonl"
+    personal: str = "personal"
 
     def __post_init__(self) -> None:
         check_printable("name", self.name)
@@ -183,6 +187,7 @@ class Site:
     base: Path
     audit_path: Path
     ledger_path: Path
+    personal_path: Path
     sites: int = 0
 
     def allow_study(self, setup: Setup) -> None:
@@ -217,6 +222,16 @@ class Site:
                 f"site.yaml demands that training hides each {self.policy.privacy}, the task's"
                 f" level is {task.privacy.level}"
             )
+
+    def personal(self, setup: Setup, learner: Learner, *, run: str) -> PersonalPart:
+        """Return this site's own part of the shift in a run of a study."""
+        return PersonalPart(
+            self.personal_path,
+            study=_safe(setup.study),
+            run=run,
+            split=learner.split(setup.personal_config),
+            fingerprint=learner.fingerprint,
+        )
 
     def spend(self, task: TrainTask, release: Release, *, run: str) -> float:
         """Write down what is about to be released of this site's images.
@@ -361,6 +376,7 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
             base=path.parent,
             audit_path=path.parent / Path(policy.audit).expanduser(),
             ledger_path=path.parent / Path(policy.ledger).expanduser(),
+            personal_path=path.parent / Path(policy.personal).expanduser(),
         )
     if "partition-id" not in node_config or not setup.data:
         raise ConfigError("this node has no site.yaml: start it with --node-config 'site-config=\"PATH\"'")
@@ -387,6 +403,8 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         base=Path(),
         audit_path=folder / f"{safe}.jsonl",
         ledger_path=folder / f"{safe}.privacy.jsonl",
+        # Not in the run's own folder: an interrupted study goes on as another run.
+        personal_path=folder.parent / "personal" / safe,
         sites=len(parts),
     )
 
@@ -396,5 +414,9 @@ def _simulated_folder(run: str, name: str) -> tuple[Path, str]:
     from platformdirs import user_state_path
 
     folder = os.environ.get("FEDSIGMA_AUDIT") or user_state_path("fedsigma") / "audit"
-    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
-    return Path(folder) / run, safe
+    return Path(folder) / run, _safe(name)
+
+
+def _safe(name: str) -> str:
+    """A name as part of a file's."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)

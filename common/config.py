@@ -34,6 +34,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "FederationConfig",
+    "PersonalConfig",
     "PrivacyConfig",
     "SigmaConfig",
     "StudyConfig",
@@ -104,12 +105,22 @@ class SigmaConfig:
     parts: tuple[str, ...] = PARTS
 
     def __post_init__(self) -> None:
-        check_subset("sigma.towers", self.towers, TOWERS)
-        check_subset("sigma.parts", self.parts, PARTS)
+        section = self.section
+        check_subset(f"{section}.towers", self.towers, TOWERS)
+        check_subset(f"{section}.parts", self.parts, PARTS)
         if isinstance(self.layers, str):
-            check_choice("sigma.layers", self.layers, THIRDS)
+            check_choice(f"{section}.layers", self.layers, THIRDS)
         elif not self.layers or any(layer < 0 for layer in self.layers):
-            raise ConfigError(f"sigma.layers is {list(self.layers)}, expected layer numbers from 0 upwards")
+            raise ConfigError(
+                f"{section}.layers is {list(self.layers)}, expected layer numbers from 0 upwards"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalConfig(SigmaConfig):
+    """Which of the adapted weights stay at the site that trains them: all that matches these three."""
+
+    section: ClassVar[str] = "personal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +210,7 @@ class StudyConfig:
     data: DataConfig | None = None
     shots: int = 16
     sigma: SigmaConfig = field(default_factory=SigmaConfig)
+    personal: PersonalConfig | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
@@ -222,6 +234,11 @@ class StudyConfig:
         check_number("seed", self.seed, low=0, high=2**31 - 1)
         check_subset("baselines", self.baselines, BASELINES, empty=True)
         self._check_privacy()
+        if self.personal is not None and "local_only" in self.baselines:
+            raise ConfigError(
+                "baselines asks for 'local_only', which would send each site's personal values to the others:"
+                " run the same study without its section personal to compare"
+            )
         if "pooled" in self.baselines and self.data is None:
             raise ConfigError(
                 "baselines asks for 'pooled', but the study has no data section: pooling needs all images in"

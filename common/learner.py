@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsigma.common.config import PrivacyConfig, SigmaConfig, TrainingConfig
+from fedsigma.common.config import PersonalConfig, PrivacyConfig, SigmaConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Fingerprint, Layout
+    from fedsigma.common.sigma import Fingerprint, Layout, SigmaModel, Split
 
 __all__ = ["Judged", "Learned", "Learner", "open_learner", "seed_for"]
 
@@ -53,6 +53,11 @@ class Learner(Protocol):
 
     layout: Layout
     fingerprint: Fingerprint
+
+    def split(self, personal: PersonalConfig | None) -> Split:
+        """Which values of the layout are shared where these are personal."""
+        ...
+
     side: int
     """Images are loaded with their shorter side at most this long, in pixels."""
 
@@ -97,6 +102,7 @@ class SigmaLearner:
         self.task = Task(loaded, self.sigma, prompts)
         self.layout: Layout = self.sigma.layout
         self.fingerprint: Fingerprint = self.sigma.fingerprint
+        self._splits: dict[PersonalConfig | None, Split] = {}
         # Room for random crops without keeping full-size images in memory.
         self.side = loaded.image_size * 3 // 2
 
@@ -131,6 +137,12 @@ class SigmaLearner:
         trained = self.sigma.get_shift().detach().cpu().numpy().astype(np.float32)
         return Learned(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
 
+    def split(self, personal: PersonalConfig | None) -> Split:
+        """See `Learner.split`."""
+        if personal not in self._splits:
+            self._splits[personal] = split_of(self.sigma, personal)
+        return self._splits[personal]
+
     def evaluate(self, shift: Vector, examples: Sequence[Any]) -> Judged:
         """See `Learner.evaluate`."""
         from fedsigma.common.metrics import score
@@ -148,6 +160,20 @@ class SigmaLearner:
         import torch
 
         self.sigma.set_shift(torch.from_numpy(np.array(shift, dtype=np.float32)))
+
+
+def split_of(sigma: SigmaModel, personal: PersonalConfig | None) -> Split:
+    """Which values of an adapted model's shift are shared where these are personal.
+
+    Raises:
+        LayoutError: all or nothing of what is adapted is personal.
+    """
+    from fedsigma.common.sigma import Selection, Split, find_layout
+
+    if personal is None:
+        return Split(sigma.layout)
+    chosen = Selection(towers=personal.towers, layers=personal.layers, parts=personal.parts)
+    return Split(sigma.layout, frozenset(entry.key for entry in find_layout(sigma.model, chosen).entries))
 
 
 @lru_cache(maxsize=2)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from fedsigma.common.config import DataConfig, SigmaConfig, StudyConfig, TrainingConfig
+from fedsigma.common.config import DataConfig, PersonalConfig, SigmaConfig, StudyConfig, TrainingConfig
 from fedsigma.common.masking import Member
 from fedsigma.common.names import METRICS
 from fedsigma.common.privacy import PrivacyConfig
@@ -42,6 +43,8 @@ PROBLEMS = {
 """Why a site takes no part, as codes: a site sends no sentence of its own."""
 
 T = TypeVar("T")
+NO_RUN = "0" * 16
+_RUN = re.compile("[0-9a-f]{16}")
 
 
 class ProtocolError(ValueError):
@@ -52,8 +55,9 @@ class ProtocolError(ValueError):
 class Setup:
     """What a site needs to know of the study in every message; equal setups can share what was built.
 
-    `layers` is SigmaConfig's layers as JSON. `data` is the data section as JSON in a simulation; it is
-    empty for real sites, and a real site ignores it.
+    `layers` is SigmaConfig's layers as JSON. `personal` is the section personal as JSON, empty without one.
+    `data` is the data section as JSON in a simulation; it is empty for real sites, and a real site ignores
+    it.
     """
 
     study: str
@@ -66,6 +70,7 @@ class Setup:
     shots: int
     seed: int
     data: str
+    personal: str = ""
 
     @classmethod
     def of(cls, study: StudyConfig) -> Setup:
@@ -81,17 +86,23 @@ class Setup:
             shots=study.shots,
             seed=study.seed,
             data="" if study.data is None else json.dumps(asdict(study.data), sort_keys=True),
+            personal="" if study.personal is None else json.dumps(asdict(study.personal), sort_keys=True),
         )
 
     def __post_init__(self) -> None:
         _require(len(self.classes) == len(self.prompts) >= 2, "the classes and prompts differ in number")
         _require(self.shots >= 1, f"shots is {self.shots}, expected at least 1")
-        _ = self.sigma, self.data_config
+        _ = self.sigma, self.personal_config, self.data_config
 
     @property
     def sigma(self) -> SigmaConfig:
         """Which weights are adapted."""
         return _from_json(SigmaConfig, {"towers": self.towers, "parts": self.parts}, layers=self.layers)
+
+    @property
+    def personal_config(self) -> PersonalConfig | None:
+        """Which of the adapted weights stay at the site; None for none."""
+        return _from_json(PersonalConfig, self.personal) if self.personal else None
 
     @property
     def data_config(self) -> DataConfig | None:
@@ -175,7 +186,8 @@ class TrainTask:
     Fields: mode, `round` for a round of the federation or `local` for a site alone, whose shift is not
     averaged; cohort, the number of sites whose shifts are averaged together (1 when alone); first_step,
     steps and total_steps place this training in the whole study's schedule; codec, how to code the change;
-    privacy, what training has to hide.
+    privacy, what training has to hide; run, the key of the run folder (16 hex digits), by which a site finds
+    its personal values again.
 
     With members, the reply is a `MaskedReply` for this cohort. attempt counts the cohorts of one round from
     0; bound is the largest magnitude of a value that the sum has room for, and most_examples the most images
@@ -193,6 +205,7 @@ class TrainTask:
     codec: str
     evaluate: bool
     shift: bytes
+    run: str = NO_RUN
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     members: tuple[Member, ...] = ()
     attempt: int = 0
@@ -204,6 +217,7 @@ class TrainTask:
         _require(fits, "attempt, bound or most_examples is out of range")
         _require(self.mode in ("round", "local"), f"mode is '{self.mode}', expected 'round' or 'local'")
         _require(self.round >= 1 and self.cohort >= 1, "round and cohort count from 1")
+        _require(bool(_RUN.fullmatch(self.run)), "the run's key is not 16 hex digits")
         fits = 0 <= self.first_step < self.first_step + self.steps <= self.total_steps < 2**31
         _require(fits, f"{self.steps} steps from {self.first_step} do not fit into {self.total_steps}")
 
@@ -257,11 +271,16 @@ LOSS_UNIT = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateTask:
-    """Evaluate these shifts on the site's test images."""
+    """Evaluate these shifts on the site's test images, each with the site's personal values if asked for."""
 
     setup: Setup
     round: int
     shifts: tuple[bytes, ...]
+    personal: bool = False
+    run: str = NO_RUN
+
+    def __post_init__(self) -> None:
+        _require(bool(_RUN.fullmatch(self.run)), "the run's key is not 16 hex digits")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,10 @@ _WORDS: dict[Any, str] = {
 }
 
 
+# Sections that are there or not: an empty one is not written.
+_LEFT_OUT = ("data", "personal")
+
+
 class ConfigError(ValueError):
     """A study or site file holds something that is not allowed."""
 
@@ -205,7 +209,7 @@ def plain(value: Any) -> Any:
     """Turn settings into what YAML can hold: mappings, lists and scalars."""
     if is_dataclass(value) and not isinstance(value, type):
         items = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-        return {key: item for key, item in items.items() if not (key == "data" and item is None)}
+        return {key: item for key, item in items.items() if item is not None or key not in _LEFT_OUT}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context
@@ -25,6 +25,9 @@ from fedsigma.server.replies import SiteResult
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
 from fedsigma.server.strategy import BudgetsSpent, SigmaStrategy, state_path
+
+if TYPE_CHECKING:
+    from fedsigma.common.sigma import Split
 
 __all__ = ["app"]
 
@@ -49,9 +52,10 @@ def main(grid: Grid, context: Context) -> None:
     try:
         _check_pictures(folder, study)
         learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
-        shift, done = _starting_point(folder, study, learner) if resumed else (_zero(learner), 0)
+        split = learner.split(study.personal)
+        shift, done = _starting_point(folder, study, learner) if resumed else (_zero(split), 0)
         if done:
-            restore_state(averaging, state_path(folder, done), size=learner.layout.size)
+            restore_state(averaging, state_path(folder, done), size=split.shared.size)
         exchange = Exchange(grid)
         roster = Roster(exchange, folder, study, learner.fingerprint)
         roster.wait()
@@ -61,12 +65,12 @@ def main(grid: Grid, context: Context) -> None:
             exchange=exchange,
             roster=roster,
             folder=folder,
-            layout=learner.layout,
+            split=split,
             fingerprint=learner.fingerprint,
             done=done,
         )
         shift = _rounds(strategy, grid, shift)
-        baselines = Baselines(exchange, roster, folder, study, learner.layout)
+        baselines = Baselines(exchange, roster, folder, study, split)
         summary = _results(folder, study, baselines, learner, shift, started)
         folder.event("run_end", ok=True, reason="")
     except BaseException as error:
@@ -125,21 +129,22 @@ def _check_pictures(folder: RunFolder, study: StudyConfig) -> None:
         folder.event("data_problems", report=problems)
 
 
-def _zero(learner: Learner) -> np.ndarray:
-    return np.zeros(learner.layout.size, dtype=np.float32)
+def _zero(split: Split) -> np.ndarray:
+    return np.zeros(split.shared.size, dtype=np.float32)
 
 
 def _starting_point(folder: RunFolder, study: StudyConfig, learner: Learner) -> tuple[np.ndarray, int]:
-    """Return the saved shift and its round, or zero if the run was interrupted before its first."""
+    """Return the saved shared values and their round, or zero if the run was interrupted before its first."""
     from fedsigma.common.sigma import Fingerprint
 
+    split = learner.split(study.personal)
     if not folder.has_sigma:
-        return _zero(learner), 0
+        return _zero(split), 0
     saved = folder.load_sigma()
     difference = learner.fingerprint.compare(Fingerprint.from_json(saved.fingerprint_json))
     if difference:
         raise ConfigError(f"{folder.path} cannot be gone on with: {difference}")
-    return saved.shift.numpy(), min(saved.round, study.federation.rounds)
+    return split.gather(saved.shift.numpy()), min(saved.round, study.federation.rounds)
 
 
 def _rounds(strategy: SigmaStrategy, grid: Grid, shift: np.ndarray) -> np.ndarray:
@@ -182,13 +187,20 @@ def _results(
 ) -> dict[str, Any]:
     """Judge the final model and the study's baselines, and write the summary after each of them."""
     last = study.federation.rounds + 1
-    wanted, judged = {"federated": shift}, {}
+    split = learner.split(study.personal)
+    wanted, judged = {"shared_only": shift}, {}
     if "zero_shot" in study.baselines:
         judged["zero_shot"] = _first_round(folder)
         if set(baselines.roster.present().values()) - set(judged["zero_shot"]):
             # A site failed in the first round; asking all again here costs no further message.
-            wanted["zero_shot"] = _zero(learner)
-    judged |= baselines.judge(wanted, round=last)
+            wanted["zero_shot"] = _zero(split)
+    # What a site uses is the shared values with its own; without a personal part the two are the same.
+    if not split.personal_size:
+        judged |= baselines.judge(wanted, round=last)
+        judged["federated"] = judged.pop("shared_only")
+    else:
+        judged |= baselines.judge({"federated": shift}, round=last, personal=True)
+        judged |= baselines.judge(wanted, round=last)
     if not judged["federated"]:
         raise NoModel("no site could evaluate the final model")
     for site, one in judged["federated"].items():
@@ -203,6 +215,8 @@ def _results(
         pooled = summary["zero_shot"]["metrics"]
         folder.event("baseline", method="zero_shot", site=POOLED, metrics=pooled)
     summary["federated"] = final
+    if "shared_only" in judged:
+        summary["shared_only"] = result(judged["shared_only"])
     steps = {
         "local_only": baselines.local_only,
         "pooled": lambda: baselines.pooled(learner),
@@ -242,7 +256,7 @@ def _traffic(folder: RunFolder) -> dict[str, int]:
 
 def _report(folder: RunFolder, summary: dict[str, Any]) -> None:
     """Write the report and say where everything is. A report that fails does not undo the run."""
-    for method in ("zero_shot", "local_only", "pooled", "federated"):
+    for method in ("zero_shot", "local_only", "pooled", "shared_only", "federated"):
         if method in summary:
             print(f"FedSigma: {method:<10} accuracy {summary[method]['accuracy']:.4f}", flush=True)
     try:

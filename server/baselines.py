@@ -17,7 +17,7 @@ from fedsigma.server.replies import Rejected, SiteResult, accept_evaluations, ac
 from fedsigma.server.store import POOLED
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Layout
+    from fedsigma.common.sigma import Split
     from fedsigma.server.exchange import Exchange
     from fedsigma.server.roster import Roster
     from fedsigma.server.store import RunFolder
@@ -61,15 +61,18 @@ class Baselines:
     """Asks the sites for evaluations, and computes the methods to compare with."""
 
     def __init__(
-        self, exchange: Exchange, roster: Roster, folder: RunFolder, study: StudyConfig, layout: Layout
+        self, exchange: Exchange, roster: Roster, folder: RunFolder, study: StudyConfig, split: Split
     ) -> None:
         self.exchange, self.roster, self.folder = exchange, roster, folder
-        self.study, self.layout = study, layout
+        self.study, self.split, self.layout = study, split, split.shared
 
-    def judge(self, shifts: Mapping[str, Vector], *, round: int) -> dict[str, dict[str, SiteResult]]:
+    def judge(
+        self, shifts: Mapping[str, Vector], *, round: int, personal: bool = False
+    ) -> dict[str, dict[str, SiteResult]]:
         """Have every site evaluate every shift: name of the shift -> site -> its result.
 
-        A site that fails is recorded and left out.
+        With `personal` each site puts its own values with the shared ones, else the pretrained ones. A site
+        that fails is recorded and left out.
         """
         coded = {name: encode(shift, self.layout) for name, shift in shifts.items()}
         names = list(coded)
@@ -78,7 +81,11 @@ class Baselines:
         for start in range(0, len(names), most):
             part = names[start : start + most]
             task = EvaluateTask(
-                setup=Setup.of(self.study), round=round, shifts=tuple(coded[name] for name in part)
+                setup=Setup.of(self.study),
+                round=round,
+                shifts=tuple(coded[name] for name in part),
+                personal=personal,
+                run=self.folder.key,
             )
             for site, results in self._evaluate(task).items():
                 for name, one in zip(part, results, strict=True):
@@ -188,7 +195,7 @@ class Baselines:
         }
         steps = len(images) * study.federation.rounds * study.training.local_steps
         learned = learner.train(
-            np.zeros(self.layout.size, np.float32),
+            np.zeros(self.split.full.size, np.float32),
             [example for one in images.values() for example in one.train],
             study.training,
             first_step=0,

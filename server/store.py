@@ -9,6 +9,7 @@ next writer. Everything else is replaced in one step. The files and their fields
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -93,6 +94,11 @@ class RunFolder:
             what = "holds no study.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
             raise StoreError(f"{path} {what}: `fedsigma runs` lists the run folders there are")
         return cls(path)
+
+    @property
+    def key(self) -> str:
+        """A name of this folder, 16 hex digits: the same after an interruption, another for another run."""
+        return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
 
     @property
     def study_yaml(self) -> str:

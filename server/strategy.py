@@ -37,7 +37,7 @@ from fedsigma.server.roster import BUDGET_SPENT, Roster
 from fedsigma.server.store import POOLED, RunFolder
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Fingerprint, Layout
+    from fedsigma.common.sigma import Fingerprint, Split
 
 __all__ = ["BudgetsSpent", "SigmaStrategy", "state_path"]
 
@@ -64,7 +64,7 @@ class SigmaStrategy(Strategy):
         averaging: Flower's strategy that averages.
         study: the study; its rounds are those of the whole study, however often it was interrupted.
         exchange, roster, folder: to reach the sites, to know who is ready, to keep what happens.
-        layout, fingerprint: of the server's own backbone.
+        split, fingerprint: of the server's own backbone; what is averaged is the shared part.
         done: the rounds that an earlier, interrupted run has finished.
     """
 
@@ -76,19 +76,20 @@ class SigmaStrategy(Strategy):
         exchange: Exchange,
         roster: Roster,
         folder: RunFolder,
-        layout: Layout,
+        split: Split,
         fingerprint: Fingerprint,
         done: int = 0,
     ) -> None:
         self.averaging, self.study, self.exchange = averaging, study, exchange
-        self.roster, self.folder, self.layout, self.fingerprint = roster, folder, layout, fingerprint
+        self.roster, self.folder, self.split, self.fingerprint = roster, folder, split, fingerprint
+        self.layout = split.shared
         self.done = done
         self.models = 0
         """How many rounds of this process have produced a model."""
         self._cohort: dict[int, str] = {}
         self._sent: dict[int, Message] = {}
         self._task: TrainTask
-        self.model: Vector = np.zeros(layout.size, np.float32)
+        self.model: Vector = np.zeros(split.shared.size, np.float32)
         """The shift that the sites start from in the round, which is the model until its end."""
         self._started = 0.0
 
@@ -249,6 +250,7 @@ class SigmaStrategy(Strategy):
             codec=self.study.federation.codec,
             privacy=self.study.privacy,
             evaluate=(number - 1) % self.study.federation.evaluate_every == 0,
+            run=self.folder.key,
             shift=encode(
                 shift,
                 self.layout,
@@ -322,14 +324,17 @@ class SigmaStrategy(Strategy):
     def _average(self, number: int, messages: list[Message]) -> ArrayRecord:
         """Have the inner strategy average the accepted shifts, and save what comes out."""
         arrays, _ = self.averaging.aggregate_train(number, messages)
-        shift = np.zeros(0) if arrays is None else arrays[ARRAY].numpy().astype(np.float32)
+        shift: Vector = np.zeros(0, np.float32)
+        if arrays is not None:
+            shift = arrays[ARRAY].numpy().astype(np.float32)
         if shift.shape != (self.layout.size,) or not bool(np.isfinite(shift).all()):
             name = self.study.federation.strategy
             raise RuntimeError(f"{name} gave no finite shift in round {number}: check federation.options")
         save_state(self.averaging, state_path(self.folder, number))
         self.folder.save_sigma(
-            shift,
-            layout_json=self.layout.to_json(),
+            # Whole, with zeros where values are personal: the pretrained ones, and a file like any other.
+            self.split.scatter(shift),
+            layout_json=self.split.full.to_json(),
             fingerprint_json=self.fingerprint.to_json(),
             study_yaml=self.study.to_yaml(),
             round=number,

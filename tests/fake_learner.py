@@ -16,7 +16,7 @@ from fedsigma.common import learner as learning
 from fedsigma.common import sites
 from fedsigma.common.config import PrivacyConfig
 from fedsigma.common.learner import Judged, Learned
-from fedsigma.common.sigma import Entry, Fingerprint, Layout
+from fedsigma.common.sigma import Entry, Fingerprint, Layout, Split
 
 SIZE = 6
 NAMES = ("barcelona", "bccd", "cellavision", "jiangxi")
@@ -47,6 +47,9 @@ class FakeLearner:
     def __init__(self, backbone: str, sigma: Any, classes: Any, prompts: Any) -> None:
         if backbone == "other":
             self.fingerprint = Fingerprint("b" * 64, LAYOUT.digest, ((1.0, 2.0),))
+
+    def split(self, personal: Any) -> Split:
+        return Split(self.layout, None if personal is None else frozenset({self.layout.entries[-1].key}))
 
     def train(
         self,

@@ -4,6 +4,7 @@ from fedsigma.common.sigma.adapter import SigmaModel, default_cache_dir
 from fedsigma.common.sigma.basis import Basis, BasisError, Fingerprint, cached_basis
 from fedsigma.common.sigma.families import FAMILIES, Family, Slot, find_layout
 from fedsigma.common.sigma.layout import PARTS, TOWERS, Entry, Layout, LayoutError, Selection
+from fedsigma.common.sigma.personal import Split
 from fedsigma.common.sigma.separation import NotSeparable, Separation
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Separation",
     "SigmaModel",
     "Slot",
+    "Split",
     "cached_basis",
     "default_cache_dir",
     "find_layout",

@@ -196,6 +196,8 @@ _MARKS: dict[str, dict[str, Any]] = {
                   "markeredgewidth": 1.6},
     "local_only": {"marker": "D", "markersize": 6, "color": _OCHRE},
     "pooled": {"marker": "s", "markersize": 6.5, "color": _VIOLET},
+    "shared_only": {"marker": "o", "markersize": 6.5, "markerfacecolor": _PAPER, "markeredgecolor": _ACCENT,
+                    "markeredgewidth": 1.6},
     "federated": {"marker": "o", "markersize": 9, "color": _ACCENT},
 }  # fmt: skip
 

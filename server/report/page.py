@@ -168,7 +168,7 @@ def _numbers(content: Content) -> list[Fact]:
 
 
 def _methods_note(content: Content) -> str:
-    missing = [METHODS[n].lower() for n in METHODS if n not in content.methods and n != "federated"]
+    missing = [METHODS[n].lower() for n in METHODS if n not in (*content.methods, "federated", "shared_only")]
     words = (
         "Accuracy is over the images of all sites; the other metrics are means of the sites' values. "
         "AUROC and F1 are means over the classes. Calibration error (expected) is better when lower."
@@ -244,6 +244,7 @@ def _study(content: Content) -> list[Fact]:
         "Data": data.get("source"),
         "Shots": f"{study['shots']} for each class and site" if "shots" in study else None,
         "Adapted": _adapted(sigma),
+        "Personal": _adapted(_mapping(study.get("personal"))),
         "Training": _phrase(
             (training.get("local_steps"), "local steps a round"),
             (training.get("batch_size"), "images a batch"),

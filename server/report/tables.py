@@ -55,6 +55,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 _ABOUT = {
     "zero_shot": "the backbone as it came",
     "local_only": "each site alone, judged at home",
+    "shared_only": "the federated model without the sites' own values",
     "federated": "only sigma shifts leave the sites",
     "pooled": "all images in one place",
 }

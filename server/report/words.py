@@ -12,6 +12,7 @@ __all__ = ["METHODS", "amount", "decimal", "duration", "moment", "percent", "poi
 METHODS = {
     "zero_shot": "Zero-shot",
     "local_only": "Local only",
+    "shared_only": "Shared part only",
     "federated": "Federated",
     "pooled": "Pooled",
 }
