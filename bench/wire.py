@@ -138,20 +138,20 @@ def accuracy(study: StudyConfig, level: str, seed: int, out: Path) -> float:
     return float(RunFolder.open(folder).read_summary()["federated"]["accuracy"])
 
 
-def drops(levels: list[str], seeds: list[int], out: Path) -> dict[str, Any]:
+def drops(levels: list[str], seeds: list[int], out: Path, studies: list[str]) -> dict[str, Any]:
     """Accuracy of each level and study by seed, and the loss against exact."""
     # Exact first, and each level for all seeds before the next: a call that is cut off leaves whole rows.
     reached = {
-        level: {name: [accuracy(load_study(name), level, seed, out) for seed in seeds] for name in STUDIES}
+        level: {name: [accuracy(load_study(name), level, seed, out) for seed in seeds] for name in studies}
         for level in dict.fromkeys(["exact", *levels])
     }
     found: dict[str, Any] = {}
-    for level, studies in reached.items():
+    for level, accuracies in reached.items():
         lost = {
-            name: 100 * (statistics.mean(reached["exact"][name]) - statistics.mean(studies[name]))
-            for name in STUDIES
+            name: 100 * (statistics.mean(reached["exact"][name]) - statistics.mean(accuracies[name]))
+            for name in studies
         }
-        found[level] = {"accuracy": studies, "drop": lost, "accuracy_drop": max(lost.values())}
+        found[level] = {"accuracy": accuracies, "drop": lost, "accuracy_drop": max(lost.values())}
     return found
 
 
@@ -180,6 +180,7 @@ def main() -> None:
     p.add_argument("--weights", help="of CLIP ViT-B/16")
     p.add_argument("--rounds", type=int, default=5, help="rounds of the trained change")
     p.add_argument("--levels", nargs="*", choices=CODECS, default=["small", "int8", "half"])
+    p.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--json", type=Path)
     a = p.parse_args()
@@ -187,7 +188,7 @@ def main() -> None:
     layout, changes = trained_changes(a.weights, a.rounds)
     figures: dict[str, Any] = dict(measure(layout, changes))
     if a.levels:
-        for level, row in drops(a.levels, a.seeds, a.out.resolve()).items():
+        for level, row in drops(a.levels, a.seeds, a.out.resolve(), a.studies).items():
             figures[level] |= row
     figures["coders"] = coders(layout, changes)
     figures["others"] = {name: 4 * values for name, values in OTHERS.items()}
