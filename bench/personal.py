@@ -3,10 +3,10 @@
     python bench/personal.py --data DIR --out out/personal --json out/personal.json
 
 DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet`. Each study runs by `flwr run` with its own recipe
-and no baselines: with nothing personal, with the text tower, with the bottom third of the image tower (nearest
-the pixels, where stain and camera differ), and with the top third of both. Accuracies are over all sites' test
-images: of each site's own model (shared values with its own), and of the shared values alone. Finished runs
-under --out are not repeated and interrupted ones are gone on with.
+and no baselines: with nothing personal, with the text tower, with the bottom third of the image tower
+(nearest the pixels, where stain and camera differ), and with the top third of both. Accuracies are over all
+sites' test images: of each site's own model (shared values with its own), and of the shared values alone.
+Finished runs under --out are not repeated and interrupted ones are gone on with.
 """
 
 from __future__ import annotations

@@ -12,7 +12,12 @@ from tiny_backbones import tiny_clip
 
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
+from fedsigma.client.applying import ApplyError, restore
+from fedsigma.client.ledger import Ledger
+from fedsigma.client.personal import PersonalError
 from fedsigma.common.backbones import save_backbone
+from fedsigma.common.learner import split_of
+from fedsigma.common.sigma import Layout
 from fedsigma.server.app import app as server
 from fedsigma.server.store import RunFolder
 
@@ -28,17 +33,76 @@ baselines: [zero_shot, local_only, pooled]
 """
 
 
-def test_a_study_of_the_demonstration_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+GUARDED = (
+    STUDY.replace("rounds: 2", "masking: true, rounds: 2").replace("local_only, ", "")
+    + """personal: {{towers: [text]}}
+privacy: {{level: image, noise_multiplier: 4.0, clip_norm: 1.0, epsilon: 6}}
+"""
+)
+"""Everything that guards a site at once: noise in training, masks, and the text tower kept at home."""
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
     client_site._images.cache_clear()
+    return tmp_path
+
+
+def study_of(tmp_path: Path, text: str) -> RunFolder:
     backbone = save_backbone(tiny_clip(), tmp_path / "backbone", source="tests")
     file = tmp_path / "study.yaml"
-    file.write_text(STUDY.format(backbone=backbone))
+    file.write_text(text.format(backbone=backbone))
     config = {"study": str(file), "out": str(tmp_path / "out"), "resume": False, "seed": -1, "rounds": 0}
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     server(FakeGrid(client, 4), context)
-    folder = RunFolder.open(tmp_path / "out")
+    return RunFolder.open(tmp_path / "out")
+
+
+def check_guarded(folder: RunFolder, audit: Path) -> None:
+    """What a guarded study leaves behind: at the server and at the sites."""
+    summary, saved = folder.read_summary(), folder.load_sigma()
+    bad = [e for e in folder.events() if e["kind"] in ("site_failed", "reply_rejected", "site_late")]
+    assert bad == []
+    assert {len(summary[name]["per_site"]) for name in ("federated", "shared_only", "pooled")} == {4}
+    layout = Layout.from_json(saved.layout_json)
+    text = np.concatenate([np.full(e.size, e.tower == "text") for e in layout.entries])
+    shift = saved.shift.numpy()
+    assert not shift[text].any() and np.abs(shift[~text]).min() > 0
+    # A masked reply: 4 bytes a shared value, and those of the counts.
+    first = [row for row in folder.rounds() if row["round"] == 1 and row["site"] != "pooled"]
+    assert all(0 < row["bytes_up"] - 4 * int((~text).sum()) < 100 for row in first)
+    assert len(list(audit.rglob("*.privacy.jsonl"))) == 4
+    for ledger in audit.rglob("*.privacy.jsonl"):
+        assert [entry.release.steps for entry in Ledger(ledger).entries()] == [2, 2]
+    assert len(list((audit / "personal").rglob("*.safetensors"))) == 4
+
+
+def test_a_guarded_study_of_the_demonstration_images(places: Path) -> None:
+    check_guarded(study_of(places, GUARDED), places / "audit")
+
+
+def test_personal_values_go_on_top_of_a_study(places: Path) -> None:
+    folder = study_of(places, STUDY.replace("local_only, ", "") + "personal: {{towers: [text]}}\n")
+    file = next((places / "audit" / "personal").rglob("*.safetensors"))
+    plain, own = restore(folder.path), restore(folder.path, personal=file)
+    split = split_of(own.sigma, own.study.personal)
+    shared, mine = plain.sigma.get_shift().numpy(), own.sigma.get_shift().numpy()
+    assert np.array_equal(split.gather(shared), split.gather(mine))
+    assert not split.personal(shared).any() and np.abs(split.personal(mine)).min() > 0
+    with pytest.raises(PersonalError, match="name the one that a site wrote"):
+        restore(folder.path, personal=folder.path / "sigma.safetensors")
+
+
+def test_a_study_without_a_personal_part_takes_no_personal_values(places: Path) -> None:
+    folder = study_of(places, STUDY.replace("[zero_shot, local_only, pooled]", "[]"))
+    with pytest.raises(ApplyError, match="keeps nothing at the sites: leave --personal out"):
+        restore(folder.path, personal=places / "any.safetensors")
+
+
+def test_a_study_of_the_demonstration_images(places: Path) -> None:
+    folder = study_of(places, STUDY)
     summary = folder.read_summary()
     for method in ("zero_shot", "local_only", "pooled", "federated"):
         assert len(summary[method]["per_site"]) == 4 and 0 <= summary[method]["accuracy"] <= 1

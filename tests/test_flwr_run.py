@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from test_end_to_end import STUDY
+from test_end_to_end import GUARDED, STUDY, check_guarded
 from tiny_backbones import tiny_clip
 
 from fedsigma.common.backbones import save_backbone
@@ -74,6 +74,15 @@ def test_a_simulation_completes(tmp_path: Path, study: Path) -> None:
     assert folder.events()[-1]["kind"] == "run_end" and folder.events()[-1]["ok"]
     # Ray's workers wrote the sites' own logs.
     assert len(list((tmp_path / "audit").rglob("*.jsonl"))) == 4
+
+
+def test_a_guarded_simulation_completes(tmp_path: Path, study: Path) -> None:
+    study.write_text(
+        GUARDED.format(backbone=tmp_path / "backbone").replace("timeout_s: 60", "timeout_s: 300")
+    )
+    done = simulate(tmp_path, study)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    check_guarded(RunFolder.open(tmp_path / "out"), tmp_path / "audit")
 
 
 def test_a_run_that_fails_is_reported_as_failed(tmp_path: Path, study: Path) -> None:
