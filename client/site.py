@@ -251,8 +251,10 @@ class Site:
             level=task.privacy.level,
             release=release,
         )
-        policy = self.policy
-        return Ledger(self.ledger_path).spend(entry, task.privacy, budget=policy.epsilon, delta=policy.delta)
+        policy, path = self.policy, self.ledger_path
+        if self.sites:  # the images of a simulation are no patients of a site, so each study begins anew
+            path = path.with_stem(f"{path.stem}-{task.run}")
+        return Ledger(path).spend(entry, task.privacy, budget=policy.epsilon, delta=policy.delta)
 
     @property
     def has_identity(self) -> bool:
@@ -402,8 +404,8 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         policy=anything,
         base=Path(),
         audit_path=folder / f"{safe}.jsonl",
-        ledger_path=folder / f"{safe}.privacy.jsonl",
         # Not in the run's own folder: an interrupted study goes on as another run.
+        ledger_path=folder.parent / "privacy" / f"{safe}.jsonl",
         personal_path=folder.parent / "personal" / safe,
         sites=len(parts),
     )

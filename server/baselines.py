@@ -147,6 +147,7 @@ class Baselines:
             codec="exact",
             evaluate=False,
             shift=encode(start, self.layout),
+            run=self.folder.key,
             privacy=self.study.privacy,
         )
         timeout = self.study.federation.round_timeout_s * self.study.federation.rounds

@@ -73,8 +73,9 @@ def check_guarded(folder: RunFolder, audit: Path) -> None:
     # A masked reply: 4 bytes a shared value, and those of the counts.
     first = [row for row in folder.rounds() if row["round"] == 1 and row["site"] != "pooled"]
     assert all(0 < row["bytes_up"] - 4 * int((~text).sum()) < 100 for row in first)
-    assert len(list(audit.rglob("*.privacy.jsonl"))) == 4
-    for ledger in audit.rglob("*.privacy.jsonl"):
+    ledgers = list((audit / "privacy").glob("*.jsonl"))
+    assert len(ledgers) == 4
+    for ledger in ledgers:
         assert [entry.release.steps for entry in Ledger(ledger).entries()] == [2, 2]
     assert len(list((audit / "personal").rglob("*.safetensors"))) == 4
 

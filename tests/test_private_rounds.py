@@ -18,7 +18,7 @@ from fedsigma.client.ledger import Ledger
 from fedsigma.common.codec import encode
 from fedsigma.common.noise import Randomness
 from fedsigma.common.privacy import Release, epsilon
-from fedsigma.common.protocol import TrainReply, from_content, to_content
+from fedsigma.common.protocol import TrainReply, TrainTask, from_content, to_content
 from fedsigma.common.reading import ConfigError
 from fedsigma.server.app import NoModel
 from fedsigma.server.report import write_report
@@ -33,7 +33,8 @@ ROUND = Release(rate=1.0, noise_multiplier=4.0, steps=5)
 
 
 def ledger(tmp_path: Path, site: str = "barcelona") -> Ledger:
-    return Ledger(tmp_path / "audit" / "run-1" / f"{site}.privacy.jsonl")
+    (file,) = (tmp_path / "audit" / "privacy").glob(f"{site}-*.jsonl")
+    return Ledger(file)
 
 
 def test_every_round_is_entered_at_each_site_and_told(tmp_path: Path) -> None:
@@ -95,6 +96,25 @@ def test_a_site_whose_budget_is_spent_is_left_out_and_the_others_go_on(
         assert sorted(r["site"] for r in third) == ["barcelona", "cellavision", "jiangxi", "pooled"]
         final = [r["site"] for r in folder.rounds() if r["round"] == 4]
         assert set(final) == {*NAMES, "pooled"}
+
+
+def test_an_interrupted_study_goes_on_with_what_it_has_spent(tmp_path: Path) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(node: int, task: Message, reply: Message) -> Message:
+        training = node == 103 and task.metadata.message_type == "train"
+        if training and from_content(TrainTask, task.content).round == 3:
+            raise Stop
+        return reply
+
+    with pytest.raises(Stop):
+        run(tmp_path, IMAGE, tamper=stop)
+    folder = run(tmp_path, IMAGE, resume=True)
+    # The third round was trained twice, so it was paid for twice.
+    assert [e.round for e in ledger(tmp_path).entries()] == [1, 2, 3, 3]
+    last = next(r for r in folder.rounds() if r["round"] == 3 and r["site"] == "barcelona")
+    assert last["epsilon"] == pytest.approx(epsilon([ROUND] * 4, 1e-5))
 
 
 def test_a_round_masked_for_a_second_cohort_is_paid_once(tmp_path: Path) -> None:
