@@ -62,6 +62,8 @@ def budget(
 ) -> None:
     """Say what private studies have spent of this site's images, by study and of all together.
 
+    Example: fedsigma budget site.yaml
+
     Exit code 3: SITE_YAML or the ledger cannot be read.
     """
     from fedsigma.client.ledger import Ledger

@@ -125,6 +125,8 @@ def study_privacy(
 ) -> None:
     """Reckon what a private study will spend, before it runs. The fewer images, the more.
 
+    Example: fedsigma study privacy my-study.yaml --images 64
+
     Exit code 3: the study has no section privacy, or cannot be used.
     """
     from dataclasses import asdict
@@ -134,7 +136,8 @@ def study_privacy(
 
     config = load_study(study)
     number = images or config.max_examples_per_site
-    found = plan(config, images=number)
+    with Console(stderr=True).status("reckoning"):
+        found = plan(config, images=number)
     if as_json:
         typer.echo(json.dumps({"images": number, **asdict(found)}, indent=2))
         return

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 
 from fedsigma import cli
 from fedsigma.client.applying import ApplyError, list_pictures, predict, restore
+from fedsigma.client.ledger import Entry, Ledger
 from fedsigma.common.artefact import save_shift
 from fedsigma.common.backbones import load_backbone, save_backbone
 from fedsigma.common.config import SigmaConfig, StudyConfig
+from fedsigma.common.privacy import PrivacyConfig, Release, epsilon
 from fedsigma.common.sigma import Selection, SigmaModel
 
 CLASSES = ("round cell", "long cell", "spiky cell")
@@ -106,7 +108,16 @@ def test_help_lists_all_and_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["inspect"], ["backbone", "fetch"], ["backbone", "convert"], ["data", "check"], ["predict"], ["export"]],
+    [
+        ["inspect"],
+        ["backbone", "fetch"],
+        ["backbone", "convert"],
+        ["data", "check"],
+        ["predict"],
+        ["export"],
+        ["budget"],
+        ["study", "privacy"],
+    ],
 )
 def test_every_command_has_help_with_an_example(command: list[str]) -> None:
     code, out, _ = run(*command, "--help")
@@ -116,6 +127,47 @@ def test_every_command_has_help_with_an_example(command: list[str]) -> None:
 
 def test_version() -> None:
     assert run("--version")[1].startswith("fedsigma 0.")
+
+
+# Privacy
+
+PRIVATE = """
+name: hidden
+backbone: starter
+classes: [a, b]
+training: {batch_size: 16, local_steps: 2}
+federation: {rounds: 4}
+privacy: {level: image, noise_multiplier: 2.0, epsilon: 1.5}
+"""
+
+
+def test_a_study_s_privacy_is_reckoned_before_it_runs(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(PRIVATE)
+    code, out, err = run("study", "privacy", file, "--images", 64, "--json")
+    assert code == 0, err
+    values = json.loads(out)
+    one = Release(rate=0.25, noise_multiplier=2.0, steps=2)
+    assert values["release"] == {"rate": 0.25, "noise_multiplier": 2.0, "steps": 2}
+    assert values["spent"]["4"] == epsilon([one] * 4, 1e-5)
+    assert epsilon([one] * values["within"], 1e-5) <= 1.5 < epsilon([one] * (values["within"] + 1), 1e-5)
+    words = " ".join(run("study", "privacy", file)[1].split())
+    assert "Hides each image, of 32 images at a site: noise multiplier 2" in words
+    assert "The budget, epsilon 1.5, allows" in words
+
+
+def test_what_a_site_has_spent(tmp_path: Path) -> None:
+    rules = tmp_path / "site.yaml"
+    rules.write_text("{name: h, source: 'folder:x', studies: [s], privacy: image, epsilon: 8}")
+    assert "all studies: epsilon 0.00 at delta 1e-05; budget 8" in run("budget", rules)[1]
+    one = Release(rate=0.25, noise_multiplier=2.0, steps=2)
+    ledger, asked = Ledger(tmp_path / "privacy.jsonl"), PrivacyConfig(level="image", epsilon=9)
+    for study in ("cells", "skin"):
+        entry = Entry(study=study, run="1", round=1, mode="round", level="image", release=one)
+        ledger.spend(entry, asked, budget=8.0, delta=1e-5)
+    values = json.loads(run("budget", rules, "--json")[1])
+    each, both = epsilon([one], 1e-5), epsilon([one, one], 1e-5)
+    assert values == {"studies": {"cells": each, "skin": each}, "all": both, "budget": 8, "delta": 1e-5}
 
 
 # Inspect
@@ -161,6 +213,9 @@ def test_inspect_a_folder(backbone_folder: Path) -> None:
         (["backbone", "convert", "none.pt", "ViT-B-16/openai", "new"], 3, "there is no file"),
         (["predict", "nowhere", "x", "--out", "y.csv"], 3, "no sigma file"),
         (["export", "nowhere", "--out", "y"], 3, "no sigma file"),
+        (["budget", "nowhere.yaml"], 3, "nowhere.yaml cannot be read"),
+        (["study", "privacy", "demo"], 3, "study 'demo' has no privacy: give it a section"),
+        (["study", "privacy", "demo", "--images", "0"], 2, "--images"),
     ],
 )
 def test_exit_codes(
