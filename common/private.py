@@ -163,7 +163,9 @@ class PrivateGradient:
         self.units = units_of(examples, privacy.level)
         self.rate = sampling_rate(len(examples), recipe.batch_size)
         self._random = randomness or Randomness()
-        self._gradients = example_gradients if separable(task, precision=recipe.precision) else by_the_loop
+        if recipe.precision not in task.separable:
+            task.separable[recipe.precision] = separable(task, precision=recipe.precision)
+        self._gradients = example_gradients if task.separable[recipe.precision] else by_the_loop
 
     def __call__(self) -> float:
         """Set the shift's gradient to the noisy mean of the clipped ones; the loss stays untold (nan)."""

@@ -177,6 +177,8 @@ class Task:
         adapted = {entry.tower for entry in sigma.layout.entries}
         self._image_frozen, self._text_frozen = "image" not in adapted, "text" not in adapted
         self._text: Tensor | None = None
+        self.separable: dict[str, bool] = {}
+        """By precision, whether examples' gradients can be told apart in one pass; filled by `private`."""
 
     def _default_micro_batch(self) -> int:
         # Measured by bench/step.py --sweep on ViT-B/16 at 224 pixels: eight or sixteen images are fastest;
