@@ -50,7 +50,7 @@ def identity(
 
     Exit code 3: FILE exists.
     """
-    from fedsigma.client.site import new_identity
+    from fedsigma.client.identity import new_identity
 
     typer.echo(new_identity(file))
 

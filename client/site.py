@@ -6,7 +6,6 @@ says can widen it. In a simulation a site is one part of the study's data, and i
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -16,13 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
+from fedsigma.client.identity import NoIdentity, read_identity, simulated_identity
 from fedsigma.client.ledger import Entry, Ledger
 from fedsigma.client.personal import PersonalPart
 from fedsigma.common import sites as data_of
@@ -46,7 +40,6 @@ __all__ = [
     "SitePolicy",
     "StudyNotAllowed",
     "TooManySteps",
-    "new_identity",
     "open_site",
 ]
 
@@ -74,10 +67,6 @@ class NotMasked(ValueError):
 
 class NotPrivate(ValueError):
     """The site's policy demands differential privacy, and the task offers none or hides less."""
-
-
-class NoIdentity(ValueError):
-    """The task is masked, and the site's policy names no identity or does not know the others."""
 
 
 class SiteCountDiffers(ValueError):
@@ -271,11 +260,7 @@ class Site:
             return simulated_identity(self.name)
         if not self.policy.identity:
             raise NoIdentity("site.yaml names no identity")
-        pem = (self.base / Path(self.policy.identity).expanduser()).read_bytes()
-        key = load_pem_private_key(pem, password=None)
-        if not isinstance(key, Ed25519PrivateKey):
-            raise NoIdentity(f"{self.policy.identity} holds no Ed25519 key")
-        return key
+        return read_identity(self.base / Path(self.policy.identity).expanduser())
 
     def peers(self, setup: Setup) -> dict[str, bytes]:
         """Return the public keys of the sites that this one knows, and its own."""
@@ -327,35 +312,6 @@ def _images(site: Site, setup: Setup, side: int) -> SiteData:
         on_problem=on_problem,
         max_examples=site.policy.max_examples,
     )
-
-
-def new_identity(path: Path) -> str:
-    """Make an Ed25519 key, keep it as PEM in a new file that its owner alone can read, and return the public
-    key.
-
-    Returns:
-        The public key as 64 hex digits.
-
-    Raises:
-        FileExistsError: there is a file already; an identity is never replaced by accident.
-        FileNotFoundError: its folder does not exist.
-    """
-    if path.exists():
-        raise FileExistsError(
-            f"{path} exists: an identity is not replaced, name another file or move it away"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is not a folder: make it first")
-    key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(pem)
-    return key.public_key().public_bytes_raw().hex()
-
-
-def simulated_identity(name: str) -> Ed25519PrivateKey:
-    """The identity of a simulated site: made from its name, so no secret; a simulation has none to keep."""
-    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"simulated {name}".encode()).digest())
 
 
 def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site:

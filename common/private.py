@@ -58,9 +58,11 @@ def units_of(examples: Sequence[Example], level: str) -> list[list[int]]:
 def clipped(gradients: Tensor, norm: float) -> Tensor:
     """The sum of gradients (n, values), each shortened to a length of at most `norm`: (values,), float32.
 
-    One that is not finite counts as zero, so that no input can lift the bound.
+    One that is not finite counts as zero, so that no input can lift the bound; nor can rounding, for which a
+    millionth is kept back.
     """
     lengths = gradients.norm(dim=1)
+    norm *= 1 - 1e-6
     factors = (norm / lengths.clamp_min(norm)).nan_to_num(0.0, 0.0, 0.0)
     finite = torch.isfinite(lengths)
     return factors[finite] @ gradients[finite]

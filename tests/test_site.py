@@ -17,6 +17,7 @@ from numpy import zeros
 
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
+from fedsigma.client.identity import new_identity
 from fedsigma.client.site import SitePolicy
 from fedsigma.common import masking, protocol, sites
 from fedsigma.common.codec import encode
@@ -154,17 +155,17 @@ def test_a_site_yaml_is_read_strictly(tmp_path: Path, text: str, words: str) -> 
 
 
 def test_an_identity_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
-    public = client_site.new_identity(tmp_path / "identity.pem")
+    public = new_identity(tmp_path / "identity.pem")
     assert re.fullmatch("[0-9a-f]{64}", public)
     assert (tmp_path / "identity.pem").stat().st_mode & 0o777 == 0o600
     with pytest.raises(FileExistsError, match="an identity is not replaced, name another file"):
-        client_site.new_identity(tmp_path / "identity.pem")
+        new_identity(tmp_path / "identity.pem")
     with pytest.raises(FileNotFoundError, match="is not a folder: make it first"):
-        client_site.new_identity(tmp_path / "none" / "identity.pem")
+        new_identity(tmp_path / "none" / "identity.pem")
 
 
 def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any, tmp_path: Path) -> None:
-    mine = client_site.new_identity(tmp_path / "identity.pem")
+    mine = new_identity(tmp_path / "identity.pem")
     north = Ed25519PrivateKey.generate()
     known = north.public_key().public_bytes_raw().hex()
     policy = POLICY + f"identity: identity.pem\npeers: {{north: '{known}'}}\nrequire_masking: true\n"
