@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from numpy import zeros
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
 from fedsigma.client.identity import new_identity
+from fedsigma.client.ledger import Ledger
 from fedsigma.client.site import SitePolicy
 from fedsigma.common import masking, protocol, sites
 from fedsigma.common.codec import encode
-from fedsigma.common.config import StudyConfig, TrainingConfig
+from fedsigma.common.config import PrivacyConfig, StudyConfig, TrainingConfig
 from fedsigma.common.masking import Member
+from fedsigma.common.privacy import Release, epsilon
 from fedsigma.common.protocol import (
     EvaluateReply,
     EvaluateTask,
@@ -194,3 +197,63 @@ def test_a_peers_key_that_is_none_is_named(tmp_path: Path) -> None:
     file.write_text(POLICY + "peers: {north: abc}\n")
     with pytest.raises(ConfigError, match="peers says 'north' is 'abc', expected 64 hex digits"):
         SitePolicy.read(file)
+
+
+def hiding(level: str, noise: float = 4.0, epsilon: float = 1e6) -> TrainTask:
+    asked = PrivacyConfig(level=level, noise_multiplier=noise, epsilon=epsilon)
+    return dataclasses.replace(TASK, privacy=asked)
+
+
+@pytest.mark.parametrize(
+    ("policy", "level", "reason"),
+    [
+        ("none", "none", ""),
+        ("none", "image", ""),
+        ("image", "none", "NotPrivate"),
+        ("image", "site", "NotPrivate"),
+        ("image", "image", ""),
+        ("image", "group", ""),
+        ("group", "image", "NotPrivate"),
+    ],
+)
+def test_training_must_hide_what_the_site_demands(ask: Any, policy: str, level: str, reason: str) -> None:
+    reply = ask(hiding(level), policy=f"{POLICY}privacy: {policy}\n")
+    assert reply.has_error() == bool(reason)
+    assert not reason or reply.error.reason == reason
+
+
+def test_the_sites_own_budget_holds_whatever_the_server_says(ask: Any, tmp_path: Path) -> None:
+    policy = POLICY.replace("[fake]", "['*']") + "privacy: image\nepsilon: 5\nledger: deep/spent.jsonl\n"
+    one = Release(rate=1.0, noise_multiplier=4.0, steps=5)
+    allowed = next(n for n in range(1, 99) if epsilon([one] * (n + 1), 1e-5) > 5)
+    told = []
+    for number in range(allowed + 1):
+        # Another study each time, with a budget of its own that allows anything.
+        setup = dataclasses.replace(SETUP, study=f"study-{number}")
+        told.append(ask(dataclasses.replace(hiding("image"), setup=setup), policy=policy))
+    assert [reply.has_error() for reply in told] == [False] * allowed + [True]
+    assert told[-1].error.reason == "PrivacyBudgetSpent"
+    assert len(Ledger(tmp_path / "deep" / "spent.jsonl").entries()) == allowed
+    reply = protocol.from_content(TrainReply, told[0].content)
+    assert reply.epsilon == epsilon([one], 1e-5) and math.isnan(reply.loss)
+
+
+def test_class_counts_stay_untold_where_training_is_private(ask: Any) -> None:
+    policy = POLICY + "tell_class_counts: true\n"
+    assert protocol.from_content(TrainReply, ask(TASK, policy=policy).content).class_counts == (1, 1)
+    assert protocol.from_content(TrainReply, ask(hiding("image"), policy=policy).content).class_counts == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("privacy: site", "privacy is 'site'"),
+        ("epsilon: 3", "epsilon is 3, and privacy 'none' lets studies train"),
+        ("privacy: image\nepsilon: 0", "epsilon is 0"),
+        ("delta: 0", "delta is 0"),
+    ],
+)
+def test_a_wrong_privacy_in_site_yaml_is_named(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(f"{POLICY}{line}\n")
+    with pytest.raises(ConfigError, match=words):
+        SitePolicy.read(tmp_path / "site.yaml")
