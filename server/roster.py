@@ -70,10 +70,10 @@ class Roster:
         """The sites of `present` that still train."""
         return {node: name for node, name in self.present().items() if node not in self.spent}
 
-    def retire(self, node: int) -> None:
-        """Ask a site for no more training."""
+    def retire(self, node: int, *, round: int) -> None:
+        """Ask a site for no more training, from this round on."""
         self.spent.add(node)
-        self._folder.event("site_spent", site=self.names[node])
+        self._folder.event("site_spent", round=round, site=self.names[node])
 
     def wait(self) -> dict[int, str]:
         """Wait until enough sites are ready: min_sites, and in a simulation all.

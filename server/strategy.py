@@ -297,9 +297,10 @@ class SigmaStrategy(Strategy):
             self.folder.event("site_late", round=number, site=site)
         else:
             status, reason = "failed", answer.failure
-            self.folder.event("site_failed", round=number, site=site, reason=reason)
             if reason == BUDGET_SPENT:
-                self.roster.retire(answer.node)
+                self.roster.retire(answer.node, round=number)
+            else:
+                self.folder.event("site_failed", round=number, site=site, reason=reason)
         self.folder.round_row(number, site, metrics, answer.bytes_up, answer.bytes_down, status, reason)
 
     def _pooled_row(self, number: int, accepted: dict[int, Accepted]) -> None:
