@@ -6,6 +6,7 @@ value found, what was expected, and the next step.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -257,6 +258,16 @@ class StudyConfig:
                 f"privacy.level is 'site', whose noise is reckoned for a mean, and {strategy} takes none: use"
                 f" one of {', '.join(MEANS)}"
             )
+        if self.privacy.of_sites and self.federation.masking:
+            privacy, federation = self.privacy, self.federation
+            # Eight standard deviations of a site's share of the noise: none of a million values is above.
+            share = privacy.noise_multiplier / math.sqrt(federation.min_sites)
+            needed = privacy.clip_norm * (1 + 8 * share)
+            if needed > federation.mask_bound:
+                raise ConfigError(
+                    f"federation.mask_bound is {federation.mask_bound:g}, and the noise that hides sites needs"
+                    f" room up to {needed:.4g}: set it to that, or take a smaller privacy.clip_norm"
+                )
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -188,6 +188,13 @@ def test_hiding_sites_needs_a_strategy_of_means() -> None:
         StudyConfig.from_yaml(text)
 
 
+def test_masks_must_have_room_for_the_noise() -> None:
+    text = STUDY.replace("level: image", "level: site, clip_norm: 5").replace("rounds: 10", "masking: true")
+    with pytest.raises(ConfigError, match=r"mask_bound is 16, and the noise .* needs room up to 61.57: set"):
+        StudyConfig.from_yaml(text)
+    StudyConfig.from_yaml(text.replace("masking: true", "masking: true, mask_bound: 62"))
+
+
 def test_a_plan_says_what_a_study_spends() -> None:
     found = plan(StudyConfig.from_yaml(STUDY), images=64, targets=(2.0,))
     assert found.release == Release(rate=0.25, noise_multiplier=2.0, steps=2)
