@@ -265,7 +265,7 @@ class StudyConfig:
             needed = privacy.clip_norm * (1 + 8 * share)
             if needed > federation.mask_bound:
                 raise ConfigError(
-                    f"federation.mask_bound is {federation.mask_bound:g}, and the noise that hides sites needs"
+                    f"federation.mask_bound is {federation.mask_bound:g}, and noise that hides sites needs"
                     f" room up to {needed:.4g}: set it to that, or take a smaller privacy.clip_norm"
                 )
 

@@ -190,7 +190,7 @@ def test_hiding_sites_needs_a_strategy_of_means() -> None:
 
 def test_masks_must_have_room_for_the_noise() -> None:
     text = STUDY.replace("level: image", "level: site, clip_norm: 5").replace("rounds: 10", "masking: true")
-    with pytest.raises(ConfigError, match=r"mask_bound is 16, and the noise .* needs room up to 61.57: set"):
+    with pytest.raises(ConfigError, match=r"mask_bound is 16, and noise .* needs room up to 61.57: set"):
         StudyConfig.from_yaml(text)
     StudyConfig.from_yaml(text.replace("masking: true", "masking: true, mask_bound: 62"))
 
