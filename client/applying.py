@@ -27,12 +27,16 @@ class ApplyError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """A study's result, put back on its backbone."""
+    """A study's result, put back on its backbone.
+
+    own_round: the round after which the site's own values on top are; None without such values.
+    """
 
     saved: SavedSigma
     study: StudyConfig
     backbone: Backbone
     sigma: SigmaModel
+    own_round: int | None = None
 
 
 def restore(path: Path, backbone: str | None = None, personal: Path | None = None) -> Restored:
@@ -64,12 +68,17 @@ def restore(path: Path, backbone: str | None = None, personal: Path | None = Non
             f"the sigma shift in {path} was not trained on {loaded.name}: {problem}. The study's backbone is "
             f"{study.backbone!r}; name where it lies here with --backbone"
         )
-    sigma.set_shift(saved.shift if personal is None else _with_personal(saved, study, sigma, personal))
-    return Restored(saved=saved, study=study, backbone=loaded, sigma=sigma)
+    shift, own_round = saved.shift, None
+    if personal is not None:
+        shift, own_round = _with_personal(saved, study, sigma, personal)
+    sigma.set_shift(shift)
+    return Restored(saved=saved, study=study, backbone=loaded, sigma=sigma, own_round=own_round)
 
 
-def _with_personal(saved: SavedSigma, study: StudyConfig, sigma: SigmaModel, file: Path) -> Tensor:
-    """The shared values with a site's own, as a whole shift."""
+def _with_personal(
+    saved: SavedSigma, study: StudyConfig, sigma: SigmaModel, file: Path
+) -> tuple[Tensor, int]:
+    """The shared values with a site's own, as a whole shift, and the round after which those are."""
     import torch
 
     from fedsigma.client.personal import read_personal
@@ -78,8 +87,8 @@ def _with_personal(saved: SavedSigma, study: StudyConfig, sigma: SigmaModel, fil
     if study.personal is None:
         raise ApplyError(f"study '{study.name}' keeps nothing at the sites: leave --personal out")
     split = split_of(sigma, study.personal)
-    _, _, own = read_personal(file, split, sigma.fingerprint)
-    return torch.from_numpy(split.scatter(split.gather(saved.shift.numpy()), own))
+    last, _, own = read_personal(file, split, sigma.fingerprint, study=study.name, run=saved.run)
+    return torch.from_numpy(split.scatter(split.gather(saved.shift.numpy()), own)), last
 
 
 def list_pictures(folder: Path) -> list[str]:
@@ -182,4 +191,9 @@ def export(restored: Restored, folder: Path) -> Path:
         f"classes: {', '.join(study.classes)}",
         f"template: {study.template}",
     ]
+    if restored.own_round is not None:
+        notes.append(
+            f"with one site's own values, after round {restored.own_round}: they are of its images alone, so"
+            " the model belongs to that site"
+        )
     return export_merged(merged, folder, notes=notes)

@@ -17,7 +17,7 @@ from fedsigma.common.artefact import write_atomic
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Split
 
-__all__ = ["FORMAT", "PersonalError", "PersonalPart", "read_personal"]
+__all__ = ["FORMAT", "PersonalError", "PersonalPart", "read_personal", "safe_name"]
 
 FORMAT = "fedsigma-personal-1"
 Vector = NDArray[np.float32]
@@ -28,14 +28,21 @@ class PersonalError(ValueError):
     """A file of personal values that is damaged or belongs to something else; the text says what to do."""
 
 
-def read_personal(path: Path, split: Split, fingerprint: Fingerprint) -> tuple[int, Vector, Vector]:
+def read_personal(
+    path: Path, split: Split, fingerprint: Fingerprint, *, study: str, run: str
+) -> tuple[int, Vector, Vector]:
     """Read a file of personal values.
+
+    Args:
+        path: of the file.
+        split, fingerprint: of the adapted model that the values are for.
+        study, run: its name, and the key of the server's run folder.
 
     Returns:
         The round that was trained last, the values before it and after it, (split.personal_size,) each.
 
     Raises:
-        PersonalError: it is missing, damaged, or of another backbone or split.
+        PersonalError: it is missing, damaged, or of another study, run, backbone or split.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -44,7 +51,15 @@ def read_personal(path: Path, split: Split, fingerprint: Fingerprint) -> tuple[i
                 raise PersonalError(f"{path} is no file of personal values: name the one that a site wrote")
             before, after = (file.get_tensor(name) for name in ("before", "after"))
     except (SafetensorError, OSError) as error:
-        raise PersonalError(f"{path} cannot be read ({error}): put it back from a backup") from error
+        raise PersonalError(
+            f"{path} cannot be read ({error}): name the file that the site wrote, or put back a backup"
+        ) from error
+    for what, wanted in (("study", study), ("run", run)):
+        if told.get(what) != wanted:
+            raise PersonalError(
+                f"{path} holds the values of {what} {told.get(what)!r}, this one's {what} is {wanted!r}: name"
+                " the file of the same study and run"
+            )
     if told.get("layout") != split.full.digest or told.get("shared") != split.shared.digest:
         raise PersonalError(f"{path} was made with other parts personal: it does not fit this study")
     if told.get("weights") != _weights(fingerprint):
@@ -56,6 +71,11 @@ def read_personal(path: Path, split: Split, fingerprint: Fingerprint) -> tuple[i
     if not told.get("round", "").isdecimal():
         raise PersonalError(f"{path} says round {told.get('round')!r}, expected a whole number")
     return int(told["round"]), before, after
+
+
+def safe_name(name: str) -> str:
+    """A name as part of a file's."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
 
 
 def _weights(fingerprint: Fingerprint) -> str:
@@ -77,7 +97,8 @@ class PersonalPart:
     """
 
     def __init__(self, folder: Path, *, study: str, run: str, split: Split, fingerprint: Fingerprint) -> None:
-        self.path = folder / f"{study}-{run}.safetensors"
+        self.path = folder / f"{safe_name(study)}-{run}.safetensors"
+        self._study, self._run = study, run
         self._split, self._fingerprint = split, fingerprint
 
     def now(self) -> Vector:
@@ -89,6 +110,8 @@ class PersonalPart:
         last, before, after = self._read()
         if round == 1:
             return np.zeros(self._split.personal_size, np.float32)
+        if not last and self._split.personal_size:
+            log.warning("round %s finds no personal values in %s and starts from zeros", round, self.path)
         if round < last:
             log.warning("round %s is asked for, the personal values are those after round %s", round, last)
         return before if round == last else after
@@ -104,6 +127,8 @@ class PersonalPart:
             "layout": self._split.full.digest,
             "shared": self._split.shared.digest,
             "weights": _weights(self._fingerprint),
+            "study": self._study,
+            "run": self._run,
             "round": str(round),
         }
         arrays = {"before": before.astype(np.float32), "after": after.astype(np.float32)}
@@ -113,4 +138,4 @@ class PersonalPart:
         if self._split.personal_size == 0 or not self.path.exists():
             zeros = np.zeros(self._split.personal_size, np.float32)
             return 0, zeros, zeros
-        return read_personal(self.path, self._split, self._fingerprint)
+        return read_personal(self.path, self._split, self._fingerprint, study=self._study, run=self._run)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsigma.client.identity import NoIdentity, read_identity, simulated_identity
 from fedsigma.client.ledger import Entry, Ledger
-from fedsigma.client.personal import PersonalPart
+from fedsigma.client.personal import PersonalPart, safe_name
 from fedsigma.common import sites as data_of
 from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.names import PRIVACY_LEVELS
@@ -216,7 +216,7 @@ class Site:
         """Return this site's own part of the shift in a run of a study."""
         return PersonalPart(
             self.personal_path,
-            study=_safe(setup.study),
+            study=setup.study,
             run=run,
             split=learner.split(setup.personal_config),
             fingerprint=learner.fingerprint,
@@ -372,9 +372,4 @@ def _simulated_folder(run: str, name: str) -> tuple[Path, str]:
     from platformdirs import user_state_path
 
     folder = os.environ.get("FEDSIGMA_AUDIT") or user_state_path("fedsigma") / "audit"
-    return Path(folder) / run, _safe(name)
-
-
-def _safe(name: str) -> str:
-    """A name as part of a file's."""
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return Path(folder) / run, safe_name(name)

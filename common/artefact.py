@@ -32,6 +32,8 @@ class ArtefactError(ValueError):
 class SavedSigma:
     """What a sigma file holds.
 
+    run is the key by which the sites find their personal values of this run; empty if they have none.
+
     Shapes: shift (layout size,) float32.
     """
 
@@ -40,6 +42,7 @@ class SavedSigma:
     fingerprint_json: str
     study_yaml: str
     round: int
+    run: str = ""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -66,6 +69,7 @@ def save_shift(
     fingerprint_json: str,
     study_yaml: str,
     round: int,
+    run: str = "",
 ) -> None:
     """Write a sigma shift and all that is needed to apply it, atomically.
 
@@ -83,6 +87,8 @@ def save_shift(
         "study": study_yaml,
         "round": str(int(round)),
     }
+    if run:
+        metadata["run"] = run
     write_atomic(Path(path), save({"shift": tensor}, metadata=metadata))
 
 
@@ -109,7 +115,8 @@ def load_shift(path: Path) -> SavedSigma:
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path} cannot be read ({error}): copy it again from the run folder") from error
     _check(shift, str(path))
-    return SavedSigma(shift=shift, round=_round(path, metadata), **_texts(path, metadata))
+    run = metadata.get("run", "")
+    return SavedSigma(shift=shift, round=_round(path, metadata), run=run, **_texts(path, metadata))
 
 
 def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:

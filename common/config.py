@@ -116,6 +116,10 @@ class SigmaConfig:
                 f"{section}.layers is {list(self.layers)}, expected layer numbers from 0 upwards"
             )
 
+    def __str__(self) -> str:
+        layers = self.layers if isinstance(self.layers, str) else list(self.layers)
+        return f"{{towers: [{', '.join(self.towers)}], layers: {layers}, parts: [{', '.join(self.parts)}]}}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalConfig(SigmaConfig):
@@ -235,15 +239,31 @@ class StudyConfig:
         check_number("seed", self.seed, low=0, high=2**31 - 1)
         check_subset("baselines", self.baselines, BASELINES, empty=True)
         self._check_privacy()
-        if self.personal is not None and "local_only" in self.baselines:
-            raise ConfigError(
-                "baselines asks for 'local_only', which would send each site's personal values to the others:"
-                " run the same study without its section personal to compare"
-            )
+        if self.personal is not None:
+            self._check_personal(self.personal)
         if "pooled" in self.baselines and self.data is None:
             raise ConfigError(
                 "baselines asks for 'pooled', but the study has no data section: pooling needs all images in"
                 " one place, which only a simulation has; leave 'pooled' out"
+            )
+
+    def _check_personal(self, own: PersonalConfig) -> None:
+        """Refuse what can be seen without a backbone; `Split` knows how many layers there are."""
+        if "local_only" in self.baselines:
+            raise ConfigError(
+                "baselines asks for 'local_only', which would send each site's personal values to the others:"
+                " run the same study without its section personal to compare"
+            )
+        if set(own.towers).isdisjoint(self.sigma.towers) or set(own.parts).isdisjoint(self.sigma.parts):
+            raise ConfigError(
+                f"personal is {own}, which is nothing of what sigma adapts, {self.sigma}: choose some of"
+                " that, or leave personal out"
+            )
+        covers = set(own.towers) >= set(self.sigma.towers) and set(own.parts) >= set(self.sigma.parts)
+        if covers and own.layers in ("all", self.sigma.layers):
+            raise ConfigError(
+                f"personal is {own}, which is all that sigma adapts, {self.sigma}, so nothing would be"
+                " shared: choose less of it"
             )
 
     def _check_privacy(self) -> None:

@@ -168,12 +168,15 @@ def split_of(sigma: SigmaModel, personal: PersonalConfig | None) -> Split:
     Raises:
         LayoutError: all or nothing of what is adapted is personal.
     """
-    from fedsigma.common.sigma import Selection, Split, find_layout
+    from fedsigma.common.sigma import LayoutError, Selection, Split, find_layout
 
     if personal is None:
         return Split(sigma.layout)
     chosen = Selection(towers=personal.towers, layers=personal.layers, parts=personal.parts)
-    return Split(sigma.layout, frozenset(entry.key for entry in find_layout(sigma.model, chosen).entries))
+    try:
+        return Split(sigma.layout, frozenset(entry.key for entry in find_layout(sigma.model, chosen).entries))
+    except LayoutError as error:
+        raise LayoutError(f"personal is {personal}: {error}") from error
 
 
 @lru_cache(maxsize=2)

@@ -9,12 +9,12 @@ next writer. Everything else is replaced in one step. The files and their fields
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Mapping
@@ -97,8 +97,13 @@ class RunFolder:
 
     @property
     def key(self) -> str:
-        """A name of this folder, 16 hex digits: the same after an interruption, another for another run."""
-        return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+        """What sites know this run by, 16 hex digits: made at first use and kept in the folder.
+
+        Not its path's digest: a folder may be moved before it is gone on with, and another take its place.
+        """
+        if not (self.path / "key.txt").exists():
+            self._replace("key.txt", secrets.token_hex(8))
+        return (self.path / "key.txt").read_text(encoding="ascii").strip()
 
     @property
     def study_yaml(self) -> str:
@@ -226,6 +231,7 @@ class RunFolder:
         fingerprint_json: str,
         study_yaml: str,
         round: int,
+        run: str = "",
     ) -> None:
         """Replace the run's sigma shift by the one this round made.
 
@@ -243,6 +249,7 @@ class RunFolder:
             fingerprint_json=fingerprint_json,
             study_yaml=study_yaml,
             round=round,
+            run=run,
         )
 
     def load_sigma(self) -> SavedSigma:

@@ -339,6 +339,7 @@ class SigmaStrategy(Strategy):
             fingerprint_json=self.fingerprint.to_json(),
             study_yaml=self.study.to_yaml(),
             round=number,
+            run=self.folder.key if self.split.personal_size else "",
         )
         for old in self.folder.path.glob("strategy-*.safetensors"):
             if old != state_path(self.folder, number):

@@ -16,7 +16,7 @@ from test_masked_rounds import drop
 from test_rounds import events, run, shift_of
 from test_training import task as tiny_task
 
-from fedsigma.client.personal import PersonalError, PersonalPart
+from fedsigma.client.personal import PersonalError, PersonalPart, read_personal
 from fedsigma.common import learner as learning
 from fedsigma.common.codec import decode
 from fedsigma.common.config import ConfigError, PersonalConfig, StudyConfig
@@ -25,6 +25,7 @@ from fedsigma.common.messages import TrainReply, TrainTask
 from fedsigma.common.protocol import from_content
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, LayoutError, Split
 from fedsigma.server.report import write_report
+from fedsigma.server.store import RunFolder
 
 pytestmark = pytest.mark.usefixtures("fake_method", "two_entries")
 SHARED, OWN = 4, SIZE - 4
@@ -257,6 +258,30 @@ def test_a_file_of_something_else_is_refused(
         other.now()
 
 
+def test_a_file_of_another_study_or_run_is_refused(tmp_path: Path) -> None:
+    one = part(tmp_path)
+    one.keep(values(0, 0), values(1, 2), round=1)
+    other = part(tmp_path, "1" * 16)
+    one.path.rename(other.path)
+    with pytest.raises(PersonalError, match=r"values of run '0000.*this one's run is '1111"):
+        other.now()
+    with pytest.raises(PersonalError, match="values of study 'fake', this one's study is 'else'"):
+        read_personal(other.path, SPLIT, FINGERPRINT, study="else", run="0" * 16)
+
+
+def test_a_study_s_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+    one = PersonalPart(tmp_path, study="../../x", run="0" * 16, split=SPLIT, fingerprint=FINGERPRINT)
+    assert one.path.parent == tmp_path and ".." not in one.path.name
+
+
+def test_a_run_folder_that_was_moved_is_known_by_its_key(tmp_path: Path) -> None:
+    folder = run(tmp_path, STUDY_OWN)
+    key = folder.key
+    moved = folder.path.rename(tmp_path / "moved")
+    assert RunFolder.open(moved).key == key
+    assert run(tmp_path, STUDY_OWN).key != key
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     part(tmp_path).keep(values(0, 0), values(1, np.nan), round=1)
     with pytest.raises(PersonalError, match="finite values"):
@@ -272,6 +297,11 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         (STUDY + "personal: {towers: [text]}\n", "local_only', which would send"),
         (PLAIN + "personal: {towers: [eyes]}\n", "personal.towers is 'eyes'"),
         (PLAIN + "personal: {layer: top}\n", "did you mean 'layers'"),
+        (PLAIN + "personal: {layers: all}\n", r"personal is .towers: .image, text.*all that sigma adapts"),
+        (
+            PLAIN + "sigma: {towers: [image]}\npersonal: {towers: [text]}\n",
+            r"personal is .towers: .text.*nothing of what sigma adapts",
+        ),
         (PLAIN + "personal: text\n", "personal is 'text', expected keys and values"),
     ],
 )

@@ -32,9 +32,9 @@ class Split:
         self.full = full
         own = frozenset() if personal is None else personal & {entry.key for entry in full.entries}
         if personal is not None and not own:
-            raise LayoutError("personal names nothing that sigma adapts: choose some of it, or leave it out")
+            raise LayoutError("this is nothing that sigma adapts: choose some of that, or leave personal out")
         if len(own) == len(full.entries):
-            raise LayoutError("personal names all that sigma adapts, so nothing is shared: choose less of it")
+            raise LayoutError("this is all that sigma adapts, so nothing is shared: choose less of it")
         self._own = np.zeros(full.size, dtype=bool)
         entries, offset = [], 0
         for entry in full.entries:
