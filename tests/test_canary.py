@@ -31,7 +31,7 @@ class Picture:
 def canaries(seed: int) -> tuple[list[Picture], list[Picture]]:
     """Pictures of noise with labels that have nothing to do with them: each has to be learned by heart.
 
-    The labels go by turns. Drawn at random, members would have more of one class than others have, and a model
+    The labels go by turns. Drawn at random, members would have more of one class than others, and a model
     that has learned no more than which class is common would already tell the two apart.
 
     Returns:
