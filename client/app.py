@@ -18,6 +18,7 @@ from fedsigma.client.feedback import Feedback
 from fedsigma.client.masked import SITE_COUNTS, Masker, counts_of
 from fedsigma.client.site import Site, SiteCountDiffers, open_site
 from fedsigma.common import protocol
+from fedsigma.common.chain import ChainBroken
 from fedsigma.common.codec import decode, encode
 from fedsigma.common.learner import Judged, Learned, Learner, seed_for
 from fedsigma.common.noise import shared_noise
@@ -101,7 +102,7 @@ def _answer(
 def _record_failure(site: Site, asked: dict[str, Any], error: Exception) -> None:
     try:
         AuditLog(site.audit_path).record(asked, {"error": type(error).__name__})
-    except OSError:
+    except (OSError, ChainBroken):
         log.exception("the audit log at %s cannot be written", site.audit_path)
 
 

@@ -1,27 +1,28 @@
 """The site's record of every answer it gave: one JSON line for each, written before the answer leaves.
 
-The log belongs to the site and never leaves it. Each line holds the digest of the line before it, so that a
-line changed or removed later can be noticed by `verify`.
+The log belongs to the site and never leaves it. It is chained (`fedsigma.common.chain`), so that a line that
+was changed or removed later is found.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["AuditLog", "verify"]
+from fedsigma.common.chain import Chain
+
+__all__ = ["AuditLog", "describe"]
 
 
 class AuditLog:
-    """Appends to one site's log. One process at a time may write a site's log."""
+    """Appends to one site's log."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._log = Chain(path)
 
     def record(self, asked: Mapping[str, Any], left: Mapping[str, Any]) -> None:
         """Write down what was asked and what is about to leave, and make sure that it is on the disk.
@@ -31,19 +32,10 @@ class AuditLog:
             left: the fields of the reply as they lie on the wire, or `{"error": type name}`.
 
         Raises:
-            OSError: the line cannot be written; the reply must then not be sent.
+            OSError, ChainBroken: the line cannot be written, or an earlier one was removed; the reply must
+                then not be sent.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = {
-            "time": round(time.time(), 3),
-            "asked": dict(asked),
-            "left": describe(left),
-            "previous": _last_digest(self.path),
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._log.append({"time": round(time.time(), 3), "asked": dict(asked), "left": describe(left)})
 
 
 def describe(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,19 +49,6 @@ def describe(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"fields": said, "bytes": total, "sha256": whole.hexdigest()}
 
 
-def verify(path: Path) -> int | None:
-    """Return the number of the first line that does not follow from the one before it; None if all do."""
-    previous = ""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            if json.loads(line)["previous"] != previous:
-                return number
-        except (ValueError, KeyError, TypeError):
-            return number
-        previous = hashlib.sha256(line).hexdigest()
-    return None
-
-
 def _raw(value: Any) -> bytes:
     return value if isinstance(value, bytes) else json.dumps(value).encode()
 
@@ -80,10 +59,3 @@ def _say(value: Any) -> Any:
         # nan is no JSON; the log shows what the wire carried all the same.
         return str(value) if isinstance(value, float) and value != value else value
     return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-
-
-def _last_digest(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    lines = path.read_bytes().splitlines()
-    return hashlib.sha256(lines[-1]).hexdigest() if lines else ""

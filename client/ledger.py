@@ -6,17 +6,13 @@ each run and study. A release is written down before training starts, so that a 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from fedsigma.common.chain import Chain, ChainBroken
 from fedsigma.common.privacy import PrivacyConfig, Release, epsilon
 
 __all__ = ["Entry", "Ledger", "LedgerDamaged", "PrivacyBudgetSpent"]
@@ -44,7 +40,7 @@ class Entry:
 
 
 class Ledger:
-    """A site's privacy.jsonl; each line holds the digest of the one before it.
+    """A site's privacy.jsonl, a chained log.
 
     Args:
         path: of the file; it is made at the first release.
@@ -52,17 +48,16 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._log = Chain(path)
 
     def entries(self) -> list[Entry]:
         """Everything released so far.
 
         Raises:
-            LedgerDamaged: a line does not read, or does not follow from the one before it.
+            LedgerDamaged: a line does not read or was changed or removed.
         """
-        if not self.path.is_file():
-            return []
-        with self.path.open("rb") as file:
-            return self._read(file)[0]
+        with _damage(self.path):
+            return [_entry(values) for values in self._log.lines()]
 
     def spend(self, entry: Entry, privacy: PrivacyConfig, *, budget: float | None, delta: float) -> float:
         """Write down a release if the budgets allow it.
@@ -80,9 +75,8 @@ class Ledger:
             PrivacyBudgetSpent: a budget does not allow it; nothing is written.
             LedgerDamaged: see `entries`.
         """
-        with self._locked() as file:
-            known, last, whole = self._read(file)
-            after = [*known, entry]
+        with _damage(self.path), self._log.opened() as log:
+            after = [*map(_entry, log.lines()), entry]
             spent = epsilon([e.release for e in after if e.study == entry.study], privacy.delta)
             if spent > privacy.epsilon:
                 raise PrivacyBudgetSpent(
@@ -95,46 +89,29 @@ class Ledger:
                     f"all studies together would have spent epsilon {total:.2f}, site.yaml allows {budget:g}"
                     f" at delta {delta:g}"
                 )
-            file.truncate(whole)
-            file.write(_line(entry, last))
-            file.flush()
-            os.fsync(file.fileno())
+            log.append(_values(entry))
         return spent
 
-    @contextmanager
-    def _locked(self) -> Iterator[IO[bytes]]:
-        """The file, which no other process can write meanwhile: two studies may run at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
 
-    def _read(self, file: IO[bytes]) -> tuple[list[Entry], str, int]:
-        """The entries, the digest of the last line, and the length of the whole lines.
-
-        A last line without its end was being written when the power went: training had not started.
-        """
-        file.seek(0)
-        content = file.read()
-        content = content[: content.rfind(b"\n") + 1]
-        found, previous = [], ""
-        for number, line in enumerate(content.splitlines(), start=1):
-            try:
-                values = json.loads(line)
-                if values["previous"] != previous:
-                    raise ValueError
-                found.append(_entry(values))
-            except (ValueError, KeyError, TypeError):
-                raise LedgerDamaged(
-                    f"line {number} of {self.path} was changed or cut: put the file back from a backup;"
-                    " without it nobody knows what has been spent, and the site cannot train privately"
-                ) from None
-            previous = hashlib.sha256(line).hexdigest()
-        return found, previous, len(content)
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Say what damage to the ledger means."""
+    try:
+        yield
+    except (ChainBroken, _NoEntry) as error:
+        what = error.what if isinstance(error, ChainBroken) else f"a line is no release: {error}"
+        raise LedgerDamaged(
+            f"{path} was changed or cut ({what}): put the file and its .head back from a backup; without it"
+            " nobody knows what has been spent, and the site cannot train privately"
+        ) from None
 
 
-def _line(entry: Entry, previous: str) -> bytes:
-    values = {
+class _NoEntry(ValueError):
+    """A line of the ledger does not say what was released."""
+
+
+def _values(entry: Entry) -> dict[str, object]:
+    return {
         "time": round(time.time(), 3),
         "study": entry.study,
         "run": entry.run,
@@ -144,22 +121,23 @@ def _line(entry: Entry, previous: str) -> bytes:
         "rate": entry.release.rate,
         "noise_multiplier": entry.release.noise_multiplier,
         "steps": entry.release.steps,
-        "previous": previous,
     }
-    return json.dumps(values, sort_keys=True).encode() + b"\n"
 
 
 def _entry(values: dict[str, object]) -> Entry:
-    rate, noise, steps = values["rate"], values["noise_multiplier"], values["steps"]
-    if not (isinstance(rate, float) and isinstance(noise, float) and isinstance(steps, int)):
-        raise TypeError
-    if not (0 < rate <= 1 and noise > 0 and steps > 0):
-        raise ValueError
-    return Entry(
-        study=str(values["study"]),
-        run=str(values["run"]),
-        round=int(str(values["round"])),
-        mode=str(values["mode"]),
-        level=str(values["level"]),
-        release=Release(rate=rate, noise_multiplier=noise, steps=steps),
-    )
+    try:
+        rate, noise, steps = values["rate"], values["noise_multiplier"], values["steps"]
+        if not (isinstance(rate, float) and isinstance(noise, float) and isinstance(steps, int)):
+            raise TypeError("rate, noise_multiplier and steps are no numbers")
+        if not (0 < rate <= 1 and noise > 0 and steps > 0):
+            raise ValueError("rate, noise_multiplier or steps cannot be")
+        return Entry(
+            study=str(values["study"]),
+            run=str(values["run"]),
+            round=int(str(values["round"])),
+            mode=str(values["mode"]),
+            level=str(values["level"]),
+            release=Release(rate=rate, noise_multiplier=noise, steps=steps),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise _NoEntry(error) from None

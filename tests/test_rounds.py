@@ -14,8 +14,8 @@ from fake_learner import IMAGES, LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedsigma.client.app import app as client
-from fedsigma.client.audit import verify
 from fedsigma.common import protocol
+from fedsigma.common.chain import Chain, ChainBroken
 from fedsigma.common.codec import decode, encode
 from fedsigma.common.reading import ConfigError
 from fedsigma.common.sigma import Layout
@@ -415,10 +415,10 @@ def test_everything_that_leaves_is_in_the_audit_log_first(tmp_path: Path) -> Non
     assert [line["asked"]["message"] for line in left[:2]] == ["Hello", "TrainTask"]
     assert left[1]["asked"]["round"] == 1 and left[1]["left"]["bytes"] > 4 * LAYOUT.size
     path = tmp_path / "audit" / "run-1" / "bccd.jsonl"
-    assert verify(path) is None
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1].replace('"round": 1', '"round": 9'), *lines[2:]]))
-    assert verify(path) == 3
+    assert len(Chain(path).lines()) == len(left)
+    path.write_text(path.read_text().replace('"round": 1', '"round": 9'))
+    with pytest.raises(ChainBroken, match="line 3 was changed, or"):
+        Chain(path).lines()
 
 
 def test_a_reply_that_cannot_be_audited_does_not_leave(tmp_path: Path) -> None:
