@@ -10,8 +10,7 @@ module of its own, the best case for it. Opacus cannot separate prompts that exa
 figure for both towers.
 
 The accuracy (with --data, a folder that holds `wbc_labs.parquet`): the study on white cells at several
-epsilons, as real runs by `flwr run`; finished runs under --out are not repeated. By default only v and o are
-adapted: noise grows with the number of values, and these lose less than they save.
+epsilons, as real runs by `flwr run`; finished runs under --out are not repeated.
 """
 
 from __future__ import annotations
@@ -249,7 +248,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--data", type=Path, help="folder of wbc_labs.parquet: also compare accuracies")
     p.add_argument("--out", type=Path, default=Path("out/dp"), help="where the runs go")
     p.add_argument("--seeds", type=int, nargs="+", default=[1])
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=["v", "o"], help="adapted parts")
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="adapted parts")
     p.add_argument("--skip-steps", action="store_true", help="compare accuracies only")
     p.add_argument("--json", type=Path)
     return p.parse_args()
