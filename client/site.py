@@ -7,24 +7,24 @@ says can widen it. In a simulation a site is one part of the study's data, and i
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsigma.client.identity import NoIdentity, read_identity, simulated_identity
 from fedsigma.client.ledger import Entry, Ledger
 from fedsigma.client.personal import PersonalPart, safe_name
+from fedsigma.client.policy import SitePolicy
 from fedsigma.common import sites as data_of
 from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.names import PRIVACY_LEVELS
 from fedsigma.common.privacy import Release
 from fedsigma.common.protocol import Setup, TrainTask
-from fedsigma.common.reading import ConfigError, build, check_choice, check_number, check_printable, read_yaml
+from fedsigma.common.reading import ConfigError
 
 if TYPE_CHECKING:
     from fedsigma.common.data import SiteData
@@ -39,6 +39,7 @@ __all__ = [
     "SiteCountDiffers",
     "SitePolicy",
     "StudyNotAllowed",
+    "TooManyRounds",
     "TooManySteps",
     "open_site",
 ]
@@ -55,6 +56,10 @@ class BackboneNotAllowed(ValueError):
 
 class TooManySteps(ValueError):
     """The task asks for more local steps than the site's policy allows."""
+
+
+class TooManyRounds(ValueError):
+    """The task belongs to a later round than the site's policy allows a study to have."""
 
 
 class CohortTooSmall(ValueError):
@@ -75,96 +80,6 @@ class SiteCountDiffers(ValueError):
     def __init__(self, *, sites: int, federation: int) -> None:
         super().__init__(f"the study has {sites} sites, the federation {federation}")
         self.sites = sites
-
-
-@dataclass(frozen=True, kw_only=True)
-class SitePolicy:
-    """What site.yaml says.
-
-    Fields: name, as the server sees it; source, the site's images, and options for it; on_problem, whether a
-    damaged image or unknown label stops the site's work or is skipped; studies that may be
-    run here (`*`: any); backbones, the study's name of each allowed backbone and where it lies here;
-    max_local_steps of one task; max_examples, the most training images used; min_cohort, the fewest sites
-    whose shifts must be averaged together (2 or more also refuses training alone); tell_class_counts,
-    whether the number of training images of each class may be told; tell_confusion, whether the final
-    models' confusion matrices may be, which count the test images of each class; audit, the audit log's file.
-
-    For masked sums: identity, the file of the site's Ed25519 private key (PEM); peers, the public key of each
-    site of the study (64 hex digits), copied from the study's list and never from the server;
-    require_masking, whether an unmasked round is refused; max_cohorts, for how many cohorts one round is
-    answered.
-
-    For differential privacy: privacy, what training must hide at least (`none`, `image` or `group`); epsilon,
-    the budget of all studies together (null: each study's own only), counted at delta; ledger, the file that
-    says what has been spent.
-
-    personal: the folder of the values that studies leave at the site.
-    """
-
-    section: ClassVar[str] = ""
-
-    name: str
-    source: str
-    studies: tuple[str, ...]
-    backbones: dict[str, str] = field(default_factory=lambda: {"starter": "starter"})
-    options: dict[str, Any] = field(default_factory=dict)
-    on_problem: str = "stop"
-    test_share: float = 0.5
-    max_local_steps: int = 1000
-    max_examples: int = 10_000
-    min_cohort: int = 2
-    tell_class_counts: bool = False
-    tell_confusion: bool = False
-    audit: str = "audit.jsonl"
-    identity: str = ""
-    peers: dict[str, str] = field(default_factory=dict)
-    require_masking: bool = False
-    max_cohorts: int = 2
-    privacy: str = "none"
-    epsilon: float | None = None
-    delta: float = 1e-5
-    ledger: str = "privacy.jsonl"
-    personal: str = "personal"
-
-    def __post_init__(self) -> None:
-        check_printable("name", self.name)
-        check_printable("source", self.source)
-        check_choice("on_problem", self.on_problem, ("stop", "skip"))
-        check_number("test_share", self.test_share, low=0.05, high=0.95)
-        check_number("max_local_steps", self.max_local_steps, low=1)
-        check_number("max_examples", self.max_examples, low=1)
-        check_number("min_cohort", self.min_cohort, low=1)
-        check_number("max_cohorts", self.max_cohorts, low=1)
-        check_choice("privacy", self.privacy, PRIVACY_LEVELS[:3])
-        check_number("delta", self.delta, low=1e-15, high=0.1)
-        if self.epsilon is not None:
-            check_number("epsilon", self.epsilon, low=1e-3)
-            if self.privacy == "none":
-                raise ConfigError(
-                    f"epsilon is {self.epsilon:g}, and privacy 'none' lets studies train that spend without"
-                    " bound: set privacy to image or group"
-                )
-        for name, key in self.peers.items():
-            if not re.fullmatch("[0-9a-f]{64}", str(key)):
-                raise ConfigError(f"peers says '{name}' is {key!r}, expected 64 hex digits")
-        if len(self.name) > 80 or self.name == "pooled":
-            raise ConfigError(f"name is '{self.name}', expected at most 80 characters and not 'pooled'")
-        for name, place in self.backbones.items():
-            if not isinstance(place, str) or not place:
-                raise ConfigError(f"backbones says '{name}' is {place!r}, expected a backbone's name")
-
-    @classmethod
-    def read(cls, path: Path) -> SitePolicy:
-        """Read a site.yaml.
-
-        Raises:
-            ConfigError: it cannot be read, a key is unknown or missing, or a value is not allowed.
-        """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-        return build(cls, read_yaml(text, where=str(path)), where=str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +109,14 @@ class Site:
         """Refuse a training task that goes beyond the site's policy.
 
         Raises:
-            StudyNotAllowed, BackboneNotAllowed, TooManySteps, CohortTooSmall: it goes beyond the policy.
+            StudyNotAllowed, BackboneNotAllowed, TooManySteps, TooManyRounds, CohortTooSmall, NotMasked,
+            NotPrivate: it goes beyond the policy.
         """
         self.allow_study(task.setup)
         if task.steps > self.policy.max_local_steps:
             raise TooManySteps(f"{task.steps} steps, site.yaml allows {self.policy.max_local_steps}")
+        if task.round > self.policy.max_rounds:
+            raise TooManyRounds(f"round {task.round}, site.yaml allows {self.policy.max_rounds}")
         if task.cohort < self.policy.min_cohort:
             raise CohortTooSmall(f"cohort of {task.cohort}, site.yaml demands {self.policy.min_cohort}")
         if task.members and len(task.members) != task.cohort:
@@ -349,6 +267,7 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         studies=("*",),
         max_local_steps=2**31,
         max_examples=2**31,
+        max_rounds=2**31,
         min_cohort=1,
         max_cohorts=10,
         # The server of a simulation has these images itself.

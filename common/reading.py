@@ -22,6 +22,7 @@ __all__ = [
     "check_subset",
     "nearest",
     "read_yaml",
+    "split_address",
     "write_yaml",
 ]
 
@@ -81,6 +82,18 @@ def check_subset(where: str, values: tuple[str, ...], known: tuple[str, ...], *,
         raise ConfigError(f"{where} names something twice: {list(values)}")
     if not values and not empty:
         raise ConfigError(f"{where} is empty, expected at least one of {', '.join(known)}")
+
+
+def split_address(address: str, *, where: str) -> tuple[str, int]:
+    """Split host:port.
+
+    Raises:
+        ConfigError: it is not of this form.
+    """
+    found = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})", address)
+    if found is None or not 0 < int(found[2]) < 65536:
+        raise ConfigError(f"{where} is '{address}', expected HOST:PORT, such as fl.example.org:443")
+    return found[1].strip("[]"), int(found[2])
 
 
 class _Loader(yaml.SafeLoader):

@@ -18,6 +18,7 @@ __all__ = ["BAD_INPUT", "PROBLEMS", "UNEXPECTED", "main"]
 UNEXPECTED, BAD_INPUT, PROBLEMS = 1, 3, 4
 
 _CLIENT, _SERVER = "fedsigma.client.cli", "fedsigma.server.cli"
+_HOSPITAL, _CENTRE = "fedsigma.client.hospital.cli", "fedsigma.server.centre.cli"
 # Name -> (module with a typer `app`, one line of help): enough to print the list without importing torch.
 COMMANDS = {
     "inspect": (_CLIENT, "Count what a study would train on a backbone."),
@@ -28,6 +29,8 @@ COMMANDS = {
     "study": (_SERVER, "Simulate a study on this machine: run, check, privacy."),
     "predict": (_CLIENT, "Judge a folder of pictures with a finished study."),
     "export": (_CLIENT, "Write a finished study's model as a plain open_clip folder."),
+    "site": (_HOSPITAL, "Run a hospital's site: enrol, up, status, approve, rotate."),
+    "server": (_CENTRE, "Run a coordinating centre: init, up, invite, admit, sites, revoke."),
     "runs": (_SERVER, "List the runs in a folder."),
     "report": (_SERVER, "Write the report of a run."),
 }

@@ -1,0 +1,28 @@
+"""Writing small files that must be whole, and secret ones that their owner alone may read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["write_secret", "write_whole"]
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a file that its owner alone can read, in one step and instead of one that is there."""
+    _write(path, content, 0o600)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step, so that no reader and no crash finds half of it."""
+    _write(path, content, 0o644)
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,47 @@
+"""The processes of a centre: the SuperLink, the worker that runs studies, and the proxy in front."""
+
+from __future__ import annotations
+
+from fedsigma.common.processes import Process, flower_environment
+from fedsigma.common.reading import split_address
+from fedsigma.server.centre.folder import CentreFolder
+from fedsigma.server.centre.proxy import write_proxy_files
+
+__all__ = ["centre_processes"]
+
+
+def centre_processes(folder: CentreFolder) -> list[Process]:
+    """The processes of a centre, in the order of starting; writes the proxy's files anew.
+
+    `worker` runs ServerApps apart from the SuperLink, so that a run outlives the SuperLink's restart.
+    """
+    place = write_proxy_files(folder)
+    config = folder.config
+    host, port = split_address(config.superlink, where="superlink")
+    environment = flower_environment(folder.path / "flwr") | {
+        "FEDSIGMA_CENTRE": str(folder.path),
+        "FEDSIGMA_RUNS": str(folder.path / "runs"),
+    }
+    tls = ["--ssl-ca-certfile", str(folder.tls("ca.crt")), "--ssl-certfile", str(folder.tls("inner.crt"))]
+    tls += ["--ssl-keyfile", str(folder.tls("inner.key"))]
+    secret = ["--superexec-auth-secret-file", str(folder.secret)]
+    superlink = ["flower-superlink", "--host", host, "--port", str(port), "--isolation", "process"]
+    superlink += [*tls, *secret, "--enable-supernode-auth", "--database", str(folder.path / "state.db")]
+    superlink += ["--health-server-address", config.health, "--disable-runtime-dependency-installation"]
+    worker = ["flower-superexec", "--runtime-api-address", folder.control]
+    worker += ["--root-certificates", str(folder.tls("ca.crt")), *secret]
+    worker += ["--health-server-address", config.worker_health]
+    found = [
+        Process(name="superlink", command=superlink, environment=environment, health=config.health, after=1),
+        Process(name="worker", command=worker, environment=environment, health=config.worker_health, after=2),
+    ]
+    if config.proxy == "nginx":
+        command = ["nginx", "-c", str(place / "nginx.conf"), "-p", str(place / "run")]
+        # Before its configuration is read, nginx would write into a folder of the system's.
+        command += ["-e", str(folder.path / "logs" / "proxy-error.log")]
+        found.append(Process(name="proxy", command=command, after=3))
+    elif config.proxy == "caddy":
+        command = ["caddy", "run", "--config", str(place / "Caddyfile"), "--adapter", "caddyfile"]
+        home = {"HOME": str(place / "run"), "XDG_CONFIG_HOME": str(place / "run")}
+        found.append(Process(name="proxy", command=command, environment=home, after=3))
+    return found
