@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import io
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -179,7 +180,7 @@ def _socket(folder: Path) -> Path:
 
 
 def _configuration(processes: Sequence[Process], folder: Path) -> str:
-    logs = folder / "logs"
+    logs = Path(_plain(str(folder / "logs")))
     config = configparser.RawConfigParser()
     config["unix_http_server"] = {"file": str(_socket(folder)), "chmod": "0700"}
     config["supervisord"] = {
@@ -191,11 +192,11 @@ def _configuration(processes: Sequence[Process], folder: Path) -> str:
     factory = "supervisor.rpcinterface:make_main_rpcinterface"
     config["rpcinterface:supervisor"] = {"supervisor.rpcinterface_factory": factory}
     for process in processes:
-        environment = ",".join(f'{key}="{_quoted(value)}"' for key, value in process.environment.items())
+        environment = ",".join(f'{key}="{_plain(value)}"' for key, value in process.environment.items())
         config[f"program:{process.name}"] = {
-            "command": shlex.join(process.command).replace("%", "%%"),
+            "command": " ".join(shlex.quote(_plain(word)) for word in process.command),
             "directory": str(folder),
-            "environment": environment.replace("%", "%%"),
+            "environment": environment,
             "priority": str(process.after),
             "autorestart": "true",
             # It goes on trying for ever: a server that is down for a night must not end a site's node.
@@ -214,10 +215,15 @@ def _configuration(processes: Sequence[Process], folder: Path) -> str:
     return text.getvalue()
 
 
-def _quoted(value: str) -> str:
-    if '"' in value or "\n" in value:
-        raise ProcessError(f"an environment value holds a quote or line break: {value[:80]!r}")
-    return value
+def _plain(value: str) -> str:
+    """A value as supervisord reads it from its file.
+
+    Raises:
+        ProcessError: it would read another: it strips quotes from ends and takes " ;" and " #" for comments.
+    """
+    if re.search(r"[\n\"]|\s[;#]", value) or value != value.strip("'"):
+        raise ProcessError(f"a value for the supervisor holds a quote, comment or line break: {value[:80]!r}")
+    return value.replace("%", "%%")
 
 
 class _Connection(http.client.HTTPConnection):

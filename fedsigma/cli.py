@@ -26,7 +26,7 @@ COMMANDS = {
     "data": (_CLIENT, "Look at a site's own images before a study: check."),
     "identity": (_CLIENT, "Make the key by which other sites know this one."),
     "budget": (_CLIENT, "Say what private studies have spent of a site's images."),
-    "study": (_SERVER, "Simulate a study on this machine: run, check, privacy."),
+    "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a centre: submit, status, stop."),
     "predict": (_CLIENT, "Judge a folder of pictures with a finished study."),
     "export": (_CLIENT, "Write a finished study's model as a plain open_clip folder."),
     "site": (_HOSPITAL, "Run a hospital's site: enrol, up, status, approve, rotate."),

@@ -15,6 +15,7 @@ from rich.table import Table
 from fedsigma.server.overview import Overview, find_runs, overview, runs_folder
 from fedsigma.server.report.words import NOTHING, moment, percent
 from fedsigma.server.store import RunFolder
+from fedsigma.server.study_cli import add_commands
 
 __all__ = ["app"]
 
@@ -56,6 +57,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 study_app = typer.Typer(no_args_is_help=True, help="Run or check a study.")
 app.add_typer(study_app, name="study")
+add_commands(study_app)
 
 StudyArgument = Annotated[
     str, typer.Argument(help="A study that comes with FedSigma (demo), or the path of a study file.")

@@ -26,40 +26,13 @@ from pathlib import Path
 
 from fedsigma.common.config import ConfigError, StudyConfig, load_study
 from fedsigma.common.protocol import Setup
+from fedsigma.server.bundle import write_app
 
 __all__ = ["SimulationError", "run_simulation"]
 
 COMPLETED = "finished:completed"
 START_S = 120.0
 """How long the SuperLink may take to start; on a busy machine, much longer than Flower itself waits."""
-
-_APP_TOML = """\
-[project]
-name = "fedsigma-study"
-version = "1.0.0"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "fedsigma"
-fab-include = ["fedsigma_study/*.py"]
-
-[tool.flwr.app.components]
-serverapp = "fedsigma_study.serverapp:app"
-clientapp = "fedsigma_study.clientapp:app"
-
-[tool.flwr.app.config]
-study = "demo"
-out = ""
-resume = false
-seed = -1
-rounds = 0
-"""
-_GLUE = '''"""Flower entry point."""
-from fedsigma.{side}.app import app as _app
-
-app = _app
-'''
 
 
 class SimulationError(RuntimeError):
@@ -224,7 +197,7 @@ def _flwr_run(
     home: Path, environment: dict[str, str], values: dict[str, object], *, sites: int, cpus: int
 ) -> str:
     """Start the run, show its log until it ends, and return its id."""
-    app = _app_folder(home)
+    app = _checkout() or write_app(home / "app")
     # JSON's texts, numbers and booleans are TOML's, too.
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
     federation = f"num-supernodes={sites} client-resources-num-cpus={cpus} client-resources-num-gpus=0"
@@ -248,18 +221,12 @@ def _flwr_run(
     return found.group(1)
 
 
-def _app_folder(home: Path) -> Path:
-    """Return the folder of the Flower app: the checkout, or one made here for an installed package."""
-    checkout = Path(__file__).resolve().parent.parent
-    if (checkout / "pyproject.toml").is_file() and (checkout / "fedsigma" / "serverapp.py").is_file():
-        return checkout
-    app = home / "app"
-    (app / "fedsigma_study").mkdir(parents=True)
-    (app / "pyproject.toml").write_text(_APP_TOML, encoding="utf-8")
-    (app / "fedsigma_study" / "__init__.py").write_text("", encoding="utf-8")
-    for side in ("server", "client"):
-        (app / "fedsigma_study" / f"{side}app.py").write_text(_GLUE.format(side=side), encoding="utf-8")
-    return app
+def _checkout() -> Path | None:
+    """This checkout, whose own code a simulation runs; None for an installed package."""
+    folder = Path(__file__).resolve().parent.parent
+    if (folder / "pyproject.toml").is_file() and (folder / "fedsigma" / "serverapp.py").is_file():
+        return folder
+    return None
 
 
 def _status(run: str, home: Path, environment: dict[str, str]) -> str:

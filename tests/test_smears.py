@@ -123,3 +123,10 @@ def test_shape_tells_the_types_apart_and_colour_does_not() -> None:
     assert found["colours"] < 0.6, found
     assert found["shapes"] > 0.7, found
     assert found["shapes"] > found["colours"] + 0.2, found
+
+
+def test_a_laboratory_by_itself_has_the_pictures_that_it_has_among_all() -> None:
+    everything, east = open_source("demo"), open_source("demo", laboratories=["east"])
+    assert [r for r in everything.records if r.site == "east"] == list(east.records)
+    with pytest.raises(DataError, match="laboratories names 'moon', known are"):
+        open_source("demo", laboratories=["moon"])

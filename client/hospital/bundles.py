@@ -12,6 +12,7 @@ import io
 import re
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from fedsigma.client.policy import SitePolicy
@@ -60,10 +61,11 @@ class Bundles:
         Raises:
             BundleError: there is none, there are several, or its file was changed.
         """
-        found = [*self._pending.glob(f"{digest}*.fab"), *self._approved.glob(f"{digest}*.fab")]
-        if not re.fullmatch("[0-9a-f]{6,64}", digest) or len(found) != 1:
-            known = ", ".join(path.stem[:12] for path in self.pending()) or "none"
-            raise BundleError(f"'{digest}' names no single bundle here: waiting for approval are {known}")
+        known = [*self._pending.glob("*.fab"), *self._approved.glob("*.fab")]
+        found = [path for path in known if path.stem.startswith(digest)]
+        if len(digest) < 6 or len(found) != 1:
+            waiting = ", ".join(path.stem[:12] for path in self.pending()) or "none"
+            raise BundleError(f"'{digest}' names no single bundle here: waiting for approval are {waiting}")
         bundle = found[0].read_bytes()
         if digest_of(bundle) != found[0].stem:
             raise BundleError(f"{found[0]} was changed: remove it, and have the study submitted again")
@@ -86,8 +88,7 @@ class Bundles:
             added = _with_bundle(text, digest, f"# approved {time.strftime('%Y-%m-%d')}")
             part = self._site_yaml.with_name("site.yaml.new")
             part.write_text(added, encoding="utf-8")
-            after = SitePolicy.read(part)
-            if after != SitePolicy(**{**before.__dict__, "bundles": (*before.bundles, digest)}):
+            if not _only_added(before, part, digest):
                 part.unlink()
                 raise ConfigError(f"{self._site_yaml}: add {digest} to the list `bundles` by hand")
             part.replace(self._site_yaml)
@@ -127,6 +128,18 @@ def _texts(bundle: bytes) -> dict[str, str]:
         raise BundleError(f"the bundle is no zip file of texts: {error}") from None
     found.pop(".info/CONTENT", None)
     return found
+
+
+def _only_added(before: SitePolicy, file: Path, digest: str) -> bool:
+    """Whether a site.yaml says what it said before, and this bundle besides."""
+    try:
+        after = SitePolicy.read(file)
+    except ConfigError:
+        return False
+    return replace(after, bundles=before.bundles) == before and set(after.bundles) == {
+        *before.bundles,
+        digest,
+    }
 
 
 def _with_bundle(text: str, digest: str, comment: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -75,24 +76,31 @@ LABORATORIES = {
 
 
 @register_source("demo")
-def open_demo(*, seed: int = 1, train: int = 20, test: int = 20) -> Pictures:
+def open_demo(
+    *, seed: int = 1, train: int = 20, test: int = 20, laboratories: Sequence[str] = tuple(LABORATORIES)
+) -> Pictures:
     """Open the synthetic demonstration set; each picture is drawn when it is asked for.
 
     Args:
         seed: another seed gives other pictures of the same kind.
         train: mean number of training pictures of each class and laboratory; the laboratories differ in mix.
         test: the same for test pictures.
+        laboratories: whose pictures; one of them for a site that tries out a real deployment.
 
     Raises:
-        DataError: a number is below its least value.
+        DataError: a number is below its least value, or a laboratory is not known.
     """
     for name, value, least in (("seed", seed, 0), ("train", train, 1), ("test", test, 1)):
         if not isinstance(value, int) or value < least:
             raise DataError(
                 f"the option {name} of the demonstration set is {value!r}, expected at least {least}"
             )
+    if unknown := [name for name in laboratories if name not in LABORATORIES]:
+        raise DataError(f"the option laboratories names '{unknown[0]}', known are {', '.join(LABORATORIES)}")
     records = []
     for site, laboratory in LABORATORIES.items():
+        if site not in laboratories:
+            continue
         for label, share in zip(CELL_TYPES, laboratory.mix, strict=True):
             for split, mean in (("train", train), ("test", test)):
                 for number in range(max(1, round(mean * share))):

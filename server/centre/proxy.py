@@ -52,6 +52,9 @@ http {{
       proxy_set_header Host $host;
       proxy_connect_timeout 5s;
       proxy_read_timeout 120s;
+      # Passed on as it comes: what sites send is on no disk of the proxy's.
+      proxy_request_buffering off;
+      proxy_max_temp_file_size 0;
     }}
     location = /grpc.health.v1.Health/Check {{
       grpc_pass grpc://{health};

@@ -1,0 +1,193 @@
+"""Studies at a centre: handing them to Flower, watching, stopping and going on with them.
+
+A study is checked here before anything is sent, is written into the centre's folder as resolved, and is known
+by the digest of that text: the same study twice is refused unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedsigma.common.chain import Chain
+from fedsigma.common.config import StudyConfig, load_study
+from fedsigma.server.budget import check_budget
+from fedsigma.server.bundle import write_app
+from fedsigma.server.centre.control import Control, ControlError, Run
+from fedsigma.server.centre.folder import CentreError, CentreFolder
+from fedsigma.server.centre.registry import Registry, Submission, now
+from fedsigma.server.store import RunFolder
+
+__all__ = ["Studies", "Submitted"]
+
+POLL_S = 2.0
+GONE = "not known to the SuperLink"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One submission and how it is: Flower's word, and the rounds done so far."""
+
+    submission: Submission
+    status: str
+    rounds: int
+
+    @property
+    def open(self) -> bool:
+        """Whether it is waiting or running."""
+        return not self.status.startswith("finished") and self.status != GONE
+
+
+class Studies:
+    """The studies of a centre.
+
+    Args:
+        folder: the centre's.
+        control: how its SuperLink is reached.
+    """
+
+    def __init__(self, folder: CentreFolder, control: Control | None = None) -> None:
+        self._folder = folder
+        self._control = control or Control(folder)
+        self._registry = Registry(folder.path / "centre.db")
+        self._audit = Chain(folder.path / "audit.jsonl")
+
+    def submit(self, study: str, *, again: bool = False, rounds: int = 0, seed: int = -1) -> Submission:
+        """Check a study and hand it to Flower.
+
+        Args:
+            study: the name of a study that comes with FedSigma, or the path of a study file.
+            again: also if the same study runs or ran to its end.
+            rounds, seed: instead of the study's own (0 and -1: the study's own).
+
+        Raises:
+            ConfigError: the study does not read, or its privacy budget does not allow a round.
+            CentreError: the same study was submitted before.
+            ControlError: the SuperLink does not answer.
+        """
+        config = load_study(study).replaced(rounds=rounds or None, seed=seed if seed >= 0 else None)
+        # Sites have their own images, and nobody has all of them: what a simulation needs is not sent.
+        config = replace(config, data=None, baselines=tuple(b for b in config.baselines if b != "pooled"))
+        check_budget(config)
+        text = config.to_yaml()
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        for one in self.submitted(study=config.name) if not again else ():
+            if one.submission.digest == digest and (one.open or one.status == "finished:completed"):
+                raise CentreError(
+                    f"study '{config.name}' was submitted before as run {one.submission.run_id}, which is"
+                    f" {one.status}: `--again` submits it all the same"
+                )
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        name = f"{config.name}-{stamp}-s{config.seed}"
+        file = self._folder.path / "studies" / f"{name}.yaml"
+        file.write_text(text, encoding="utf-8")
+        return self._start(config, digest, file, self._folder.path / "runs" / name)
+
+    def resume(self, run: str) -> Submission:
+        """Go on with a run that ended before its last round.
+
+        Raises:
+            CentreError: there is no such run, or it is running, or has nothing to go on from.
+            ControlError: the SuperLink does not answer.
+        """
+        one = self.find(run)
+        if one.open or one.status == "finished:completed":
+            raise CentreError(f"run {one.submission.run_id} is {one.status}: there is nothing to go on with")
+        path = Path(one.submission.folder)
+        text = RunFolder.open(path).study_yaml
+        config = StudyConfig.from_yaml(text, where=str(path))
+        file = self._folder.path / "studies" / f"{path.name}.yaml"
+        file.write_text(text, encoding="utf-8")
+        return self._start(config, one.submission.digest, file, path, resumes=one.submission.run_id)
+
+    def stop(self, run: str) -> Submission:
+        """Stop a run; what it has done stays, and `resume` goes on with it.
+
+        Raises:
+            CentreError: there is no such run, or it has ended.
+            ControlError: the SuperLink does not answer.
+        """
+        one = self.find(run)
+        if not one.open:
+            raise CentreError(f"run {one.submission.run_id} is {one.status}: there is nothing to stop")
+        self._control.stop(one.submission.run_id)
+        self._note("study_stopped", one.submission)
+        return one.submission
+
+    def submitted(self, *, study: str | None = None) -> list[Submitted]:
+        """All submissions, or a study's, the latest first.
+
+        Raises:
+            ControlError: the SuperLink does not answer.
+        """
+        runs = self._control.runs()
+        return [self._seen(one, runs) for one in self._registry.submissions(study=study)]
+
+    def find(self, run: str) -> Submitted:
+        """The submission with this run number, or the latest of the study of this name.
+
+        Raises:
+            CentreError: there is none.
+        """
+        for one in self.submitted():
+            if run in (one.submission.run_id, one.submission.study):
+                return one
+        raise CentreError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
+
+    def watch(self, run: str) -> Iterator[Submitted]:
+        """How a run is, every few seconds until it has ended; a SuperLink that is down is waited for."""
+        one = self.find(run)
+        yield one
+        while one.open:
+            time.sleep(POLL_S)
+            try:
+                one = self.find(one.submission.run_id)
+            except ControlError:
+                continue
+            yield one
+
+    def logs(self, run: str, *, follow: bool) -> int:
+        """Print the log of a run's ServerApp; returns the exit code of the command that does it."""
+        command = self._control.log_command(self.find(run).submission.run_id, follow=follow)
+        done = subprocess.run(command, env=self._control.environment, cwd=self._folder.path, check=False)
+        return done.returncode
+
+    def _start(
+        self, config: StudyConfig, digest: str, file: Path, folder: Path, *, resumes: str = ""
+    ) -> Submission:
+        values = {"study": str(file), "out": str(folder), "resume": bool(resumes)}
+        run = self._control.start(write_app(self._folder.path / "flwr" / "app"), values)
+        made = Submission(
+            run_id=run,
+            study=config.name,
+            digest=digest,
+            folder=str(folder),
+            submitted_at=now(),
+            resumes=resumes,
+        )
+        with self._registry.session() as session:
+            session.add(made)
+        self._note("study_resumed" if resumes else "study_submitted", made)
+        return made
+
+    def _seen(self, one: Submission, runs: dict[str, Run]) -> Submitted:
+        path = Path(one.folder)
+        rounds = 0
+        if (path / "study.yaml").is_file():
+            rounds = max((row["round"] for row in RunFolder.open(path).rounds()), default=0)
+        return Submitted(one, runs[one.run_id].status if one.run_id in runs else GONE, rounds)
+
+    def _note(self, kind: str, one: Submission) -> None:
+        self._audit.append(
+            {
+                "time": now().isoformat(),
+                "kind": kind,
+                "study": one.study,
+                "run": one.run_id,
+                "digest": one.digest,
+            }
+        )

@@ -1,0 +1,134 @@
+"""App bundles at a site: approval, differences, and the guard in front of Flower's ClientApp."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fedsigma.client.hospital import bundles as module
+from fedsigma.client.hospital.bundles import BundleError, Bundles, difference, digest_of
+from fedsigma.client.hospital.guard import BundleNotApproved, _kind, refuse
+from fedsigma.client.policy import SitePolicy
+from fedsigma.common.chain import Chain
+from fedsigma.common.reading import ConfigError
+from fedsigma.server.bundle import write_app
+
+RULES = """\
+name: north   # our name
+source: folder:/data
+studies: []
+bundles: []   # none yet
+max_rounds: 5
+"""
+
+
+def bundle(**files: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return content.getvalue()
+
+
+ONE, TWO = bundle(a="x = 1\n", b="same\n"), bundle(a="x = 2\n", b="same\n")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    (tmp_path / "site.yaml").write_text(RULES)
+    (tmp_path / "worker").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["bundles: []   # none yet\n", "bundles:  # none yet\n", "", f"bundles:\n  - {'ab' * 32}\n"],
+    ids=["empty", "no-value", "absent", "one"],
+)
+def test_approval_adds_to_site_yaml_and_changes_nothing_else(line: str, site: Path) -> None:
+    file = site / "site.yaml"
+    text = RULES.replace("bundles: []   # none yet\n", line)
+    file.write_text(text)
+    if line == "bundles:  # none yet\n":
+        with pytest.raises(ConfigError):
+            SitePolicy.read(file)
+        return
+    before = SitePolicy.read(file)
+    Bundles(site).approve(ONE)
+    Bundles(site).approve(ONE)
+    Bundles(site).approve(TWO)
+    after = SitePolicy.read(file)
+    assert set(after.bundles) == {*before.bundles, digest_of(ONE), digest_of(TWO)}
+    assert len(after.bundles) == len(before.bundles) + 2
+    assert "# our name" in file.read_text() and after.max_rounds == 5
+
+
+def test_a_list_that_cannot_be_added_to_is_left_alone(site: Path) -> None:
+    file = site / "site.yaml"
+    text = RULES.replace("bundles: []   # none yet", f"bundles: [{'ab' * 32}]")
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        Bundles(site).approve(ONE)
+    assert file.read_text() == text and not file.with_name("site.yaml.new").exists()
+
+
+def test_a_refused_bundle_waits_for_approval(site: Path) -> None:
+    with pytest.raises(BundleNotApproved):
+        refuse(ONE, site / "site.yaml")
+    (line,) = Chain(site / "audit.jsonl").lines()
+    assert line["asked"] == {"message": "bundle", "bundle": digest_of(ONE)}
+    assert line["left"]["fields"] == {"error": "BundleNotApproved"}
+    mine = Bundles(site)
+    assert [path.stem for path in mine.pending()] == [digest_of(ONE)]
+    assert mine.find(digest_of(ONE)[:8]) == ONE
+    mine.approve(ONE)
+    refuse(ONE, site / "site.yaml")
+    assert mine.pending() == [] and mine.last_approved() == ONE
+    with pytest.raises(BundleNotApproved):
+        refuse(TWO, site / "site.yaml")
+
+
+def test_refused_bundles_do_not_fill_the_disk(site: Path) -> None:
+    mine = Bundles(site)
+    for number in range(module.MOST_PENDING + 5):
+        mine.keep(bundle(a=str(number)))
+    assert len(mine.pending()) == module.MOST_PENDING
+
+
+def test_a_bundle_that_was_exchanged_while_waiting_is_not_approved(site: Path) -> None:
+    mine = Bundles(site)
+    mine.keep(ONE)
+    mine.pending()[0].write_bytes(TWO)
+    with pytest.raises(BundleError, match="was changed"):
+        mine.find(digest_of(ONE))
+    for wrong in ("zz", "abcdef", "*"):
+        with pytest.raises(BundleError, match="names no single bundle"):
+            mine.find(wrong)
+
+
+def test_what_a_bundle_changes_is_shown() -> None:
+    shown = difference(ONE, TWO)
+    assert "-x = 1" in shown and "+x = 2" in shown and "same" not in shown
+    assert "+same" in difference(None, ONE)
+    assert "\x1b" not in difference(None, bundle(a="\x1b[2Jprint()\n"))
+    for bad in (b"no zip", bundle(a="x" * (3 << 20))):
+        with pytest.raises(BundleError):
+            difference(None, bad)
+
+
+def test_the_text_of_an_error_stays_at_the_site() -> None:
+    assert _kind("<class 'fedsigma.client.hospital.guard.BundleNotApproved'>:<'abc'>") == "BundleNotApproved"
+    assert _kind("<class 'FileNotFoundError'>:<'/data/patient-7'>") == "FileNotFoundError"
+    assert _kind("An exception at /data/patient-7") == "ClientAppError"
+
+
+def test_the_app_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    """Sites approve it once; were it different each time, approval would become a habit."""
+    from flwr.cli.build import build_fab_from_disk
+
+    first, second = (build_fab_from_disk(write_app(tmp_path / name)) for name in ("a", "b"))
+    assert first == second == build_fab_from_disk(write_app(tmp_path / "a"))
+    assert "from fedsigma.client.app import app" in difference(None, first)

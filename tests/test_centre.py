@@ -1,0 +1,214 @@
+"""A centre's folder, certificates and sites. What needs a running SuperLink is in tests/deployment."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import ssl
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from fedsigma.client.hospital.folder import SiteFolder
+from fedsigma.common.chain import Chain
+from fedsigma.common.joining import Invitation, JoinError, SiteKeys
+from fedsigma.common.reading import ConfigError
+from fedsigma.server.centre import enrolment as module
+from fedsigma.server.centre.authority import AuthorityError, Issued, issue, new_authority
+from fedsigma.server.centre.control import ControlError, Node
+from fedsigma.server.centre.enrolment import Enrolment
+from fedsigma.server.centre.folder import CentreError, CentreFolder, ServerConfig
+from fedsigma.server.centre.proxy import caddyfile, nginx_conf
+
+CONFIG = ServerConfig(name="Centre", address="fl.example.org:443")
+
+
+class FakeControl:
+    """In place of a SuperLink: numbers nodes and forgets nothing."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+        self.status: dict[str, str] = {}
+        self.down = False
+
+    def register(self, public_key: str) -> str:
+        if self.down:
+            raise ControlError("the SuperLink does not answer")
+        node = str(100 + len(self.known))
+        self.known[node], self.status[node] = public_key, "registered"
+        return node
+
+    def unregister(self, node_id: str) -> None:
+        self.status[node_id] = "unregistered"
+
+    def nodes(self) -> dict[str, Node]:
+        return {node: Node(node, status, "") for node, status in self.status.items()}
+
+
+@pytest.fixture
+def centre(tmp_path: Path) -> CentreFolder:
+    return CentreFolder.create(tmp_path / "centre", CONFIG, own=None)
+
+
+@pytest.fixture
+def control() -> FakeControl:
+    return FakeControl()
+
+
+@pytest.fixture
+def enrolment(centre: CentreFolder, control: FakeControl) -> Enrolment:
+    return Enrolment(centre, control)  # type: ignore[arg-type]
+
+
+def join(enrolment: Enrolment, folder: Path, name: str = "north") -> tuple[SiteFolder, SiteKeys]:
+    invitation = enrolment.invite(name, folder / f"{name}-{len(list(folder.iterdir()))}.json", days=7)
+    return SiteFolder.enrol(folder / name, invitation)
+
+
+def test_secrets_of_a_new_centre_are_its_owners_alone(centre: CentreFolder) -> None:
+    for file in ("tls/ca.key", "tls/inner.key", "tls/outer.key", "secrets/superexec.secret"):
+        assert stat.S_IMODE((centre.path / file).stat().st_mode) == 0o600, file
+    assert stat.S_IMODE(centre.path.stat().st_mode) == 0o700
+    with pytest.raises(CentreError, match="not an empty folder"):
+        CentreFolder.create(centre.path, CONFIG, own=None)
+    with pytest.raises(CentreError, match=r"holds no server\.yaml"):
+        CentreFolder(centre.path / "tls")
+
+
+def test_certificates_are_of_the_authority_and_for_the_names(centre: CentreFolder) -> None:
+    ca = x509.load_pem_x509_certificate(centre.tls("ca.crt").read_bytes())
+    for file, name in (("outer", "fl.example.org"), ("inner", "localhost")):
+        found = x509.load_pem_x509_certificate(centre.tls(f"{file}.crt").read_bytes())
+        found.verify_directly_issued_by(ca)
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert name in names.get_values_for_type(x509.DNSName)
+        assert found.not_valid_after_utc <= ca.not_valid_after_utc
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(centre.tls(f"{file}.crt"), centre.tls(f"{file}.key"))
+    assert not ca.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
+
+
+def test_an_authority_signs_nothing_with_a_strange_key_or_after_its_end() -> None:
+    one, other = new_authority("one"), new_authority("other")
+    with pytest.raises(AuthorityError, match="does not belong"):
+        issue(Issued(one.certificate, other.key), ["localhost"])
+    with pytest.raises(AuthorityError, match="expired on"):
+        issue(new_authority("old", days=0), ["localhost"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("address", "fl.example.org"), ("superlink", "x:99999"), ("proxy", "apache")]
+)
+def test_a_setting_that_does_not_do_is_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        ServerConfig(**{**CONFIG.__dict__, key: value})
+
+
+def test_the_proxy_passes_the_fleet_interface_alone(centre: CentreFolder) -> None:
+    for text in (nginx_conf(centre), caddyfile(centre)):
+        assert "/v1/fleet/" in text and "control" not in text and str(centre.tls("outer.key")) in text
+
+
+def test_a_site_joins_by_two_files(enrolment: Enrolment, control: FakeControl, tmp_path: Path) -> None:
+    site, keys = join(enrolment, tmp_path)
+    added = enrolment.admit(keys)
+    assert control.known == {added.node_id: keys.node_key}
+    assert [(s.name, s.state, s.identity) for s in enrolment.sites()] == [("north", "joined", keys.identity)]
+    assert enrolment.site_of_node() == {added.node_id: "north"}
+    for file in ("node/node.key", "worker/identity.pem", "node/superexec.secret"):
+        assert stat.S_IMODE((site.path / file).stat().st_mode) == 0o600, file
+        content = (site.path / file).read_bytes()
+        everything = b"".join(p.read_bytes() for p in tmp_path.glob("centre/**/*") if p.is_file())
+        assert content not in everything and content.hex().encode() not in everything
+    assert site.policy().name == "north"
+    # The same keys again, or the same invitation for other keys, do not do.
+    with pytest.raises(CentreError, match="has joined with this key already"):
+        enrolment.admit(keys)
+
+
+def test_nobody_joins_uninvited_or_by_an_old_invitation(
+    enrolment: Enrolment, control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = join(enrolment, tmp_path)
+    invitation = enrolment.invite("north", tmp_path / "second.json", days=7)
+    with pytest.raises(JoinError, match="last invitation"):
+        enrolment.admit(first)
+    with pytest.raises(CentreError, match="was not invited"):
+        enrolment.admit(SiteKeys(**{**first.__dict__, "site": "south"}))
+    _, second = SiteFolder.enrol(tmp_path / "again", invitation)
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "now", lambda: later)
+        with pytest.raises(JoinError, match="expired on"):
+            enrolment.admit(second)
+    assert not control.known
+    enrolment.admit(second)
+
+
+def test_a_superlink_that_is_down_loses_nothing(
+    enrolment: Enrolment, control: FakeControl, tmp_path: Path
+) -> None:
+    _, keys = join(enrolment, tmp_path)
+    control.down = True
+    with pytest.raises(ControlError):
+        enrolment.admit(keys)
+    assert [s.state for s in enrolment.sites()] == ["invited"]
+    control.down = False
+    enrolment.admit(keys)
+    assert [s.state for s in enrolment.sites()] == ["joined"]
+
+
+def test_a_key_is_renewed_with_an_overlap(enrolment: Enrolment, control: FakeControl, tmp_path: Path) -> None:
+    site, keys = join(enrolment, tmp_path)
+    old = enrolment.admit(keys).node_id
+    new = enrolment.admit(site.rotate()).node_id
+    assert set(enrolment.site_of_node()) == {old, new}
+    control.status[old] = "online"
+    assert enrolment.retire() == []
+    before = (site.path / "node" / "node.key").read_bytes()
+    site.switch()
+    assert (site.path / "node" / "old.key").read_bytes() == before
+    control.status[new] = "online"
+    assert [key.node_id for key in enrolment.retire()] == [old]
+    assert enrolment.site_of_node() == {new: "north"} and control.status[old] == "unregistered"
+    with pytest.raises(JoinError, match=r"holds no next\.key"):
+        site.switch()
+
+
+def test_a_revoked_site_is_out_and_the_others_are_not(
+    enrolment: Enrolment, control: FakeControl, tmp_path: Path
+) -> None:
+    for name in ("north", "south"):
+        enrolment.admit(join(enrolment, tmp_path, name)[1])
+    enrolment.revoke("north")
+    assert set(enrolment.site_of_node().values()) == {"south"}
+    assert list(control.status.values()) == ["unregistered", "registered"]
+    assert [s.state for s in enrolment.sites()] == ["revoked", "joined"]
+    with pytest.raises(CentreError, match="there is no site 'west'"):
+        enrolment.revoke("west")
+    kinds = [line["kind"] for line in Chain(tmp_path / "centre" / "audit.jsonl").lines()]
+    assert kinds == ["site_invited", "site_admitted", "site_invited", "site_admitted", "site_revoked"]
+
+
+def test_a_folder_is_one_sites(enrolment: Enrolment, tmp_path: Path) -> None:
+    site, _ = join(enrolment, tmp_path)
+    other = enrolment.invite("south", tmp_path / "south.json", days=7)
+    with pytest.raises(JoinError, match="belongs to a site already"):
+        SiteFolder.enrol(site.path, other)
+    (site.path / "site.yaml").write_text((site.path / "site.yaml").read_text().replace("north", "south"))
+    with pytest.raises(ConfigError, match="the centre knows this site as 'north'"):
+        site.policy()
+
+
+def test_an_invitation_has_what_a_site_trusts(
+    enrolment: Enrolment, centre: CentreFolder, tmp_path: Path
+) -> None:
+    path = tmp_path / "north.join.json"
+    enrolment.invite("north", path, days=7, note="Dr. Who")
+    found = Invitation.read(path)
+    assert found.certificates.encode() == centre.tls("ca.crt").read_bytes()
+    assert "Dr. Who" not in json.dumps(found.__dict__)
+    with pytest.raises(FileExistsError):
+        enrolment.invite("north", path, days=7)

@@ -1,0 +1,111 @@
+"""Supervised processes: real ones, with a real supervisor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedsigma.common import processes
+from fedsigma.common.processes import Process, ProcessError, restart, running, states, stop, supervise
+
+SUPERVISE = """
+import sys
+from pathlib import Path
+from fedsigma.common.processes import Process, supervise
+folder = Path(sys.argv[1])
+code = "import os, time; open('seen', 'a').write(os.environ['WORD'] + chr(10)); time.sleep(600)"
+word = {"WORD": "50% of 'it', yes"}
+one = Process(name="one", command=[sys.executable, "-c", code], environment=word, after=1)
+two = Process(name="two", command=[sys.executable, "-c", "import time; time.sleep(600)"], after=2)
+supervise([one, two], folder)
+"""
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within a minute"
+        time.sleep(0.1)
+
+
+def pid_of(folder: Path, name: str) -> int:
+    return next(state.pid for state in states(folder) if state.name == name)
+
+
+def all_run(folder: Path, *, but: int = 0) -> bool:
+    """Whether all processes run, none of them as this process number."""
+    if not running(folder):
+        return False
+    return all(state.state == "RUNNING" and state.pid != but for state in states(folder))
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(tmp_path)], stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: all_run(tmp_path))
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_what_dies_is_started_again_and_what_is_stopped_leaves_nothing(
+    supervisor: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    first = pid_of(tmp_path, "one")
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: all_run(tmp_path, but=first))
+    second = pid_of(tmp_path, "one")
+    restart(tmp_path, "one")
+    wait_for(lambda: all_run(tmp_path, but=second))
+    assert pid_of(tmp_path, "one") not in (first, second)
+    wait_for(lambda: (tmp_path / "seen").read_text().splitlines() == ["50% of 'it', yes"] * 3)
+
+    with pytest.raises(ProcessError, match="run already"):
+        supervise([], tmp_path)
+    with pytest.raises(ProcessError, match=r"the supervisor of .* says"):
+        restart(tmp_path, "three")
+
+    left = [pid_of(tmp_path, name) for name in ("one", "two")]
+    stop(tmp_path)
+    assert supervisor.wait(timeout=60) == 0
+    assert not any(psutil.pid_exists(pid) for pid in left) and not running(tmp_path)
+
+
+def test_without_a_supervisor_there_is_nothing_to_ask(tmp_path: Path) -> None:
+    assert not running(tmp_path)
+    for call in (states, stop):
+        with pytest.raises(ProcessError, match="start them with `up`"):
+            call(tmp_path)
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    missing = Process(name="x", command=["no-such-program"])
+    for call in (lambda: supervise([missing], tmp_path), lambda: missing.replace_this(tmp_path)):
+        with pytest.raises(ProcessError, match="'no-such-program' is not installed"):
+            call()
+
+
+def test_a_long_path_does_not_end_in_a_socket_that_cannot_be(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 90)
+    assert len(str(processes._socket(deep))) <= 100
+    assert processes._socket(deep) != processes._socket(tmp_path / ("y" * 90))
+
+
+@pytest.mark.parametrize("value", ['a"b', "'a", "a ;b", "a\t#b", "a\nb"])
+def test_a_value_that_the_supervisor_would_read_otherwise_is_refused(value: str, tmp_path: Path) -> None:
+    for one in (
+        Process(name="one", command=[sys.executable], environment={"WORD": value}),
+        Process(name="one", command=[sys.executable, value]),
+    ):
+        with pytest.raises(ProcessError, match="holds a quote"):
+            supervise([one], tmp_path)
