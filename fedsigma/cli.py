@@ -25,6 +25,7 @@ COMMANDS = {
     "backbone": (_CLIENT, "Bring a backbone to a machine without internet: fetch, convert."),
     "data": (_CLIENT, "Look at a site's own images before a study: check."),
     "identity": (_CLIENT, "Make the key by which other sites know this one."),
+    "audit": ("fedsigma.client.audit_cli", "Find what was changed in a log: verify."),
     "budget": (_CLIENT, "Say what private studies have spent of a site's images."),
     "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a centre: submit, status, stop."),
     "predict": (_CLIENT, "Judge a folder of pictures with a finished study."),

@@ -22,6 +22,7 @@ from fedsigma.client.applying import ApplyError, list_pictures, predict, restore
 from fedsigma.client.ledger import Entry, Ledger
 from fedsigma.common.artefact import save_shift
 from fedsigma.common.backbones import load_backbone, save_backbone
+from fedsigma.common.chain import Chain
 from fedsigma.common.config import SigmaConfig, StudyConfig
 from fedsigma.common.privacy import PrivacyConfig, Release, epsilon
 from fedsigma.common.sigma import Selection, SigmaModel
@@ -370,3 +371,46 @@ def test_data_check(pictures: Path, tmp_path: Path) -> None:
     code, _, err = run("data", "check", "foldr:x")
     assert code == 3
     assert "folder" in err
+
+
+def test_a_changed_audit_log_is_found(tmp_path: Path) -> None:
+    log = Chain(tmp_path / "audit.jsonl")
+    for number in range(3):
+        log.append({"number": number})
+    code, out, _ = run("audit", "verify", log.path)
+    assert code == 0 and "3 lines, all as they were written" in out
+    head = out.split()[-1]
+    assert run("audit", "verify", log.path, "--head", head)[0] == 0
+    log.path.write_text(log.path.read_text().replace('"number": 1', '"number": 7'))
+    code, _, err = run("audit", "verify", log.path)
+    assert code == 4 and "line 3 was changed, or a line before it" in err
+    log.path.unlink()
+    log.head_path.unlink()
+    log.append({"number": 0})
+    assert run("audit", "verify", log.path)[0] == 0
+    assert run("audit", "verify", log.path, "--head", head)[0] == 4
+    assert run("audit", "verify", log.path, "--head", "5")[0] == 3
+    assert run("audit", "verify", tmp_path / "none")[0] == 3
+
+
+def test_a_centre_and_a_site_are_made_by_command(tmp_path: Path) -> None:
+    centre, site = tmp_path / "centre", tmp_path / "north"
+    code, out, _ = run("server", "init", centre, "--address", "fl.example.org:443")
+    assert code == 0 and "fedsigma server up" in out
+    assert run("server", "init", centre, "--address", "fl.example.org:443")[0] == 3
+    assert run("server", "init", tmp_path / "other", "--address", "fl.example.org")[0] == 3
+    join, keys = tmp_path / "join.json", tmp_path / "keys.json"
+    code, out, _ = run("server", "invite", "north", "-f", centre, "--out", join)
+    words = out.split("telephone: ")[1].split()[0]
+    code, out, _ = run("site", "enrol", join, "-f", site, "--out", keys)
+    assert code == 0 and words in out
+    assert run("site", "enrol", join, "-f", site)[0] == 3
+    assert run("site", "enrol", keys, "-f", tmp_path / "other")[0] == 3
+    # No SuperLink runs here, so nobody can be let in, and the processes do not answer.
+    code, _, err = run("server", "admit", keys, "-f", centre)
+    assert code == 3 and "does not answer: is `fedsigma server up` running?" in err
+    code, out, _ = run("site", "status", "-f", site)
+    assert code == 4 and "not supervised here" in out
+    code, out, _ = run("site", "approve", "-f", site)
+    assert code == 0 and "No bundle waits" in out
+    assert run("site", "rotate", "-f", site, "--switch")[0] == 3
