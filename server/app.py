@@ -19,6 +19,7 @@ from fedsigma.common.protocol import Evaluation, Setup
 from fedsigma.server.averaging import ARRAY, make_averaging, restore_state
 from fedsigma.server.baselines import Baselines, result
 from fedsigma.server.budget import check_budget
+from fedsigma.server.centre.nodes import NodeNames
 from fedsigma.server.exchange import Exchange
 from fedsigma.server.overview import runs_folder
 from fedsigma.server.replies import SiteResult
@@ -57,7 +58,8 @@ def main(grid: Grid, context: Context) -> None:
         if done:
             restore_state(averaging, state_path(folder, done), size=split.shared.size)
         exchange = Exchange(grid)
-        roster = Roster(exchange, folder, study, learner.fingerprint)
+        nodes = None if study.data else NodeNames.of_this_process()
+        roster = Roster(exchange, folder, study, learner.fingerprint, nodes)
         roster.wait()
         strategy = SigmaStrategy(
             averaging,

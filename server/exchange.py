@@ -95,8 +95,8 @@ def _answer(node: int, sent: Message, reply: Message | None) -> Answer:
         return Answer(node=node, bytes_down=down)
     if reply.has_content():
         return Answer(node=node, bytes_down=down, content=reply.content)
-    known = _FLOWER_ERRORS.get(reply.error.code)
-    reason = reply.error.reason or ""
+    known = _FLOWER_ERRORS.get(reply.error.code, "")
     # FedSigma's sites tell a type's name. Any other text was not written by us, so it is not repeated.
-    told = reason if known is None and _TYPE_NAME.fullmatch(reason) else known
+    kind = reply.error.reason if _TYPE_NAME.fullmatch(reply.error.reason or "") else ""
+    told = f"{known}: {kind}" if known and kind else known or kind
     return Answer(node=node, bytes_down=down, failure=told or f"error {reply.error.code}")

@@ -20,6 +20,7 @@ from fedsigma.common.protocol import (
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint
+    from fedsigma.server.centre.nodes import NodeNames
     from fedsigma.server.exchange import Answer, Exchange
     from fedsigma.server.store import RunFolder
 
@@ -44,7 +45,12 @@ class Roster:
     """The sites that have shown the study's fingerprint, by node id."""
 
     def __init__(
-        self, exchange: Exchange, folder: RunFolder, study: StudyConfig, fingerprint: Fingerprint
+        self,
+        exchange: Exchange,
+        folder: RunFolder,
+        study: StudyConfig,
+        fingerprint: Fingerprint,
+        nodes: NodeNames | None = None,
     ) -> None:
         self.names: dict[int, str] = {}
         self.members: dict[int, Member] = {}
@@ -52,6 +58,7 @@ class Roster:
         self.spent: set[int] = set()
         """The sites that train no more, for their privacy budgets are spent; they still evaluate."""
         self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
+        self._nodes = nodes
         self._ask_again: dict[int, float] = {}
         self._reasons: dict[str, str] = {}
         self._sites = 0
@@ -148,6 +155,8 @@ class Roster:
         return difference
 
     def _taken(self, node: int, name: str, online: set[int]) -> str:
+        if self._nodes is not None and (problem := self._nodes.problem(node, name)):
+            return problem
         for other, known in list(self.names.items()):
             if known == name and other != node:
                 if other in online:

@@ -20,7 +20,15 @@ from fedsigma.server.centre.authority import AuthorityError, Issued, issue, new_
 from fedsigma.server.centre.control import ControlError, Node
 from fedsigma.server.centre.enrolment import Enrolment
 from fedsigma.server.centre.folder import CentreError, CentreFolder, ServerConfig
+from fedsigma.server.centre.nodes import NodeNames
 from fedsigma.server.centre.proxy import caddyfile, nginx_conf
+
+
+@pytest.fixture(autouse=True)
+def _no_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDSIGMA_CENTRE", raising=False)
+    monkeypatch.delenv("FEDSIGMA_DATABASE", raising=False)
+
 
 CONFIG = ServerConfig(name="Centre", address="fl.example.org:443")
 
@@ -190,6 +198,21 @@ def test_a_revoked_site_is_out_and_the_others_are_not(
         enrolment.revoke("west")
     kinds = [line["kind"] for line in Chain(tmp_path / "centre" / "audit.jsonl").lines()]
     assert kinds == ["site_invited", "site_admitted", "site_invited", "site_admitted", "site_revoked"]
+
+
+def test_a_node_is_the_site_that_was_let_in(
+    enrolment: Enrolment, centre: CentreFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert NodeNames.of_this_process() is None
+    monkeypatch.setenv("FEDSIGMA_CENTRE", str(centre.path))
+    nodes = NodeNames.of_this_process()
+    assert nodes is not None
+    node = int(enrolment.admit(join(enrolment, tmp_path)[1]).node_id)
+    assert nodes.problem(node, "north") == ""
+    assert nodes.problem(node, "south") == "its node belongs to site 'north'"
+    assert nodes.problem(7, "north") == "its node belongs to no site of this centre"
+    enrolment.revoke("north")
+    assert "no site of this centre" in nodes.problem(node, "north")
 
 
 def test_a_folder_is_one_sites(enrolment: Enrolment, tmp_path: Path) -> None:

@@ -55,13 +55,15 @@ def test_every_failure_goes_to_its_own_site() -> None:
 
 
 def test_only_a_type_name_of_a_site_is_repeated() -> None:
-    tasks = sent(7, 8)
+    tasks = sent(7, 8, 9)
     replies = [
         Message(Error(100, "FileNotFoundError"), reply_to=tasks[7]),
         Message(Error(100, "/data/patient-7.png"), reply_to=tasks[8]),
+        Message(Error(2, "BundleNotApproved"), reply_to=tasks[9]),
     ]
     found = attribute(tasks, replies)
     assert (found[7].failure, found[8].failure) == ("FileNotFoundError", "error 100")
+    assert found[9].failure == "the site's app failed: BundleNotApproved"
 
 
 counts = st.lists(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), min_size=1)
@@ -132,6 +134,22 @@ def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
     monkeypatch.setattr(roster_of, "RETRY_S", 0.0)
     roster._ask_again.clear()
     assert roster.present() == {4: "north", 2: "south"}
+
+
+def test_at_a_centre_a_site_is_who_its_node_says(tmp_path: Path) -> None:
+    """Else a site could take another's place by its name."""
+
+    class Nodes:
+        def problem(self, node: int, name: str) -> str:
+            return "" if (node, name) == (1, "north") else "its node belongs to site 'south'"
+
+    folder, good = RunFolder.create(tmp_path / "run", STUDY), FINGERPRINT.to_json()
+    exchange = FakeExchange({2: ("north", good), 1: ("north", good)})
+    study = StudyConfig.from_yaml(STUDY)
+    roster = Roster(exchange, folder, study, FINGERPRINT, Nodes())  # type: ignore[arg-type]
+    assert roster.present() == {1: "north"}
+    (refused,) = [e for e in folder.events() if e["kind"] == "site_refused"]
+    assert refused["reason"] == "its node belongs to site 'south'"
 
 
 def study(strategy: str, **options: Any) -> StudyConfig:
