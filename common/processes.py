@@ -192,7 +192,7 @@ def _configuration(processes: Sequence[Process], folder: Path) -> str:
     factory = "supervisor.rpcinterface:make_main_rpcinterface"
     config["rpcinterface:supervisor"] = {"supervisor.rpcinterface_factory": factory}
     for process in processes:
-        environment = ",".join(f'{key}="{_plain(value)}"' for key, value in process.environment.items())
+        environment = ",".join(f"{key}={_quoted(value)}" for key, value in process.environment.items())
         config[f"program:{process.name}"] = {
             "command": " ".join(shlex.quote(_plain(word)) for word in process.command),
             "directory": str(folder),
@@ -216,14 +216,25 @@ def _configuration(processes: Sequence[Process], folder: Path) -> str:
 
 
 def _plain(value: str) -> str:
-    """A value as supervisord reads it from its file.
+    """A value as supervisord reads it from its file, in which " ;" and " #" begin comments.
 
     Raises:
-        ProcessError: it would read another: it strips quotes from ends and takes " ;" and " #" for comments.
+        ProcessError: it would read another.
     """
-    if re.search(r"[\n\"]|\s[;#]", value) or value != value.strip("'"):
-        raise ProcessError(f"a value for the supervisor holds a quote, comment or line break: {value[:80]!r}")
+    if re.search(r"\n|\s[;#]", value):
+        raise ProcessError(f"a value for the supervisor holds a comment or line break: {value[:80]!r}")
     return value.replace("%", "%%")
+
+
+def _quoted(value: str) -> str:
+    """An environment's value between double quotes; supervisord strips single ones from its ends.
+
+    Raises:
+        ProcessError: it would read another value.
+    """
+    if '"' in value or value != value.strip("'"):
+        raise ProcessError(f"an environment value for the supervisor holds a quote: {value[:80]!r}")
+    return f'"{_plain(value)}"'
 
 
 class _Connection(http.client.HTTPConnection):

@@ -30,7 +30,7 @@ COMMANDS = {
     "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a centre: submit, status, stop."),
     "predict": (_CLIENT, "Judge a folder of pictures with a finished study."),
     "export": (_CLIENT, "Write a finished study's model as a plain open_clip folder."),
-    "site": (_HOSPITAL, "Run a hospital's site: enrol, up, status, approve, rotate."),
+    "site": (_HOSPITAL, "Run a hospital's site: enrol, doctor, up, status, approve, rotate."),
     "server": (_CENTRE, "Run a coordinating centre: init, up, invite, admit, sites, revoke."),
     "runs": (_SERVER, "List the runs in a folder."),
     "report": (_SERVER, "Write the report of a run."),

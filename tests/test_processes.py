@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -103,9 +104,27 @@ def test_a_long_path_does_not_end_in_a_socket_that_cannot_be(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("value", ['a"b', "'a", "a ;b", "a\t#b", "a\nb"])
 def test_a_value_that_the_supervisor_would_read_otherwise_is_refused(value: str, tmp_path: Path) -> None:
-    for one in (
-        Process(name="one", command=[sys.executable], environment={"WORD": value}),
-        Process(name="one", command=[sys.executable, value]),
-    ):
-        with pytest.raises(ProcessError, match="holds a quote"):
-            supervise([one], tmp_path)
+    one = Process(name="one", command=[sys.executable], environment={"WORD": value})
+    with pytest.raises(ProcessError, match="holds a"):
+        supervise([one], tmp_path)
+
+
+@pytest.mark.parametrize("value", ["a ;b", "a\t#b", "a\nb"])
+def test_a_word_of_a_command_that_would_be_cut_is_refused(value: str, tmp_path: Path) -> None:
+    with pytest.raises(ProcessError, match="holds a comment or line break"):
+        supervise([Process(name="one", command=[sys.executable, value])], tmp_path)
+
+
+def test_the_supervisor_reads_the_commands_that_were_meant(tmp_path: Path) -> None:
+    """By supervisord's own parser."""
+    from supervisor.options import ServerOptions
+
+    command = [sys.executable, "--node-config", 'site-name="a b"', "it's 50%", ""]
+    (tmp_path / "logs").mkdir()
+    file = tmp_path / "supervisord.conf"
+    file.write_text(processes._configuration([Process(name="one", command=command)], tmp_path))
+    options = ServerOptions()
+    options.realize(["-c", str(file)])
+    (group,) = options.process_group_configs
+    (found,) = group.process_configs
+    assert shlex.split(found.command) == command

@@ -112,6 +112,37 @@ def status(
 
 
 @site_app.command()
+def doctor(
+    folder: Folder,
+    offline: Annotated[bool, typer.Option("--offline", help="Leave out what needs the centre.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out backbones, images and training.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> None:
+    """Check all that a study needs of this site: folder, keys, way to the centre, clock, backbone, images.
+
+    Nothing that is found is sent anywhere.
+
+    Exit code 0: all is well; 4: a check found problems.
+    """
+    from dataclasses import asdict
+
+    from fedsigma.client.hospital.doctor import examine
+
+    found = []
+    for one in examine(folder, offline=offline, deep=not quick):
+        found.append(one)
+        if not as_json:
+            typer.secho("ok   " if one.ok else "FAIL ", fg="green" if one.ok else "red", nl=False)
+            typer.echo(f"{one.check:<20} {one.seen}")
+            if one.todo:
+                typer.echo(f"{'':<26}-> {one.todo}")
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+    if not all(one.ok for one in found):
+        raise typer.Exit(PROBLEMS)
+
+
+@site_app.command()
 def approve(
     folder: Folder,
     digest: Annotated[

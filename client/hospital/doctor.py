@@ -1,0 +1,118 @@
+"""What keeps a site from taking part, found before a study does: a list of checks, each ok or what to do.
+
+Nothing that is found here is sent anywhere. The checks go from the folder to the network to the images, and
+one that fails does not keep the others from being made.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsigma.client.hospital.folder import SiteFolder
+from fedsigma.client.policy import SitePolicy
+
+__all__ = ["Finding", "Problem", "examine"]
+
+LEAST_DISK_GB, LEAST_MEMORY_GB = 2.0, 2.0
+
+
+class Problem(Exception):
+    """What is wrong, and what to do.
+
+    Args:
+        what: in one sentence.
+        todo: the next step.
+    """
+
+    def __init__(self, what: str, todo: str) -> None:
+        super().__init__(what)
+        self.what, self.todo = what, todo
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether all is well, what was seen, and what to do if it is not."""
+
+    check: str
+    ok: bool
+    seen: str
+    todo: str = ""
+
+
+def examine(path: Path, *, offline: bool = False, deep: bool = True) -> Iterator[Finding]:
+    """Make all checks of a site, one after the other.
+
+    Args:
+        path: of the site's folder.
+        offline: leave out what needs the centre.
+        deep: also load the backbones, read every picture and train a step on three.
+    """
+    from fedsigma.client.hospital import doctor_images, doctor_network
+
+    try:
+        site = SiteFolder(path)
+    except ValueError as error:
+        yield Finding("folder", False, str(error), "fedsigma site enrol INVITATION --folder FOLDER")
+        return
+    yield Finding("folder", True, f"site '{site.connection.site}' of {site.connection.centre}")
+    policy: SitePolicy | None = None
+    try:
+        policy = site.policy()
+        yield Finding(
+            "site.yaml", True, f"{len(policy.studies)} studies, {len(policy.bundles)} bundles allowed"
+        )
+    except ValueError as error:
+        yield Finding("site.yaml", False, str(error), "correct site.yaml; docs/federation.md lists its keys")
+    yield from _made({"secrets": lambda: _secrets(site), "disk": lambda: _disk(site.path)})
+    yield from _made({"memory": _memory})
+    if not offline:
+        yield from _made(doctor_network.checks(site), needed="connection")
+    yield from _made(doctor_network.own_checks(site))
+    if policy is not None and deep:
+        yield from _made(doctor_images.checks(site, policy))
+
+
+def _made(checks: dict[str, Callable[[], str]], *, needed: str = "") -> Iterator[Finding]:
+    """Make checks; those after a failed `needed` one would only say the same again, and are left out."""
+    for name, check in checks.items():
+        try:
+            yield Finding(name, True, check())
+        except Problem as problem:
+            yield Finding(name, False, problem.what, problem.todo)
+            if name == needed:
+                return
+        except Exception as error:
+            # A check must not end the list; what it ran into is a finding, too.
+            yield Finding(name, False, f"{type(error).__name__}: {error}", "see the message")
+
+
+def _secrets(site: SiteFolder) -> str:
+    for name in ("node/node.key", "node/superexec.secret", "worker/superexec.secret", "worker/identity.pem"):
+        file = site.path / name
+        if not file.is_file():
+            raise Problem(f"{name} is missing", "put it back from a backup, or enrol anew")
+        if file.stat().st_mode & 0o077:
+            raise Problem(f"{name} can be read by others", f"chmod 600 {file}")
+    if (site.path / "node/superexec.secret").read_bytes() != (
+        site.path / "worker/superexec.secret"
+    ).read_bytes():
+        raise Problem("node and worker have different secrets", "copy node/superexec.secret to worker/")
+    return "all there, readable by their owner alone"
+
+
+def _disk(path: Path) -> str:
+    free = shutil.disk_usage(path).free / 1e9
+    if free < LEAST_DISK_GB:
+        raise Problem(f"{free:.1f} GB free", f"make room: {LEAST_DISK_GB:g} GB at least")
+    return f"{free:.0f} GB free"
+
+
+def _memory() -> str:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1e6
+    if available < LEAST_MEMORY_GB:
+        raise Problem(f"{available:.1f} GB available", f"free {LEAST_MEMORY_GB:g} GB for the backbone")
+    return f"{available:.1f} GB available"

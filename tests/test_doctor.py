@@ -1,0 +1,174 @@
+"""The checks of a site before a study. Those of Flower's own processes are in tests/deployment."""
+
+from __future__ import annotations
+
+import datetime
+import http.server
+import json
+import ssl
+import threading
+from collections.abc import Iterator
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedsigma import cli
+from fedsigma.client.hospital.doctor import Finding, examine
+from fedsigma.client.hospital.folder import SiteFolder
+from fedsigma.common.joining import Invitation
+from fedsigma.server.centre.authority import Issued, issue, new_authority
+
+OWN = {"node", "worker"}
+
+
+class Centre(http.server.BaseHTTPRequestHandler):
+    """A TLS server in the centre's place, with settings instead of a SuperLink."""
+
+    ahead = datetime.timedelta(0)
+    answers: dict[str, int] = {}  # noqa: RUF012 - set anew by each test
+
+    def _answer(self) -> None:
+        self.send_response_only(self.answers.get(self.path, 404))
+        self.send_header(
+            "Date", format_datetime(datetime.datetime.now(datetime.UTC) + self.ahead, usegmt=True)
+        )
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST = _answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Be quiet."""
+
+
+@pytest.fixture
+def authority() -> Issued:
+    return new_authority("tests")
+
+
+@pytest.fixture
+def centre(authority: Issued, tmp_path: Path) -> Iterator[tuple[str, type[Centre]]]:
+    issue(authority, ["127.0.0.1"]).write(tmp_path / "server.crt", tmp_path / "server.key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    handler = type("Handler", (Centre,), {"answers": {"/v1/fleet/pull-messages": 415}})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()
+
+
+def enrol(folder: Path, certificates: bytes, server: str = "127.0.0.1:9") -> SiteFolder:
+    end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
+    invitation = Invitation(
+        site="east",
+        centre="Centre",
+        server=server,
+        certificates=certificates.decode(),
+        word="ab" * 32,
+        expires=end.isoformat(),
+    )
+    site, _ = SiteFolder.enrol(folder / "east", invitation)
+    # Ports where nothing listens.
+    file = site.path / "connection.yaml"
+    file.write_text(file.read_text().replace("127.0.0.1:910", "127.0.0.1:1"))
+    return SiteFolder(site.path)
+
+
+def by_name(path: Path, **options: bool) -> dict[str, Finding]:
+    return {one.check: one for one in examine(path, **options)}
+
+
+def test_a_new_folder_is_in_order(authority: Issued, tmp_path: Path) -> None:
+    site = enrol(tmp_path, authority.certificate)
+    found = by_name(site.path, offline=True, deep=False)
+    assert {name for name, one in found.items() if not one.ok} == OWN
+    assert "no answer" in found["node"].seen and "logs/node.log" in found["node"].todo
+
+
+def test_what_is_wrong_in_the_folder_is_named(authority: Issued, tmp_path: Path) -> None:
+    assert not by_name(tmp_path)["folder"].ok
+    site = enrol(tmp_path, authority.certificate)
+    (site.path / "node" / "node.key").chmod(0o644)
+    (site.path / "site.yaml").write_text("name: east\nsorce: x\n")
+    found = by_name(site.path, offline=True)
+    assert "chmod 600" in found["secrets"].todo
+    assert "did you mean 'source'" in found["site.yaml"].seen
+    (site.path / "node" / "node.key").chmod(0o600)
+    (site.path / "worker" / "superexec.secret").write_bytes(b"other")
+    assert "different secrets" in by_name(site.path, offline=True)["secrets"].seen
+    (site.path / "worker" / "identity.pem").unlink()
+    assert "identity.pem is missing" in by_name(site.path, offline=True)["secrets"].seen
+
+
+def test_the_way_to_the_centre(centre: tuple[str, type[Centre]], authority: Issued, tmp_path: Path) -> None:
+    address, handler = centre
+    site = enrol(tmp_path, authority.certificate, address)
+    found = by_name(site.path, deep=False)
+    assert found["connection"].ok and found["path"].ok and found["clock"].ok
+    # This server speaks no gRPC.
+    assert not found["centre"].ok and "fedsigma server status" in found["centre"].todo
+
+    handler.answers = {"/v1/fleet/pull-messages": 415, "/v1/control/list-runs": 200}
+    assert "can start code here" in by_name(site.path, deep=False)["path"].seen
+    handler.answers = {}
+    assert "the Fleet path answers 404" in by_name(site.path, deep=False)["path"].seen
+    handler.answers = {"/v1/fleet/register-node": 401}
+    assert "does not take this node's signature" in by_name(site.path, deep=False)["key"].seen
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"),
+    [(-10, "s ahead of the centre's"), (400, "s behind the centre's"), (-1, ""), (100, "")],
+)
+def test_a_clock_that_flower_would_refuse(
+    ahead: int, words: str, centre: tuple[str, type[Centre]], authority: Issued, tmp_path: Path
+) -> None:
+    address, handler = centre
+    handler.ahead = datetime.timedelta(seconds=ahead)
+    found = by_name(enrol(tmp_path, authority.certificate, address).path, deep=False)["clock"]
+    assert found.ok == (not words) and words in found.seen
+
+
+def test_a_centre_that_is_not_trusted_or_not_there(
+    centre: tuple[str, type[Centre]], authority: Issued, tmp_path: Path
+) -> None:
+    site = enrol(tmp_path, new_authority("another").certificate, centre[0])
+    found = by_name(site.path, deep=False)
+    assert "is not one that this site trusts" in found["connection"].seen
+    # What would only say the same again is left out.
+    assert "clock" not in found and "node" in found
+    (tmp_path / "b").mkdir()
+    found = by_name(enrol(tmp_path / "b", authority.certificate).path, deep=False)
+    assert "cannot be reached" in found["connection"].seen and "firewall" in found["connection"].todo
+
+
+def test_certificates_that_end_soon(tmp_path: Path) -> None:
+    for days, words in ((20, "expires on"), (0, "expired on")):
+        (tmp_path / str(days)).mkdir()
+        site = enrol(tmp_path / str(days), new_authority("old", days=days).certificate)
+        found = by_name(site.path, deep=False)["certificates"]
+        assert not found.ok and words in found.seen
+
+
+def test_a_dry_round_on_the_sites_own_images(
+    authority: Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
+    site = enrol(tmp_path, authority.certificate)
+    file = site.path / "site.yaml"
+    rules = file.read_text()
+    file.write_text(rules.replace("folder:/data", "demo\noptions: {laboratories: [east], train: 1, test: 1}"))
+    found = by_name(site.path, offline=True)
+    assert found["images"].ok and found["backbone starter"].ok
+    assert found["dry round"].ok and "a step on 3 images" in found["dry round"].seen
+    file.write_text(rules.replace("  starter: starter", "  other: local-dir:/nowhere"))
+    result = CliRunner().invoke(cli.main, ["site", "doctor", "-f", str(site.path), "--offline", "--json"])
+    assert result.exit_code == 4
+    told = {one["check"]: one for one in json.loads(result.stdout)}
+    assert "cannot be loaded" in told["backbone other"]["seen"]
+    assert "cannot be opened" in told["images"]["seen"] and not told["dry round"]["ok"]
