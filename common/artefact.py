@@ -6,6 +6,7 @@ belongs to, which backbone it was trained on, which study made it) lies in the f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -89,6 +90,7 @@ def save_shift(
     }
     if run:
         metadata["run"] = run
+    metadata["sha256"] = _digest(tensor, metadata)
     write_atomic(Path(path), save({"shift": tensor}, metadata=metadata))
 
 
@@ -115,8 +117,20 @@ def load_shift(path: Path) -> SavedSigma:
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path} cannot be read ({error}): copy it again from the run folder") from error
     _check(shift, str(path))
+    told = metadata.pop("sha256", "")
+    # Files of before there was a digest have none.
+    if told and told != _digest(shift, metadata):
+        raise ArtefactError(f"{path} was changed or damaged since it was written: copy it again")
     run = metadata.get("run", "")
     return SavedSigma(shift=shift, round=_round(path, metadata), run=run, **_texts(path, metadata))
+
+
+def _digest(shift: Tensor, metadata: dict[str, str]) -> str:
+    """SHA-256 of all that a file says; it finds damage, and no one who can write a file is kept from it."""
+    whole = hashlib.sha256(shift.numpy().tobytes())
+    for key, text in sorted(metadata.items()):
+        whole.update(f"{len(key)}:{key}{len(text.encode())}:{text}".encode())
+    return whole.hexdigest()
 
 
 def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:

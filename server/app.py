@@ -16,7 +16,8 @@ from fedsigma.common import sites
 from fedsigma.common.config import ConfigError, StudyConfig, load_study
 from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.protocol import Evaluation, Setup
-from fedsigma.server.averaging import ARRAY, make_averaging, restore_state
+from fedsigma.server import checkpoint
+from fedsigma.server.averaging import ARRAY, make_averaging
 from fedsigma.server.baselines import Baselines, result
 from fedsigma.server.budget import check_budget
 from fedsigma.server.centre.nodes import NodeNames
@@ -25,7 +26,7 @@ from fedsigma.server.overview import runs_folder
 from fedsigma.server.replies import SiteResult
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
-from fedsigma.server.strategy import BudgetsSpent, SigmaStrategy, state_path
+from fedsigma.server.strategy import BudgetsSpent, SigmaStrategy
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Split
@@ -54,9 +55,11 @@ def main(grid: Grid, context: Context) -> None:
         _check_pictures(folder, study)
         learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
         split = learner.split(study.personal)
-        shift, done = _starting_point(folder, study, learner) if resumed else (_zero(split), 0)
-        if done:
-            restore_state(averaging, state_path(folder, done), size=split.shared.size)
+        shift, done = _zero(split), 0
+        if resumed:
+            shift, done = checkpoint.latest(
+                folder, averaging, study=study, split=split, fingerprint=learner.fingerprint
+            )
         exchange = Exchange(grid)
         nodes = None if study.data else NodeNames.of_this_process()
         roster = Roster(exchange, folder, study, learner.fingerprint, nodes)
@@ -133,20 +136,6 @@ def _check_pictures(folder: RunFolder, study: StudyConfig) -> None:
 
 def _zero(split: Split) -> np.ndarray:
     return np.zeros(split.shared.size, dtype=np.float32)
-
-
-def _starting_point(folder: RunFolder, study: StudyConfig, learner: Learner) -> tuple[np.ndarray, int]:
-    """Return the saved shared values and their round, or zero if the run was interrupted before its first."""
-    from fedsigma.common.sigma import Fingerprint
-
-    split = learner.split(study.personal)
-    if not folder.has_sigma:
-        return _zero(split), 0
-    saved = folder.load_sigma()
-    difference = learner.fingerprint.compare(Fingerprint.from_json(saved.fingerprint_json))
-    if difference:
-        raise ConfigError(f"{folder.path} cannot be gone on with: {difference}")
-    return split.gather(saved.shift.numpy()), min(saved.round, study.federation.rounds)
 
 
 def _rounds(strategy: SigmaStrategy, grid: Grid, shift: np.ndarray) -> np.ndarray:

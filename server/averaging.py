@@ -18,6 +18,7 @@ __all__ = [
     "ARRAY",
     "EXAMPLES",
     "LOSS",
+    "StateError",
     "forget_model",
     "make_averaging",
     "proximal",
@@ -28,6 +29,11 @@ __all__ = [
 ARRAY = "shift"
 EXAMPLES = "num-examples"
 LOSS = "train_loss"
+
+
+class StateError(ValueError):
+    """What was kept of a strategy cannot be put back."""
+
 
 _STRATEGIES: dict[str, type[FedAvg]] = {
     "fedavg": flower.FedAvg,
@@ -105,7 +111,7 @@ def restore_state(averaging: FedAvg, path: Path, *, size: int) -> None:
     Shapes: every array is (size,).
 
     Raises:
-        ConfigError: the file does not read or does not fit this study.
+        StateError: the file does not read or does not fit this study.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -115,10 +121,10 @@ def restore_state(averaging: FedAvg, path: Path, *, size: int) -> None:
     try:
         arrays = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete it to go on without momentum") from error
+        raise StateError(f"{path} cannot be read ({error}): delete it to go on without momentum") from error
     fits = all(array.shape == (size,) and bool(np.isfinite(array).all()) for array in arrays.values())
     if not fits or not set(arrays) <= {"momentum", "first", "second"}:
-        raise ConfigError(f"{path} is not of this study: delete it to go on without momentum")
+        raise StateError(f"{path} is not of this study: delete it to go on without momentum")
     if isinstance(averaging, flower.FedAvgM) and "momentum" in arrays:
         averaging.momentum_vector = [arrays["momentum"]]
     elif {"first", "second"} <= set(arrays) and isinstance(averaging, flower.FedAdam | flower.FedYogi):

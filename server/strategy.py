@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from logging import INFO
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +27,8 @@ from fedsigma.common.learner import seed_for
 from fedsigma.common.masking import Member
 from fedsigma.common.noise import noisy_mean
 from fedsigma.common.protocol import MaskedReply, Setup, TrainTask
-from fedsigma.server import masked
-from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal, save_state
+from fedsigma.server import checkpoint, masked
+from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal
 from fedsigma.server.budget import spent_of_sites
 from fedsigma.server.exchange import Answer, Exchange, attribute
 from fedsigma.server.replies import Accepted, Rejected, accept_training, check_norm, pool, too_long
@@ -39,7 +38,7 @@ from fedsigma.server.store import POOLED, RunFolder
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Split
 
-__all__ = ["BudgetsSpent", "SigmaStrategy", "state_path"]
+__all__ = ["BudgetsSpent", "SigmaStrategy"]
 
 Vector = NDArray[np.float32]
 
@@ -50,11 +49,6 @@ class BudgetsSpent(RuntimeError):
     def __init__(self, round: int) -> None:
         super().__init__(f"round {round} and those after it were left out: privacy budgets are spent")
         self.round = round
-
-
-def state_path(folder: RunFolder, round: int) -> Path:
-    """Return where the inner strategy's momentum after a round is kept."""
-    return folder.path / f"strategy-{round}.safetensors"
 
 
 class SigmaStrategy(Strategy):
@@ -331,19 +325,15 @@ class SigmaStrategy(Strategy):
         if shift.shape != (self.layout.size,) or not bool(np.isfinite(shift).all()):
             name = self.study.federation.strategy
             raise RuntimeError(f"{name} gave no finite shift in round {number}: check federation.options")
-        save_state(self.averaging, state_path(self.folder, number))
-        self.folder.save_sigma(
-            # Whole, with zeros where values are personal: the pretrained ones, and a file like any other.
-            self.split.scatter(shift),
-            layout_json=self.split.full.to_json(),
-            fingerprint_json=self.fingerprint.to_json(),
-            study_yaml=self.study.to_yaml(),
+        checkpoint.keep(
+            self.folder,
+            self.averaging,
+            shift,
+            study=self.study,
+            split=self.split,
+            fingerprint=self.fingerprint,
             round=number,
-            run=self.folder.key if self.split.personal_size else "",
         )
-        for old in self.folder.path.glob("strategy-*.safetensors"):
-            if old != state_path(self.folder, number):
-                old.unlink(missing_ok=True)
         self.models += 1
         return ArrayRecord({ARRAY: Array(shift)})
 

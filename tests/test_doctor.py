@@ -117,8 +117,15 @@ def test_the_way_to_the_centre(centre: tuple[str, type[Centre]], authority: Issu
     assert "can start code here" in by_name(site.path, deep=False)["path"].seen
     handler.answers = {}
     assert "the Fleet path answers 404" in by_name(site.path, deep=False)["path"].seen
-    handler.answers = {"/v1/fleet/register-node": 401}
-    assert "does not take this node's signature" in by_name(site.path, deep=False)["key"].seen
+    for status, words in (
+        (401, "does not take this node's signature"),
+        (412, "does not let this node's key in"),
+        (500, "500"),
+    ):
+        handler.answers = {"/v1/fleet/activate-node": status}
+        assert words in by_name(site.path, deep=False)["key"].seen
+    handler.answers = {"/v1/fleet/activate-node": 400}
+    assert by_name(site.path, deep=False)["key"].ok
 
 
 @pytest.mark.parametrize(

@@ -438,3 +438,30 @@ def test_class_counts_are_not_told_in_a_simulation_or_by_default(tmp_path: Path)
 
     run(tmp_path, rounds=1, tamper=watch)
     assert {tuple(counts) for counts in seen if counts is not None} == {()}
+
+
+@pytest.mark.parametrize("damaged", ["sigma.safetensors", "strategy-3.safetensors"])
+def test_a_damaged_checkpoint_costs_the_last_round_which_is_run_again(tmp_path: Path, damaged: str) -> None:
+    study = STUDY.replace("rounds: 3", "rounds: 4, strategy: fedavgm, options: {server_momentum: 0.9}")
+    study = study.replace(", local_only, pooled", "")
+    whole = run(tmp_path, study, out="whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path, study, out="broken", tamper=stop_in_round(4))
+    file = tmp_path / "broken" / damaged
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 0x80  # the sign of the last value, so that what is read is a number still
+    file.write_bytes(content if damaged.startswith("sigma") else content[:-7])
+    resumed = run(tmp_path, study, out="broken", resume=True)
+    (event,) = events(resumed, "checkpoint_damaged")
+    assert event["file"] == "sigma.safetensors" and damaged in event["reason"]
+    assert [e["round"] for e in events(resumed, "round_start")] == [1, 2, 3, 4, 3, 4]
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
+
+
+def test_without_any_checkpoint_that_reads_nothing_is_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(tmp_path, out="broken", tamper=stop_in_round(3))
+    for name in ("sigma.safetensors", "sigma-previous.safetensors"):
+        (tmp_path / "broken" / name).write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"cannot be gone on with: .*sigma.safetensors.*sigma-previous"):
+        run(tmp_path, out="broken", resume=True)

@@ -13,7 +13,7 @@ import httpx
 from cryptography import x509
 
 from fedsigma.client.hospital.doctor import Problem
-from fedsigma.client.hospital.flower import signature_taken
+from fedsigma.client.hospital.flower import Standing, standing_of
 from fedsigma.client.hospital.folder import SiteFolder
 from fedsigma.common.health import SERVING, health_of
 
@@ -126,9 +126,15 @@ def _centre(site: SiteFolder) -> str:
 
 def _key(site: SiteFolder) -> str:
     node = site.path / "node"
-    if not signature_taken(site.connection.server, node / "node.key", node / "sites.crt"):
+    standing = standing_of(site.connection.server, node / "node.key", node / "sites.crt")
+    if standing is Standing.SIGNATURE_REFUSED:
         raise Problem("the centre does not take this node's signature", "look at the clock; else enrol anew")
-    return "the centre takes this node's signature"
+    if standing is Standing.NOT_LET_IN:
+        raise Problem(
+            "the centre does not let this node's key in: it was not admitted yet, or is shut out",
+            "send the file of keys to the centre (fedsigma server admit), or ask it why",
+        )
+    return "the centre lets this node in"
 
 
 def _process(address: str, name: str) -> str:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-__all__ = ["signature_taken"]
-
-UNAUTHORIZED = 401
+__all__ = ["Standing", "standing_of"]
 
 
-def signature_taken(server: str, key: Path, trust: Path) -> bool:
-    """Whether a SuperLink takes what this node signs: the kind of key, and the clock in the signature.
+class Standing(Enum):
+    """How a SuperLink takes a node's key."""
 
-    Asks to register the node, which a SuperLink with authenticated nodes refuses on principle, after it has
-    looked at the signature. So nothing changes there.
+    LET_IN = "let in"
+    NOT_LET_IN = "not let in"
+    SIGNATURE_REFUSED = "signature refused"
+
+
+_MEANING = {400: Standing.LET_IN, 401: Standing.SIGNATURE_REFUSED, 412: Standing.NOT_LET_IN}
+
+
+def standing_of(server: str, key: Path, trust: Path) -> Standing:
+    """Ask a SuperLink how it takes a node's key; nothing changes there.
+
+    Asks to activate the node with a heartbeat of zero seconds. The SuperLink looks at the signature and at
+    its clock, then for the key among those that are let in, and last at the heartbeat, which it refuses.
 
     Raises:
-        httpx.HTTPError: it does not answer.
+        httpx.HTTPError: it does not answer, or in another way.
         ValueError: the key is no key of a node.
     """
-    from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -36,9 +46,11 @@ def signature_taken(server: str, key: Path, trust: Path) -> bool:
         server, False, trust.read_bytes(), interceptors=[NodeAuthHttpInterceptor(private, public)]
     )
     try:
-        client.RegisterNode(RegisterNodeFleetRequest(public_key=public_key_to_bytes(public)))
+        client.ActivateNode(ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0))
     except httpx.HTTPStatusError as error:
-        return error.response.status_code != UNAUTHORIZED
+        if error.response.status_code not in _MEANING:
+            raise
+        return _MEANING[error.response.status_code]
     finally:
         client.close()
-    return True
+    return Standing.LET_IN

@@ -139,16 +139,25 @@ class Studies:
         raise CentreError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
 
     def watch(self, run: str) -> Iterator[Submitted]:
-        """How a run is, every few seconds until it has ended; a SuperLink that is down is waited for."""
-        one = self.find(run)
-        yield one
-        while one.open:
-            time.sleep(POLL_S)
+        """How a run is, every few seconds until it has ended; a SuperLink that is down is waited for.
+
+        Raises:
+            CentreError: there is no such run.
+        """
+        if not any(run in (one.run_id, one.study) for one in self._registry.submissions()):
+            raise CentreError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
+        while True:
             try:
-                one = self.find(one.submission.run_id)
+                one = self.find(run)
             except ControlError:
+                time.sleep(POLL_S)
                 continue
+            # A study that is submitted again meanwhile does not change which run is watched.
+            run = one.submission.run_id
             yield one
+            if not one.open:
+                return
+            time.sleep(POLL_S)
 
     def logs(self, run: str, *, follow: bool) -> int:
         """Print the log of a run's ServerApp; returns the exit code of the command that does it."""
