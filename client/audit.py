@@ -6,16 +6,15 @@ was changed or removed later is found.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedsigma.common.chain import Chain
+from fedsigma.common.describing import describe
 
-__all__ = ["AuditLog", "describe"]
+__all__ = ["AuditLog"]
 
 
 class AuditLog:
@@ -36,26 +35,3 @@ class AuditLog:
                 then not be sent.
         """
         self._log.append({"time": round(time.time(), 3), "asked": dict(asked), "left": describe(left)})
-
-
-def describe(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what the fields of a reply are: short values as they are, long ones by size and digest."""
-    said = {name: _say(value) for name, value in sorted(fields.items())}
-    total = sum(len(_raw(value)) for value in fields.values())
-    whole = hashlib.sha256()
-    for name, value in sorted(fields.items()):
-        # Lengths first, so that no two different replies have the same digest.
-        whole.update(f"{len(name)}:{name}{len(_raw(value))}:".encode() + _raw(value))
-    return {"fields": said, "bytes": total, "sha256": whole.hexdigest()}
-
-
-def _raw(value: Any) -> bytes:
-    return value if isinstance(value, bytes) else json.dumps(value).encode()
-
-
-def _say(value: Any) -> Any:
-    raw = _raw(value)
-    if len(raw) <= 200 and not isinstance(value, bytes):
-        # nan is no JSON; the log shows what the wire carried all the same.
-        return str(value) if isinstance(value, float) and value != value else value
-    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}

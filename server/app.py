@@ -21,6 +21,7 @@ from fedsigma.server.averaging import ARRAY, make_averaging
 from fedsigma.server.baselines import Baselines, result
 from fedsigma.server.budget import check_budget
 from fedsigma.server.centre.nodes import NodeNames
+from fedsigma.server.centre.witness import Witness
 from fedsigma.server.exchange import Exchange
 from fedsigma.server.overview import runs_folder
 from fedsigma.server.replies import SiteResult
@@ -50,6 +51,8 @@ def main(grid: Grid, context: Context) -> None:
     averaging = make_averaging(study)
     folder, resumed = _folder(config, study)
     print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
+    if witness := Witness.of_this_process(study=study.name, run=str(context.run_id)):
+        folder.listen(witness)
     folder.event("run_start", study=study.name, run=str(context.run_id), resume=resumed)
     try:
         _check_pictures(folder, study)

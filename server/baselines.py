@@ -108,8 +108,12 @@ class Baselines:
                     found[site] = accept_evaluations(
                         answer.content, shifts=len(task.shifts), classes=len(self.study.classes)
                     )
+                    self.folder.event("evaluation_accepted", round=task.round, site=site, **answer.traces)
                 except Rejected as error:
-                    self.folder.event("reply_rejected", round=task.round, site=site, reason=str(error))
+                    reason = str(error)
+                    self.folder.event(
+                        "reply_rejected", round=task.round, site=site, reason=reason, **answer.traces
+                    )
         return found
 
     def local_only(self) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsigma.common.protocol import to_content, wire_bytes
+from fedsigma.common.describing import describe
+from fedsigma.common.protocol import fields_of, to_content, wire_bytes
 
 __all__ = ["Answer", "Exchange", "attribute"]
 
@@ -46,6 +48,17 @@ class Answer:
     def bytes_up(self) -> int:
         """The size of the reply, 0 if there was none."""
         return 0 if self.content is None else wire_bytes(self.content)
+
+    @property
+    def traces(self) -> dict[str, Any]:
+        """What the site's own log says of the reply, bytes and sha256; nothing if there was none."""
+        if self.content is None:
+            return {}
+        try:
+            told = describe(fields_of(self.content))
+        except (KeyError, TypeError):  # not a record of ours, which is rejected
+            return {"bytes": self.bytes_up}
+        return {"bytes": told["bytes"], "sha256": told["sha256"]}
 
 
 class Exchange:

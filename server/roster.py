@@ -136,7 +136,7 @@ class Roster:
         self.names[node] = reply.site
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
-        self._folder.event("site_ready", site=reply.site)
+        self._folder.event("site_ready", site=reply.site, **answer.traces)
         return None
 
     def _difference(self, reply: HelloReply) -> str:

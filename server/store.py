@@ -17,7 +17,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,7 @@ class RunFolder:
         self._lock = threading.Lock()
         self._repaired: set[Path] = set()
         self._columns: list[str] | None = None
+        self._listener: Callable[[Row], None] = lambda event: None
 
     @classmethod
     def create(cls, path: Path, study_yaml: str) -> RunFolder:
@@ -136,6 +137,11 @@ class RunFolder:
         text = json.dumps(_plain(line), ensure_ascii=True, allow_nan=False)
         with self._lock:
             self._append(self.path / "events.jsonl", text, keep_tail=_is_event)
+            self._listener(line)
+
+    def listen(self, listener: Callable[[Row], None]) -> None:
+        """Have each further event told to someone else, too, after it was written."""
+        self._listener = listener
 
     def events(self) -> list[Row]:
         """All events in the order they were written.

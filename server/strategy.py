@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from logging import INFO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -196,10 +196,16 @@ class SigmaStrategy(Strategy):
             )
         if len(replies) < self.study.federation.min_sites:
             return [], []
-        return self._summed(number, replies, up, down), sites
+        traces = {node: answers[node].traces for node in replies}
+        return self._summed(number, replies, up, down, traces), sites
 
     def _summed(
-        self, number: int, replies: dict[int, MaskedReply], up: Counter[int], down: Counter[int]
+        self,
+        number: int,
+        replies: dict[int, MaskedReply],
+        up: Counter[int],
+        down: Counter[int],
+        traces: dict[int, dict[str, Any]],
     ) -> list[Message]:
         """The sum of a whole cohort as one reply of all, empty if it cannot be right; records either."""
         try:
@@ -211,7 +217,7 @@ class SigmaStrategy(Strategy):
             return []
         for node in replies:
             site = self._cohort[node]
-            self.folder.event("reply_accepted", round=number, site=site, bytes=up[node], metrics={})
+            self.folder.event("reply_accepted", round=number, site=site, metrics={}, **traces[node])
             self.folder.round_row(number, site, {}, up[node], down[node], "accepted")
         metrics = found.metrics | self._spent_of_sites(number)
         self.folder.round_row(number, POOLED, metrics, 0, 0, "pooled")
@@ -280,12 +286,10 @@ class SigmaStrategy(Strategy):
         metrics: dict[str, float] = {}
         if isinstance(verdict, Accepted):
             status, reason, metrics = "accepted", "", verdict.metrics
-            self.folder.event(
-                "reply_accepted", round=number, site=site, bytes=answer.bytes_up, metrics=metrics
-            )
+            self.folder.event("reply_accepted", round=number, site=site, metrics=metrics, **answer.traces)
         elif verdict is not None:
             status, reason = "rejected", str(verdict)
-            self.folder.event("reply_rejected", round=number, site=site, reason=reason)
+            self.folder.event("reply_rejected", round=number, site=site, reason=reason, **answer.traces)
         elif answer.late:
             status, reason = "late", f"no reply within {self.study.federation.round_timeout_s:g} s"
             self.folder.event("site_late", round=number, site=site)

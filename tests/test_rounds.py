@@ -465,3 +465,23 @@ def test_without_any_checkpoint_that_reads_nothing_is_gone_on_with(tmp_path: Pat
         (tmp_path / "broken" / name).write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"cannot be gone on with: .*sigma.safetensors.*sigma-previous"):
         run(tmp_path, out="broken", resume=True)
+
+
+def test_a_centres_log_says_of_each_answer_what_the_sites_log_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIGMA_CENTRE", str(tmp_path / "centre"))
+    study = STUDY.replace(", local_only, pooled", "")
+    run(tmp_path, study, rounds=1, tamper=change_reply(102, steps=7))
+    told = Chain(tmp_path / "centre" / "audit.jsonl").lines()
+    assert [told[0]["kind"], told[-1]["kind"], told[-1]["ok"]] == ["run_start", "run_end", True]
+    assert {line["site"] for line in told if line["kind"] == "reply_rejected"} == {"cellavision"}
+    for site in NAMES:
+        left = [one["left"] for one in Chain(tmp_path / "audit" / "run-1" / f"{site}.jsonl").lines()]
+        came = [line for line in told if line.get("site") == site]
+        assert len(left) == len(came) == 3
+        same = [
+            (a["bytes"], a["sha256"]) == (b["bytes"], b["sha256"]) for a, b in zip(left, came, strict=True)
+        ]
+        # What was changed on its way shows.
+        assert same == [True, site != "cellavision", True]

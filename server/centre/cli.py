@@ -88,10 +88,10 @@ def init(
 def up(
     folder: Folder,
     only: Annotated[
-        str | None, typer.Option(help="One process in the foreground: superlink, worker or proxy.")
+        str | None, typer.Option(help="One process in the foreground: superlink, worker, keeper or proxy.")
     ] = None,
 ) -> None:
-    """Run the centre in the foreground until Ctrl-C or SIGTERM: SuperLink, worker and proxy, supervised.
+    """Run the centre in the foreground until Ctrl-C or SIGTERM: SuperLink, worker, keeper, proxy, supervised.
 
     With --only, this becomes that one process, for systemd or a container to supervise.
 

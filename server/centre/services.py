@@ -1,6 +1,8 @@
-"""The processes of a centre: the SuperLink, the worker that runs studies, and the proxy in front."""
+"""The processes of a centre: SuperLink, the worker that runs studies, keeper, and the proxy in front."""
 
 from __future__ import annotations
+
+import sys
 
 from fedsigma.common.processes import Process, flower_environment
 from fedsigma.common.reading import split_address
@@ -13,7 +15,8 @@ __all__ = ["centre_processes"]
 def centre_processes(folder: CentreFolder) -> list[Process]:
     """The processes of a centre, in the order of starting; writes the proxy's files anew.
 
-    `worker` runs ServerApps apart from the SuperLink, so that a run outlives the SuperLink's restart.
+    `worker` runs ServerApps apart from the SuperLink, so that a run outlives the SuperLink's restart;
+    `keeper` goes on with runs whose process died.
     """
     place = write_proxy_files(folder)
     config = folder.config
@@ -31,17 +34,19 @@ def centre_processes(folder: CentreFolder) -> list[Process]:
     worker = ["flower-superexec", "--runtime-api-address", folder.control]
     worker += ["--root-certificates", str(folder.tls("ca.crt")), *secret]
     worker += ["--health-server-address", config.worker_health]
+    keeper = [sys.executable, "-m", "fedsigma.server.centre.keeper", str(folder.path)]
     found = [
         Process(name="superlink", command=superlink, environment=environment, health=config.health, after=1),
         Process(name="worker", command=worker, environment=environment, health=config.worker_health, after=2),
+        Process(name="keeper", command=keeper, environment=environment, after=3),
     ]
     if config.proxy == "nginx":
         command = ["nginx", "-c", str(place / "nginx.conf"), "-p", str(place / "run")]
         # Before its configuration is read, nginx would write into a folder of the system's.
         command += ["-e", str(folder.path / "logs" / "proxy-error.log")]
-        found.append(Process(name="proxy", command=command, after=3))
+        found.append(Process(name="proxy", command=command, after=4))
     elif config.proxy == "caddy":
         command = ["caddy", "run", "--config", str(place / "Caddyfile"), "--adapter", "caddyfile"]
         home = {"HOME": str(place / "run"), "XDG_CONFIG_HOME": str(place / "run")}
-        found.append(Process(name="proxy", command=command, environment=home, after=3))
+        found.append(Process(name="proxy", command=command, environment=home, after=4))
     return found

@@ -88,20 +88,20 @@ class Studies:
         return self._start(config, digest, file, self._folder.path / "runs" / name)
 
     def resume(self, run: str) -> Submission:
-        """Go on with a run that ended before its last round.
+        """Go on with a run that ended before its last round, or begin one that ended before its first.
 
         Raises:
-            CentreError: there is no such run, or it is running, or has nothing to go on from.
+            CentreError: there is no such run, or it is running or completed.
             ControlError: the SuperLink does not answer.
         """
         one = self.find(run)
         if one.open or one.status == "finished:completed":
             raise CentreError(f"run {one.submission.run_id} is {one.status}: there is nothing to go on with")
         path = Path(one.submission.folder)
-        text = RunFolder.open(path).study_yaml
-        config = StudyConfig.from_yaml(text, where=str(path))
         file = self._folder.path / "studies" / f"{path.name}.yaml"
-        file.write_text(text, encoding="utf-8")
+        if (path / "study.yaml").is_file():
+            file.write_text(RunFolder.open(path).study_yaml, encoding="utf-8")
+        config = StudyConfig.from_yaml(file.read_text(encoding="utf-8"), where=str(file))
         return self._start(config, one.submission.digest, file, path, resumes=one.submission.run_id)
 
     def stop(self, run: str) -> Submission:
@@ -168,7 +168,7 @@ class Studies:
     def _start(
         self, config: StudyConfig, digest: str, file: Path, folder: Path, *, resumes: str = ""
     ) -> Submission:
-        values = {"study": str(file), "out": str(folder), "resume": bool(resumes)}
+        values = {"study": str(file), "out": str(folder), "resume": (folder / "study.yaml").is_file()}
         run = self._control.start(write_app(self._folder.path / "flwr" / "app"), values)
         made = Submission(
             run_id=run,

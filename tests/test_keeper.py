@@ -1,0 +1,99 @@
+"""Runs whose process died are gone on with; runs that ended are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsigma.server.centre.control import Run
+from fedsigma.server.centre.folder import CentreFolder, ServerConfig
+from fedsigma.server.centre.keeper import MOST_TRIES, look
+from fedsigma.server.centre.studies import Studies
+from fedsigma.server.store import RunFolder
+
+FAILED = "finished:failed"
+
+
+class FakeControl:
+    """In place of a SuperLink: starts nothing, and says of runs what a test wants."""
+
+    def __init__(self) -> None:
+        self.status: dict[str, str] = {}
+        self.started: list[dict[str, Any]] = []
+
+    def start(self, app: Path, values: dict[str, Any]) -> str:
+        run = str(len(self.started))
+        self.started.append(values)
+        self.status[run] = "running"
+        return run
+
+    def runs(self) -> dict[str, Run]:
+        return {run: Run(run, status) for run, status in self.status.items()}
+
+
+@pytest.fixture
+def control() -> FakeControl:
+    return FakeControl()
+
+
+@pytest.fixture
+def studies(tmp_path: Path, control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> Studies:
+    monkeypatch.delenv("FEDSIGMA_DATABASE", raising=False)
+    config = ServerConfig(name="Centre", address="fl.example.org:443")
+    centre = CentreFolder.create(tmp_path / "centre", config, own=None)
+    return Studies(centre, control)  # type: ignore[arg-type]
+
+
+def begin(values: dict[str, Any], run: str) -> RunFolder:
+    """What a ServerApp does first."""
+    path = Path(values["out"])
+    folder = (
+        RunFolder.open(path)
+        if values["resume"]
+        else RunFolder.create(path, Path(values["study"]).read_text())
+    )
+    folder.event("run_start", study="demo", run=run, resume=values["resume"])
+    return folder
+
+
+def test_a_run_that_died_is_gone_on_with_once(studies: Studies, control: FakeControl) -> None:
+    studies.submit("demo")
+    begin(control.started[0], "0").event("round_end", round=1, ok=True)
+    assert look(studies) == []
+    control.status["0"] = FAILED
+    (made,) = look(studies)
+    assert made.resumes == "0" and control.started[1]["resume"]
+    assert control.started[1]["out"] == control.started[0]["out"]
+    assert look(studies) == []
+
+
+def test_a_run_that_said_why_it_failed_or_was_stopped_stays_as_it_is(
+    studies: Studies, control: FakeControl
+) -> None:
+    studies.submit("demo")
+    begin(control.started[0], "0").event("run_end", ok=False, reason="too few sites")
+    control.status["0"] = FAILED
+    assert look(studies) == []
+    studies.submit("demo", again=True, seed=5)
+    begin(control.started[1], "1")
+    control.status["1"] = "finished:stopped"
+    assert look(studies) == []
+
+
+def test_a_run_that_died_before_it_began_is_begun(studies: Studies, control: FakeControl) -> None:
+    studies.submit("demo")
+    control.status["0"] = FAILED
+    (made,) = look(studies)
+    assert made.resumes == "0" and not control.started[1]["resume"]
+    assert Path(control.started[1]["study"]).is_file()
+
+
+def test_a_run_that_dies_without_a_further_round_is_left(studies: Studies, control: FakeControl) -> None:
+    studies.submit("demo")
+    for run in range(MOST_TRIES):
+        begin(control.started[run], str(run))
+        control.status[str(run)] = FAILED
+        assert len(look(studies)) == (run + 1 < MOST_TRIES)
+    assert look(studies) == []
