@@ -49,16 +49,27 @@ class Process:
     """One long-running process.
 
     Fields: name; command; environment, besides this process's own; health, HOST:PORT of its gRPC health
-    service, if it has one; after, the order of starting, smaller first (and of stopping, reversed);
-    patience_s, how long it may take to stop.
+    service, if it has one; needs, a program that it runs in turn; after, the order of starting, smaller first
+    (and of stopping, reversed); patience_s, how long it may take to stop.
     """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     health: str = ""
+    needs: str = ""
     after: int = 0
     patience_s: int = 20
+
+    def program(self) -> str:
+        """The path of its program.
+
+        Raises:
+            ProcessError: it, or what it needs, is not installed.
+        """
+        if self.needs:
+            _program(self.needs)
+        return _program(self.command[0])
 
     def replace_this(self, folder: Path) -> None:
         """Become this process; returns only by an error.
@@ -66,7 +77,7 @@ class Process:
         Raises:
             ProcessError: the program is not installed.
         """
-        program = _program(self.command[0])
+        program = self.program()
         os.chdir(folder)
         os.execve(program, [program, *self.command[1:]], {**os.environ, **self.environment})
 
@@ -109,7 +120,7 @@ def supervise(processes: Sequence[Process], folder: Path) -> None:
     if running(folder):
         raise ProcessError(f"the processes of {folder} run already: stop them with `down` first")
     for process in processes:
-        _program(process.command[0])
+        process.program()
     (folder / "logs").mkdir(exist_ok=True)
     file = folder / "logs" / "supervisord.conf"
     file.write_text(_configuration(processes, folder), encoding="utf-8")

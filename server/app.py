@@ -81,9 +81,13 @@ def main(grid: Grid, context: Context) -> None:
         baselines = Baselines(exchange, roster, folder, study, split)
         summary = _results(folder, study, baselines, learner, shift, started)
         folder.event("run_end", ok=True, reason="")
-    except BaseException as error:
+    except Exception as error:
         folder.event("run_end", ok=False, reason=str(error) or type(error).__name__)
         _report(folder, {})
+        raise
+    except BaseException as ended:
+        # Stopped, or the process around this one died. The run has not ended: it can be gone on with.
+        folder.event("run_interrupted", by=type(ended).__name__)
         raise
     _report(folder, summary)
 

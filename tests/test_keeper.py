@@ -97,3 +97,22 @@ def test_a_run_that_dies_without_a_further_round_is_left(studies: Studies, contr
         control.status[str(run)] = FAILED
         assert len(look(studies)) == (run + 1 < MOST_TRIES)
     assert look(studies) == []
+
+
+def test_who_watches_a_run_that_died_watches_what_goes_on_with_it(
+    studies: Studies, control: FakeControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsigma.server.centre.studies.POLL_S", 0.01)
+    studies.submit("demo")
+    begin(control.started[0], "0")
+    seen = []
+    for one in studies.watch("demo"):
+        seen.append((one.submission.run_id, one.status))
+        if len(seen) == 1:
+            control.status["0"] = FAILED
+        elif len(seen) == 4:
+            look(studies)
+        elif one.submission.run_id == "1":
+            control.status["1"] = "finished:completed"
+    assert seen[:2] == [("0", "running"), ("0", FAILED)]
+    assert seen[-2:] == [("1", "running"), ("1", "finished:completed")]

@@ -30,7 +30,7 @@ supervise([one, two], folder)
 """
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it did not happen within a minute"
@@ -128,3 +128,42 @@ def test_the_supervisor_reads_the_commands_that_were_meant(tmp_path: Path) -> No
     (group,) = options.process_group_configs
     (found,) = group.process_configs
     assert shlex.split(found.command) == command
+
+
+MASTER = """
+import subprocess, time
+worker = subprocess.Popen(["sleep", "60"])
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_proxy_whose_master_is_killed_leaves_no_worker_that_holds_its_port() -> None:
+    command = [sys.executable, "-m", "fedsigma.server.centre.proxy_process", sys.executable, "-c", MASTER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as whole:
+        assert whole.stdout is not None
+        worker = int(whole.stdout.readline())
+        master = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(master, signal.SIGKILL)
+        assert whole.wait(timeout=20) == 128 + signal.SIGKILL
+    wait_for(lambda: ended(worker))
+
+
+def test_a_killed_guard_takes_the_proxy_with_it() -> None:
+    command = [sys.executable, "-m", "fedsigma.server.centre.proxy_process", "sleep", "60"]
+    with subprocess.Popen(command) as whole:
+        children = Path(f"/proc/{whole.pid}/task/{whole.pid}/children")
+        wait_for(lambda: children.read_text().split())
+        child = int(children.read_text().split()[0])
+        wait_for(lambda: b"sleep" in Path(f"/proc/{child}/cmdline").read_bytes())
+        whole.kill()
+        whole.wait(timeout=20)
+    wait_for(lambda: ended(child))
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for nothing but that its end is noticed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

@@ -50,7 +50,7 @@ def look(studies: Studies) -> list[Submission]:
     found = []
     for one in submitted:
         made = one.submission
-        if one.status != "finished:failed" or made.run_id in resumed or not _died(one):
+        if made.run_id in resumed or not one.died:
             continue
         tries = _tries(made, submitted)
         if tries >= MOST_TRIES:
@@ -59,16 +59,6 @@ def look(studies: Studies) -> list[Submission]:
         found.append(studies.resume(made.run_id))
         log.warning("run %s died: run %s goes on with it", made.run_id, found[-1].run_id)
     return found
-
-
-def _died(one: Submitted) -> bool:
-    """Whether a failed run did not say why: it never started, or did not come to its end."""
-    path = Path(one.submission.folder)
-    if not (path / "study.yaml").is_file():
-        return True
-    starts_and_ends = [e for e in RunFolder.open(path).events() if e["kind"] in ("run_start", "run_end")]
-    mine = [e for e in starts_and_ends if e.get("run") == one.submission.run_id]
-    return not mine or starts_and_ends[-1]["kind"] == "run_start"
 
 
 def _tries(made: Submission, submitted: list[Submitted]) -> int:

@@ -11,6 +11,8 @@ from fedsigma.server.centre.proxy import write_proxy_files
 
 __all__ = ["centre_processes"]
 
+_WHOLE = (sys.executable, "-m", "fedsigma.server.centre.proxy_process")
+
 
 def centre_processes(folder: CentreFolder) -> list[Process]:
     """The processes of a centre, in the order of starting; writes the proxy's files anew.
@@ -41,12 +43,12 @@ def centre_processes(folder: CentreFolder) -> list[Process]:
         Process(name="keeper", command=keeper, environment=environment, after=3),
     ]
     if config.proxy == "nginx":
-        command = ["nginx", "-c", str(place / "nginx.conf"), "-p", str(place / "run")]
+        command = [*_WHOLE, "nginx", "-c", str(place / "nginx.conf"), "-p", str(place / "run")]
         # Before its configuration is read, nginx would write into a folder of the system's.
         command += ["-e", str(folder.path / "logs" / "proxy-error.log")]
-        found.append(Process(name="proxy", command=command, after=4))
+        found.append(Process(name="proxy", command=command, needs="nginx", after=4))
     elif config.proxy == "caddy":
-        command = ["caddy", "run", "--config", str(place / "Caddyfile"), "--adapter", "caddyfile"]
+        command = [*_WHOLE, "caddy", "run", "--config", str(place / "Caddyfile"), "--adapter", "caddyfile"]
         home = {"HOME": str(place / "run"), "XDG_CONFIG_HOME": str(place / "run")}
-        found.append(Process(name="proxy", command=command, environment=home, after=4))
+        found.append(Process(name="proxy", command=command, environment=home, needs="caddy", after=4))
     return found

@@ -25,6 +25,8 @@ from fedsigma.server.store import RunFolder
 __all__ = ["Studies", "Submitted"]
 
 POLL_S = 2.0
+FOLLOW_S = 60.0
+"""How long it is waited for that a run whose process died is gone on with."""
 GONE = "not known to the SuperLink"
 
 
@@ -40,6 +42,16 @@ class Submitted:
     def open(self) -> bool:
         """Whether it is waiting or running."""
         return not self.status.startswith("finished") and self.status != GONE
+
+    @property
+    def died(self) -> bool:
+        """Whether it failed without saying why: it never started, or did not come to its end."""
+        if self.status != "finished:failed":
+            return False
+        events = RunFolder(Path(self.submission.folder)).events()
+        ends = [e for e in events if e["kind"] in ("run_start", "run_end")]
+        mine = [e for e in ends if e.get("run") == self.submission.run_id]
+        return not mine or ends[-1]["kind"] == "run_start"
 
 
 class Studies:
@@ -141,11 +153,14 @@ class Studies:
     def watch(self, run: str) -> Iterator[Submitted]:
         """How a run is, every few seconds until it has ended; a SuperLink that is down is waited for.
 
+        A run that goes on as another, because its process died or somebody resumed it, is followed.
+
         Raises:
             CentreError: there is no such run.
         """
         if not any(run in (one.run_id, one.study) for one in self._registry.submissions()):
             raise CentreError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
+        patience = 0
         while True:
             try:
                 one = self.find(run)
@@ -155,7 +170,10 @@ class Studies:
             # A study that is submitted again meanwhile does not change which run is watched.
             run = one.submission.run_id
             yield one
-            if not one.open:
+            patience = patience + 1 if one.died else 0
+            if after := [s.run_id for s in self._registry.submissions() if s.resumes == run]:
+                run = after[0]
+            elif not one.open and not 0 < patience <= FOLLOW_S / POLL_S:
                 return
             time.sleep(POLL_S)
 

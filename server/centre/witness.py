@@ -28,6 +28,7 @@ KINDS = frozenset(
         "site_spent",
         "masked_sum_rejected",
         "checkpoint_damaged",
+        "run_interrupted",
         "run_end",
     }
 )

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flwr.cli.build import build_fab_from_disk
 
+from deployment.network import CENTRE, Network, may_make_namespaces
 from fedsigma.client.hospital.bundles import Bundles
 from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.common.health import SERVING, health_of
-from fedsigma.common.processes import ProcessError, running, stop
+from fedsigma.common.processes import ProcessError, running, states, stop
 from fedsigma.server.bundle import write_app
-from fedsigma.server.centre.control import Control
 from fedsigma.server.centre.enrolment import Enrolment
 from fedsigma.server.centre.folder import CentreFolder, ServerConfig
-from fedsigma.server.centre.studies import Studies
+from fedsigma.server.store import RunFolder
 
 SITES = ("east", "north", "south")
 STUDY = """\
@@ -34,11 +36,12 @@ template: "a photo of a {}."
 data: {source: demo, options: {laboratories: [east, north, south], train: 3, test: 2}, sites_by: site}
 shots: 2
 training: {learning_rate: 0.04, batch_size: 8, local_steps: 1, precision: float32, augment: microscopy}
-federation: {strategy: fedavg, rounds: 2, min_sites: 3, round_timeout_s: 240}
+federation: {strategy: fedavg, rounds: 2, min_sites: 2, round_timeout_s: 240}
 baselines: []
 seed: 1
 """
-PATIENCE_S = 120.0
+PATIENCE_S = 180.0
+BIN = Path(sys.executable).parent
 
 
 def missing() -> str:
@@ -46,14 +49,17 @@ def missing() -> str:
     return "" if shutil.which("nginx") else "nginx is not installed: the proxy in front of the centre is real"
 
 
-def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+def wait_for(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    """Wait until something is true, and return it."""
     deadline = time.monotonic() + patience_s
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {patience_s:g} s"
-        time.sleep(0.5)
+        time.sleep(0.3)
+    return found
 
 
 def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody uses now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
@@ -64,105 +70,180 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def command(*words: object) -> list[str]:
-    return [str(Path(sys.executable).parent / "fedsigma"), *map(str, words)]
-
-
 @dataclass
 class Deployment:
     """A centre and its sites; `centre` and `sites` are their folders."""
 
+    network: Network
     centre: CentreFolder
-    sites: dict[str, SiteFolder]
     environment: dict[str, str]
+    sites: dict[str, SiteFolder] = field(default_factory=dict)
     _up: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, kind: str, folder: Path) -> None:
-        """`fedsigma server up` or `fedsigma site up`, in the background."""
-        with (folder / "logs" / "up.log").open("ab") as log:
-            self._up[str(folder)] = subprocess.Popen(
-                command(kind, "up", "-f", folder), env=self.environment, stdout=log, stderr=log
-            )
+    def run(self, place: str, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a `fedsigma` command at a place, to its end."""
+        command = [*self.network.inside(place), str(BIN / "fedsigma"), *map(str, words)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
 
-    def stop(self, folder: Path) -> None:
-        """End what `start` started, and wait for it."""
-        process = self._up.pop(str(folder))
-        if running(folder):
-            stop(folder)
+    def python(self, place: str, script: Path, *words: object) -> list[str]:
+        """Run a script at a place; returns the lines that it prints."""
+        command = [*self.network.inside(place), sys.executable, str(script), *map(str, words)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    def start(self, place: str) -> None:
+        """Start the centre's or a site's processes, supervised."""
+        folder = self.folder(place)
+        if place == CENTRE:
+            command = [*self.network.inside(CENTRE), str(BIN / "fedsigma"), "server", "up", "-f", str(folder)]
         else:
-            process.terminate()
+            namespaces = [self.network.namespace(name) for name in (place, f"{place}-worker")]
+            command = [sys.executable, str(Path(__file__).with_name("site_up.py")), str(folder), *namespaces]
+        with (folder / "logs" / "up.log").open("ab") as log:
+            self._up[place] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+
+    def stop(self, place: str) -> None:
+        """End what `start` started, and wait for it."""
+        process = self._up.pop(place)
+        wait_for(lambda: running(self.folder(place)), f"the supervisor of {place}")
+        stop(self.folder(place))
         assert process.wait(timeout=60) == 0
 
-    @property
-    def studies(self) -> Studies:
-        """The centre's studies."""
-        return Studies(self.centre)
+    def folder(self, place: str) -> Path:
+        """The folder of the centre or of a site."""
+        return self.centre.path if place == CENTRE else self.sites[place].path
 
-    def start_all(self) -> None:
-        """Start the centre, let each site in that is not, and start them; wait until all are online."""
-        self.start("server", self.centre.path)
-        wait_for(lambda: health_of(self.centre.config.health) == SERVING, "the SuperLink serves")
-        enrolment = Enrolment(self.centre)
-        for name, site in self.sites.items():
-            self.start("site", site.path)
-            wait_for(lambda c=site.connection: health_of(c.node_health) == SERVING, f"the node of {name}")
-        names = enrolment.site_of_node()
+    def pid(self, place: str, process: str) -> int:
+        """The process number of one of a place's processes, 0 if it does not run."""
+        return {one.name: one.pid for one in states(self.folder(place))}.get(process, 0)
 
-        def online() -> bool:
-            nodes = Control(self.centre).nodes()
-            return {names[n] for n, node in nodes.items() if node.status == "online" and n in names} == set(
-                self.sites
-            )
+    def kill(self, place: str, process: str) -> None:
+        """End a process as a power cut would; its supervisor starts it again."""
+        os.kill(wait_for(lambda: self.pid(place, process), f"{process} of {place} runs"), signal.SIGKILL)
 
-        wait_for(online, "all sites are online")
+    def well(self, place: str) -> bool:
+        """Whether all processes of a place say by gRPC that they serve."""
+        kind = "server" if place == CENTRE else "site"
+        # The worker's health is asked from where the worker is.
+        names = [place] if place == CENTRE or not self.network.apart else [place, f"{place}-worker"]
+        found = [
+            json.loads(self.run(name, kind, "status", "--json", "-f", self.folder(place), check=False).stdout)
+            for name in names
+        ]
+        health = {row["process"]: [t[n]["health"] for t in found] for n, row in enumerate(found[0])}
+        return all("serving" in seen or not any(seen) for seen in health.values())
+
+    def admit(self, site: str, *, options: str = "train: 3, test: 2") -> None:
+        """Have a new site join, with one made-up laboratory's pictures, and approve the bundle."""
+        root = self.centre.path.parent
+        invitation = Enrolment(self.centre).invite(site, root / f"{site}.join.json", days=1)
+        made, keys = SiteFolder.enrol(root / site, invitation)
+        node, node_health, worker_health = free_ports(3)
+        address = self.network.node(site)
+        for old, new in (
+            ("127.0.0.1:9101", f"{address}:{node}"),
+            ("127.0.0.1:9102", f"127.0.0.1:{node_health}"),
+            ("127.0.0.1:9103", f"127.0.0.1:{worker_health}"),
+            ("folder:/data", f"demo\noptions: {{laboratories: [{site}], {options}}}"),
+            ("studies: []", "studies: [three-sites]"),
+            ("cpus: null", "cpus: 1"),
+        ):
+            for name in ("connection.yaml", "site.yaml"):
+                file = made.path / name
+                file.write_text(file.read_text().replace(old, new))
+        Bundles(made.path).approve(build_fab_from_disk(write_app(root / "app")))
+        keys.write(root / f"{site}.keys.json")
+        self.run(CENTRE, "server", "admit", root / f"{site}.keys.json", "-f", self.centre.path)
+        self.sites[site] = SiteFolder(made.path)
+
+    def online(self, sites: Sequence[str] = SITES) -> bool:
+        """Whether the centre sees these sites."""
+        told = self.run(CENTRE, "server", "sites", "--json", "-f", self.centre.path).stdout
+        return set(sites) <= {one["site"] for one in json.loads(told) if one["online"] == "online"}
+
+    def submit(self, study: Path, *words: object) -> tuple[str, RunFolder]:
+        """Submit a study; returns its run's number and its folder, which may not be there yet."""
+        self.run(CENTRE, "study", "submit", study, "-f", self.centre.path, *words)
+        latest = self.submitted()[0]
+        return latest["run"], RunFolder(Path(latest["folder"]))
+
+    def submitted(self) -> list[dict[str, Any]]:
+        """What `fedsigma study status` says, the latest first."""
+        done = self.run(CENTRE, "study", "status", "--json", "-f", self.centre.path)
+        return list(json.loads(done.stdout))
+
+    def ended(self, folder: RunFolder) -> str:
+        """How the latest run of a folder ended, or nothing while one goes on."""
+        try:
+            latest = next(one for one in self.submitted() if one["folder"] == str(folder.path))
+        except AssertionError:  # the SuperLink is down
+            return ""
+        return str(latest["status"]) if latest["status"].startswith("finished") else ""
+
+    def busy(self, site: str) -> list[int]:
+        """The processes in which a site works on a task now."""
+        mark = f"FEDSIGMA_SITE={self.sites[site].path / 'site.yaml'}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if b"clientapp" in (process / "cmdline").read_bytes():
+                    found += [int(process.name)] if mark in (process / "environ").read_bytes() else []
+        return found
 
     def close(self) -> None:
         """End everything that is left."""
-        for folder, process in list(self._up.items()):
+        for place, process in list(self._up.items()):
             with suppress(ProcessError):
-                stop(Path(folder))
+                stop(self.folder(place))
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=60)
             process.kill()
+        self.network.remove()
+
+
+def reached(folder: RunFolder, round: int) -> bool:
+    """Whether a run has begun this round."""
+    return any(e["kind"] == "round_start" and e["round"] >= round for e in folder.events())
 
 
 @contextmanager
-def deployed(folder: Path) -> Iterator[Deployment]:
-    """A running centre with three sites, each with one made-up laboratory's pictures."""
+def deployed(
+    folder: Path, *, sites: Sequence[str] = SITES, later: Sequence[str] = ()
+) -> Iterator[Deployment]:
+    """A running centre with three sites, each with one made-up laboratory's pictures.
+
+    Args:
+        folder: a new one.
+        sites: that join at once.
+        later: that have a place in the network, and join later.
+    """
+    network = Network([*sites, *later], may_make_namespaces())
     outer, link, health, worker = free_ports(4)
     config = ServerConfig(
         name="Tests",
-        address=f"127.0.0.1:{outer}",
-        listen=f"127.0.0.1:{outer}",
+        address=f"{network.centre}:{outer}",
+        listen=f"{network.centre}:{outer}",
         superlink=f"127.0.0.1:{link}",
         health=f"127.0.0.1:{health}",
         worker_health=f"127.0.0.1:{worker}",
     )
+    network.make()
     centre = CentreFolder.create(folder / "centre", config, own=None)
-    environment = {**os.environ, "FEDSIGMA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    found = Deployment(centre, {}, environment)
-    bundle = build_fab_from_disk(write_app(folder / "app"))
+    # What works at a site must not find a study's centre by chance, so no variable of ours is passed on.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FEDSIGMA_")}
+    environment |= {"FEDSIGMA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    found = Deployment(network, centre, environment)
     try:
-        found.start("server", centre.path)
-        wait_for(lambda: health_of(config.health) == SERVING, "the SuperLink serves")
-        enrolment = Enrolment(centre)
-        for name in SITES:
-            invitation = enrolment.invite(name, folder / f"{name}.join.json", days=1)
-            site, keys = SiteFolder.enrol(folder / name, invitation)
-            node, node_health, worker_health = free_ports(3)
-            file = site.path / "connection.yaml"
-            text = file.read_text().replace("127.0.0.1:9101", f"127.0.0.1:{node}")
-            text = text.replace("127.0.0.1:9102", f"127.0.0.1:{node_health}")
-            file.write_text(text.replace("127.0.0.1:9103", f"127.0.0.1:{worker_health}"))
-            rules = (site.path / "site.yaml").read_text()
-            options = f"demo\noptions: {{laboratories: [{name}], train: 3, test: 2}}"
-            rules = rules.replace("folder:/data", options).replace("studies: []", "studies: [three-sites]")
-            (site.path / "site.yaml").write_text(rules.replace("cpus: null", "cpus: 1"))
-            Bundles(site.path).approve(bundle)
-            enrolment.admit(keys)
-            found.sites[name] = SiteFolder(site.path)
-        found.stop(centre.path)
-        found.start_all()
+        found.start(CENTRE)
+        wait_for(lambda: found.well(CENTRE), "the centre serves")
+        for site in sites:
+            found.admit(site)
+            found.start(site)
+        for site in sites:
+            wait_for(lambda site=site: found.well(site), f"site {site} serves")
+        wait_for(found.online, "all sites are online")
         yield found
     finally:
         found.close()

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from deployment.parts import STUDY, Deployment, deployed, missing, wait_for
-from fedsigma.client.hospital.doctor import examine
+from deployment.network import CENTRE
+from deployment.parts import SITES, STUDY, Deployment, deployed, missing, reached, wait_for
 from fedsigma.common.chain import Chain
-from fedsigma.common.processes import restart
-from fedsigma.server.centre.folder import CentreError
 from fedsigma.server.simulate import run_simulation
 from fedsigma.server.store import RunFolder
 
@@ -25,6 +21,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(missing()), reason=missing() or "it is"),
 ]
+TRAIN = "TrainTask"
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +39,23 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 @pytest.fixture(scope="module")
 def finished(deployment: Deployment, study: Path) -> RunFolder:
-    """A whole study, during whose first round the SuperLink and the proxy are restarted."""
-    made = deployment.studies.submit(str(study))
-    folder = Path(made.folder)
-    wait_for(
-        lambda: (
-            (folder / "events.jsonl").exists()
-            and any(e["kind"] == "round_start" for e in RunFolder.open(folder).events())
-        ),
-        "the first round begins",
-        240,
-    )
+    """A whole study, during which every process of the centre is killed once."""
+    _, folder = deployment.submit(study)
+    wait_for(lambda: reached(folder, 1), "the first round begins")
     for process in ("superlink", "proxy"):
-        restart(deployment.centre.path, process)
-    last = list(deployment.studies.watch(made.run_id))[-1]
-    assert last.status == "finished:completed", last.status
-    return RunFolder.open(folder)
+        deployment.kill(CENTRE, process)
+    wait_for(lambda: reached(folder, 2), "the second round begins")
+    deployment.kill(CENTRE, "worker")
+    ended = wait_for(lambda: completed(deployment, folder), "the study ends", 400)
+    assert ended == "finished:completed"
+    return folder
+
+
+def completed(deployment: Deployment, folder: RunFolder) -> str:
+    """How a run ended; one that died is not over, since it is gone on with."""
+    ended = deployment.ended(folder)
+    over = folder.events()[-1]["kind"] == "run_end"
+    return ended if over else ""
 
 
 def test_it_ends_with_the_shift_of_the_simulation(
@@ -75,53 +73,66 @@ def test_it_ends_with_the_shift_of_the_simulation(
         load_file(folder / "sigma.safetensors")["shift"] for folder in (finished.path, tmp_path / "simulated")
     )
     assert np.abs(real).max() > 0.01
-    np.testing.assert_allclose(real, simulated, atol=1e-5)
+    np.testing.assert_allclose(real, simulated, atol=5e-5)
 
 
-def test_each_site_wrote_down_what_left(finished: RunFolder, deployment: Deployment) -> None:
-    told = {(r["round"], r["site"]): r["bytes_up"] for r in finished.rounds() if r["status"] == "accepted"}
+def test_the_run_was_gone_on_with_after_its_process_died(finished: RunFolder) -> None:
+    kinds = [e["kind"] for e in finished.events() if e["kind"] in ("run_start", "run_end")]
+    assert kinds == ["run_start", "run_start", "run_end"]
+    lost = [r for r in finished.rounds() if r["status"] not in ("accepted", "pooled")]
+    assert lost == []
+
+
+def test_what_left_a_site_is_what_came_to_the_centre(finished: RunFolder, deployment: Deployment) -> None:
+    came = Chain(deployment.centre.path / "audit.jsonl").lines()
     for name, site in deployment.sites.items():
         lines = Chain(site.path / "worker" / "audit.jsonl").lines()
-        trained = [line for line in lines if line["asked"]["message"] == "TrainTask"]
-        assert [line["asked"]["round"] for line in trained] == [1, 2]
-        for line in trained:
-            assert line["left"]["bytes"] <= told[line["asked"]["round"], name] < line["left"]["bytes"] + 600
+        assert {line["asked"]["round"] for line in lines if line["asked"]["message"] == TRAIN} == {1, 2}
+        left = {(line["left"]["bytes"], line["left"]["sha256"]) for line in lines}
+        told = {
+            (line["bytes"], line["sha256"]) for line in came if line.get("site") == name and "sha256" in line
+        }
+        # What was on its way when the centre's process died left twice and counted once.
+        assert told and told <= left
 
 
 def test_the_same_study_twice_is_refused(finished: RunFolder, deployment: Deployment, study: Path) -> None:
-    with pytest.raises(CentreError, match="was submitted before as run"):
-        deployment.studies.submit(str(study))
+    again = deployment.run(CENTRE, "study", "submit", study, "-f", deployment.centre.path, check=False)
+    assert again.returncode == 3 and "was submitted before as run" in again.stderr
 
 
 def test_a_site_is_well(finished: RunFolder, deployment: Deployment) -> None:
-    found = list(examine(deployment.sites["east"].path, deep=False))
-    assert [one for one in found if not one.ok] == []
-    assert {"path", "clock", "centre", "key", "node", "worker"} <= {one.check for one in found}
+    folder = deployment.sites["east"].path
+    told = deployment.run("east", "site", "doctor", "--quick", "-f", folder, check=False).stdout
+    bad = [line for line in told.splitlines() if line.startswith("FAIL")]
+    # From the node's place, in a network of its own, the worker's health cannot be asked.
+    assert [line.split()[1] for line in bad] == (["worker"] if deployment.network.apart else [])
+    for check in ("path", "clock", "centre", "key", "node"):
+        assert f"ok   {check} " in told
 
 
 def test_from_outside_nothing_can_be_started(finished: RunFolder, deployment: Deployment) -> None:
     """Every path but Fleet's is closed, and Fleet's wants a node's signature."""
     trust = deployment.sites["east"].path / "node" / "sites.crt"
-    base = f"https://{deployment.centre.config.address}"
-    context = ssl.create_default_context(cafile=str(trust))
-    protobuf = {"content-type": "application/protobuf"}
-    with httpx.Client(verify=context, base_url=base, timeout=30) as outside:
-        for path in (
-            "/v1/control/list-runs",
-            "/v1/control/start-run",
-            "/v1/runtime/acquire-task",
-            "/v1/fleet/../control/list-runs",
-            "/v1/fleet/%2e%2e/control/list-runs",
-            "/health",
-            "/docs",
-            "/openapi.json",
-        ):
-            for method in ("GET", "POST"):
-                answer = outside.request(method, path, headers=protobuf, content=b"")
-                assert answer.status_code == 404, (method, path, answer.status_code)
-        for call in ("pull-messages", "push-messages", "activate-node", "get-fab"):
-            answer = outside.post(f"/v1/fleet/{call}", headers=protobuf, content=b"")
-            assert answer.status_code == 401, (call, answer.status_code)
+    script = Path(__file__).with_name("outside.py")
+    found = deployment.python("east", script, deployment.centre.config.address, trust)
+    closed = [line for line in found if line.startswith("closed")]
+    signed = [line for line in found if line.startswith("signed")]
+    assert len(closed) == 16 and {line.split()[-1] for line in closed} == {"404"}, closed
+    assert len(signed) == 4 and {line.split()[-1] for line in signed} == {"401"}, signed
+
+
+def test_who_sees_images_has_no_way_out(deployment: Deployment) -> None:
+    network, config = deployment.network, deployment.centre.config
+    if not network.apart:
+        pytest.skip("no right to make network namespaces here: all processes share one host")
+    for site in SITES:
+        assert network.reaches(site, config.address)
+        assert not network.reaches(site, config.superlink)
+        assert network.reaches(f"{site}-worker", deployment.sites[site].connection.node)
+        for address in (config.address, config.superlink, f"10.77.{1 + SITES.index(site)}.1:{22}"):
+            assert not network.reaches(f"{site}-worker", address)
+    assert not network.reaches("east", deployment.sites["north"].connection.node)
 
 
 def test_secrets_stay_where_they_were_made(finished: RunFolder, deployment: Deployment) -> None:
