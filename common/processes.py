@@ -28,6 +28,7 @@ __all__ = [
     "Process",
     "ProcessError",
     "State",
+    "call",
     "flower_environment",
     "restart",
     "running",
@@ -133,7 +134,7 @@ def supervise(processes: Sequence[Process], folder: Path) -> None:
 def running(folder: Path) -> bool:
     """Whether a supervisor of this folder answers."""
     try:
-        _call(folder, "supervisor.getState")
+        call(folder, "supervisor.getState")
     except ProcessError:
         return False
     return True
@@ -147,7 +148,7 @@ def states(folder: Path) -> list[State]:
     """
     return [
         State(one["name"], one["statename"], int(one["pid"]), one["description"])
-        for one in _call(folder, "supervisor.getAllProcessInfo")
+        for one in call(folder, "supervisor.getAllProcessInfo")
     ]
 
 
@@ -157,8 +158,8 @@ def restart(folder: Path, name: str) -> None:
     Raises:
         ProcessError: no supervisor of this folder runs, or it has no such process.
     """
-    _call(folder, "supervisor.stopProcess", name, True)
-    _call(folder, "supervisor.startProcess", name, False)
+    call(folder, "supervisor.stopProcess", name, True)
+    call(folder, "supervisor.startProcess", name, False)
 
 
 def stop(folder: Path) -> None:
@@ -167,7 +168,7 @@ def stop(folder: Path) -> None:
     Raises:
         ProcessError: no supervisor of this folder runs.
     """
-    _call(folder, "supervisor.shutdown")
+    call(folder, "supervisor.shutdown")
 
 
 def _program(name: str) -> str:
@@ -272,7 +273,12 @@ class _Transport(xmlrpc.client.Transport):
         return _Connection(self._path)
 
 
-def _call(folder: Path, method: str, *arguments: Any) -> Any:
+def call(folder: Path, method: str, *arguments: Any) -> Any:
+    """Call the supervisor of a folder by supervisord's own interface.
+
+    Raises:
+        ProcessError: no supervisor of this folder runs, or it refuses.
+    """
     proxy = xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(_socket(folder)))
     function: Any = proxy
     for part in method.split("."):
