@@ -5,8 +5,8 @@
 A centre (SuperLink, worker, keeper, nginx) and three sites over TLS, each place a network namespace of its
 own; a site's worker reaches nothing but its node. While the sites work on round 2 of 3, one thing is broken.
 The table says what was lost, whether the run completed, and by how much its shift differs from the
-undisturbed study's (meaningful where nothing was lost). The undisturbed study also counts the bytes that leave each
-site's namespace against what its audit log says.
+undisturbed study's (meaningful where nothing was lost). The undisturbed study also counts the bytes that
+leave each site's namespace against what its audit log says.
 
 Needs root, iproute2 and nginx; faketime for the wrong clock. Takes about forty minutes on two cores.
 Exit code 1: something was lost that must not be.

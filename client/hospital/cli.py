@@ -159,7 +159,9 @@ def approve(
     bundles = Bundles(site.path)
     pending = bundles.pending()
     if digest is None and not pending:
+        last = bundles.last_approved()
         typer.echo("No bundle waits for approval.")
+        typer.echo(f"The last approved one is {digest_of(last)}." if last else "None was approved yet.")
         return
     bundle = bundles.find(digest or pending[0].stem)
     before = bundles.last_approved()
@@ -192,6 +194,30 @@ def rotate(
         return
     site.switch()
     typer.echo("The new key is in use from the node's next start.")
+    if running(site.path):
+        restart(site.path, "node")
+        typer.echo("Restarted the node.")
+
+
+@site_app.command()
+def trust(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The certificates from the centre, PEM.")],
+    folder: Folder,
+    yes: Annotated[bool, typer.Option("--yes", help="Trust them without being asked.")] = False,
+) -> None:
+    """Trust the centre's next authority beside its present one; the file comes from the centre.
+
+    Exit code 1: not confirmed; 3: the file holds no certificate that is valid now.
+    """
+    site = SiteFolder(folder)
+    found = site.read_trust(file)
+    for one in found.subjects:
+        typer.echo(f"  {one}")
+    typer.echo(f"The centre reads this aloud: {fingerprint(found.text)}")
+    if not yes:
+        typer.confirm("Trust them, and nothing else?", abort=True)
+    site.trust(found)
+    typer.echo("They are trusted from the node's next start.")
     if running(site.path):
         restart(site.path, "node")
         typer.echo("Restarted the node.")

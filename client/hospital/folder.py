@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from fedsigma.client.identity import new_identity, read_identity
 from fedsigma.client.policy import SitePolicy
-from fedsigma.common.files import write_secret
+from fedsigma.common.files import write_secret, write_whole
 from fedsigma.common.joining import Invitation, JoinError, SiteKeys
 from fedsigma.common.reading import ConfigError, build, read_yaml, split_address, write_yaml
 
-__all__ = ["Connection", "SiteFolder"]
+__all__ = ["Connection", "SiteFolder", "Trust"]
 
 _SITE_YAML = """\
 # The rules of this site. Nothing that the centre sends can widen them; docs/federation.md explains each.
@@ -99,6 +100,14 @@ class Connection:
         for key in ("server", "node", "listen", "node_health", "worker_health"):
             if value := getattr(self, key):
                 split_address(value, where=key)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Certificates of authorities: their PEM text, and for people whose they are and until when."""
+
+    text: str
+    subjects: tuple[str, ...]
 
 
 class SiteFolder:
@@ -183,6 +192,29 @@ class SiteFolder:
         for old, new in (("node", "old"), ("next", "node")):
             for suffix in ("key", "pub"):
                 (node / f"{old}.{suffix}").replace(node / f"{new}.{suffix}")
+
+    @staticmethod
+    def read_trust(file: Path) -> Trust:
+        """Read the certificates that the centre sent.
+
+        Raises:
+            JoinError: there is none, or none that is valid now.
+        """
+        try:
+            text = file.read_text(encoding="ascii")
+            found = x509.load_pem_x509_certificates(text.encode())
+        except (OSError, ValueError) as error:
+            raise JoinError(f"{file} holds no certificates: {error}") from None
+        if not any(one.not_valid_before_utc <= _now() < one.not_valid_after_utc for one in found):
+            raise JoinError(f"{file} holds no certificate that is valid now: ask the centre for a new file")
+        ends = [f"{one.subject.rfc4514_string()}, until {one.not_valid_after_utc:%Y-%m-%d}" for one in found]
+        return Trust(text, tuple(ends))
+
+    def trust(self, found: Trust) -> None:
+        """Trust these certificates and no others; what was trusted before stays as sites.old.crt."""
+        file = self.path / "node" / "sites.crt"
+        write_whole(file.with_name("sites.old.crt"), file.read_bytes())
+        write_whole(file, found.text.encode("ascii"))
 
     def policy(self) -> SitePolicy:
         """The site's rules.

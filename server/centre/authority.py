@@ -25,7 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsigma.common.files import write_secret, write_whole
 
-__all__ = ["AuthorityError", "Issued", "issue", "new_authority"]
+__all__ = ["AuthorityError", "Issued", "check_pair", "issue", "new_authority"]
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 """How long certificates are valid: what browsers accept of a server, and ten years of the authority."""
@@ -90,6 +90,23 @@ def issue(authority: Issued, names: Sequence[str], *, days: int = SERVER_DAYS) -
         .sign(signer_key, hashes.SHA256())
     )
     return _issued(certificate, key)
+
+
+def check_pair(given: Issued) -> None:
+    """Refuse a certificate and key that do not belong together, or a certificate that has expired.
+
+    Raises:
+        AuthorityError: why.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(given.certificate)
+        key = load_pem_private_key(given.key, password=None)
+    except (ValueError, TypeError) as error:
+        raise AuthorityError(f"certificate or key do not read as PEM without a password: {error}") from None
+    if certificate.public_key() != key.public_key():
+        raise AuthorityError("the key does not belong to the certificate: give the pair of one request")
+    if certificate.not_valid_after_utc <= _now():
+        raise AuthorityError(f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
 
 
 def _loaded(authority: Issued) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from fedsigma.common.health import SERVING, health_of
 from fedsigma.common.joining import SiteKeys, fingerprint
 from fedsigma.common.processes import ProcessError, restart, running, states, stop, supervise
-from fedsigma.server.centre.authority import Issued
+from fedsigma.server.centre.authority import Issued, check_pair
 from fedsigma.server.centre.enrolment import Enrolment
 from fedsigma.server.centre.folder import CentreError, CentreFolder, ServerConfig
 from fedsigma.server.centre.proxy import write_proxy_files
@@ -76,6 +76,8 @@ def init(
         proxy=proxy,
     )
     own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
+    if own is not None:
+        check_pair(own)
     made = CentreFolder.create(folder, config, own=own, trust=trust.read_bytes() if trust else b"")
     write_proxy_files(made)
     typer.echo(f"Made the centre in {made.path}. It answers at {address} once it runs:")
@@ -232,34 +234,59 @@ def revoke(site: Annotated[str, typer.Argument(help="The site.")], folder: Folde
 
 @server_app.command()
 def rotate(
-    what: Annotated[str, typer.Argument(help="certificate, or keys: retire sites' old node keys.")],
+    what: Annotated[str, typer.Argument(help="certificate, keys (sites' old node keys) or authority.")],
     folder: Folder,
+    switch: Annotated[bool, typer.Option("--switch", help="authority: have the next one sign.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="authority: the file for sites.", show_default="trust.pem")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="certificate: your own new one (chain), PEM.", exists=True)
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key, PEM.", exists=True)] = None,
 ) -> None:
-    """Replace the server's certificates, or shut out old node keys of sites whose new one has been seen.
+    """Replace the server's certificates, sites' old node keys, or the authority that sites trust.
 
-    Sites trust the authority, so a new certificate needs nothing of them; runs go on.
+    certificate: needs nothing of sites, and runs go on. keys: shuts out old node keys of sites whose new one
+    has been seen. authority: writes a file that sites take with `fedsigma site trust`; once all have,
+    --switch.
+
+    Exit code 3: a file does not do, or a step is missing.
     """
+    from fedsigma.server.centre import rotation
+
+    if (certificate is None) != (key is None):
+        raise CentreError("--certificate and --key belong together: give both or none")
     centre = CentreFolder(folder)
     if what == "keys":
-        for key in Enrolment(centre).retire():
-            typer.echo(f"The old node key of site '{key.site}' is shut out.")
-        return
-    if what != "certificate":
-        raise CentreError(f"'{what}' cannot be rotated: certificate or keys")
-    centre.issue_inner()
-    centre.issue_outer()
-    typer.echo("New certificates are in place.")
-    if running(centre.path):
-        for process in ("superlink", "proxy"):
-            _restart(centre, process)
+        for old in Enrolment(centre).retire():
+            typer.echo(f"The old node key of site '{old.site}' is shut out.")
+    elif what == "certificate":
+        own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
+        rotation.renew_certificates(centre, own)
+        typer.echo("New certificates are in place.")
+        _restart(centre, "superlink", "proxy")
+    elif what == "authority" and not switch:
+        path = out or Path("trust.pem")
+        text = rotation.begin_authority(centre, path)
+        typer.echo(f"Give {path} to every site: fedsigma site trust {path.name}")
+        typer.echo(f"Read aloud at the telephone: {fingerprint(text)}")
+        typer.echo("When all have it: fedsigma server rotate authority --switch")
+    elif what == "authority":
+        rotation.switch_authority(centre)
+        typer.echo("The new authority signs; sites that do not trust it are shut out.")
+        _restart(centre, "superlink", "worker", "proxy")
+    else:
+        raise CentreError(f"'{what}' cannot be rotated: certificate, keys or authority")
+
+
+def _restart(centre: CentreFolder, *processes: str) -> None:
+    for process in processes if running(centre.path) else ():
+        try:
+            restart(centre.path, process)
             typer.echo(f"Restarted {process}.")
-
-
-def _restart(centre: CentreFolder, process: str) -> None:
-    try:
-        restart(centre.path, process)
-    except ProcessError as error:
-        typer.echo(f"{error}: restart it by hand", err=True)
+        except ProcessError as error:
+            typer.echo(f"{error}: restart it by hand", err=True)
 
 
 def _next_to(address: str, step: int) -> str:
