@@ -31,6 +31,8 @@ BUDGET_SPENT = "PrivacyBudgetSpent"
 # A site that was refused is asked again after this time: its people may have put it right.
 RETRY_S = 60.0
 LOOK_S = 1.0
+RETURN_S = 30.0
+"""How long a round waits for a site that was there and went away: its node may have been started again."""
 
 
 class TooFewSites(RuntimeError):
@@ -60,6 +62,7 @@ class Roster:
         self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
         self._nodes = nodes
         self._ask_again: dict[int, float] = {}
+        self._away: dict[int, float] = {}
         self._reasons: dict[str, str] = {}
         self._sites = 0
 
@@ -71,6 +74,7 @@ class Roster:
         if new:
             self._greet(sorted(new), online)
         ready = [node for node in self.names if node in online]
+        self._away = {n: self._away.get(n, now) for n in self.names if n not in online}
         return {node: self.names[node] for node in sorted(ready, key=lambda node: self.names[node])}
 
     def willing(self) -> dict[int, str]:
@@ -85,6 +89,9 @@ class Roster:
     def wait(self) -> dict[int, str]:
         """Wait until enough sites are ready: min_sites, and in a simulation all.
 
+        A site that was there a moment ago is waited for, too, so that a node that is started again costs its
+        site no further round.
+
         Raises:
             TooFewSites: they are not there after the study's wait_for_sites_s.
             WrongSiteCount: a simulation has another number of sites than its study.
@@ -95,15 +102,21 @@ class Roster:
             ready = self.willing()
             # A simulation's sites cannot come later; one that was refused there is left out.
             settled = len(ready) + len(self.spent) + len(self._reasons) >= self._sites
-            if len(ready) >= federation.min_sites and settled:
+            over = time.monotonic() >= deadline
+            if len(ready) >= federation.min_sites and settled and (over or not self._returning()):
                 return ready
-            if time.monotonic() >= deadline:
+            if over:
                 refused = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._reasons.items()))
                 raise TooFewSites(
                     f"{len(ready)} of at least {federation.min_sites} sites were ready after"
                     f" {federation.wait_for_sites_s:g} s" + (f" (refused: {refused})" if refused else "")
                 )
             time.sleep(LOOK_S)
+
+    def _returning(self) -> bool:
+        """Whether a site may come back any moment."""
+        recently = time.monotonic() - RETURN_S
+        return any(since > recently for node, since in self._away.items() if node not in self.spent)
 
     def _greet(self, nodes: list[int], online: set[int]) -> None:
         hello = Hello(protocol=PROTOCOL, setup=Setup.of(self._study), fingerprint=self._fingerprint.to_json())

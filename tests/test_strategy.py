@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedsigma.common.config import STRATEGIES, ConfigError, StudyConfig
 from fedsigma.common.protocol import PROTOCOL, Evaluation, HelloReply, to_content
 from fedsigma.server import roster as roster_of
-from fedsigma.server.averaging import make_averaging, restore_state, save_state
+from fedsigma.server.averaging import StateError, make_averaging, restore_state, save_state
 from fedsigma.server.exchange import attribute
 from fedsigma.server.replies import pool
 from fedsigma.server.roster import Roster
@@ -136,6 +136,31 @@ def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
     assert roster.present() == {4: "north", 2: "south"}
 
 
+@pytest.mark.parametrize(("back_after", "waited"), [(12, 12), (1000, 30)])
+def test_a_round_waits_a_moment_for_a_site_that_went_away_and_only_once(
+    back_after: int, waited: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = FINGERPRINT.to_json()
+    all_three = {1: ("east", good), 2: ("north", good), 3: ("south", good)}
+    exchange, clock = FakeExchange(all_three), [100.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] >= 100 + back_after:
+            exchange.sites = all_three
+
+    monkeypatch.setattr(roster_of.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(roster_of.time, "sleep", sleep)
+    folder = RunFolder.create(tmp_path / "run", STUDY)
+    roster = Roster(exchange, folder, study("fedavg"), FINGERPRINT)  # type: ignore[arg-type]
+    assert set(roster.wait()) == {1, 2, 3}
+    exchange.sites = {1: ("east", good), 2: ("north", good)}
+    assert set(roster.wait()) == ({1, 2, 3} if back_after == waited else {1, 2})
+    assert clock[0] == 100 + waited
+    roster.wait()
+    assert clock[0] == 100 + waited
+
+
 def test_at_a_centre_a_site_is_who_its_node_says(tmp_path: Path) -> None:
     """Else a site could take another's place by its name."""
 
@@ -185,8 +210,8 @@ def test_momentum_is_kept_and_a_foreign_file_is_refused(tmp_path: Path) -> None:
     save_state(one, path)
     restore_state(other, path, size=4)
     assert other.v_t["shift"].tolist() == [2.0] * 4  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="not of this study"):
+    with pytest.raises(StateError, match="not of this study"):
         restore_state(other, path, size=5)
     path.write_bytes(b"no safetensors")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(StateError, match="cannot be read"):
         restore_state(other, path, size=4)
