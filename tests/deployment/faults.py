@@ -254,6 +254,23 @@ def _right_backbone(deployment: Deployment) -> None:
     _set(deployment, f"starter: local-dir:{place}", "starter: starter")
 
 
+def _nothing_approved(deployment: Deployment) -> None:
+    digest = deployment.sites[HIT].policy().bundles[0]
+    _set(deployment, f"  - {digest}", f"  # - {digest}")
+
+
+def _approve(deployment: Deployment, folder: RunFolder) -> str:
+    site = deployment.sites[HIT].path
+    refused = [e["reason"] for e in folder.events() if e["kind"] == "site_refused"]
+    deployment.run(HIT, "site", "approve", "--yes", "-f", site)
+    return f"the centre was told: {refused[0]}"
+
+
+def _approve_again(deployment: Deployment) -> None:
+    if not deployment.sites[HIT].policy().bundles:
+        _set(deployment, "  # - ", "  - ")
+
+
 def _late(deployment: Deployment, folder: RunFolder) -> str:
     deployment.admit("west")
     deployment.start("west")
@@ -307,6 +324,15 @@ FAULTS: Mapping[str, Fault] = {
         _nothing,
         before=_other_backbone,
         after=_right_backbone,
+        may_lose=parts(HIT, 1, 2, 3),
+        absent=frozenset({HIT}),
+        while_busy="east",
+    ),
+    "bundle": Fault(
+        "an app bundle that a site has not approved",
+        _approve,
+        before=_nothing_approved,
+        after=_approve_again,
         may_lose=parts(HIT, 1, 2, 3),
         absent=frozenset({HIT}),
         while_busy="east",

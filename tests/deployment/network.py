@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 CENTRE = "centre"
 CENTRE_ADDRESS = "10.77.0.1"
+NO_ROUTER = "open('/proc/sys/net/ipv4/ip_forward', 'w').write('0')"
 
 
 def may_make_namespaces() -> bool:
@@ -51,7 +53,7 @@ class Network:
             _ip("netns", "add", self._names[place])
             _ip("-n", self._names[place], "link", "set", "lo", "up")
             # Nobody is a router: a worker cannot reach the centre through its node, nor a site another site.
-            self._run(place, "sysctl", "-qw", "net.ipv4.ip_forward=0")
+            subprocess.run([*self.inside(place), sys.executable, "-c", NO_ROUTER], check=True)
         _ip("-n", self._names[CENTRE], "addr", "add", f"{CENTRE_ADDRESS}/32", "dev", "lo")
         for number, site in enumerate(self.sites, start=1):
             self._link(f"c{number}", CENTRE, f"10.77.{number}.1", "outer", site, f"10.77.{number}.2")
@@ -103,7 +105,7 @@ class Network:
         """Whether a TCP connection can be made from a place to HOST:PORT."""
         host, _, port = address.rpartition(":")
         script = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
-        command = [*self.inside(place), "python3", "-c", script, host, port]
+        command = [*self.inside(place), sys.executable, "-c", script, host, port]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _places(self) -> list[str]:
@@ -118,9 +120,6 @@ class Network:
         for name, device, own in ((one, end, address), (two, other_end, other_address)):
             _ip("-n", name, "addr", "add", f"{own}/24", "dev", device)
             _ip("-n", name, "link", "set", device, "up")
-
-    def _run(self, place: str, *command: str) -> None:
-        subprocess.run([*self.inside(place), *command], check=True)
 
 
 def _ip(*words: str) -> None:

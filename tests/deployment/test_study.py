@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from deployment.network import CENTRE
-from deployment.parts import SITES, STUDY, Deployment, deployed, missing, reached, wait_for
+from deployment.parts import SITES, STUDY, Deployment, missing, reached, wait_for
 from fedsigma.common.chain import Chain
 from fedsigma.server.simulate import run_simulation
 from fedsigma.server.store import RunFolder
@@ -29,12 +28,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study") / "study.yaml"
     path.write_text(STUDY)
     return path
-
-
-@pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    with deployed(tmp_path_factory.mktemp("deployment")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

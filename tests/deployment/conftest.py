@@ -1,0 +1,16 @@
+"""One centre with three sites for all tests of real processes: starting them takes half a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from deployment.parts import Deployment, deployed
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A running centre and three sites that have joined it."""
+    with deployed(tmp_path_factory.mktemp("deployment")) as found:
+        yield found
