@@ -254,21 +254,15 @@ def _right_backbone(deployment: Deployment) -> None:
     _set(deployment, f"starter: local-dir:{place}", "starter: starter")
 
 
-def _nothing_approved(deployment: Deployment) -> None:
-    digest = deployment.sites[HIT].policy().bundles[0]
-    _set(deployment, f"  - {digest}", f"  # - {digest}")
+def _other_approved(deployment: Deployment) -> None:
+    (digest,) = deployment.sites[HIT].policy().bundles
+    _set(deployment, digest, "0" * 64)
 
 
 def _approve(deployment: Deployment, folder: RunFolder) -> str:
-    site = deployment.sites[HIT].path
     refused = [e["reason"] for e in folder.events() if e["kind"] == "site_refused"]
-    deployment.run(HIT, "site", "approve", "--yes", "-f", site)
+    deployment.run(HIT, "site", "approve", "--yes", "-f", deployment.sites[HIT].path)
     return f"the centre was told: {refused[0]}"
-
-
-def _approve_again(deployment: Deployment) -> None:
-    if not deployment.sites[HIT].policy().bundles:
-        _set(deployment, "  # - ", "  - ")
 
 
 def _late(deployment: Deployment, folder: RunFolder) -> str:
@@ -331,8 +325,7 @@ FAULTS: Mapping[str, Fault] = {
     "bundle": Fault(
         "an app bundle that a site has not approved",
         _approve,
-        before=_nothing_approved,
-        after=_approve_again,
+        before=_other_approved,
         may_lose=parts(HIT, 1, 2, 3),
         absent=frozenset({HIT}),
         while_busy="east",
