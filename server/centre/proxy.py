@@ -69,7 +69,6 @@ _CADDY = """\
 {{
 	admin off
 	auto_https off
-	persist_config off
 	storage file_system {run}/caddy
 	log {{
 		output file {logs}/proxy.log

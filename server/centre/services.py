@@ -5,18 +5,16 @@ from __future__ import annotations
 from fedsigma.common.processes import Process, flower_environment
 from fedsigma.common.reading import split_address
 from fedsigma.server.centre.folder import CentreFolder
-from fedsigma.server.centre.proxy import write_proxy_files
 
 __all__ = ["centre_processes"]
 
 
 def centre_processes(folder: CentreFolder) -> list[Process]:
-    """The processes of a centre, in the order of starting; writes the proxy's files anew.
+    """The processes of a centre, in the order of starting. The proxy's reads what `write_proxy_files` wrote.
 
     `worker` runs ServerApps apart from the SuperLink, so that a run outlives the SuperLink's restart.
     """
-    place = write_proxy_files(folder)
-    config = folder.config
+    place, config = folder.path / "proxy", folder.config
     host, port = split_address(config.superlink, where="superlink")
     environment = flower_environment(folder.path / "flwr") | {
         "FEDSIGMA_CENTRE": str(folder.path),
