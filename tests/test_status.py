@@ -103,6 +103,22 @@ def test_the_doctor_of_one_process_looks_at_what_that_one_sees(site: SiteFolder)
     assert not by_name(site.path, deep=False, only="worker")["secrets"].ok
 
 
+def test_the_worker_can_be_told_where_the_node_is(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an address is known only when the worker starts, as in Kubernetes."""
+    started = []
+    monkeypatch.setattr(Process, "replace_this", lambda self, folder: started.append(list(self.command)))
+    monkeypatch.setattr("fedsigma.client.hospital.cli.supervise", lambda processes, folder: None)
+    up = ["site", "up", "--folder", site.path]
+    monkeypatch.setenv("FEDSIGMA_NODE", "10.0.0.7:9101")
+    assert run(*up, "--only", "worker")[0] == 0 and "10.0.0.7:9101" in started[0]
+    for more in ([], ["--only", "node"]):
+        code, _, err = run(*up, *more)
+        assert code == 3 and "--node goes with --only worker" in err
+    monkeypatch.setenv("FEDSIGMA_NODE", "$(NO_SUCH_SERVICE_HOST):9101")
+    code, _, err = run(*up, "--only", "worker")
+    assert code == 3 and "expected HOST:PORT" in err and len(started) == 1
+
+
 @pytest.fixture
 def centre(tmp_path: Path) -> Path:
     made = run("server", "init", tmp_path / "centre", "--address", "fl.example.org:443")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +63,12 @@ def enrol(
 def up(
     folder: Folder,
     only: Annotated[str | None, typer.Option(help="One process in the foreground: node or worker.")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FEDSIGMA_NODE", help="With --only worker: HOST:PORT of the node, not connection.yaml's."
+        ),
+    ] = None,
 ) -> None:
     """Run the site in the foreground until Ctrl-C or SIGTERM: the node and the worker, supervised.
 
@@ -70,7 +77,11 @@ def up(
     Exit code 0: stopped; 3: it runs already, or site.yaml does not read.
     """
     _check_process(only)
+    if node and only != "worker":
+        raise JoinError("--node goes with --only worker: for both processes, connection.yaml says it")
     site = SiteFolder(folder)
+    if node:
+        site.connection = replace(site.connection, node=node)
     if only == "node":
         node_process(site).replace_this(site.path)
     if only == "worker":
