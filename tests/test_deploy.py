@@ -32,8 +32,8 @@ YAMLLINT = """\
 extends: default
 rules: {line-length: {max: 120}, document-start: disable, truthy: {check-keys: false}}
 """
-# Tenths: systemd calls up to 2.0 "OK", and a unit without any of this 9.6.
-MOST_EXPOSED = "20"
+# Tenths, as found: systemd calls up to 2.0 "OK", and a unit without any of this 9.6. The proxy may bind to 443.
+MOST_EXPOSED = {"fedsigma-centre-proxy": 16}
 
 
 def project() -> dict[str, Any]:
@@ -241,7 +241,13 @@ def test_systemd_reads_the_units(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", UNITS, ids=lambda file: file.stem)
 def test_systemd_finds_a_unit_hardly_exposed(file: Path) -> None:
-    passes(tool("systemd-analyze"), "security", "--offline=true", f"--threshold={MOST_EXPOSED}", file)
+    passes(
+        tool("systemd-analyze"),
+        "security",
+        "--offline=true",
+        f"--threshold={MOST_EXPOSED.get(file.stem, 13)}",
+        file,
+    )
 
 
 def test_each_unit_is_one_process_of_a_user_without_rights() -> None:
