@@ -32,7 +32,7 @@ YAMLLINT = """\
 extends: default
 rules: {line-length: {max: 120}, document-start: disable, truthy: {check-keys: false}}
 """
-# Tenths, as found: systemd calls up to 2.0 "OK", and a unit without any of this 9.6. The proxy may bind to 443.
+# Tenths, as found; systemd calls up to 2.0 "OK", and a unit without any of this 9.6. The proxy may bind 443.
 MOST_EXPOSED = {"fedsigma-centre-proxy": 16}
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
@@ -183,6 +184,13 @@ def test_the_proxys_health_is_asked_through_it(proxy: str, tmp_path: Path, servi
             while run(*status)[0] != 0:
                 assert process.poll() is None and time.monotonic() < deadline, "it did not serve in a minute"
                 time.sleep(0.1)
+            with httpx.Client(verify=False, headers={"Host": "fl.example.org"}) as client:
+                url, name = f"https://{listen[1]}/v1/control/list-runs", {"sni_hostname": "fl.example.org"}
+                assert client.post(url, extensions=name).status_code == 404
+            if proxy == "nginx":
+                # What is refused is written down, and what goes well is not.
+                lines = (folder / "logs" / "proxy.log").read_text().splitlines()
+                assert len(lines) == 1 and "/v1/control/" in lines[0]
             # Another's certificate does not do.
             new_authority("another").write(folder / "tls" / "sites.crt", tmp_path / "key")
             assert run(*status)[0] == 4

@@ -22,7 +22,9 @@ error_log {logs}/proxy-error.log warn;
 worker_processes auto;
 events {{ worker_connections 1024; }}
 http {{
-  access_log {logs}/proxy.log;
+  # A node asks about once a second: what goes well is not written down, or the log would fill the disk.
+  map $status $worth_a_line {{ ~^[23] 0; default 1; }}
+  access_log {logs}/proxy.log combined if=$worth_a_line;
   server_tokens off;
   client_body_temp_path {run}/body;
   proxy_temp_path {run}/proxy;
