@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -118,6 +119,17 @@ def test_the_worker_can_be_told_where_the_node_is(site: SiteFolder, monkeypatch:
     monkeypatch.setenv("FEDSIGMA_NODE", "$(NO_SUCH_SERVICE_HOST):9101")
     code, _, err = run(*up, "--only", "worker")
     assert code == 3 and "expected HOST:PORT" in err and len(started) == 1
+
+
+def test_a_secret_as_kubernetes_mounts_it_is_in_order(
+    site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root has files of root's")
+    monkeypatch.setattr(os, "getuid", lambda: 10001)
+    for mode, ok in ((0o440, True), (0o460, False), (0o444, False)):
+        (site.path / "node" / "node.key").chmod(mode)
+        assert by_name(site.path, offline=True, only="node")["secrets"].ok == ok
 
 
 @pytest.fixture
