@@ -58,7 +58,6 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         context = command.make_context(names[-1], rest)
     only = context.params.get("only")
     assert only is None or only in ONLY[names[0]], words
-    assert str(context.params.get("folder")) in FOLDERS.values(), words
     return " ".join(names), context.params
 
 
@@ -66,7 +65,9 @@ def process_of(words: Sequence[str]) -> str:
     """Which process `fedsigma WORDS` becomes: "site node"."""
     name, options = parse(words)
     assert name in ("server up", "site up") and options["only"], words
-    return f"{name.split()[0]} {options['only']}"
+    group = name.split()[0]
+    assert str(options["folder"]) == FOLDERS[group], words
+    return f"{group} {options['only']}"
 
 
 def read_yaml(path: Path, **values: str) -> Any:

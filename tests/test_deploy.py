@@ -215,6 +215,15 @@ def test_the_addresses_lead_from_container_to_container(tmp_path: Path) -> None:
     assert services["proxy"]["ports"][0].split(":")[1] == said["listen"].split(":")[1]
 
 
+def test_the_commands_that_people_are_told_to_type_are_ones() -> None:
+    text = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    text += (DEPLOY / "helm" / "fedsigma" / "templates" / "NOTES.txt").read_text(encoding="utf-8")
+    typed = re.findall(r"(?m)^ +(?:.*--rm tools|(?:.* )?fedsigma) (.+)$", text.replace("\\\n", " "))
+    assert len(typed) > 12
+    for words in typed:
+        parse(shlex.split(words))
+
+
 # ---- systemd
 
 
