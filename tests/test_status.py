@@ -83,7 +83,11 @@ def test_to_ask_for_health_writes_nothing(site: SiteFolder) -> None:
 
 
 @pytest.mark.parametrize("command", ["up", "status", "doctor"])
-def test_a_process_that_is_not_there_is_named(command: str, site: SiteFolder) -> None:
+def test_a_process_that_is_not_there_is_named(
+    command: str, site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where it is not refused, nothing must take this process's place.
+    monkeypatch.setattr("fedsigma.client.hospital.cli.supervise", lambda processes, folder: None)
     code, _, err = run("site", command, "--folder", site.path, "--only", "superlink")
     assert code == 3 and "there are node and worker" in err
 
