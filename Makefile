@@ -11,7 +11,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FEDSIGMA_RUNS := $(RUNS)
 
-.PHONY: help venv test lint demo demo-short clean
+.PHONY: help venv test lint demo demo-short deploy-files clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make lint        check style and types"
 	@echo "make demo        run the demonstration study and write its report"
 	@echo "make demo-short  the same study for eight rounds"
+	@echo "make deploy-files  renew the files in deploy/ that are made from others"
 	@echo "make clean       remove caches and builds; environment and runs stay"
 
 venv: $(STAMP)
@@ -51,6 +52,11 @@ demo: $(STAMP)
 
 demo-short: $(STAMP)
 	$(BIN)/fedsigma study run demo --rounds 8
+
+deploy-files: $(STAMP)
+	mkdir -p build
+	$(BIN)/python deploy/images/constraints.py > build/constraints.txt && mv build/constraints.txt deploy/images/
+	$(BIN)/python deploy/proxy/examples.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

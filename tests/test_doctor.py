@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -79,7 +80,7 @@ def enrol(folder: Path, certificates: bytes, server: str = "127.0.0.1:9") -> Sit
     return SiteFolder(site.path)
 
 
-def by_name(path: Path, **options: bool) -> dict[str, Finding]:
+def by_name(path: Path, **options: Any) -> dict[str, Finding]:
     return {one.check: one for one in examine(path, **options)}
 
 

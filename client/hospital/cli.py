@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,8 @@ app.add_typer(site_app, name="site")
 def _group() -> None:
     """Keep `site` a group of its own."""
 
+
+PROCESSES = ("node", "worker")
 
 Folder = Annotated[
     Path, typer.Option("--folder", "-f", envvar="FEDSIGMA_SITE_FOLDER", help="The site's folder.")
@@ -60,6 +63,12 @@ def enrol(
 def up(
     folder: Folder,
     only: Annotated[str | None, typer.Option(help="One process in the foreground: node or worker.")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FEDSIGMA_NODE", help="With --only worker: HOST:PORT of the node, not connection.yaml's."
+        ),
+    ] = None,
 ) -> None:
     """Run the site in the foreground until Ctrl-C or SIGTERM: the node and the worker, supervised.
 
@@ -67,9 +76,12 @@ def up(
 
     Exit code 0: stopped; 3: it runs already, or site.yaml does not read.
     """
+    _check_process(only)
+    if node and only != "worker":
+        raise JoinError("--node goes with --only worker: for both processes, connection.yaml says it")
     site = SiteFolder(folder)
-    if only not in (None, "node", "worker"):
-        raise JoinError(f"no process '{only}': there are node and worker")
+    if node:
+        site.connection = replace(site.connection, node=node)
     if only == "node":
         node_process(site).replace_this(site.path)
     if only == "worker":
@@ -86,21 +98,28 @@ def down(folder: Folder) -> None:
 @site_app.command()
 def status(
     folder: Folder,
+    only: Annotated[
+        str | None, typer.Option(help="One process: node or worker, where it has a container of its own.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
 ) -> None:
     """Say how the node and the worker are.
 
-    Exit code 0: both serve; 4: one does not.
+    Exit code 0: both serve, or the one asked for; 4: one does not.
     """
+    _check_process(only)
     site = SiteFolder(folder)
+    # Not from the processes themselves: to make the worker's would write its programs, and read site.yaml.
+    health = {"node": site.connection.node_health, "worker": site.connection.worker_health}
     known = {s.name: s.state.lower() for s in states(site.path)} if running(site.path) else {}
     rows = [
         {
-            "process": process.name,
-            "state": known.get(process.name, "not supervised here"),
-            "health": health_of(process.health) if process.health else "",
+            "process": name,
+            "state": known.get(name, "not supervised here"),
+            "health": health_of(address) if address else "",
         }
-        for process in (node_process(site), worker_process(site))
+        for name, address in health.items()
+        if only in (None, name)
     ]
     for row in rows:
         if not as_json:
@@ -116,6 +135,9 @@ def doctor(
     folder: Folder,
     offline: Annotated[bool, typer.Option("--offline", help="Leave out what needs the centre.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out backbones, images and training.")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="What one process needs: node or worker, by its own user or container.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
 ) -> None:
     """Check all that a study needs of this site: folder, keys, way to the centre, clock, backbone, images.
@@ -128,8 +150,9 @@ def doctor(
 
     from fedsigma.client.hospital.doctor import examine
 
+    _check_process(only)
     found = []
-    for one in examine(folder, offline=offline, deep=not quick):
+    for one in examine(folder, offline=offline, deep=not quick, only=only):
         found.append(one)
         if not as_json:
             typer.secho("ok   " if one.ok else "FAIL ", fg="green" if one.ok else "red", nl=False)
@@ -221,3 +244,8 @@ def trust(
     if running(site.path):
         restart(site.path, "node")
         typer.echo("Restarted the node.")
+
+
+def _check_process(name: str | None) -> None:
+    if name not in (None, *PROCESSES):
+        raise JoinError(f"no process '{name}': there are {' and '.join(PROCESSES)}")

@@ -6,6 +6,7 @@ one that fails does not keep the others from being made.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from fedsigma.client.policy import SitePolicy
 __all__ = ["Finding", "Problem", "examine"]
 
 LEAST_DISK_GB, LEAST_MEMORY_GB = 2.0, 2.0
+PARTS = ("node", "worker")
+SECRETS = ("node/node.key", "node/superexec.secret", "worker/superexec.secret", "worker/identity.pem")
 
 
 class Problem(Exception):
@@ -42,13 +45,16 @@ class Finding:
     todo: str = ""
 
 
-def examine(path: Path, *, offline: bool = False, deep: bool = True) -> Iterator[Finding]:
+def examine(
+    path: Path, *, offline: bool = False, deep: bool = True, only: str | None = None
+) -> Iterator[Finding]:
     """Make all checks of a site, one after the other.
 
     Args:
         path: of the site's folder.
         offline: leave out what needs the centre.
         deep: also load the backbones, read every picture and train a step on three.
+        only: `node` or `worker`, to check what that one needs and sees; None for both.
     """
     from fedsigma.client.hospital import doctor_images, doctor_network
 
@@ -59,18 +65,22 @@ def examine(path: Path, *, offline: bool = False, deep: bool = True) -> Iterator
         return
     yield Finding("folder", True, f"site '{site.connection.site}' of {site.connection.centre}")
     policy: SitePolicy | None = None
-    try:
-        policy = site.policy()
-        yield Finding(
-            "site.yaml", True, f"{len(policy.studies)} studies, {len(policy.bundles)} bundles allowed"
-        )
-    except ValueError as error:
-        yield Finding("site.yaml", False, str(error), "correct site.yaml; docs/federation.md lists its keys")
-    yield from _made({"secrets": lambda: _secrets(site), "disk": lambda: _disk(site.path)})
+    if only != "node":
+        try:
+            policy = site.policy()
+            yield Finding(
+                "site.yaml", True, f"{len(policy.studies)} studies, {len(policy.bundles)} bundles allowed"
+            )
+        except ValueError as error:
+            todo = "correct site.yaml; docs/federation.md lists its keys"
+            yield Finding("site.yaml", False, str(error), todo)
+    parts = PARTS if only is None else (only,)
+    yield from _made({"secrets": lambda: _secrets(site, parts), "disk": lambda: _disk(site.path / parts[-1])})
     yield from _made({"memory": _memory})
-    if not offline:
+    if not offline and "node" in parts:
         yield from _made(doctor_network.checks(site), needed="connection")
-    yield from _made(doctor_network.own_checks(site))
+    own = doctor_network.own_checks(site)
+    yield from _made({name: check for name, check in own.items() if name in parts})
     if policy is not None and deep:
         yield from _made(doctor_images.checks(site, policy))
 
@@ -89,16 +99,20 @@ def _made(checks: dict[str, Callable[[], str]], *, needed: str = "") -> Iterator
             yield Finding(name, False, f"{type(error).__name__}: {error}", "see the message")
 
 
-def _secrets(site: SiteFolder) -> str:
-    for name in ("node/node.key", "node/superexec.secret", "worker/superexec.secret", "worker/identity.pem"):
+def _secrets(site: SiteFolder, parts: tuple[str, ...]) -> str:
+    for name in (name for name in SECRETS if name.split("/")[0] in parts):
         file = site.path / name
         if not file.is_file():
             raise Problem(f"{name} is missing", "put it back from a backup, or enrol anew")
-        if file.stat().st_mode & 0o077:
+        # Kubernetes mounts a secret as root's, to be read by the container's group; that is as it should be.
+        mounted = file.stat().st_uid == 0 != os.getuid()
+        if file.stat().st_mode & (0o037 if mounted else 0o077):
             raise Problem(f"{name} can be read by others", f"chmod 600 {file}")
-    if (site.path / "node/superexec.secret").read_bytes() != (
-        site.path / "worker/superexec.secret"
-    ).read_bytes():
+    if (
+        parts == PARTS
+        and (site.path / "node/superexec.secret").read_bytes()
+        != (site.path / "worker/superexec.secret").read_bytes()
+    ):
         raise Problem("node and worker have different secrets", "copy node/superexec.secret to worker/")
     return "all there, readable by their owner alone"
 

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from fedsigma.common.health import SERVING, health_of
 from fedsigma.common.joining import SiteKeys, fingerprint
-from fedsigma.common.processes import ProcessError, restart, running, states, stop, supervise
+from fedsigma.common.processes import Process, ProcessError, restart, running, states, stop, supervise
+from fedsigma.common.reading import split_address
 from fedsigma.server.centre.authority import Issued, check_pair
 from fedsigma.server.centre.enrolment import Enrolment
 from fedsigma.server.centre.folder import CentreError, CentreFolder, ServerConfig
@@ -50,6 +51,12 @@ def init(
     superlink: Annotated[
         str, typer.Option(help="Where Flower's SuperLink listens; no site may reach it.")
     ] = ServerConfig.superlink,
+    health: Annotated[
+        str | None, typer.Option(help="Where the SuperLink says its health.", show_default="the next port")
+    ] = None,
+    worker_health: Annotated[
+        str | None, typer.Option(help="Where the worker says its health.", show_default="the port after")
+    ] = None,
     proxy: Annotated[str, typer.Option(help="nginx, caddy, or none: it runs by itself.")] = "nginx",
     certificate: Annotated[
         Path | None, typer.Option(help="Your own certificate (chain) for the address, PEM.", exists=True)
@@ -58,11 +65,17 @@ def init(
     trust: Annotated[
         Path | None, typer.Option(help="The authority that signed it, PEM: sites trust it.", exists=True)
     ] = None,
+    if_new: Annotated[
+        bool, typer.Option("--if-new", help="Where the folder is a centre's already, change nothing.")
+    ] = False,
 ) -> None:
     """Make a centre: authority and certificates, secrets, database, proxy files.
 
     Exit code 3: the folder is not empty, or a value does not do.
     """
+    if if_new and (folder / "server.yaml").is_file():
+        typer.echo(f"{CentreFolder(folder).path} holds a centre already; nothing was changed.")
+        return
     if (certificate is None) != (key is None) or (certificate is None) != (trust is None):
         raise CentreError("--certificate, --key and --trust belong together: give all three or none")
     host, port = address.rpartition(":")[::2]
@@ -71,8 +84,8 @@ def init(
         address=address,
         listen=listen or f"0.0.0.0:{port}",
         superlink=superlink,
-        health=_next_to(superlink, 1),
-        worker_health=_next_to(superlink, 2),
+        health=health or _next_to(superlink, 1),
+        worker_health=worker_health or _next_to(superlink, 2),
         proxy=proxy,
     )
     own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
@@ -100,13 +113,13 @@ def up(
     Exit code 0: stopped; 3: it runs already, or a program is not installed.
     """
     centre = CentreFolder(folder)
-    processes = centre_processes(centre)
+    processes = _chosen(centre, only)
+    # In containers, only the proxy's own sees the folder of these files.
+    if only in (None, "proxy"):
+        write_proxy_files(centre)
     if only is None:
         supervise(processes, centre.path)
-    chosen = [p for p in processes if p.name == only]
-    if not chosen:
-        raise CentreError(f"no process '{only}': there are {', '.join(p.name for p in processes)}")
-    chosen[0].replace_this(centre.path)
+    processes[0].replace_this(centre.path)
 
 
 @server_app.command()
@@ -118,23 +131,26 @@ def down(folder: Folder) -> None:
 @server_app.command()
 def status(
     folder: Folder,
+    only: Annotated[
+        str | None,
+        typer.Option(help="One process: superlink, worker, keeper or proxy."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say how each process is.
+    """Say how each process is; the proxy, by asking for the SuperLink's health through it.
 
-    Exit code 0: all serve; 4: one does not.
+    Exit code 0: all serve, or the one asked for; 4: one does not.
     """
     centre = CentreFolder(folder)
     known = {s.name: s for s in states(centre.path)} if running(centre.path) else {}
     rows = []
-    for process in centre_processes(centre):
-        health = health_of(process.health) if process.health else ""
+    for process in _chosen(centre, only):
         state = known.get(process.name)
         rows.append(
             {
                 "process": process.name,
                 "state": state.state.lower() if state else "not supervised here",
-                "health": health,
+                "health": _health(centre, process),
                 "pid": state.pid if state else 0,
             }
         )
@@ -287,6 +303,27 @@ def _restart(centre: CentreFolder, *processes: str) -> None:
             typer.echo(f"Restarted {process}.")
         except ProcessError as error:
             typer.echo(f"{error}: restart it by hand", err=True)
+
+
+def _chosen(centre: CentreFolder, only: str | None) -> list[Process]:
+    """All processes of a centre, or the one of this name."""
+    processes = centre_processes(centre)
+    chosen = [process for process in processes if only in (None, process.name)]
+    if not chosen:
+        raise CentreError(f"no process '{only}': there are {', '.join(p.name for p in processes)}")
+    return chosen
+
+
+def _health(centre: CentreFolder, process: Process) -> str:
+    if process.name != "proxy":
+        return health_of(process.health) if process.health else ""
+    host, port = split_address(centre.config.listen, where="listen")
+    name, _ = split_address(centre.config.address, where="address")
+    return health_of(
+        f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}",
+        certificates=centre.tls("sites.crt").read_bytes(),
+        name=name,
+    )
 
 
 def _next_to(address: str, step: int) -> str:

@@ -134,6 +134,8 @@ class Control:
         return ["flwr", "log", run_id, CONNECTION, "--stream" if follow else "--show"]
 
     def _ask(self, words: Sequence[str]) -> dict[str, Any]:
+        # Anew each time: server.yaml may have been edited, or the folder moved.
+        self._folder.write_flower_config()
         try:
             done = subprocess.run(
                 ["flwr", *words, "--format", "json"],

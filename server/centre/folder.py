@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from fedsigma.common.files import write_secret
+from fedsigma.common.files import write_secret, write_whole
 from fedsigma.common.reading import (
     ConfigError,
     build,
@@ -169,4 +169,6 @@ class CentreFolder:
         """Write how the `flwr` command reaches the SuperLink, into a Flower home of this centre's own."""
         lines = ["[superlink]", 'default = "centre"', "", "[superlink.centre]"]
         lines += [f'address = "{self.control}"', f'root-certificates = "{self.tls("ca.crt")}"']
-        (self.path / "flwr" / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        file, text = self.path / "flwr" / "config.toml", "\n".join(lines) + "\n"
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write_whole(file, text.encode())

@@ -18,11 +18,13 @@ _NGINX = """\
 # Made by fedsigma from server.yaml; changes here are lost at the next `fedsigma server up`.
 daemon off;
 pid {run}/nginx.pid;
-error_log {logs}/proxy-error.log warn;
+error_log stderr warn;
 worker_processes auto;
 events {{ worker_connections 1024; }}
 http {{
-  access_log {logs}/proxy.log;
+  # A node asks about once a second: what goes well is not written down.
+  map $status $worth_a_line {{ ~^[23] 0; default 1; }}
+  access_log /dev/stdout combined if=$worth_a_line;
   server_tokens off;
   client_body_temp_path {run}/body;
   proxy_temp_path {run}/proxy;
@@ -69,10 +71,9 @@ _CADDY = """\
 {{
 	admin off
 	auto_https off
-	persist_config off
 	storage file_system {run}/caddy
 	log {{
-		output file {logs}/proxy.log
+		output stdout
 	}}
 }}
 https://{host}:{port} {{
@@ -126,7 +127,6 @@ def _values(folder: CentreFolder) -> dict[str, str]:
     bind, port = split_address(config.listen, where="listen")
     return {
         "run": str(folder.path / "proxy" / "run"),
-        "logs": str(folder.path / "logs"),
         "tls": str(folder.path / "tls"),
         "listen": config.listen,
         "host": host,

@@ -7,7 +7,6 @@ import sys
 from fedsigma.common.processes import Process, flower_environment
 from fedsigma.common.reading import split_address
 from fedsigma.server.centre.folder import CentreFolder
-from fedsigma.server.centre.proxy import write_proxy_files
 
 __all__ = ["centre_processes"]
 
@@ -15,13 +14,12 @@ _WHOLE = (sys.executable, "-m", "fedsigma.server.centre.proxy_process")
 
 
 def centre_processes(folder: CentreFolder) -> list[Process]:
-    """The processes of a centre, in the order of starting; writes the proxy's files anew.
+    """The processes of a centre, in the order of starting. The proxy's reads what `write_proxy_files` wrote.
 
     `worker` runs ServerApps apart from the SuperLink, so that a run outlives the SuperLink's restart;
     `keeper` goes on with runs whose process died.
     """
-    place = write_proxy_files(folder)
-    config = folder.config
+    place, config = folder.path / "proxy", folder.config
     host, port = split_address(config.superlink, where="superlink")
     environment = flower_environment(folder.path / "flwr") | {
         "FEDSIGMA_CENTRE": str(folder.path),
@@ -45,7 +43,7 @@ def centre_processes(folder: CentreFolder) -> list[Process]:
     if config.proxy == "nginx":
         command = [*_WHOLE, "nginx", "-c", str(place / "nginx.conf"), "-p", str(place / "run")]
         # Before its configuration is read, nginx would write into a folder of the system's.
-        command += ["-e", str(folder.path / "logs" / "proxy-error.log")]
+        command += ["-e", "stderr"]
         found.append(Process(name="proxy", command=command, needs="nginx", after=4))
     elif config.proxy == "caddy":
         command = [*_WHOLE, "caddy", "run", "--config", str(place / "Caddyfile"), "--adapter", "caddyfile"]

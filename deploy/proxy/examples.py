@@ -1,0 +1,29 @@
+"""Write nginx.conf and Caddyfile as `fedsigma server up` writes them, for a centre of example values.
+
+`make deploy-files` does. They are there to be read before a centre exists; the test of deploy/ fails if they
+say anything else than the code.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from fedsigma.server.centre.folder import CentreFolder, ServerConfig
+from fedsigma.server.centre.proxy import caddyfile, nginx_conf
+
+EXAMPLE = ServerConfig(name="Example centre", address="fl.example.org:443", proxy="none")
+FOLDER = "/var/lib/fedsigma/centre"
+
+
+def examples() -> dict[str, str]:
+    """The text of each example file, by name."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = CentreFolder.create(Path(place) / "centre", EXAMPLE, own=None)
+        made = {"nginx.conf": nginx_conf(folder), "Caddyfile": caddyfile(folder)}
+        return {name: text.replace(str(folder.path), FOLDER) for name, text in made.items()}
+
+
+if __name__ == "__main__":
+    for name, text in examples().items():
+        (Path(__file__).parent / name).write_text(text, encoding="utf-8")
