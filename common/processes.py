@@ -30,6 +30,7 @@ __all__ = [
     "State",
     "call",
     "flower_environment",
+    "free_ports",
     "restart",
     "running",
     "states",
@@ -104,6 +105,18 @@ def flower_environment(home: Path) -> dict[str, str]:
         # The programs of this environment first, even where it is not activated.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody uses now; somebody else may take one the next moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
 
 
 def supervise(processes: Sequence[Process], folder: Path) -> None:

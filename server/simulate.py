@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedsigma.common.config import ConfigError, StudyConfig, load_study
+from fedsigma.common.processes import flower_environment, free_ports
 from fedsigma.common.protocol import Setup
 from fedsigma.server.bundle import write_app
 
@@ -111,31 +111,14 @@ def _count_sites(study: StudyConfig) -> int:
 
 def _environment(home: Path) -> dict[str, str]:
     """Return the environment of every process of this simulation."""
-    api, control = _free_ports(2)
+    api, control = free_ports(2)
+    # Without PYTHONUNBUFFERED, which is among them, the log of a run comes in blocks, long after the event.
     return {
         **os.environ,
-        "FLWR_HOME": str(home / "flwr"),
+        **flower_environment(home / "flwr"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(api),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        # Without it the log of a run comes in blocks, long after the event.
-        "PYTHONUNBUFFERED": "1",
-        # The programs of this environment first, even where it is not activated.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 @contextmanager

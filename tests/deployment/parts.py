@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from flwr.cli.build import build_fab_from_disk
 from deployment.network import CENTRE, Network, may_make_namespaces
 from fedsigma.client.hospital.bundles import Bundles
 from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.common.processes import ProcessError, running, states, stop
+from fedsigma.common.processes import ProcessError, free_ports, running, states, stop
 from fedsigma.server.bundle import write_app
 from fedsigma.server.centre.enrolment import Enrolment
 from fedsigma.server.centre.folder import CentreFolder, ServerConfig
@@ -56,18 +55,6 @@ def wait_for(condition: Callable[[], Any], what: str, patience_s: float = PATIEN
         assert time.monotonic() < deadline, f"{what}: not within {patience_s:g} s"
         time.sleep(0.3)
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 @dataclass
