@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from fedsigma.client.hospital import cli as site_cli
 from fedsigma.client.hospital.folder import SiteFolder
+from fedsigma.common.chain import Chain
 from fedsigma.common.joining import Invitation, JoinError
 from fedsigma.server.centre.authority import AuthorityError, Issued, issue, new_authority
 from fedsigma.server.centre.folder import CentreError, CentreFolder, ServerConfig
@@ -79,6 +80,8 @@ def test_an_authority_is_replaced_with_an_overlap(tmp_path: Path) -> None:
     switch_authority(centre)
     assert takes(told, centre) and takes(joined_meanwhile, centre) and not takes(forgot, centre)
     assert takes(enrol(centre, tmp_path / "later"), centre)
+    noted = [line["kind"] for line in Chain(centre.path / "audit.jsonl").lines()]
+    assert noted == ["authority_begun", "authority_switched"]
 
 
 def test_a_groups_own_certificate_is_not_replaced_by_one_that_sites_do_not_trust(tmp_path: Path) -> None:

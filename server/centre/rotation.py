@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
+from fedsigma.common.chain import Chain
 from fedsigma.common.files import write_whole
 from fedsigma.server.centre.authority import Issued, check_pair, new_authority
 from fedsigma.server.centre.folder import CentreError, CentreFolder
@@ -37,6 +39,7 @@ def renew_certificates(centre: CentreFolder, own: Issued | None = None) -> None:
         own.write(centre.tls("outer.crt"), centre.tls("outer.key"))
     else:
         centre.issue_outer()
+    _note(centre, "certificate_renewed", own=own is not None)
 
 
 def begin_authority(centre: CentreFolder, out: Path) -> str:
@@ -64,6 +67,7 @@ def begin_authority(centre: CentreFolder, out: Path) -> str:
     both = centre.tls("ca.crt").read_bytes() + centre.tls("next-ca.crt").read_bytes()
     write_whole(centre.tls("sites.crt"), both)
     out.write_bytes(both)
+    _note(centre, "authority_begun")
     return both.decode("ascii")
 
 
@@ -82,6 +86,18 @@ def switch_authority(centre: CentreFolder) -> None:
     centre.issue_outer()
     # Those that join from now on need not trust the old one.
     write_whole(centre.tls("sites.crt"), centre.tls("ca.crt").read_bytes())
+    _note(centre, "authority_switched")
+
+
+def _note(centre: CentreFolder, kind: str, **fields: object) -> None:
+    line = {"time": now().isoformat(), "kind": kind, "sha256": _fingerprint(centre), **fields}
+    Chain(centre.path / "audit.jsonl").append(line)
+
+
+def _fingerprint(centre: CentreFolder) -> str:
+    """Of the certificate that sites are shown."""
+    shown = x509.load_pem_x509_certificate(centre.tls("outer.crt").read_bytes())
+    return shown.fingerprint(hashes.SHA256()).hex()
 
 
 def _is_ours(centre: CentreFolder) -> bool:
