@@ -139,9 +139,9 @@ def supervise(processes: Sequence[Process], folder: Path) -> None:
     file = folder / "logs" / "supervisord.conf"
     file.write_text(_configuration(processes, folder), encoding="utf-8")
     file.chmod(0o600)
-    supervisord = _program("supervisord")
     os.chdir(folder)
-    os.execv(supervisord, [supervisord, "--nodaemon", "--configuration", str(file)])
+    supervisor = [sys.executable, "-m", "fedsigma.common.supervisor"]
+    os.execv(sys.executable, [*supervisor, "--nodaemon", "--configuration", str(file)])
 
 
 def running(folder: Path) -> bool:

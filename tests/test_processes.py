@@ -130,6 +130,27 @@ def test_the_supervisor_reads_the_commands_that_were_meant(tmp_path: Path) -> No
     assert shlex.split(found.command) == command
 
 
+def test_a_killed_supervisor_leaves_nobody_behind(
+    supervisor: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    pids = [pid_of(tmp_path, name) for name in ("one", "two")]
+    supervisor.kill()
+    wait_for(lambda: all(ended(pid) for pid in pids))
+
+
+def test_a_full_disk_under_its_output_does_not_end_a_supervisor(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        command = [sys.executable, "-c", SUPERVISE, str(tmp_path)]
+        with subprocess.Popen(command, stdout=full, stderr=full) as process:
+            try:
+                wait_for(lambda: all_run(tmp_path))
+                restart(tmp_path, "one")
+                wait_for(lambda: all_run(tmp_path))
+                assert process.poll() is None
+            finally:
+                process.terminate()
+
+
 MASTER = """
 import subprocess, time
 worker = subprocess.Popen(["sleep", "60"])

@@ -10,7 +10,6 @@ Arguments: the proxy's command.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,9 +18,9 @@ import threading
 from contextlib import suppress
 from types import FrameType
 
-__all__ = ["main"]
+from fedsigma.common.lifeline import end_with_parent
 
-_PR_SET_PDEATHSIG = 1
+__all__ = ["main"]
 
 
 def main(command: list[str]) -> int:
@@ -31,7 +30,7 @@ def main(command: list[str]) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )
     assert child.stdout is not None
     pump = threading.Thread(target=_pass_output, args=(child.stdout.fileno(),), daemon=True)
@@ -54,12 +53,6 @@ def _pass_output(source: int) -> None:
         # A reader that has gone must not stop the proxy.
         with suppress(OSError):
             os.write(sys.stdout.fileno(), chunk)
-
-
-def _end_with_parent() -> None:
-    # Only Linux can; elsewhere a killed parent leaves the proxy running.
-    with suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":
