@@ -45,6 +45,11 @@ class Answer:
         return self.content is None and not self.failure
 
     @property
+    def gone(self) -> bool:
+        """Whether nothing came for want of the way to the site, or its machine, and not by its own word."""
+        return self.late or self.failure in (_FLOWER_ERRORS[3], _FLOWER_ERRORS[5], _FLOWER_ERRORS[8])
+
+    @property
     def bytes_up(self) -> int:
         """The size of the reply, 0 if there was none."""
         return 0 if self.content is None else wire_bytes(self.content)
@@ -84,6 +89,10 @@ class Exchange:
             node: self.message(node, task, kind=kind, timeout=timeout, group=group)
             for node, task in tasks.items()
         }
+        return self.send(sent, timeout=timeout)
+
+    def send(self, sent: Mapping[int, Message], *, timeout: float) -> dict[int, Answer]:
+        """Send each site its message and wait for the replies, at most `timeout` seconds."""
         return attribute(sent, self.grid.send_and_receive(list(sent.values()), timeout=timeout))
 
 

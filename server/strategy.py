@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["BudgetsSpent", "SigmaStrategy"]
 
 Vector = NDArray[np.float32]
+MOST_REPEATS = 2
+"""How often a round is asked for again that sites were lost in, and that made no model."""
 
 
 class BudgetsSpent(RuntimeError):
@@ -107,13 +109,18 @@ class SigmaStrategy(Strategy):
         self.model = shift
         if self.roster.spent and len(self.roster.willing()) < self.study.federation.min_sites:
             raise BudgetsSpent(number)
-        self._cohort = self.roster.wait()
         self._started = time.monotonic()
-        self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
+        self._ask(number, attempt=0)
         self._prepare_averaging(number, shift)
-        self._task = self._make_task(number, shift)
+        return list(self._sent.values())
+
+    def _ask(self, number: int, *, attempt: int) -> None:
+        """Build the messages to all sites that are ready. attempt: of masked cohorts of this round."""
+        self._cohort = self.roster.wait()
+        self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
+        self._task = self._make_task(number, self.model)
         if self.study.federation.masking:
-            self._task = masked.task_for(self._task, self._members(), self.study, attempt=0)
+            self._task = masked.task_for(self._task, self._members(), self.study, attempt=attempt)
         timeout = self.study.federation.round_timeout_s
         self._sent = {
             node: self.exchange.message(
@@ -121,7 +128,6 @@ class SigmaStrategy(Strategy):
             )
             for node in self._cohort
         }
-        return list(self._sent.values())
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -133,8 +139,15 @@ class SigmaStrategy(Strategy):
         """
         number = self.done + server_round
         answers = attribute(self._sent, replies)
-        counted = self._counted_masked if self.study.federation.masking else self._counted
-        messages, sites = counted(number, answers)
+        messages, sites = self._count(number, answers)
+        for _ in range(MOST_REPEATS):
+            if messages or not any(answer.gone for answer in answers.values()):
+                break
+            # The network, or the centre's own front, was down: the round is not the sites' to lose.
+            self.folder.event("round_again", round=number, sites=sites)
+            self._ask(number, attempt=self._task.attempt + 1)
+            answers = self.exchange.send(self._sent, timeout=self.study.federation.round_timeout_s)
+            messages, sites = self._count(number, answers)
         # One site's shift alone would go out to all others: a cohort below min_sites makes no model.
         arrays = self._average(number, messages) if messages else None
         self.folder.event(
@@ -145,6 +158,10 @@ class SigmaStrategy(Strategy):
             ok=bool(messages),
         )
         return arrays, None
+
+    def _count(self, number: int, answers: dict[int, Answer]) -> tuple[list[Message], list[str]]:
+        counted = self._counted_masked if self.study.federation.masking else self._counted
+        return counted(number, answers)
 
     def _counted(self, number: int, answers: dict[int, Answer]) -> tuple[list[Message], list[str]]:
         """What the inner strategy is to average, empty if too few replies count; and the sites that count."""

@@ -184,3 +184,18 @@ def test_a_reply_that_is_not_masked_as_agreed_makes_no_model(tmp_path: Path) -> 
         run(tmp_path, MASKED, rounds=1, tamper=tamper)
     (event,) = events(out(tmp_path), "masked_sum_rejected")
     assert "has sent something else" in event["reason"]
+
+
+def test_a_round_in_which_all_sites_were_lost_is_asked_for_again_under_new_masks(tmp_path: Path) -> None:
+    plain, seen = run(tmp_path, PLAIN, out="plain"), list[tuple[int, int]]()
+
+    def cut(node: int, task: Message, reply: Message) -> Message | None:
+        if not is_masked(task) or task.metadata.group_id != "2":
+            return reply
+        seen.append((node, from_content(TrainTask, task.content).attempt))
+        return None if seen[-1][1] == 0 else reply
+
+    folder = run(tmp_path, MASKED, out="masked", tamper=cut)
+    assert {attempt for _, attempt in seen} == {0, 1} and len(seen) == 8
+    assert [e["round"] for e in events(folder, "round_again")] == [2]
+    np.testing.assert_allclose(shift_of(folder), shift_of(plain), rtol=0, atol=1e-6)

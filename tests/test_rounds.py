@@ -485,3 +485,34 @@ def test_a_centres_log_says_of_each_answer_what_the_sites_log_says(
         ]
         # What was changed on its way shows.
         assert same == [True, site != "cellavision", True]
+
+
+def test_a_round_in_which_the_way_to_the_sites_was_lost_is_asked_for_again(tmp_path: Path) -> None:
+    study = STUDY.replace(", local_only, pooled", "")
+    whole = run(tmp_path, study, out="whole")
+    lost = set()
+
+    def cut(node: int, task: Message, reply: Message) -> Message | None:
+        if task.metadata.message_type == "train" and task.metadata.group_id == "2" and node not in lost:
+            lost.add(node)
+            return None if node % 2 else gone(task)
+        return reply
+
+    folder = run(tmp_path, study, out="cut", tamper=cut)
+    assert lost == {100, 101, 102, 103}
+    assert [e["round"] for e in events(folder, "round_again")] == [2]
+    assert [e["round"] for e in events(folder, "round_start")] == [1, 2, 2, 3]
+    assert [(e["round"], e["ok"]) for e in events(folder, "round_end")] == [(1, True), (2, True), (3, True)]
+    np.testing.assert_array_equal(shift_of(folder), shift_of(whole))
+    assert {r["status"] for r in folder.rounds()} == {"accepted", "pooled"}
+
+
+def test_a_round_whose_replies_are_refused_is_not_asked_for_again(tmp_path: Path) -> None:
+    def refused(node: int, task: Message, reply: Message) -> Message:
+        if task.metadata.message_type == "train" and task.metadata.group_id == "2":
+            reply.content.config_records["fedsigma"].update(steps=7)
+        return reply
+
+    folder = run(tmp_path, STUDY.replace(", local_only, pooled", ""), tamper=refused)
+    assert not events(folder, "round_again")
+    assert [e["ok"] for e in events(folder, "round_end")] == [True, False, True]
