@@ -150,6 +150,45 @@ def combine(
 
 
 @models_app.command()
+def curve(
+    model: Ref,
+    data: Annotated[str, typer.Option(help="Labelled images: folder:PATH, csv:PATH, parquet:PATH or demo.")],
+    other: Annotated[
+        str | None, typer.Option(help="A version to end at; else from pretrained to MODEL.")
+    ] = None,
+    factors: Annotated[str, typer.Option(help="Where to judge, by commas.")] = "0,0.25,0.5,0.75,1,1.25",
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the same backbone lies here, if not by the study's name.")
+    ] = None,
+    shelf: Where = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how accuracy moves from the pretrained model (0) to a version (1), or from a version to another.
+
+    Exit code 3: a version is missing or was changed, they are of different bases, or no image fits.
+
+    Example: fedsigma models curve white-cells@3 --data folder:cells
+    """
+    from fedsigma.client.applying import restore
+    from fedsigma.client.curves import curve as judge
+    from fedsigma.common.data import open_source
+    from fedsigma.common.models.publishing import load
+
+    place = _open(shelf)
+    restored = restore(place.find(model).path, backbone)
+    end = load(place.find(other)) if other else None
+    points = list(judge(restored, end, open_source(data), _factors(factors)))
+    if as_json:
+        typer.echo(json.dumps([{"factor": point.factor, **point.metrics} for point in points], indent=2))
+        return
+    names = ("accuracy", "balanced_accuracy", "auroc", "ece")
+    typer.echo(f"{'factor':>8}" + "".join(f"{name:>20}" for name in names))
+    for point in points:
+        told = "".join(f"{_shown(point.metrics.get(name)):>20}" for name in names)
+        typer.echo(f"{point.factor:>8g}{told}")
+
+
+@models_app.command()
 def export(
     model: Ref,
     out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
@@ -219,6 +258,13 @@ def _term(text: str) -> tuple[str, float]:
         return reference, float(factor or 1)
     except ValueError:
         raise typer.BadParameter(f"{text!r}: expected MODEL=FACTOR, such as white-cells@3=0.5") from None
+
+
+def _factors(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected numbers by commas, such as 0,0.5,1") from None
 
 
 def _shown(value: Any) -> str:

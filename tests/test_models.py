@@ -225,3 +225,36 @@ def test_a_shift_of_which_a_part_is_at_the_sites_is_not_combined(shelf: Shelf, t
     version = publish(shelf, folder, SUMMARY, named=())
     with pytest.raises(ModelError, match="at the sites"):
         publish_combination(shelf, "half", [Term(version, 0.5)])
+
+
+def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path: Path) -> None:
+    """With the bundled backbone: factor 0 is zero-shot, bit for bit, and 1 the version."""
+    from fedsigma.client.applying import restore
+    from fedsigma.client.curves import curve
+    from fedsigma.common.backbones import load_backbone
+    from fedsigma.common.data import open_source
+    from fedsigma.common.sigma import Selection, SigmaModel
+
+    study = "name: demo\nbackbone: starter\nclasses: [neutrophil, lymphocyte]\n"
+    sigma = SigmaModel.adapt(load_backbone("starter").model, Selection())
+    shift = 0.05 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "sigma.safetensors").write_bytes(
+        to_bytes(
+            SavedSigma(
+                shift=shift,
+                layout_json=sigma.layout.to_json(),
+                fingerprint_json=sigma.fingerprint.to_json(),
+                study_yaml=study,
+                round=1,
+            )
+        )
+    )
+    restored = restore(tmp_path)
+    source = open_source("demo", laboratories=["east"], train=2, test=1)
+    points = list(curve(restored, None, source, (0, 1)))
+    again = list(curve(restored, restored.saved, source, (0, 0.5, 1)))
+    assert [p.metrics for p in again] == [points[1].metrics] * 3 != [points[0].metrics] * 3
+    nothing = list(curve(restored, replace(restored.saved, shift=torch.zeros_like(shift)), source, (1,)))
+    assert nothing[0].metrics == points[0].metrics
+    with pytest.raises(ModelError, match="no image there"):
+        list(curve(replace(restored, study=replace(restored.study, classes=("x", "y"))), None, source, (0,)))
