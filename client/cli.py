@@ -264,6 +264,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
     backbone: Place = None,
     personal: Personal = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write image.onnx and text.onnx, too.")] = False,
 ) -> None:
     """Merge a finished study's shift into its backbone: a plain open_clip folder, with no extra cost in use.
 
@@ -272,8 +273,10 @@ def export(
     from fedsigma.client.applying import export as write_merged
     from fedsigma.client.applying import restore
 
-    folder = write_merged(restore(run, backbone, personal), out)
+    folder = write_merged(restore(run, backbone, personal), out, onnx=onnx)
     typer.echo(f"Wrote {folder}.")
+    if onnx:
+        typer.echo("image.onnx and text.onnx give the same features as torch, to 1e-3 at most.")
     typer.echo(f"With open_clip: open_clip.create_model_and_transforms('local-dir:{folder}')")
 
 

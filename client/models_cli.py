@@ -196,6 +196,7 @@ def export(
         str | None, typer.Option(help="Where the same backbone lies here, if not by the study's name.")
     ] = None,
     shelf: Where = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write image.onnx and text.onnx, too.")] = False,
 ) -> None:
     """Merge a verified version into its backbone: a plain open_clip folder, with its card and manifest.
 
@@ -207,10 +208,12 @@ def export(
     from fedsigma.client.applying import restore
 
     version = _open(shelf).find(model)
-    folder = write_merged(restore(version.path, backbone), out)
+    folder = write_merged(restore(version.path, backbone), out, onnx=onnx)
     for file in ("card.md", "manifest.json", "manifest.sig"):
         shutil.copyfile(version.path / file, folder / file)
     typer.echo(f"Wrote {folder}.")
+    if onnx:
+        typer.echo("image.onnx and text.onnx give the same features as torch, to 1e-3 at most.")
     typer.echo(f"With open_clip: open_clip.create_model_and_transforms('local-dir:{folder}')")
 
 
