@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from fedsigma import cli
+from fedsigma.client.applying import restore
+from fedsigma.client.explaining import explain
+from fedsigma.common.artefact import save_shift
+from fedsigma.common.backbones import load_backbone
 from fedsigma.common.explain import ExplainError, Phrases, explain_heads, head_changes
 from fedsigma.common.explain.words import projection
-from fedsigma.common.sigma import Basis, Selection, find_layout
+from fedsigma.common.sigma import Basis, Selection, SigmaModel, find_layout
 
 WIDTH, HEADS, JOINT, PHRASES = 32, 4, 16, 40
 
@@ -132,3 +141,30 @@ def test_the_bundled_corpus() -> None:
     found = Phrases.bundled()
     assert len(found.texts) >= 300 and len(set(found.texts)) == len(found.texts)
     assert {"modality", "texture", "shape", "border", "intensity", "location", "artefact"} <= set(found.kinds)
+
+
+def test_the_command_explains_a_run_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    backbone = load_backbone("starter")
+    sigma = SigmaModel.adapt(backbone.model, Selection(parts=("v", "o")))
+    shift = 0.1 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
+    save_shift(
+        tmp_path / "sigma.safetensors",
+        shift,
+        layout_json=sigma.layout.to_json(),
+        fingerprint_json=sigma.fingerprint.to_json(),
+        study_yaml="name: s\nbackbone: starter\nclasses: [a, b]\nsigma: {parts: [v, o]}\n",
+        round=1,
+    )
+    words = ["explain", str(tmp_path), "--heads", "3", "--words", "2"]
+    done = CliRunner().invoke(cli.main, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.output)
+    assert len(rows) == 3 and all(len(row["gained"]) == len(row["lost"]) == 2 for row in rows)
+    assert 0 < sum(row["share"] for row in rows) < 1
+    own = tmp_path / "own.yaml"
+    own.write_text("[a round cell, a long cell, a dark cell]")
+    told = CliRunner().invoke(cli.main, [*words, "--phrases", str(own), "--template", "a photo of {}"]).output
+    assert "% of the heads' change" in told and "cell" in told
+    restored = restore(tmp_path)
+    explain(restored, Phrases(("one", "two"), ("own", "own")))
+    torch.testing.assert_close(restored.sigma.get_shift(), shift)
