@@ -125,6 +125,7 @@ def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
         fingerprint=mine.to_json(),
         sites=site.sites,
         problem="fingerprint" if difference else "",
+        named=site.policy.named_in_models,
         mask_key=member.key if member else b"",
         mask_signature=member.signature if member else b"",
     )

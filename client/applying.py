@@ -174,11 +174,12 @@ def _decoded(
             unreadable.append(str(error))
 
 
-def export(restored: Restored, folder: Path) -> Path:
-    """Write the adapted model as a plain open_clip folder.
+def export(restored: Restored, folder: Path, *, onnx: bool = False) -> Path:
+    """Write the adapted model as a plain open_clip folder, and both towers as ONNX files if wanted.
 
     Raises:
         BackboneError: the folder is not empty.
+        OnnxError: a tower cannot be written as ONNX, or would give other features.
     """
     from dataclasses import replace
 
@@ -196,4 +197,9 @@ def export(restored: Restored, folder: Path) -> Path:
             f"with one site's own values, after round {restored.own_round}: they are of its images alone, so"
             " the model belongs to that site"
         )
-    return export_merged(merged, folder, notes=notes)
+    written = export_merged(merged, folder, notes=notes)
+    if onnx:
+        from fedsigma.common.backbones.onnx import export_onnx
+
+        export_onnx(merged, written)
+    return written

@@ -259,11 +259,41 @@ def predict(
 
 
 @app.command()
+def explain(
+    run: Run,
+    phrases: Annotated[
+        Path | None,
+        typer.Option(help="YAML: your own descriptions, a list or a mapping of kinds to lists.", exists=True),
+    ] = None,
+    template: Annotated[str, typer.Option(help="Into which each description is put.")] = "{}",
+    heads: Annotated[int, typer.Option(min=1, help="How many heads.")] = 8,
+    words: Annotated[int, typer.Option(min=1, help="How many descriptions of each.")] = 5,
+    backbone: Place = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> None:
+    """Say in words what a finished study changed: which attention heads, and what they write more of.
+
+    Needs no image. docs/explain.md has the formulas, and what such words are worth.
+
+    Example: fedsigma explain runs/demo --template "a photo of {}"
+    """
+    from fedsigma.client.applying import restore
+    from fedsigma.client.explaining import explain as explained
+    from fedsigma.client.explaining import in_words, to_rows
+    from fedsigma.common.explain import Phrases
+
+    corpus = Phrases.parse(phrases.read_text(encoding="utf-8")) if phrases else Phrases.bundled()
+    found = explained(restore(run, backbone), corpus, template=template, heads=heads, words=words)
+    typer.echo(json.dumps(to_rows(found), indent=2) if as_json else in_words(found))
+
+
+@app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
     backbone: Place = None,
     personal: Personal = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write image.onnx and text.onnx, too.")] = False,
 ) -> None:
     """Merge a finished study's shift into its backbone: a plain open_clip folder, with no extra cost in use.
 
@@ -272,8 +302,10 @@ def export(
     from fedsigma.client.applying import export as write_merged
     from fedsigma.client.applying import restore
 
-    folder = write_merged(restore(run, backbone, personal), out)
+    folder = write_merged(restore(run, backbone, personal), out, onnx=onnx)
     typer.echo(f"Wrote {folder}.")
+    if onnx:
+        typer.echo("image.onnx and text.onnx give the same features as torch, to 1e-3 at most.")
     typer.echo(f"With open_clip: open_clip.create_model_and_transforms('local-dir:{folder}')")
 
 

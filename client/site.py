@@ -272,6 +272,7 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         max_cohorts=10,
         # The server of a simulation has these images itself.
         tell_confusion=True,
+        named_in_models=True,
     )
     folder, safe = _simulated_folder(run, name)
     return Site(

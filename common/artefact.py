@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["ArtefactError", "SavedSigma", "load_shift", "save_shift", "write_atomic"]
+__all__ = ["ArtefactError", "SavedSigma", "load_shift", "save_shift", "to_bytes", "write_atomic"]
 
 FORMAT = "fedsigma-shift-1"
 _TEXTS = ("layout", "fingerprint", "study")
@@ -79,19 +79,40 @@ def save_shift(
     Raises:
         ArtefactError: the shift is not one-dimensional, is empty, or holds a value that is not finite.
     """
-    tensor = torch.as_tensor(shift).detach().to("cpu", torch.float32).contiguous()
+    write_atomic(
+        Path(path),
+        to_bytes(
+            SavedSigma(
+                shift=torch.as_tensor(shift),
+                layout_json=layout_json,
+                fingerprint_json=fingerprint_json,
+                study_yaml=study_yaml,
+                round=round,
+                run=run,
+            )
+        ),
+    )
+
+
+def to_bytes(saved: SavedSigma) -> bytes:
+    """The content of a sigma file.
+
+    Raises:
+        ArtefactError: the shift is not one-dimensional, is empty, or holds a value that is not finite.
+    """
+    tensor = saved.shift.detach().to("cpu", torch.float32).contiguous()
     _check(tensor, "the shift to save")
     metadata = {
         "format": FORMAT,
-        "layout": layout_json,
-        "fingerprint": fingerprint_json,
-        "study": study_yaml,
-        "round": str(int(round)),
+        "layout": saved.layout_json,
+        "fingerprint": saved.fingerprint_json,
+        "study": saved.study_yaml,
+        "round": str(int(saved.round)),
     }
-    if run:
-        metadata["run"] = run
+    if saved.run:
+        metadata["run"] = saved.run
     metadata["sha256"] = _digest(tensor, metadata)
-    write_atomic(Path(path), save({"shift": tensor}, metadata=metadata))
+    return save({"shift": tensor}, metadata=metadata)
 
 
 def load_shift(path: Path) -> SavedSigma:

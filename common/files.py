@@ -1,11 +1,16 @@
-"""Writing small files that must be whole, and secret ones that their owner alone may read."""
+"""Writing small files that must be whole, and secret ones that their owner alone may read; where runs go."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["write_secret", "write_whole"]
+__all__ = ["runs_folder", "write_secret", "write_whole"]
+
+
+def runs_folder() -> Path:
+    """Where run folders go unless a run says otherwise: $FEDSIGMA_RUNS, or ~/fedsigma-runs."""
+    return Path(os.environ.get("FEDSIGMA_RUNS") or Path.home() / "fedsigma-runs").expanduser().resolve()
 
 
 def write_secret(path: Path, content: bytes) -> None:

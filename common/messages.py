@@ -156,7 +156,8 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True)
 class HelloReply:
-    """A site says its name and fingerprint. sites: the study's number of sites in a simulation, else 0.
+    """A site says its name and fingerprint. sites: the study's number of sites in a simulation, else 0;
+    named, whether finished models may name it.
 
     mask_key is its X25519 key for masks in this run, mask_signature its identity's signature of it; empty if
     it has no identity.
@@ -167,6 +168,7 @@ class HelloReply:
     fingerprint: str
     sites: int = 0
     problem: str = ""
+    named: bool = False
     mask_key: bytes = b""
     mask_signature: bytes = b""
 

@@ -54,7 +54,7 @@ __all__ = [
     "wire_bytes",
 ]
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of the messages; both sides must have the same."""
 
 HELLO = "query.hello"

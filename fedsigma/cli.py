@@ -29,6 +29,11 @@ COMMANDS = {
     "budget": (_CLIENT, "Say what private studies have spent of a site's images."),
     "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a centre: submit, status, stop."),
     "predict": (_CLIENT, "Judge a folder of pictures with a finished study."),
+    "explain": (_CLIENT, "Say in words what a finished study changed."),
+    "models": (
+        "fedsigma.client.models_cli",
+        "Finished models: list, show, diff, promote, combine, export, verify.",
+    ),
     "export": (_CLIENT, "Write a finished study's model as a plain open_clip folder."),
     "site": (_HOSPITAL, "Run a hospital's site: enrol, doctor, up, status, approve, rotate."),
     "server": (_CENTRE, "Run a coordinating centre: init, up, invite, admit, sites, revoke."),

@@ -90,6 +90,7 @@ def main(grid: Grid, context: Context) -> None:
         folder.event("run_interrupted", by=type(ended).__name__)
         raise
     _report(folder, summary)
+    _publish(folder, study, summary, roster.named)
 
 
 def _study(config: Mapping[str, Any]) -> StudyConfig:
@@ -263,3 +264,29 @@ def _report(folder: RunFolder, summary: dict[str, Any]) -> None:
         print(f"FedSigma: report {write_report(folder)}", flush=True)
     except Exception as error:
         print(f"FedSigma: the report could not be written: {error}", flush=True)
+
+
+def _publish(folder: RunFolder, study: StudyConfig, summary: dict[str, Any], named: set[str]) -> None:
+    """Make the run's model a version of the registry. One that cannot be made does not undo the run."""
+    from fedsigma.common.models import Shelf, shelf_folder
+    from fedsigma.common.models.publishing import publish
+
+    try:
+        shelf = Shelf(shelf_folder(folder.path.parent))
+        made = publish(shelf, folder.path, summary, named=named, private=_private(folder, study))
+        folder.event("published", model=made.manifest.reference, folder=str(made.path))
+        print(f"FedSigma: model {made.manifest.reference} in {made.path}", flush=True)
+    except Exception as error:
+        print(f"FedSigma: the model was not registered: {error}", flush=True)
+
+
+def _private(folder: RunFolder, study: StudyConfig) -> str:
+    """What differential privacy bounds, in words; empty for nothing."""
+    if study.privacy.level == "none":
+        return ""
+    spent = max((row["epsilon"] for row in folder.rounds() if row["epsilon"] is not None), default=None)
+    told = "unknown" if spent is None else f"{spent:.2f}"
+    return (
+        f"Training was differentially private for each {study.privacy.level}: epsilon {told} at delta"
+        f" {study.privacy.delta:g}."
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from fedsigma.common.files import runs_folder
 from fedsigma.server.store import POOLED, RunFolder, StoreError
 
 __all__ = ["Overview", "find_runs", "overview", "runs_folder", "study_of"]
@@ -69,11 +69,6 @@ def overview(folder: RunFolder) -> Overview:
         started=times[0] if times else None,
         seconds=summary.get("seconds") or (times[-1] - times[0] if times else None),
     )
-
-
-def runs_folder() -> Path:
-    """Where run folders go unless a run says otherwise: $FEDSIGMA_RUNS, or ~/fedsigma-runs."""
-    return Path(os.environ.get("FEDSIGMA_RUNS") or Path.home() / "fedsigma-runs").expanduser().resolve()
 
 
 def find_runs(directory: Path) -> list[Path]:

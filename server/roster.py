@@ -57,6 +57,8 @@ class Roster:
         self.names: dict[int, str] = {}
         self.members: dict[int, Member] = {}
         """The signed mask key of each site that has one."""
+        self.named: set[str] = set()
+        """The sites that finished models may name."""
         self.spent: set[int] = set()
         """The sites that train no more, for their privacy budgets are spent; they still evaluate."""
         self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
@@ -147,6 +149,8 @@ class Roster:
         self._reasons.pop(reply.site, None)
         self._reasons.pop(name, None)
         self.names[node] = reply.site
+        if reply.named:
+            self.named.add(reply.site)
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
         self._folder.event("site_ready", site=reply.site, **answer.traces)

@@ -136,10 +136,12 @@ class SigmaModel:
         shift: the one trainable parameter, float32 (layout.size,).
         layout: what each value belongs to.
         fingerprint: of the backbone and its basis.
+        basis: the frozen singular vectors, memory-mapped where they come from the cache.
     """
 
     def __init__(self, model: nn.Module, basis: Basis) -> None:
         self.model, self.layout, self.fingerprint = model, basis.layout, basis.fingerprint
+        self.basis = basis
         device = next(model.parameters()).device
         model.requires_grad_(False)
         self.shift = nn.Parameter(torch.zeros(self.layout.size, device=device))

@@ -1,0 +1,170 @@
+"""Explanations: exact shares of heads, and a planted phrase that must come out first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from fedsigma import cli
+from fedsigma.client.applying import restore
+from fedsigma.client.explaining import explain
+from fedsigma.common.artefact import save_shift
+from fedsigma.common.backbones import load_backbone
+from fedsigma.common.explain import ExplainError, Phrases, explain_heads, head_changes
+from fedsigma.common.explain.words import projection
+from fedsigma.common.sigma import Basis, Selection, SigmaModel, find_layout
+
+WIDTH, HEADS, JOINT, PHRASES = 32, 4, 16, 40
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    head = WIDTH // HEADS
+    vision = open_clip.CLIPVisionCfg(layers=2, width=WIDTH, head_width=head, patch_size=8, image_size=16)
+    text = open_clip.CLIPTextCfg(context_length=8, vocab_size=64, width=WIDTH, heads=HEADS, layers=2)
+    model = open_clip.CLIP(embed_dim=JOINT, vision_cfg=vision, text_cfg=text).eval()
+    nn.init.normal_(model.visual.proj)
+    nn.init.uniform_(model.visual.ln_post.weight, 0.5, 1.5)
+    return model.requires_grad_(False)
+
+
+def basis_of(model: nn.Module, **selection: object) -> Basis:
+    return Basis.compute(model, find_layout(model, Selection(**selection)))  # type: ignore[arg-type]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000))
+def test_the_heads_energies_are_those_of_their_slices_and_sum_to_the_whole(seed: int) -> None:
+    model = tiny()
+    basis = basis_of(model)
+    shift = torch.randn(basis.layout.size, generator=torch.Generator().manual_seed(seed))
+    changes = head_changes(model, basis, shift)
+    assert len(changes) == 2 * 2 * HEADS and sum(c.share for c in changes) == pytest.approx(1)
+    total = sum(
+        shift[e.offset : e.offset + e.size].square().sum().item()
+        for e in basis.layout.entries
+        if e.part in ("v", "o")
+    )
+    assert sum(c.value + c.output for c in changes) == pytest.approx(total, rel=1e-5)
+    one = next(c for c in changes if (c.tower, c.layer, c.head) == ("image", 1, 2))
+    rows = slice(2 * WIDTH // HEADS, 3 * WIDTH // HEADS)
+    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
+        if (entry.tower, entry.layer) == ("image", 1):
+            change = triple.u * shift[entry.offset : entry.offset + entry.size] @ triple.vh
+            if entry.part == "v":
+                assert one.value == pytest.approx(change[rows].square().sum().item(), rel=1e-4)
+            if entry.part == "o":
+                assert one.output == pytest.approx(change[:, rows].square().sum().item(), rel=1e-4)
+
+
+def features(seed: int = 1) -> Tensor:
+    drawn = torch.randn(PHRASES, JOINT, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.normalize(drawn, dim=1)
+
+
+def planted(head: int, phrase: int) -> tuple[nn.Module, int]:
+    """A model in which one column of a head's output matrix writes a phrase; and that column."""
+    model, texts = tiny(), features()
+    target = (texts - texts.mean(0))[phrase]
+    reads = projection(model, "image")
+    writes = nn.functional.normalize(torch.linalg.pinv(reads) @ target, dim=0)
+    others = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))
+    column = head * WIDTH // HEADS
+    others[:, 0] = writes
+    directions, _ = torch.linalg.qr(others)
+    order = torch.tensor([column, *(i for i in range(WIDTH) if i != column)])
+    output = torch.zeros(WIDTH, WIDTH)
+    output[:, order] = directions * torch.linspace(1.0, 2.0, WIDTH)
+    model.visual.transformer.resblocks[1].attn.out_proj.weight.data = output
+    return model, column
+
+
+@pytest.mark.parametrize(("head", "phrase", "amount"), [(0, 3, 4.0), (2, 17, 4.0), (3, 39, -0.9)])
+def test_a_planted_phrase_comes_out_first_at_its_head(head: int, phrase: int, amount: float) -> None:
+    model, column = planted(head, phrase)
+    basis = basis_of(model)
+    shift = torch.zeros(basis.layout.size)
+    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
+        if (entry.tower, entry.layer, entry.part) == ("image", 1, "o"):
+            shift[entry.offset + int(triple.vh[:, column].abs().argmax())] = amount
+    phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
+    first = explain_heads(model, basis, shift, phrases, features())[0]
+    assert (first.change.tower, first.change.layer, first.change.head) == ("image", 1, head)
+    assert first.change.share == pytest.approx(1)
+    told = first.gained if amount > 0 else first.lost
+    assert told[0][0] == f"phrase {phrase}"
+    assert (told[0][1] > 0) == (amount > 0)
+
+
+def test_nothing_changed_is_nothing_gained() -> None:
+    model = tiny()
+    basis = basis_of(model)
+    phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
+    found = explain_heads(model, basis, torch.zeros(basis.layout.size), phrases, features())
+    assert all(one.gained == one.lost == () and one.change.share == 0 for one in found)
+
+
+def test_what_cannot_be_explained_says_why() -> None:
+    model = tiny()
+    basis = basis_of(model, parts=("q", "mlp"))
+    with pytest.raises(ExplainError, match="value and output"):
+        head_changes(model, basis, torch.zeros(basis.layout.size))
+    model.visual.ln_post = nn.Identity()
+    with pytest.raises(ExplainError, match="image tower ends otherwise"):
+        projection(model, "image")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[one", "do not read"), ("a text", "no YAML list"), ("[one]", "fewer than two"), ("a: 3", "no YAML")],
+)
+def test_descriptions_that_do_not_do_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ExplainError, match=words):
+        Phrases.parse(text)
+
+
+def test_descriptions_of_ones_own() -> None:
+    assert Phrases.parse("[one, two, one]") == Phrases(("one", "two"), ("own", "own"))
+    kinds = Phrases.parse("shape: [round]\nborder: [sharp]")
+    assert kinds == Phrases(("round", "sharp"), ("shape", "border"))
+
+
+def test_the_bundled_corpus() -> None:
+    found = Phrases.bundled()
+    assert len(found.texts) >= 300 and len(set(found.texts)) == len(found.texts)
+    assert {"modality", "texture", "shape", "border", "intensity", "location", "artefact"} <= set(found.kinds)
+
+
+def test_the_command_explains_a_run_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    backbone = load_backbone("starter")
+    sigma = SigmaModel.adapt(backbone.model, Selection(parts=("v", "o")))
+    shift = 0.1 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
+    save_shift(
+        tmp_path / "sigma.safetensors",
+        shift,
+        layout_json=sigma.layout.to_json(),
+        fingerprint_json=sigma.fingerprint.to_json(),
+        study_yaml="name: s\nbackbone: starter\nclasses: [a, b]\nsigma: {parts: [v, o]}\n",
+        round=1,
+    )
+    words = ["explain", str(tmp_path), "--heads", "3", "--words", "2"]
+    done = CliRunner().invoke(cli.main, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.output)
+    assert len(rows) == 3 and all(len(row["gained"]) == len(row["lost"]) == 2 for row in rows)
+    assert 0 < sum(row["share"] for row in rows) < 1
+    own = tmp_path / "own.yaml"
+    own.write_text("[a round cell, a long cell, a dark cell]")
+    told = CliRunner().invoke(cli.main, [*words, "--phrases", str(own), "--template", "a photo of {}"]).output
+    assert "% of the heads' change" in told and "cell" in told
+    restored = restore(tmp_path)
+    explain(restored, Phrases(("one", "two"), ("own", "own")))
+    torch.testing.assert_close(restored.sigma.get_shift(), shift)
