@@ -45,7 +45,8 @@ def _text_features(restored: Restored, texts: Sequence[str]) -> torch.Tensor:
     try:
         with torch.no_grad():
             tokens = backbone.tokenizer(list(texts))
-            parts = [backbone.model.encode_text(some) for some in tokens.split(BATCH)]
+            model: Any = backbone.model
+            parts = [model.encode_text(some) for some in tokens.split(BATCH)]
     finally:
         sigma.set_shift(shift)
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)

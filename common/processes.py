@@ -140,7 +140,7 @@ def supervise(processes: Sequence[Process], folder: Path) -> None:
     file.write_text(_configuration(processes, folder), encoding="utf-8")
     file.chmod(0o600)
     os.chdir(folder)
-    supervisor = [sys.executable, "-m", "fedsigma.common.supervisor"]
+    supervisor = [sys.executable, "-P", "-m", "fedsigma.common.supervisor"]
     os.execv(sys.executable, [*supervisor, "--nodaemon", "--configuration", str(file)])
 
 

@@ -188,3 +188,29 @@ def ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+LINGERING = """
+import sys, threading, time
+from importlib.metadata import EntryPoint
+from unittest import mock
+
+def program():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    {last}
+
+module = sys.modules["deaf"] = type(sys)("deaf")
+module.program = program
+from fedsigma.common import flower_process
+entry = EntryPoint("flower-deaf", "deaf:program", "console_scripts")
+with mock.patch.object(flower_process, "entry_points", return_value=(entry,)):
+    flower_process.main("flower-deaf")
+"""
+
+
+@pytest.mark.parametrize("last", ["return", "raise RuntimeError('no way on')"])
+def test_a_program_of_flowers_that_returns_ends_although_a_thread_of_its_own_goes_on(last: str) -> None:
+    code = LINGERING.format(last=last)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "flower-deaf has ended" in done.stderr
+    assert ("no way on" in done.stderr) == last.startswith("raise")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from fedsigma.client.hospital.folder import SiteFolder
+from fedsigma.common.flower_process import flower_command
 from fedsigma.common.processes import Process, flower_environment
 from fedsigma.common.reading import split_address
 
@@ -42,7 +43,7 @@ def node_process(folder: SiteFolder) -> Process:
     """The node: holds the key to the centre, sees no image, and needs one way out."""
     here, connection = folder.path / "node", folder.connection
     host, port = split_address(connection.listen or connection.node, where="listen")
-    command = ["flower-supernode", "--superlink", connection.server]
+    command = flower_command("flower-supernode", "--superlink", connection.server)
     command += ["--root-certificates", str(here / "sites.crt")]
     command += ["--auth-supernode-private-key", str(here / "node.key")]
     command += ["--isolation", "process", "--host", host, "--port", str(port)]
@@ -59,7 +60,7 @@ def node_process(folder: SiteFolder) -> Process:
 def worker_process(folder: SiteFolder) -> Process:
     """The worker: sees images, runs approved bundles, and reaches nothing but the node."""
     here, connection, policy = folder.path / "worker", folder.connection, folder.policy()
-    command = ["flower-superexec", "--insecure", "--runtime-api-address", connection.node]
+    command = flower_command("flower-superexec", "--insecure", "--runtime-api-address", connection.node)
     command += ["--superexec-auth-secret-file", str(here / "superexec.secret")]
     if connection.worker_health:
         command += ["--health-server-address", connection.worker_health]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import torch
 import yaml
@@ -132,7 +133,7 @@ def projection(model: nn.Module, tower: str) -> Tensor:
     owner = model.visual if tower == "image" else getattr(model, "text", model)
     trunk = getattr(owner, "trunk", owner)
     names = [n for n in _NORMS if isinstance(getattr(trunk, n, None), nn.LayerNorm)]
-    linear = _last_matrix(owner, tower)
+    linear = _last_matrix(owner)
     if not names or linear is None:
         raise ExplainError(
             f"the {tower} tower ends otherwise than in a norm and one matrix: what its heads write cannot be"
@@ -141,7 +142,7 @@ def projection(model: nn.Module, tower: str) -> Tensor:
     return linear.detach() * getattr(trunk, names[0]).weight.detach()
 
 
-def _last_matrix(owner: nn.Module, tower: str) -> Tensor | None:
+def _last_matrix(owner: Any) -> Tensor | None:
     """The projection as (joint, tower)."""
     for name in ("proj", "text_projection"):
         found = getattr(owner, name, None)

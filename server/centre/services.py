@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from fedsigma.common.flower_process import flower_command
 from fedsigma.common.processes import Process, flower_environment
 from fedsigma.common.reading import split_address
 from fedsigma.server.centre.folder import CentreFolder
 
 __all__ = ["centre_processes"]
 
-_WHOLE = (sys.executable, "-m", "fedsigma.server.centre.proxy_process")
+_WHOLE = (sys.executable, "-P", "-m", "fedsigma.server.centre.proxy_process")
 
 
 def centre_processes(folder: CentreFolder) -> list[Process]:
@@ -28,13 +29,14 @@ def centre_processes(folder: CentreFolder) -> list[Process]:
     tls = ["--ssl-ca-certfile", str(folder.tls("ca.crt")), "--ssl-certfile", str(folder.tls("inner.crt"))]
     tls += ["--ssl-keyfile", str(folder.tls("inner.key"))]
     secret = ["--superexec-auth-secret-file", str(folder.secret)]
-    superlink = ["flower-superlink", "--host", host, "--port", str(port), "--isolation", "process"]
+    superlink = flower_command("flower-superlink", "--host", host, "--port", str(port))
+    superlink += ["--isolation", "process"]
     superlink += [*tls, *secret, "--enable-supernode-auth", "--database", str(folder.path / "state.db")]
     superlink += ["--health-server-address", config.health, "--disable-runtime-dependency-installation"]
-    worker = ["flower-superexec", "--runtime-api-address", folder.control]
+    worker = flower_command("flower-superexec", "--runtime-api-address", folder.control)
     worker += ["--root-certificates", str(folder.tls("ca.crt")), *secret]
     worker += ["--health-server-address", config.worker_health]
-    keeper = [sys.executable, "-m", "fedsigma.server.centre.keeper", str(folder.path)]
+    keeper = [sys.executable, "-P", "-m", "fedsigma.server.centre.keeper", str(folder.path)]
     found = [
         Process(name="superlink", command=superlink, environment=environment, health=config.health, after=1),
         Process(name="worker", command=worker, environment=environment, health=config.worker_health, after=2),
