@@ -204,7 +204,10 @@ class FederationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """One federated experiment, as its study file says it."""
+    """One federated experiment, as its study file says it.
+
+    judge: versions of models (NAME@N, or a path) that every site evaluates; nothing is trained then.
+    """
 
     section: ClassVar[str] = ""
 
@@ -220,6 +223,7 @@ class StudyConfig:
     federation: FederationConfig = field(default_factory=FederationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     baselines: tuple[str, ...] = ("zero_shot",)
+    judge: tuple[str, ...] = ()
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -238,6 +242,7 @@ class StudyConfig:
         check_number("shots", self.shots, low=1, high=100_000)
         check_number("seed", self.seed, low=0, high=2**31 - 1)
         check_subset("baselines", self.baselines, BASELINES, empty=True)
+        self._check_judge()
         self._check_privacy()
         if self.personal is not None:
             self._check_personal(self.personal)
@@ -246,6 +251,14 @@ class StudyConfig:
                 "baselines asks for 'pooled', but the study has no data section: pooling needs all images in"
                 " one place, which only a simulation has; leave 'pooled' out"
             )
+
+    def _check_judge(self) -> None:
+        for reference in self.judge:
+            check_printable("judge", reference)
+        if self.judge and self.personal is not None:
+            raise ConfigError("judge evaluates shared values, and the study has others: leave personal out")
+        if self.judge and (other := sorted(set(self.baselines) - {"zero_shot"})):
+            raise ConfigError(f"judge trains nothing, and baselines asks for '{other[0]}': leave it out")
 
     def _check_personal(self, own: PersonalConfig) -> None:
         """Refuse what can be seen without a backbone; `Split` knows how many layers there are."""

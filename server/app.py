@@ -23,6 +23,7 @@ from fedsigma.server.budget import check_budget
 from fedsigma.server.centre.nodes import NodeNames
 from fedsigma.server.centre.witness import Witness
 from fedsigma.server.exchange import Exchange
+from fedsigma.server.judging import judge_versions
 from fedsigma.server.overview import runs_folder
 from fedsigma.server.replies import SiteResult
 from fedsigma.server.roster import Roster
@@ -67,19 +68,23 @@ def main(grid: Grid, context: Context) -> None:
         nodes = None if study.data else NodeNames.of_this_process()
         roster = Roster(exchange, folder, study, learner.fingerprint, nodes)
         roster.wait()
-        strategy = SigmaStrategy(
-            averaging,
-            study=study,
-            exchange=exchange,
-            roster=roster,
-            folder=folder,
-            split=split,
-            fingerprint=learner.fingerprint,
-            done=done,
-        )
-        shift = _rounds(strategy, grid, shift)
         baselines = Baselines(exchange, roster, folder, study, split)
-        summary = _results(folder, study, baselines, learner, shift, started)
+        if study.judge:
+            summary = judge_versions(folder, study, baselines, learner)
+            _write(folder, summary, started)
+        else:
+            strategy = SigmaStrategy(
+                averaging,
+                study=study,
+                exchange=exchange,
+                roster=roster,
+                folder=folder,
+                split=split,
+                fingerprint=learner.fingerprint,
+                done=done,
+            )
+            shift = _rounds(strategy, grid, shift)
+            summary = _results(folder, study, baselines, learner, shift, started)
         folder.event("run_end", ok=True, reason="")
     except Exception as error:
         folder.event("run_end", ok=False, reason=str(error) or type(error).__name__)
@@ -90,7 +95,8 @@ def main(grid: Grid, context: Context) -> None:
         folder.event("run_interrupted", by=type(ended).__name__)
         raise
     _report(folder, summary)
-    _publish(folder, study, summary, roster.named)
+    if not study.judge:
+        _publish(folder, study, summary, roster.named)
 
 
 def _study(config: Mapping[str, Any]) -> StudyConfig:
@@ -258,6 +264,8 @@ def _report(folder: RunFolder, summary: dict[str, Any]) -> None:
     for method in ("zero_shot", "local_only", "pooled", "shared_only", "federated"):
         if method in summary:
             print(f"FedSigma: {method:<10} accuracy {summary[method]['accuracy']:.4f}", flush=True)
+    for name, entry in summary.get("versions", {}).items():
+        print(f"FedSigma: {name} accuracy {entry['accuracy']:.4f}", flush=True)
     try:
         from fedsigma.server.report import write_report
 

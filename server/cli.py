@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -101,6 +102,39 @@ def study_run(
         typer.echo("\nThe pictures of this study are synthetic: drawn by a program, not taken from patients.")
     Console().print(summary_table(run.read_summary()))
     typer.echo(f"Report: {run.report_path}")
+
+
+@study_app.command("evaluate")
+def study_evaluate(
+    study: StudyArgument,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="NAME@N, or a path.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
+    ] = None,
+    centre: Annotated[
+        Path | None, typer.Option(help="Submit it to the sites of the centre in this folder, and wait.")
+    ] = None,
+) -> None:
+    """Have every site of a study evaluate versions of models, without training; zero-shot beside them.
+
+    Exit code 0: done; 1: the run failed; 3: a version is missing or does not fit the study.
+
+    Example: fedsigma study evaluate demo demo@1 demo@2
+    """
+    from dataclasses import replace
+
+    from fedsigma.common.config import load_study
+    from fedsigma.server.study_cli import wait_for_run
+
+    paths = [str(Path(one).expanduser().resolve()) if Path(one).exists() else one for one in models]
+    config = replace(load_study(study), judge=tuple(paths), baselines=("zero_shot",), personal=None)
+    with tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
+        file = Path(folder) / "study.yaml"
+        file.write_text(config.to_yaml(), encoding="utf-8")
+        if centre is None:
+            study_run(str(file), out=out)
+            return
+        wait_for_run(centre, str(file))
 
 
 @study_app.command("check")

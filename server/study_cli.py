@@ -49,6 +49,14 @@ def submit(
         _wait(studies, made.run_id)
 
 
+def wait_for_run(folder: Path, study: str) -> None:
+    """Submit a study, even if it was submitted before, and wait for its end; exits as `submit --wait`."""
+    studies = _studies(folder)
+    made = studies.submit(study, again=True)
+    _wait(studies, made.run_id)
+    typer.echo(f"Report: {Path(made.folder) / 'report.html'}")
+
+
 def status(
     folder: Folder,
     run: Annotated[str | None, typer.Argument(help="A run's number or a study's name.")] = None,

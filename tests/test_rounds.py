@@ -516,3 +516,39 @@ def test_a_round_whose_replies_are_refused_is_not_asked_for_again(tmp_path: Path
     folder = run(tmp_path, STUDY.replace(", local_only, pooled", ""), tamper=refused)
     assert not events(folder, "round_again")
     assert [e["ok"] for e in events(folder, "round_end")] == [True, False, True]
+
+
+def test_versions_are_evaluated_at_every_site_without_training(tmp_path: Path) -> None:
+    study = STUDY.replace(", local_only, pooled", "")
+    trained = run(tmp_path, study, out="trained")
+    (published,) = events(trained, "published")
+    assert published["model"] == "fake@1"
+    judge = study + f"judge: [fake@1, {trained.path}]\n"
+    folder = run(tmp_path, judge, out="judged")
+    assert {kind for _, kind in run.grid.asked} == {"query.hello", "evaluate"}  # type: ignore[attr-defined]
+    versions = folder.read_summary()["versions"]
+    assert list(versions) == ["zero_shot", "fake@1", str(trained.path)]
+    was = trained.read_summary()["federated"]
+    for name in ("fake@1", str(trained.path)):
+        assert versions[name]["per_site"] == was["per_site"] and versions[name]["accuracy"] == was["accuracy"]
+    shares, fair = was["per_site"], versions["fake@1"]["fairness"]
+    assert fair["worst"]["accuracy"] == min(shares.values()) == shares[fair["worst"]["site"]]
+    assert fair["spread"] == max(shares.values()) - min(shares.values())
+    assert fair["deviation"] == pytest.approx(np.std(list(shares.values())))
+    assert not events(folder, "published") and not events(folder, "round_start")
+    page = folder.report_path.read_text()
+    assert "Worst site" in page and "fake@1" in page and "<h2>Methods</h2>" not in page
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("judge: [fake@7]", "no model 'fake'"),
+        ("judge: [x]\nbaselines: [pooled]", "judge trains nothing"),
+        ("judge: [x]\npersonal: {towers: [text]}", "leave personal out"),
+    ],
+)
+def test_versions_that_cannot_be_evaluated_are_named(tmp_path: Path, line: str, words: str) -> None:
+    plain = STUDY.replace("baselines: [zero_shot, local_only, pooled]\n", "")
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, plain + line + "\n")

@@ -50,6 +50,7 @@ def _view(content: Content) -> dict[str, Any]:
         "methods": tables.methods_grid(content),
         "methods_note": _methods_note(content),
         "no_results": _no_results(content),
+        "versions": tables.versions_grid(content),
         "confusion": tables.confusion_grid(content),
         "confusion_note": _confusion_note(content),
         "sites": tables.sites_grid(content),
@@ -108,6 +109,8 @@ def _facts(content: Content) -> list[str]:
 def _lead(content: Content) -> str:
     """The outcome in a few sentences."""
     federated = content.methods.get("federated", {}).get("accuracy")
+    if versions := content.summary.get("versions"):
+        return f"{_count(len(versions), 'model')} evaluated at {_count(len(content.sites), 'site')}."
     if federated is None:
         return _lead_so_far(content)
     words = [f"Federated training came to an accuracy of {percent(federated)} over all sites"]

@@ -18,6 +18,7 @@ __all__ = [
     "notices_grid",
     "rounds_grid",
     "sites_grid",
+    "versions_grid",
 ]
 
 MOST_NOTICES = 60
@@ -90,6 +91,21 @@ def confusion_grid(content: Content) -> Grid:
         cells = [*(str(count) for count in counts), str(sum(counts)), percent(recall)]
         rows.append(Row(name=name, cells=cells, best=frozenset({number})))
     return Grid(heads=["True class", *classes, "Images", "Found"], rows=rows, even=True)
+
+
+def versions_grid(content: Content) -> Grid:
+    """A row per version, a column per site, and how even it is; empty unless versions were evaluated."""
+    versions = content.summary.get("versions") or {}
+    rows = []
+    for name, entry in versions.items():
+        shares, fair = entry.get("per_site") or {}, entry.get("fairness") or {}
+        worst = fair.get("worst") or {}
+        cells = [percent(entry.get("accuracy")), *(percent(shares.get(site)) for site in content.sites)]
+        cells += [percent(worst.get("accuracy")), points(fair["spread"]) if fair else NOTHING]
+        note = f"worst at {worst['site']}" if worst else ""
+        rows.append(Row(name=METHODS.get(name, name), note=note, cells=cells))
+    heads = ["Version", "All sites", *content.sites, "Worst site", "Spread"]
+    return Grid(heads=heads, rows=rows, even=True)
 
 
 def sites_grid(content: Content) -> Grid:

@@ -61,6 +61,13 @@ TEMPLATE = """<!doctype html>
 {%- endif %}
 </header>
 <main>
+{%- if view.versions.rows %}
+<section>
+<h2>Versions</h2>
+{{ table(view.versions, "Accuracy of each version on the test images of each site") }}
+<p class="note">Nothing was trained. Spread: the best site less the worst, in percentage points.</p>
+</section>
+{%- else %}
 <section>
 <h2>Methods</h2>
 {%- if view.methods.rows %}
@@ -78,6 +85,7 @@ TEMPLATE = """<!doctype html>
 <p class="quiet">{{ view.no_results }}</p>
 {%- endif %}
 </section>
+{%- endif %}
 <section>
 <h2>Sites</h2>
 {%- if view.sites_drawing %}

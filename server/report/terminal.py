@@ -19,6 +19,7 @@ MOST_SITES = 8  # wider tables do not fit a terminal; more sites are told by low
 def summary_table(summary: dict[str, Any]) -> Table:
     """The methods side by side, with a column per site, from what `summary.json` holds."""
     methods = {name: summary[name] for name in METHODS if isinstance(summary.get(name), dict)}
+    methods |= summary.get("versions") or {}
     sites = list(dict.fromkeys(site for entry in methods.values() for site in entry.get("per_site") or {}))
     few = len(sites) <= MOST_SITES
     table = Table(
@@ -31,7 +32,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for name, entry in methods.items():
         style = "green" if name == "federated" else ""
         cells = _cells(entry.get("per_site") or {}, sites, few=few)
-        table.add_row(METHODS[name], percent(entry.get("accuracy")), *cells, style=style)
+        table.add_row(METHODS.get(name, name), percent(entry.get("accuracy")), *cells, style=style)
         if name == "local_only" and entry.get("everywhere") is not None:
             cells = _cells(entry.get("everywhere_per_site") or {}, sites, few=few)
             table.add_row("  judged at all sites", percent(entry["everywhere"]), *cells, style="dim")
