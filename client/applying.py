@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedsigma.common.backbones import Backbone
     from fedsigma.common.sigma import SigmaModel
 
-__all__ = ["ApplyError", "Restored", "export", "list_pictures", "predict", "restore"]
+__all__ = ["ApplyError", "Restored", "decoded", "export", "list_pictures", "predict", "restore"]
 
 
 class ApplyError(ValueError):
@@ -140,7 +140,7 @@ def predict(
             writer = csv.writer(file)
             writer.writerow(["file", "prediction", *(f"probability_{name}" for name in classes)])
             for start in track(starts, "judging", disable=not progress):
-                pairs = list(_decoded(restored, folder, names[start : start + batch_size], unreadable))
+                pairs = list(decoded(restored, folder, names[start : start + batch_size], unreadable))
                 if not pairs:
                     continue
                 result = evaluate(task, [example for _, example in pairs], batch_size=batch_size)
@@ -155,9 +155,10 @@ def predict(
     return unreadable
 
 
-def _decoded(
+def decoded(
     restored: Restored, folder: Path, names: list[str], unreadable: list[str]
 ) -> Iterator[tuple[str, Any]]:
+    """Each picture that can be read, with its name; the others are added to `unreadable`, one line each."""
     from PIL import Image
 
     from fedsigma.common.data import PictureError, Pictures, Record, load_examples

@@ -239,6 +239,10 @@ def predict(
     backbone: Place = None,
     personal: Personal = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
+    maps: Annotated[
+        Path | None, typer.Option(help="A folder for PNGs of what drove each judgement, beside zero-shot's.")
+    ] = None,
+    most_maps: Annotated[int, typer.Option(min=1, help="At most so many of them.")] = 20,
 ) -> None:
     """Judge a folder of pictures with a finished study. For research, not for clinical use.
 
@@ -250,8 +254,13 @@ def predict(
     from fedsigma.client.applying import predict as judge
     from fedsigma.client.applying import restore
 
-    unreadable = judge(restore(run, backbone, personal), folder, out, batch_size=batch_size, progress=True)
+    restored = restore(run, backbone, personal)
+    unreadable = judge(restored, folder, out, batch_size=batch_size, progress=True)
     typer.echo(f"Wrote {out}.")
+    if maps is not None:
+        from fedsigma.client.relevance import write_maps
+
+        typer.echo(f"Wrote {write_maps(restored, folder, maps, most=most_maps)} maps into {maps}.")
     if unreadable:
         for line in unreadable:
             typer.echo(f"Could not read {line}", err=True)

@@ -85,6 +85,7 @@ def main(grid: Grid, context: Context) -> None:
             )
             shift = _rounds(strategy, grid, shift)
             summary = _results(folder, study, baselines, learner, shift, started)
+            _publish(folder, study, summary, roster.named)
         folder.event("run_end", ok=True, reason="")
     except Exception as error:
         folder.event("run_end", ok=False, reason=str(error) or type(error).__name__)
@@ -95,8 +96,6 @@ def main(grid: Grid, context: Context) -> None:
         folder.event("run_interrupted", by=type(ended).__name__)
         raise
     _report(folder, summary)
-    if not study.judge:
-        _publish(folder, study, summary, roster.named)
 
 
 def _study(config: Mapping[str, Any]) -> StudyConfig:

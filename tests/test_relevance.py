@@ -1,0 +1,79 @@
+"""Relevance maps: they add up, and lie where a model looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fedsigma.client.applying import Restored
+from fedsigma.client.relevance import Relevance, _cells, draw, relevance, relevance_of
+from fedsigma.common.artefact import SavedSigma
+from fedsigma.common.backbones import load_backbone
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.sigma import Selection, SigmaModel
+
+STUDY = "name: s\nbackbone: starter\nclasses: [neutrophil, lymphocyte, monocyte]\n"
+
+
+def textured(seed: int = 0, side: int = 56) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def test_the_map_lies_where_the_model_looks_and_adds_up_to_what_it_says() -> None:
+    def lead(pixels: Tensor) -> Tensor:
+        corner = pixels[:, :, 28:, :28] / 255
+        return (corner**2).sum(dim=(1, 2, 3)) + corner.mean(dim=(1, 2, 3)) ** 3
+
+    picture = textured()
+    found = relevance(lead, picture, steps=64)
+    outside = found.clone()
+    outside[28:, :28] = 0
+    assert outside.abs().max() == 0 and found.abs().max() > 0
+    flat = picture.float()[None].mean(dim=(2, 3), keepdim=True).expand(1, 3, 56, 56)
+    expected = lead(picture.float()[None]) - lead(flat)
+    torch.testing.assert_close(found.sum()[None], expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(_cells(found).sum(), found.sum(), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def restored() -> Restored:
+    backbone = load_backbone("starter")
+    sigma = SigmaModel.adapt(backbone.model, Selection())
+    shift = 0.1 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
+    sigma.set_shift(shift)
+    saved = SavedSigma(
+        shift=shift,
+        layout_json=sigma.layout.to_json(),
+        fingerprint_json=sigma.fingerprint.to_json(),
+        study_yaml=STUDY,
+        round=1,
+    )
+    return Restored(saved=saved, study=StudyConfig.from_yaml(STUDY), backbone=backbone, sigma=sigma)
+
+
+def test_both_models_maps_of_a_picture_add_up_to_each_models_lead(restored: Restored, tmp_path: Path) -> None:
+    side = restored.backbone.image_size
+    picture = textured(1, side)
+    (found,) = relevance_of(restored, [picture])
+    assert found.predicted in restored.study.classes and 0 < found.probability < 1
+    torch.testing.assert_close(restored.sigma.get_shift(), restored.saved.shift)
+    assert not np.allclose(found.before, found.after)
+    # The probabilities are each model's own: a softmax of three, of which one is the class.
+    assert found.probability > 1 / 3
+    draw(found, tmp_path / "map.png", title="one.png")
+    with Image.open(tmp_path / "map.png") as drawn:
+        assert drawn.size[0] > 900
+
+
+def test_a_model_that_was_not_changed_has_one_map(restored: Restored) -> None:
+    restored.sigma.set_shift(torch.zeros_like(restored.saved.shift))
+    (found,) = relevance_of(restored, [textured(2, restored.backbone.image_size)])
+    restored.sigma.set_shift(restored.saved.shift)
+    np.testing.assert_array_equal(found.before, found.after)
+    assert isinstance(found, Relevance) and found.probability == found.pretrained
