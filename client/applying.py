@@ -116,17 +116,34 @@ def list_pictures(folder: Path) -> list[str]:
 
 
 def predict(
-    restored: Restored, folder: Path, out: Path, *, batch_size: int = 64, progress: bool = False
+    restored: Restored,
+    folder: Path,
+    out: Path,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    temperature: float = 1.0,
+    least: float = 0.0,
 ) -> list[str]:
     """Judge every picture of a folder and write a CSV: file, prediction, and the probability of each class.
 
     The CSV appears only when it is complete. Returns one line for each file that could not be read.
+
+    Args:
+        restored: the model.
+        folder: of pictures.
+        out: the CSV.
+        batch_size: pictures at a time.
+        progress: whether to show it.
+        temperature: of the probabilities, from a calibration; 1 leaves them as they are.
+        least: below this probability of its first class a picture is not judged: its prediction is empty.
 
     Raises:
         ApplyError: there is nothing to judge.
     """
     from rich.progress import track
 
+    from fedsigma.client.calibrating import scaled
     from fedsigma.common.training import Task, evaluate
 
     classes = list(restored.study.classes)
@@ -144,9 +161,11 @@ def predict(
                 if not pairs:
                     continue
                 result = evaluate(task, [example for _, example in pairs], batch_size=batch_size)
-                for (name, _), row in zip(pairs, result.probabilities.tolist(), strict=True):
+                told = scaled(result.probabilities, temperature)
+                for (name, _), row in zip(pairs, told.tolist(), strict=True):
                     best = max(range(len(classes)), key=row.__getitem__)
-                    writer.writerow([name, classes[best], *(f"{p:.6f}" for p in row)])
+                    word = classes[best] if row[best] >= least else ""
+                    writer.writerow([name, word, *(f"{p:.6f}" for p in row)])
         if len(unreadable) == len(names):
             raise ApplyError(f"none of the {len(names)} pictures in {folder} can be read: {unreadable[0]}")
         partial.replace(out)

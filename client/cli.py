@@ -242,6 +242,13 @@ def predict(
     maps: Annotated[
         Path | None, typer.Option(help="A folder for PNGs of what drove each judgement, beside zero-shot's.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A file of `fedsigma calibrate`: probabilities are scaled.", exists=True),
+    ] = None,
+    abstain_below: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Leave the prediction empty below this probability.")
+    ] = 0.0,
     most_maps: Annotated[int, typer.Option(min=1, help="At most so many of them.")] = 20,
 ) -> None:
     """Judge a folder of pictures with a finished study. For research, not for clinical use.
@@ -255,7 +262,22 @@ def predict(
     from fedsigma.client.applying import restore
 
     restored = restore(run, backbone, personal)
-    unreadable = judge(restored, folder, out, batch_size=batch_size, progress=True)
+    temperature = 1.0
+    if calibration is not None:
+        from fedsigma.client.calibrating import Calibration
+
+        known = Calibration.read(calibration)
+        known.check(restored)
+        temperature = known.temperature
+    unreadable = judge(
+        restored,
+        folder,
+        out,
+        batch_size=batch_size,
+        progress=True,
+        temperature=temperature,
+        least=abstain_below,
+    )
     typer.echo(f"Wrote {out}.")
     if maps is not None:
         from fedsigma.client.relevance import write_maps
@@ -265,6 +287,31 @@ def predict(
         for line in unreadable:
             typer.echo(f"Could not read {line}", err=True)
         raise typer.Exit(PROBLEMS)
+
+
+@app.command()
+def calibrate(
+    run: Run,
+    data: Annotated[str, typer.Option(help="Labelled images: folder:PATH, csv:PATH, parquet:PATH or demo.")],
+    out: Annotated[Path, typer.Option(help="The file to write, JSON.")],
+    backbone: Place = None,
+    personal: Personal = None,
+) -> None:
+    """Fit how sure the model says it is, on labelled images of your own that it was not trained on.
+
+    Changes no judgement. Exit code 3: too few images have one of the study's classes.
+
+    Example: fedsigma calibrate runs/demo --data folder:labelled --out calibration.json
+    """
+    from fedsigma.client.applying import restore
+    from fedsigma.client.calibrating import calibrate as fit
+    from fedsigma.common.data import open_source
+
+    found = fit(restore(run, backbone, personal), open_source(data))
+    found.write(out)
+    typer.echo(f"Temperature {found.temperature:.3f}, fitted on {found.images} images.")
+    typer.echo(f"Expected calibration error there {found.before:.3f} before, {found.after:.3f} after.")
+    typer.echo(f"Wrote {out}.")
 
 
 @app.command()

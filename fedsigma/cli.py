@@ -29,6 +29,7 @@ COMMANDS = {
     "budget": (_CLIENT, "Say what private studies have spent of a site's images."),
     "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a centre: submit, status, stop."),
     "predict": (_CLIENT, "Judge a folder of pictures with a finished study."),
+    "calibrate": (_CLIENT, "Fit how sure a finished model says it is, on labelled images."),
     "explain": (_CLIENT, "Say in words what a finished study changed."),
     "models": (
         "fedsigma.client.models_cli",
