@@ -334,12 +334,20 @@ def explain(
     Example: fedsigma explain runs/demo --template "a photo of {}"
     """
     from fedsigma.client.applying import restore
-    from fedsigma.client.explaining import explain as explained
-    from fedsigma.client.explaining import in_words, to_rows
     from fedsigma.common.explain import Phrases
+    from fedsigma.common.explain.whole import explain_shift, in_words, to_rows
 
     corpus = Phrases.parse(phrases.read_text(encoding="utf-8")) if phrases else Phrases.bundled()
-    found = explained(restore(run, backbone), corpus, template=template, heads=heads, words=words)
+    restored = restore(run, backbone)
+    found = explain_shift(
+        restored.backbone,
+        restored.sigma,
+        restored.sigma.get_shift().clone(),
+        corpus,
+        template=template,
+        heads=heads,
+        words=words,
+    )
     typer.echo(json.dumps(to_rows(found), indent=2) if as_json else in_words(found))
 
 

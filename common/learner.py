@@ -84,6 +84,14 @@ class Learner(Protocol):
         """Judge `shift` on these examples."""
         ...
 
+    def explain(self, shift: Vector) -> list[dict[str, Any]]:
+        """What a shift changed, in words: a row for each of the heads that changed most.
+
+        Raises:
+            ExplainError: it cannot be told by heads.
+        """
+        ...
+
 
 class SigmaLearner:
     """The learner of the real method."""
@@ -155,6 +163,16 @@ class SigmaLearner:
             # torch counts in float32; right answers over images is a fraction that float64 holds better.
             scores["accuracy"] = round(scores["accuracy"] * len(examples)) / len(examples)
         return Judged(scores=scores, confusion=tuple(found.confusion.flatten().tolist()))
+
+    def explain(self, shift: Vector) -> list[dict[str, Any]]:
+        """See `Learner.explain`."""
+        import torch
+
+        from fedsigma.common.explain import Phrases
+        from fedsigma.common.explain.whole import explain_shift, to_rows
+
+        found = explain_shift(self.task.backbone, self.sigma, torch.from_numpy(shift), Phrases.bundled())
+        return to_rows(found)
 
     def _set(self, shift: Vector) -> None:
         import torch

@@ -85,6 +85,7 @@ def main(grid: Grid, context: Context) -> None:
             )
             shift = _rounds(strategy, grid, shift)
             summary = _results(folder, study, baselines, learner, shift, started)
+            _explain(folder, split, learner, shift, summary)
             _publish(folder, study, summary, roster.named)
         folder.event("run_end", ok=True, reason="")
     except Exception as error:
@@ -271,6 +272,17 @@ def _report(folder: RunFolder, summary: dict[str, Any]) -> None:
         print(f"FedSigma: report {write_report(folder)}", flush=True)
     except Exception as error:
         print(f"FedSigma: the report could not be written: {error}", flush=True)
+
+
+def _explain(
+    folder: RunFolder, split: Split, learner: Learner, shift: np.ndarray, summary: dict[str, Any]
+) -> None:
+    """Say in words what the shared shift changed. What cannot be explained does not undo the run."""
+    try:
+        summary["explanation"] = learner.explain(split.scatter(shift))
+    except Exception as error:
+        print(f"FedSigma: the adaptation is not explained: {error}", flush=True)
+    folder.summary(summary)
 
 
 def _publish(folder: RunFolder, study: StudyConfig, summary: dict[str, Any], named: set[str]) -> None:

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from fedsigma import cli
 from fedsigma.client.applying import restore
-from fedsigma.client.explaining import explain
 from fedsigma.common.artefact import save_shift
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.explain import ExplainError, Phrases, explain_heads, head_changes
+from fedsigma.common.explain.whole import explain_shift
 from fedsigma.common.explain.words import projection
 from fedsigma.common.sigma import Basis, Selection, SigmaModel, find_layout
 
@@ -166,5 +166,5 @@ def test_the_command_explains_a_run_and_leaves_the_model_as_it_was(tmp_path: Pat
     told = CliRunner().invoke(cli.main, [*words, "--phrases", str(own), "--template", "a photo of {}"]).output
     assert "% of the heads' change" in told and "cell" in told
     restored = restore(tmp_path)
-    explain(restored, Phrases(("one", "two"), ("own", "own")))
+    explain_shift(restored.backbone, restored.sigma, 2 * shift, Phrases(("one", "two"), ("own", "own")))
     torch.testing.assert_close(restored.sigma.get_shift(), shift)

@@ -72,6 +72,10 @@ def test_a_simulation_completes(tmp_path: Path, study: Path) -> None:
     summary = json.loads((folder.path / "summary.json").read_text())
     assert len(summary["sites"]) == 4 and summary["federated"]["accuracy"] is not None
     assert folder.events()[-1]["kind"] == "run_end" and folder.events()[-1]["ok"]
+    # The app bundle has what the server's own steps read, and the model is registered.
+    assert len(summary["explanation"]) == 8 and all(one["gained"] for one in summary["explanation"])
+    assert "<h2>In words</h2>" in folder.report_path.read_text()
+    assert (tmp_path / "models").is_dir()
     # Ray's workers wrote the sites' own logs.
     assert len(list((tmp_path / "audit").rglob("*.jsonl"))) == 4
 

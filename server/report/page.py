@@ -69,12 +69,15 @@ def _view(content: Content) -> dict[str, Any]:
             {"title": f"{heat.tower.capitalize()} tower", "grid": tables.heat_grid(heat)}
             for heat in content.heats
         ],
+        "explanation": tables.explanation_grid(content),
         "bytes_drawing": Markup(figures.bytes_figure(content)),
         "bytes_words": _bytes_words(content),
         "bytes_caption": _bytes_caption(content),
         "notices": notices,
         "notices_left": f"{left} more are in events.jsonl." if left else "",
-        "no_notices": "Nothing: every site replied in every round." if run.rounds_done else "Nothing so far.",
+        "no_notices": "Nothing: every site replied in every round."
+        if run.rounds_done or content.summary.get("versions")
+        else "Nothing so far.",
         "study": _study(content),
         "study_yaml": content.study_yaml,
         "version": __version__,
@@ -96,7 +99,9 @@ def _rounds_words(content: Content) -> str:
 
 def _facts(content: Content) -> list[str]:
     run = content.overview
-    facts = [run.state.capitalize(), _rounds_words(content)]
+    facts = [run.state.capitalize()]
+    if not content.summary.get("versions"):
+        facts.append(_rounds_words(content))
     if content.sites:
         facts.append(_count(len(content.sites), "site"))
     if run.seconds is not None and run.state != "unfinished":

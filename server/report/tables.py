@@ -13,6 +13,7 @@ __all__ = [
     "Grid",
     "Row",
     "confusion_grid",
+    "explanation_grid",
     "heat_grid",
     "methods_grid",
     "notices_grid",
@@ -151,6 +152,16 @@ def rounds_grid(content: Content) -> Grid:
         rows.append(Row(name=str(line.round), cells=[*cells, amount(line.bytes_up), amount(line.bytes_down)]))
     heads = ["Round", "All sites", "Lowest", "Highest", "Sites", "From sites", "To sites"]
     return Grid(heads=heads, rows=rows, even=True)
+
+
+def explanation_grid(content: Content) -> Grid:
+    """A row per head that changed much: what it writes more and less of; empty where none was explained."""
+    rows = []
+    for one in content.summary.get("explanation") or []:
+        name = f"{one['tower']} tower, layer {one['layer'] + 1}, head {one['head'] + 1}"
+        told = [", ".join(w["phrase"] for w in one[key]) or NOTHING for key in ("gained", "lost")]
+        rows.append(Row(name=name, cells=[percent(one["share"]), *told]))
+    return Grid(heads=["Head", "Of the change", "More of", "Less of"], rows=rows, texts=frozenset({0, 2, 3}))
 
 
 def heat_grid(heat: Heat) -> Grid:

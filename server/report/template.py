@@ -85,7 +85,6 @@ TEMPLATE = """<!doctype html>
 <p class="quiet">{{ view.no_results }}</p>
 {%- endif %}
 </section>
-{%- endif %}
 <section>
 <h2>Sites</h2>
 {%- if view.sites_drawing %}
@@ -123,6 +122,16 @@ TEMPLATE = """<!doctype html>
 <p class="quiet">{{ view.heat_problem }}</p>
 {%- endif %}
 </section>
+{%- if view.explanation.rows %}
+<section>
+<h2>In words</h2>
+<details><summary>What the heads that changed most write more and less of</summary>
+{{ table(view.explanation, "The attention heads with the largest share of the change") }}
+</details>
+<p class="note">Descriptions ranked without any image, by what a head can write along them. They are as good
+as the backbone's text tower, and leave out what later layers do.</p>
+</section>
+{%- endif %}
 <section>
 <h2>What crossed the wire</h2>
 {%- if view.bytes_drawing %}
@@ -132,6 +141,7 @@ TEMPLATE = """<!doctype html>
 <p class="quiet">Nothing was exchanged yet.</p>
 {%- endif %}
 </section>
+{%- endif %}
 <section>
 <h2>Events worth knowing</h2>
 {%- if view.notices.rows %}

@@ -256,7 +256,7 @@ def _right_backbone(deployment: Deployment) -> None:
 
 def _other_approved(deployment: Deployment) -> None:
     (digest,) = deployment.sites[HIT].policy().bundles
-    _set(deployment, digest, "0" * 64)
+    _set(deployment, digest, "f" * 64)
 
 
 def _approve(deployment: Deployment, folder: RunFolder) -> str:

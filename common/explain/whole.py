@@ -1,4 +1,4 @@
-"""Saying in words what a finished study's adaptation changed."""
+"""A whole shift in words: the descriptions' features, the heads that changed most, and how it is told."""
 
 from __future__ import annotations
 
@@ -6,54 +6,66 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fedsigma.client.applying import Restored
-from fedsigma.common.explain import HeadWords, Phrases, explain_heads
+from fedsigma.common.backbones import Backbone
+from fedsigma.common.explain.words import HeadWords, Phrases, explain_heads
+from fedsigma.common.sigma import SigmaModel
 
-__all__ = ["explain", "in_words", "to_rows"]
+__all__ = ["explain_shift", "in_words", "to_rows"]
 
 BATCH = 64
 
 
-def explain(
-    restored: Restored, phrases: Phrases, *, template: str = "{}", heads: int = 8, words: int = 5
+def explain_shift(
+    backbone: Backbone,
+    sigma: SigmaModel,
+    shift: Tensor,
+    phrases: Phrases,
+    *,
+    template: str = "{}",
+    heads: int = 8,
+    words: int = 5,
 ) -> list[HeadWords]:
-    """Explain a study's shift by the heads that it changed most.
+    """Explain a shift by the heads that it changed most; the model's own shift is as before afterwards.
 
     Args:
-        restored: the study's result on its backbone.
+        backbone: whose model `sigma` wraps.
+        sigma: the adapter, with the basis.
+        shift: to be explained.
         phrases: the descriptions.
         template: into which each description is put before the text tower reads it.
         heads: how many heads.
         words: how many descriptions of each, gained and lost.
 
+    Shapes: shift (layout size,).
+
     Raises:
         ExplainError: as `explain_heads`.
     """
-    sigma, shift = restored.sigma, restored.sigma.get_shift().clone()
-    features = _text_features(restored, [template.format(text) for text in phrases.texts])
+    features = _text_features(backbone, sigma, [template.format(text) for text in phrases.texts])
     return explain_heads(
-        restored.backbone.model, sigma.basis, shift, phrases, features, heads=heads, words=words
+        backbone.model, sigma.basis, shift.cpu(), phrases, features, heads=heads, words=words
     )
 
 
-def _text_features(restored: Restored, texts: Sequence[str]) -> torch.Tensor:
+def _text_features(backbone: Backbone, sigma: SigmaModel, texts: Sequence[str]) -> Tensor:
     """The descriptions' features in the pretrained model: what words meant before."""
-    sigma, backbone = restored.sigma, restored.backbone
-    shift = sigma.get_shift().clone()
-    sigma.set_shift(torch.zeros_like(shift))
+    before = sigma.get_shift().clone()
+    sigma.set_shift(torch.zeros_like(before))
     try:
         with torch.no_grad():
-            tokens = backbone.tokenizer(list(texts))
+            device = next(backbone.model.parameters()).device
+            tokens = backbone.tokenizer(list(texts)).to(device)
             model: Any = backbone.model
             parts = [model.encode_text(some) for some in tokens.split(BATCH)]
     finally:
-        sigma.set_shift(shift)
-    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+        sigma.set_shift(before)
+    return torch.nn.functional.normalize(torch.cat(parts), dim=1).cpu()
 
 
 def to_rows(found: Sequence[HeadWords]) -> list[dict[str, Any]]:
-    """As JSON's own types."""
+    """As JSON's own types; layers and heads counted from 0."""
     return [
         {
             "tower": one.change.tower,
@@ -70,7 +82,7 @@ def to_rows(found: Sequence[HeadWords]) -> list[dict[str, Any]]:
 
 
 def in_words(found: Sequence[HeadWords]) -> str:
-    """As text for people."""
+    """As text for people, who count from 1."""
     lines = []
     for one in found:
         change = one.change
