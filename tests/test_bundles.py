@@ -132,3 +132,13 @@ def test_the_app_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     first, second = (build_fab_from_disk(write_app(tmp_path / name)) for name in ("a", "b"))
     assert first == second == build_fab_from_disk(write_app(tmp_path / "a"))
     assert "from fedsigma.client.app import app" in difference(None, first)
+
+
+def test_a_bundle_that_was_approved_once_and_is_no_longer_can_be_approved_again(site: Path) -> None:
+    bundles = Bundles(site)
+    bundles.approve(ONE)
+    (site / "site.yaml").write_text(RULES)
+    bundles.keep(ONE)
+    assert bundles.find(digest_of(ONE)) == ONE
+    bundles.approve(ONE)
+    assert SitePolicy.read(site / "site.yaml").bundles == (digest_of(ONE),) and bundles.pending() == []

@@ -61,8 +61,9 @@ class Bundles:
         Raises:
             BundleError: there is none, there are several, or its file was changed.
         """
-        known = [*self._pending.glob("*.fab"), *self._approved.glob("*.fab")]
-        found = [path for path in known if path.stem.startswith(digest)]
+        # One that was approved once and is no longer may wait again, so both folders can have it.
+        known = {path.stem: path for place in (self._approved, self._pending) for path in place.glob("*.fab")}
+        found = [path for stem, path in known.items() if stem.startswith(digest)]
         if len(digest) < 6 or len(found) != 1:
             waiting = ", ".join(path.stem[:12] for path in self.pending()) or "none"
             raise BundleError(f"'{digest}' names no single bundle here: waiting for approval are {waiting}")
