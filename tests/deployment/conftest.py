@@ -1,4 +1,4 @@
-"""One centre with three sites for all tests of real processes: starting them takes half a minute."""
+"""One centre with three sites for all tests of this folder: starting them takes half a minute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from deployment.parts import Deployment, deployed
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """A running centre and three sites that have joined it."""
     with deployed(tmp_path_factory.mktemp("deployment")) as found:
