@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedsigma.common.backbones import Backbone
+    from fedsigma.common.data import Example, Record, Source
     from fedsigma.common.sigma import SigmaModel
+    from fedsigma.common.training import Task
 
-__all__ = ["ApplyError", "Restored", "decoded", "export", "list_pictures", "predict", "restore"]
+__all__ = [
+    "ApplyError",
+    "Restored",
+    "decoded",
+    "export",
+    "labelled",
+    "list_pictures",
+    "predict",
+    "restore",
+    "to_judge",
+]
 
 
 class ApplyError(ValueError):
@@ -192,6 +204,25 @@ def decoded(
             yield record.key, load_examples(source, [record], classes, side=side)[0]
         except PictureError as error:
             unreadable.append(str(error))
+
+
+def labelled(restored: Restored, source: Source) -> list[Record]:
+    """The images of a source that have one of the study's classes; others are left out."""
+    return [record for record in source.records if record.label in restored.study.classes]
+
+
+def to_judge(restored: Restored, source: Source, records: Sequence[Record]) -> tuple[Task, list[Example]]:
+    """What evaluation takes: the model with its prompts, and the labelled images, decoded.
+
+    Raises:
+        PictureError: an image cannot be decoded.
+    """
+    from fedsigma.common.data import load_examples
+    from fedsigma.common.training import Task
+
+    side = restored.backbone.image_size * 3 // 2
+    examples = load_examples(source, records, list(restored.study.classes), side=side)
+    return Task(restored.backbone, restored.sigma, list(restored.study.prompts)), examples
 
 
 def export(restored: Restored, folder: Path, *, onnx: bool = False) -> Path:

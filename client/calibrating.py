@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.client.applying import ApplyError, Restored
-from fedsigma.common.data import Source, load_examples
+from fedsigma.client.applying import ApplyError, Restored, labelled, to_judge
+from fedsigma.common.data import Source
 from fedsigma.common.files import write_whole
 from fedsigma.common.metrics import Predictions, score
-from fedsigma.common.training import Task, evaluate
+from fedsigma.common.training import evaluate
 
 __all__ = ["Calibration", "calibrate", "fit_temperature", "scaled"]
 
@@ -109,15 +109,13 @@ def calibrate(restored: Restored, source: Source) -> Calibration:
     Raises:
         ApplyError: fewer than 20 images have one of the study's classes.
     """
-    classes = list(restored.study.classes)
-    records = [record for record in source.records if record.label in classes]
+    records = labelled(restored, source)
     if len(records) < LEAST_IMAGES:
         raise ApplyError(
-            f"{len(records)} images there have one of the classes {', '.join(classes)}:"
+            f"{len(records)} images there have one of the classes {', '.join(restored.study.classes)}:"
             f" at least {LEAST_IMAGES} are needed to fit a temperature"
         )
-    examples = load_examples(source, records, classes, side=restored.backbone.image_size * 3 // 2)
-    task = Task(restored.backbone, restored.sigma, list(restored.study.prompts))
+    task, examples = to_judge(restored, source, records)
     found = evaluate(task, examples)
     temperature = fit_temperature(found.probabilities, found.labels)
     after = Predictions(probabilities=scaled(found.probabilities, temperature), labels=found.labels)

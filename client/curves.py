@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedsigma.client.applying import Restored
+from fedsigma.client.applying import Restored, labelled, to_judge
 from fedsigma.common.artefact import SavedSigma
-from fedsigma.common.data import Source, load_examples
+from fedsigma.common.data import Source
 from fedsigma.common.metrics import score
 from fedsigma.common.models import ModelError
 from fedsigma.common.models.arithmetic import combine
-from fedsigma.common.training import Task, evaluate
+from fedsigma.common.training import evaluate
 
 __all__ = ["Point", "curve"]
 
@@ -38,12 +38,10 @@ def curve(
     Raises:
         ModelError: no image has a class of the study, or the two are of different bases.
     """
-    classes = list(restored.study.classes)
-    records = [record for record in source.records if record.label in classes]
+    records = labelled(restored, source)
     if not records:
-        raise ModelError(f"no image there has one of the classes {', '.join(classes)}")
-    examples = load_examples(source, records, classes, side=restored.backbone.image_size * 3 // 2)
-    task = Task(restored.backbone, restored.sigma, list(restored.study.prompts))
+        raise ModelError(f"no image there has one of the classes {', '.join(restored.study.classes)}")
+    task, examples = to_judge(restored, source, records)
     for factor in factors:
         own = factor if other is None else 1 - factor
         ends = [(restored.saved, own), *([(other, factor)] if other is not None else [])]

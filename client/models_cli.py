@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from fedsigma.common.printing import print_table
 
 if TYPE_CHECKING:
     from fedsigma.common.models import Shelf
@@ -32,6 +33,9 @@ Where = Annotated[
     typer.Option("--shelf", help="The folder of models.", show_default="$FEDSIGMA_MODELS, or by the runs"),
 ]
 Ref = Annotated[str, typer.Argument(metavar="MODEL", help="NAME (its latest), NAME@N or NAME@LABEL.")]
+Place = Annotated[
+    str | None, typer.Option(help="Where the same backbone lies here, if not by the study's name.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")]
 
 
@@ -63,12 +67,7 @@ def list_versions(
         typer.echo(json.dumps(rows, indent=2))
         return
     heads = ("model", "labels", "created", "made", "sites", "accuracy")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*(_shown(row[head]) for head in heads))
-    Console().print(table)
+    print_table(heads, [{head: _shown(row[head]) for head in heads} for row in rows])
 
 
 @models_app.command()
@@ -157,9 +156,7 @@ def curve(
         str | None, typer.Option(help="A version to end at; else from pretrained to MODEL.")
     ] = None,
     factors: Annotated[str, typer.Option(help="Where to judge, by commas.")] = "0,0.25,0.5,0.75,1,1.25",
-    backbone: Annotated[
-        str | None, typer.Option(help="Where the same backbone lies here, if not by the study's name.")
-    ] = None,
+    backbone: Place = None,
     shelf: Where = None,
     as_json: AsJson = False,
 ) -> None:
@@ -192,9 +189,7 @@ def curve(
 def export(
     model: Ref,
     out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
-    backbone: Annotated[
-        str | None, typer.Option(help="Where the same backbone lies here, if not by the study's name.")
-    ] = None,
+    backbone: Place = None,
     shelf: Where = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write image.onnx and text.onnx, too.")] = False,
 ) -> None:

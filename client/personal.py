@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedsigma.common.artefact import write_atomic
+from fedsigma.common.files import write_atomic
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Split

@@ -8,7 +8,7 @@ all together add up to f(picture) - f(mean colour).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def relevance(lead: Callable[[Tensor], Tensor], picture: Tensor, *, steps: int =
     return found[0].sum(0).detach()
 
 
-def relevance_of(restored: Restored, pictures: Sequence[Tensor]) -> Iterator[Relevance]:
+def relevance_of(restored: Restored, pictures: Iterable[Tensor]) -> Iterator[Relevance]:
     """The maps of pictures by the adapted model and, for the same class, by the pretrained one.
 
     Shapes: pictures, each uint8 (3, side, side) as the model sees it.
@@ -141,12 +141,12 @@ def write_maps(restored: Restored, folder: Path, out: Path, *, most: int) -> int
     """
     names = list_pictures(folder)[:most]
     out.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for name, example in track(list(decoded(restored, folder, names, [])), "drawing maps"):
-        (found,) = relevance_of(restored, [fit(example.image, restored.backbone)])
+    pairs = list(decoded(restored, folder, names, []))
+    fitted = (fit(example.image, restored.backbone) for _, example in pairs)
+    maps = track(relevance_of(restored, fitted), "drawing maps", total=len(pairs))
+    for (name, _), found in zip(pairs, maps, strict=True):
         draw(found, out / (name.replace("/", "__") + ".png"), title=name)
-        count += 1
-    return count
+    return len(pairs)
 
 
 def _logits(restored: Restored, text: Tensor, pixels: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["ArtefactError", "SavedSigma", "load_shift", "save_shift", "to_bytes", "write_atomic"]
+from fedsigma.common.files import write_atomic
+
+__all__ = ["ArtefactError", "SavedSigma", "load_shift", "save_shift", "to_bytes"]
 
 FORMAT = "fedsigma-shift-1"
 _TEXTS = ("layout", "fingerprint", "study")
@@ -44,22 +44,6 @@ class SavedSigma:
     study_yaml: str
     round: int
     run: str = ""
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile, whose files are private: this one is to have what an ordinary new file has.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_shift(

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fedsigma.common.files import write_atomic
+
 __all__ = ["Chain", "ChainBroken", "Head", "OpenChain"]
 
 _HEAD = re.compile(r"([0-9]{1,15}):([0-9a-f]{64})")
@@ -171,8 +173,7 @@ class OpenChain:
         head = self._chain._kept_head()
         if head and head.digest == digest:
             return head.lines
-        self._file.seek(0)
-        count = self._file.read(whole).count(b"\n")
+        count = self._count(whole)
         if head and head.lines >= count:
             # Going on would write a new head, and nobody could tell any more.
             what = f"its end was changed or removed: it has {count} lines, and its head notes {head.lines}"
@@ -180,13 +181,7 @@ class OpenChain:
         return count
 
     def _keep(self, head: Head) -> None:
-        path = self._chain.head_path
-        part = path.with_name(path.name + ".part")
-        with part.open("w", encoding="ascii") as file:
-            file.write(f"{head}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_atomic(self._chain.head_path, f"{head}\n".encode("ascii"))
 
     def _tail(self) -> tuple[bytes, int]:
         """The last whole line without its end, and the length of the whole lines; reads the end alone."""

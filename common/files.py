@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
-__all__ = ["runs_folder", "write_secret", "write_whole"]
+__all__ = ["runs_folder", "write_atomic", "write_secret", "write_whole"]
 
 
 def runs_folder() -> Path:
@@ -19,15 +20,25 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one step, so that no reader and no crash finds half of it."""
+    """Write a file that its owner alone can write, so that no reader and no crash finds half of it."""
     _write(path, content, 0o644)
 
 
+def write_atomic(path: Path, content: bytes) -> None:
+    """As `write_whole`, with what an ordinary new file has, making its folder if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, content, 0o666)
+
+
 def _write(path: Path, content: bytes, mode: int) -> None:
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    # Not tempfile, whose files are private.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -20,6 +20,7 @@ __all__ = [
     "check_number",
     "check_printable",
     "check_subset",
+    "from_here",
     "nearest",
     "read_yaml",
     "split_address",
@@ -82,6 +83,16 @@ def check_subset(where: str, values: tuple[str, ...], known: tuple[str, ...], *,
         raise ConfigError(f"{where} names something twice: {list(values)}")
     if not values and not empty:
         raise ConfigError(f"{where} is empty, expected at least one of {', '.join(known)}")
+
+
+def from_here(address: str, *, where: str) -> str:
+    """How this machine reaches what listens at HOST:PORT, which may be all of its addresses.
+
+    Raises:
+        ConfigError: as `split_address`.
+    """
+    host, port = split_address(address, where=where)
+    return f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
 
 
 def split_address(address: str, *, where: str) -> tuple[str, int]:

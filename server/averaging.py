@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from fedsigma.common.config import ConfigError, StudyConfig
+from fedsigma.common.files import write_atomic
 from fedsigma.common.reading import nearest
 
 __all__ = [
@@ -97,8 +98,6 @@ def forget_model(averaging: FedAvg) -> None:
 def save_state(averaging: FedAvg, path: Path) -> None:
     """Write the strategy's momentum arrays, if it has any, to a safetensors file."""
     from safetensors.numpy import save
-
-    from fedsigma.common.artefact import write_atomic
 
     arrays = _state(averaging)
     if arrays:

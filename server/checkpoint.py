@@ -13,8 +13,9 @@ import numpy as np
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from fedsigma.common.artefact import ArtefactError, SavedSigma, load_shift, write_atomic
+from fedsigma.common.artefact import ArtefactError, SavedSigma, load_shift
 from fedsigma.common.config import ConfigError, StudyConfig
+from fedsigma.common.files import write_atomic
 from fedsigma.server.averaging import StateError, restore_state, save_state
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsigma.common.files import write_atomic
 from fedsigma.common.names import METRICS
 
 if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
@@ -271,8 +272,6 @@ class RunFolder:
     # writing
 
     def _replace(self, name: str, text: str) -> None:
-        from fedsigma.common.artefact import write_atomic
-
         write_atomic(self.path / name, text.encode("utf-8"))
 
     def _append(self, path: Path, text: str, *, keep_tail: Any = None) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from fedsigma.common.printing import print_table
 
 if TYPE_CHECKING:
     from fedsigma.server.centre.studies import Studies, Submitted
@@ -82,12 +82,7 @@ def status(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for head in ("run", "study", "status", "rounds", "submitted"):
-            table.add_column(head, overflow="fold")
-        for row in rows:
-            table.add_row(*(str(row[head]) for head in ("run", "study", "status", "rounds", "submitted")))
-        Console().print(table)
+        print_table(("run", "study", "status", "rounds", "submitted"), rows)
     if run and _ended_badly(found[0]):
         raise typer.Exit(FAILED)
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import save_file
 
-from fedsigma.common import artefact
-from fedsigma.common.artefact import ArtefactError, load_shift, save_shift, write_atomic
+from fedsigma.common import artefact, files
+from fedsigma.common.artefact import ArtefactError, load_shift, save_shift
+from fedsigma.common.files import write_atomic
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TEXTS = {"layout_json": '{"entries": []}', "fingerprint_json": '{"weights": "ab"}', "study_yaml": "name: é\n"}
@@ -53,7 +54,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def full(_: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(artefact.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         save_shift(path, torch.zeros(3), **TEXTS, round=2)
     assert load_shift(path).round == 1

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fedsigma.common.health import SERVING, health_of
 from fedsigma.common.joining import SiteKeys, fingerprint
+from fedsigma.common.printing import print_table
 from fedsigma.common.processes import Process, ProcessError, restart, running, states, stop, supervise
-from fedsigma.common.reading import split_address
+from fedsigma.common.reading import from_here, split_address
 from fedsigma.server.centre.authority import Issued, check_pair
 from fedsigma.server.centre.enrolment import Enrolment
 from fedsigma.server.centre.folder import CentreError, CentreFolder, ServerConfig
@@ -157,7 +156,7 @@ def status(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        _print_table(("process", "state", "health", "pid"), rows)
+        print_table(("process", "state", "health", "pid"), rows)
     if any(row["health"] not in ("", SERVING) for row in rows):
         raise typer.Exit(PROBLEMS)
 
@@ -238,7 +237,7 @@ def sites(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        _print_table(("site", "state", "node", "online", "last seen", "note"), rows)
+        print_table(("site", "state", "node", "online", "last seen", "note"), rows)
 
 
 @server_app.command()
@@ -317,10 +316,9 @@ def _chosen(centre: CentreFolder, only: str | None) -> list[Process]:
 def _health(centre: CentreFolder, process: Process) -> str:
     if process.name != "proxy":
         return health_of(process.health) if process.health else ""
-    host, port = split_address(centre.config.listen, where="listen")
     name, _ = split_address(centre.config.address, where="address")
     return health_of(
-        f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}",
+        from_here(centre.config.listen, where="listen"),
         certificates=centre.tls("sites.crt").read_bytes(),
         name=name,
     )
@@ -329,12 +327,3 @@ def _health(centre: CentreFolder, process: Process) -> str:
 def _next_to(address: str, step: int) -> str:
     _, port = address.rpartition(":")[::2]
     return f"127.0.0.1:{int(port) + step}" if port.isdecimal() else address
-
-
-def _print_table(heads: tuple[str, ...], rows: list[dict]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row[head]) for head in heads))
-    Console().print(table)

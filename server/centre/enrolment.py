@@ -6,10 +6,10 @@ import datetime
 import secrets
 from pathlib import Path
 
-from fedsigma.common.chain import Chain
 from fedsigma.common.joining import Invitation, JoinError, SiteKeys, check_site_name
 from fedsigma.server.centre.control import Control
 from fedsigma.server.centre.folder import CentreError, CentreFolder
+from fedsigma.server.centre.log import CentreLog
 from fedsigma.server.centre.registry import ACTIVE, RETIRING, REVOKED, NodeKey, Registry, Site, now
 
 __all__ = ["Enrolment"]
@@ -27,7 +27,7 @@ class Enrolment:
         self._folder = folder
         self._control = control or Control(folder)
         self._registry = Registry(folder.path / "centre.db")
-        self._audit = Chain(folder.path / "audit.jsonl")
+        self._log = CentreLog(folder.path)
 
     def invite(self, name: str, path: Path, *, days: int, note: str = "") -> Invitation:
         """Write an invitation; an earlier one of this site is void from now on.
@@ -68,7 +68,7 @@ class Enrolment:
                 )
             site.word, site.expires, site.note = word, end.isoformat(), note or site.note
             invitation.write(path)
-        self._note("site_invited", site=name, expires=end.isoformat())
+        self._log.note("site_invited", site=name, expires=end.isoformat())
         return invitation
 
     def admit(self, keys: SiteKeys) -> NodeKey:
@@ -100,7 +100,7 @@ class Enrolment:
             added = NodeKey(node_id=node, site=site.name, public_key=keys.node_key, added_at=now())
             session.add(added)
             site.identity, site.word = keys.identity, ""
-        self._note("site_admitted", site=keys.site, node=node, identity=keys.identity, renewed=renewed)
+        self._log.note("site_admitted", site=keys.site, node=node, identity=keys.identity, renewed=renewed)
         return added
 
     def retire(self) -> list[NodeKey]:
@@ -118,7 +118,7 @@ class Enrolment:
                     self._shut_out(key)
                     done.append(key)
         for key in done:
-            self._note("key_retired", site=key.site, node=key.node_id)
+            self._log.note("key_retired", site=key.site, node=key.node_id)
         return done
 
     def revoke(self, name: str) -> list[NodeKey]:
@@ -136,7 +136,7 @@ class Enrolment:
             keys = [key for key in site.keys if key.state != REVOKED]
             for key in keys:
                 self._shut_out(key)
-        self._note("site_revoked", site=name, nodes=[key.node_id for key in keys])
+        self._log.note("site_revoked", site=name, nodes=[key.node_id for key in keys])
         return keys
 
     def sites(self) -> list[Site]:
@@ -165,6 +165,3 @@ class Enrolment:
     @staticmethod
     def _online(nodes: dict, key: NodeKey) -> bool:
         return key.node_id in nodes and nodes[key.node_id].status == "online"
-
-    def _note(self, kind: str, **fields: object) -> None:
-        self._audit.append({"time": now().isoformat(), "kind": kind, **fields})

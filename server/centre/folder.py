@@ -24,6 +24,7 @@ from fedsigma.common.reading import (
     build,
     check_choice,
     check_printable,
+    from_here,
     read_yaml,
     split_address,
     write_yaml,
@@ -162,8 +163,7 @@ class CentreFolder:
     @property
     def control(self) -> str:
         """HOST:PORT at which this machine reaches the SuperLink."""
-        host, port = split_address(self.config.superlink, where="superlink")
-        return f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        return from_here(self.config.superlink, where="superlink")
 
     def write_flower_config(self) -> None:
         """Write how the `flwr` command reaches the SuperLink, into a Flower home of this centre's own."""

@@ -30,9 +30,10 @@ log = logging.getLogger(__name__)
 
 def watch(folder: CentreFolder) -> None:
     """Look every few seconds, for ever."""
+    studies = Studies(folder)
     while True:
         try:
-            look(Studies(folder))
+            look(studies)
         except (ControlError, CentreError, ChainBroken, OSError, ValueError) as error:
             # The SuperLink may be down; another look finds the same runs.
             log.warning("%s", error)
@@ -45,6 +46,8 @@ def look(studies: Studies) -> list[Submission]:
     Raises:
         ControlError: the SuperLink does not answer.
     """
+    if not studies.unsettled():
+        return []
     submitted = studies.submitted()
     resumed = {one.submission.resumes for one in submitted}
     found = []

@@ -11,10 +11,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from fedsigma.common.chain import Chain
 from fedsigma.common.files import write_whole
 from fedsigma.server.centre.authority import Issued, check_pair, new_authority
 from fedsigma.server.centre.folder import CentreError, CentreFolder
+from fedsigma.server.centre.log import CentreLog
 from fedsigma.server.centre.registry import now
 
 __all__ = ["begin_authority", "renew_certificates", "switch_authority"]
@@ -90,8 +90,7 @@ def switch_authority(centre: CentreFolder) -> None:
 
 
 def _note(centre: CentreFolder, kind: str, **fields: object) -> None:
-    line = {"time": now().isoformat(), "kind": kind, "sha256": _fingerprint(centre), **fields}
-    Chain(centre.path / "audit.jsonl").append(line)
+    CentreLog(centre.path).note(kind, sha256=_fingerprint(centre), **fields)
 
 
 def _fingerprint(centre: CentreFolder) -> str:

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedsigma.common.chain import Chain
 from fedsigma.common.config import StudyConfig, load_study
 from fedsigma.server.budget import check_budget
 from fedsigma.server.bundle import write_app
 from fedsigma.server.centre.control import Control, ControlError, Run
 from fedsigma.server.centre.folder import CentreError, CentreFolder
+from fedsigma.server.centre.log import CentreLog
 from fedsigma.server.centre.registry import Registry, Submission, now
 from fedsigma.server.store import RunFolder
 
@@ -46,12 +46,15 @@ class Submitted:
     @property
     def died(self) -> bool:
         """Whether it failed without saying why: it never started, or did not come to its end."""
-        if self.status != "finished:failed":
-            return False
-        events = RunFolder(Path(self.submission.folder)).events()
-        ends = [e for e in events if e["kind"] in ("run_start", "run_end")]
-        mine = [e for e in ends if e.get("run") == self.submission.run_id]
-        return not mine or ends[-1]["kind"] == "run_start"
+        return self.status == "finished:failed" and not came_to_an_end(self.submission)
+
+
+def came_to_an_end(submission: Submission) -> bool:
+    """Whether a run's folder says that it started and ended, well or not."""
+    events = RunFolder(Path(submission.folder)).events()
+    ends = [e for e in events if e["kind"] in ("run_start", "run_end")]
+    started = any(e.get("run") == submission.run_id for e in ends)
+    return started and ends[-1]["kind"] == "run_end"
 
 
 class Studies:
@@ -66,7 +69,7 @@ class Studies:
         self._folder = folder
         self._control = control or Control(folder)
         self._registry = Registry(folder.path / "centre.db")
-        self._audit = Chain(folder.path / "audit.jsonl")
+        self._log = CentreLog(folder.path)
 
     def submit(self, study: str, *, again: bool = False, rounds: int = 0, seed: int = -1) -> Submission:
         """Check a study and hand it to Flower.
@@ -129,6 +132,12 @@ class Studies:
         self._control.stop(one.submission.run_id)
         self._note("study_stopped", one.submission)
         return one.submission
+
+    def unsettled(self) -> bool:
+        """Whether any submission may have died: by the folders alone, without asking the SuperLink."""
+        made = self._registry.submissions()
+        resumed = {one.resumes for one in made}
+        return any(one.run_id not in resumed and not came_to_an_end(one) for one in made)
 
     def submitted(self, *, study: str | None = None) -> list[Submitted]:
         """All submissions, or a study's, the latest first.
@@ -209,12 +218,4 @@ class Studies:
         return Submitted(one, runs[one.run_id].status if one.run_id in runs else GONE, rounds)
 
     def _note(self, kind: str, one: Submission) -> None:
-        self._audit.append(
-            {
-                "time": now().isoformat(),
-                "kind": kind,
-                "study": one.study,
-                "run": one.run_id,
-                "digest": one.digest,
-            }
-        )
+        self._log.note(kind, study=one.study, run=one.run_id, digest=one.digest)

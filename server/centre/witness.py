@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.chain import Chain
-from fedsigma.server.centre.registry import now
+from fedsigma.server.centre.log import CentreLog
 
 __all__ = ["Witness"]
 
@@ -44,7 +43,7 @@ class Witness:
     """
 
     def __init__(self, path: Path, *, study: str, run: str) -> None:
-        self._log = Chain(path / "audit.jsonl")
+        self._log = CentreLog(path)
         self._about = {"study": study, "run": run}
 
     @classmethod
@@ -61,4 +60,4 @@ class Witness:
         """
         if event["kind"] in KINDS:
             told = {name: event[name] for name in _FIELDS if name in event}
-            self._log.append({"time": now().isoformat(), "kind": event["kind"], **self._about, **told})
+            self._log.note(event["kind"], **self._about, **told)

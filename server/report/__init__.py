@@ -16,7 +16,7 @@ def write_report(folder: RunFolder) -> Path:
     Returns the path of the report. An older report is replaced.
     """
     # matplotlib is slow to import; a run asks for its report once, at its end.
-    from fedsigma.common.artefact import write_atomic
+    from fedsigma.common.files import write_atomic
     from fedsigma.server.report.content import gather
     from fedsigma.server.report.page import render
 
