@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import yaml
 
 from fedsigma.common.files import runs_folder
-from fedsigma.server.store import POOLED, RunFolder, StoreError
+from fedsigma.server.ends import CHUNK, first_line, last_lines
+from fedsigma.server.store import POOLED, Row, RunFolder, StoreError, csv_cells, latest_rows, parse_row
 
 __all__ = ["Overview", "find_runs", "overview", "runs_folder", "study_of"]
 
@@ -43,32 +45,79 @@ class Overview:
 def study_of(folder: RunFolder) -> dict[str, Any]:
     """The study as a mapping; empty if study.yaml cannot be read as one."""
     try:
-        found = yaml.safe_load(folder.study_yaml)
+        # LibYAML's parser where there is one: ten times as fast, and a list of runs reads many.
+        found = yaml.load(folder.study_yaml, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def overview(folder: RunFolder) -> Overview:
-    """Read the files of a run and say how far it has come."""
-    study, events, summary = study_of(folder), folder.events(), _summary(folder)
+    """Say how far a run has come.
+
+    Of the files that grow only the ends are read, so that a list of many long runs is there at once.
+    """
+    study, summary = study_of(folder), _summary(folder)
+    events, rows = _newest_events(folder), _newest_rows(folder)
     state, reason = _state(events)
-    times = [event["time"] for event in events if isinstance(event.get("time"), int | float)]
+    first = _event(first_line(folder.path / "events.jsonl"))
+    times = [e["time"] for e in (first, *events[-1:]) if e and isinstance(e.get("time"), int | float)]
     federation = study.get("federation")
     planned = federation.get("rounds") if isinstance(federation, dict) else None
-    rows = folder.rounds()
+    ended = [e["round"] for e in events if e["kind"] == "round_end" and isinstance(e.get("round"), int)]
+    sites = summary.get("sites")
+    named = sites if isinstance(sites, list) else {row["site"] for row in rows} - {POOLED}
     return Overview(
         path=str(folder.path),
         study=str(study.get("name") or folder.path.name),
         state=state,
         reason=reason,
-        rounds_done=len({event.get("round") for event in events if event["kind"] == "round_end"}),
+        rounds_done=max(ended, default=0),
         rounds_planned=planned if isinstance(planned, int) else None,
-        sites=len({row["site"] for row in rows} - {POOLED}),
+        sites=len(named),
         federated_accuracy=_accuracy(summary, rows),
         started=times[0] if times else None,
         seconds=summary.get("seconds") or (times[-1] - times[0] if times else None),
     )
+
+
+def _newest_events(folder: RunFolder) -> list[Row]:
+    """The last events, back to the newest end of a round or start of the run at least."""
+    for lines in _ever_more(folder.path / "events.jsonl"):
+        found = [event for event in map(_event, lines) if event]
+        if any(event["kind"] in ("round_end", "run_start") for event in found):
+            break
+    return found
+
+
+def _newest_rows(folder: RunFolder) -> list[Row]:
+    """The last rows, back to two judgements of the pooled model at least: one whole round is between them."""
+    header = csv_cells(first_line(folder.path / "rounds.csv"))
+    for lines in _ever_more(folder.path / "rounds.csv"):
+        # The header is no row: its cells are no numbers.
+        found = latest_rows(parse_row(header, csv_cells(line)) for line in lines)
+        if sum(row["site"] == POOLED and row.get("accuracy") is not None for row in found) > 1:
+            break
+    return found
+
+
+def _ever_more(path: Path) -> Iterator[list[str]]:
+    """The last lines of a file, more of them each time, and at last all."""
+    whole = path.stat().st_size if path.is_file() else 0
+    size = min(CHUNK, whole)
+    while True:
+        yield last_lines(path, size=size)
+        if size >= whole:
+            return
+        size = min(4 * size, whole)
+
+
+def _event(line: str) -> Row | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("kind"), str) else None
 
 
 def find_runs(directory: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
 
     from fedsigma.common.artefact import SavedSigma
 
-__all__ = ["METRIC_COLUMNS", "POOLED", "RunFolder", "StoreError"]
+__all__ = ["METRIC_COLUMNS", "POOLED", "Row", "RunFolder", "StoreError", "csv_cells", "latest_rows", "parse_row"]
 
 POOLED = "pooled"
 """The site name of the line of `rounds.csv` that is computed over all sites' test images."""
@@ -198,12 +198,7 @@ class RunFolder:
         metric of the file, None where the site sent none.
         """
         header, rows = _read_table(self.path / "rounds.csv")
-        latest: dict[tuple[int, str], Row] = {}
-        for cells in rows:
-            row = _parse_row(header, cells)
-            if row is not None:
-                latest[row["round"], row["site"]] = row
-        return sorted(latest.values(), key=lambda row: row["round"])
+        return latest_rows(parse_row(header, cells) for cells in rows)
 
     # summary.json
 
@@ -356,11 +351,17 @@ def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     Unlike an event, a cut row cannot be told from a whole one (12 may have been 128), so it never counts.
     """
     lines = [text for text, whole in _lines(path) if whole and text.strip()]
-    cells = [_csv_cells(text) for text in lines]
+    cells = [csv_cells(text) for text in lines]
     return (cells[0], cells[1:]) if cells else ([], [])
 
 
-def _parse_row(header: list[str], cells: list[str]) -> Row | None:
+def latest_rows(rows: Iterable[Row | None]) -> list[Row]:
+    """The rows by round; of rows of one round and site, the one written last. None are damaged ones."""
+    latest = {(row["round"], row["site"]): row for row in rows if row is not None}
+    return sorted(latest.values(), key=lambda row: row["round"])
+
+
+def parse_row(header: list[str], cells: list[str]) -> Row | None:
     """One row with its numbers as numbers, or None if it is damaged."""
     if len(cells) != len(header):
         return None
@@ -391,7 +392,8 @@ def _cell(value: Any) -> str:
     return str(int(number)) if number.is_integer() else repr(number)
 
 
-def _csv_cells(line: str) -> list[str]:
+def csv_cells(line: str) -> list[str]:
+    """The cells of one line; none if it is damaged."""
     try:
         return next(csv.reader([line]), [])
     except csv.Error:  # a field longer than any that is written here: a damaged line
