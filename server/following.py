@@ -14,6 +14,7 @@ from fedsigma.server.store import Row, RunFolder, csv_cells, latest_rows, parse_
 
 __all__ = ["FollowedRun"]
 
+
 @dataclass
 class _Followed:
     """How far one growing file was read. identity: a file that was replaced is another."""
@@ -58,6 +59,13 @@ class FollowedRun(RunFolder):
         with self._reading:
             return latest_rows(self._follow("rounds.csv", _row).found)
 
+    def heats(self) -> list[Row]:
+        """As `RunFolder.heats`."""
+        with self._reading:
+            found = self._follow("heat.jsonl", _heat).found
+        latest = {line["round"]: line for line in found}
+        return [latest[number] for number in sorted(latest)]
+
     def _follow(self, name: str, parse: Callable[[_Followed, str], Any]) -> _Followed:
         known = self._files.setdefault(name, _Followed())
         try:
@@ -90,6 +98,14 @@ def _event(known: _Followed, line: str) -> Row | None:
     if isinstance(found, dict) and isinstance(found.get("kind"), str):
         return found
     return {"time": None, "kind": "unreadable_line", "line": known.lines} if line.strip() else None
+
+
+def _heat(known: _Followed, line: str) -> Row | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "round" in found and "towers" in found else None
 
 
 def _row(known: _Followed, line: str) -> Row | None:

@@ -30,7 +30,16 @@ if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
 
     from fedsigma.common.artefact import SavedSigma
 
-__all__ = ["METRIC_COLUMNS", "POOLED", "Row", "RunFolder", "StoreError", "csv_cells", "latest_rows", "parse_row"]
+__all__ = [
+    "METRIC_COLUMNS",
+    "POOLED",
+    "Row",
+    "RunFolder",
+    "StoreError",
+    "csv_cells",
+    "latest_rows",
+    "parse_row",
+]
 
 POOLED = "pooled"
 """The site name of the line of `rounds.csv` that is computed over all sites' test images."""

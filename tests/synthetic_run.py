@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from fedsigma.common.sigma.layout import Entry, Layout
+from fedsigma.server.heat import heats_of, to_towers
 from fedsigma.server.replies import counted
 from fedsigma.server.store import POOLED, RunFolder
 
@@ -109,6 +110,9 @@ def write_synthetic_run(
     for number in range(1, done + 1):
         _write_round(folder, number, sites, curves, rng, troubles=troubles)
     layout = synthetic_layout()
+    for number in range(1, done + 1):
+        shift = synthetic_shift(layout, seed=seed) * (1 - 0.8**number)
+        folder.heat(number, to_towers(heats_of(shift, layout)))
     if done:
         fingerprint = json.dumps({"weights": "0" * 64, "layout": layout.digest, "sketch": [0.0]})
         folder.save_sigma(
@@ -150,18 +154,30 @@ def _write_round(
     troubles: bool,
 ) -> None:
     folder.event("round_start", round=number, sites=sites)
-    _write_rows(folder, number, sites, curves, rng, final=False)
-    last = sites[-1] if sites else "nobody"
+    lost = _lost(number, sites) if troubles else {}
+    _write_rows(folder, number, sites, curves, rng, lost=lost)
     for site in sites:
-        folder.event("reply_accepted", round=number, site=site, bytes=UPLOAD, metrics={"loss": 1.0})
-    if troubles and number in (3, 4, 5, 8):
-        folder.event(
-            "reply_rejected", round=number, site=last, reason="the shift's norm 81.2 is above the bound 50"
-        )
-    if troubles and number == 6:
-        folder.event("site_late", round=number, site=sites[0])
-        folder.event("site_failed", round=number, site=last, reason="OutOfMemoryError")
+        status, reason = lost.get(site, ("accepted", ""))
+        if status == "accepted":
+            folder.event("reply_accepted", round=number, site=site, bytes=UPLOAD, metrics={"loss": 1.0})
+        elif status == "rejected":
+            folder.event("reply_rejected", round=number, site=site, reason=reason)
+        elif status == "late":
+            folder.event("site_late", round=number, site=site)
+        else:
+            folder.event("site_failed", round=number, site=site, reason=reason)
     folder.event("round_end", round=number, sites=sites, seconds=18.4)
+
+
+def _lost(number: int, sites: list[str]) -> dict[str, tuple[str, str]]:
+    """What went wrong in this round: site -> status and reason."""
+    last = sites[-1] if sites else "nobody"
+    if number in (3, 4, 5, 8):
+        return {last: ("rejected", "the shift's norm 81.2 is above the bound 50")}
+    if number == 6:
+        first = sites[0] if sites else "nobody"
+        return {first: ("late", "no reply within 600 s")} | {last: ("failed", "OutOfMemoryError")}
+    return {}
 
 
 def _write_rows(
@@ -171,15 +187,26 @@ def _write_rows(
     curves: np.ndarray,
     rng: np.random.Generator,
     *,
-    final: bool,
+    lost: dict[str, tuple[str, str]] | None = None,
+    final: bool = False,
 ) -> None:
     at = curves[:, number - 1]
     for index, site in enumerate(sites):
+        status, reason = (lost or {}).get(site, ("accepted", ""))
         metrics = _metrics(float(at[index]), rng) | {"loss": 2.2 - 1.5 * float(at[index])}
         metrics |= {"examples": 64 - index % 7, "test_examples": 130 + index}
-        folder.round_row(number, site, metrics, 0 if final else UPLOAD, DOWNLOAD, "accepted")
+        if not final:
+            metrics |= _drift(number, rng)
+        told = metrics if status == "accepted" else {}
+        folder.round_row(number, site, told, 0 if final else UPLOAD, DOWNLOAD, status, reason)
     if sites:
         folder.round_row(number, POOLED, _metrics(float(at.mean()), rng), 0, 0, "pooled")
+
+
+def _drift(number: int, rng: np.random.Generator) -> dict[str, float]:
+    norm = float(rng.uniform(0.8, 1.2)) / number**0.5
+    cosine = float(rng.uniform(0.3, 0.6)) + 0.4 / number
+    return {"change_norm": norm, "change_cosine": cosine, "shift_norm": norm * number}
 
 
 def _metrics(accuracy: float, rng: np.random.Generator) -> dict[str, float]:

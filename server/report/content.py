@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -107,15 +108,20 @@ class Content:
         return _number(self.methods.get("zero_shot", {}).get("accuracy"), self.pooled.get(0))
 
 
-def gather(folder: RunFolder) -> Content:
-    """Read a run folder, whatever state it is in; what is missing or damaged is left out."""
+def gather(folder: RunFolder, *, shift: bool = True) -> Content:
+    """Read a run folder, whatever state it is in; what is missing or damaged is left out.
+
+    Args:
+        folder: of the run.
+        shift: whether to read the sigma file, too.
+    """
     rows = folder.rounds()
     try:
         summary = folder.read_summary()
     except StoreError:
         summary = {}
     methods = {name: summary[name] for name in METHODS if isinstance(summary.get(name), dict)}
-    heats, problem, values, sigma_round = _heats(folder)
+    heats, problem, values, sigma_round = _heats(folder) if shift else ((), "", None, None)
     return Content(
         overview=overview(folder),
         study=study_of(folder),
@@ -160,8 +166,8 @@ def _accuracy(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, float]]:
 
 def _lines(rows: list[dict[str, Any]]) -> tuple[RoundLine, ...]:
     found = []
-    for number in sorted({row["round"] for row in rows}):
-        here = [row for row in rows if row["round"] == number]
+    for number, group in groupby(rows, key=lambda row: row["round"]):
+        here = list(group)
         sites = [row for row in here if row["site"] != POOLED]
         pooled = [row["accuracy"] for row in here if row["site"] == POOLED]
         known = [row["accuracy"] for row in sites if row.get("accuracy") is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,12 @@ from markupsafe import Markup
 from fedsigma import __version__
 from fedsigma.server.report import figures, tables
 from fedsigma.server.report.content import Content
+from fedsigma.server.report.facts import Fact, counted, lead, pairs, study_facts
 from fedsigma.server.report.style import STYLE
 from fedsigma.server.report.template import TEMPLATE
 from fedsigma.server.report.words import METHODS, amount, decimal, duration, moment, percent, points
 
 __all__ = ["render"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fact:
-    """A value with its name."""
-
-    what: str
-    value: str
 
 
 def render(content: Content) -> str:
@@ -40,12 +32,12 @@ def _view(content: Content) -> dict[str, Any]:
     run = content.overview
     notices = tables.notices_grid(content)
     left = len(content.notices) - len(notices.rows)
-    both = _pairs(content, "zero_shot", "federated")
+    both = pairs(content, "zero_shot", "federated")
     return {
         "name": run.study,
         "facts": _facts(content),
         "failure": (run.reason or "no reason was recorded") if run.state == "failed" else "",
-        "lead": _lead(content),
+        "lead": lead(content),
         "numbers": _numbers(content),
         "methods": tables.methods_grid(content),
         "methods_note": _methods_note(content),
@@ -78,7 +70,7 @@ def _view(content: Content) -> dict[str, Any]:
         "no_notices": "Nothing: every site replied in every round."
         if run.rounds_done or content.summary.get("versions")
         else "Nothing so far.",
-        "study": _study(content),
+        "study": study_facts(content),
         "study_yaml": content.study_yaml,
         "version": __version__,
         "written": moment(time.time()),
@@ -86,15 +78,11 @@ def _view(content: Content) -> dict[str, Any]:
     }
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _rounds_words(content: Content) -> str:
     run = content.overview
     if run.rounds_planned is None or run.rounds_planned == run.rounds_done:
-        return _count(run.rounds_done, "round")
-    return f"{run.rounds_done} of {_count(run.rounds_planned, 'round')}"
+        return counted(run.rounds_done, "round")
+    return f"{run.rounds_done} of {counted(run.rounds_planned, 'round')}"
 
 
 def _facts(content: Content) -> list[str]:
@@ -103,57 +91,12 @@ def _facts(content: Content) -> list[str]:
     if not content.summary.get("versions"):
         facts.append(_rounds_words(content))
     if content.sites:
-        facts.append(_count(len(content.sites), "site"))
+        facts.append(counted(len(content.sites), "site"))
     if run.seconds is not None and run.state != "unfinished":
         facts.append(duration(run.seconds))
     if run.started is not None:
         facts.append(f"started {moment(run.started)}")
     return facts
-
-
-def _lead(content: Content) -> str:
-    """The outcome in a few sentences."""
-    federated = content.methods.get("federated", {}).get("accuracy")
-    if versions := content.summary.get("versions"):
-        return f"{_count(len(versions), 'model')} evaluated at {_count(len(content.sites), 'site')}."
-    if federated is None:
-        return _lead_so_far(content)
-    words = [f"Federated training came to an accuracy of {percent(federated)} over all sites"]
-    if content.zero_shot is not None:
-        gain = federated - content.zero_shot
-        words[0] += f", {points(abs(gain)).lstrip('+')} points {'above' if gain >= 0 else 'below'} zero-shot"
-    words[0] += "."
-    both = _pairs(content, "zero_shot", "federated")
-    if len(both) > 1:
-        better = sum(after > before for before, after in both)
-        where = "every site" if better == len(both) else f"{better} of {len(both)} sites"
-        words.append(f"It is above zero-shot at {where}.")
-    everywhere = content.methods.get("local_only", {}).get("everywhere")
-    if everywhere is not None:
-        words.append(f"A model trained at one site alone reaches {percent(everywhere)} over all sites.")
-    pooled = content.methods.get("pooled", {}).get("accuracy")
-    if pooled:
-        words.append(
-            f"Training on all images in one place reaches {percent(pooled)}; federated comes to "
-            f"{100 * federated / pooled:.0f}% of that."
-        )
-    return " ".join(words)
-
-
-def _lead_so_far(content: Content) -> str:
-    if not content.pooled:
-        return "No round has been evaluated yet."
-    first, last = min(content.pooled), max(content.pooled)
-    if first == last:
-        return f"Before training, accuracy over all sites is {percent(content.pooled[last])}."
-    words = f"After {_count(last, 'round')}, accuracy over all sites is {percent(content.pooled[last])}"
-    start = "before training" if first == 0 else f"after {_count(first, 'round')}"
-    return f"{words}; {start} it was {percent(content.pooled[first])}."
-
-
-def _pairs(content: Content, first: str, second: str) -> list[tuple[float, float]]:
-    one, two = ((content.methods.get(name, {}).get("per_site") or {}) for name in (first, second))
-    return [(one[s], two[s]) for s in content.sites if one.get(s) is not None and two.get(s) is not None]
 
 
 def _numbers(content: Content) -> list[Fact]:
@@ -239,58 +182,3 @@ def _bytes_caption(content: Content) -> str:
     if last is not None and last.bytes_down and not last.bytes_up:
         words += f" Exchange {last.round} only evaluates the model of the last round."
     return words
-
-
-def _study(content: Content) -> list[Fact]:
-    study = content.study
-    parts = ("sigma", "training", "federation", "data")
-    sigma, training, federation, data = (_mapping(study.get(part)) for part in parts)
-    facts = {
-        "Backbone": study.get("backbone"),
-        "Classes": study.get("classes"),
-        "Prompt": study.get("template"),
-        "Data": data.get("source"),
-        "Shots": f"{study['shots']} for each class and site" if "shots" in study else None,
-        "Adapted": _adapted(sigma),
-        "Personal": _adapted(_mapping(study.get("personal"))),
-        "Training": _phrase(
-            (training.get("local_steps"), "local steps a round"),
-            (training.get("batch_size"), "images a batch"),
-            (training.get("learning_rate"), "learning rate"),
-        ),
-        "Federation": _phrase((federation.get("strategy"), ""), (federation.get("rounds"), "rounds")),
-        "Privacy": _privacy(content),
-        "Seed": study.get("seed"),
-    }
-    shown = {what: _text(value) for what, value in facts.items()}
-    return [Fact(what=what, value=value) for what, value in shown.items() if value]
-
-
-def _privacy(content: Content) -> str:
-    asked = _mapping(content.study.get("privacy"))
-    if asked.get("level", "none") == "none":
-        return ""
-    told = "" if content.epsilon is None else f"; epsilon {content.epsilon:.2f} was spent"
-    return (
-        f"differential, hides each {asked['level']}: noise multiplier {asked['noise_multiplier']:g},"
-        f" clipping norm {asked['clip_norm']:g}, delta {asked['delta']:g}{told}, of {asked['epsilon']:g}"
-    )
-
-
-def _adapted(sigma: dict[str, Any]) -> str:
-    pieces = (("towers", "towers"), ("layers", "layers"), ("parts", "parts"))
-    return "; ".join(f"{word}: {_text(sigma[key])}" for key, word in pieces if sigma.get(key))
-
-
-def _phrase(*pieces: tuple[Any, str]) -> str:
-    return ", ".join(f"{value} {words}".strip() for value, words in pieces if value is not None)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(str(item) for item in value)
-    return "" if value is None else str(value)

@@ -1,28 +1,48 @@
-"""The look of the report. Colours are named once per scheme; figures use the same names."""
+"""The look of the report. Colours are named once per scheme; figures and other pages use the same names."""
 
 from __future__ import annotations
 
-__all__ = ["STYLE"]
+__all__ = ["CHOSEN_SCHEMES", "SCHEMES", "STYLE"]
 
-STYLE = """
-:root {
-  color-scheme: light dark;
+_LIGHT = """\
   --paper: #fdfcfa; --panel: #f6f4ef; --ink: #1e2428; --muted: #5b646b; --rule: #ddd8ce;
   --accent: #0f6b6b; --ochre: #b0690c; --violet: #6858a6; --alarm: #a3312a; --alarm-panel: #fbeeec;
   --s0: #0f6b6b; --s1: #b3560c; --s2: #5c56a8; --s3: #a02f62; --s4: #47791f; --s5: #2a6cab;
   --s6: #846800; --s7: #6a6f73;
-  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif;
+"""
+_DARK = """\
+  --paper: #15191c; --panel: #1c2125; --ink: #e3e5e3; --muted: #9ba5ac; --rule: #30373c;
+  --accent: #58bdb5; --ochre: #e2a04e; --violet: #a79fe8; --alarm: #f09a90; --alarm-panel: #2c1e1d;
+  --s0: #58bdb5; --s1: #ef9d58; --s2: #a79fe8; --s3: #e48ab3; --s4: #98cb6d; --s5: #7cb5ea;
+  --s6: #d5bb50; --s7: #b3bac0;
+"""
+SCHEMES = f"""
+:root {{
+  color-scheme: light dark;
+{_LIGHT}  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif;
   --serif: Charter, "Bitstream Charter", "Sitka Text", Cambria, "Noto Serif", Georgia, serif;
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --paper: #15191c; --panel: #1c2125; --ink: #e3e5e3; --muted: #9ba5ac; --rule: #30373c;
-    --accent: #58bdb5; --ochre: #e2a04e; --violet: #a79fe8; --alarm: #f09a90; --alarm-panel: #2c1e1d;
-    --s0: #58bdb5; --s1: #ef9d58; --s2: #a79fe8; --s3: #e48ab3; --s4: #98cb6d; --s5: #7cb5ea;
-    --s6: #d5bb50; --s7: #b3bac0;
-  }
-}
+}}
+@media screen and (prefers-color-scheme: dark) {{
+  :root {{
+{_DARK}  }}
+}}
+"""
+"""Colours and fonts by name, for light and dark as the reader's system has it."""
+
+CHOSEN_SCHEMES = f"""
+:root[data-theme="light"] {{
+  color-scheme: light;
+{_LIGHT}}}
+:root[data-theme="dark"] {{
+  color-scheme: dark;
+{_DARK}}}
+"""
+"""After `SCHEMES`: for pages where the reader may choose otherwise."""
+
+STYLE = (
+    SCHEMES
+    + """\
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 var(--sans); }
@@ -107,3 +127,4 @@ footer p { padding-top: 1.1rem; border-top: 1px solid var(--rule); max-width: no
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
+)

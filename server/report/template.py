@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["TEMPLATE"]
+__all__ = ["TABLE", "TEMPLATE"]
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ view.name }} – FedSigma</title>
-<style>{{ style }}</style>
-</head>
-<body>
-{%- macro figure(drawing, caption) %}
-<figure>
-<div class="wide" tabindex="0" role="region" aria-label="{{ caption|truncate(60) }}">{{ drawing }}</div>
-<figcaption>{{ caption }}</figcaption>
-</figure>
-{%- endmacro %}
-{%- macro table(grid, caption) %}
+TABLE = """{%- macro table(grid, caption) %}
 <div class="wide" tabindex="0" role="region" aria-label="{{ caption|truncate(60) }}">
 <table{% if grid.even %} class="even"{% endif %}>
 <caption>{{ caption }}</caption>
@@ -41,7 +25,26 @@ TEMPLATE = """<!doctype html>
 </tbody>
 </table>
 </div>
+{%- endmacro %}"""
+"""A macro that writes a `Grid`; other pages use it, too."""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ view.name }} – FedSigma</title>
+<style>{{ style }}</style>
+</head>
+<body>
+{%- macro figure(drawing, caption) %}
+<figure>
+<div class="wide" tabindex="0" role="region" aria-label="{{ caption|truncate(60) }}">{{ drawing }}</div>
+<figcaption>{{ caption }}</figcaption>
+</figure>
 {%- endmacro %}
+@table@
 <header>
 <p class="kicker">Federated study</p>
 <h1>{{ view.name }}</h1>
@@ -172,3 +175,5 @@ For research; not for clinical use.</p>
 </body>
 </html>
 """
+
+TEMPLATE = _PAGE.replace("@table@", TABLE)

@@ -1,0 +1,130 @@
+"""What the dashboard can show: the runs of a folder of simulations, or of a centre with its sites and its log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsigma.common.models import Shelf, shelf_folder
+from fedsigma.server.following import FollowedRun
+from fedsigma.server.overview import Overview, find_runs, overview
+
+if TYPE_CHECKING:
+    from fedsigma.server.centre.folder import CentreFolder
+
+__all__ = ["Library", "RunLine", "UnknownRun"]
+
+MOST_OPEN = 32
+"""How many runs are kept parsed; the one that was looked at longest ago goes first."""
+LISTED_S = 5.0
+"""How long a list of the run folders counts; what is in them is looked at every time."""
+
+
+class UnknownRun(LookupError):
+    """There is no such run here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLine:
+    """A run in the list.
+
+    key: its folder's path below the library's, which is its address in the pages. For a study that was
+    submitted and has not begun there is no folder yet: state is `queued`, and `run_id` Flower's number of it.
+    """
+
+    key: str
+    overview: Overview
+    run_id: str = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether it may still change by itself."""
+        return self.overview.state in ("running", "queued")
+
+
+class Library:
+    """The runs below one folder.
+
+    Args:
+        runs: the folder that holds the run folders.
+        centre: the centre whose runs they are; None for simulations.
+    """
+
+    def __init__(self, runs: Path, *, centre: CentreFolder | None = None) -> None:
+        self.runs = runs
+        self.centre = centre
+        self.shelf = Shelf(centre.path / "models" if centre else shelf_folder(runs))
+        self._lock = threading.Lock()
+        self._listed: tuple[float, list[Path]] = (-LISTED_S, [])
+        self._overviews: dict[Path, tuple[tuple[int, ...], Overview]] = {}
+        self._open: OrderedDict[Path, FollowedRun] = OrderedDict()
+
+    def lines(self) -> list[RunLine]:
+        """All runs, the newest first."""
+        found = [RunLine(key=self.key(path), overview=self._overview(path)) for path in self._paths()]
+        if self.centre is not None:
+            from fedsigma.server.dashboard.submissions import with_submissions
+
+            found = with_submissions(self.centre, found)
+        return sorted(found, key=lambda line: (line.overview.started or 0.0, line.key), reverse=True)
+
+    def line(self, key: str) -> RunLine:
+        """One run of the list.
+
+        Raises:
+            UnknownRun: there is none of this key.
+        """
+        for line in self.lines():
+            if line.key == key:
+                return line
+        raise UnknownRun(key)
+
+    def run(self, key: str) -> FollowedRun:
+        """The files of a run, as far as they were parsed before.
+
+        Raises:
+            UnknownRun: there is none of this key; keys are looked up, never joined to a path.
+        """
+        path = {self.key(path): path for path in self._paths()}.get(key)
+        if path is None:
+            raise UnknownRun(key)
+        with self._lock:
+            found = self._open.setdefault(path, FollowedRun(path))
+            self._open.move_to_end(path)
+            while len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+            return found
+
+    def key(self, path: Path) -> str:
+        """The address of a run folder."""
+        return path.relative_to(self.runs).as_posix() if path != self.runs else path.name
+
+    def newest_rows(self, key: str) -> list[dict[str, Any]]:
+        """The rows of a run's newest round."""
+        rows = self.run(key).rounds()
+        return [row for row in rows if row["round"] == rows[-1]["round"]]
+
+    def _paths(self) -> list[Path]:
+        with self._lock:
+            listed, paths = self._listed
+            if time.monotonic() - listed > LISTED_S:
+                paths = find_runs(self.runs) if self.runs.is_dir() else []
+                self._listed = time.monotonic(), paths
+            return paths
+
+    def _overview(self, path: Path) -> Overview:
+        folder = FollowedRun(path)
+        state = folder.state
+        known = self._overviews.get(path)
+        # A run that dies changes no file, so one that has not ended is asked about every time.
+        if known is None or known[0] != state or known[1].state not in ("finished", "failed"):
+            known = self._overviews[path] = (state, overview(folder))
+        return known[1]
+
+    def __iter__(self) -> Iterator[RunLine]:
+        return iter(self.lines())

@@ -1,0 +1,76 @@
+// The charts of a run's page, drawn anew when the page is told of news or changes its colours.
+/* global echarts */
+import { readCharts } from "./app.js";
+import { NAMES, draw, fill, format, heat, lines, participation, siteSeries, traffic } from "./drawing.js";
+
+let data = readCharts();
+let following = true;  // the slider stays at the newest round until it is moved
+const by = (id) => document.getElementById(id);
+const say = (id, words) => { by(id).textContent = words; };
+
+function empty(id, words) {
+  const box = by(id);
+  if (!box) return;
+  echarts.getInstanceByDom(box)?.dispose();
+  box.textContent = words;
+  box.classList.add("none");
+}
+
+function show(id, option) {
+  const box = by(id);
+  if (box.classList.contains("none")) { box.textContent = ""; box.classList.remove("none"); }
+  draw(id, option);
+}
+
+function curves() {
+  const name = by("metric").value;
+  const told = data.metrics[name];
+  if (!told) return empty("curves", "Nothing has been told yet.");
+  // A row's accuracy is that of the model which its round began with; its loss is of the round itself.
+  const x = name === "loss" ? data.rounds : data.rounds.map((round) => round - 1);
+  show("curves", lines(name, x, siteSeries(told, data.sites, by("highlight").value), { xName: name === "loss" ? "round" : "rounds finished" }));
+  const known = told.pooled.map((value, at) => [x[at], value]).filter((point) => point[1] !== null);
+  if (known.length) say("curves-words", `${NAMES[name]} of all sites together: ${format(name, known[0][1])} at ${known[0][0]}, ${format(name, known.at(-1)[1])} at ${known.at(-1)[0]}.`);
+}
+
+function drift() {
+  const name = by("drift-of").value;
+  const told = data.drift[name];
+  by("drift-of").disabled = !told;
+  if (!told) return empty("drift", by("drift-missing")?.textContent ?? "Nothing has been told yet.");
+  show("drift", lines(name, data.rounds, siteSeries(told, data.sites, by("highlight").value, { pooled: false }), { xName: "round" }));
+}
+
+function heats() {
+  const slider = by("heat-round");
+  const rounds = data.heat.rounds ?? [];
+  slider.disabled = !rounds.length;
+  if (!rounds.length) { by("heat-now").value = ""; return empty("heat", "No round has been kept yet."); }
+  slider.max = rounds.length - 1;
+  if (following) slider.value = rounds.length - 1;
+  by("heat-now").value = rounds[slider.value];
+  slider.setAttribute("aria-valuetext", `round ${rounds[slider.value]}`);
+  show("heat", heat(data.heat, Number(slider.value)));
+}
+
+function all() {
+  fill(by("metric"), Object.keys(data.metrics).map((name) => [name, NAMES[name] ?? name]), "accuracy");
+  fill(by("drift-of"), Object.keys(data.drift).map((name) => [name, NAMES[name]]), "change_norm");
+  fill(by("highlight"), [["", "no site"], ...data.sites.map((site) => [site, site])], "");
+  curves();
+  if (data.sites.length) show("part", participation(data)); else empty("part", "No site has replied yet.");
+  heats();
+  drift();
+  if (data.rounds.length) show("bytes", traffic(data)); else empty("bytes", "Nothing was exchanged yet.");
+  by("privacy-box").hidden = !data.epsilon.length;
+  if (data.epsilon.length) show("privacy", lines("epsilon", data.rounds, [{ name: "epsilon", values: data.epsilon, strong: true }], { xName: "round", limit: data.budget }));
+}
+
+by("metric").addEventListener("change", curves);
+by("highlight").addEventListener("change", () => { curves(); drift(); });
+by("drift-of").addEventListener("change", drift);
+by("heat-round").addEventListener("input", (event) => { following = event.target.value === event.target.max; heats(); });
+document.addEventListener("charts", (event) => { data = event.detail; all(); });
+document.addEventListener("theme", all);
+addEventListener("resize", () => document.querySelectorAll(".chart").forEach((box) => echarts.getInstanceByDom(box)?.resize()));
+all();

@@ -1,0 +1,247 @@
+"""What each page shows: from the library to tables and sentences, the same as the report's where both have them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fedsigma.server.dashboard.charts import charts, comparison
+from fedsigma.server.dashboard.library import Library, RunLine
+from fedsigma.server.following import FollowedRun
+from fedsigma.server.report import tables
+from fedsigma.server.report.content import Content, gather
+from fedsigma.server.report.facts import Fact, lead, study_facts
+from fedsigma.server.report.words import METHODS, NOTHING, amount, decimal, duration, moment, percent, points
+from fedsigma.server.store import POOLED, Row
+
+__all__ = ["Sections", "compare_view", "event_row", "list_view", "run_view"]
+
+MOST_EVENTS = 100
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """A run's page: what its templates show, and the series of its charts."""
+
+    view: dict[str, Any]
+    charts: dict[str, Any]
+
+
+def list_view(library: Library) -> list[dict[str, Any]]:
+    """A row for each run."""
+    return [_list_row(line) for line in library.lines()]
+
+
+def _list_row(line: RunLine) -> dict[str, Any]:
+    run = line.overview
+    return {
+        "key": line.key,
+        "study": run.study,
+        "state": run.state,
+        "reason": run.reason,
+        "done": run.rounds_done,
+        "planned": run.rounds_planned,
+        "progress": progress(line),
+        "accuracy": percent(run.federated_accuracy),
+        "sites": run.sites or NOTHING,
+        "started": moment(run.started),
+        "took": duration(run.seconds),
+    }
+
+
+def progress(line: RunLine) -> float:
+    """The share of the rounds that is done."""
+    run = line.overview
+    return min(1.0, run.rounds_done / run.rounds_planned) if run.rounds_planned else 0.0
+
+
+def run_view(folder: FollowedRun, line: RunLine) -> Sections:
+    """Everything on a run's page."""
+    content = gather(folder, shift=False)
+    events, rows = folder.events(), folder.rounds()
+    series = charts(folder, content.study)
+    view = {
+        **_list_row(line),
+        "lead": lead(content),
+        "numbers": _numbers(content, rows, events),
+        "methods": tables.methods_grid(content),
+        "versions": tables.versions_grid(content),
+        "confusion": tables.confusion_grid(content),
+        "explanation": tables.explanation_grid(content),
+        "notices": tables.notices_grid(content),
+        "sites_now": sites_now(rows, events),
+        "rounds": tables.rounds_grid(content),
+        "drift_words": drift_words(content.study, bool(series["drift"])),
+        "privacy_words": privacy_words(content),
+        "events": [tuple(event_row(event).values()) for event in reversed(events[-MOST_EVENTS:])],
+        "events_left": max(0, len(events) - MOST_EVENTS),
+        "study_facts": study_facts(content),
+        "explanation_by_site": [],
+        "study_yaml": content.study_yaml,
+        "has_report": folder.report_path.is_file(),
+    }
+    return Sections(view=view, charts=series)
+
+
+def _numbers(content: Content, rows: list[Row], events: list[Row]) -> list[Fact]:
+    run = content.overview
+    facts = [Fact(what="accuracy, all sites", value=percent(run.federated_accuracy))]
+    if run.federated_accuracy is not None and content.zero_shot is not None:
+        gain = points(run.federated_accuracy - content.zero_shot)
+        facts.append(Fact(what="points against zero-shot", value=gain))
+    last = next((line for line in reversed(content.lines) if line.bytes_up), None)
+    if last is not None:
+        now = f"{amount(last.bytes_up)} up, {amount(last.bytes_down)} down"
+        total = f"{amount(content.bytes_up)} up, {amount(content.bytes_down)} down"
+        facts += [Fact(what=f"round {last.round}", value=now), Fact(what="all rounds", value=total)]
+    if share := full_share(content, rows, events):
+        facts.append(Fact(what="of full fine-tuning's bytes", value=share))
+    return facts
+
+
+def full_share(content: Content, rows: list[Row], events: list[Row]) -> str:
+    """The bytes of this run as a share of sending all weights as float32 as often; empty if not known."""
+    ready = next((e for e in reversed(events) if e["kind"] == "model_ready"), {})
+    if not isinstance(ready.get("parameters"), int) or not content.bytes_up:
+        return ""
+    sent = sum(row["bytes_up"] > 0 for row in rows) + sum(row["bytes_down"] > 0 for row in rows)
+    share = (content.bytes_up + content.bytes_down) / (sent * FLOAT_BYTES * ready["parameters"])
+    return f"{100 * share:.2g}%"
+
+
+def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
+    """A row for each site: what came of it last, when it was heard of, and the newest figures it told."""
+    told: dict[str, Row] = {}
+    missed: dict[str, int] = {}
+    for row in rows:
+        known = {name: value for name, value in row.items() if value is not None}
+        told[row["site"]] = told.get(row["site"], {}) | known
+        missed[row["site"]] = missed.get(row["site"], 0) + (row["status"] not in ("accepted", "pooled"))
+    heard, versions, refused = _contacts(events)
+    found = []
+    for site in dict.fromkeys((*told, *heard, *refused)):
+        if site == POOLED:
+            continue
+        row = told.get(site, {})
+        newest = f"{row['status']} in round {row['round']}" if row else "takes no part" if site in refused else NOTHING
+        cells = [newest, str(missed.get(site, 0)), moment(heard.get(site)), versions.get(site, NOTHING)]
+        cells += [percent(row.get("accuracy")), decimal(row.get("loss"))]
+        cells += [decimal(row.get("change_norm")), decimal(row.get("change_cosine"))]
+        found.append(tables.Row(name=site, cells=cells))
+    heads = ["Site", "Newest", "Lost", "Last contact", "Version", "Accuracy", "Loss", "Change", "Cosine"]
+    return tables.Grid(heads=heads, rows=found, texts=frozenset({0, 1, 3, 4}))
+
+
+HEARD = ("site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted", "site_refused")
+"""The kinds of events that came of a message from the site that they name."""
+
+
+def _contacts(events: list[Row]) -> tuple[dict[str, float], dict[str, str], set[str]]:
+    """When each site was heard of, which version it told, and which were refused and did not come back."""
+    heard: dict[str, float] = {}
+    versions: dict[str, str] = {}
+    refused: set[str] = set()
+    for event in events:
+        site = event.get("site")
+        if not isinstance(site, str) or event["kind"] not in HEARD:
+            continue
+        heard[site] = event["time"]
+        if event["kind"] == "site_refused":
+            refused.add(site)
+        elif event["kind"] == "site_ready":
+            refused.discard(site)
+            versions[site] = str(event.get("version") or NOTHING)
+    return heard, versions, refused
+
+
+def drift_words(study: dict[str, Any], told: bool) -> str:
+    """Why there is no drift to see; empty where there is."""
+    federation, privacy = study.get("federation") or {}, study.get("privacy") or {}
+    if federation.get("masking"):
+        return "The sites mask what they send, so the server sees their sum alone: no site's change, no drift."
+    if privacy.get("level") == "site":
+        return "This study hides whole sites: how far a single site moved is not kept."
+    return "" if told else "No site's change has been recorded."
+
+
+def privacy_words(content: Content) -> str:
+    """What has been spent of the privacy budget, in a sentence; empty without one."""
+    asked = content.study.get("privacy") or {}
+    if asked.get("level", "none") == "none":
+        return ""
+    spent = NOTHING if content.epsilon is None else f"{content.epsilon:.2f}"
+    return (
+        f"Hides each {asked['level']}. Epsilon {spent} of {asked['epsilon']:g} is spent, at delta {asked['delta']:g}."
+    )
+
+
+def event_row(event: Row) -> dict[str, str]:
+    """An event in words."""
+    hidden = ("time", "kind", "sha256", "metrics")
+    told = {key: value for key, value in event.items() if key not in hidden}
+    words = ", ".join(f"{key} {_short(value)}" for key, value in told.items() if value not in ("", None))
+    time = event.get("time")
+    return {"time": time if isinstance(time, str) else moment(time), "kind": event["kind"].replace("_", " "), "words": words}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:6])) + (f" and {len(value) - 6} more" if len(value) > 6 else "")
+    return str(value)
+
+
+def compare_view(first: FollowedRun, second: FollowedRun) -> Sections:
+    """Two runs beside each other: what their studies set differently, and what came of each."""
+    contents = [gather(folder, shift=False) for folder in (first, second)]
+    return Sections(
+        view={
+            "names": [content.overview.study for content in contents],
+            "settings": _settings(*(content.study for content in contents)),
+            "results": _results(contents),
+            "sites": _by_site(contents),
+            "written": moment(time.time()),
+        },
+        charts={"runs": comparison((first, second))},
+    )
+
+
+def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
+    one, two = flat(first), flat(second)
+    names = dict.fromkeys((*one, *two))
+    return [(n, one.get(n, NOTHING), two.get(n, NOTHING)) for n in names if one.get(n) != two.get(n)]
+
+
+def flat(values: dict[str, Any], before: str = "") -> dict[str, str]:
+    """A study's settings by their full names, `federation.rounds` and so on."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{key}.")
+        else:
+            found[before + key] = _short(value) if value is not None else NOTHING
+    return found
+
+
+def _results(contents: list[Content]) -> list[tuple[str, ...]]:
+    rows = [("Rounds done", *(str(c.overview.rounds_done) for c in contents))]
+    rows.append(("Newest accuracy", *(percent(c.overview.federated_accuracy) for c in contents)))
+    for name, words in METHODS.items():
+        values = [c.methods.get(name, {}).get("accuracy") for c in contents]
+        if any(value is not None for value in values):
+            rows.append((words, *(percent(value) for value in values)))
+    rows.append(("From the sites", *(amount(c.bytes_up) for c in contents)))
+    rows.append(("To the sites", *(amount(c.bytes_down) for c in contents)))
+    rows.append(("Time", *(duration(c.overview.seconds) for c in contents)))
+    return rows
+
+
+def _by_site(contents: list[Content]) -> list[tuple[str, str, str, str]]:
+    newest = [{site: told[max(told)] for site, told in c.accuracy.items() if told} for c in contents]
+    found = []
+    for site in dict.fromkeys((*newest[0], *newest[1])):
+        one, two = (told.get(site) for told in newest)
+        both = points(two - one) if one is not None and two is not None else NOTHING
+        found.append((site, percent(one), percent(two), both))
+    return found
