@@ -35,7 +35,10 @@ __all__ = ["METRIC_COLUMNS", "POOLED", "RunFolder", "StoreError"]
 POOLED = "pooled"
 """The site name of the line of `rounds.csv` that is computed over all sites' test images."""
 
-METRIC_COLUMNS = (*METRICS, "loss", "examples", "test_examples", "epsilon")
+METRIC_COLUMNS = (
+    *(*METRICS, "loss", "examples", "test_examples", "epsilon"),
+    *("change_norm", "change_cosine", "shift_norm"),
+)
 """The metric columns that every `rounds.csv` has; a run may add more, to the right of these."""
 
 _FIXED = ("round", "site", "status", "bytes_up", "bytes_down", "reason")

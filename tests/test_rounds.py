@@ -115,6 +115,37 @@ def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
     assert summary["bytes_up_per_site_round"] == rows[1, "bccd"]["bytes_up"] > 4 * LAYOUT.size
 
 
+def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
+    changes: dict[str, np.ndarray] = {}
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        if task.metadata.message_type == "train" and task.content.config_records["fedsigma"]["round"] == 2:
+            changes[NAMES[node - 100]] = decode(reply.content.config_records["fedsigma"]["change"], LAYOUT)
+            if node == 103:  # its shift is long, so its reply does not count
+                return spoilt(task, reply)
+        return reply
+
+    def spoilt(task: Message, reply: Message) -> Message:
+        sent = protocol.from_content(protocol.TrainReply, reply.content)
+        long = encode(np.full(LAYOUT.size, 1e6, np.float32), LAYOUT, level="exact", seed=0)
+        return Message(protocol.to_content(replace(sent, change=long)), reply_to=task)
+
+    study = STUDY.replace("[zero_shot, local_only, pooled]", "[]")
+    folder = run(tmp_path, study, rounds=2, tamper=watch)
+    rows = {(row["round"], row["site"]): row for row in folder.rounds()}
+    counted = NAMES[:3]
+    mean = sum(IMAGES[name] * changes[name] for name in counted) / sum(IMAGES[name] for name in counted)
+    for name in counted:
+        row, change = rows[2, name], changes[name]
+        assert row["change_norm"] == pytest.approx(float(np.linalg.norm(change)), rel=1e-5)
+        cosine = change @ mean / np.linalg.norm(change) / np.linalg.norm(mean)
+        assert row["change_cosine"] == pytest.approx(float(cosine), abs=1e-5)
+    # In round 1 a change begins at zero, so it is the shift.
+    assert rows[1, "bccd"]["shift_norm"] == rows[1, "bccd"]["change_norm"] != rows[2, "bccd"]["shift_norm"]
+    for row in (rows[2, "jiangxi"], rows[2, "pooled"], rows[3, "bccd"]):
+        assert row["change_norm"] is row["change_cosine"] is row["shift_norm"] is None
+
+
 def test_rounds_between_evaluations_have_no_metrics_but_the_final_model_has(tmp_path: Path) -> None:
     folder = run(tmp_path, STUDY.replace("rounds: 3", "rounds: 4, evaluate_every: 2"))
     rows = {row["round"]: row for row in folder.rounds() if row["site"] == "bccd"}
