@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from fedsigma.common.sigma.layout import Entry, Layout
+from fedsigma.server.heat import heats_of, to_towers
 from fedsigma.server.replies import counted
 from fedsigma.server.store import POOLED, RunFolder
 
@@ -109,6 +110,9 @@ def write_synthetic_run(
     for number in range(1, done + 1):
         _write_round(folder, number, sites, curves, rng, troubles=troubles)
     layout = synthetic_layout()
+    for number in range(1, done + 1):
+        grown = synthetic_shift(layout, seed=seed) * np.float32(number / done)
+        folder.heat(number, to_towers(heats_of(grown, layout)))
     if done:
         fingerprint = json.dumps({"weights": "0" * 64, "layout": layout.digest, "sketch": [0.0]})
         folder.save_sigma(

@@ -146,6 +146,15 @@ def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
         assert row["change_norm"] is row["change_cosine"] is row["shift_norm"] is None
 
 
+def test_each_rounds_heat_is_that_of_its_model(tmp_path: Path) -> None:
+    folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"))
+    found = folder.heats()
+    assert [one["round"] for one in found] == [1, 2, 3]
+    last = float(f"{np.abs(shift_of(folder)).mean():.4g}")
+    assert found[-1]["towers"] == {"image": {"layers": [0], "parts": {"q": [last]}}}
+    assert found[0]["towers"] != found[1]["towers"]
+
+
 def test_rounds_between_evaluations_have_no_metrics_but_the_final_model_has(tmp_path: Path) -> None:
     folder = run(tmp_path, STUDY.replace("rounds: 3", "rounds: 4, evaluate_every: 2"))
     rows = {row["round"]: row for row in folder.rounds() if row["site"] == "bccd"}

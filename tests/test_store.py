@@ -173,6 +173,42 @@ def test_rows_cut_anywhere_lose_only_the_cut_row(
     assert [row["site"] for row in after[whole:]] == ["late"]
 
 
+HEATS = st.lists(st.integers(1, 5), min_size=1, max_size=5)
+
+
+@REPEATED
+@given(cut=st.integers(0, 500), rounds=HEATS)
+def test_heats_cut_anywhere_lose_only_the_cut_line_and_of_one_round_the_last_counts(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, rounds: list[int]
+) -> None:
+    folder = RunFolder.create(tmp_path_factory.mktemp("cut") / "run", STUDY)
+    towers = [{"image": {"layers": [0], "parts": {"q": [0.5 + i, None]}}} for i in range(len(rounds))]
+    for number, one in zip(rounds, towers, strict=True):
+        folder.heat(number, one)
+    path = folder.path / "heat.jsonl"
+    content = path.read_bytes()[:cut]
+    path.write_bytes(content)
+    whole = content.count(b"\n") + content.endswith(b"}}}}")
+    expected = dict(zip(rounds[:whole], towers, strict=False))
+
+    resumed = RunFolder.open(folder.path)
+    assert resumed.heats() == [{"round": n, "towers": expected[n]} for n in sorted(expected)]
+    assert path.read_bytes() == content  # reading repairs nothing
+    resumed.heat(9, {})
+    assert [one["round"] for one in RunFolder.open(folder.path).heats()] == [*sorted(expected), 9]
+    assert len(path.read_bytes().splitlines()) == whole + 1
+
+
+def test_a_line_that_is_no_heat_is_left_out(folder: RunFolder) -> None:
+    assert folder.heats() == []
+    folder.heat(1, {"image": {"layers": [0], "parts": {"q": [math.nan, np.float32(0.5)]}}})
+    with (folder.path / "heat.jsonl").open("ab") as file:
+        file.write(b'{"round": true, "towers": {}}\n{"round": 2}\n[3]\n{"rou\xff\n')
+    folder.heat(4, {})
+    first, last = folder.heats()
+    assert first["towers"]["image"]["parts"]["q"] == [None, 0.5] and last["round"] == 4
+
+
 def test_summary_and_sigma_round_trip(folder: RunFolder) -> None:
     assert folder.read_summary() == {}
     folder.summary({"federated": {"accuracy": np.float32(0.5), "metrics": {"auroc": math.inf}}})
