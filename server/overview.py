@@ -26,7 +26,7 @@ class Overview:
 
     path: str
     study: str
-    state: str  # finished, failed, or unfinished: still running, or interrupted
+    state: str  # running, interrupted, finished or failed
     reason: str  # why it failed, else empty
     rounds_done: int
     rounds_planned: int | None
@@ -52,7 +52,7 @@ def study_of(folder: RunFolder) -> dict[str, Any]:
 def overview(folder: RunFolder) -> Overview:
     """Read the files of a run and say how far it has come."""
     study, events, summary = study_of(folder), folder.events(), _summary(folder)
-    state, reason = _state(events)
+    state, reason = _state(folder, events)
     times = [event["time"] for event in events if isinstance(event.get("time"), int | float)]
     federation = study.get("federation")
     planned = federation.get("rounds") if isinstance(federation, dict) else None
@@ -99,14 +99,14 @@ def _summary(folder: RunFolder) -> dict[str, Any]:
         return {}
 
 
-def _state(events: list[dict[str, Any]]) -> tuple[str, str]:
+def _state(folder: RunFolder, events: list[dict[str, Any]]) -> tuple[str, str]:
     """The state since the last start: a run may fail, be resumed, and finish."""
     for event in reversed(events):
         if event["kind"] == "run_start":
             break
         if event["kind"] == "run_end":
             return ("finished", "") if event.get("ok") else ("failed", str(event.get("reason") or ""))
-    return "unfinished", ""
+    return "running" if folder.held else "interrupted", ""
 
 
 def _accuracy(summary: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:

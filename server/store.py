@@ -14,12 +14,14 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsigma.common.files import write_atomic
 from fedsigma.common.names import METRICS
+from fedsigma.server import holding
 from fedsigma.server.lines import append_line, cell, csv_line, is_object, read_lines, read_table, repair
 
 if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
@@ -122,6 +124,28 @@ class RunFolder:
         """Whether a round has produced a sigma shift yet."""
         return (self.path / "sigma.safetensors").is_file()
 
+    # run.lock
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the one process that writes this folder, until the end of the block or of the process.
+
+        Raises:
+            StoreError: another process does.
+        """
+        try:
+            with holding.hold(self.path / "run.lock"):
+                yield
+        except holding.HeldElsewhere:
+            raise StoreError(
+                f"{self.path} is written by a run that still goes on: wait for its end, or stop it first"
+            ) from None
+
+    @property
+    def held(self) -> bool:
+        """Whether a living process writes this folder, as far as its file system can tell (see `holding`)."""
+        return holding.is_held(self.path / "run.lock")
+
     # events.jsonl
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -205,6 +229,20 @@ class RunFolder:
                 latest[row["round"], row["site"]] = row
         return sorted(latest.values(), key=lambda row: row["round"])
 
+    # heat.jsonl
+
+    def heat(self, round: int, towers: Mapping[str, Any]) -> None:
+        """Append where the shift that a round made is large: `heat.to_towers` of it."""
+        text = json.dumps(_plain({"round": int(round), "towers": towers}), allow_nan=False)
+        with self._lock:
+            self._append(self.path / "heat.jsonl", text, keep_tail=_is_heat)
+
+    def heats(self) -> list[Row]:
+        """The lines of `heat.jsonl`, `round` and `towers`, by round; of one round the one written last."""
+        lines = [text for text, _ in read_lines(self.path / "heat.jsonl") if _is_heat(text)]
+        latest = {found["round"]: found for found in map(json.loads, lines)}
+        return [latest[number] for number in sorted(latest)]
+
     # summary.json
 
     def summary(self, summary: Mapping[str, Any]) -> None:
@@ -229,20 +267,6 @@ class RunFolder:
         return found
 
     # sigma.safetensors
-
-    # heat.jsonl
-
-    def heat(self, round: int, towers: Mapping[str, Any]) -> None:
-        """Append where the shift that a round made is large: `heat.to_towers` of it."""
-        text = json.dumps(_plain({"round": int(round), "towers": towers}), allow_nan=False)
-        with self._lock:
-            self._append(self.path / "heat.jsonl", text, keep_tail=_is_heat)
-
-    def heats(self) -> list[Row]:
-        """The lines of `heat.jsonl`, `round` and `towers`, by round; of one round the one written last."""
-        lines = [text for text, _ in read_lines(self.path / "heat.jsonl") if _is_heat(text)]
-        latest = {found["round"]: found for found in map(json.loads, lines)}
-        return [latest[number] for number in sorted(latest)]
 
     def save_sigma(
         self,

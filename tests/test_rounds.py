@@ -19,10 +19,12 @@ from fedsigma.common.chain import Chain, ChainBroken
 from fedsigma.common.codec import decode, encode
 from fedsigma.common.reading import ConfigError
 from fedsigma.common.sigma import Layout
+from fedsigma.server import holding
 from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
+from fedsigma.server.overview import overview
 from fedsigma.server.roster import TooFewSites, WrongSiteCount
-from fedsigma.server.store import RunFolder
+from fedsigma.server.store import RunFolder, StoreError
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 
@@ -153,6 +155,24 @@ def test_each_rounds_heat_is_that_of_its_model(tmp_path: Path) -> None:
     last = float(f"{np.abs(shift_of(folder)).mean():.4g}")
     assert found[-1]["towers"] == {"image": {"layers": [0], "parts": {"q": [last]}}}
     assert found[0]["towers"] != found[1]["towers"]
+
+
+def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "PATIENCE_S", 0.1)
+    states = []
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        states.append(overview(out(tmp_path)).state)
+        return reply
+
+    folder = run(tmp_path, tamper=watch)
+    assert set(states) == {"running"} and overview(folder).state == "finished"
+    lines = len(folder.events())
+    with folder.hold(), pytest.raises(StoreError, match="is written by a run that still goes on"):
+        run(tmp_path, resume=True)
+    assert len(folder.events()) == lines
 
 
 def test_rounds_between_evaluations_have_no_metrics_but_the_final_model_has(tmp_path: Path) -> None:
