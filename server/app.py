@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 
 from fedsigma.common import sites
 from fedsigma.common.config import ConfigError, StudyConfig, load_study
@@ -45,16 +46,24 @@ class NoModel(RuntimeError):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the study that the run configuration names; raises, so that Flower calls the run failed."""
-    started = time.monotonic()
     config = context.run_config
     study = _study(config)
     check_budget(study)
     averaging = make_averaging(study)
     folder, resumed = _folder(config, study)
-    print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
-    if witness := Witness.of_this_process(study=study.name, run=str(context.run_id)):
+    with folder.hold():
+        print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
+        _run(grid, folder, study, averaging, run=str(context.run_id), resumed=resumed)
+
+
+def _run(
+    grid: Grid, folder: RunFolder, study: StudyConfig, averaging: FedAvg, *, run: str, resumed: bool
+) -> None:
+    """Run a study in its folder, and have the folder say how it ended."""
+    started = time.monotonic()
+    if witness := Witness.of_this_process(study=study.name, run=run):
         folder.listen(witness)
-    folder.event("run_start", study=study.name, run=str(context.run_id), resume=resumed)
+    folder.event("run_start", study=study.name, run=run, resume=resumed)
     try:
         _check_pictures(folder, study)
         learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)

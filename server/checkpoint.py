@@ -17,6 +17,7 @@ from fedsigma.common.artefact import ArtefactError, SavedSigma, load_shift
 from fedsigma.common.config import ConfigError, StudyConfig
 from fedsigma.common.files import write_atomic
 from fedsigma.server.averaging import StateError, restore_state, save_state
+from fedsigma.server.heat import heats_of, to_towers
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Split
@@ -39,7 +40,7 @@ def keep(
     fingerprint: Fingerprint,
     round: int,
 ) -> None:
-    """Keep the model that a round made and the averaging's state; those of the round before stay beside them.
+    """Keep what a round made, model, heat and the averaging's state; the round before's stay beside them.
 
     Shapes: shift (size of the shared values,).
 
@@ -52,9 +53,12 @@ def keep(
         # A damaged file is not copied over a good one.
         write_atomic(folder.path / PREVIOUS, (folder.path / LAST).read_bytes())
     save_state(averaging, _state_path(folder, round))
+    # Whole, with zeros where values are personal: the pretrained ones, and a file like any other.
+    whole = split.scatter(shift)
+    # Before the model: a run killed between the two goes on with the round before, and writes both again.
+    folder.heat(round, to_towers(heats_of(whole, split.full)))
     folder.save_sigma(
-        # Whole, with zeros where values are personal: the pretrained ones, and a file like any other.
-        split.scatter(shift),
+        whole,
         layout_json=split.full.to_json(),
         fingerprint_json=fingerprint.to_json(),
         study_yaml=study.to_yaml(),

@@ -22,7 +22,7 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Look at the runs of a server.")
 
-_STATES = {"finished": "green", "failed": "red", "unfinished": "yellow"}
+_STATES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow"}
 
 
 @app.command()
@@ -35,7 +35,7 @@ def runs(
 ) -> None:
     """List the runs in a directory, the newest last.
 
-    A run is finished, failed, or unfinished: still running, or interrupted and ready for resume=true.
+    A run is running, finished, failed, or interrupted: it can be gone on with by resume=true.
     """
     directory = directory or runs_folder()
     found = [overview(RunFolder.open(path)) for path in find_runs(directory)]
@@ -88,6 +88,9 @@ def study_run(
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     number = seed if seed >= 0 else config.seed
     folder = (out or runs_folder() / f"{config.name}-{stamp}-s{number}").expanduser().resolve()
+    if resume:
+        with RunFolder.open(folder).hold():  # it is free: said now, not after Flower has started
+            pass
     try:
         code = run_simulation(
             study, out=folder, rounds=rounds, seed=seed, resume=resume, cpus_per_site=cpus_per_site

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -10,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsigma.server.store import Row, RunFolder, csv_cells, latest_rows, parse_row
+from fedsigma.server.lines import as_object, csv_cells
+from fedsigma.server.store import Row, RunFolder, latest_rows, parse_row
 
 __all__ = ["FollowedRun"]
 
@@ -91,21 +91,14 @@ class FollowedRun(RunFolder):
 
 
 def _event(known: _Followed, line: str) -> Row | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        found = None
-    if isinstance(found, dict) and isinstance(found.get("kind"), str):
-        return found
-    return {"time": None, "kind": "unreadable_line", "line": known.lines} if line.strip() else None
+    found = as_object(line, kind=str)
+    if found is None and line.strip():
+        return {"time": None, "kind": "unreadable_line", "line": known.lines}
+    return found
 
 
 def _heat(known: _Followed, line: str) -> Row | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "round" in found and "towers" in found else None
+    return as_object(line, round=int, towers=dict)
 
 
 def _row(known: _Followed, line: str) -> Row | None:

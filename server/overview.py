@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import yaml
 
 from fedsigma.common.files import runs_folder
-from fedsigma.server.ends import CHUNK, first_line, last_lines
-from fedsigma.server.store import POOLED, Row, RunFolder, StoreError, csv_cells, latest_rows, parse_row
+from fedsigma.server.lines import CHUNK, as_object, csv_cells, first_line, last_lines
+from fedsigma.server.store import POOLED, Row, RunFolder, StoreError, latest_rows, parse_row
 
 __all__ = ["Overview", "find_runs", "overview", "runs_folder", "study_of"]
 
@@ -28,7 +27,7 @@ class Overview:
 
     path: str
     study: str
-    state: str  # finished, failed, or unfinished: still running, or interrupted
+    state: str  # running, interrupted, finished or failed
     reason: str  # why it failed, else empty
     rounds_done: int
     rounds_planned: int | None
@@ -59,7 +58,7 @@ def overview(folder: RunFolder) -> Overview:
     """
     study, summary = study_of(folder), _summary(folder)
     events, rows = _newest_events(folder), _newest_rows(folder)
-    state, reason = _state(events)
+    state, reason = _state(folder, events)
     first = _event(first_line(folder.path / "events.jsonl"))
     times = [e["time"] for e in (first, *events[-1:]) if e and isinstance(e.get("time"), int | float)]
     federation = study.get("federation")
@@ -113,11 +112,7 @@ def _ever_more(path: Path) -> Iterator[list[str]]:
 
 
 def _event(line: str) -> Row | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("kind"), str) else None
+    return as_object(line, kind=str)
 
 
 def find_runs(directory: Path) -> list[Path]:
@@ -148,14 +143,14 @@ def _summary(folder: RunFolder) -> dict[str, Any]:
         return {}
 
 
-def _state(events: list[dict[str, Any]]) -> tuple[str, str]:
+def _state(folder: RunFolder, events: list[dict[str, Any]]) -> tuple[str, str]:
     """The state since the last start: a run may fail, be resumed, and finish."""
     for event in reversed(events):
         if event["kind"] == "run_start":
             break
         if event["kind"] == "run_end":
             return ("finished", "") if event.get("ok") else ("failed", str(event.get("reason") or ""))
-    return "unfinished", ""
+    return "running" if folder.held else "interrupted", ""
 
 
 def _accuracy(summary: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:

@@ -1,28 +1,28 @@
 """The folder of one run: what was asked, what happened, what came of it.
 
-A run may be killed at any moment, so nothing here leaves a half-written file behind. `events.jsonl` and
-`rounds.csv` grow by whole lines; a line that a crash cut short is ignored by readers and removed by the
-next writer. Everything else is replaced in one step. The files and their fields are described in
-`docs/run-folder.md`.
+A run may be killed at any moment, so nothing here leaves a half-written file behind. `events.jsonl`,
+`rounds.csv` and `heat.jsonl` grow by whole lines; a line that a crash cut short is ignored by readers and
+removed by the next writer. Everything else is replaced in one step. The files and their fields are described
+in `docs/run-folder.md`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-import os
 import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsigma.common.files import write_atomic
 from fedsigma.common.names import METRICS
+from fedsigma.server import holding
+from fedsigma.server.lines import append_line, as_object, cell, csv_line, read_lines, read_table, repair
 
 if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
     import numpy as np
@@ -36,7 +36,6 @@ __all__ = [
     "Row",
     "RunFolder",
     "StoreError",
-    "csv_cells",
     "latest_rows",
     "parse_row",
 ]
@@ -44,14 +43,16 @@ __all__ = [
 POOLED = "pooled"
 """The site name of the line of `rounds.csv` that is computed over all sites' test images."""
 
-METRIC_COLUMNS = (*METRICS, "loss", "examples", "test_examples", "epsilon")
+METRIC_COLUMNS = (
+    *(*METRICS, "loss", "examples", "test_examples", "epsilon"),
+    *("change_norm", "change_cosine", "shift_norm"),
+)
 """The metric columns that every `rounds.csv` has; a run may add more, to the right of these."""
 
 _FIXED = ("round", "site", "status", "bytes_up", "bytes_down", "reason")
 _WHOLE = {"round", "bytes_up", "bytes_down", "examples", "test_examples"}
 _TEXT = {"site", "status", "reason"}
 _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 Row = dict[str, Any]
 
@@ -131,6 +132,28 @@ class RunFolder:
         """Whether a round has produced a sigma shift yet."""
         return (self.path / "sigma.safetensors").is_file()
 
+    # run.lock
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the one process that writes this folder, until the end of the block or of the process.
+
+        Raises:
+            StoreError: another process does.
+        """
+        try:
+            with holding.hold(self.path / "run.lock"):
+                yield
+        except holding.HeldElsewhere:
+            raise StoreError(
+                f"{self.path} is written by a run that still goes on: wait for its end, or stop it first"
+            ) from None
+
+    @property
+    def held(self) -> bool:
+        """Whether a living process writes this folder, as far as its file system can tell (see `holding`)."""
+        return holding.is_held(self.path / "run.lock")
+
     # events.jsonl
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -159,7 +182,7 @@ class RunFolder:
         A last line cut short by a crash is left out. A damaged line elsewhere appears as an event of kind
         `unreadable_line` with its line number, so that it can be noticed.
         """
-        lines = _lines(self.path / "events.jsonl")
+        lines = read_lines(self.path / "events.jsonl")
         found: list[Row] = []
         for number, (text, whole) in enumerate(lines, start=1):
             if _is_event(text):
@@ -197,7 +220,7 @@ class RunFolder:
         row |= {"bytes_up": int(bytes_up), "bytes_down": int(bytes_down), **metrics}
         with self._lock:
             columns = self._columns_for(row)
-            text = _csv_line([_cell(row.get(name)) for name in columns])
+            text = csv_line([cell(row.get(name)) for name in columns])
             self._append(self.path / "rounds.csv", text)
 
     def rounds(self) -> list[Row]:
@@ -206,8 +229,22 @@ class RunFolder:
         Every row has the keys `round`, `site`, `status`, `bytes_up`, `bytes_down`, `reason` and every
         metric of the file, None where the site sent none.
         """
-        header, rows = _read_table(self.path / "rounds.csv")
+        header, rows = read_table(self.path / "rounds.csv")
         return latest_rows(parse_row(header, cells) for cells in rows)
+
+    # heat.jsonl
+
+    def heat(self, round: int, towers: Mapping[str, Any]) -> None:
+        """Append where the shift that a round made is large: `heat.to_towers` of it."""
+        text = json.dumps(_plain({"round": int(round), "towers": towers}), allow_nan=False)
+        with self._lock:
+            self._append(self.path / "heat.jsonl", text, keep_tail=_is_heat)
+
+    def heats(self) -> list[Row]:
+        """The lines of `heat.jsonl`, `round` and `towers`, by round; of one round the one written last."""
+        lines = [text for text, _ in read_lines(self.path / "heat.jsonl") if _is_heat(text)]
+        latest = {found["round"]: found for found in map(json.loads, lines)}
+        return [latest[number] for number in sorted(latest)]
 
     # summary.json
 
@@ -278,44 +315,28 @@ class RunFolder:
     def _replace(self, name: str, text: str) -> None:
         write_atomic(self.path / name, text.encode("utf-8"))
 
-    def _append(self, path: Path, text: str, *, keep_tail: Any = None) -> None:
+    def _append(self, path: Path, text: str, *, keep_tail: Callable[[str], bool] | None = None) -> None:
         self._repair(path, keep_tail)
-        # One write of one whole line: a killed process leaves either the line or a beginning of it.
-        with path.open("ab", buffering=0) as file:
-            file.write(text.encode("utf-8", "replace") + b"\n")
+        append_line(path, text)
 
-    def _repair(self, path: Path, keep_tail: Any) -> None:
-        """Before the first append: end the last line if it is whole but for its newline, else remove it."""
-        if path in self._repaired:
-            return
-        self._repaired.add(path)
-        if not path.is_file():
-            return
-        content = path.read_bytes()
-        if not content or content.endswith(b"\n"):
-            return
-        start = content.rfind(b"\n") + 1
-        tail = content[start:].decode("utf-8", "replace")
-        with path.open("r+b") as file:
-            if keep_tail is not None and keep_tail(tail):
-                file.seek(0, os.SEEK_END)
-                file.write(b"\n")
-            else:
-                file.truncate(start)
+    def _repair(self, path: Path, keep_tail: Callable[[str], bool] | None) -> None:
+        if path not in self._repaired:
+            self._repaired.add(path)
+            repair(path, keep_tail)
 
     def _columns_for(self, row: Row) -> list[str]:
         """The header of rounds.csv, after making sure that it has a column for everything in this row."""
         path = self.path / "rounds.csv"
         self._repair(path, None)
         if self._columns is None or not path.is_file():
-            self._columns = _read_table(path)[0] or None
+            self._columns = read_table(path)[0] or None
         columns = self._columns or [*_FIXED[:-1], *METRIC_COLUMNS, _FIXED[-1]]
         wanted = [*columns, *(name for name in row if name not in columns)]
         if wanted != self._columns:
             # A metric not seen before: the whole table is written again with one more column.
-            old = _read_table(path)[1]
+            old = read_table(path)[1]
             lines = [wanted, *([*cells, *[""] * (len(wanted) - len(cells))] for cells in old)]
-            self._replace("rounds.csv", "".join(_csv_line(cells) + "\n" for cells in lines))
+            self._replace("rounds.csv", "".join(csv_line(cells) + "\n" for cells in lines))
             self._columns = wanted
         return wanted
 
@@ -338,30 +359,11 @@ def _plain(value: Any) -> Any:
 
 
 def _is_event(text: str) -> bool:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return False
-    return isinstance(found, dict) and isinstance(found.get("kind"), str)
+    return as_object(text, kind=str) is not None
 
 
-def _lines(path: Path) -> list[tuple[str, bool]]:
-    """Each line with whether its newline was written."""
-    if not path.is_file():
-        return []
-    *whole, tail = path.read_bytes().decode("utf-8", "replace").split("\n")
-    lines = [(line.removesuffix("\r"), True) for line in whole]
-    return [*lines, (tail, False)] if tail else lines
-
-
-def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table, without a last line that a crash cut short.
-
-    Unlike an event, a cut row cannot be told from a whole one (12 may have been 128), so it never counts.
-    """
-    lines = [text for text, whole in _lines(path) if whole and text.strip()]
-    cells = [csv_cells(text) for text in lines]
-    return (cells[0], cells[1:]) if cells else ([], [])
+def _is_heat(text: str) -> bool:
+    return as_object(text, round=int, towers=dict) is not None
 
 
 def latest_rows(rows: Iterable[Row | None]) -> list[Row]:
@@ -388,28 +390,3 @@ def parse_row(header: list[str], cells: list[str]) -> Row | None:
         row[name] = int(number) if name in _WHOLE and number is not None else number
     complete = all(row.get(name) is not None for name in _FIXED)
     return row if complete else None
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return _CONTROL.sub(" ", value)  # one row stays one line
-    number = float(value)
-    if not math.isfinite(number):
-        return ""
-    return str(int(number)) if number.is_integer() else repr(number)
-
-
-def csv_cells(line: str) -> list[str]:
-    """The cells of one line; none if it is damaged."""
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:  # a field longer than any that is written here: a damaged line
-        return []
-
-
-def _csv_line(cells: list[str]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(cells)
-    return buffer.getvalue()

@@ -30,6 +30,7 @@ from fedsigma.common.protocol import MaskedReply, Setup, TrainTask
 from fedsigma.server import checkpoint, masked
 from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal
 from fedsigma.server.budget import spent_of_sites
+from fedsigma.server.drift import drift
 from fedsigma.server.exchange import Answer, Exchange, attribute
 from fedsigma.server.replies import Accepted, Rejected, accept_training, check_norm, pool, too_long
 from fedsigma.server.roster import BUDGET_SPENT, Roster
@@ -170,8 +171,9 @@ class SigmaStrategy(Strategy):
         for node, reason in too_long(accepted, self.study.federation.norm_factor).items():
             verdicts[node] = Rejected(reason)
             del accepted[node]
+        drifts = self._drifts(accepted)
         for node, verdict in verdicts.items():
-            self._record(number, self._cohort[node], answers[node], verdict)
+            self._record(number, self._cohort[node], answers[node], verdict, drifts.get(node))
         self._pooled_row(number, accepted)
         messages = [
             self._plain(node, one.shift, weight=one.weight, loss=one.reply.loss)
@@ -181,6 +183,12 @@ class SigmaStrategy(Strategy):
         if enough and self.study.privacy.of_sites:
             messages = [self._hidden_sites(accepted)]
         return messages if enough else [], [self._cohort[node] for node in accepted]
+
+    def _drifts(self, accepted: dict[int, Accepted]) -> dict[int, dict[str, float]]:
+        """How each accepted site drifts; of sites that are to be hidden nothing, for no noise is in it."""
+        if self.study.privacy.of_sites:
+            return {}
+        return dict(zip(accepted, drift(list(accepted.values()), self.model), strict=True))
 
     def _hidden_sites(self, accepted: dict[int, Accepted]) -> Message:
         """One reply in place of all: the noisy mean of their clipped changes, each site counting alike."""
@@ -298,8 +306,15 @@ class SigmaStrategy(Strategy):
         except Rejected as error:
             return error
 
-    def _record(self, number: int, site: str, answer: Answer, verdict: Accepted | Rejected | None) -> None:
-        """Keep what came of one site."""
+    def _record(
+        self,
+        number: int,
+        site: str,
+        answer: Answer,
+        verdict: Accepted | Rejected | None,
+        drifted: dict[str, float] | None = None,
+    ) -> None:
+        """Keep what came of one site; drifted: where its change is seen, how it lies to the others'."""
         metrics: dict[str, float] = {}
         if isinstance(verdict, Accepted):
             status, reason, metrics = "accepted", "", verdict.metrics
@@ -316,6 +331,7 @@ class SigmaStrategy(Strategy):
                 self.roster.retire(answer.node, round=number)
             else:
                 self.folder.event("site_failed", round=number, site=site, reason=reason)
+        metrics = metrics | (drifted or {})
         self.folder.round_row(number, site, metrics, answer.bytes_up, answer.bytes_down, status, reason)
 
     def _pooled_row(self, number: int, accepted: dict[int, Accepted]) -> None:

@@ -111,8 +111,8 @@ def write_synthetic_run(
         _write_round(folder, number, sites, curves, rng, troubles=troubles)
     layout = synthetic_layout()
     for number in range(1, done + 1):
-        shift = synthetic_shift(layout, seed=seed) * (1 - 0.8**number)
-        folder.heat(number, to_towers(heats_of(shift, layout)))
+        grown = synthetic_shift(layout, seed=seed) * np.float32(number / done)
+        folder.heat(number, to_towers(heats_of(grown, layout)))
     if done:
         fingerprint = json.dumps({"weights": "0" * 64, "layout": layout.digest, "sketch": [0.0]})
         folder.save_sigma(

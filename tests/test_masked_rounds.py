@@ -51,7 +51,8 @@ def test_no_single_change_loss_count_or_score_is_told(tmp_path: Path) -> None:
     assert all(set(values) == {"kind", "masked", "steps"} for values in told) and len(told) == 12
     for row in folder.rounds():
         if row["site"] != "pooled" and row["round"] <= 3:
-            known = (row[name] for name in ("accuracy", "f1", "loss", "examples", "test_examples"))
+            names = ("accuracy", "f1", "loss", "examples", "test_examples")
+            known = (row[name] for name in (*names, "change_norm", "change_cosine", "shift_norm"))
             assert row["status"] == "accepted" and not any(known)
     words = [np.frombuffer(values["masked"], "<u4") for values in told[:4]]
     assert all(np.abs(one.view(np.int32)).max() > 2**25 for one in words)

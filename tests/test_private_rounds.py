@@ -50,6 +50,15 @@ def test_every_round_is_entered_at_each_site_and_told(tmp_path: Path) -> None:
     assert "epsilon" in write_report(folder).read_text()
 
 
+@pytest.mark.parametrize(("study", "told"), [(IMAGE, True), (SITE, False)])
+def test_drift_is_told_of_noisy_changes_only(study: str, told: bool, tmp_path: Path) -> None:
+    rows = [row for row in run(tmp_path, study).rounds() if row["status"] == "accepted" and row["round"] <= 3]
+    assert len(rows) == 12
+    for row in rows:
+        assert (row["change_norm"] is not None, row["shift_norm"] is not None) == (told, told)
+        assert told or row["change_cosine"] is None
+
+
 def test_it_is_entered_before_training_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*args: Any, **more: Any) -> None:
         raise MemoryError

@@ -14,6 +14,7 @@ from rich.console import Console
 from synthetic_run import HOSTILE, LONG_CLASSES, write_synthetic_run
 from typer.testing import CliRunner
 
+from fedsigma.server import holding
 from fedsigma.server.cli import app
 from fedsigma.server.report import summary_table, write_report
 from fedsigma.server.report.content import gather
@@ -263,6 +264,20 @@ def test_the_commands_list_runs_and_write_reports(tmp_path: Path) -> None:
         assert isinstance(result.exception, StoreError)
     (tmp_path / "empty").mkdir()
     assert "No runs in" in runner.invoke(app, ["runs", str(tmp_path / "empty")]).stdout
+
+
+def test_a_run_that_goes_on_is_called_running_and_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "PATIENCE_S", 0.1)
+    runner, folder = CliRunner(), write_synthetic_run(tmp_path / "runs" / "one", rounds=4, finished=2)
+    told = Page(write_report(folder).read_text()).text
+    assert "Interrupted" in told and "interrupted" in runner.invoke(app, ["runs", str(tmp_path)]).stdout
+    with folder.hold():
+        assert "running" in runner.invoke(app, ["runs", str(tmp_path)]).stdout
+        assert "Running" in Page(write_report(folder).read_text()).text
+        again = runner.invoke(app, ["study", "run", "demo", "--resume", "--out", str(folder.path)])
+    assert isinstance(again.exception, StoreError) and "still goes on" in str(again.exception)
 
 
 def test_words() -> None:

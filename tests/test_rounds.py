@@ -19,10 +19,12 @@ from fedsigma.common.chain import Chain, ChainBroken
 from fedsigma.common.codec import decode, encode
 from fedsigma.common.reading import ConfigError
 from fedsigma.common.sigma import Layout
+from fedsigma.server import holding
 from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
+from fedsigma.server.overview import overview
 from fedsigma.server.roster import TooFewSites, WrongSiteCount
-from fedsigma.server.store import RunFolder
+from fedsigma.server.store import RunFolder, StoreError
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 
@@ -113,6 +115,64 @@ def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
         assert rows[1, name]["examples"] == IMAGES[name]
     assert rows[4, "pooled"]["accuracy"] == summary["federated"]["accuracy"]
     assert summary["bytes_up_per_site_round"] == rows[1, "bccd"]["bytes_up"] > 4 * LAYOUT.size
+
+
+def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
+    changes: dict[str, np.ndarray] = {}
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        if task.metadata.message_type == "train" and task.content.config_records["fedsigma"]["round"] == 2:
+            changes[NAMES[node - 100]] = decode(reply.content.config_records["fedsigma"]["change"], LAYOUT)
+            if node == 103:  # its shift is long, so its reply does not count
+                return spoilt(task, reply)
+        return reply
+
+    def spoilt(task: Message, reply: Message) -> Message:
+        sent = protocol.from_content(protocol.TrainReply, reply.content)
+        long = encode(np.full(LAYOUT.size, 1e6, np.float32), LAYOUT, level="exact", seed=0)
+        return Message(protocol.to_content(replace(sent, change=long)), reply_to=task)
+
+    study = STUDY.replace("[zero_shot, local_only, pooled]", "[]")
+    folder = run(tmp_path, study, rounds=2, tamper=watch)
+    rows = {(row["round"], row["site"]): row for row in folder.rounds()}
+    counted = NAMES[:3]
+    mean = sum(IMAGES[name] * changes[name] for name in counted) / sum(IMAGES[name] for name in counted)
+    for name in counted:
+        row, change = rows[2, name], changes[name]
+        assert row["change_norm"] == pytest.approx(float(np.linalg.norm(change)), rel=1e-5)
+        cosine = change @ mean / np.linalg.norm(change) / np.linalg.norm(mean)
+        assert row["change_cosine"] == pytest.approx(float(cosine), abs=1e-5)
+    # In round 1 a change begins at zero, so it is the shift.
+    assert rows[1, "bccd"]["shift_norm"] == rows[1, "bccd"]["change_norm"] != rows[2, "bccd"]["shift_norm"]
+    for row in (rows[2, "jiangxi"], rows[2, "pooled"], rows[3, "bccd"]):
+        assert row["change_norm"] is row["change_cosine"] is row["shift_norm"] is None
+
+
+def test_each_rounds_heat_is_that_of_its_model(tmp_path: Path) -> None:
+    folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"))
+    found = folder.heats()
+    assert [one["round"] for one in found] == [1, 2, 3]
+    last = float(f"{np.abs(shift_of(folder)).mean():.4g}")
+    assert found[-1]["towers"] == {"image": {"layers": [0], "parts": {"q": [last]}}}
+    assert found[0]["towers"] != found[1]["towers"]
+
+
+def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "PATIENCE_S", 0.1)
+    states = []
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        states.append(overview(out(tmp_path)).state)
+        return reply
+
+    folder = run(tmp_path, tamper=watch)
+    assert set(states) == {"running"} and overview(folder).state == "finished"
+    lines = len(folder.events())
+    with folder.hold(), pytest.raises(StoreError, match="is written by a run that still goes on"):
+        run(tmp_path, resume=True)
+    assert len(folder.events()) == lines
 
 
 def test_rounds_between_evaluations_have_no_metrics_but_the_final_model_has(tmp_path: Path) -> None:

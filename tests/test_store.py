@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ from hypothesis import strategies as st
 from synthetic_run import synthetic_layout, synthetic_shift, write_synthetic_run
 
 from fedsigma.common.artefact import ArtefactError
+from fedsigma.server import holding
 from fedsigma.server.overview import find_runs, overview
 from fedsigma.server.store import METRIC_COLUMNS, POOLED, RunFolder, StoreError
 
@@ -173,6 +179,101 @@ def test_rows_cut_anywhere_lose_only_the_cut_row(
     assert [row["site"] for row in after[whole:]] == ["late"]
 
 
+HEATS = st.lists(st.integers(1, 5), min_size=1, max_size=5)
+
+
+@REPEATED
+@given(cut=st.integers(0, 500), rounds=HEATS)
+def test_heats_cut_anywhere_lose_only_the_cut_line_and_of_one_round_the_last_counts(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, rounds: list[int]
+) -> None:
+    folder = RunFolder.create(tmp_path_factory.mktemp("cut") / "run", STUDY)
+    towers = [{"image": {"layers": [0], "parts": {"q": [0.5 + i, None]}}} for i in range(len(rounds))]
+    for number, one in zip(rounds, towers, strict=True):
+        folder.heat(number, one)
+    path = folder.path / "heat.jsonl"
+    content = path.read_bytes()[:cut]
+    path.write_bytes(content)
+    whole = content.count(b"\n") + content.endswith(b"}}}}")
+    expected = dict(zip(rounds[:whole], towers, strict=False))
+
+    resumed = RunFolder.open(folder.path)
+    assert resumed.heats() == [{"round": n, "towers": expected[n]} for n in sorted(expected)]
+    assert path.read_bytes() == content  # reading repairs nothing
+    resumed.heat(9, {})
+    assert [one["round"] for one in RunFolder.open(folder.path).heats()] == [*sorted(expected), 9]
+    assert len(path.read_bytes().splitlines()) == whole + 1
+
+
+def test_a_line_that_is_no_heat_is_left_out(folder: RunFolder) -> None:
+    assert folder.heats() == []
+    folder.heat(1, {"image": {"layers": [0], "parts": {"q": [math.nan, np.float32(0.5)]}}})
+    with (folder.path / "heat.jsonl").open("ab") as file:
+        file.write(b'{"round": true, "towers": {}}\n{"round": 2}\n[3]\n{"rou\xff\n')
+    folder.heat(4, {})
+    first, last = folder.heats()
+    assert first["towers"]["image"]["parts"]["q"] == [None, 0.5] and last["round"] == 4
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from fedsigma.server.store import RunFolder
+with RunFolder.open(Path(sys.argv[1])).hold():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_it_dies(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "PATIENCE_S", 0.1)
+    folder.event("run_start")
+    assert not folder.held and not (folder.path / "run.lock").exists()  # asking changes nothing
+    command = [sys.executable, "-c", HOLDER, str(folder.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+            assert folder.held and overview(folder).state == "running"
+            refused = pytest.raises(StoreError, match=rf"{re.escape(str(folder.path))} is written by a run")
+            with refused, folder.hold():
+                pytest.fail("a second writer got in")
+            assert folder.held
+        finally:
+            holder.kill()
+    assert not folder.held and overview(folder).state == "interrupted"
+    with folder.hold():
+        assert folder.held
+    assert not folder.held
+
+
+def test_a_reader_does_not_keep_a_writer_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with folder.hold():
+        pass
+    with (folder.path / "run.lock").open("rb") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        # The writer finds the lock taken, and the reader lets go before it looks again.
+        monkeypatch.setattr(holding.time, "sleep", lambda seconds: fcntl.flock(reader, fcntl.LOCK_UN))
+        with folder.hold():
+            assert folder.held
+
+
+def test_without_locks_a_run_goes_on_and_is_thought_alive(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(holding.fcntl, "flock", none)
+    assert not folder.held  # no run ever began here
+    with folder.hold():
+        folder.event("run_start")
+    assert overview(folder).state == "running"
+    folder.event("run_end", ok=True, reason="")
+    assert overview(folder).state == "finished"
+
+
 def test_summary_and_sigma_round_trip(folder: RunFolder) -> None:
     assert folder.read_summary() == {}
     folder.summary({"federated": {"accuracy": np.float32(0.5), "metrics": {"auroc": math.inf}}})
@@ -195,7 +296,7 @@ def test_summary_and_sigma_round_trip(folder: RunFolder) -> None:
 
 
 def test_overview_follows_a_run_through_failure_and_resume(folder: RunFolder) -> None:
-    assert overview(folder).state == "unfinished"
+    assert overview(folder).state == "interrupted"
     folder.event("run_start")
     folder.round_row(1, POOLED, {"accuracy": 0.25}, 0, 0, "pooled")
     folder.event("round_end", round=1, sites=["a"], seconds=1.0)
@@ -204,7 +305,9 @@ def test_overview_follows_a_run_through_failure_and_resume(folder: RunFolder) ->
     assert (run.state, run.reason, run.rounds_done, run.rounds_planned) == ("failed", "no site left", 1, 3)
     assert run.federated_accuracy == 0.25
     folder.event("run_start")
-    assert overview(folder).state == "unfinished"
+    with folder.hold():
+        assert overview(folder).state == "running"
+    assert overview(folder).state == "interrupted"
     folder.event("round_end", round=1, sites=["a"], seconds=1.0)
     folder.event("run_end", ok=True, reason="")
     assert (overview(folder).state, overview(folder).rounds_done) == ("finished", 1)

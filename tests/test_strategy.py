@@ -18,8 +18,9 @@ from fedsigma.common.config import STRATEGIES, ConfigError, StudyConfig
 from fedsigma.common.protocol import PROTOCOL, Evaluation, HelloReply, to_content
 from fedsigma.server import roster as roster_of
 from fedsigma.server.averaging import StateError, make_averaging, restore_state, save_state
+from fedsigma.server.drift import drift
 from fedsigma.server.exchange import attribute
-from fedsigma.server.replies import pool
+from fedsigma.server.replies import Accepted, pool
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import RunFolder
 
@@ -92,6 +93,43 @@ def test_a_metric_is_the_mean_of_the_sites_that_have_it() -> None:
     pooled = pool({"a": one(0.5, 10), "b": one(NAN, 100), "c": one(1.0, 30), "d": one(NAN, 0)})
     assert pooled == {"auroc": 0.875, "accuracy": 1.0, "test_examples": 140}
     assert pool({"d": one(NAN, 0)}) == {"test_examples": 0}
+
+
+def accepted(change: list[float], start: np.ndarray, *, weight: int = 1) -> Accepted:
+    return Accepted(shift=start + np.array(change), change_norm=0.0, weight=weight, reply=None)  # type: ignore[arg-type]
+
+
+START = np.array([1.0, -2.0, 0.5], np.float32)
+
+
+def test_drift_is_measured_from_the_rounds_model_and_against_the_weighted_mean() -> None:
+    # The mean change is (3 (2, 0, 0) + 1 (0, 2, 0)) / 4 = (1.5, 0.5, 0).
+    first, second = drift([accepted([2, 0, 0], START, weight=3), accepted([0, 2, 0], START)], START)
+    assert first["change_norm"] == second["change_norm"] == 2
+    assert first["change_cosine"] == pytest.approx(3 / math.sqrt(10))
+    assert second["change_cosine"] == pytest.approx(1 / math.sqrt(10))
+    assert first["shift_norm"] == pytest.approx(math.sqrt(9 + 4 + 0.25))
+    assert drift([], START) == []
+
+
+def test_a_change_without_direction_has_no_cosine() -> None:
+    still, moved = drift([accepted([0, 0, 0], START), accepted([0, 0, 4], START)], START)
+    assert "change_cosine" not in still and still["change_norm"] == 0 and moved["change_cosine"] == 1
+    opposite = drift([accepted([1, 0, 0], START), accepted([-1, 0, 0], START)], START)
+    assert [one.keys() for one in opposite] == [{"change_norm", "shift_norm"}] * 2
+
+
+vectors = st.lists(st.integers(-1000, 1000).map(float), min_size=3, max_size=3)
+
+
+@given(st.lists(st.tuples(vectors, st.integers(1, 500)), min_size=1, max_size=6))
+def test_of_all_sites_changes_the_parts_along_the_mean_add_up_to_it(told: list[tuple[Any, int]]) -> None:
+    found = drift([accepted(change, START, weight=weight) for change, weight in told], START)
+    weights = [weight for _, weight in told]
+    mean = np.linalg.norm(np.average([change for change, _ in told], axis=0, weights=weights))
+    along = [one["change_norm"] * one.get("change_cosine", 0.0) for one in found]
+    assert np.average(along, weights=weights) == pytest.approx(mean, abs=1e-3)
+    assert all(-1 <= one.get("change_cosine", 0.0) <= 1 for one in found)
 
 
 class FakeExchange:

@@ -75,15 +75,15 @@ class CentrePages:
     async def audit(self, request: Request) -> Response:
         """The centre's audit log, verified."""
         chain = Chain(self._centre.path / "audit.jsonl")
-        lines, head, broken = [], "", ""
+        lines: list[dict[str, Any]] = []
+        head = broken = ""
         try:
             lines, found = await run_in_threadpool(chain.check)
             head = str(found)
         except ChainBroken as error:
             broken = f"The audit log does not verify: {error.what}. Compare it with a backup."
         rows = [event_row(line) for line in reversed(lines[-MOST_LINES:])]
-        values = {"rows": rows, "count": len(lines), "head": head, "broken": broken}
-        return self._desk.page(request, "audit.html", **values)
+        return self._desk.page(request, "audit.html", rows=rows, count=len(lines), head=head, broken=broken)
 
     async def start_form(self, request: Request) -> Response:
         """The form for a new study."""
@@ -113,7 +113,9 @@ class CentrePages:
         studies = Studies(self._centre)
         if values["bundled"]:
             if values["bundled"] not in study_names():
-                raise CentreError(f"no study '{values['bundled']}' comes with FedSigma: choose one of the list")
+                raise CentreError(
+                    f"no study '{values['bundled']}' comes with FedSigma: choose one of the list"
+                )
             studies.submit(values["bundled"], **options)
         elif values["text"]:
             with TemporaryDirectory(prefix="fedsigma-") as folder:

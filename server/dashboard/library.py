@@ -1,4 +1,4 @@
-"""What the dashboard can show: the runs of a folder of simulations, or of a centre with its sites and its log."""
+"""What the dashboard can show: the runs of a folder of simulations, or those of a centre."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from fedsigma import __version__
+from fedsigma.server.dashboard.comparing import compare_view
 from fedsigma.server.dashboard.library import Library, RunLine, UnknownRun
-from fedsigma.server.dashboard.views import Sections, compare_view, list_view, run_view
+from fedsigma.server.dashboard.views import Sections, list_view, run_view
 from fedsigma.server.report.style import CHOSEN_SCHEMES, SCHEMES
 from fedsigma.server.report.template import TABLE
 

@@ -1,21 +1,20 @@
-"""What each page shows: from the library to tables and sentences, the same as the report's where both have them."""
+"""What the pages of runs show, in the same tables and sentences as the report where both have them."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.dashboard.charts import charts, comparison
+from fedsigma.server.dashboard.charts import charts
 from fedsigma.server.dashboard.library import Library, RunLine
 from fedsigma.server.following import FollowedRun
 from fedsigma.server.report import tables
 from fedsigma.server.report.content import Content, gather
 from fedsigma.server.report.facts import Fact, lead, study_facts
-from fedsigma.server.report.words import METHODS, NOTHING, amount, decimal, duration, moment, percent, points
+from fedsigma.server.report.words import NOTHING, amount, decimal, duration, moment, percent, points
 from fedsigma.server.store import POOLED, Row
 
-__all__ = ["Sections", "compare_view", "event_row", "list_view", "run_view"]
+__all__ = ["Sections", "event_row", "list_view", "run_view", "short"]
 
 MOST_EVENTS = 100
 FLOAT_BYTES = 4
@@ -125,7 +124,13 @@ def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
         if site == POOLED:
             continue
         row = told.get(site, {})
-        newest = f"{row['status']} in round {row['round']}" if row else "takes no part" if site in refused else NOTHING
+        newest = (
+            f"{row['status']} in round {row['round']}"
+            if row
+            else "takes no part"
+            if site in refused
+            else NOTHING
+        )
         cells = [newest, str(missed.get(site, 0)), moment(heard.get(site)), versions.get(site, NOTHING)]
         cells += [percent(row.get("accuracy")), decimal(row.get("loss"))]
         cells += [decimal(row.get("change_norm")), decimal(row.get("change_cosine"))]
@@ -160,7 +165,9 @@ def drift_words(study: dict[str, Any], told: bool) -> str:
     """Why there is no drift to see; empty where there is."""
     federation, privacy = study.get("federation") or {}, study.get("privacy") or {}
     if federation.get("masking"):
-        return "The sites mask what they send, so the server sees their sum alone: no site's change, no drift."
+        return (
+            "The sites mask what they send, so the server sees their sum alone: no site's change, no drift."
+        )
     if privacy.get("level") == "site":
         return "This study hides whole sites: how far a single site moved is not kept."
     return "" if told else "No site's change has been recorded."
@@ -172,76 +179,25 @@ def privacy_words(content: Content) -> str:
     if asked.get("level", "none") == "none":
         return ""
     spent = NOTHING if content.epsilon is None else f"{content.epsilon:.2f}"
-    return (
-        f"Hides each {asked['level']}. Epsilon {spent} of {asked['epsilon']:g} is spent, at delta {asked['delta']:g}."
-    )
+    budget = f"Epsilon {spent} of {asked['epsilon']:g} is spent, at delta {asked['delta']:g}."
+    return f"Hides each {asked['level']}. {budget}"
 
 
 def event_row(event: Row) -> dict[str, str]:
     """An event in words."""
     hidden = ("time", "kind", "sha256", "metrics")
     told = {key: value for key, value in event.items() if key not in hidden}
-    words = ", ".join(f"{key} {_short(value)}" for key, value in told.items() if value not in ("", None))
+    words = ", ".join(f"{key} {short(value)}" for key, value in told.items() if value not in ("", None))
     time = event.get("time")
-    return {"time": time if isinstance(time, str) else moment(time), "kind": event["kind"].replace("_", " "), "words": words}
+    return {
+        "time": time if isinstance(time, str) else moment(time),
+        "kind": event["kind"].replace("_", " "),
+        "words": words,
+    }
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of an event or a study as text, of a long list its beginning."""
     if isinstance(value, list):
         return ", ".join(map(str, value[:6])) + (f" and {len(value) - 6} more" if len(value) > 6 else "")
     return str(value)
-
-
-def compare_view(first: FollowedRun, second: FollowedRun) -> Sections:
-    """Two runs beside each other: what their studies set differently, and what came of each."""
-    contents = [gather(folder, shift=False) for folder in (first, second)]
-    return Sections(
-        view={
-            "names": [content.overview.study for content in contents],
-            "settings": _settings(*(content.study for content in contents)),
-            "results": _results(contents),
-            "sites": _by_site(contents),
-            "written": moment(time.time()),
-        },
-        charts={"runs": comparison((first, second))},
-    )
-
-
-def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
-    one, two = flat(first), flat(second)
-    names = dict.fromkeys((*one, *two))
-    return [(n, one.get(n, NOTHING), two.get(n, NOTHING)) for n in names if one.get(n) != two.get(n)]
-
-
-def flat(values: dict[str, Any], before: str = "") -> dict[str, str]:
-    """A study's settings by their full names, `federation.rounds` and so on."""
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{before}{key}.")
-        else:
-            found[before + key] = _short(value) if value is not None else NOTHING
-    return found
-
-
-def _results(contents: list[Content]) -> list[tuple[str, ...]]:
-    rows = [("Rounds done", *(str(c.overview.rounds_done) for c in contents))]
-    rows.append(("Newest accuracy", *(percent(c.overview.federated_accuracy) for c in contents)))
-    for name, words in METHODS.items():
-        values = [c.methods.get(name, {}).get("accuracy") for c in contents]
-        if any(value is not None for value in values):
-            rows.append((words, *(percent(value) for value in values)))
-    rows.append(("From the sites", *(amount(c.bytes_up) for c in contents)))
-    rows.append(("To the sites", *(amount(c.bytes_down) for c in contents)))
-    rows.append(("Time", *(duration(c.overview.seconds) for c in contents)))
-    return rows
-
-
-def _by_site(contents: list[Content]) -> list[tuple[str, str, str, str]]:
-    newest = [{site: told[max(told)] for site, told in c.accuracy.items() if told} for c in contents]
-    found = []
-    for site in dict.fromkeys((*newest[0], *newest[1])):
-        one, two = (told.get(site) for told in newest)
-        both = points(two - one) if one is not None and two is not None else NOTHING
-        found.append((site, percent(one), percent(two), both))
-    return found

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
+from fedsigma.server.heat import Heat, heats_of
 from fedsigma.server.overview import Overview, overview, study_of
 from fedsigma.server.report.words import METHODS, round_list
 from fedsigma.server.store import POOLED, RunFolder, StoreError
 
-__all__ = ["Content", "Heat", "Notice", "RoundLine", "gather"]
+__all__ = ["Content", "Notice", "RoundLine", "gather"]
 
 _NOTABLE = {
     "site_refused": "took no part",
@@ -52,19 +51,6 @@ class Notice:
     reason: str
     rounds: str
     count: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heat:
-    """Mean absolute shift of one tower.
-
-    Shapes: values (parts, layers), NaN where the study adapts nothing.
-    """
-
-    tower: str
-    parts: tuple[str, ...]
-    layers: tuple[int, ...]
-    values: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,22 +200,8 @@ def _heats(folder: RunFolder) -> tuple[tuple[Heat, ...], str, int | None, int | 
         layout = Layout.from_json(saved.layout_json)
     except (ArtefactError, LayoutError) as error:
         return (), f"The sigma shift cannot be shown: {error}.", None, None
-    shift = np.abs(saved.shift.numpy())
+    shift = saved.shift.numpy()
     if shift.size != layout.size:
         problem = f"The sigma shift cannot be shown: it has {shift.size} values, its layout {layout.size}."
         return (), problem, None, None
-    towers = dict.fromkeys(entry.tower for entry in layout.entries)
-    heats = tuple(_heat(shift, tower, [e for e in layout.entries if e.tower == tower]) for tower in towers)
-    return heats, "", int(shift.size), saved.round
-
-
-def _heat(shift: np.ndarray, tower: str, entries: list[Any]) -> Heat:
-    parts = tuple(dict.fromkeys(entry.part for entry in entries))
-    layers = tuple(sorted({entry.layer for entry in entries}))
-    total, count = np.zeros((2, len(parts), len(layers)))
-    for entry in entries:
-        cell = parts.index(entry.part), layers.index(entry.layer)
-        total[cell] += float(shift[entry.offset : entry.offset + entry.size].sum())
-        count[cell] += entry.size
-    values = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return Heat(tower=tower, parts=parts, layers=layers, values=values)
+    return heats_of(shift, layout), "", int(shift.size), saved.round

@@ -92,7 +92,7 @@ def _facts(content: Content) -> list[str]:
         facts.append(_rounds_words(content))
     if content.sites:
         facts.append(counted(len(content.sites), "site"))
-    if run.seconds is not None and run.state != "unfinished":
+    if run.seconds is not None and run.state in ("finished", "failed"):
         facts.append(duration(run.seconds))
     if run.started is not None:
         facts.append(f"started {moment(run.started)}")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.report.content import Content, Heat
+from fedsigma.server.heat import Heat
+from fedsigma.server.report.content import Content
 from fedsigma.server.report.words import METHODS, NOTHING, amount, decimal, percent, points
 
 __all__ = [
