@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["STYLE"]
+__all__ = ["SCHEMES", "STYLE"]
 
-STYLE = """
+SCHEMES = """
 :root {
   color-scheme: light dark;
   --paper: #fdfcfa; --panel: #f6f4ef; --ink: #1e2428; --muted: #5b646b; --rule: #ddd8ce;
@@ -23,6 +23,12 @@ STYLE = """
     --s6: #d5bb50; --s7: #b3bac0;
   }
 }
+"""
+"""Colours and fonts by name, for light and dark; other pages of the server have the same."""
+
+STYLE = (
+    SCHEMES
+    + """\
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 var(--sans); }
@@ -107,3 +113,4 @@ footer p { padding-top: 1.1rem; border-top: 1px solid var(--rule); max-width: no
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
+)
