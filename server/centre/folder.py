@@ -6,6 +6,7 @@ secrets/         what Flower's processes know each other by
 proxy/           nginx.conf and Caddyfile, made from server.yaml
 state.db         Flower's database
 centre.db        sites, invitations, keys, studies
+dashboard.db     who may see the dashboard
 studies/ runs/   what was submitted, and what came of it
 audit.jsonl      who took part, what was accepted or refused
 logs/            of the processes

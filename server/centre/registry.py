@@ -15,7 +15,7 @@ from pathlib import Path
 from sqlalchemy import ForeignKey, create_engine, event, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
-__all__ = ["NodeKey", "Registry", "Site", "Submission"]
+__all__ = ["NodeKey", "Registry", "Site", "Submission", "careful", "now"]
 
 ACTIVE, RETIRING, REVOKED = "active", "retiring", "revoked"
 """What a node's key may be: used, used until its successor is, or refused."""
@@ -80,7 +80,7 @@ class Registry:
         url = os.environ.get("FEDSIGMA_DATABASE") or f"sqlite:///{path}"
         self._engine = create_engine(url)
         if url.startswith("sqlite"):
-            event.listen(self._engine, "connect", _careful)
+            event.listen(self._engine, "connect", careful)
         _Base.metadata.create_all(self._engine)
 
     @contextmanager
@@ -104,7 +104,7 @@ class Registry:
             return list(session.scalars(query if study is None else query.where(Submission.study == study)))
 
 
-def _careful(connection: object, _: object) -> None:
+def careful(connection: object, _: object) -> None:
     """Have SQLite check references, wait for other writers, and survive a power cut."""
     for pragma in ("foreign_keys = ON", "busy_timeout = 10000", "journal_mode = WAL", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")  # type: ignore[attr-defined]
