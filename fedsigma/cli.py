@@ -38,6 +38,7 @@ COMMANDS = {
     "export": (_CLIENT, "Write a finished study's model as a plain open_clip folder."),
     "site": (_HOSPITAL, "Run a hospital's site: enrol, doctor, up, status, approve, rotate."),
     "server": (_CENTRE, "Run a coordinating centre: init, up, invite, admit, sites, revoke."),
+    "dashboard": ("fedsigma.server.dashboard.cli", "Show runs in a browser: of simulations, or of a centre."),
     "users": (
         "fedsigma.server.dashboard.users_cli",
         "Say who may see a centre's dashboard: add, password, change, remove, list, token.",

@@ -1,4 +1,4 @@
-"""The processes of a centre: SuperLink, the worker that runs studies, keeper, and the proxy in front."""
+"""The processes of a centre: SuperLink, the worker that runs studies, keeper, proxy, and the dashboard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def centre_processes(folder: CentreFolder) -> list[Process]:
     """The processes of a centre, in the order of starting. The proxy's reads what `write_proxy_files` wrote.
 
     `worker` runs ServerApps apart from the SuperLink, so that a run outlives the SuperLink's restart;
-    `keeper` goes on with runs whose process died.
+    `keeper` goes on with runs whose process died; `dashboard` is there if there is a dashboard.yaml, and no
+    other process needs it.
     """
     place, config = folder.path / "proxy", folder.config
     host, port = split_address(config.superlink, where="superlink")
@@ -42,6 +43,9 @@ def centre_processes(folder: CentreFolder) -> list[Process]:
         Process(name="worker", command=worker, environment=environment, health=config.worker_health, after=2),
         Process(name="keeper", command=keeper, environment=environment, after=3),
     ]
+    if (folder.path / "dashboard.yaml").is_file():
+        dashboard = [sys.executable, "-P", "-m", "fedsigma.server.dashboard", str(folder.path)]
+        found.append(Process(name="dashboard", command=dashboard, environment=environment, after=5))
     if config.proxy == "nginx":
         command = [*_WHOLE, "nginx", "-c", str(place / "nginx.conf"), "-p", str(place / "run")]
         # Before its configuration is read, nginx would write into a folder of the system's.

@@ -63,10 +63,11 @@ class Studies:
     Args:
         folder: the centre's.
         control: how its SuperLink is reached.
+        by: the user for whom it is done, for the audit log; empty for whoever has this machine's command line.
     """
 
-    def __init__(self, folder: CentreFolder, control: Control | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: CentreFolder, control: Control | None = None, *, by: str = "") -> None:
+        self._folder, self._by = folder, by
         self._control = control or Control(folder)
         self._registry = Registry(folder.path / "centre.db")
         self._log = CentreLog(folder.path)
@@ -218,4 +219,5 @@ class Studies:
         return Submitted(one, runs[one.run_id].status if one.run_id in runs else GONE, rounds)
 
     def _note(self, kind: str, one: Submission) -> None:
-        self._log.note(kind, study=one.study, run=one.run_id, digest=one.digest)
+        whose = {"by": self._by} if self._by else {}
+        self._log.note(kind, study=one.study, run=one.run_id, digest=one.digest, **whose)

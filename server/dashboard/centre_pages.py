@@ -101,16 +101,16 @@ class CentrePages:
         form = await request.form()
         values = {key: str(form.get(key, "")).strip() for key in ("bundled", "text", "rounds", "seed")}
         try:
-            await run_in_threadpool(self._submit, form, values)
+            await run_in_threadpool(self._submit, form, values, by=request.state.user.name)
         except (ValueError, CentreError, ControlError) as error:
             return self._form(request, values, error=str(error))
         self._watch.soon()
         return RedirectResponse("/", 303)
 
-    def _submit(self, form: FormData, values: dict[str, str]) -> None:
+    def _submit(self, form: FormData, values: dict[str, str], *, by: str) -> None:
         rounds, seed = int(values["rounds"] or 0), int(values["seed"] or -1)
         options: dict[str, Any] = {"again": "again" in form, "rounds": max(0, rounds), "seed": max(-1, seed)}
-        studies = Studies(self._centre)
+        studies = Studies(self._centre, by=by)
         if values["bundled"]:
             if values["bundled"] not in study_names():
                 raise CentreError(
@@ -136,7 +136,8 @@ class CentrePages:
     async def _act(self, request: Request, act: Callable[[Studies, str], Any]) -> Response:
         line = await run_in_threadpool(self._desk.library.line, request.path_params["key"])
         try:
-            await run_in_threadpool(act, Studies(self._centre), line.run_id)
+            studies = Studies(self._centre, by=request.state.user.name)
+            await run_in_threadpool(act, studies, line.run_id)
         except (CentreError, ControlError) as error:
             values = {"title": "That did not work", "words": str(error)}
             return self._desk.page(request, "error.html", status=409, **values)

@@ -1,0 +1,72 @@
+"""How the dashboard of a centre is served: dashboard.yaml in the centre's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from fedsigma.common.reading import ConfigError, build, read_yaml, split_address
+from fedsigma.server.dashboard.oidc import OidcSettings
+from fedsigma.server.dashboard.settings import AccessSettings
+
+__all__ = ["DashboardConfig"]
+
+FILE = "dashboard.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashboardConfig:
+    """What dashboard.yaml says; all of it may be left out.
+
+    Fields: listen, HOST:PORT; certificate and key, PEM files for TLS, beside dashboard.yaml unless they are
+    whole paths, empty where a proxy in front ends TLS; access, by which names it is reached, and limits; oidc,
+    an OpenID provider.
+    """
+
+    section: ClassVar[str] = ""
+
+    listen: str = "127.0.0.1:8050"
+    certificate: str = ""
+    key: str = ""
+    access: AccessSettings = field(
+        default_factory=lambda: AccessSettings(origins=("http://127.0.0.1:8050", "http://localhost:8050"))
+    )
+    oidc: OidcSettings | None = None
+
+    def __post_init__(self) -> None:
+        split_address(self.listen, where="listen")
+        if bool(self.certificate) != bool(self.key):
+            raise ConfigError("certificate and key belong together: name both, or none")
+        if self.certificate and not self.access.secure:
+            raise ConfigError("access.origins has http, and there is a certificate: expected https://...")
+        if self.access.secure and not self.certificate and not self.access.proxies:
+            raise ConfigError(
+                "access.origins has https, and there is neither a certificate nor a proxy: name certificate and"
+                " key, or in access.proxies the address of the proxy that ends TLS"
+            )
+
+    @classmethod
+    def read(cls, folder: Path) -> DashboardConfig:
+        """That of a centre's folder; what goes without saying where there is no such file.
+
+        Raises:
+            ConfigError: it does not read, or holds what does not do.
+        """
+        file = folder / FILE
+        if not file.is_file():
+            return cls()
+        found = build(cls, read_yaml(file.read_text(encoding="utf-8"), where=str(file)), where=str(file))
+        return found.beside(folder)
+
+    def beside(self, folder: Path) -> DashboardConfig:
+        """The same with whole paths."""
+        from dataclasses import replace
+
+        def whole(name: str) -> str:
+            return str(folder / Path(name).expanduser()) if name else ""
+
+        oidc = self.oidc
+        if oidc is not None:
+            oidc = replace(oidc, client_secret_file=whole(oidc.client_secret_file))
+        return replace(self, certificate=whole(self.certificate), key=whole(self.key), oidc=oidc)

@@ -1,0 +1,88 @@
+"""Putting the dashboard together, and serving it until it is told to stop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from fedsigma.common.reading import split_address
+from fedsigma.server.centre.folder import CentreFolder
+from fedsigma.server.centre.log import CentreLog
+from fedsigma.server.dashboard.access import guarded
+from fedsigma.server.dashboard.accounts import Accounts
+from fedsigma.server.dashboard.centre_pages import centre_routes
+from fedsigma.server.dashboard.config import DashboardConfig
+from fedsigma.server.dashboard.library import Library
+from fedsigma.server.dashboard.oidc import Provider
+from fedsigma.server.dashboard.pages import Desk, make_pages
+from fedsigma.server.dashboard.settings import AccessSettings
+from fedsigma.server.dashboard.signing_in import OneTimeLink
+from fedsigma.server.dashboard.submissions import SuperLinkWatch
+
+__all__ = ["centre_app", "runs_app", "serve"]
+
+PAGES = (("/", "Runs"), ("/compare", "Compare"), ("/models", "Models"))
+CENTRE_PAGES = (*PAGES, ("/sites", "Sites"), ("/audit", "Audit log"))
+STOP_S = 5
+
+
+def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGIApp:
+    """The dashboard of a folder of simulations, for who has the link.
+
+    Args:
+        runs: the folder that holds the run folders, or a run folder.
+        settings: how it is reached.
+        link: the only way in.
+    """
+    pages = make_pages(Desk(Library(runs), PAGES), [])
+    return guarded(pages, accounts=Accounts(None), settings=settings, link=link)
+
+
+def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
+    """The dashboard of a centre, for its users."""
+    watch = SuperLinkWatch(centre)
+    desk = Desk(Library(centre.path / "runs", centre=centre), CENTRE_PAGES)
+    routes: list[Route] = centre_routes(desk, centre, watch)
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        watch.start()
+        yield
+        watch.stop()
+
+    return guarded(
+        make_pages(desk, routes, lifespan=lifespan),
+        accounts=Accounts(centre.path / "dashboard.db"),
+        settings=config.access,
+        oidc=Provider(config.oidc, origin=config.access.origins[0]) if config.oidc else None,
+        log=CentreLog(centre.path),
+    )
+
+
+def serve(app: ASGIApp, *, listen: str, certificate: str = "", key: str = "") -> None:
+    """Serve until SIGINT or SIGTERM. Nothing of a request is logged.
+
+    Args:
+        app: what to serve.
+        listen: HOST:PORT.
+        certificate, key: PEM files for TLS; empty for none.
+    """
+    host, port = split_address(listen, where="listen")
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        ssl_certfile=certificate or None,
+        ssl_keyfile=key or None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=STOP_S,
+    )
