@@ -156,8 +156,8 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True)
 class HelloReply:
-    """A site says its name and fingerprint. sites: the study's number of sites in a simulation, else 0;
-    named, whether finished models may name it.
+    """A site says its name and fingerprint. version: of its FedSigma; sites: the study's number of sites in a
+    simulation, else 0; named, whether finished models may name it.
 
     mask_key is its X25519 key for masks in this run, mask_signature its identity's signature of it; empty if
     it has no identity.
@@ -166,6 +166,7 @@ class HelloReply:
     protocol: int
     site: str
     fingerprint: str
+    version: str
     sites: int = 0
     problem: str = ""
     named: bool = False
@@ -175,6 +176,8 @@ class HelloReply:
     def __post_init__(self) -> None:
         plain_name = 0 < len(self.site) <= 80 and self.site.isprintable() and self.site != "pooled"
         _require(plain_name, "the site's name is empty, too long, reserved or not printable")
+        plain = 0 < len(self.version) <= 64 and self.version.isprintable()
+        _require(plain, "the version is empty, too long or not printable")
         _require(self.problem in PROBLEMS, "the problem is not one of the known ones")
         _require(0 <= self.sites < 2**31, "the number of sites is out of range")
         sizes = len(self.mask_key), len(self.mask_signature)

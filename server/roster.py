@@ -16,6 +16,7 @@ from fedsigma.common.protocol import (
     ProtocolError,
     Setup,
     from_content,
+    spoken_version,
 )
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ class Roster:
                 return self._refuse(name, answer.failure or "it did not answer the handshake in time")
             reply = from_content(HelloReply, answer.content)
         except ProtocolError as error:
-            return self._refuse(name, f"its answer to the handshake is not valid: {error}")
+            # Another version's answer has other fields.
+            reason = _other_version(spoken_version(answer.content)) if answer.content is not None else ""
+            return self._refuse(name, reason or f"its answer to the handshake is not valid: {error}")
         if reply.problem == "site-count" or (reply.sites and len(online) != reply.sites):
             raise WrongSiteCount(
                 f"study '{self._study.name}' has {reply.sites} sites, this federation has {len(online)}:"
@@ -153,15 +156,15 @@ class Roster:
             self.named.add(reply.site)
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
-        self._folder.event("site_ready", site=reply.site, **answer.traces)
+        self._folder.event("site_ready", site=reply.site, version=reply.version, **answer.traces)
         return None
 
     def _difference(self, reply: HelloReply) -> str:
         """Say why this site cannot take part; empty if it can."""
         from fedsigma.common.sigma import Fingerprint
 
-        if reply.protocol != PROTOCOL:
-            return f"the site speaks version {reply.protocol} of the messages, the server {PROTOCOL}"
+        if reason := _other_version(reply.protocol):
+            return reason
         try:
             theirs = Fingerprint.from_json(reply.fingerprint)
         except (ValueError, RecursionError):
@@ -185,3 +188,9 @@ class Roster:
         if self._reasons.get(name) != reason:
             self._folder.event("site_refused", site=name, reason=reason)
         self._reasons[name] = reason
+
+
+def _other_version(spoken: int | None) -> str:
+    if spoken in (None, PROTOCOL):
+        return ""
+    return f"the site speaks version {spoken} of the messages, the server {PROTOCOL}"
