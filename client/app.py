@@ -128,6 +128,7 @@ def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
         sites=site.sites,
         problem="fingerprint" if difference else "",
         named=site.policy.named_in_models,
+        explained=site.policy.explained,
         mask_key=member.key if member else b"",
         mask_signature=member.signature if member else b"",
     )

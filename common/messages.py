@@ -157,7 +157,8 @@ class Hello:
 @dataclass(frozen=True, kw_only=True)
 class HelloReply:
     """A site says its name and fingerprint. version: of its FedSigma; sites: the study's number of sites in a
-    simulation, else 0; named, whether finished models may name it.
+    simulation, else 0; named, whether finished models may name it; explained, whether the server may say in
+    words what its own shift changed.
 
     mask_key is its X25519 key for masks in this run, mask_signature its identity's signature of it; empty if
     it has no identity.
@@ -170,6 +171,7 @@ class HelloReply:
     sites: int = 0
     problem: str = ""
     named: bool = False
+    explained: bool = False
     mask_key: bytes = b""
     mask_signature: bytes = b""
 

@@ -60,6 +60,8 @@ class Roster:
         """The signed mask key of each site that has one."""
         self.named: set[str] = set()
         """The sites that finished models may name."""
+        self.explained: set[str] = set()
+        """The sites of whose own shifts it may be said in words what they changed."""
         self.spent: set[int] = set()
         """The sites that train no more, for their privacy budgets are spent; they still evaluate."""
         self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
@@ -154,6 +156,10 @@ class Roster:
         self.names[node] = reply.site
         if reply.named:
             self.named.add(reply.site)
+        if reply.explained:
+            self.explained.add(reply.site)
+        else:  # it may have changed its mind since it was here last
+            self.explained.discard(reply.site)
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
         self._folder.event("site_ready", site=reply.site, version=reply.version, **answer.traces)
