@@ -13,6 +13,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
+from fedsigma import __version__
 from fedsigma.client.audit import AuditLog
 from fedsigma.client.feedback import Feedback
 from fedsigma.client.masked import SITE_COUNTS, Masker, counts_of
@@ -123,16 +124,25 @@ def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
         protocol=protocol.PROTOCOL,
         site=site.name,
         fingerprint=mine.to_json(),
+        version=__version__,
         sites=site.sites,
         problem="fingerprint" if difference else "",
         named=site.policy.named_in_models,
+        explained=site.policy.explained,
         mask_key=member.key if member else b"",
         mask_signature=member.signature if member else b"",
     )
 
 
 def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
-    return HelloReply(protocol=protocol.PROTOCOL, site=name, fingerprint="", sites=sites, problem=problem)
+    return HelloReply(
+        protocol=protocol.PROTOCOL,
+        site=name,
+        fingerprint="",
+        version=__version__,
+        sites=sites,
+        problem=problem,
+    )
 
 
 def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | MaskedReply:

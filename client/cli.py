@@ -335,19 +335,12 @@ def explain(
     """
     from fedsigma.client.applying import restore
     from fedsigma.common.explain import Phrases
-    from fedsigma.common.explain.whole import explain_shift, in_words, to_rows
+    from fedsigma.common.explain.whole import explainer, in_words, to_rows
 
     corpus = Phrases.parse(phrases.read_text(encoding="utf-8")) if phrases else Phrases.bundled()
     restored = restore(run, backbone)
-    found = explain_shift(
-        restored.backbone,
-        restored.sigma,
-        restored.sigma.get_shift().clone(),
-        corpus,
-        template=template,
-        heads=heads,
-        words=words,
-    )
+    explains = explainer(restored.backbone, restored.sigma, corpus, template=template)
+    found = explains.explain(restored.sigma.get_shift().cpu(), heads=heads, words=words)
     typer.echo(json.dumps(to_rows(found), indent=2) if as_json else in_words(found))
 
 

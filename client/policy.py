@@ -24,7 +24,8 @@ class SitePolicy:
     min_cohort, the fewest sites whose shifts must be averaged together (2 or more also refuses training
     alone); tell_class_counts, whether the number of training images of each class may be told;
     tell_confusion, whether the final models' confusion matrices may be, which count the test images of each
-    class; named_in_models, whether finished models name this site; audit, the audit log's file.
+    class; named_in_models, whether finished models name this site; explained, whether the server may say in
+    words what this site's own last shift changed; audit, the audit log's file.
 
     For masked sums: identity, the file of the site's Ed25519 private key (PEM); peers, the public key of each
     site of the study (64 hex digits), copied from the study's list and never from the server;
@@ -57,6 +58,7 @@ class SitePolicy:
     tell_class_counts: bool = False
     tell_confusion: bool = False
     named_in_models: bool = False
+    explained: bool = False
     audit: str = "audit.jsonl"
     identity: str = ""
     peers: dict[str, str] = field(default_factory=dict)

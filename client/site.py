@@ -273,6 +273,7 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         # The server of a simulation has these images itself.
         tell_confusion=True,
         named_in_models=True,
+        explained=True,
     )
     folder, safe = _simulated_folder(run, name)
     return Site(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedsigma.common.config import PersonalConfig, PrivacyConfig, SigmaConfig, TrainingConfig
 
 if TYPE_CHECKING:
+    from fedsigma.common.explain import Explainer
     from fedsigma.common.sigma import Fingerprint, Layout, SigmaModel, Split
 
 __all__ = ["Judged", "Learned", "Learner", "open_learner", "seed_for"]
@@ -84,8 +85,10 @@ class Learner(Protocol):
         """Judge `shift` on these examples."""
         ...
 
-    def explain(self, shift: Vector) -> list[dict[str, Any]]:
+    def explain(self, shift: Vector, *, heads: int = 8, words: int = 5) -> list[dict[str, Any]]:
         """What a shift changed, in words: a row for each of the heads that changed most.
+
+        The first takes the text tower's time for all descriptions, each further one next to none.
 
         Raises:
             ExplainError: it cannot be told by heads.
@@ -111,6 +114,7 @@ class SigmaLearner:
         self.layout: Layout = self.sigma.layout
         self.fingerprint: Fingerprint = self.sigma.fingerprint
         self._splits: dict[PersonalConfig | None, Split] = {}
+        self._explainer: Explainer | None = None
         # Room for random crops without keeping full-size images in memory.
         self.side = loaded.image_size * 3 // 2
 
@@ -164,15 +168,16 @@ class SigmaLearner:
             scores["accuracy"] = round(scores["accuracy"] * len(examples)) / len(examples)
         return Judged(scores=scores, confusion=tuple(found.confusion.flatten().tolist()))
 
-    def explain(self, shift: Vector) -> list[dict[str, Any]]:
+    def explain(self, shift: Vector, *, heads: int = 8, words: int = 5) -> list[dict[str, Any]]:
         """See `Learner.explain`."""
         import torch
 
         from fedsigma.common.explain import Phrases
-        from fedsigma.common.explain.whole import explain_shift, to_rows
+        from fedsigma.common.explain.whole import explainer, to_rows
 
-        found = explain_shift(self.task.backbone, self.sigma, torch.from_numpy(shift), Phrases.bundled())
-        return to_rows(found)
+        if self._explainer is None:
+            self._explainer = explainer(self.task.backbone, self.sigma, Phrases.bundled())
+        return to_rows(self._explainer.explain(torch.from_numpy(shift), heads=heads, words=words))
 
     def _set(self, shift: Vector) -> None:
         import torch

@@ -156,8 +156,9 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True)
 class HelloReply:
-    """A site says its name and fingerprint. sites: the study's number of sites in a simulation, else 0;
-    named, whether finished models may name it.
+    """A site says its name and fingerprint. version: of its FedSigma; sites: the study's number of sites in a
+    simulation, else 0; named, whether finished models may name it; explained, whether the server may say in
+    words what its own shift changed.
 
     mask_key is its X25519 key for masks in this run, mask_signature its identity's signature of it; empty if
     it has no identity.
@@ -166,15 +167,19 @@ class HelloReply:
     protocol: int
     site: str
     fingerprint: str
+    version: str
     sites: int = 0
     problem: str = ""
     named: bool = False
+    explained: bool = False
     mask_key: bytes = b""
     mask_signature: bytes = b""
 
     def __post_init__(self) -> None:
         plain_name = 0 < len(self.site) <= 80 and self.site.isprintable() and self.site != "pooled"
         _require(plain_name, "the site's name is empty, too long, reserved or not printable")
+        plain = 0 < len(self.version) <= 64 and self.version.isprintable()
+        _require(plain, "the version is empty, too long or not printable")
         _require(self.problem in PROBLEMS, "the problem is not one of the known ones")
         _require(0 <= self.sites < 2**31, "the number of sites is out of range")
         sizes = len(self.mask_key), len(self.mask_signature)

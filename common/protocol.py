@@ -50,11 +50,12 @@ __all__ = [
     "TrainTask",
     "fields_of",
     "from_content",
+    "spoken_version",
     "to_content",
     "wire_bytes",
 ]
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of the messages; both sides must have the same."""
 
 HELLO = "query.hello"
@@ -118,6 +119,13 @@ def from_content(cls: type[T], content: RecordDict) -> T:
     if values:
         raise ProtocolError(f"the message has {len(values)} fields that a {cls.__name__} does not have")
     return message
+
+
+def spoken_version(content: RecordDict) -> int | None:
+    """The version of the messages that an answer to the handshake names, if any; the rest may be anything."""
+    record = content.config_records.get(_RECORD)
+    version = None if record is None else record.get("protocol")
+    return version if type(version) is int else None
 
 
 def wire_bytes(content: RecordDict) -> int:

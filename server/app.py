@@ -38,6 +38,9 @@ __all__ = ["app"]
 
 app = ServerApp()
 
+OWN_HEADS, OWN_WORDS = 3, 3
+"""How many heads are explained of a site's own shift, and by how many descriptions each way."""
+
 
 class NoModel(RuntimeError):
     """No round produced a model."""
@@ -94,7 +97,7 @@ def _run(
             )
             shift = _rounds(strategy, grid, shift)
             summary = _results(folder, study, baselines, learner, shift, started)
-            _explain(folder, split, learner, shift, summary)
+            _explain(folder, split, learner, shift, strategy.explainable(), summary)
             _publish(folder, study, summary, roster.named)
         folder.event("run_end", ok=True, reason="")
     except Exception as error:
@@ -284,11 +287,24 @@ def _report(folder: RunFolder, summary: dict[str, Any]) -> None:
 
 
 def _explain(
-    folder: RunFolder, split: Split, learner: Learner, shift: np.ndarray, summary: dict[str, Any]
+    folder: RunFolder,
+    split: Split,
+    learner: Learner,
+    shift: np.ndarray,
+    own: Mapping[str, np.ndarray],
+    summary: dict[str, Any],
 ) -> None:
-    """Say in words what the shared shift changed. What cannot be explained does not undo the run."""
+    """Say in words what the shared shift changed, and in fewer what each site's own did.
+
+    What cannot be explained does not undo the run.
+    """
     try:
         summary["explanation"] = learner.explain(split.scatter(shift))
+        if own:
+            summary["explanation_by_site"] = {
+                site: learner.explain(split.scatter(one), heads=OWN_HEADS, words=OWN_WORDS)
+                for site, one in own.items()
+            }
     except Exception as error:
         print(f"FedSigma: the adaptation is not explained: {error}", flush=True)
     folder.summary(summary)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
@@ -20,7 +23,7 @@ __all__ = [
     "EXAMPLES",
     "LOSS",
     "StateError",
-    "forget_model",
+    "begin_round",
     "make_averaging",
     "proximal",
     "restore_state",
@@ -50,6 +53,30 @@ _STRATEGIES: dict[str, type[FedAvg]] = {
 }
 # Choosing sites, naming records and averaging metrics are not the inner strategy's business here.
 _OURS = set(inspect.signature(FedAvg.__init__).parameters) | {"train_loss_key"}
+
+
+class _Cohort(Grid):
+    """A grid of the sites that are asked anyway, for the inner strategy to choose from; it sends nothing."""
+
+    def __init__(self, nodes: Iterable[int]) -> None:
+        self._nodes = list(nodes)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the cohort's node ids."""
+        return self._nodes
+
+    def _no(self, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError("the inner strategy averages only")
+
+    set_run = create_message = get_nodes = push_messages = pull_messages = send_and_receive = _no  # type: ignore[assignment]
+    run = property(_no)  # type: ignore[assignment]
+
+
+def begin_round(averaging: FedAvg, number: int, shift: NDArray[np.float32], nodes: Iterable[int]) -> None:
+    """Tell the inner strategy a round's model; the messages that it builds are not used."""
+    _forget_model(averaging)
+    arrays = ArrayRecord({ARRAY: Array(shift.astype(np.float64))})
+    list(averaging.configure_train(number, arrays, ConfigRecord(), _Cohort(nodes)))
 
 
 def make_averaging(study: StudyConfig) -> FedAvg:
@@ -86,7 +113,7 @@ def proximal(averaging: FedAvg, study: StudyConfig) -> float:
     return float(getattr(averaging, "proximal_mu", study.training.proximal))
 
 
-def forget_model(averaging: FedAvg) -> None:
+def _forget_model(averaging: FedAvg) -> None:
     """Make FedAvgM take the model of this round as its starting point, as the other strategies do.
 
     It keeps the model it made; ours is rounded to float32 for the wire, and a resumed run has no other.

@@ -16,6 +16,7 @@ from fedsigma.common.protocol import (
     ProtocolError,
     Setup,
     from_content,
+    spoken_version,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Roster:
         """The signed mask key of each site that has one."""
         self.named: set[str] = set()
         """The sites that finished models may name."""
+        self.explained: set[str] = set()
+        """The sites of whose own shifts it may be said in words what they changed."""
         self.spent: set[int] = set()
         """The sites that train no more, for their privacy budgets are spent; they still evaluate."""
         self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
@@ -136,7 +139,9 @@ class Roster:
                 return self._refuse(name, answer.failure or "it did not answer the handshake in time")
             reply = from_content(HelloReply, answer.content)
         except ProtocolError as error:
-            return self._refuse(name, f"its answer to the handshake is not valid: {error}")
+            # Another version's answer has other fields.
+            reason = _other_version(spoken_version(answer.content)) if answer.content is not None else ""
+            return self._refuse(name, reason or f"its answer to the handshake is not valid: {error}")
         if reply.problem == "site-count" or (reply.sites and len(online) != reply.sites):
             raise WrongSiteCount(
                 f"study '{self._study.name}' has {reply.sites} sites, this federation has {len(online)}:"
@@ -151,17 +156,21 @@ class Roster:
         self.names[node] = reply.site
         if reply.named:
             self.named.add(reply.site)
+        if reply.explained:
+            self.explained.add(reply.site)
+        else:  # it may have changed its mind since it was here last
+            self.explained.discard(reply.site)
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
-        self._folder.event("site_ready", site=reply.site, **answer.traces)
+        self._folder.event("site_ready", site=reply.site, version=reply.version, **answer.traces)
         return None
 
     def _difference(self, reply: HelloReply) -> str:
         """Say why this site cannot take part; empty if it can."""
         from fedsigma.common.sigma import Fingerprint
 
-        if reply.protocol != PROTOCOL:
-            return f"the site speaks version {reply.protocol} of the messages, the server {PROTOCOL}"
+        if reason := _other_version(reply.protocol):
+            return reason
         try:
             theirs = Fingerprint.from_json(reply.fingerprint)
         except (ValueError, RecursionError):
@@ -185,3 +194,9 @@ class Roster:
         if self._reasons.get(name) != reason:
             self._folder.event("site_refused", site=name, reason=reason)
         self._reasons[name] = reason
+
+
+def _other_version(spoken: int | None) -> str:
+    if spoken in (None, PROTOCOL):
+        return ""
+    return f"the site speaks version {spoken} of the messages, the server {PROTOCOL}"

@@ -28,7 +28,7 @@ from fedsigma.common.masking import Member
 from fedsigma.common.noise import noisy_mean
 from fedsigma.common.protocol import MaskedReply, Setup, TrainTask
 from fedsigma.server import checkpoint, masked
-from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, forget_model, proximal
+from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, proximal
 from fedsigma.server.budget import spent_of_sites
 from fedsigma.server.drift import drift
 from fedsigma.server.exchange import Answer, Exchange, attribute
@@ -88,6 +88,7 @@ class SigmaStrategy(Strategy):
         self._task: TrainTask
         self.model: Vector = np.zeros(split.shared.size, np.float32)
         """The shift that the sites start from in the round, which is the model until its end."""
+        self._last: dict[str, Vector] = {}
         self._started = 0.0
 
     def summary(self) -> None:
@@ -112,7 +113,7 @@ class SigmaStrategy(Strategy):
             raise BudgetsSpent(number)
         self._started = time.monotonic()
         self._ask(number, attempt=0)
-        self._prepare_averaging(number, shift)
+        begin_round(self.averaging, number, shift, self._cohort)
         return list(self._sent.values())
 
     def _ask(self, number: int, *, attempt: int) -> None:
@@ -175,6 +176,7 @@ class SigmaStrategy(Strategy):
         for node, verdict in verdicts.items():
             self._record(number, self._cohort[node], answers[node], verdict, drifts.get(node))
         self._pooled_row(number, accepted)
+        self._remember(accepted)
         messages = [
             self._plain(node, one.shift, weight=one.weight, loss=one.reply.loss)
             for node, one in accepted.items()
@@ -189,6 +191,16 @@ class SigmaStrategy(Strategy):
         if self.study.privacy.of_sites:
             return {}
         return dict(zip(accepted, drift(list(accepted.values()), self.model), strict=True))
+
+    def _remember(self, accepted: dict[int, Accepted]) -> None:
+        """Keep the shifts that may be explained: those of sites that allow it, where sites are not hidden."""
+        sites = {} if self.study.privacy.of_sites else {self._cohort[n]: one for n, one in accepted.items()}
+        for site in self.roster.explained & sites.keys():
+            self._last[site] = sites[site].shift.astype(np.float32)
+
+    def explainable(self) -> dict[str, Vector]:
+        """The last accepted shift of each site that lets it be explained, by name; none in a masked study."""
+        return {site: self._last[site] for site in sorted(self.roster.explained & self._last.keys())}
 
     def _hidden_sites(self, accepted: dict[int, Accepted]) -> Message:
         """One reply in place of all: the noisy mean of their clipped changes, each site counting alike."""
@@ -284,12 +296,6 @@ class SigmaStrategy(Strategy):
             ),
         )
 
-    def _prepare_averaging(self, number: int, shift: Vector) -> None:
-        """Tell the inner strategy the round's model; the messages that it builds are not used."""
-        forget_model(self.averaging)
-        arrays = ArrayRecord({ARRAY: Array(shift.astype(np.float64))})
-        list(self.averaging.configure_train(number, arrays, ConfigRecord(), _Cohort(self._cohort)))
-
     def _check(self, answer: Answer) -> Accepted | Rejected | None:
         """The reply if it is in order by itself, why it is not, or nothing if there is none."""
         if answer.content is None:
@@ -379,20 +385,3 @@ class SigmaStrategy(Strategy):
         arrays = ArrayRecord({ARRAY: Array(shift)})
         metrics = MetricRecord({EXAMPLES: weight, LOSS: loss})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=self._sent[node])
-
-
-class _Cohort(Grid):
-    """A grid of the sites that are asked anyway, for the inner strategy to choose from; it sends nothing."""
-
-    def __init__(self, nodes: Iterable[int]) -> None:
-        self._nodes = list(nodes)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the cohort's node ids."""
-        return self._nodes
-
-    def _no(self, *args: object, **kwargs: object) -> None:
-        raise NotImplementedError("the inner strategy averages only")
-
-    set_run = create_message = get_nodes = push_messages = pull_messages = send_and_receive = _no  # type: ignore[assignment]
-    run = property(_no)  # type: ignore[assignment]

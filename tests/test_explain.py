@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -17,9 +18,11 @@ from fedsigma import cli
 from fedsigma.client.applying import restore
 from fedsigma.common.artefact import save_shift
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.explain import ExplainError, Phrases, explain_heads, head_changes
-from fedsigma.common.explain.whole import explain_shift
+from fedsigma.common.config import SigmaConfig
+from fedsigma.common.explain import Explainer, ExplainError, Phrases, head_changes, whole
+from fedsigma.common.explain.whole import explainer
 from fedsigma.common.explain.words import projection
+from fedsigma.common.learner import SigmaLearner
 from fedsigma.common.sigma import Basis, Selection, SigmaModel, find_layout
 
 WIDTH, HEADS, JOINT, PHRASES = 32, 4, 16, 40
@@ -96,7 +99,7 @@ def test_a_planted_phrase_comes_out_first_at_its_head(head: int, phrase: int, am
         if (entry.tower, entry.layer, entry.part) == ("image", 1, "o"):
             shift[entry.offset + int(triple.vh[:, column].abs().argmax())] = amount
     phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
-    first = explain_heads(model, basis, shift, phrases, features())[0]
+    first = Explainer(model, basis, phrases, features()).explain(shift)[0]
     assert (first.change.tower, first.change.layer, first.change.head) == ("image", 1, head)
     assert first.change.share == pytest.approx(1)
     told = first.gained if amount > 0 else first.lost
@@ -104,11 +107,59 @@ def test_a_planted_phrase_comes_out_first_at_its_head(head: int, phrase: int, am
     assert (told[0][1] > 0) == (amount > 0)
 
 
+def test_a_head_writes_what_its_slices_of_the_whole_matrices_do() -> None:
+    model, texts = tiny(), features()
+    basis = basis_of(model)
+    shift = 0.3 * torch.randn(basis.layout.size, generator=torch.Generator().manual_seed(5))
+    whole = {}
+    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
+        for name, d in (("before", 0.0), ("after", shift[entry.offset : entry.offset + entry.size])):
+            place = entry.tower, entry.layer, entry.part, name
+            whole[place] = ((triple.u * (triple.s + d)) @ triple.vh).double()
+    unit = nn.functional.normalize(texts.double() - texts.double().mean(0), dim=1)
+    phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
+    found = Explainer(model, basis, phrases, texts).explain(shift, heads=3, words=PHRASES)
+    for one in found:
+        place, where = (one.change.tower, one.change.layer), one.change.head * WIDTH // HEADS
+        cut = slice(where, where + WIDTH // HEADS)
+        reads = unit @ projection(model, one.change.tower).double()
+        before, after = (
+            (reads @ whole[*place, "o", name][:, cut] @ whole[*place, "v", name][cut]).square().sum(1)
+            for name in ("before", "after")
+        )
+        gain = (after - before) / before.mean()
+        gain = gain - gain.mean()
+        for text, g in one.gained + one.lost:
+            assert g == pytest.approx(float(gain[phrases.texts.index(text)]), rel=1e-4, abs=1e-6)
+        assert len(one.gained) + len(one.lost) == PHRASES
+
+
+def test_explaining_one_shift_does_not_change_what_is_said_of_the_next() -> None:
+    model = tiny()
+    basis = basis_of(model)
+    phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
+    first, second = (
+        0.3 * torch.randn(basis.layout.size, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
+    )
+    one = Explainer(model, basis, phrases, features())
+    one.explain(first, heads=16)
+    assert one.explain(second) == Explainer(model, basis, phrases, features()).explain(second)
+
+
+def test_the_learner_reads_the_descriptions_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = SigmaLearner("starter", SigmaConfig(parts=("v", "o")), ("a", "b"), ("a", "b"))
+    shift = np.random.default_rng(0).normal(scale=0.1, size=learner.layout.size).astype(np.float32)
+    rows = learner.explain(shift, heads=3, words=2)
+    assert len(rows) == 3 and all(len(row["gained"]) == 2 for row in rows)
+    monkeypatch.setattr(whole, "_text_features", lambda *a: pytest.fail("read again"))
+    assert learner.explain(-shift, heads=3) != rows and learner.explain(shift, heads=3, words=2) == rows
+
+
 def test_nothing_changed_is_nothing_gained() -> None:
     model = tiny()
     basis = basis_of(model)
     phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
-    found = explain_heads(model, basis, torch.zeros(basis.layout.size), phrases, features())
+    found = Explainer(model, basis, phrases, features()).explain(torch.zeros(basis.layout.size))
     assert all(one.gained == one.lost == () and one.change.share == 0 for one in found)
 
 
@@ -166,5 +217,5 @@ def test_the_command_explains_a_run_and_leaves_the_model_as_it_was(tmp_path: Pat
     told = CliRunner().invoke(cli.main, [*words, "--phrases", str(own), "--template", "a photo of {}"]).output
     assert "% of the heads' change" in told and "cell" in told
     restored = restore(tmp_path)
-    explain_shift(restored.backbone, restored.sigma, 2 * shift, Phrases(("one", "two"), ("own", "own")))
+    explainer(restored.backbone, restored.sigma, Phrases(("one", "two"), ("own", "own"))).explain(2 * shift)
     torch.testing.assert_close(restored.sigma.get_shift(), shift)

@@ -74,6 +74,7 @@ def test_a_simulation_completes(tmp_path: Path, study: Path) -> None:
     assert folder.events()[-1]["kind"] == "run_end" and folder.events()[-1]["ok"]
     # The app bundle has what the server's own steps read, and the model is registered.
     assert len(summary["explanation"]) == 8 and all(one["gained"] for one in summary["explanation"])
+    assert set(summary["explanation_by_site"]) == set(summary["sites"])
     assert "<h2>In words</h2>" in folder.report_path.read_text()
     assert (tmp_path / "models").is_dir()
     # Ray's workers wrote the sites' own logs.

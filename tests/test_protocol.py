@@ -46,7 +46,7 @@ TASK = TrainTask(
 REPLY = TrainReply(change=b"abc", examples=4, steps=20, loss=0.5, evaluation=SCORES, class_counts=(1, 3))
 MESSAGES = [
     Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint="{}"),
-    HelloReply(protocol=protocol.PROTOCOL, site="north", fingerprint="{}", sites=4),
+    HelloReply(protocol=protocol.PROTOCOL, site="north", fingerprint="{}", version="0.1.0", sites=4),
     TASK,
     REPLY,
     EvaluateTask(setup=SETUP, round=3, shifts=(b"1", b"2")),
@@ -131,7 +131,14 @@ def test_only_messages_can_be_sent() -> None:
 @pytest.mark.parametrize("name", ["", "pooled", "a\nb", "x" * 81])
 def test_a_site_name_is_short_and_printable(name: str) -> None:
     with pytest.raises(ProtocolError):
-        HelloReply(protocol=protocol.PROTOCOL, site=name, fingerprint="{}")
+        HelloReply(protocol=protocol.PROTOCOL, site=name, fingerprint="{}", version="0.1.0")
+
+
+@pytest.mark.parametrize("version", ["", "0.1.0\n", "0\u202e1", "1" * 65])
+def test_a_version_is_short_and_printable(version: str) -> None:
+    values = {**fields_of(MESSAGES[1]), "version": version}
+    with pytest.raises(ProtocolError, match="version is empty, too long or not printable"):
+        from_content(HelloReply, record(values))
 
 
 def test_a_schedule_must_fit() -> None:
@@ -160,3 +167,12 @@ def test_any_record_gives_a_message_or_a_protocol_error(changes: dict) -> None:
     except ProtocolError:
         return
     assert type(reply.examples) is int and reply.examples >= 1
+
+
+@given(st.dictionaries(st.sampled_from([*fields_of(MESSAGES[1]), "other"]), values))
+def test_any_answer_to_the_handshake_is_a_message_or_a_protocol_error(changes: dict) -> None:
+    try:
+        reply = from_content(HelloReply, record({**fields_of(MESSAGES[1]), **changes}))
+    except ProtocolError:
+        return
+    assert reply.version.isprintable() and 0 < len(reply.version) <= 64 and reply.site.isprintable()

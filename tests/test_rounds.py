@@ -13,6 +13,7 @@ from fake_grid import FakeGrid, Tamper, gone
 from fake_learner import IMAGES, LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from fedsigma import __version__
 from fedsigma.client.app import app as client
 from fedsigma.common import protocol
 from fedsigma.common.chain import Chain, ChainBroken
@@ -173,6 +174,22 @@ def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
     with folder.hold(), pytest.raises(StoreError, match="is written by a run that still goes on"):
         run(tmp_path, resume=True)
     assert len(folder.events()) == lines
+
+
+def test_a_site_of_another_version_is_refused_by_its_version_whatever_it_answers(tmp_path: Path) -> None:
+    def older(node: int, task: Message, reply: Message) -> Message:
+        if node == 103 and task.metadata.message_type == protocol.HELLO:
+            values = dict(reply.content.config_records["fedsigma"]) | {"protocol": protocol.PROTOCOL - 1}
+            del values["version"]
+            return Message(RecordDict({"fedsigma": ConfigRecord(values)}), reply_to=task)
+        return reply
+
+    folder = run(tmp_path, rounds=1, tamper=older)
+    (refused,) = events(folder, "site_refused")
+    assert refused["site"] == "node 103"
+    words = f"speaks version {protocol.PROTOCOL - 1} of the messages, the server {protocol.PROTOCOL}"
+    assert words in refused["reason"]
+    assert {e["version"] for e in events(folder, "site_ready")} == {__version__}
 
 
 def test_rounds_between_evaluations_have_no_metrics_but_the_final_model_has(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fake_learner import FINGERPRINT, LAYOUT, STUDY, fake_method  # noqa: F401
 from flwr.app import Message
 from numpy import zeros
 
+from fedsigma import __version__
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
 from fedsigma.client.identity import new_identity
@@ -190,6 +191,13 @@ def test_without_an_identity_a_site_offers_no_key(ask: Any) -> None:
     hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
     said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO).content)
     assert (said.mask_key, said.mask_signature) == (b"", b"")
+
+
+@pytest.mark.parametrize(("line", "explained"), [("", False), ("explained: true\n", True)])
+def test_a_site_says_whether_its_shift_may_be_explained(ask: Any, line: str, explained: bool) -> None:
+    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO, POLICY + line).content)
+    assert (said.explained, said.version) == (explained, __version__)
 
 
 def test_a_peers_key_that_is_none_is_named(tmp_path: Path) -> None:

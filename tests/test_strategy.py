@@ -37,7 +37,7 @@ def sent(*nodes: int) -> dict[int, Message]:
 
 def test_every_failure_goes_to_its_own_site() -> None:
     tasks = sent(7, 8, 9, 10)
-    content = to_content(HelloReply(protocol=PROTOCOL, site="x", fingerprint=""))
+    content = to_content(HelloReply(protocol=PROTOCOL, site="x", fingerprint="", version="0.1.0"))
     replies = [
         gone(tasks[9], code=3),
         Message(Error(2, "secret text"), reply_to=tasks[8]),
@@ -147,7 +147,7 @@ class FakeExchange:
         messages = sent(*tasks)
         for node in tasks:
             name, fingerprint = self.sites[node]
-            reply = HelloReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint)
+            reply = HelloReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint, version="0.2.0rc1")
             replies.append(Message(to_content(reply), reply_to=messages[node]))
         return attribute(messages, replies)
 
@@ -169,6 +169,8 @@ def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
     exchange.sites = {2: ("south", good), 4: ("north", good)}
     assert roster.present() == {4: "north"}
     assert exchange.asked == [1, 2, 3, 4]
+    ready = [e for e in folder.events() if e["kind"] == "site_ready"]
+    assert [e["version"] for e in ready] == ["0.2.0rc1"] * 2
     monkeypatch.setattr(roster_of, "RETRY_S", 0.0)
     roster._ask_again.clear()
     assert roster.present() == {4: "north", 2: "south"}

@@ -58,6 +58,7 @@ min_cohort: 2
 tell_class_counts: false
 tell_confusion: false
 named_in_models: false
+explained: false
 
 # Processors for training (null: all), and which GPUs: auto, none, or numbers such as "0,1".
 cpus: null

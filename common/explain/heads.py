@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedsigma.common.sigma.basis import Basis, Triple
 from fedsigma.common.sigma.layout import Entry
 
-__all__ = ["ExplainError", "HeadChange", "Layer", "adapted_layers", "head_changes", "matrix"]
+__all__ = ["ExplainError", "HeadChange", "Layer", "adapted_layers", "head_changes", "slices"]
 
 _COUNTS = ("num_heads", "num_attention_heads")
 
@@ -76,10 +76,10 @@ def head_changes(model: nn.Module, basis: Basis, shift: Tensor) -> list[HeadChan
     """
     found = []
     for layer in adapted_layers(model, basis):
+        values, outputs = _energies(layer, shift)
         for head in range(layer.heads):
             where = layer.rows(head)
-            value = _energy(layer.value[0], shift, layer.value[1].u[where, :].T)
-            output = _energy(layer.output[0], shift, layer.output[1].vh[:, where])
+            value, output = float(values[where].sum()), float(outputs[where].sum())
             found.append((layer.tower, layer.layer, head, value, output))
     total = sum(value + output for *_, value, output in found) or 1.0
     changes = [HeadChange(*one, share=(one[3] + one[4]) / total) for one in found]
@@ -108,10 +108,16 @@ def adapted_layers(model: nn.Module, basis: Basis) -> list[Layer]:
     return found
 
 
-def _energy(entry: Entry, shift: Tensor, vectors: Tensor) -> float:
-    """sum_i d_i^2 ||vectors_i||^2. Shapes: vectors (entry size, width of the slice)."""
-    d = shift[entry.offset : entry.offset + entry.size].double()
-    return float((d.square() * vectors.double().square().sum(dim=1)).sum())
+def _energies(layer: Layer, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of the value matrix's change, and of each column of the output matrix's: ||.||^2."""
+    (value, read), (output, written) = layer.value, layer.output
+    rows = read.u.double().square() @ _of(value, shift).square()
+    columns = _of(output, shift).square() @ written.vh.double().square()
+    return rows, columns
+
+
+def _of(entry: Entry, shift: Tensor) -> Tensor:
+    return shift[entry.offset : entry.offset + entry.size].double()
 
 
 def _heads(model: nn.Module, weight: str) -> int:
@@ -131,10 +137,19 @@ def _parents(weight: str) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def matrix(part: tuple[Entry, Triple], shift: Tensor | None) -> Tensor:
-    """A matrix as it was pretrained, or with its shift. Shapes: (rows, columns), float64."""
-    entry, triple = part
-    s = triple.s.double()
-    if shift is not None:
-        s = s + shift[entry.offset : entry.offset + entry.size].double()
-    return (triple.u.double() * s) @ triple.vh.double()
+def slices(layer: Layer, head: int, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A head's W_o[:, C] and W_v[R, :], as they were pretrained or with a shift.
+
+    Shapes: (rows of the output matrix, width of the head) and (width of the head, columns of the value
+    matrix), float64.
+    """
+    where = layer.rows(head)
+    (value, read), (output, written) = layer.value, layer.output
+    # Cut before they are multiplied: a head's slice costs a head's share of the whole matrix.
+    writes = written.u.double() * _values(output, written, shift) @ written.vh[:, where].double()
+    reads = read.u[where].double() * _values(value, read, shift) @ read.vh.double()
+    return writes, reads
+
+
+def _values(entry: Entry, triple: Triple, shift: Tensor | None) -> Tensor:
+    return triple.s.double() if shift is None else triple.s.double() + _of(entry, shift)

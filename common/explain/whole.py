@@ -1,4 +1,4 @@
-"""A whole shift in words: the descriptions' features, the heads that changed most, and how it is told."""
+"""Whole shifts in words: the descriptions' features, the heads that changed most, and how it is told."""
 
 from __future__ import annotations
 
@@ -9,44 +9,28 @@ import torch
 from torch import Tensor
 
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.explain.words import HeadWords, Phrases, explain_heads
+from fedsigma.common.explain.words import Explainer, HeadWords, Phrases
 from fedsigma.common.sigma import SigmaModel
 
-__all__ = ["explain_shift", "in_words", "to_rows"]
+__all__ = ["explainer", "in_words", "to_rows"]
 
 BATCH = 64
 
 
-def explain_shift(
-    backbone: Backbone,
-    sigma: SigmaModel,
-    shift: Tensor,
-    phrases: Phrases,
-    *,
-    template: str = "{}",
-    heads: int = 8,
-    words: int = 5,
-) -> list[HeadWords]:
-    """Explain a shift by the heads that it changed most; the model's own shift is as before afterwards.
+def explainer(backbone: Backbone, sigma: SigmaModel, phrases: Phrases, *, template: str = "{}") -> Explainer:
+    """What explains shifts of a model; the model's own shift is as before afterwards.
 
     Args:
         backbone: whose model `sigma` wraps.
         sigma: the adapter, with the basis.
-        shift: to be explained.
         phrases: the descriptions.
         template: into which each description is put before the text tower reads it.
-        heads: how many heads.
-        words: how many descriptions of each, gained and lost.
-
-    Shapes: shift (layout size,).
 
     Raises:
-        ExplainError: as `explain_heads`.
+        ExplainError: as `Explainer`.
     """
     features = _text_features(backbone, sigma, [template.format(text) for text in phrases.texts])
-    return explain_heads(
-        backbone.model, sigma.basis, shift.cpu(), phrases, features, heads=heads, words=words
-    )
+    return Explainer(backbone.model, sigma.basis, phrases, features)
 
 
 def _text_features(backbone: Backbone, sigma: SigmaModel, texts: Sequence[str]) -> Tensor:

@@ -23,10 +23,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fedsigma.common.explain.heads import ExplainError, HeadChange, adapted_layers, head_changes, matrix
+from fedsigma.common.explain.heads import ExplainError, HeadChange, adapted_layers, head_changes, slices
 from fedsigma.common.sigma.basis import Basis
 
-__all__ = ["HeadWords", "Phrases", "explain_heads", "projection"]
+__all__ = ["Explainer", "HeadWords", "Phrases", "projection"]
 
 _NORMS = ("ln_post", "fc_norm", "norm", "ln_final")
 
@@ -73,46 +73,60 @@ class HeadWords:
     lost: tuple[tuple[str, float], ...]
 
 
-def explain_heads(
-    model: nn.Module,
-    basis: Basis,
-    shift: Tensor,
-    phrases: Phrases,
-    features: Tensor,
-    *,
-    heads: int = 8,
-    words: int = 5,
-) -> list[HeadWords]:
-    """Explain the heads that changed most.
+class Explainer:
+    """Explains shifts of one model. What depends on model and corpus alone is computed once.
 
     Args:
         model: the backbone, pretrained or adapted.
         basis: of the backbone and layout.
-        shift: the sigma shift.
         phrases: the corpus.
         features: the corpus's text features in the pretrained model.
-        heads: how many heads to explain.
-        words: how many descriptions of each.
 
-    Shapes: shift (layout size,), features (phrases, width of the joint space).
+    Shapes: features (phrases, width of the joint space).
 
     Raises:
-        ExplainError: what was adapted has no heads that can be told apart, or a tower's end is not linear.
+        ExplainError: what was adapted has no heads that can be told apart.
     """
-    layers = {(layer.tower, layer.layer): layer for layer in adapted_layers(model, basis)}
-    unit = nn.functional.normalize(features.double() - features.double().mean(0), dim=1)
-    found = []
-    for change in head_changes(model, basis, shift)[:heads]:
-        layer = layers[change.tower, change.layer]
-        where = layer.rows(change.head)
-        read_out = unit @ projection(model, change.tower).double()
-        energies = [
-            (read_out @ matrix(layer.output, d)[:, where] @ matrix(layer.value, d)[where, :]).square().sum(1)
-            for d in (None, shift)
-        ]
-        gain = (energies[1] - energies[0]) / energies[0].mean().clamp_min(1e-30)
-        found.append(_ranked(change, gain - gain.mean(), phrases.texts, words))
-    return found
+
+    def __init__(self, model: nn.Module, basis: Basis, phrases: Phrases, features: Tensor) -> None:
+        self._model, self._basis, self._phrases = model, basis, phrases
+        self._layers = {(layer.tower, layer.layer): layer for layer in adapted_layers(model, basis)}
+        self._unit = nn.functional.normalize(features.double() - features.double().mean(0), dim=1)
+        self._read_outs: dict[str, Tensor] = {}
+        self._pretrained: dict[tuple[str, int, int], Tensor] = {}
+
+    def explain(self, shift: Tensor, *, heads: int = 8, words: int = 5) -> list[HeadWords]:
+        """Explain the heads that a shift changed most.
+
+        Args:
+            shift: the sigma shift.
+            heads: how many heads to explain.
+            words: how many descriptions of each, gained and lost.
+
+        Shapes: shift (layout size,).
+
+        Raises:
+            ExplainError: a tower's end is not linear.
+        """
+        found = []
+        for change in head_changes(self._model, self._basis, shift)[:heads]:
+            place = change.tower, change.layer, change.head
+            if place not in self._pretrained:
+                self._pretrained[place] = self._energies(change, None)
+            before, after = self._pretrained[place], self._energies(change, shift)
+            gain = (after - before) / before.mean().clamp_min(1e-30)
+            found.append(_ranked(change, gain - gain.mean(), self._phrases.texts, words))
+        return found
+
+    def _energies(self, change: HeadChange, shift: Tensor | None) -> Tensor:
+        """e(t) of a head for each description, with a shift or without."""
+        writes, reads = slices(self._layers[change.tower, change.layer], change.head, shift)
+        return (self._read_out(change.tower) @ writes @ reads).square().sum(1)
+
+    def _read_out(self, tower: str) -> Tensor:
+        if tower not in self._read_outs:
+            self._read_outs[tower] = self._unit @ projection(self._model, tower).double()
+        return self._read_outs[tower]
 
 
 def _ranked(change: HeadChange, gain: Tensor, texts: Sequence[str], words: int) -> HeadWords:

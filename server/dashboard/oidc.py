@@ -164,6 +164,8 @@ class Provider:
         if not claims:
             raise OidcError("the provider sent no ID token")
         told = dict(claims)
+        if not isinstance(told["sub"], str) or not told["sub"]:
+            raise OidcError("the provider does not say who it is")
         if (
             not _values(told, self.settings.roles_claim)
             and "userinfo_endpoint" in self._client.server_metadata
@@ -172,9 +174,7 @@ class Provider:
             if more.get("sub") != told["sub"]:
                 raise OidcError("the provider tells of another person than it signed in")
             told = {**more, **told}
-        return Person(
-            name=_name(told, self.settings), subject=str(told["sub"]), role=self.settings.role(told)
-        )
+        return Person(name=_name(told, self.settings), subject=told["sub"], role=self.settings.role(told))
 
     async def _check(self) -> None:
         """Read what the provider says of itself, once, and believe no more of it than is needed."""

@@ -188,11 +188,13 @@ class Desk:
 
     async def _provider_failed(self, request: Request, error: Exception) -> Response:
         assert self._oidc is not None
+        # Anybody can call the way back with nonsense: that shall not fill the audit log.
+        wait = self._attempts.wait(_address(request))
+        if wait:
+            return self._later(wait)
         await self._note_refused(request, way=OIDC, user="", reason=type(error).__name__)
-        text = (
-            f"Signing in with {self._oidc.settings.name} did not work. Try once more; if it stays so, ask who"
-        )
-        return self._page(error=text + " runs the centre: the audit log says the kind of error.", status=403)
+        text = f"Signing in with {self._oidc.settings.name} did not work. Try once more; if it stays so,"
+        return self._page(error=text + " who runs the centre finds the kind of error in its log.", status=403)
 
     # -- what all have in common ---------------------------------------------------------------------------
 

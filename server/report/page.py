@@ -61,7 +61,11 @@ def _view(content: Content) -> dict[str, Any]:
             {"title": f"{heat.tower.capitalize()} tower", "grid": tables.heat_grid(heat)}
             for heat in content.heats
         ],
-        "explanation": tables.explanation_grid(content),
+        "explanation": tables.explanation_grid(content.summary.get("explanation") or []),
+        "explanation_by_site": [
+            {"site": site, "grid": tables.explanation_grid(rows)}
+            for site, rows in (content.summary.get("explanation_by_site") or {}).items()
+        ],
         "bytes_drawing": Markup(figures.bytes_figure(content)),
         "bytes_words": _bytes_words(content),
         "bytes_caption": _bytes_caption(content),

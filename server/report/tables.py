@@ -155,10 +155,10 @@ def rounds_grid(content: Content) -> Grid:
     return Grid(heads=heads, rows=rows, even=True)
 
 
-def explanation_grid(content: Content) -> Grid:
+def explanation_grid(explained: Sequence[dict[str, Any]]) -> Grid:
     """A row per head that changed much: what it writes more and less of; empty where none was explained."""
     rows = []
-    for one in content.summary.get("explanation") or []:
+    for one in explained:
         name = f"{one['tower']} tower, layer {one['layer'] + 1}, head {one['head'] + 1}"
         told = [", ".join(w["phrase"] for w in one[key]) or NOTHING for key in ("gained", "lost")]
         rows.append(Row(name=name, cells=[percent(one["share"]), *told]))

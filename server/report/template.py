@@ -131,6 +131,11 @@ _PAGE = """<!doctype html>
 <details><summary>What the heads that changed most write more and less of</summary>
 {{ table(view.explanation, "The attention heads with the largest share of the change") }}
 </details>
+{%- for one in view.explanation_by_site %}
+<details><summary>{{ one.site }}: its own last shift</summary>
+{{ table(one.grid, "The attention heads that the last training at " ~ one.site ~ " left changed most") }}
+</details>
+{%- endfor %}
 <p class="note">Descriptions ranked without any image, by what a head can write along them. They are as good
 as the backbone's text tower, and leave out what later layers do.</p>
 </section>
