@@ -21,7 +21,7 @@ __all__ = ["Library", "RunLine", "UnknownRun"]
 
 MOST_OPEN = 32
 """How many runs are kept parsed; the one that was looked at longest ago goes first."""
-LISTED_S = 5.0
+LISTED_S = 1.0
 """How long a list of the run folders counts; what is in them is looked at every time."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -74,6 +75,9 @@ def serve(app: ASGIApp, *, listen: str, certificate: str = "", key: str = "") ->
         certificate, key: PEM files for TLS; empty for none.
     """
     host, port = split_address(listen, where="listen")
+    # uvicorn stops in order, then raises the signal again for whoever waited for it: here nobody does.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     uvicorn.run(
         app,
         host=host,

@@ -68,7 +68,7 @@ def run_view(folder: FollowedRun, line: RunLine) -> Sections:
         "methods": tables.methods_grid(content),
         "versions": tables.versions_grid(content),
         "confusion": tables.confusion_grid(content),
-        "explanation": tables.explanation_grid(content),
+        "explanation": tables.explanation_grid(content.summary.get("explanation") or []),
         "notices": tables.notices_grid(content),
         "sites_now": sites_now(rows, events),
         "rounds": tables.rounds_grid(content),
@@ -77,7 +77,7 @@ def run_view(folder: FollowedRun, line: RunLine) -> Sections:
         "events": [tuple(event_row(event).values()) for event in reversed(events[-MOST_EVENTS:])],
         "events_left": max(0, len(events) - MOST_EVENTS),
         "study_facts": study_facts(content),
-        "explanation_by_site": [],
+        "explanation_by_site": tables.explanation_grids(content),
         "study_yaml": content.study_yaml,
         "has_report": folder.report_path.is_file(),
     }

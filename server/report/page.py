@@ -62,10 +62,7 @@ def _view(content: Content) -> dict[str, Any]:
             for heat in content.heats
         ],
         "explanation": tables.explanation_grid(content.summary.get("explanation") or []),
-        "explanation_by_site": [
-            {"site": site, "grid": tables.explanation_grid(rows)}
-            for site, rows in (content.summary.get("explanation_by_site") or {}).items()
-        ],
+        "explanation_by_site": tables.explanation_grids(content),
         "bytes_drawing": Markup(figures.bytes_figure(content)),
         "bytes_words": _bytes_words(content),
         "bytes_caption": _bytes_caption(content),

@@ -6,7 +6,7 @@ __all__ = ["CHOSEN_SCHEMES", "SCHEMES", "STYLE"]
 
 _LIGHT = """\
   --paper: #fdfcfa; --panel: #f6f4ef; --ink: #1e2428; --muted: #5b646b; --rule: #ddd8ce;
-  --accent: #0f6b6b; --ochre: #b0690c; --violet: #6858a6; --alarm: #a3312a; --alarm-panel: #fbeeec;
+  --accent: #0f6b6b; --ochre: #96590a; --violet: #6858a6; --alarm: #a3312a; --alarm-panel: #fbeeec;
   --s0: #0f6b6b; --s1: #b3560c; --s2: #5c56a8; --s3: #a02f62; --s4: #47791f; --s5: #2a6cab;
   --s6: #846800; --s7: #6a6f73;
 """

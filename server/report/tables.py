@@ -15,6 +15,7 @@ __all__ = [
     "Row",
     "confusion_grid",
     "explanation_grid",
+    "explanation_grids",
     "heat_grid",
     "methods_grid",
     "notices_grid",
@@ -163,6 +164,12 @@ def explanation_grid(explained: Sequence[dict[str, Any]]) -> Grid:
         told = [", ".join(w["phrase"] for w in one[key]) or NOTHING for key in ("gained", "lost")]
         rows.append(Row(name=name, cells=[percent(one["share"]), *told]))
     return Grid(heads=["Head", "Of the change", "More of", "Less of"], rows=rows, texts=frozenset({0, 2, 3}))
+
+
+def explanation_grids(content: Content) -> list[dict[str, Any]]:
+    """What the last shift of each site that allows it changed: `site` and `grid`."""
+    told = content.summary.get("explanation_by_site") or {}
+    return [{"site": site, "grid": explanation_grid(rows)} for site, rows in told.items()]
 
 
 def heat_grid(heat: Heat) -> Grid:

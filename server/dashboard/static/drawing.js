@@ -69,7 +69,7 @@ export function participation(data) {
     if (kind >= 0) cells.push([column, row, kind]);
   }));
   return {
-    grid: { left: 96, right: 16, top: 44, bottom: 44 },
+    grid: { left: 108, right: 16, top: 44, bottom: 44 },
     xAxis: { type: "category", data: data.rounds, name: "round", nameLocation: "middle", nameGap: 28, splitLine: { show: false } },
     yAxis: { type: "category", data: data.sites, inverse: true, splitLine: { show: false }, axisLabel: { color: colour("muted"), width: 84, overflow: "truncate" } },
     visualMap: {

@@ -58,6 +58,9 @@ function all() {
   fill(by("drift-of"), Object.keys(data.drift).map((name) => [name, NAMES[name]]), "change_norm");
   fill(by("highlight"), [["", "no site"], ...data.sites.map((site) => [site, site])], "");
   curves();
+  // A row for each site needs its height.
+  by("part").style.height = data.sites.length > 20 ? `${80 + 13 * data.sites.length}px` : "";
+  echarts.getInstanceByDom(by("part"))?.resize();
   if (data.sites.length) show("part", participation(data)); else empty("part", "No site has replied yet.");
   heats();
   drift();
