@@ -59,6 +59,9 @@ class Learner(Protocol):
         """Which values of the layout are shared where these are personal."""
         ...
 
+    parameters: int
+    """How many values the backbone has, as it came."""
+
     side: int
     """Images are loaded with their shorter side at most this long, in pixels."""
 
@@ -108,6 +111,7 @@ class SigmaLearner:
         from fedsigma.common.training import Task
 
         loaded = load_backbone(backbone)
+        self.parameters = sum(weight.numel() for weight in loaded.model.parameters())
         selection = Selection(towers=sigma.towers, layers=sigma.layers, parts=sigma.parts)
         self.sigma = SigmaModel.adapt(loaded.model, selection)
         self.task = Task(loaded, self.sigma, prompts)

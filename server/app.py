@@ -71,6 +71,7 @@ def _run(
         _check_pictures(folder, study)
         learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
         split = learner.split(study.personal)
+        folder.event("model_ready", parameters=learner.parameters, values=split.shared.size)
         shift, done = _zero(split), 0
         if resumed:
             shift, done = checkpoint.latest(

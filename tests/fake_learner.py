@@ -41,6 +41,7 @@ class FakeLearner:
     """See `fedsigma.common.learner.Learner`."""
 
     side = 32
+    parameters = 1000
     layout = LAYOUT
     fingerprint = FINGERPRINT
 

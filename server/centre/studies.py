@@ -63,7 +63,7 @@ class Studies:
     Args:
         folder: the centre's.
         control: how its SuperLink is reached.
-        by: the user for whom it is done, for the audit log; empty for whoever has this machine's command line.
+        by: the user for whom it is done, for the audit log; empty for who has this machine's command line.
     """
 
     def __init__(self, folder: CentreFolder, control: Control | None = None, *, by: str = "") -> None:

@@ -20,8 +20,8 @@ class DashboardConfig:
     """What dashboard.yaml says; all of it may be left out.
 
     Fields: listen, HOST:PORT; certificate and key, PEM files for TLS, beside dashboard.yaml unless they are
-    whole paths, empty where a proxy in front ends TLS; access, by which names it is reached, and limits; oidc,
-    an OpenID provider.
+    whole paths, empty where a proxy in front ends TLS; access, by which names it is reached, and limits;
+    oidc, an OpenID provider.
     """
 
     section: ClassVar[str] = ""
@@ -42,8 +42,8 @@ class DashboardConfig:
             raise ConfigError("access.origins has http, and there is a certificate: expected https://...")
         if self.access.secure and not self.certificate and not self.access.proxies:
             raise ConfigError(
-                "access.origins has https, and there is neither a certificate nor a proxy: name certificate and"
-                " key, or in access.proxies the address of the proxy that ends TLS"
+                "access.origins has https, and there is neither a certificate nor a proxy: name certificate"
+                " and key, or in access.proxies the address of the proxy that ends TLS"
             )
 
     @classmethod

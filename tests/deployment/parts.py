@@ -207,7 +207,7 @@ def deployed(
         later: that have a place in the network, and join later.
     """
     network = Network([*sites, *later], may_make_namespaces())
-    outer, link, health, worker = free_ports(4)
+    outer, link, health, worker, pages = free_ports(5)
     config = ServerConfig(
         name="Tests",
         address=f"{network.centre}:{outer}",
@@ -218,6 +218,10 @@ def deployed(
     )
     network.make()
     centre = CentreFolder.create(folder / "centre", config, own=None)
+    shown = f"{network.centre}:{pages}"
+    (centre.path / "dashboard.yaml").write_text(
+        f"listen: {shown}\ncertificate: tls/outer.crt\nkey: tls/outer.key\naccess: {{origins: ['https://{shown}']}}\n"
+    )
     # What works at a site must not find a study's centre by chance, so no variable of ours is passed on.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FEDSIGMA_")}
     environment |= {"FEDSIGMA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
