@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 from fedsigma.common.reading import ConfigError, build, read_yaml, split_address
-from fedsigma.server.dashboard.oidc import OidcSettings
 from fedsigma.server.dashboard.settings import AccessSettings
 
 __all__ = ["DashboardConfig"]
@@ -20,8 +19,7 @@ class DashboardConfig:
     """What dashboard.yaml says; all of it may be left out.
 
     Fields: listen, HOST:PORT; certificate and key, PEM files for TLS, beside dashboard.yaml unless they are
-    whole paths, empty where a proxy in front ends TLS; access, by which names it is reached, and limits;
-    oidc, an OpenID provider.
+    whole paths, empty where a proxy in front ends TLS; access, by which names it is reached, and limits.
     """
 
     section: ClassVar[str] = ""
@@ -32,7 +30,6 @@ class DashboardConfig:
     access: AccessSettings = field(
         default_factory=lambda: AccessSettings(origins=("http://127.0.0.1:8050", "http://localhost:8050"))
     )
-    oidc: OidcSettings | None = None
 
     def __post_init__(self) -> None:
         split_address(self.listen, where="listen")
@@ -57,16 +54,7 @@ class DashboardConfig:
         if not file.is_file():
             return cls()
         found = build(cls, read_yaml(file.read_text(encoding="utf-8"), where=str(file)), where=str(file))
-        return found.beside(folder)
-
-    def beside(self, folder: Path) -> DashboardConfig:
-        """The same with whole paths."""
-        from dataclasses import replace
-
-        def whole(name: str) -> str:
-            return str(folder / Path(name).expanduser()) if name else ""
-
-        oidc = self.oidc
-        if oidc is not None:
-            oidc = replace(oidc, client_secret_file=whole(oidc.client_secret_file))
-        return replace(self, certificate=whole(self.certificate), key=whole(self.key), oidc=oidc)
+        if not found.certificate:
+            return found
+        certificate, key = (str(folder / Path(name).expanduser()) for name in (found.certificate, found.key))
+        return replace(found, certificate=certificate, key=key)

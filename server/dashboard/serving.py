@@ -20,7 +20,7 @@ from fedsigma.server.dashboard.accounts import Accounts
 from fedsigma.server.dashboard.centre_pages import centre_routes
 from fedsigma.server.dashboard.config import DashboardConfig
 from fedsigma.server.dashboard.library import Library
-from fedsigma.server.dashboard.oidc import Provider
+from fedsigma.server.dashboard.oidc import OidcSettings, Provider
 from fedsigma.server.dashboard.pages import Desk, make_pages
 from fedsigma.server.dashboard.settings import AccessSettings
 from fedsigma.server.dashboard.signing_in import OneTimeLink
@@ -46,7 +46,12 @@ def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGI
 
 
 def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
-    """The dashboard of a centre, for its users."""
+    """The dashboard of a centre, for its users.
+
+    Raises:
+        ConfigError: oidc.yaml does not do.
+    """
+    oidc = centre.path / "oidc.yaml"
     watch = SuperLinkWatch(centre)
     desk = Desk(Library(centre.path / "runs", centre=centre), CENTRE_PAGES)
     routes: list[Route] = centre_routes(desk, centre, watch)
@@ -61,7 +66,7 @@ def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
         make_pages(desk, routes, lifespan=lifespan),
         accounts=Accounts(centre.path / "dashboard.db"),
         settings=config.access,
-        oidc=Provider(config.oidc, origin=config.access.origins[0]) if config.oidc else None,
+        oidc=Provider(OidcSettings.read(oidc), origin=config.access.origins[0]) if oidc.is_file() else None,
         log=CentreLog(centre.path),
     )
 

@@ -11,7 +11,7 @@ import pytest
 from browser import MISSING
 
 from deployment.network import CENTRE
-from deployment.parts import SITES, STUDY, Deployment, missing, wait_for
+from deployment.parts import BIN, SITES, STUDY, Deployment, missing, wait_for
 from fedsigma.common.chain import Chain
 from fedsigma.server.dashboard.config import DashboardConfig
 
@@ -29,7 +29,7 @@ def seen(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> di
     """What two people saw: a study watched to its end, another stopped."""
     folder = tmp_path_factory.mktemp("dashboard")
     for name, role in (("olga", "operator"), ("vera", "viewer")):
-        command = [*deployment.network.inside(CENTRE), "fedsigma", "users", "add", name, "--role", role]
+        command = [*deployment.network.inside(CENTRE), str(BIN / "fedsigma"), "users", "add", name, "--role", role]
         command += ["--password-stdin", "-f", str(deployment.centre.path)]
         subprocess.run(command, input=PASSWORD + "\n", text=True, check=True, env=deployment.environment)
     study = folder / "study.yaml"

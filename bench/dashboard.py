@@ -1,0 +1,125 @@
+"""How long the dashboard takes to open: 100 runs of 200 rounds and 50 sites, in a real browser.
+
+    python bench/dashboard.py [--runs 100] [--rounds 200] [--sites 50] [--json FILE]
+
+Writes the runs (invented figures in the shape of real ones), starts `fedsigma dashboard` anew for each
+repetition, and opens in Debian's Chromium the list of all runs, and the page of one run that nobody has
+opened before. Counted is from asking for the page to the moment at which all of it is drawn. `first` has the
+dashboard's own caches empty, `again` has them filled; the browser's cache is empty both times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import httpx
+from browser import MISSING, chromium
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from synthetic_run import write_synthetic_run
+
+from fedsigma.common.processes import free_ports
+
+DRAWN = {
+    "list": "document.querySelectorAll('#runs tbody tr').length === {runs}",
+    "run": "window.echarts && ['curves', 'part', 'heat', 'drift', 'bytes']"
+    ".every(id => echarts.getInstanceByDom(document.getElementById(id)))",
+}
+LIMIT_S = 1.0
+
+
+def write_runs(folder: Path, *, runs: int, rounds: int, sites: int) -> None:
+    """Write the run folders."""
+    names = [f"hospital-{number:02d}" for number in range(1, sites + 1)]
+    for number in track(range(runs), description="writing runs", console=Console(stderr=True)):
+        write_synthetic_run(folder / f"study-{number:03d}", sites=names, rounds=rounds, seed=number)
+
+
+def served(folder: Path) -> tuple[subprocess.Popen[str], str, str]:
+    """A new dashboard: its process, its address, and the link that lets a browser in."""
+    (port,) = free_ports(1)
+    program = Path(sys.executable).with_name("fedsigma")
+    command = [str(program), "dashboard", str(folder), "--listen", f"127.0.0.1:{port}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    found = re.search(r"http://\S+", process.stdout.readline())
+    assert found is not None
+    base = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            httpx.get(f"{base}/health")
+            break
+        except httpx.TransportError:
+            time.sleep(0.05)
+    return process, base, found[0]
+
+
+def measure(folder: Path, *, runs: int, repetitions: int) -> dict[str, dict[str, float]]:
+    """Median seconds to open each page, by `first` and `again`."""
+    times: dict[str, dict[str, list[float]]] = {page: {"first": [], "again": []} for page in DRAWN}
+    with chromium() as browser:
+        for _ in track(range(repetitions), description="opening pages", console=Console(stderr=True)):
+            process, base, link = served(folder)
+            signing = browser.new_context()
+            # Without following it to the list, whose figures nobody is to have asked for before.
+            signing.request.get(link, max_redirects=0)
+            state = signing.storage_state()
+            for which in ("first", "again"):
+                for name, path in (("list", "/"), ("run", "/runs/study-000")):
+                    context = browser.new_context(base_url=base, storage_state=state)
+                    page = context.new_page()
+                    begin = time.perf_counter()
+                    page.goto(path, wait_until="commit")
+                    page.wait_for_function(DRAWN[name].replace("{runs}", str(runs)), polling="raf")
+                    times[name][which].append(time.perf_counter() - begin)
+                    context.close()
+            signing.close()
+            process.terminate()
+            process.wait()
+    return {p: {w: statistics.median(t) for w, t in found.items()} for p, found in times.items()}
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--sites", type=int, default=50)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if MISSING:
+        sys.exit(MISSING)
+    with tempfile.TemporaryDirectory(prefix="fedsigma-dashboard-") as place:
+        folder = Path(place)
+        write_runs(folder, runs=options.runs, rounds=options.rounds, sites=options.sites)
+        found = measure(folder, runs=options.runs, repetitions=options.repetitions)
+    shape = f"{options.runs} runs of {options.rounds} rounds and {options.sites} sites"
+    table = Table(title=f"{shape}: seconds to open")
+    for head in ("page", "first", "again"):
+        table.add_column(head, justify="left" if head == "page" else "right")
+    for name, told in found.items():
+        table.add_row(name, *(f"{told[which]:.2f}" for which in ("first", "again")))
+    Console().print(table)
+    slowest = max(told["first"] for told in found.values())
+    Console().print(f"slowest {slowest:.2f} s, wanted below {LIMIT_S:g} s")
+    if options.json:
+        values: dict[str, Any] = {"runs": options.runs, "rounds": options.rounds, "sites": options.sites}
+        values |= {"seconds": found, "slowest_s": slowest, "limit_s": LIMIT_S}
+        options.json.write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
