@@ -29,8 +29,8 @@ def seen(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> di
     """What two people saw: a study watched to its end, another stopped."""
     folder = tmp_path_factory.mktemp("dashboard")
     for name, role in (("olga", "operator"), ("vera", "viewer")):
-        command = [*deployment.network.inside(CENTRE), str(BIN / "fedsigma"), "users", "add", name, "--role", role]
-        command += ["--password-stdin", "-f", str(deployment.centre.path)]
+        command = [*deployment.network.inside(CENTRE), str(BIN / "fedsigma"), "users", "add", name]
+        command += ["--role", role, "--password-stdin", "-f", str(deployment.centre.path)]
         subprocess.run(command, input=PASSWORD + "\n", text=True, check=True, env=deployment.environment)
     study = folder / "study.yaml"
     study.write_text(STUDY.replace("seed: 1", "seed: 8"))
