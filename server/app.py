@@ -29,6 +29,7 @@ from fedsigma.server.replies import SiteResult
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
 from fedsigma.server.strategy import BudgetsSpent, SigmaStrategy
+from fedsigma.server.trackers import Tracking, choose_trackers
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Split
@@ -50,10 +51,12 @@ def main(grid: Grid, context: Context) -> None:
     study = _study(config)
     check_budget(study)
     averaging = make_averaging(study)
+    trackers = choose_trackers(str(config.get("trackers", "")))
     folder, resumed = _folder(config, study)
     print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
     if witness := Witness.of_this_process(study=study.name, run=str(context.run_id)):
         folder.listen(witness)
+    tracking = Tracking(folder, trackers, study=study, run=str(context.run_id))
     folder.event("run_start", study=study.name, run=str(context.run_id), resume=resumed)
     try:
         _check_pictures(folder, study)
@@ -96,7 +99,10 @@ def main(grid: Grid, context: Context) -> None:
         # Stopped, or the process around this one died. The run has not ended: it can be gone on with.
         folder.event("run_interrupted", by=type(ended).__name__)
         raise
-    _report(folder, summary)
+    else:
+        _report(folder, summary)
+    finally:
+        tracking.close()
 
 
 def _study(config: Mapping[str, Any]) -> StudyConfig:
