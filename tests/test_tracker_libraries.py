@@ -191,7 +191,8 @@ def test_tensorboard_reads_all_rounds_of_a_resumed_run(
     assert told["pooled/accuracy"] == [(1, pytest.approx(0.6)), (2, pytest.approx(0.7))]
     assert told["site/north/bytes_up"] == [(1, 61_700), (2, 61_700)]
     assert told["final/federated/accuracy"] == [(0, 0.75)]
-    texts = {tag: found.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"]}
+    tensors = {tag: found.Tensors(tag)[-1].tensor_proto for tag in found.Tags()["tensors"]}
+    texts = {tag: tensor.string_val[0].decode() for tag, tensor in tensors.items()}
     assert "| training.local_steps | " in texts["parameters/text_summary"]
     assert texts["tags/model/text_summary"] == "demo@1"
     assert len(found.Tensors("parameters/text_summary")) == 1
