@@ -48,9 +48,7 @@ def submit(
     not do, or was submitted before, or the centre does not run.
     """
     studies = _studies(folder)
-    made = studies.submit(
-        study, again=again, rounds=rounds, seed=seed, trackers=",".join(tracker or ())
-    )
+    made = studies.submit(study, again=again, rounds=rounds, seed=seed, trackers=",".join(tracker or ()))
     typer.echo(f"Submitted '{made.study}' as run {made.run_id}; its folder is {made.folder}.")
     if wait:
         _wait(studies, made.run_id)

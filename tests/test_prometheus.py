@@ -101,7 +101,8 @@ def test_statuses_and_privacy_are_told(tmp_path: Path) -> None:
     folder.round_row(2, "a", {"accuracy": 0.5}, 0, 0, "accepted")
     text = page(RunCollector(lambda: read(tmp_path)))
     assert values(text, "fedsigma_replies_total") == {
-        ("private", "private", status): 1 for status in ("accepted", "late", "rejected")
+        ("private", "private", status): count
+        for status, count in {"accepted": 1, "late": 1, "rejected": 1, "failed": 0}.items()
     }
     assert values(text, "fedsigma_site_replies_total")["private", "private", "b", "late"] == 1
     assert values(text, "fedsigma_privacy_epsilon") == {("private", "private"): 1.5}

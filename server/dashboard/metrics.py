@@ -1,7 +1,7 @@
 """What Prometheus can ask of a centre: its runs, and the sites of those that are under way.
 
-The metrics are made anew for each scrape, from figures that the caller reads. Labels are bounded: runs are the
-newest ones, and sites appear for runs that have not finished.
+The metrics are made anew for each scrape, from figures that the caller reads. Labels are bounded: runs are
+the newest ones, and sites appear for runs that have not finished.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = ["RunCollector", "RunFigures", "metrics_page"]
 NEWEST = 50
 """Runs that are told one by one, unless said otherwise."""
 STATES = ("finished", "failed", "unfinished")
+STATUSES = ("accepted", "rejected", "late", "failed")
 _CONTACTS = frozenset({"site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"})
 
 Row = Mapping[str, Any]
@@ -85,7 +86,8 @@ def _site(rows: Sequence[Row], contact: float | None) -> SiteFigures:
     # The final model's rows have no exchange of their own.
     asked = [row for row in rows if row["bytes_up"] or row["status"] != "accepted"]
     return SiteFigures(
-        replies=Counter(str(row["status"]) for row in asked),
+        # With zeros: of a counter that begins at 1, Prometheus sees no increase.
+        replies=dict.fromkeys(STATUSES, 0) | Counter(str(row["status"]) for row in asked),
         bytes_received=sum(row["bytes_up"] for row in rows),
         bytes_sent=sum(row["bytes_down"] for row in rows),
         accuracy=_newest(rows, "accuracy"),
@@ -218,8 +220,10 @@ class _Families:
         self._add(values, labels)
         counts["fedsigma_bytes_received", *labels] = sum(one.bytes_received for one in sites)
         counts["fedsigma_bytes_sent", *labels] = sum(one.bytes_sent for one in sites)
-        for status, count in sum((Counter(one.replies) for one in sites), Counter[str]()).items():
-            counts["fedsigma_replies", *labels, status] = count
+        for site in sites:
+            for status, count in site.replies.items():
+                key = ("fedsigma_replies", *labels, status)
+                counts[key] = counts.get(key, 0) + count
 
     def add_site(self, site: SiteFigures, labels: list[str], counts: dict[tuple[str, ...], float]) -> None:
         values = {
