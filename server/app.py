@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from fedsigma.server.replies import SiteResult
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import POOLED, RunFolder
 from fedsigma.server.strategy import BudgetsSpent, SigmaStrategy
+from fedsigma.server.trackers import Choice, Tracking, choose_trackers
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Split
@@ -53,53 +54,30 @@ def main(grid: Grid, context: Context) -> None:
     study = _study(config)
     check_budget(study)
     averaging = make_averaging(study)
+    trackers = choose_trackers(str(config.get("trackers", "")))
     folder, resumed = _folder(config, study)
     with folder.hold():
         print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
-        _run(grid, folder, study, averaging, run=str(context.run_id), resumed=resumed)
+        _run(grid, folder, study, averaging, trackers, run=str(context.run_id), resumed=resumed)
 
 
 def _run(
-    grid: Grid, folder: RunFolder, study: StudyConfig, averaging: FedAvg, *, run: str, resumed: bool
+    grid: Grid,
+    folder: RunFolder,
+    study: StudyConfig,
+    averaging: FedAvg,
+    trackers: Sequence[Choice],
+    *,
+    run: str,
+    resumed: bool,
 ) -> None:
     """Run a study in its folder, and have the folder say how it ended."""
-    started = time.monotonic()
     if witness := Witness.of_this_process(study=study.name, run=run):
         folder.listen(witness)
+    tracking = Tracking(folder, trackers, study=study, run=run)
     folder.event("run_start", study=study.name, run=run, resume=resumed)
     try:
-        _check_pictures(folder, study)
-        learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
-        split = learner.split(study.personal)
-        folder.event("model_ready", parameters=learner.parameters, values=split.shared.size)
-        shift, done = _zero(split), 0
-        if resumed:
-            shift, done = checkpoint.latest(
-                folder, averaging, study=study, split=split, fingerprint=learner.fingerprint
-            )
-        exchange = Exchange(grid)
-        nodes = None if study.data else NodeNames.of_this_process()
-        roster = Roster(exchange, folder, study, learner.fingerprint, nodes)
-        roster.wait()
-        baselines = Baselines(exchange, roster, folder, study, split)
-        if study.judge:
-            summary = judge_versions(folder, study, baselines, learner)
-            _write(folder, summary, started)
-        else:
-            strategy = SigmaStrategy(
-                averaging,
-                study=study,
-                exchange=exchange,
-                roster=roster,
-                folder=folder,
-                split=split,
-                fingerprint=learner.fingerprint,
-                done=done,
-            )
-            shift = _rounds(strategy, grid, shift)
-            summary = _results(folder, study, baselines, learner, shift, started)
-            _explain(folder, split, learner, shift, strategy.explainable(), summary)
-            _publish(folder, study, summary, roster.named)
+        summary = _work(grid, folder, study, averaging, resumed=resumed)
         folder.event("run_end", ok=True, reason="")
     except Exception as error:
         folder.event("run_end", ok=False, reason=str(error) or type(error).__name__)
@@ -109,7 +87,50 @@ def _run(
         # Stopped, or the process around this one died. The run has not ended: it can be gone on with.
         folder.event("run_interrupted", by=type(ended).__name__)
         raise
-    _report(folder, summary)
+    else:
+        _report(folder, summary)
+    finally:
+        tracking.close()
+
+
+def _work(
+    grid: Grid, folder: RunFolder, study: StudyConfig, averaging: FedAvg, *, resumed: bool
+) -> dict[str, Any]:
+    """Find the sites, train with them or judge versions, and return the summary."""
+    started = time.monotonic()
+    _check_pictures(folder, study)
+    learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
+    split = learner.split(study.personal)
+    folder.event("model_ready", parameters=learner.parameters, values=split.shared.size)
+    shift, done = _zero(split), 0
+    if resumed:
+        shift, done = checkpoint.latest(
+            folder, averaging, study=study, split=split, fingerprint=learner.fingerprint
+        )
+    exchange = Exchange(grid)
+    nodes = None if study.data else NodeNames.of_this_process()
+    roster = Roster(exchange, folder, study, learner.fingerprint, nodes)
+    roster.wait()
+    baselines = Baselines(exchange, roster, folder, study, split)
+    if study.judge:
+        summary = judge_versions(folder, study, baselines, learner)
+        _write(folder, summary, started)
+        return summary
+    strategy = SigmaStrategy(
+        averaging,
+        study=study,
+        exchange=exchange,
+        roster=roster,
+        folder=folder,
+        split=split,
+        fingerprint=learner.fingerprint,
+        done=done,
+    )
+    shift = _rounds(strategy, grid, shift)
+    summary = _results(folder, study, baselines, learner, shift, started)
+    _explain(folder, split, learner, shift, strategy.explainable(), summary)
+    _publish(folder, study, summary, roster.named)
+    return summary
 
 
 def _study(config: Mapping[str, Any]) -> StudyConfig:

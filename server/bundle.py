@@ -31,6 +31,7 @@ out = ""
 resume = false
 seed = -1
 rounds = 0
+trackers = ""
 """
 _GLUE = '''"""Flower entry point."""
 from fedsigma.{side}.app import app as _app

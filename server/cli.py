@@ -16,7 +16,7 @@ from rich.table import Table
 from fedsigma.server.overview import Overview, find_runs, overview, runs_folder
 from fedsigma.server.report.words import NOTHING, moment, percent
 from fedsigma.server.store import RunFolder
-from fedsigma.server.study_cli import add_commands
+from fedsigma.server.study_cli import Tracker, add_commands
 
 __all__ = ["app"]
 
@@ -75,6 +75,7 @@ def study_run(
     seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: as the study says.")] = -1,
     resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,
     cpus_per_site: Annotated[int, typer.Option(min=1, help="Processors for one site at a time.")] = 1,
+    tracker: Tracker = None,
 ) -> None:
     """Simulate a study with all its sites on this machine, then print its results and its report's path.
 
@@ -93,7 +94,13 @@ def study_run(
             pass
     try:
         code = run_simulation(
-            study, out=folder, rounds=rounds, seed=seed, resume=resume, cpus_per_site=cpus_per_site
+            study,
+            out=folder,
+            rounds=rounds,
+            seed=seed,
+            resume=resume,
+            cpus_per_site=cpus_per_site,
+            trackers=",".join(tracker or ()),
         )
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. To go on: the same command with --resume --out {folder}", err=True)

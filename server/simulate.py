@@ -27,6 +27,7 @@ from fedsigma.common.config import ConfigError, StudyConfig, load_study
 from fedsigma.common.processes import flower_environment, free_ports
 from fedsigma.common.protocol import Setup
 from fedsigma.server.bundle import write_app
+from fedsigma.server.trackers import choose_trackers
 
 __all__ = ["SimulationError", "run_simulation"]
 
@@ -47,6 +48,7 @@ def run_simulation(
     seed: int = -1,
     resume: bool = False,
     cpus_per_site: int = 1,
+    trackers: str = "",
 ) -> int:
     """Run a study with all its sites on this machine, showing Flower's log as it comes.
 
@@ -56,22 +58,24 @@ def run_simulation(
         rounds, seed: instead of the study's own (0 and -1: the study's own).
         resume: go on with the interrupted run in `out`.
         cpus_per_site: processors for one site at a time; as many sites work at once as fit.
+        trackers: names of experiment trackers, by commas, besides those of FEDSIGMA_TRACKERS.
 
     Returns:
         0 if the run completed, else 1.
 
     Raises:
-        ConfigError: the study does not read, or is not for a simulation.
+        ConfigError: the study does not read, or is not for a simulation, or a tracker cannot be used.
         SimulationError: Flower did not start.
         KeyboardInterrupt: by Ctrl-C or SIGTERM; nothing is left running, and the run can be resumed.
     """
     config = load_study(study)
     sites = _count_sites(config)
+    choose_trackers(trackers)
     with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
         home = Path(folder)
         (home / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
         values = {"study": str(home / "study.yaml"), "resume": resume, "rounds": rounds, "seed": seed}
-        values["out"] = str(out.expanduser().resolve()) if out else ""
+        values |= {"out": str(out.expanduser().resolve()) if out else "", "trackers": trackers}
         environment = _environment(home)
         with _superlink(home, environment):
             run = _flwr_run(home, environment, values, sites=sites, cpus=cpus_per_site)

@@ -73,7 +73,7 @@ class RunFolder:
         self._lock = threading.Lock()
         self._repaired: set[Path] = set()
         self._columns: list[str] | None = None
-        self._listener: Callable[[Row], None] = lambda event: None
+        self._listeners: dict[str, list[Callable[[Row], None]]] = {"event": [], "row": []}
 
     @classmethod
     def create(cls, path: Path, study_yaml: str) -> RunFolder:
@@ -170,11 +170,23 @@ class RunFolder:
         text = json.dumps(_plain(line), ensure_ascii=True, allow_nan=False)
         with self._lock:
             self._append(self.path / "events.jsonl", text, keep_tail=_is_event)
-            self._listener(line)
+            self._tell("event", line)
 
-    def listen(self, listener: Callable[[Row], None]) -> None:
-        """Have each further event told to someone else, too, after it was written."""
-        self._listener = listener
+    def listen(
+        self, event: Callable[[Row], None] | None = None, *, row: Callable[[Row], None] | None = None
+    ) -> None:
+        """Have each further event, or row of a round, told to someone else, too, after it was written.
+
+        Listeners hear in the order in which they came. What one raises is raised to the writer, for a run may
+        depend on being heard; and none may write into this folder while it is told.
+        """
+        for kind, listener in (("event", event), ("row", row)):
+            if listener is not None:
+                self._listeners[kind].append(listener)
+
+    def _tell(self, kind: str, line: Row) -> None:
+        for listener in self._listeners[kind]:
+            listener(line)
 
     def events(self) -> list[Row]:
         """All events in the order they were written.
@@ -222,6 +234,7 @@ class RunFolder:
             columns = self._columns_for(row)
             text = csv_line([cell(row.get(name)) for name in columns])
             self._append(self.path / "rounds.csv", text)
+            self._tell("row", row)
 
     def rounds(self) -> list[Row]:
         """The rows of `rounds.csv` by round; of rows of one round and site, the one written last.

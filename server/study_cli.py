@@ -13,12 +13,16 @@ from fedsigma.common.printing import print_table
 if TYPE_CHECKING:
     from fedsigma.server.centre.studies import Studies, Submitted
 
-__all__ = ["add_commands"]
+__all__ = ["Tracker", "add_commands"]
 
 FAILED = 1
 
 Folder = Annotated[
     Path, typer.Option("--folder", "-f", envvar="FEDSIGMA_CENTRE", help="The centre's folder.")
+]
+Tracker = Annotated[
+    list[str] | None,
+    typer.Option(help="mlflow, tensorboard or wandb; mlflow+sigma: with the sigma file. Repeatable."),
 ]
 Run = Annotated[str, typer.Argument(help="A run's number, or a study's name for its latest run.")]
 
@@ -35,6 +39,7 @@ def submit(
     again: Annotated[bool, typer.Option(help="Also if the same study was submitted before.")] = False,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: as the study says.")] = 0,
     seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: as the study says.")] = -1,
+    tracker: Tracker = None,
     wait: Annotated[bool, typer.Option(help="Wait for the end, and exit by it.")] = False,
 ) -> None:
     """Check a study and hand it to the centre's sites.
@@ -43,7 +48,7 @@ def submit(
     not do, or was submitted before, or the centre does not run.
     """
     studies = _studies(folder)
-    made = studies.submit(study, again=again, rounds=rounds, seed=seed)
+    made = studies.submit(study, again=again, rounds=rounds, seed=seed, trackers=",".join(tracker or ()))
     typer.echo(f"Submitted '{made.study}' as run {made.run_id}; its folder is {made.folder}.")
     if wait:
         _wait(studies, made.run_id)

@@ -21,6 +21,7 @@ from fedsigma.server.centre.folder import CentreError, CentreFolder
 from fedsigma.server.centre.log import CentreLog
 from fedsigma.server.centre.registry import Registry, Submission, now
 from fedsigma.server.store import RunFolder
+from fedsigma.server.trackers import parse_trackers
 
 __all__ = ["Studies", "Submitted"]
 
@@ -72,19 +73,24 @@ class Studies:
         self._registry = Registry(folder.path / "centre.db")
         self._log = CentreLog(folder.path)
 
-    def submit(self, study: str, *, again: bool = False, rounds: int = 0, seed: int = -1) -> Submission:
+    def submit(
+        self, study: str, *, again: bool = False, rounds: int = 0, seed: int = -1, trackers: str = ""
+    ) -> Submission:
         """Check a study and hand it to Flower.
 
         Args:
             study: the name of a study that comes with FedSigma, or the path of a study file.
             again: also if the same study runs or ran to its end.
             rounds, seed: instead of the study's own (0 and -1: the study's own).
+            trackers: names of experiment trackers, by commas, besides those of $FEDSIGMA_TRACKERS.
 
         Raises:
-            ConfigError: the study does not read, or its privacy budget does not allow a round.
+            ConfigError: the study does not read, its privacy budget does not allow a round, or there is no
+                such tracker.
             CentreError: the same study was submitted before.
             ControlError: the SuperLink does not answer.
         """
+        parse_trackers(trackers)
         config = load_study(study).replaced(rounds=rounds or None, seed=seed if seed >= 0 else None)
         # Sites have their own images, and nobody has all of them: what a simulation needs is not sent.
         config = replace(config, data=None, baselines=tuple(b for b in config.baselines if b != "pooled"))
@@ -101,7 +107,7 @@ class Studies:
         name = f"{config.name}-{stamp}-s{config.seed}"
         file = self._folder.path / "studies" / f"{name}.yaml"
         file.write_text(text, encoding="utf-8")
-        return self._start(config, digest, file, self._folder.path / "runs" / name)
+        return self._start(config, digest, file, self._folder.path / "runs" / name, trackers=trackers)
 
     def resume(self, run: str) -> Submission:
         """Go on with a run that ended before its last round, or begin one that ended before its first.
@@ -194,9 +200,17 @@ class Studies:
         return done.returncode
 
     def _start(
-        self, config: StudyConfig, digest: str, file: Path, folder: Path, *, resumes: str = ""
+        self,
+        config: StudyConfig,
+        digest: str,
+        file: Path,
+        folder: Path,
+        *,
+        resumes: str = "",
+        trackers: str = "",
     ) -> Submission:
         values = {"study": str(file), "out": str(folder), "resume": (folder / "study.yaml").is_file()}
+        values["trackers"] = trackers
         run = self._control.start(write_app(self._folder.path / "flwr" / "app"), values)
         made = Submission(
             run_id=run,

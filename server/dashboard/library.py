@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsigma.common.models import Shelf, shelf_folder
+from fedsigma.server.dashboard.metrics import NEWEST, RunFigures
 from fedsigma.server.following import FollowedRun
 from fedsigma.server.overview import Overview, find_runs, overview
 
@@ -63,6 +63,7 @@ class Library:
         self._listed: tuple[float, list[Path]] = (-LISTED_S, [])
         self._overviews: dict[Path, tuple[tuple[int, ...], Overview]] = {}
         self._open: OrderedDict[Path, FollowedRun] = OrderedDict()
+        self._figures: dict[str, tuple[tuple[int, ...], RunFigures]] = {}
 
     def lines(self) -> list[RunLine]:
         """All runs, the newest first."""
@@ -104,10 +105,22 @@ class Library:
         """The address of a run folder."""
         return path.relative_to(self.runs).as_posix() if path != self.runs else path.name
 
-    def newest_rows(self, key: str) -> list[dict[str, Any]]:
-        """The rows of a run's newest round."""
-        rows = self.run(key).rounds()
-        return [row for row in rows if row["round"] == rows[-1]["round"]]
+    def figures(self, *, newest: int = NEWEST) -> list[RunFigures]:
+        """What metrics tell of each run; of the runs after the newest ones, their overview alone."""
+        found = []
+        for number, line in enumerate(self.lines()):
+            if number >= newest or line.overview.state == "queued":
+                found.append(RunFigures(overview=line.overview))
+                continue
+            # Those that change are kept parsed; of those that ended, what was counted once is enough.
+            folder = self.run(line.key) if line.open else FollowedRun(self.runs / line.key)
+            state = folder.state
+            known = self._figures.get(line.key)
+            if known is None or known[0] != state or known[1].overview != line.overview:
+                made = RunFigures.of(line.overview, rows=folder.rounds(), events=folder.events())
+                known = self._figures[line.key] = (state, made)
+            found.append(known[1])
+        return found
 
     def _paths(self) -> list[Path]:
         with self._lock:
@@ -125,6 +138,3 @@ class Library:
         if known is None or known[0] != state or known[1].state not in ("finished", "failed"):
             known = self._overviews[path] = (state, overview(folder))
         return known[1]
-
-    def __iter__(self) -> Iterator[RunLine]:
-        return iter(self.lines())

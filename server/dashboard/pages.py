@@ -22,6 +22,7 @@ from starlette.routing import Route
 from fedsigma import __version__
 from fedsigma.server.dashboard.comparing import compare_view
 from fedsigma.server.dashboard.library import Library, RunLine, UnknownRun
+from fedsigma.server.dashboard.metrics import RunCollector, metrics_page
 from fedsigma.server.dashboard.views import Sections, list_view, run_view
 from fedsigma.server.report.style import CHOSEN_SCHEMES, SCHEMES
 from fedsigma.server.report.template import TABLE
@@ -142,6 +143,7 @@ def make_pages(desk: Desk, more: list[Route], *, lifespan: Any = None) -> Starle
         Route("/models/{reference}", _page(desk, _model)),
         Route("/static/{name}", _static),
         Route("/health", _health),
+        Route("/metrics", _metrics(desk)),
         *more,
     ]
 
@@ -169,6 +171,17 @@ def _page(desk: Desk, work: Callable[[Desk, Request], Response]) -> Callable[[Re
 
 async def _health(request: Request) -> Response:
     return PlainTextResponse("ok\n")
+
+
+def _metrics(desk: Desk) -> Callable[[Request], Any]:
+    collector = RunCollector(desk.library.figures)
+
+    async def endpoint(request: Request) -> Response:
+        accept = request.headers.get("accept", "")
+        content, kind = await run_in_threadpool(metrics_page, collector, accept=accept)
+        return Response(content, headers={"Content-Type": kind})
+
+    return endpoint
 
 
 def _runs(desk: Desk, request: Request) -> Response:
