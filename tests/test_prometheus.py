@@ -75,7 +75,13 @@ def test_runs_are_told_with_their_figures(place: Path) -> None:
     assert values(text, "fedsigma_run_last_event_timestamp_seconds")[run] == folder.events()[-1]["time"]
     assert values(text, "fedsigma_bytes_received_total")[run] == 6 * 4 * UPLOAD
     assert values(text, "fedsigma_bytes_sent_total")[run] == 6 * 4 * DOWNLOAD
-    assert values(text, "fedsigma_replies_total")[*run, "accepted"] == 24
+    replies = values(text, "fedsigma_replies_total")
+    assert {status: replies[*run, status] for status in ("accepted", "rejected", "late", "failed")} == {
+        "accepted": 19,
+        "rejected": 3,
+        "late": 1,
+        "failed": 1,
+    }
     (build,) = [one for family in parse(text) for one in family.samples if one.name == "fedsigma_build_info"]
     assert build.labels["version"] == __version__ and build.value == 1
 
@@ -84,13 +90,14 @@ def test_sites_are_told_while_their_run_has_not_finished(place: Path) -> None:
     text, folder = page(RunCollector(lambda: read(place))), RunFolder.open(place / "under-way")
     accuracy = values(text, "fedsigma_site_accuracy_ratio")
     assert {run for _, run, _ in accuracy} == {"under-way", "broken"}
-    newest = {row["site"]: row for row in folder.rounds()}
+    newest = {row["site"]: row for row in folder.rounds() if row["accuracy"] is not None}
     for site in SITES:
         labels = ("blood", "under-way", site)
         assert accuracy[labels] == newest[site]["accuracy"]
         assert values(text, "fedsigma_site_loss")[labels] == newest[site]["loss"]
         assert values(text, "fedsigma_site_bytes_received_total")[labels] == 6 * UPLOAD
-        answers = [e["time"] for e in folder.events() if e["kind"] == "reply_accepted" and e["site"] == site]
+        kinds = ("reply_accepted", "reply_rejected")
+        answers = [e["time"] for e in folder.events() if e["kind"] in kinds and e["site"] == site]
         assert values(text, "fedsigma_site_last_contact_timestamp_seconds")[labels] == answers[-1]
     assert not values(text, "fedsigma_site_privacy_epsilon")
 
