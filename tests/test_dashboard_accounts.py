@@ -232,6 +232,9 @@ def test_an_address_without_tls_or_of_another_form_is_refused(origins: tuple[str
 
 
 def test_settings_are_bounded() -> None:
+    for proxy in ("*", "proxy.example.org", "10.0.0.1/8"):
+        with pytest.raises(ConfigError, match=r"access\.proxies"):
+            AccessSettings(origins=(ORIGIN,), proxies=(proxy,))
     with pytest.raises(ConfigError, match="per_name"):
         AccessSettings(origins=(ORIGIN,), per_name=0)
     assert ACCESS.secure
