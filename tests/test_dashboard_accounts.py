@@ -25,7 +25,9 @@ from typer.testing import CliRunner
 from fedsigma import cli
 from fedsigma.common.reading import ConfigError
 from fedsigma.server.centre.folder import CentreFolder, ServerConfig
+from fedsigma.server.dashboard import needs
 from fedsigma.server.dashboard.accounts import Accounts, AccountsError
+from fedsigma.server.dashboard.needs import check_installed
 from fedsigma.server.dashboard.passwords import check_password
 from fedsigma.server.dashboard.settings import AccessSettings
 
@@ -82,8 +84,8 @@ def test_names_that_could_be_taken_for_others_are_refused(accounts: Accounts, na
 
 
 def test_a_password_is_the_same_from_every_keyboard(accounts: Accounts) -> None:
-    accounts.add("zoe", role="viewer", password="zoë ist zu lang")
-    assert accounts.verify("zoe", "zoë ist zu lang")
+    accounts.add("zoe", role="viewer", password="zo\u00eb ist zu lang")
+    assert accounts.verify("zoe", "zoe\u0308 ist zu lang")
     assert not accounts.verify("zoe", "zoe ist zu lang")
 
 
@@ -137,6 +139,20 @@ def test_who_is_changed_or_removed_is_signed_out(accounts: Accounts, change: dic
     assert accounts.find(elsewhere) is not None
 
 
+def test_a_name_that_is_given_again_is_another_user(accounts: Accounts) -> None:
+    token = accounts.open("anna")
+    accounts.remove("anna")
+    accounts.add("anna", role="viewer", password=PASSWORD)
+    assert accounts.find(token) is None
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed()
+    monkeypatch.setattr(needs, "find_spec", lambda name: None if name == "limits" else object())
+    with pytest.raises(AccountsError, match=r"limits is not installed: pip install 'fedsigma\[dashboard\]'"):
+        check_installed()
+
+
 def test_a_disabled_user_gets_in_again_when_enabled(accounts: Accounts) -> None:
     accounts.change("anna", disabled=True)
     assert not accounts.verify("anna", PASSWORD)
@@ -159,6 +175,14 @@ def test_a_session_ends_by_itself(accounts: Accounts, clock: Clock) -> None:
         assert accounts.find(busy) is not None
         clock.now += 20 * 60
     assert accounts.find(busy) is None
+
+
+def test_a_page_that_renews_itself_is_nobody(accounts: Accounts, clock: Clock) -> None:
+    token = accounts.open("anna")
+    for _ in range(3):
+        assert accounts.find(token, used=False) is not None
+        clock.now += 10 * 60
+    assert accounts.find(token, used=False) is None
 
 
 def test_sessions_that_ended_do_not_pile_up(accounts: Accounts, clock: Clock, tmp_path: Path) -> None:
@@ -208,6 +232,9 @@ def test_an_address_without_tls_or_of_another_form_is_refused(origins: tuple[str
 
 
 def test_settings_are_bounded() -> None:
+    for proxy in ("*", "proxy.example.org", "10.0.0.1/8"):
+        with pytest.raises(ConfigError, match=r"access\.proxies"):
+            AccessSettings(origins=(ORIGIN,), proxies=(proxy,))
     with pytest.raises(ConfigError, match="per_name"):
         AccessSettings(origins=(ORIGIN,), per_name=0)
     assert ACCESS.secure

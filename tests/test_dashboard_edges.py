@@ -132,9 +132,20 @@ def test_pages_of_the_dashboard_are_kept(parts: list[str]) -> None:
     assert local_path(place + "?page=2&by=name") == place + "?page=2&by=name"
 
 
-@pytest.mark.parametrize(
-    "place", ["//evil.example", "/\\evil.example", "https://evil.example", "/login", "/%2e%2e/"]
-)
+ELSEWHERE = ["//evil.example", "/\\evil.example", "https://evil.example", "/login", "/logout", "/%2e%2e/"]
+ELSEWHERE += [
+    "/runs?a=1\r\nSet-Cookie: a=b",
+    "/runs?a=\n",
+    "/runs\t",
+    "/a b",
+    "/\u00e9",
+    "/?a=\u2028",
+    "/?<b>",
+]
+ELSEWHERE += ["/" + "a" * 2000]
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
 def test_the_sign_in_leads_nowhere_else(visitor: TestClient, place: str) -> None:
     assert sign_in(visitor, "anna", next=place).headers["location"] == "/"
     assert visitor.get("/login", params={"next": place}).headers["location"] == "/"
@@ -223,6 +234,30 @@ def test_every_answer_has_the_headers(anna: TestClient) -> None:
         assert "camera=()" in headers["permissions-policy"]
         kept = "/static/" in str(answer.request.url)
         assert headers["cache-control"] == ("private, max-age=31536000, immutable" if kept else "no-store")
+
+
+def test_an_error_of_the_guard_itself_lets_nobody_in(
+    visitor: TestClient, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(token: str, *, used: bool) -> None:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(accounts, "find", broken)
+    visitor.cookies.set("__Host-fedsigma", "x")
+    answer = visitor.get("/")
+    assert (answer.status_code, answer.text) == (500, "Internal Server Error")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_page_says_what_it_asks_by_itself(
+    visitor: TestClient, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(accounts, "find", lambda token, *, used: said.append(used))
+    visitor.cookies.set("__Host-fedsigma", "x")
+    visitor.get("/")
+    visitor.get("/", headers={"X-Poll": "1"})
+    assert said == [True, False]
 
 
 def test_the_sign_in_brings_the_style_that_its_policy_names(visitor: TestClient) -> None:

@@ -168,7 +168,8 @@ def seen(said: dict[str, Any]) -> dict[str, str]:
 
 def test_the_proxy_sees_no_secret_but_its_own_key() -> None:
     for source in seen(compose("centre")["services"]["proxy"]).values():
-        for kept in ("tls/ca.key", "tls/inner.key", "secrets/superexec.secret", "state.db", "centre.db"):
+        databases = ("state.db", "centre.db", "dashboard.db")
+        for kept in ("tls/ca.key", "tls/inner.key", "secrets/superexec.secret", *databases):
             assert not (Path("centre") / kept).is_relative_to(source), f"{source} holds {kept}"
 
 

@@ -27,10 +27,13 @@ from fedsigma.server.dashboard.places import local_path, strange
 from fedsigma.server.dashboard.settings import AccessSettings
 from fedsigma.server.dashboard.signing_in import CHALLENGE, LOGIN, OPEN, OWN, Desk, OneTimeLink
 
-__all__ = ["CSRF_FIELD", "CSRF_HEADER", "guarded", "operator_only"]
+__all__ = ["CSRF_FIELD", "CSRF_HEADER", "POLL_HEADER", "guarded", "operator_only"]
 
 CSRF_FIELD, CSRF_HEADER = "csrf", "X-CSRF-Token"
 """Where a request that changes something says `request.state.user.csrf`: a form's field, or a header."""
+
+POLL_HEADER = "X-Poll"
+"""What a page says with a request that it makes by itself: nobody is sitting there for that reason."""
 
 HEALTH, MEASURES = "/health", "/metrics"
 _READING = ("GET", "HEAD")
@@ -107,7 +110,8 @@ class Guard:
         if request.headers.get("host", "").lower() not in self._settings.hosts:
             raise HTTPException(421, "The dashboard is not known by this name: see access.origins.")
         token = request.cookies.get(self._settings.cookie, "")
-        user = await run_in_threadpool(self._accounts.find, token) if token else None
+        used = POLL_HEADER not in request.headers
+        user = await run_in_threadpool(self._accounts.find, token, used=used) if token else None
         _tell(scope, user)
         if user is None and path not in OPEN:
             raise _sign_in_first(request)

@@ -99,7 +99,7 @@ class Accounts:
     Args:
         path: of the SQLite file, which its owner alone can read; None keeps all in memory.
         longest: seconds after which a session ends.
-        idle: seconds without a request after which it ends.
+        idle: seconds after which it ends if nobody uses it.
         clock: seconds since 1970.
         hasher: of passwords; argon2-cffi's own choice (RFC 9106, low memory) unless given.
     """
@@ -273,8 +273,8 @@ class Accounts:
             )
         return token
 
-    def find(self, token: str) -> User | None:
-        """The user whose session this token is of, unless it ended; the session was used now."""
+    def find(self, token: str, *, used: bool = True) -> User | None:
+        """The user whose session this token is of, unless it ended; `used`: by a person, just now."""
         moment = self._clock()
         with self._session() as session:
             found = session.get(_Session, _digest(token))
@@ -289,7 +289,7 @@ class Accounts:
                 if user is None or user.disabled:
                     return None
                 role = user.role
-            if moment - found.seen >= min(_NOTED, self._idle / 10):
+            if used and moment - found.seen >= min(_NOTED, self._idle / 10):
                 found.seen = moment
             return User(name=found.user, role=role, csrf=_csrf(token))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import ClassVar
@@ -48,6 +49,14 @@ class AccessSettings:
                 )
         if len({origin.partition(":")[0] for origin in self.origins}) > 1:
             raise ConfigError("access.origins has both http and https, expected one of them")
+        for proxy in self.proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                # `*` among them: then anybody could give any address.
+                raise ConfigError(
+                    f"access.proxies has '{proxy[:80]}', expected an address or network, such as 10.0.0.0/8"
+                ) from None
         for key in ("per_name", "per_address", "window", "body", "patience"):
             check_number(f"access.{key}", getattr(self, key), low=1)
 
