@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -218,9 +219,16 @@ def test_what_waits_is_bounded(
     monkeypatch.setattr(tracking, "PATIENCE_S", 0.1)
     use(mlflow=hanging)
     following = follow(folder, "mlflow")
+    put, waited = queue.Queue.put, []
+
+    def watched(self: Any, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        waited.append(block)
+        put(self, item, block, timeout)
+
+    monkeypatch.setattr(queue.Queue, "put", watched)
     for number in range(100):
         folder.round_row(number, "a", {"accuracy": 0.5}, 1, 1, "accepted")
-    assert len(folder.rounds()) == 100
+    assert len(folder.rounds()) == 100 and waited == [False] * 6
     following.close()
     assert [event["error"] for event in events(folder, "tracker_failed")] == ["Full"]
 
