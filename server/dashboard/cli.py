@@ -39,6 +39,9 @@ def dashboard(
 
     Example: fedsigma dashboard runs
     """
+    from fedsigma.server.dashboard.needs import check_installed
+
+    check_installed()
     from fedsigma.server.centre.folder import CentreFolder
     from fedsigma.server.dashboard.config import FILE, DashboardConfig
     from fedsigma.server.dashboard.serving import centre_app, serve

@@ -31,6 +31,8 @@ __all__ = ["centre_app", "runs_app", "serve"]
 PAGES = (("/", "Runs"), ("/compare", "Compare"), ("/models", "Models"))
 CENTRE_PAGES = (*PAGES, ("/sites", "Sites"), ("/audit", "Audit log"))
 STOP_S = 5
+LOCAL_S = 7 * 86400.0
+"""How long the browser that had the link stays in; another would need the command to be started again."""
 
 
 def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGIApp:
@@ -42,7 +44,9 @@ def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGI
         link: the only way in.
     """
     pages = make_pages(Desk(Library(runs), PAGES), [])
-    return guarded(pages, accounts=Accounts(None), settings=settings, link=link)
+    return guarded(
+        pages, accounts=Accounts(None, longest=LOCAL_S, idle=LOCAL_S), settings=settings, link=link
+    )
 
 
 def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:

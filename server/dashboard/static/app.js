@@ -36,7 +36,8 @@ function exchange(part, html) {
 }
 
 async function poll(address, tag) {
-  const headers = { "X-Background": "1" };
+  // An operator who is away is signed out in time; a viewer's page may hang on a wall.
+  const headers = document.body.dataset.role === "operator" ? { "X-Poll": "1" } : {};
   if (tag) headers["If-None-Match"] = tag;
   const answer = await fetch(address, { headers, credentials: "same-origin" });
   if (answer.status === 304) return tag;
