@@ -342,9 +342,9 @@ def test_an_exceptions_text_never_leaves_the_site(tmp_path: Path) -> None:
     folder = run(tmp_path, study, sites=3)
     failed = events(folder, "site_failed")
     assert {(event["site"], event["reason"]) for event in failed} == {("broken", "FileNotFoundError")}
-    assert "0815" not in (folder.path / "events.jsonl").read_text()
+    assert "patient-0815" not in (folder.path / "events.jsonl").read_text()
     log = (tmp_path / "audit" / "run-1" / "broken.jsonl").read_text()
-    assert "FileNotFoundError" in log and "0815" not in log
+    assert "FileNotFoundError" in log and "patient-0815" not in log
 
 
 def test_a_round_below_min_sites_makes_no_model_and_a_run_without_model_fails(tmp_path: Path) -> None:
