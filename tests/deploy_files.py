@@ -19,12 +19,13 @@ import yaml
 
 from fedsigma import cli
 from fedsigma.client.hospital.cli import PROCESSES
+from fedsigma.server.centre.cli import PROCESSES as CENTRE_PROCESSES
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 FOLDERS = {"server": "/var/lib/fedsigma/centre", "site": "/var/lib/fedsigma/site"}
 # What each command's --only may say.
-ONLY = {"server": ("superlink", "worker", "keeper", "proxy"), "site": PROCESSES}
+ONLY = {"server": CENTRE_PROCESSES, "site": PROCESSES}
 UID = 10001
 
 

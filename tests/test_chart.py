@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from deploy_files import DEPLOY, FOLDERS, UID, parse, passes, process_of, tool
 from fedsigma.client.hospital.folder import Connection
 from fedsigma.client.policy import SitePolicy
 from fedsigma.common.reading import build, split_address
+from fedsigma.server.dashboard.config import DashboardConfig
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk has no build for this machine")
 
@@ -19,9 +21,18 @@ IMAGES = {"persistentVolumeClaim": {"claimName": "images", "readOnly": True}}
 SITE = {"enabled": True, "name": "north", "centre": "C", "server": "fl.example.org:8443", "images": IMAGES}
 CENTRE = {"enabled": True, "address": "fl.example.org:443"}
 GPU = {"image": "fedsigma-site:0.1.0-cu130", "resources": {"worker": {"limits": {"nvidia.com/gpu": 1}}}}
+SHOWN = {
+    "enabled": True,
+    "origins": ["https://dash.example.org"],
+    "tlsSecret": "dash-tls",
+    "egress": {"cidrs": ["192.0.2.9/32"]},
+}
+BEHIND = {"enabled": True, "origins": ["https://dash.example.org"], "proxies": ["10.0.0.0/8"]}
 VALUES: dict[str, dict[str, Any]] = {
     "site": {"site": SITE},
     "centre": {"centre": CENTRE},
+    "dashboard": {"centre": {**CENTRE, "dashboard": SHOWN}},
+    "behind": {"centre": {**CENTRE, "dashboard": {**BEHIND, "from": [{"podSelector": {}}]}}},
     "both": {"site": SITE, "centre": CENTRE},
     "gpu": {"site": {**SITE, **GPU, "weights": {"nfs": {"server": "nas", "path": "/weights"}}}},
     "claims": {"site": {**SITE, "storage": {"existingClaim": "one"}, "httpsProxy": "http://p:3128"}},
@@ -80,6 +91,9 @@ def test_kubernetes_takes_what_is_rendered(name: str) -> None:
         ({"site": {**SITE, "rules": {"bundles": ["latest"]}}}, "/site/rules/bundles/0"),
         ({"site": {**SITE, "rules": {"name": "south"}}}, "/site/rules"),
         ({"centre": {**CENTRE, "replicas": 2}}, "replicas"),
+        ({"centre": {**CENTRE, "dashboard": {"enabled": True}}}, "centre.dashboard.origins"),
+        ({"centre": {**CENTRE, "dashboard": {**BEHIND, "proxies": []}}}, "tlsSecret"),
+        ({"centre": {**CENTRE, "dashboard": {**BEHIND, "origins": ["http://a"]}}}, "dashboard/origins/0"),
     ],
 )
 def test_values_that_do_not_do_are_refused(values: dict[str, Any], words: str) -> None:
@@ -91,8 +105,9 @@ def test_nothing_is_installed_that_was_not_asked_for() -> None:
     assert render({}) == []
 
 
-def test_pods_keep_to_the_restricted_profile_and_more() -> None:
-    objects = render(VALUES["both"])
+@pytest.mark.parametrize("name", ["both", "dashboard"])
+def test_pods_keep_to_the_restricted_profile_and_more(name: str) -> None:
+    objects = render(VALUES[name])
     for one in (o for o in objects if o["kind"] in WORKLOADS):
         spec = one["spec"]["template"]["spec"]
         said = spec["securityContext"]
@@ -151,6 +166,70 @@ def test_the_superlink_listens_to_its_own_pod_alone() -> None:
     proxy = next(one for one in containers(objects) if one["name"] == "proxy")
     paths = {mount.get("subPath", "") for mount in proxy["volumeMounts"] if mount["name"] == "folder"}
     assert "" not in paths and not {"centre", "centre/tls", "centre/secrets", "centre/tls/ca.key"} & paths
+
+
+def test_the_dashboard_is_not_there_unless_it_is_asked_for() -> None:
+    text = yaml.safe_dump_all(render(VALUES["centre"]))
+    assert "dashboard" not in text and "8050" not in text and "publishNotReady" not in text
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("dashboard", "HTTPS"), ("behind", "HTTP")])
+def test_the_dashboard_is_a_process_that_is_asked_by_its_page(name: str, scheme: str) -> None:
+    objects = render(VALUES[name])
+    by_name = {one["name"]: one for one in containers(objects)}
+    one = by_name["dashboard"]
+    assert process_of(one["args"]) == "server dashboard"
+    (port,) = one["ports"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert one[probe]["httpGet"] == {"path": "/health", "port": port["name"], "scheme": scheme}
+    # The file that is put into the centre's folder is one that the dashboard reads, and says that port.
+    told = named(objects, "ConfigMap", "-dashboard")["data"]["dashboard.yaml"]
+    config = build(DashboardConfig, yaml.safe_load(told), where="dashboard.yaml")
+    assert split_address(config.listen, where="listen") == ("0.0.0.0", port["containerPort"])
+    assert bool(config.certificate) == (scheme == "HTTPS")
+    mounts = {mount["mountPath"]: mount["name"] for mount in one["volumeMounts"]}
+    assert not config.certificate or str(Path(config.certificate).parent) in mounts
+    _, source, target = by_name["dashboard-file"]["command"]
+    (mounted,) = (m for m in by_name["dashboard-file"]["volumeMounts"] if source.startswith(m["mountPath"]))
+    assert mounted["name"] == "dashboard" and target == f"{FOLDERS['server']}/dashboard.yaml"
+
+
+def test_a_dashboard_that_is_down_keeps_nobody_from_the_centre() -> None:
+    services = {
+        o["metadata"]["name"]: o["spec"] for o in render(VALUES["dashboard"]) if o["kind"] == "Service"
+    }
+    assert set(services) == {"demo-centre", "demo-dashboard"}
+    # Else its pod, which is not ready while one container is down, would get no site's requests.
+    assert services["demo-centre"]["publishNotReadyAddresses"] is True
+    assert "publishNotReadyAddresses" not in services["demo-dashboard"]
+    assert [port["targetPort"] for port in services["demo-centre"]["ports"]] == ["sites"]
+    assert [port["targetPort"] for port in services["demo-dashboard"]["ports"]] == ["dashboard"]
+
+
+def test_the_dashboard_opens_its_port_and_a_way_to_the_provider_alone() -> None:
+    policy = named(render(VALUES["dashboard"]), "NetworkPolicy", "-centre")["spec"]
+    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == [8443, 8050]
+    out, names = policy["egress"]
+    assert out == {
+        "to": [{"ipBlock": {"cidr": "192.0.2.9/32"}}],
+        "ports": [{"protocol": "TCP", "port": 443}],
+    }
+    assert {port["port"] for port in names["ports"]} == {53} and names["to"]
+    policy = named(render(VALUES["behind"]), "NetworkPolicy", "-centre")["spec"]
+    assert policy["ingress"][1]["from"] == [{"podSelector": {}}] and policy["egress"] == []
+
+
+def test_the_dashboard_sees_no_secret_of_the_centres() -> None:
+    objects = render(VALUES["dashboard"])
+    one = next(one for one in containers(objects) if one["name"] == "dashboard")
+    mounts = {mount["mountPath"]: mount["name"] for mount in one["volumeMounts"]}
+    shown = {path.removeprefix(f"{FOLDERS['server']}/"): name for path, name in mounts.items()}
+    assert (shown["tls"], shown["secrets"], shown["tls/ca.crt"]) == ("nothing", "nothing", "folder")
+    volumes = {volume["name"]: volume for volume in pod_of(objects, "-centre")["spec"]["volumes"]}
+    assert "emptyDir" in volumes["nothing"] and volumes["certificate"]["secret"]["secretName"] == "dash-tls"
+    # And nobody else sees the key that browsers trust.
+    others = [m["name"] for c in containers(objects) if c is not one for m in c["volumeMounts"]]
+    assert "certificate" not in others
 
 
 def selected(policy: dict[str, Any], pod: dict[str, Any]) -> bool:

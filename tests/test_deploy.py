@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy_files import DEPLOY, FOLDERS, ROOT, UID, parse, passes, process_of, read_yaml, tool
+from deploy_files import DEPLOY, FOLDERS, ONLY, ROOT, UID, parse, passes, process_of, read_yaml, tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_doctor import enrol
@@ -24,14 +24,17 @@ from fedsigma.client.hospital.folder import SiteFolder
 from fedsigma.client.hospital.services import node_process
 from fedsigma.server.centre.authority import new_authority
 from fedsigma.server.centre.folder import CentreFolder
+from fedsigma.server.dashboard.config import DashboardConfig
 
 DOCKERFILE = DEPLOY / "images" / "Dockerfile"
+IMAGES_EXTRAS = ("dicom", "biomedclip", "dashboard")
 COMPOSE = {name: DEPLOY / "compose" / f"{name}.yaml" for name in ("centre", "site", "site.gpu")}
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 YAMLLINT = """\
 extends: default
 rules: {line-length: {max: 120}, document-start: disable, truthy: {check-keys: false}}
 """
+GROUPS = {"server": "centre", "site": "site"}
 # Tenths, as found; systemd calls up to 2.0 "OK", and a unit without any of this 9.6. The proxy may bind 443.
 MOST_EXPOSED = {"fedsigma-centre-proxy": 16}
 
@@ -79,7 +82,21 @@ def test_an_image_runs_as_nobody_special_and_asks_nothing_of_the_internet(stage:
     assert FOLDERS[group] in told.values()
     # What the tools of the build leave stays in the build.
     copied = [rest for word, rest in steps if word in ("COPY", "ADD")]
-    assert copied == ["--from=build /opt/fedsigma /opt/fedsigma"]
+    source = {"centre": "build-centre", "site": "build"}[stage]
+    assert copied == [f"--from={source} /opt/fedsigma /opt/fedsigma"]
+
+
+def test_the_centres_image_alone_can_serve_browsers() -> None:
+    found = stages()
+    arguments = dict(rest.split("=") for word, rest in found["build"] if word == "ARG")
+    extras = {}
+    for stage in ("build", "build-centre"):
+        asked = re.findall(r'"fedsigma\[(\S+)\] @', " ".join(rest for _, rest in found[stage]))
+        extras[stage] = ",".join(asked).replace("${EXTRAS}", arguments["EXTRAS"]).split(",")
+    assert extras == {"build": ["dicom", "biomedclip"], "build-centre": ["dicom", "biomedclip", "dashboard"]}
+    # What is on top is of the versions that are below.
+    last = found["build-centre"][-1][1]
+    assert "pip --python" in last and "--constraint /build/constraints.txt" in last
 
 
 def test_the_dockerfile_says_the_versions_that_the_project_has() -> None:
@@ -101,7 +118,7 @@ def test_all_that_the_project_needs_is_pinned() -> None:
     lines = (DEPLOY / "images" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if line[0] != "#")
     extras = project()["optional-dependencies"]
-    for line in [*project()["dependencies"], *extras["dicom"], *extras["biomedclip"]]:
+    for line in [*project()["dependencies"], *(line for name in IMAGES_EXTRAS for line in extras[name])]:
         one = Requirement(line)
         version = pinned[canonicalize_name(one.name)]
         assert one.specifier.contains(version), (
@@ -129,7 +146,8 @@ def test_every_container_is_hardened(name: str) -> None:
         assert said["pids_limit"] and said["mem_limit"] and said["logging"]["options"]["max-size"], service
         assert [place.split(":")[0] for place in said["tmpfs"]] == ["/tmp"], service
         # A folder that is missing must be an error, not an empty folder of root's.
-        assert all(mount["bind"] == {"create_host_path": False} for mount in said["volumes"]), service
+        binds = [mount for mount in said["volumes"] if mount["type"] != "tmpfs"]
+        assert all(mount["bind"] == {"create_host_path": False} for mount in binds), service
         assert "docker.sock" not in str(said)
 
 
@@ -148,22 +166,25 @@ def test_each_container_is_one_process_that_is_asked_for_its_own_health(name: st
             assert (kind, program) == ("CMD", "fedsigma")
             status, options = parse(words)
             assert status == f"{group} status" and options["only"] == service
-    assert services["tools"]["profiles"] == ["tools"]
+    optional = {service: said["profiles"] for service, said in services.items() if "profiles" in said}
+    assert optional == {one: [one] for one in services if one in ("tools", "dashboard")}
+    # Who is not started can be nobody's condition.
+    assert not any(set(optional) & set(said.get("depends_on", {})) for said in services.values())
 
 
-def test_only_the_proxy_can_be_reached_and_only_by_one_port() -> None:
+def test_only_proxy_and_dashboard_can_be_reached_and_each_by_one_port() -> None:
+    reached = {"proxy": ["443:8443"], "dashboard": ["127.0.0.1:8050:8050"]}
     networks = compose("centre")["networks"]
     assert networks["inner"] == {"internal": True}
     for name, said in compose("centre")["services"].items():
-        assert ("ports" in said) == (name == "proxy"), name
-        assert set(said["networks"]) == ({"inner", "outside"} if name == "proxy" else {"inner"}), name
+        assert said.get("ports", []) == reached.get(name, []), name
+        assert set(said["networks"]) == ({"inner", "outside"} if name in reached else {"inner"}), name
         assert "network_mode" not in said and "expose" not in said
-    assert compose("centre")["services"]["proxy"]["ports"] == ["443:8443"]
 
 
 def seen(said: dict[str, Any]) -> dict[str, str]:
     """What a container sees: its paths, each with where it comes from."""
-    return {mount["target"]: mount["source"] for mount in said["volumes"]}
+    return {mount["target"]: mount.get("source", "") for mount in said["volumes"]}
 
 
 def test_the_proxy_sees_no_secret_but_its_own_key() -> None:
@@ -171,6 +192,27 @@ def test_the_proxy_sees_no_secret_but_its_own_key() -> None:
         databases = ("state.db", "centre.db", "dashboard.db")
         for kept in ("tls/ca.key", "tls/inner.key", "secrets/superexec.secret", *databases):
             assert not (Path("centre") / kept).is_relative_to(source), f"{source} holds {kept}"
+
+
+def test_the_dashboard_sees_no_secret_of_the_centres() -> None:
+    """A path is what the deepest mount above it shows; a tmpfs shows nothing."""
+    mounts = seen(compose("centre")["services"]["dashboard"])
+    hiding: dict[str, str] = {}
+    for file in ("tls/ca.crt", "tls/ca.key", "tls/inner.key", "tls/outer.key", "secrets/superexec.secret"):
+        path = Path(FOLDERS["server"], file)
+        deepest = max((place for place in mounts if path.is_relative_to(place)), key=len)
+        hiding[file] = mounts[deepest]
+    assert hiding.pop("tls/ca.crt") == "./centre/tls/ca.crt" and set(hiding.values()) == {""}
+    # It writes beside its database and the log, and SQLite beside those.
+    assert mounts[FOLDERS["server"]] == "./centre"
+
+
+def test_the_dashboard_is_published_where_it_listens() -> None:
+    said = re.sub(r"\n *#", "", COMPOSE["centre"].read_text(encoding="utf-8"))
+    told = re.search(r"dashboard\.yaml says: listen (\S+:\d+)\.", said)
+    (port,) = compose("centre")["services"]["dashboard"]["ports"]
+    assert told and told[1].split(":") == ["0.0.0.0", port.split(":")[-1]]
+    assert port.split(":")[-2] == DashboardConfig.listen.split(":")[1]
 
 
 def test_the_sites_worker_has_no_way_out_and_no_key() -> None:
@@ -266,6 +308,10 @@ def test_systemd_finds_a_unit_hardly_exposed(file: Path) -> None:
 
 def test_each_unit_is_one_process_of_a_user_without_rights() -> None:
     started = {}
+    for group in FOLDERS:
+        target = DEPLOY / "systemd" / f"fedsigma-{GROUPS[group]}.target"
+        wanted = re.findall(rf"fedsigma-{GROUPS[group]}-(\w+)\.service", target.read_text(encoding="utf-8"))
+        assert sorted(wanted) == sorted(ONLY[group])
     for file in UNITS:
         said = unit(file)
         (command,) = said["ExecStart"]
@@ -282,6 +328,15 @@ def test_each_unit_is_one_process_of_a_user_without_rights() -> None:
     assert "root" not in {said["User"][0] for said in started.values()} and node["User"] != worker["User"]
     for name in ("site worker", "centre superlink", "centre worker", "centre keeper"):
         assert started[name]["IPAddressDeny"] == ["any"] and started[name]["IPAddressAllow"] == ["localhost"]
+    # The one process that may be left out: it is where its file is, and nothing waits for it.
+    text = (DEPLOY / "systemd" / "fedsigma-centre-dashboard.service").read_text(encoding="utf-8")
+    assert f"\nConditionPathExists={FOLDERS['server']}/dashboard.yaml\n" in text
+    assert not [file.name for file in UNITS if "dashboard.service" in file.read_text(encoding="utf-8")]
+    hidden = {word.lstrip("-") for word in started["centre dashboard"]["InaccessiblePaths"][0].split()}
+    assert hidden == {
+        f"{FOLDERS['server']}/{name}" for name in ("tls/ca.key", "tls/inner.key", "secrets", "state.db")
+    }
+    assert f"-{FOLDERS['server']}/dashboard.db" in started["centre proxy"]["InaccessiblePaths"][0].split()
     assert worker["ReadWritePaths"] == [f"{FOLDERS['site']}/worker"]
     assert worker["InaccessiblePaths"] == [f"-{FOLDERS['site']}/node"]
     assert node["ReadWritePaths"] == [f"{FOLDERS['site']}/node"]

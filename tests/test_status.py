@@ -11,7 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import grpc
 import httpx
@@ -24,7 +28,8 @@ from typer.testing import CliRunner
 from fedsigma import cli
 from fedsigma.client.hospital.folder import SiteFolder
 from fedsigma.common.processes import Process
-from fedsigma.server.centre.authority import new_authority
+from fedsigma.server.centre.authority import issue, new_authority
+from fedsigma.server.centre.cli import PROCESSES
 from fedsigma.server.centre.folder import CentreFolder
 
 runner = CliRunner()
@@ -191,6 +196,109 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def shown(centre: Path, origin: str, **said: str) -> None:
+    """Write dashboard.yaml."""
+    lines = [f"{key}: {value}" for key, value in said.items()]
+    text = "\n".join([*lines, f"access: {{origins: ['{origin}'], proxies: [127.0.0.1]}}"])
+    (centre / "dashboard.yaml").write_text(text + "\n")
+
+
+@contextmanager
+def up(centre: Path, process: str) -> Iterator[Path]:
+    """One process of a centre while it serves; gives its log."""
+    program, log = Path(sys.executable).with_name("fedsigma"), centre.parent / f"{process}.log"
+    command = [str(program), "server", "up", "--folder", str(centre), "--only", process]
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as running:
+        try:
+            deadline = time.monotonic() + 60
+            while run("server", "status", "--folder", centre, "--only", process)[0] != 0:
+                assert running.poll() is None and time.monotonic() < deadline, "it did not serve in a minute"
+                time.sleep(0.1)
+            yield log
+        finally:
+            running.terminate()
+
+
+def health(centre: Path) -> tuple[int, str]:
+    """The exit code of the dashboard's status, and what it says."""
+    code, out, _ = run("server", "status", "--folder", centre, "--only", "dashboard", "--json")
+    (row,) = json.loads(out)
+    assert row["process"] == "dashboard"
+    return code, row["health"]
+
+
+def test_the_dashboards_health_is_its_page_by_its_own_certificate(centre: Path) -> None:
+    pytest.importorskip("uvicorn", reason="the dashboard is an extra")
+    listen = free_address().replace("127.0.0.1", "0.0.0.0")
+    made = CentreFolder(centre)
+    # Nobody asks by the name of this certificate, and who signed it does not matter.
+    issue(made.authority(), ["dash.example.org"]).write(centre / "dash.crt", centre / "dash.key")
+    shown(centre, "https://dash.example.org", listen=listen, certificate="dash.crt", key="dash.key")
+    assert health(centre) == (4, "no answer (connection refused)")
+    with up(centre, "dashboard"):
+        assert health(centre) == (0, "serving")
+        whole = run("server", "status", "--folder", centre, "--json")
+        assert whole[0] == 4 and {row["process"] for row in json.loads(whole[1])} == set(PROCESSES)
+        # One of the same authority's for the same name is not its.
+        issue(made.authority(), ["dash.example.org"]).write(centre / "dash.crt", centre / "new.key")
+        code, words = health(centre)
+        assert code == 4 and words.startswith("no answer (") and "certificate" in words
+    assert health(centre)[0] == 4
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers each path with a status of its own."""
+
+    statuses: ClassVar = {"/health": 503}
+
+    def do_GET(self) -> None:
+        self.send_response(self.statuses.get(self.path, 200))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_what_does_not_say_that_it_is_well_is_not(centre: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        # Whatever way out the environment names, one's own processes are asked directly.
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        shown(centre, "http://127.0.0.1:8050", listen=f"127.0.0.1:{server.server_port}")
+        assert health(centre) == (4, "answers 503")
+        monkeypatch.setitem(Answers.statuses, "/health", 200)
+        assert health(centre) == (0, "serving")
+        # It answers, but not by TLS, as its file has it by now.
+        pair = issue(CentreFolder(centre).authority(), ["dash.example.org"])
+        pair.write(centre / "dash.crt", centre / "dash.key")
+        own = {"certificate": "dash.crt", "key": "dash.key"}
+        shown(centre, "https://dash.example.org", listen=f"127.0.0.1:{server.server_port}", **own)
+        code, words = health(centre)
+        assert code == 4 and words.startswith("no answer (")
+        server.shutdown()
+
+
+def test_a_dashboard_that_cannot_be_asked_hides_nobody_elses_health(centre: Path, serving: str) -> None:
+    file = centre / "server.yaml"
+    file.write_text(file.read_text().replace("127.0.0.1:8001", serving))
+    for text, words in (
+        ("listen: nowhere\n", "expected HOST:PORT"),
+        ("certificate: a.crt\nkey: a.key\naccess: {origins: ['https://a.example']}\n", "a.crt"),
+        ("certificate: server.yaml\nkey: a.key\naccess: {origins: ['https://a.example']}\n", "PEM"),
+    ):
+        (centre / "dashboard.yaml").write_text(text)
+        code, out, _ = run("server", "status", "--folder", centre, "--json")
+        said = {row["process"]: row["health"] for row in json.loads(out)}
+        assert code == 4 and said["superlink"] == "serving"
+        assert said["dashboard"].startswith("not known (") and words in said["dashboard"]
+
+
+@pytest.mark.parametrize("command", ["up", "status"])
+def test_without_its_file_there_is_no_dashboard(command: str, centre: Path) -> None:
+    code, _, err = run("server", command, "--folder", centre, "--only", "dashboard")
+    assert code == 3 and str(centre / "dashboard.yaml") in err.replace("\n", "")
+
+
 @pytest.mark.parametrize("proxy", ["nginx", "caddy"])
 def test_the_proxys_health_is_asked_through_it(proxy: str, tmp_path: Path, serving: str) -> None:
     if shutil.which(proxy) is None:
@@ -201,24 +309,17 @@ def test_the_proxys_health_is_asked_through_it(proxy: str, tmp_path: Path, servi
     assert run("server", "init", folder, *where, *listen)[0] == 0
     status = ["server", "status", "--folder", folder, "--only", "proxy"]
     assert run(*status)[0] == 4
-    program = Path(sys.executable).with_name("fedsigma")
-    command = [str(program), "server", "up", "--folder", str(folder), "--only", "proxy"]
-    log = tmp_path / "log"
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while run(*status)[0] != 0:
-                assert process.poll() is None and time.monotonic() < deadline, "it did not serve in a minute"
-                time.sleep(0.1)
-            with httpx.Client(verify=False, headers={"Host": "fl.example.org"}) as client:
-                url, name = f"https://{listen[1]}/v1/control/list-runs", {"sni_hostname": "fl.example.org"}
-                assert client.post(url, extensions=name).status_code == 404
-            if proxy == "nginx":
-                # What is refused is written down, and what goes well is not.
-                wait_for(lambda: "/v1/control/" in log.read_text())
-                assert len(log.read_text().splitlines()) == 1
-            # Another's certificate does not do.
-            new_authority("another").write(folder / "tls" / "sites.crt", tmp_path / "key")
-            assert run(*status)[0] == 4
-        finally:
-            process.terminate()
+    # A dashboard in the same folder is not to be reached by the way that sites come.
+    (folder / "dashboard.yaml").write_text(f"listen: {serving}\n")
+    with up(folder, "proxy") as log:
+        with httpx.Client(verify=False, headers={"Host": "fl.example.org"}) as client:
+            for path in ("v1/control/list-runs", "", "health", "metrics", "login"):
+                url, name = f"https://{listen[1]}/{path}", {"sni_hostname": "fl.example.org"}
+                assert client.get(url, extensions=name).status_code == 404, path
+        if proxy == "nginx":
+            # What is refused is written down, and what goes well is not.
+            wait_for(lambda: "/login" in log.read_text())
+            assert len(log.read_text().splitlines()) == 5
+        # Another's certificate does not do.
+        new_authority("another").write(folder / "tls" / "sites.crt", tmp_path / "key")
+        assert run(*status)[0] == 4

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedsigma.common.health import SERVING, health_of
+from fedsigma.common.health import SERVING, health_of, web_health_of
 from fedsigma.common.joining import SiteKeys, fingerprint
 from fedsigma.common.printing import print_table
 from fedsigma.common.processes import Process, ProcessError, restart, running, states, stop, supervise
@@ -22,6 +22,7 @@ from fedsigma.server.centre.services import centre_processes
 __all__ = ["app"]
 
 PROBLEMS = 4
+PROCESSES = ("superlink", "worker", "keeper", "proxy", "dashboard")
 
 app = typer.Typer(no_args_is_help=True)
 server_app = typer.Typer(no_args_is_help=True, help="Run a coordinating centre.")
@@ -102,10 +103,12 @@ def init(
 def up(
     folder: Folder,
     only: Annotated[
-        str | None, typer.Option(help="One process in the foreground: superlink, worker, keeper or proxy.")
+        str | None, typer.Option(help=f"One process in the foreground: {', '.join(PROCESSES)}.")
     ] = None,
 ) -> None:
     """Run the centre in the foreground until Ctrl-C or SIGTERM: SuperLink, worker, keeper, proxy, supervised.
+
+    The dashboard, too, where there is a dashboard.yaml in the folder.
 
     With --only, this becomes that one process, for systemd or a container to supervise.
 
@@ -132,7 +135,7 @@ def status(
     folder: Folder,
     only: Annotated[
         str | None,
-        typer.Option(help="One process: superlink, worker, keeper or proxy."),
+        typer.Option(help=f"One process: {', '.join(PROCESSES)}."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -308,12 +311,16 @@ def _chosen(centre: CentreFolder, only: str | None) -> list[Process]:
     """All processes of a centre, or the one of this name."""
     processes = centre_processes(centre)
     chosen = [process for process in processes if only in (None, process.name)]
+    if not chosen and only == "dashboard":
+        raise CentreError(f"there is no dashboard without {centre.path / 'dashboard.yaml'}: write one")
     if not chosen:
         raise CentreError(f"no process '{only}': there are {', '.join(p.name for p in processes)}")
     return chosen
 
 
 def _health(centre: CentreFolder, process: Process) -> str:
+    if process.name == "dashboard":
+        return _dashboard_health(centre)
     if process.name != "proxy":
         return health_of(process.health) if process.health else ""
     name, _ = split_address(centre.config.address, where="address")
@@ -322,6 +329,19 @@ def _health(centre: CentreFolder, process: Process) -> str:
         certificates=centre.tls("sites.crt").read_bytes(),
         name=name,
     )
+
+
+def _dashboard_health(centre: CentreFolder) -> str:
+    """By the certificate that dashboard.yaml names, or without TLS where a proxy in front ends it."""
+    from fedsigma.server.dashboard.config import DashboardConfig
+
+    try:
+        config = DashboardConfig.read(centre.path)
+        certificate = Path(config.certificate).read_bytes() if config.certificate else None
+        return web_health_of(from_here(config.listen, where="listen"), certificate=certificate)
+    except (ValueError, OSError) as error:
+        # The health of the others is still to be said.
+        return f"not known ({error})"
 
 
 def _next_to(address: str, step: int) -> str:

@@ -41,19 +41,33 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Probes of a gRPC health service. A process that starts may take a while until its other side is there. */}}
+{{/* Probes; called with how to ask, such as (dict "grpc" (dict "port" 8001)). A process that starts may take a
+while until its other side is there. */}}
 {{- define "fedsigma.probes" -}}
 startupProbe:
-  grpc: {port: {{ . }}}
+  {{- toYaml . | nindent 2 }}
   periodSeconds: 5
   failureThreshold: 60
 livenessProbe:
-  grpc: {port: {{ . }}}
+  {{- toYaml . | nindent 2 }}
   periodSeconds: 30
   timeoutSeconds: 5
   failureThreshold: 4
 readinessProbe:
-  grpc: {port: {{ . }}}
+  {{- toYaml . | nindent 2 }}
   periodSeconds: 10
   timeoutSeconds: 5
+{{- end }}
+
+{{/* dashboard.yaml. */}}
+{{- define "fedsigma.dashboard" -}}
+{{- $dashboard := .Values.centre.dashboard -}}
+listen: 0.0.0.0:8050
+{{- if $dashboard.tlsSecret }}
+certificate: /etc/fedsigma-tls/tls.crt
+key: /etc/fedsigma-tls/tls.key
+{{- end }}
+access:
+  origins: {{ toJson $dashboard.origins }}
+  proxies: {{ toJson $dashboard.proxies }}
 {{- end }}
