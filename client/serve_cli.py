@@ -66,7 +66,8 @@ def serve(
     """Serve a finished model by HTTP until Ctrl-C or SIGTERM. For research, not for clinical use.
 
     POST /v1/predict judges images (PNG, JPEG, TIFF, DICOM), GET /v1/model says what is served, /health and
-    /ready how it is, /openapi.json how to call it. Nothing of a request is logged. docs/serve.md has the rest.
+    /ready how it is, /openapi.json how to call it. Nothing of a request is logged.
+    docs/serve.md has the rest.
 
     Exit code 0: stopped; 3: the model, the address, the token or the certificate cannot be used.
 

@@ -1,8 +1,9 @@
-"""Predictions of folders with DICOM: a row a file or a series, frames and slices averaged, nothing left out."""
+"""Predictions of folders with DICOM: a row a file or a series, frames and slices averaged."""
 
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two series of one and two slices, one of them without a suffix; a picture; a DICOM file of no series."""
+    """Two series, of two slices and of one; a DICOM file of no series; a picture."""
     path = tmp_path / "in"
     save(make(noise(0), SeriesInstanceUID="1.2.3"), path / "a" / "1.dcm")
     save(make(noise(1), SeriesInstanceUID="1.2.4"), path / "a" / "2.dcm")
@@ -141,7 +142,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_judged(run: Path, folder: 
 
 
 def test_without_pydicom_the_extra_is_named(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
     done = CliRunner().invoke(cli.main, ["predict", str(run), str(folder), "--out", str(folder / "x.csv")])
     assert done.exit_code == 3 and "pip install fedsigma[dicom]" in done.output
 

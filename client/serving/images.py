@@ -85,7 +85,7 @@ def _slices(content: bytes, limits: Limits, number: int) -> Iterator[Image.Image
     if _deflated(content):
         raise Problem(
             "unreadable-image",
-            f"Image {number} is DICOM deflated as a whole, whose size cannot be known: save it in another form.",
+            f"Image {number} is DICOM deflated as a whole, which is not read: save it in another form.",
             image=number,
         )
     slices = Slices.read(BytesIO(content), f"image {number}")

@@ -1,4 +1,4 @@
-"""What goes wrong with a request, as problem details (RFC 9457): the list of them, and how they are answered."""
+"""What goes wrong with a request, as problem details (RFC 9457): which there are, how they are answered."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ RETRY_S = 1
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problem: its status, what it means, and which header goes with it."""
+    """A kind of problem: its status, what it means, a header of its answer, whether the connection ends."""
 
     status: HTTPStatus
     meaning: str
     header: tuple[str, str] | None = None
+    ends: bool = False
 
 
 _RETRY = ("Retry-After", str(RETRY_S))
@@ -38,11 +39,9 @@ PROBLEMS = {
     "unauthorized": Kind(
         HTTPStatus.UNAUTHORIZED, "The bearer token is missing or wrong.", ("WWW-Authenticate", "Bearer")
     ),
-    "body-too-slow": Kind(HTTPStatus.REQUEST_TIMEOUT, "The body did not arrive in time."),
+    "body-too-slow": Kind(HTTPStatus.REQUEST_TIMEOUT, "The body did not arrive in time.", ends=True),
     "body-too-large": Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body has too many bytes."),
-    "too-many-images": Kind(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request has too many images or frames."
-    ),
+    "too-many-images": Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "There are too many images or frames."),
     "too-many-pixels": Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "An image has too many pixels."),
     "not-a-form": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body is not multipart/form-data."),
     "not-an-image": Kind(
@@ -63,7 +62,7 @@ class ProblemDetails(BaseModel):
     """A problem as RFC 9457 has it; `code` and `image` are FedSigma's own."""
 
     type: str = Field("about:blank", description="Always about:blank: status and code say what it is.")
-    title: str = Field(description="The status in words.", examples=["Unprocessable Entity"])
+    title: str = Field(description="The status in words.", examples=["Unprocessable Content"])
     status: int = Field(description="The HTTP status.", examples=[422])
     detail: str = Field(
         description="What was found and what was expected.", examples=["Image 2 cannot be decoded."]
@@ -88,8 +87,14 @@ class Problem(Exception):
         self.code, self.detail, self.image = code, detail, image
 
 
+def _phrase(status: int) -> str:
+    # Two were renamed by RFC 9110, which not every Python follows.
+    renamed = {413: "Content Too Large", 422: "Unprocessable Content"}
+    return renamed.get(status) or HTTPStatus(status).phrase
+
+
 def _details(status: int, code: str, detail: str, image: int | None = None) -> dict[str, Any]:
-    title = HTTPStatus(status).phrase
+    title = _phrase(status)
     found = ProblemDetails(title=title, status=status, detail=detail, code=code, image=image)
     return found.model_dump(exclude_none=True)
 
@@ -104,12 +109,14 @@ def answer_problems(app: FastAPI) -> None:
     async def known(_: Request, problem: Exception) -> Response:
         assert isinstance(problem, Problem)
         kind = PROBLEMS[problem.code]
-        headers = dict([kind.header]) if kind.header else None
+        headers = dict([kind.header] if kind.header else [])
+        if kind.ends:
+            headers["Connection"] = "close"
         return _answer(_details(kind.status, problem.code, problem.detail, problem.image), headers)
 
     async def by_status(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        phrase = HTTPStatus(error.status_code).phrase
+        phrase = _phrase(error.status_code)
         code = phrase.lower().replace(" ", "-")
         return _answer(_details(error.status_code, code, f"{phrase}."), error.headers)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import ssl
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,8 +51,8 @@ def check_tls(certificate: Path | None, key: Path | None) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
         raise ServeError(
-            f"{certificate} and {key} cannot be used ({error.reason or 'no PEM'}): expected a certificate chain"
-            " and its key without a password, both PEM"
+            f"{certificate} and {key} cannot be used ({error.reason or 'no PEM'}): expected a certificate"
+            " chain and its key without a password, both PEM"
         ) from None
 
 
@@ -76,8 +78,16 @@ def server(
     return uvicorn.Server(config)
 
 
+def _quieten() -> None:
+    """Have libraries that decode say nothing: their warnings quote what is in a file, such as a name."""
+    warnings.simplefilter("ignore")
+    for name in ("pydicom", "PIL"):
+        logging.getLogger(name).disabled = True
+
+
 def run(made: uvicorn.Server, place: socket.socket, limits: Limits, announce: Callable[[], None]) -> None:
     """Serve until SIGTERM or Ctrl-C."""
+    _quieten()
     # Pillow refuses twice this number by itself, also where pydicom calls it for a picture within a picture.
     Image.MAX_IMAGE_PIXELS = limits.pixels // 2 or 1
     # uvicorn stops in order, then raises the signal again for whoever waited for it: here nobody does.

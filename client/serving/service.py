@@ -89,10 +89,8 @@ class Service:
             images = await self._decoded(contents)
             together = sum(map(len, images))
             if together > self.limits.images:
-                raise Problem(
-                    "too-many-images",
-                    f"The images have {together} frames, at most {self.limits.images} are judged in a request.",
-                )
+                most = f"at most {self.limits.images} are judged in a request"
+                raise Problem("too-many-images", f"The images have {together} frames, {most}.")
             try:
                 futures = self.batcher.submit([frame for frames in images for frame in frames])
             except Full:

@@ -46,8 +46,8 @@ class Limits:
                 raise ServeError(f"the limit {one.name} is {value}, expected a positive number")
         if self.waiting < self.images:
             raise ServeError(
-                f"the queue takes {self.waiting} images and a request {self.images}: it could never be judged;"
-                " make the queue longer"
+                f"the queue takes {self.waiting} images and a request {self.images}: lengthen the queue, or"
+                " such a request is never judged"
             )
 
 
@@ -82,6 +82,6 @@ def check_exposure(host: str, *, token: bool, open_to_all: bool) -> None:
     """
     if not (token or open_to_all or is_loopback(host)):
         raise ServeError(
-            f"{host} can be reached from other machines, and no token is asked for: name one with --token-file,"
-            " or say --open if everyone who reaches it may use it"
+            f"{host} can be reached from other machines, and no token is asked for: name one with"
+            " --token-file, or say --open if everyone who reaches it may use it"
         )
