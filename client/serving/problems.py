@@ -61,7 +61,9 @@ PROBLEMS = {
 class ProblemDetails(BaseModel):
     """A problem as RFC 9457 has it; `code` and `image` are FedSigma's own."""
 
-    type: str = Field("about:blank", description="Always about:blank: status and code say what it is.")
+    type: str = Field(
+        default="about:blank", description="Always about:blank: status and code say what it is."
+    )
     title: str = Field(description="The status in words.", examples=["Unprocessable Content"])
     status: int = Field(description="The HTTP status.", examples=[422])
     detail: str = Field(
@@ -69,7 +71,7 @@ class ProblemDetails(BaseModel):
     )
     code: str = Field(description="A fixed word for programs.", examples=["unreadable-image"])
     image: int | None = Field(
-        None, description="Which image of the request it is about, counted from 1.", examples=[2]
+        default=None, description="Which image of the request it is about, counted from 1.", examples=[2]
     )
 
 

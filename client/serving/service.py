@@ -142,12 +142,9 @@ def describe(
     place = located(path)
     study, file = restored.study, place / "sigma.safetensors" if place.is_dir() else place
     version = Manifest.read(place).reference if (place / MANIFEST).is_file() else study.name
-    known = calibration and CalibrationInfo(
-        temperature=calibration.temperature,
-        images=calibration.images,
-        before=calibration.before,
-        after=calibration.after,
-    )
+    known = None
+    if calibration is not None:
+        known = CalibrationInfo.model_validate(calibration, from_attributes=True)
     return ModelInfo(
         model=version,
         study=study.name,
@@ -159,13 +156,7 @@ def describe(
         digest=digest_of(file.read_bytes()),
         calibration=known,
         abstain_below=least,
-        limits=LimitsInfo(
-            body_bytes=limits.body_bytes,
-            images=limits.images,
-            pixels=limits.pixels,
-            per_client=limits.per_client,
-            timeout_s=limits.timeout_s,
-        ),
+        limits=LimitsInfo.model_validate(limits, from_attributes=True),
         fedsigma=__version__,
         notice=NOTICE,
     )
