@@ -1,13 +1,11 @@
-"""Using a finished study at a site: put its shift on the backbone, judge pictures, export the model."""
+"""Using a finished study at a site: find its model, put its shift on the backbone, export it."""
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsigma.common.artefact import SavedSigma, load_shift
 from fedsigma.common.config import StudyConfig
@@ -23,11 +21,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ApplyError",
     "Restored",
-    "decoded",
     "export",
     "labelled",
-    "list_pictures",
-    "predict",
+    "located",
     "restore",
     "to_judge",
 ]
@@ -51,11 +47,25 @@ class Restored:
     own_round: int | None = None
 
 
+def located(model: Path) -> Path:
+    """Where a model lies that is named as in the registry, NAME@N or NAME@LABEL; a path stays what it is.
+
+    Raises:
+        ModelError: the registry has no such version, or it was changed.
+    """
+    if "@" not in model.name or model.parent != Path() or model.exists():
+        return model
+    from fedsigma.common.files import runs_folder
+    from fedsigma.common.models import Shelf, shelf_folder
+
+    return Shelf(shelf_folder(runs_folder())).find(model.name).path
+
+
 def restore(path: Path, backbone: str | None = None, personal: Path | None = None) -> Restored:
     """Load a sigma file (or a run folder), its backbone, and set the shift, having compared fingerprints.
 
     Args:
-        path: of the sigma file or run folder.
+        path: of the sigma file or run folder, or a version of the registry, see `located`.
         backbone: where the same backbone lies on this machine, if the study's own name does not fit here.
         personal: a site's file of its own values for this study; without it the pretrained ones are in place.
 
@@ -67,7 +77,7 @@ def restore(path: Path, backbone: str | None = None, personal: Path | None = Non
     from fedsigma.common.backbones import load_backbone
     from fedsigma.common.sigma import Fingerprint, Selection, SigmaModel
 
-    saved = load_shift(path)
+    saved = load_shift(located(path))
     study = StudyConfig.from_yaml(saved.study_yaml, where=f"the study in {path}")
     loaded = load_backbone(backbone or study.backbone)
     selection = Selection(towers=study.sigma.towers, layers=study.sigma.layers, parts=study.sigma.parts)
@@ -101,109 +111,6 @@ def _with_personal(
     split = split_of(sigma, study.personal)
     last, _, own = read_personal(file, split, sigma.fingerprint, study=study.name, run=saved.run)
     return torch.from_numpy(split.scatter(split.gather(saved.shift.numpy()), own)), last
-
-
-def list_pictures(folder: Path) -> list[str]:
-    """The picture files in a folder and below it, as paths inside it, sorted; hidden ones are left out.
-
-    Raises:
-        ApplyError: no folder, or no picture in it.
-    """
-    from fedsigma.common.data.folder import SUFFIXES
-
-    if not folder.is_dir():
-        raise ApplyError(f"there is no folder {folder}")
-    found = []
-    for base, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        here = Path(base).relative_to(folder)
-        found += [
-            (here / n).as_posix()
-            for n in names
-            if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES
-        ]
-    if not found:
-        raise ApplyError(f"no picture in {folder}: expected files ending in {', '.join(sorted(SUFFIXES))}")
-    return sorted(found)
-
-
-def predict(
-    restored: Restored,
-    folder: Path,
-    out: Path,
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-    temperature: float = 1.0,
-    least: float = 0.0,
-) -> list[str]:
-    """Judge every picture of a folder and write a CSV: file, prediction, and the probability of each class.
-
-    The CSV appears only when it is complete. Returns one line for each file that could not be read.
-
-    Args:
-        restored: the model.
-        folder: of pictures.
-        out: the CSV.
-        batch_size: pictures at a time.
-        progress: whether to show it.
-        temperature: of the probabilities, from a calibration; 1 leaves them as they are.
-        least: below this probability of its first class a picture is not judged: its prediction is empty.
-
-    Raises:
-        ApplyError: there is nothing to judge.
-    """
-    from rich.progress import track
-
-    from fedsigma.client.calibrating import scaled
-    from fedsigma.common.training import Task, evaluate
-
-    classes = list(restored.study.classes)
-    task = Task(restored.backbone, restored.sigma, list(restored.study.prompts))
-    names, unreadable = list_pictures(folder), list[str]()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    starts = range(0, len(names), batch_size)
-    try:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "prediction", *(f"probability_{name}" for name in classes)])
-            for start in track(starts, "judging", disable=not progress):
-                pairs = list(decoded(restored, folder, names[start : start + batch_size], unreadable))
-                if not pairs:
-                    continue
-                result = evaluate(task, [example for _, example in pairs], batch_size=batch_size)
-                told = scaled(result.probabilities, temperature)
-                for (name, _), row in zip(pairs, told.tolist(), strict=True):
-                    best = max(range(len(classes)), key=row.__getitem__)
-                    word = classes[best] if row[best] >= least else ""
-                    writer.writerow([name, word, *(f"{p:.6f}" for p in row)])
-        if len(unreadable) == len(names):
-            raise ApplyError(f"none of the {len(names)} pictures in {folder} can be read: {unreadable[0]}")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return unreadable
-
-
-def decoded(
-    restored: Restored, folder: Path, names: list[str], unreadable: list[str]
-) -> Iterator[tuple[str, Any]]:
-    """Each picture that can be read, with its name; the others are added to `unreadable`, one line each."""
-    from PIL import Image
-
-    from fedsigma.common.data import PictureError, Pictures, Record, load_examples
-
-    # The label only fills the place; decoding is that of the data sources, as in training.
-    classes = list(restored.study.classes)
-    records = [Record(key=name, label=classes[0]) for name in names]
-    source = Pictures(records, lambda key: Image.open(folder / key))
-    side = restored.backbone.image_size * 3 // 2
-    for record in records:
-        try:
-            yield record.key, load_examples(source, [record], classes, side=side)[0]
-        except PictureError as error:
-            unreadable.append(str(error))
 
 
 def labelled(restored: Restored, source: Source) -> list[Record]:

@@ -47,6 +47,19 @@ class Calibration:
         write_whole(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode())
 
     @classmethod
+    def read_for(cls, restored: Restored, path: Path | None) -> Calibration | None:
+        """Read the calibration of a model, where a file is named.
+
+        Raises:
+            ApplyError: it is no calibration, or was not fitted for this model.
+        """
+        if path is None:
+            return None
+        found = cls.read(path)
+        found.check(restored)
+        return found
+
+    @classmethod
     def read(cls, path: Path) -> Calibration:
         """Read what `write` wrote.
 

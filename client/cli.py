@@ -24,7 +24,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at a site's own images b
 app.add_typer(backbone_app, name="backbone")
 app.add_typer(data_app, name="data")
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a sigma.safetensors file.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a sigma.safetensors, or NAME@N.")]
 Place = Annotated[
     str | None,
     typer.Option("--backbone", help="Where the study's backbone lies here, such as local-dir:DIR."),
@@ -234,7 +234,7 @@ def check(
 @app.command()
 def predict(
     run: Run,
-    folder: Annotated[Path, typer.Argument(help="A folder of pictures; folders inside it are read too.")],
+    folder: Annotated[Path, typer.Argument(help="Of pictures or DICOM; folders inside it are read too.")],
     out: Annotated[Path, typer.Option(help="The CSV file to write.")],
     backbone: Place = None,
     personal: Personal = None,
@@ -249,34 +249,33 @@ def predict(
     abstain_below: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Leave the prediction empty below this probability.")
     ] = 0.0,
+    series: Annotated[
+        bool, typer.Option("--series", help="Judge each DICOM series as a whole: the mean of its images.")
+    ] = False,
     most_maps: Annotated[int, typer.Option(min=1, help="At most so many of them.")] = 20,
 ) -> None:
-    """Judge a folder of pictures with a finished study. For research, not for clinical use.
+    """Judge a folder of pictures or DICOM files with a finished study. For research, not for clinical use.
 
     Writes a CSV: file, prediction, and a probability for each class. The backbone's fingerprint is compared
     with the study's first. Exit code 4 if some pictures could not be read.
 
     Example: fedsigma predict runs/demo pictures --out predictions.csv
     """
-    from fedsigma.client.applying import predict as judge
     from fedsigma.client.applying import restore
+    from fedsigma.client.calibrating import Calibration
+    from fedsigma.client.predicting import predict as judge
 
     restored = restore(run, backbone, personal)
-    temperature = 1.0
-    if calibration is not None:
-        from fedsigma.client.calibrating import Calibration
-
-        known = Calibration.read(calibration)
-        known.check(restored)
-        temperature = known.temperature
+    known = Calibration.read_for(restored, calibration)
     unreadable = judge(
         restored,
         folder,
         out,
         batch_size=batch_size,
         progress=True,
-        temperature=temperature,
+        temperature=known.temperature if known else 1.0,
         least=abstain_below,
+        by_series=series,
     )
     typer.echo(f"Wrote {out}.")
     if maps is not None:

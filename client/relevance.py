@@ -20,9 +20,9 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.client.applying import ApplyError, Restored, decoded, list_pictures
+from fedsigma.client.applying import ApplyError, Restored
+from fedsigma.client.predicting import list_pictures, views
 from fedsigma.common.prompts import Prompts, unit
-from fedsigma.common.training import fit
 
 __all__ = ["Relevance", "draw", "relevance", "relevance_of", "write_maps"]
 
@@ -134,19 +134,20 @@ def draw(found: Relevance, path: Path, *, title: str = "") -> None:
 
 
 def write_maps(restored: Restored, folder: Path, out: Path, *, most: int) -> int:
-    """Draw the maps of the first pictures of a folder that can be read; returns how many.
+    """Draw the maps of the first pictures of a folder that can be read, of several frames the first.
+
+    Returns how many were drawn.
 
     Raises:
         ApplyError: there is no picture, or captum is not installed.
     """
     names = list_pictures(folder)[:most]
     out.mkdir(parents=True, exist_ok=True)
-    pairs = list(decoded(restored, folder, names, []))
-    fitted = (fit(example.image, restored.backbone) for _, example in pairs)
-    maps = track(relevance_of(restored, fitted), "drawing maps", total=len(pairs))
-    for (name, _), found in zip(pairs, maps, strict=True):
-        draw(found, out / (name.replace("/", "__") + ".png"), title=name)
-    return len(pairs)
+    first = [view for view in views(restored, folder, names, []) if not view.frame]
+    maps = track(relevance_of(restored, (view.image for view in first)), "drawing maps", total=len(first))
+    for view, found in zip(first, maps, strict=True):
+        draw(found, out / (view.file.replace("/", "__") + ".png"), title=view.file)
+    return len(first)
 
 
 def _logits(restored: Restored, text: Tensor, pixels: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ COMMANDS = {
     "audit": ("fedsigma.client.audit_cli", "Find what was changed in a log: verify."),
     "budget": (_CLIENT, "Say what private studies have spent of a site's images."),
     "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a centre: submit, status, stop."),
-    "predict": (_CLIENT, "Judge a folder of pictures with a finished study."),
+    "predict": (_CLIENT, "Judge a folder of pictures or DICOM files with a finished study."),
+    "serve": ("fedsigma.client.serve_cli", "Judge images by HTTP with a finished study."),
     "calibrate": (_CLIENT, "Fit how sure a finished model says it is, on labelled images."),
     "explain": (_CLIENT, "Say in words what a finished study changed."),
     "models": (

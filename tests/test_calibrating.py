@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finished_run import make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,10 +17,7 @@ from typer.testing import CliRunner
 from fedsigma import cli
 from fedsigma.client.applying import ApplyError
 from fedsigma.client.calibrating import Calibration, fit_temperature, scaled
-from fedsigma.common.artefact import save_shift
-from fedsigma.common.backbones import load_backbone
 from fedsigma.common.data import open_source
-from fedsigma.common.sigma import Selection, SigmaModel
 
 
 @settings(max_examples=10, deadline=None)
@@ -42,17 +40,7 @@ def test_scaling_changes_no_judgement_and_is_undone_by_its_inverse(temperature: 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    sigma = SigmaModel.adapt(load_backbone("starter").model, Selection())
-    save_shift(
-        folder / "sigma.safetensors",
-        0.05 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0)),
-        layout_json=sigma.layout.to_json(),
-        fingerprint_json=sigma.fingerprint.to_json(),
-        study_yaml="name: s\nbackbone: starter\nclasses: [neutrophil, lymphocyte, monocyte]\n",
-        round=2,
-    )
-    return folder
+    return make_run(tmp_path_factory.mktemp("run"))
 
 
 def test_the_commands_calibrate_and_abstain(run: Path, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from tiny_backbones import tiny_clip
 from typer.testing import CliRunner
 
 from fedsigma import cli
-from fedsigma.client.applying import ApplyError, list_pictures, predict, restore
+from fedsigma.client.applying import ApplyError, restore
 from fedsigma.client.ledger import Entry, Ledger
+from fedsigma.client.predicting import list_pictures, predict
 from fedsigma.common.artefact import save_shift
 from fedsigma.common.backbones import load_backbone, save_backbone
 from fedsigma.common.chain import Chain

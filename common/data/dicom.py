@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from fedsigma.common.data.registry import register_source
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-__all__ = ["open_dicom", "render", "windowed"]
+__all__ = ["Slices", "is_dicom", "open_dicom", "render", "windowed"]
 
 _SUFFIXES = frozenset({".dcm", ".dicom", ".ima", ""})
 _PATIENT = ["PatientID", "IssuerOfPatientID"]
@@ -56,7 +57,7 @@ def open_dicom(
         )
     if path.is_dir():
         root = path
-        records, problems = walk_classes(path, _is_dicom, group_by_folder)
+        records, problems = walk_classes(path, is_dicom, group_by_folder)
         if not records:
             raise DataError(f"the folder {path} has no DICOM files in class folders: expected CLASS/file.dcm")
     else:
@@ -75,7 +76,8 @@ def _pydicom() -> Any:
     return pydicom
 
 
-def _is_dicom(file: Path) -> bool:
+def is_dicom(file: Path) -> bool:
+    """Whether a file is DICOM by its suffix or, where it has none, by its first bytes."""
     if file.suffix.lower() not in _SUFFIXES or file.name == "DICOMDIR" or not file.is_file():
         return False
     if file.suffix:
@@ -97,10 +99,57 @@ def _patient(file: Path) -> str | None:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _read(file: Path, key: str, window: tuple[float, float] | None) -> Image.Image:
+@dataclass(frozen=True, kw_only=True)
+class Slices:
+    """A DICOM file of one or several frames, which are decoded one at a time.
+
+    Fields: key, by which errors name it; series, its SeriesInstanceUID, or empty; frames, how many it says it
+    has, at least 1; dataset.
+    """
+
+    key: str
+    series: str
+    frames: int
+    dataset: Dataset
+
+    @classmethod
+    def read(cls, file: Path | BinaryIO, key: str) -> Slices:
+        """Read a file without decoding its frames.
+
+        Raises:
+            DataError: pydicom is not installed.
+            PictureError: it is no DICOM file, or damaged.
+        """
+        try:
+            with _told(key):
+                dataset = _pydicom().dcmread(file)
+                series, frames = dataset.get("SeriesInstanceUID"), int(dataset.get("NumberOfFrames") or 1)
+        except DataError:
+            raise
+        except (OSError, ValueError, EOFError, LookupError, OverflowError, RecursionError) as error:
+            raise PictureError(f"{key}: {error or type(error).__name__}") from error
+        if frames < 1:
+            raise PictureError(f"{key}: NumberOfFrames is {frames}, expected at least 1")
+        return cls(key=key, series=str(series or ""), frames=frames, dataset=dataset)
+
+    def image(self, frame: int = 0) -> Image.Image:
+        """One frame, counted from 0, as `render` shows it.
+
+        Raises:
+            PictureError: as `render`, or it is damaged.
+        """
+        with _told(self.key):
+            if self.frames == 1:
+                return render(self.dataset)
+            return render(_of_frame(self.dataset, frame), frame=frame)
+
+
+@contextmanager
+def _told(key: str) -> Iterator[None]:
+    """Errors of reading become ours and name the file."""
     pydicom = _pydicom()
     try:
-        return render(pydicom.dcmread(file), window)
+        yield
     except PictureError as error:
         raise type(error)(f"{key}: {error}") from error
     except pydicom.errors.InvalidDicomError as error:
@@ -109,26 +158,52 @@ def _read(file: Path, key: str, window: tuple[float, float] | None) -> Image.Ima
         raise PictureError(f"{key}: {error}") from error
 
 
-def render(dataset: Dataset, window: tuple[float, float] | None = None) -> Image.Image:
-    """Turn one DICOM picture into RGB as a viewer would show it.
+def _read(file: Path, key: str, window: tuple[float, float] | None) -> Image.Image:
+    with _told(key):
+        return render(_pydicom().dcmread(file), window)
+
+
+def _of_frame(dataset: Dataset, frame: int) -> Dataset:
+    """A view of a file in which one frame's own rescaling and window stand where single pictures have them.
+
+    Enhanced CT and MR keep them in functional groups, those of all frames and those of each.
+    """
+    from pydicom import Dataset
+
+    shown = Dataset()
+    shown.update(dataset)
+    shown.file_meta = dataset.file_meta
+    shown.set_original_encoding(*dataset.original_encoding)
+    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    for group in [*(dataset.get("SharedFunctionalGroupsSequence") or []), *own[frame : frame + 1]]:
+        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            for values in group.get(name) or []:
+                shown.update(values)
+    return shown
+
+
+def render(
+    dataset: Dataset, window: tuple[float, float] | None = None, *, frame: int | None = None
+) -> Image.Image:
+    """Turn one DICOM picture, or one frame of several, into RGB as a viewer would show it.
 
     Grey values are rescaled (slope and intercept, or the modality's table), windowed (the file's first
     window or VOI table; where it has none, from the least to the greatest value without padding) and, for
     MONOCHROME1, inverted. YBR and palette colours become RGB.
 
     Raises:
-        UnsupportedPicture: it has several frames or a photometric interpretation that is not known, or its
-            compression needs a decoder that is not installed.
+        UnsupportedPicture: it has several frames and none is named, its photometric interpretation is not
+            known, or its compression needs a decoder that is not installed.
     """
     from pydicom.pixels import apply_color_lut, pixel_array
 
     frames = int(dataset.get("NumberOfFrames") or 1)
-    if frames > 1:
+    if frames > 1 and frame is None:
         raise UnsupportedPicture(f"has {frames} frames: export the wanted frame as a file of its own")
     if "PixelData" not in dataset:
         raise UnsupportedPicture("holds no picture (no PixelData)")
     try:
-        pixels = pixel_array(dataset)
+        pixels = pixel_array(dataset, index=frame)
     except (RuntimeError, NotImplementedError) as error:
         syntax = getattr(dataset.file_meta.get("TransferSyntaxUID"), "name", "unknown")
         raise UnsupportedPicture(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsigma.common.data.records import DataError, Record, Source
 
-__all__ = ["Example", "SiteData", "load_examples"]
+__all__ = ["Example", "SiteData", "load_examples", "to_tensor"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,16 @@ def load_examples(
         record = records[position]
         if record.label not in numbers:
             raise DataError(f"{record.key}: label {record.label!r} is none of {', '.join(classes)}")
-        picture = _shrink(source.image(record), side)
-        # A copy, since torch takes no read-only memory.
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        image = to_tensor(source.image(record), side=side)
         group = getattr(record, "group", None)
         examples[position] = Example(image, numbers[record.label], group)
     return [examples[position] for position in range(len(records))]
+
+
+def to_tensor(picture: Image.Image, *, side: int) -> Tensor:
+    """An RGB picture as uint8 (3, height, width), shrunk if its shorter side is longer than `side` pixels."""
+    # A copy, since torch takes no read-only memory.
+    return torch.from_numpy(np.array(_shrink(picture, side))).permute(2, 0, 1).contiguous()
 
 
 def _shrink(picture: Image.Image, side: int) -> Image.Image:

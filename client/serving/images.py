@@ -1,0 +1,117 @@
+"""From the bytes of an upload to pictures: what they are by content, and no larger than allowed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from fedsigma.client.judging import prepared
+from fedsigma.client.serving.problems import Problem
+from fedsigma.client.serving.settings import Limits
+from fedsigma.common.backbones import Backbone
+from fedsigma.common.data.dicom import Slices
+from fedsigma.common.data.records import to_rgb
+
+__all__ = ["MEDIA_TYPES", "decode"]
+
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/dicom")
+_BEGINNINGS = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+}
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+
+
+def decode(content: bytes, backbone: Backbone, limits: Limits, number: int) -> list[Tensor]:
+    """The frames of an image as the model sees them, each uint8 (3, image_size, image_size).
+
+    Args:
+        content: of a file.
+        backbone: for which they are made.
+        limits: of pixels and frames.
+        number: of the image in the request, for the problem's detail.
+
+    Raises:
+        Problem: it is no image that is read, too large, or damaged.
+    """
+    kind = _kind(content)
+    if kind is None or (kind == "DICOM" and importlib.util.find_spec("pydicom") is None):
+        raise Problem("not-an-image", f"Image {number} is none of {', '.join(_read_here())}.", image=number)
+    frames = _slices(content, limits, number) if kind == "DICOM" else _picture(content, kind, limits, number)
+    try:
+        return [prepared(backbone, to_rgb(frame)) for frame in frames]
+    except Problem:
+        raise
+    except (Image.DecompressionBombError, MemoryError):
+        raise _too_many(limits, number) from None
+    # Decoders of hostile bytes fail in every way there is; what they say can hold what they read.
+    except Exception:
+        raise Problem(
+            "unreadable-image", f"Image {number} ({kind}) cannot be decoded.", image=number
+        ) from None
+
+
+def _kind(content: bytes) -> str | None:
+    if content[128:132] == b"DICM":
+        return "DICOM"
+    return next((kind for start, kind in _BEGINNINGS.items() if content.startswith(start)), None)
+
+
+def _read_here() -> list[str]:
+    kinds = sorted(set(_BEGINNINGS.values()))
+    return [*kinds, "DICOM"] if importlib.util.find_spec("pydicom") else kinds
+
+
+def _picture(content: bytes, kind: str, limits: Limits, number: int) -> Iterator[Image.Image]:
+    picture = Image.open(BytesIO(content), formats=[kind])
+    # libtiff makes room for a whole tile, however small the picture is.
+    tags: Any = getattr(picture, "tag_v2", {})
+    tile = int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
+    if max(picture.width * picture.height, tile) > limits.pixels:
+        raise _too_many(limits, number)
+    yield picture
+
+
+def _slices(content: bytes, limits: Limits, number: int) -> Iterator[Image.Image]:
+    if _deflated(content):
+        raise Problem(
+            "unreadable-image",
+            f"Image {number} is DICOM deflated as a whole, which is not read: save it in another form.",
+            image=number,
+        )
+    slices = Slices.read(BytesIO(content), f"image {number}")
+    if slices.frames > limits.images:
+        raise Problem(
+            "too-many-images",
+            f"Image {number} has {slices.frames} frames, at most {limits.images} are judged in a request.",
+            image=number,
+        )
+    if int(slices.dataset.Rows) * int(slices.dataset.Columns) > limits.pixels:
+        raise _too_many(limits, number)
+    for frame in range(slices.frames):
+        yield slices.image(frame)
+
+
+def _deflated(content: bytes) -> bool:
+    """Whether pydicom would inflate a file as a whole, to any size; told by the same reader that it uses."""
+    from pydicom.filereader import read_dataset
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    stream = BytesIO(content)
+    stream.seek(132)
+    head = read_dataset(stream, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+    return bool(head.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian)
+
+
+def _too_many(limits: Limits, number: int) -> Problem:
+    detail = f"Image {number} has more than {limits.pixels} pixels: make a smaller copy."
+    return Problem("too-many-pixels", detail, image=number)

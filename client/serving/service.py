@@ -1,0 +1,162 @@
+"""A model being served: from the bytes of uploads to judgements, within the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from fedsigma import __version__
+from fedsigma.client.applying import Restored, located
+from fedsigma.client.calibrating import Calibration
+from fedsigma.client.judging import Judge
+from fedsigma.client.serving.answers import (
+    NOTICE,
+    CalibrationInfo,
+    Judgement,
+    LimitsInfo,
+    ModelInfo,
+    Predictions,
+)
+from fedsigma.client.serving.batching import Batcher, Full
+from fedsigma.client.serving.images import decode
+from fedsigma.client.serving.problems import Problem
+from fedsigma.client.serving.settings import Limits
+
+__all__ = ["Service", "describe"]
+
+
+class Service:
+    """A judge behind a queue, with its limits and its token.
+
+    Args:
+        judge: whose shift is merged, so that it costs what the plain model does.
+        info: what is said of the model.
+        limits: of requests.
+        token: which requests must carry; None: none.
+    """
+
+    def __init__(self, judge: Judge, info: ModelInfo, limits: Limits, *, token: str | None = None) -> None:
+        self.judge, self.info, self.limits, self.token = judge, info, limits, token
+        self.batcher = Batcher(
+            judge.probabilities, batch=limits.batch, wait_s=limits.wait_s, waiting=limits.waiting
+        )
+        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+        self._under_way = Counter[str]()
+
+    def start(self) -> None:
+        """Start judging."""
+        self.batcher.start()
+
+    def stop(self) -> None:
+        """Judge what waits, and stop."""
+        self.batcher.stop()
+        self._decoders.shutdown()
+
+    @contextmanager
+    def admitted(self, client: str) -> Iterator[None]:
+        """Let a request in, and count it while it is under way.
+
+        Raises:
+            Problem: this client, or all together, have too many.
+        """
+        if self._under_way.total() >= self.limits.requests:
+            raise Problem("busy", f"{self.limits.requests} requests are under way: try again later.")
+        if self._under_way[client] >= self.limits.per_client:
+            raise Problem(
+                "too-many-requests", f"{self.limits.per_client} of your requests are under way: wait for one."
+            )
+        self._under_way[client] += 1
+        try:
+            yield
+        finally:
+            self._under_way[client] -= 1
+            self._under_way += Counter()  # forgets those at zero
+
+    async def judged(self, contents: Sequence[bytes]) -> Predictions:
+        """Judge images, each by the mean of its frames.
+
+        Raises:
+            Problem: an image cannot be judged, there are too many frames, or the queue is full.
+        """
+        with self.batcher.expecting():
+            images = await self._decoded(contents)
+            together = sum(map(len, images))
+            if together > self.limits.images:
+                most = f"at most {self.limits.images} are judged in a request"
+                raise Problem("too-many-images", f"The images have {together} frames, {most}.")
+            try:
+                futures = self.batcher.submit([frame for frames in images for frame in frames])
+            except Full:
+                raise Problem("busy", "The queue is full, or the service is stopping: try later.") from None
+        rows = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
+        results = [
+            self._judgement(number, [next(rows) for _ in frames]) for number, frames in enumerate(images, 1)
+        ]
+        return Predictions(model=self.info.model, results=results, notice=NOTICE)
+
+    async def _decoded(self, contents: Sequence[bytes]) -> list[list[Tensor]]:
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(
+            *(
+                loop.run_in_executor(
+                    self._decoders, decode, content, self.judge.backbone, self.limits, number
+                )
+                for number, content in enumerate(contents, 1)
+            )
+        )
+
+    def _judgement(self, number: int, rows: Sequence[tuple[float, ...]]) -> Judgement:
+        mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        return Judgement(
+            image=number,
+            prediction=self.judge.name(mean),
+            probabilities=dict(zip(self.judge.classes, mean, strict=True)),
+            frames=len(rows),
+        )
+
+
+def describe(
+    path: Path, restored: Restored, calibration: Calibration | None, least: float, limits: Limits
+) -> ModelInfo:
+    """What a service says of its model.
+
+    Args:
+        path: by which the model was named.
+        restored: the model.
+        calibration: where it has one.
+        least: below this probability it names no class.
+        limits: of requests.
+
+    Raises:
+        ModelError: it is a version of the registry that was changed.
+    """
+    from fedsigma.common.models.manifest import MANIFEST, Manifest, digest_of
+
+    place = located(path)
+    study, file = restored.study, place / "sigma.safetensors" if place.is_dir() else place
+    version = Manifest.read(place).reference if (place / MANIFEST).is_file() else study.name
+    known = None
+    if calibration is not None:
+        known = CalibrationInfo.model_validate(calibration, from_attributes=True)
+    return ModelInfo(
+        model=version,
+        study=study.name,
+        round=restored.saved.round,
+        personal_round=restored.own_round,
+        classes=list(study.classes),
+        backbone=study.backbone,
+        backbone_digest=restored.backbone.digest,
+        digest=digest_of(file.read_bytes()),
+        calibration=known,
+        abstain_below=least,
+        limits=LimitsInfo.model_validate(limits, from_attributes=True),
+        fedsigma=__version__,
+        notice=NOTICE,
+    )

@@ -1,0 +1,103 @@
+"""A service on a real uvicorn server on loopback, for tests."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fedsigma.client.applying import Restored
+from fedsigma.client.calibrating import Calibration
+from fedsigma.client.judging import Judge
+from fedsigma.client.serving.app import asgi
+from fedsigma.client.serving.running import listening, server
+from fedsigma.client.serving.service import Service, describe
+from fedsigma.client.serving.settings import Limits
+
+PATIENT = "MUSTERMANN_19700101.png"
+
+
+@dataclass
+class Held:
+    """A judge's computation that waits until it may go on, and notes how many images it is given."""
+
+    judge: Judge
+    go: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Event = field(default_factory=threading.Event)
+    sizes: list[int] = field(default_factory=list)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.sizes.append(len(images))
+        self.entered.set()
+        assert self.go.wait(20)
+        return Judge.probabilities(self.judge, images)
+
+
+@contextmanager
+def serving(
+    restored: Restored,
+    run: Path,
+    *,
+    token: str | None = None,
+    held: bool = False,
+    calibration: Calibration | None = None,
+    least: float = 0.0,
+    **limits: Any,
+) -> Iterator[tuple[httpx.Client, Service, Any]]:
+    """A client of a service with this model, the service, and what holds its judge, if it is to be held."""
+    bounds = Limits(**limits)
+    judge = Judge(restored, temperature=calibration.temperature if calibration else 1.0, least=least)
+    holder = Held(judge) if held else None
+    if holder:
+        judge.probabilities = holder  # type: ignore[method-assign]
+    service = Service(judge, describe(run, restored, calibration, least, bounds), bounds, token=token)
+    made = server(asgi(service), bounds)
+    with listening("127.0.0.1", 0) as place:
+        thread = threading.Thread(target=made.run, kwargs={"sockets": [place]})
+        thread.start()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{place.getsockname()[1]}", timeout=30) as client:
+                yield client, service, holder
+        finally:
+            made.should_exit = True
+            while thread.is_alive() and place.fileno() != -1:  # until it has stopped listening
+                time.sleep(0.01)
+            if holder:
+                holder.go.set()
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def picture(seed: int = 0, kind: str = "PNG", side: int = 40) -> bytes:
+    """A picture of noise, as a file."""
+    values = np.random.default_rng(seed).integers(0, 255, (side, side, 3)).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, kind)
+    return stream.getvalue()
+
+
+def post(client: httpx.Client, *contents: bytes, **more: Any) -> httpx.Response:
+    """Send images, under a name that nobody may repeat."""
+    files = [("images", (PATIENT, content)) for content in contents]
+    return client.post("/v1/predict", files=files, **more)
+
+
+def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """Check that an answer is this problem, and return its details."""
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), (
+        answer.text
+    )
+    details = answer.json()
+    assert details["code"] == code and details["status"] == status and details["type"] == "about:blank"
+    assert "MUSTERMANN" not in answer.text and "Traceback" not in answer.text
+    return details
