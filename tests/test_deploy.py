@@ -13,8 +13,10 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from deploy_files import DEPLOY, FOLDERS, ONLY, ROOT, UID, parse, passes, process_of, read_yaml, tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -22,6 +24,7 @@ from test_doctor import enrol
 
 from fedsigma.client.hospital.folder import SiteFolder
 from fedsigma.client.hospital.services import node_process
+from fedsigma.common.reading import build
 from fedsigma.server.centre.authority import new_authority
 from fedsigma.server.centre.folder import CentreFolder
 from fedsigma.server.dashboard.config import DashboardConfig
@@ -406,6 +409,21 @@ def test_an_example_of_a_proxys_file_is_what_the_code_writes(name: str, tmp_path
     else:
         (centre / "proxy" / "run").mkdir()
         passes(tool("nginx"), "-t", "-c", file, "-e", tmp_path / "error.log")
+
+
+def test_the_proxy_that_the_docs_put_before_a_dashboard_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    shown, behind = re.findall(r"(?s)```yaml\n(listen:.*?)```", text)
+    (server,) = re.findall(r"(?s)```nginx\n(.*?)```", text)
+    config = build(DashboardConfig, yaml.safe_load(behind), where="docs")
+    assert build(DashboardConfig, yaml.safe_load(shown), where="docs").access.secure
+    assert f"proxy_pass http://{config.listen};" in server
+    assert f"server_name {urlsplit(config.access.origins[0]).hostname};" in server
+    new_authority("tests").write(tmp_path / "fl-dashboard.crt", tmp_path / "fl-dashboard.key")
+    file = tmp_path / "nginx.conf"
+    whole = f"pid {tmp_path}/pid; events {{}} http {{ access_log off; {server} }}"
+    file.write_text(whole.replace("/etc/ssl", str(tmp_path)), encoding="utf-8")
+    passes(tool("nginx"), "-t", "-c", file, "-e", tmp_path / "error.log")
 
 
 def test_the_script_that_writes_constraints_runs() -> None:
