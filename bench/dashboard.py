@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,13 +39,18 @@ DRAWN = {
     ".every(id => echarts.getInstanceByDom(document.getElementById(id)))",
 }
 LIMIT_S = 1.0
+DIFFERENT = 5
 
 
 def write_runs(folder: Path, *, runs: int, rounds: int, sites: int) -> None:
-    """Write the run folders."""
+    """Write the run folders: a few different ones, and copies of their files, which take as long to read."""
     names = [f"hospital-{number:02d}" for number in range(1, sites + 1)]
     for number in track(range(runs), description="writing runs", console=Console(stderr=True)):
-        write_synthetic_run(folder / f"study-{number:03d}", sites=names, rounds=rounds, seed=number)
+        path = folder / f"study-{number:03d}"
+        if number < DIFFERENT:
+            write_synthetic_run(path, sites=names, rounds=rounds, seed=number)
+        else:
+            shutil.copytree(folder / f"study-{number % DIFFERENT:03d}", path)
 
 
 def served(folder: Path) -> tuple[subprocess.Popen[str], str, str]:
