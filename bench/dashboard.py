@@ -34,9 +34,10 @@ from synthetic_run import write_synthetic_run
 from fedsigma.common.processes import free_ports
 
 DRAWN = {
-    "list": "document.querySelectorAll('#runs tbody tr').length === {runs}",
-    "run": "window.echarts && ['curves', 'part', 'heat', 'drift', 'bytes']"
-    ".every(id => echarts.getInstanceByDom(document.getElementById(id)))",
+    # Functions, since pages allow no text to be run as a script.
+    "list": "() => document.querySelectorAll('#runs tbody tr').length === {runs}",
+    "run": "() => window.echarts && ['curves', 'part', 'heat', 'drift', 'bytes']"
+    ".map(id => document.getElementById(id)).every(box => box && echarts.getInstanceByDom(box))",
 }
 LIMIT_S = 1.0
 DIFFERENT = 5

@@ -391,15 +391,16 @@ def parse_row(header: list[str], cells: list[str]) -> Row | None:
         return None
     row: Row = {}
     for name, text in zip(header, cells, strict=True):
-        if name in _TEXT:
-            row[name] = text
+        if name in _TEXT or not text:
+            row[name] = text if name in _TEXT else None
             continue
         try:
-            number = float(text) if text else None
+            number = float(text)
         except ValueError:
             return None
-        if number is not None and not math.isfinite(number):
-            number = None
-        row[name] = int(number) if name in _WHOLE and number is not None else number
+        if not math.isfinite(number):
+            row[name] = None
+        else:
+            row[name] = int(number) if name in _WHOLE else number
     complete = all(row.get(name) is not None for name in _FIXED)
     return row if complete else None

@@ -99,8 +99,18 @@ def page(served: tuple[str, str], browser: Browser, signed_in: Path, seen: Seen)
 
 def option(page: Page, chart: str) -> dict[str, Any]:
     """What a chart draws: ECharts' own options."""
-    script = "id => JSON.stringify(echarts.getInstanceByDom(document.getElementById(id)).getOption())"
-    return dict(json.loads(page.evaluate(script, chart)))
+    found = "echarts.getInstanceByDom(document.getElementById(id))"
+    page.wait_for_function(f"id => Boolean({found})", arg=chart)
+    return dict(json.loads(page.evaluate(f"id => JSON.stringify({found}.getOption())", chart)))
+
+
+def test_a_script_of_a_page_runs_once(page: Page) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto("/runs/plain")
+    page.wait_for_timeout(2600)
+    assert sum("/state/plain" in url for url in asked) == 1
+    assert sum("app.js" in url for url in asked) == 1
 
 
 def test_nothing_is_served_without_the_link_and_it_counts_once(

@@ -67,6 +67,11 @@ def heat(folder: RunFolder) -> dict[str, Any]:
     return {"rounds": [line["round"] for line in lines], "towers": towers}
 
 
+def _short(value: float) -> float:
+    """Four digits, which is more than a chart can show; formatting is slow, so only where it is needed."""
+    return round(value, 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
+
+
 class _Table:
     """The rows of a run by site and round."""
 
@@ -82,7 +87,7 @@ class _Table:
     def series(self, name: str, site: str) -> list[float | None]:
         """One metric of one site by round."""
         found = (self._rows.get((number, site), {}).get(name) for number in self.rounds)
-        return [None if value is None else float(f"{value:.4g}") for value in found]
+        return [None if value is None else _short(value) for value in found]
 
     def of(self, name: str, sites: list[str]) -> dict[str, Any]:
         """One metric of the pooled model and of each site; empty where nobody tells it."""

@@ -2,11 +2,6 @@
 
 const POLL_MS = 2000;
 
-export function readCharts() {
-  const element = document.getElementById("charts");
-  return element ? JSON.parse(element.textContent) : null;
-}
-
 function setUpTheme() {
   const select = document.getElementById("theme");
   select.value = document.documentElement.dataset.theme ?? "";

@@ -1,7 +1,6 @@
 // The pooled curves of two runs in one chart.
 /* global echarts */
-import { readCharts } from "./app.js";
-import { NAMES, colour, draw, fill, lines } from "./drawing.js";
+import { NAMES, colour, draw, fill, lines, readCharts } from "./drawing.js";
 
 const data = readCharts();
 const select = document.getElementById("metric");

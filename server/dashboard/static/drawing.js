@@ -1,6 +1,11 @@
 // From series to ECharts' options. Colours are the page's own, so charts follow light and dark.
 /* global echarts */
 
+export function readCharts() {
+  const element = document.getElementById("charts");
+  return element ? JSON.parse(element.textContent) : null;
+}
+
 export const NAMES = {
   accuracy: "Accuracy", balanced_accuracy: "Balanced accuracy", auroc: "AUROC", f1: "F1",
   ece: "Calibration error", loss: "Training loss",

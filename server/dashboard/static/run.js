@@ -1,7 +1,6 @@
 // The charts of a run's page, drawn anew when the page is told of news or changes its colours.
 /* global echarts */
-import { readCharts } from "./app.js";
-import { NAMES, draw, fill, format, heat, lines, participation, siteSeries, traffic } from "./drawing.js";
+import { NAMES, draw, fill, format, heat, lines, participation, readCharts, siteSeries, traffic } from "./drawing.js";
 
 let data = readCharts();
 let following = true;  // the slider stays at the newest round until it is moved
@@ -28,7 +27,9 @@ function curves() {
   if (!told) return empty("curves", "Nothing has been told yet.");
   // A row's accuracy is that of the model which its round began with; its loss is of the round itself.
   const x = name === "loss" ? data.rounds : data.rounds.map((round) => round - 1);
-  show("curves", lines(name, x, siteSeries(told, data.sites, by("highlight").value), { xName: name === "loss" ? "round" : "rounds finished" }));
+  show("curves", lines(name, x, siteSeries(told, data.sites, by("highlight").value), {
+    xName: name === "loss" ? "round" : "rounds finished",
+  }));
   const known = told.pooled.map((value, at) => [x[at], value]).filter((point) => point[1] !== null);
   if (known.length) say("curves-words", `${NAMES[name]} of all sites together: ${format(name, known[0][1])} at ${known[0][0]}, ${format(name, known.at(-1)[1])} at ${known.at(-1)[0]}.`);
 }
@@ -53,20 +54,31 @@ function heats() {
   show("heat", heat(data.heat, Number(slider.value)));
 }
 
-function all() {
-  fill(by("metric"), Object.keys(data.metrics).map((name) => [name, NAMES[name] ?? name]), "accuracy");
-  fill(by("drift-of"), Object.keys(data.drift).map((name) => [name, NAMES[name]]), "change_norm");
-  fill(by("highlight"), [["", "no site"], ...data.sites.map((site) => [site, site])], "");
-  curves();
+function part() {
   // A row for each site needs its height.
   by("part").style.height = data.sites.length > 20 ? `${80 + 13 * data.sites.length}px` : "";
   echarts.getInstanceByDom(by("part"))?.resize();
   if (data.sites.length) show("part", participation(data)); else empty("part", "No site has replied yet.");
-  heats();
-  drift();
+}
+
+function bytes() {
   if (data.rounds.length) show("bytes", traffic(data)); else empty("bytes", "Nothing was exchanged yet.");
+}
+
+function privacy() {
   by("privacy-box").hidden = !data.epsilon.length;
   if (data.epsilon.length) show("privacy", lines("epsilon", data.rounds, [{ name: "epsilon", values: data.epsilon, strong: true }], { xName: "round", limit: data.budget }));
+}
+
+function all() {
+  fill(by("metric"), Object.keys(data.metrics).map((name) => [name, NAMES[name] ?? name]), "accuracy");
+  fill(by("drift-of"), Object.keys(data.drift).map((name) => [name, NAMES[name]]), "change_norm");
+  fill(by("highlight"), [["", "no site"], ...data.sites.map((site) => [site, site])], "");
+  // What is seen first is drawn first; the page can be used between two charts.
+  const rest = [part, heats, drift, bytes, privacy];
+  curves();
+  const next = () => { rest.shift()?.(); if (rest.length) setTimeout(next); };
+  setTimeout(next);
 }
 
 by("metric").addEventListener("change", curves);
