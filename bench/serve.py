@@ -131,7 +131,7 @@ def png(seed: int, side: int) -> bytes:
 @contextmanager
 def serving(judge: Judge, restored: Restored, path: Path, batch: int) -> Iterator[str]:
     """The address of a real server on this machine."""
-    limits = Limits(batch=batch, per_client=1000, requests=1000, waiting=4096)
+    limits = Limits(batch=batch, per_client=1000, requests=1000, waiting=4096, timeout_s=600)
     service = Service(judge, describe(path, restored, None, 0.0, limits), limits)
     made = server(asgi(service), limits)
     with listening("127.0.0.1", 0) as place:
