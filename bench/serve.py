@@ -45,13 +45,13 @@ from torch.nn import functional as F
 from fedsigma.client.applying import Restored, export, restore
 from fedsigma.client.judging import Judge
 from fedsigma.client.serving.app import asgi
-from fedsigma.client.serving.running import listening, server
 from fedsigma.client.serving.service import Service, describe
 from fedsigma.client.serving.settings import Limits
 from fedsigma.common.artefact import save_shift
 from fedsigma.common.backbones import load_backbone, save_backbone
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.training import autocast, computes_bfloat16
+from fedsigma.common.web import listening, server
 
 CLASSES = ["neutrophil", "lymphocyte", "monocyte", "eosinophil"]
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def serving(judge: Judge, restored: Restored, path: Path, batch: int) -> Iterato
     """The address of a real server on this machine."""
     limits = Limits(batch=batch, per_client=1000, requests=1000, waiting=4096, timeout_s=600)
     service = Service(judge, describe(path, restored, None, 0.0, limits), limits)
-    made = server(asgi(service), limits)
+    made = server(asgi(service), grace_s=limits.grace_s)
     with listening("127.0.0.1", 0) as place:
         thread = threading.Thread(target=made.run, kwargs={"sockets": [place]})
         thread.start()

@@ -80,8 +80,9 @@ def serve(
     if model is None:
         raise typer.BadParameter("name a MODEL, or --openapi FILE")
     from fedsigma.client.serving.app import asgi
-    from fedsigma.client.serving.running import check_tls, listening, run, server
+    from fedsigma.client.serving.images import restrain
     from fedsigma.client.serving.settings import Limits, check_exposure, read_token
+    from fedsigma.common.web import check_tls, listening, run, server
 
     limits = Limits(
         body_bytes=int(max_mb * 1e6),
@@ -97,14 +98,14 @@ def serve(
     token = read_token(token_file) if token_file else None
     check_exposure(host, token=token is not None, open_to_all=open_to_all)
     check_tls(certificate, key)
+    restrain(limits.pixels)
     service = _service(model, backbone, personal, calibration, abstain_below, limits, token)
-    with listening(host, port) as place:
+    with listening(host, port, remedy="name a free one with --host and --port") as place:
         scheme, name = "https" if certificate else "http", f"[{host}]" if ":" in host else host
         address = f"{scheme}://{name}:{place.getsockname()[1]}"
         run(
-            server(asgi(service), limits, certificate=certificate, key=key),
+            server(asgi(service), grace_s=limits.grace_s, certificate=certificate, key=key),
             place,
-            limits,
             lambda: typer.echo(f"Serving {service.info.model} on {address}. {service.info.notice}"),
         )
     typer.echo("Stopped.")

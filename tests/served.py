@@ -20,9 +20,9 @@ from fedsigma.client.applying import Restored
 from fedsigma.client.calibrating import Calibration
 from fedsigma.client.judging import Judge
 from fedsigma.client.serving.app import asgi
-from fedsigma.client.serving.running import listening, server
 from fedsigma.client.serving.service import Service, describe
 from fedsigma.client.serving.settings import Limits
+from fedsigma.common.web import listening, server
 
 PATIENT = "MUSTERMANN_19700101.png"
 
@@ -61,7 +61,7 @@ def serving(
     if holder:
         judge.probabilities = holder  # type: ignore[method-assign]
     service = Service(judge, describe(run, restored, calibration, least, bounds), bounds, token=token)
-    made = server(asgi(service), bounds)
+    made = server(asgi(service), grace_s=bounds.grace_s)
     with listening("127.0.0.1", 0) as place:
         thread = threading.Thread(target=made.run, kwargs={"sockets": [place]})
         thread.start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import warnings
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
@@ -17,7 +19,7 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.data.dicom import Slices
 from fedsigma.common.data.records import to_rgb
 
-__all__ = ["MEDIA_TYPES", "decode"]
+__all__ = ["MEDIA_TYPES", "decode", "restrain"]
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/dicom")
 _BEGINNINGS = {
@@ -29,6 +31,18 @@ _BEGINNINGS = {
     b"MM\0+": "TIFF",
 }
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
+
+
+def restrain(pixels: int) -> None:
+    """Have the libraries that decode refuse larger pictures, and say nothing, in the whole process.
+
+    Their warnings quote what is in a file, such as a name.
+    """
+    # Pillow refuses twice the number that it warns of; pydicom calls it for a picture within a picture.
+    Image.MAX_IMAGE_PIXELS = pixels // 2 or 1
+    warnings.simplefilter("ignore")
+    for name in ("pydicom", "PIL"):
+        logging.getLogger(name).disabled = True
 
 
 def decode(content: bytes, backbone: Backbone, limits: Limits, number: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 __all__ = ["Limits", "ServeError", "check_exposure", "is_loopback", "read_token"]
 
 LEAST_TOKEN = 16
+GRACE_S = 5
 
 
 class ServeError(ValueError):
@@ -38,6 +39,11 @@ class Limits:
     batch: int = 32
     wait_s: float = 0.005
     timeout_s: float = 60.0
+
+    @property
+    def grace_s(self) -> int:
+        """Seconds that requests under way get when the service is told to stop."""
+        return int(self.timeout_s) + GRACE_S
 
     def __post_init__(self) -> None:
         for one in fields(self):

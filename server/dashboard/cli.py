@@ -54,8 +54,9 @@ def dashboard(
         raise ConfigError(f"{place} is a centre: say `listen: {listen}` in {place / FILE}")
     config = DashboardConfig.read(place)
     app = centre_app(CentreFolder(place), config)
-    typer.echo(f"Dashboard: {config.access.origins[0]} (users: fedsigma users list -f {place})")
-    serve(app, listen=config.listen, certificate=config.certificate, key=config.key)
+    words = f"Dashboard: {config.access.origins[0]} (users: fedsigma users list -f {place})"
+    certificate, key = (Path(name) if name else None for name in (config.certificate, config.key))
+    serve(app, listen=config.listen, certificate=certificate, key=key, announce=lambda: typer.echo(words))
 
 
 def _of_runs(place: Path, listen: str) -> None:
@@ -75,6 +76,9 @@ def _of_runs(place: Path, listen: str) -> None:
     link = OneTimeLink()
     origins = (f"http://127.0.0.1:{port}", f"http://localhost:{port}")
     app = runs_app(place, settings=AccessSettings(origins=origins), link=link)
-    typer.echo(f"Dashboard: {origins[0]}/login?token={link.token}")
-    typer.echo("The link lets one browser in, once. Ctrl-C ends it.")
-    serve(app, listen=listen)
+
+    def announce() -> None:
+        typer.echo(f"Dashboard: {origins[0]}/login?token={link.token}")
+        typer.echo("The link lets one browser in, once. Ctrl-C ends it.")
+
+    serve(app, listen=listen, announce=announce)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from fedsigma.common.reading import split_address
+from fedsigma.common.web import check_tls, listening, run, server
 from fedsigma.server.centre.folder import CentreFolder
 from fedsigma.server.centre.log import CentreLog
 from fedsigma.server.dashboard.access import guarded
@@ -75,27 +74,26 @@ def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
     )
 
 
-def serve(app: ASGIApp, *, listen: str, certificate: str = "", key: str = "") -> None:
+def serve(
+    app: ASGIApp,
+    *,
+    listen: str,
+    announce: Callable[[], None],
+    certificate: Path | None = None,
+    key: Path | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM. Nothing of a request is logged.
 
     Args:
         app: what to serve.
         listen: HOST:PORT.
-        certificate, key: PEM files for TLS; empty for none.
+        announce: called when the address is its own.
+        certificate, key: PEM files for TLS.
+
+    Raises:
+        WebError: the address is taken, or the certificate does not do.
     """
+    check_tls(certificate, key)
     host, port = split_address(listen, where="listen")
-    # uvicorn stops in order, then raises the signal again for whoever waited for it: here nobody does.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        ssl_certfile=certificate or None,
-        ssl_keyfile=key or None,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=STOP_S,
-    )
+    with listening(host, port) as place:
+        run(server(app, grace_s=STOP_S, certificate=certificate, key=key), place, announce)
