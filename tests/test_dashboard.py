@@ -17,6 +17,8 @@ import pytest
 from browser import MISSING, Seen, chromium
 from synthetic_run import HOSTILE, write_synthetic_run
 
+from fedsigma.common.models import Shelf
+from fedsigma.common.models.manifest import Manifest
 from fedsigma.common.processes import free_ports
 from fedsigma.server.store import POOLED, RunFolder
 
@@ -35,6 +37,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_synthetic_run(folder / "hostile", sites=HOSTILE, name="<b>bold</b> & co", rounds=3)
     write_synthetic_run(folder / "many", sites=[f"hospital-{n:02d}" for n in range(1, 31)], rounds=5)
     write_synthetic_run(folder / "failed", finished=2, fail="no round produced a model")
+    made = Manifest(
+        name="smears",
+        version=0,
+        created="",
+        made="trained",
+        backbone="starter",
+        weights="0" * 64,
+        layout="1" * 64,
+        study="2" * 64,
+        classes=("a", "b"),
+        rounds=3,
+        results={"federated": {"accuracy": 0.625}, "zero_shot": {"accuracy": 0.25}},
+    )
+    card = "# smears\n\n<script>alert(1)</script>\n\n| method | accuracy |\n|---|---:|\n| this | 62.5 % |\n"
+    Shelf(folder / "models").add(made, {"card.md": card.encode()})
     return folder
 
 
@@ -283,6 +300,27 @@ def test_names_from_a_run_are_text(page: Page) -> None:
     for name in HOSTILE:
         assert page.get_by_role("rowheader", name=name, exact=True).count() >= 1
     assert page.locator("main script:not([type])").count() == 0 and page.locator("main img").count() == 0
+
+
+def test_versions_are_listed_with_their_cards(page: Page) -> None:
+    page.goto("/models")
+    row = page.get_by_role("row", name="smears@1")
+    expect(row).to_contain_text("62.5%")
+    row.get_by_role("link").click()
+    expect(page.locator(".card h1")).to_have_text("smears")
+    expect(page.locator(".card")).to_contain_text("<script>alert(1)</script>")
+    assert page.locator(".card td").last.evaluate("one => getComputedStyle(one).textAlign") == "right"
+
+
+def test_a_version_that_was_changed_is_told(page: Page, runs: Path) -> None:
+    card = runs / "models" / "smears" / "1" / "card.md"
+    was = card.read_bytes()
+    card.write_bytes(was + b"better than it is")
+    try:
+        page.goto("/models")
+        expect(page.get_by_role("alert")).to_contain_text("was changed or is missing")
+    finally:
+        card.write_bytes(was)
 
 
 def test_no_key_leads_out_of_the_folder(page: Page) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
 from markupsafe import Markup
 
 from fedsigma.common.models import ModelError, Shelf
@@ -39,5 +40,14 @@ def card(shelf: Shelf, reference: str) -> Markup:
     Raises:
         ModelError: there is no such version, or it was changed.
     """
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    reader.core.ruler.push("classes", _classes)
     text = (shelf.find(reference).path / "card.md").read_text(encoding="utf-8")
-    return Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(text))
+    return Markup(reader.render(text))
+
+
+def _classes(state: StateCore) -> None:
+    """Have the cells of tables say by a class how they are set: the pages' policy lets no style be inline."""
+    for token in state.tokens:
+        if style := token.attrs.pop("style", None):
+            token.attrSet("class", str(style).rpartition(":")[2])
