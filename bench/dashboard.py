@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,14 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import httpx
 from browser import MISSING, chromium
+from dashboard_process import dashboard
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from synthetic_run import write_synthetic_run
-
-from fedsigma.common.processes import free_ports
 
 DRAWN = {
     # Functions, since pages allow no text to be run as a script.
@@ -54,47 +50,24 @@ def write_runs(folder: Path, *, runs: int, rounds: int, sites: int) -> None:
             shutil.copytree(folder / f"study-{number % DIFFERENT:03d}", path)
 
 
-def served(folder: Path) -> tuple[subprocess.Popen[str], str, str]:
-    """A new dashboard: its process, its address, and the link that lets a browser in."""
-    (port,) = free_ports(1)
-    program = Path(sys.executable).with_name("fedsigma")
-    command = [str(program), "dashboard", str(folder), "--listen", f"127.0.0.1:{port}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    found = re.search(r"http://\S+", process.stdout.readline())
-    assert found is not None
-    base = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        try:
-            httpx.get(f"{base}/health")
-            break
-        except httpx.TransportError:
-            time.sleep(0.05)
-    return process, base, found[0]
-
-
 def measure(folder: Path, *, runs: int, repetitions: int) -> dict[str, dict[str, float]]:
     """Median seconds to open each page, by `first` and `again`."""
     times: dict[str, dict[str, list[float]]] = {page: {"first": [], "again": []} for page in DRAWN}
+    steps = track(range(repetitions), description="opening pages", console=Console(stderr=True))
     with chromium() as browser:
-        for _ in track(range(repetitions), description="opening pages", console=Console(stderr=True)):
-            process, base, link = served(folder)
-            signing = browser.new_context()
-            # Without following it to the list, whose figures nobody is to have asked for before.
-            signing.request.get(link, max_redirects=0)
-            state = signing.storage_state()
-            for which in ("first", "again"):
-                for name, path in (("list", "/"), ("run", "/runs/study-000")):
-                    context = browser.new_context(base_url=base, storage_state=state)
-                    page = context.new_page()
-                    begin = time.perf_counter()
-                    page.goto(path, wait_until="commit")
-                    page.wait_for_function(DRAWN[name].replace("{runs}", str(runs)), polling="raf")
-                    times[name][which].append(time.perf_counter() - begin)
-                    context.close()
-            signing.close()
-            process.terminate()
-            process.wait()
+        for _ in steps:
+            with dashboard(folder) as (base, link), browser.new_context() as signing:
+                # Without following it to the list, whose figures nobody is to have asked for before.
+                signing.request.get(link, max_redirects=0)
+                state = signing.storage_state()
+                for which in ("first", "again"):
+                    for name, path in (("list", "/"), ("run", "/runs/study-000")):
+                        with browser.new_context(base_url=base, storage_state=state) as context:
+                            page = context.new_page()
+                            begin = time.perf_counter()
+                            page.goto(path, wait_until="commit")
+                            page.wait_for_function(DRAWN[name].replace("{runs}", str(runs)), polling="raf")
+                            times[name][which].append(time.perf_counter() - begin)
     return {p: {w: statistics.median(t) for w, t in found.items()} for p, found in times.items()}
 
 

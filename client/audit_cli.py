@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from fedsigma.common.chain import Chain, ChainBroken, Head
+from fedsigma.common.exit_codes import PROBLEMS
 from fedsigma.common.reading import ConfigError
 
 __all__ = ["app"]
 
-PROBLEMS = 4
 
 app = typer.Typer(no_args_is_help=True)
 audit_app = typer.Typer(no_args_is_help=True, help="Look whether a log was changed.")

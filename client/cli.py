@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fedsigma.common.backbones import Backbone
+    from fedsigma.common.exit_codes import PROBLEMS
+from fedsigma.common.backbones import Backbone
 
 __all__ = ["app"]
 
-PROBLEMS = 4
 
 app = typer.Typer(no_args_is_help=True, help="Commands for a site.")
 backbone_app = typer.Typer(no_args_is_help=True, help="Bring a backbone to a machine without internet.")

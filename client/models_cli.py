@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from fedsigma.common.exit_codes import PROBLEMS
 from fedsigma.common.printing import print_table
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-PROBLEMS = 4
 
 app = typer.Typer(no_args_is_help=True)
 models_app = typer.Typer(no_args_is_help=True, help="Finished models and their versions.")

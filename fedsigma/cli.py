@@ -11,11 +11,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fedsigma import __version__
+from fedsigma.common.exit_codes import BAD_INPUT, FAILED
 
-__all__ = ["BAD_INPUT", "PROBLEMS", "UNEXPECTED", "main"]
-
-# Exit codes; docs/errors.md has a section for each. Click itself uses 2 for wrong usage.
-UNEXPECTED, BAD_INPUT, PROBLEMS = 1, 3, 4
+__all__ = ["main"]
 
 _CLIENT, _SERVER = "fedsigma.client.cli", "fedsigma.server.cli"
 _HOSPITAL, _CENTRE = "fedsigma.client.hospital.cli", "fedsigma.server.centre.cli"
@@ -105,13 +103,13 @@ def exit_code(error: BaseException) -> int:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     ours = trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("fedsigma.")
-    return BAD_INPUT if ours and isinstance(error, ValueError) else UNEXPECTED
+    return BAD_INPUT if ours and isinstance(error, ValueError) else FAILED
 
 
 def describe(error: BaseException, code: int) -> str:
     """One line about an error."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if code != UNEXPECTED:
+    if code != FAILED:
         return text
     return f"unexpected {type(error).__name__}: {text} (FEDSIGMA_DEBUG=1 shows where)"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsigma.common.exit_codes import FAILED
 from fedsigma.common.printing import print_table
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Tracker", "add_commands"]
 
-FAILED = 1
 
 Folder = Annotated[
     Path, typer.Option("--folder", "-f", envvar="FEDSIGMA_CENTRE", help="The centre's folder.")

@@ -254,7 +254,7 @@ def test_a_library_s_value_error_is_unexpected() -> None:
         int("x")
         raise AssertionError
     except ValueError as error:
-        assert cli.exit_code(error) == cli.UNEXPECTED
+        assert cli.exit_code(error) == cli.FAILED
 
 
 # Backbones

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
 import threading
 import time
@@ -15,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 from browser import MISSING, Seen, chromium
+from dashboard_process import dashboard
 from synthetic_run import HOSTILE, write_synthetic_run
 
 from fedsigma.common.models import Shelf
 from fedsigma.common.models.manifest import Manifest
-from fedsigma.common.processes import free_ports
 from fedsigma.server.store import POOLED, RunFolder
 
 if not MISSING:
@@ -57,23 +55,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(runs: Path) -> Iterator[tuple[str, str]]:
-    """The dashboard's address, and the link that lets one browser in."""
-    (port,) = free_ports(1)
-    command = [str(BIN / "fedsigma"), "dashboard", str(runs), "--listen", f"127.0.0.1:{port}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    told = re.search(r"http://\S+", process.stdout.readline())
-    assert told
-    base = f"http://127.0.0.1:{port}"
-    for _ in range(100):
-        try:
-            httpx.get(f"{base}/health")
-            break
-        except httpx.TransportError:
-            time.sleep(0.1)
-    yield base, told[0]
-    process.terminate()
-    assert process.wait(timeout=20) == 0
+    with dashboard(runs) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

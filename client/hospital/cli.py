@@ -12,13 +12,13 @@ import typer
 from fedsigma.client.hospital.bundles import Bundles, difference, digest_of
 from fedsigma.client.hospital.folder import SiteFolder
 from fedsigma.client.hospital.services import node_process, worker_process
+from fedsigma.common.exit_codes import PROBLEMS
 from fedsigma.common.health import SERVING, health_of
 from fedsigma.common.joining import Invitation, JoinError, fingerprint
 from fedsigma.common.processes import restart, running, states, stop, supervise
 
 __all__ = ["app"]
 
-PROBLEMS = 4
 
 app = typer.Typer(no_args_is_help=True)
 site_app = typer.Typer(no_args_is_help=True, help="Run a hospital's site.")

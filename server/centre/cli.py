@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedsigma.common.exit_codes import PROBLEMS
 from fedsigma.common.health import SERVING, health_of, web_health_of
 from fedsigma.common.joining import SiteKeys, fingerprint
 from fedsigma.common.printing import print_table
@@ -21,7 +22,6 @@ from fedsigma.server.centre.services import centre_processes
 
 __all__ = ["app"]
 
-PROBLEMS = 4
 PROCESSES = ("superlink", "worker", "keeper", "proxy", "dashboard")
 
 app = typer.Typer(no_args_is_help=True)
