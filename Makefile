@@ -32,8 +32,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+# In two processes: those of a deployment wait much, for sites and rounds, while the others compute.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # In a checkout server/, client/ and common/ lie beside fedsigma/; mypy does not run the path shim that
 # joins them, so it is shown the layout of the installed package.
