@@ -13,8 +13,8 @@ settings.load_profile("fedsigma")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, keep together what shares something that is slow to make.
 
-    That is a file, and all of `deployment`, whose tests share one centre with its sites; those go first, since
-    they take longest.
+    That is a file, and all of `deployment`, whose tests share one centre with its sites; those go first,
+    since they take longest.
     """
     for item in items:
         path = Path(str(item.fspath))
