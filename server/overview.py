@@ -13,7 +13,10 @@ from fedsigma.common.files import runs_folder
 from fedsigma.server.lines import CHUNK, as_object, csv_cells, first_line, last_lines
 from fedsigma.server.store import POOLED, Row, RunFolder, StoreError, latest_rows, parse_row
 
-__all__ = ["Overview", "find_runs", "overview", "runs_folder", "study_of"]
+__all__ = ["ANSWERS", "Overview", "find_runs", "overview", "runs_folder", "study_of"]
+
+ANSWERS = frozenset({"site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"})
+"""The kinds of events that came of a message from the site that they name."""
 
 _DEPTH = 2  # a run folder lies in the given directory, or in one of its subdirectories
 

@@ -64,7 +64,7 @@ class CentrePages:
 
     def _sites(self) -> dict[str, Any]:
         library = self._desk.library
-        keys = [line.key for line in library.lines() if line.overview.state != "queued"][:NEWEST_RUNS]
+        keys = [line.key for line in library.lines() if line.begun][:NEWEST_RUNS]
         events = [event for key in keys for event in library.run(key).events()]
         rows = [
             (one.name, one.state, one.node or NOTHING, moment(one.contact), one.version or NOTHING, one.note)
@@ -108,7 +108,7 @@ class CentrePages:
         return RedirectResponse("/", 303)
 
     def _submit(self, form: FormData, values: dict[str, str], *, by: str) -> None:
-        rounds, seed = int(values["rounds"] or 0), int(values["seed"] or -1)
+        rounds, seed = (_whole(values, key, none) for key, none in (("rounds", 0), ("seed", -1)))
         options: dict[str, Any] = {"again": "again" in form, "rounds": max(0, rounds), "seed": max(-1, seed)}
         studies = Studies(self._centre, by=by)
         if values["bundled"]:
@@ -142,4 +142,11 @@ class CentrePages:
             values = {"title": "That did not work", "words": str(error)}
             return self._desk.page(request, "error.html", status=409, **values)
         self._watch.soon()
-        return RedirectResponse(f"/runs/{line.key}" if line.overview.state != "queued" else "/", 303)
+        return RedirectResponse(f"/runs/{line.key}" if line.begun else "/", 303)
+
+
+def _whole(values: dict[str, str], key: str, none: int) -> int:
+    try:
+        return int(values[key] or none)
+    except ValueError:
+        raise CentreError(f"{key} is '{values[key]}', expected a whole number") from None

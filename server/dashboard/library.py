@@ -16,6 +16,7 @@ from fedsigma.server.overview import Overview, find_runs, overview
 
 if TYPE_CHECKING:
     from fedsigma.server.centre.folder import CentreFolder
+    from fedsigma.server.dashboard.submissions import SuperLinkWatch
 
 __all__ = ["Library", "RunLine", "UnknownRun"]
 
@@ -34,12 +35,13 @@ class RunLine:
     """A run in the list.
 
     key: its folder's path below the library's, which is its address in the pages. For a study that was
-    submitted and has not begun there is no folder yet: state is `queued`, and `run_id` Flower's number of it.
+    submitted and has not begun (`begun`) there is no folder yet; `run_id` is Flower's number of it.
     """
 
     key: str
     overview: Overview
     run_id: str = ""
+    begun: bool = True
 
     @property
     def open(self) -> bool:
@@ -53,11 +55,15 @@ class Library:
     Args:
         runs: the folder that holds the run folders.
         centre: the centre whose runs they are; None for simulations.
+        watch: what the centre's SuperLink says of runs; None where nobody asks it.
     """
 
-    def __init__(self, runs: Path, *, centre: CentreFolder | None = None) -> None:
+    def __init__(
+        self, runs: Path, *, centre: CentreFolder | None = None, watch: SuperLinkWatch | None = None
+    ) -> None:
         self.runs = runs
         self.centre = centre
+        self._watch = watch
         self.shelf = Shelf(centre.path / "models" if centre else shelf_folder(runs))
         self._lock = threading.Lock()
         self._listed: tuple[float, list[Path]] = (-LISTED_S, [])
@@ -71,7 +77,7 @@ class Library:
         if self.centre is not None:
             from fedsigma.server.dashboard.submissions import with_submissions
 
-            found = with_submissions(self.centre, found)
+            found = with_submissions(self.centre, found, self._watch)
         return sorted(found, key=lambda line: (line.overview.started or 0.0, line.key), reverse=True)
 
     def line(self, key: str) -> RunLine:
@@ -109,11 +115,11 @@ class Library:
         """What metrics tell of each run; of the runs after the newest ones, their overview alone."""
         found = []
         for number, line in enumerate(self.lines()):
-            if number >= newest or line.overview.state == "queued":
+            if number >= newest or not line.begun:
                 found.append(RunFigures(overview=line.overview))
                 continue
             # Those that change are kept parsed; of those that ended, what was counted once is enough.
-            folder = self.run(line.key) if line.open else FollowedRun(self.runs / line.key)
+            folder = self.run(line.key) if line.open else FollowedRun(Path(line.overview.path))
             state = folder.state
             known = self._figures.get(line.key)
             if known is None or known[0] != state or known[1].overview != line.overview:

@@ -20,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from fedsigma import __version__
-from fedsigma.server.overview import Overview
+from fedsigma.server.overview import ANSWERS, Overview
 from fedsigma.server.store import POOLED
 
 __all__ = ["NEWEST", "RunCollector", "RunFigures", "metrics_page"]
@@ -29,7 +29,6 @@ NEWEST = 50
 """Runs that are told one by one, unless said otherwise."""
 STATES = ("queued", "running", "interrupted", "finished", "failed")
 STATUSES = ("accepted", "rejected", "late", "failed")
-_CONTACTS = frozenset({"site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"})
 
 Row = Mapping[str, Any]
 
@@ -67,7 +66,7 @@ class RunFigures:
         contacts: dict[str, float] = {}
         times = [event["time"] for event in events if isinstance(event.get("time"), int | float)]
         for event in events:
-            if event["kind"] in _CONTACTS and isinstance(event.get("time"), int | float):
+            if event["kind"] in ANSWERS and isinstance(event.get("time"), int | float):
                 contacts[str(event.get("site"))] = float(event["time"])
         by_site: dict[str, list[Row]] = {site: [] for site in contacts}
         for row in rows:

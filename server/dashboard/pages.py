@@ -148,23 +148,22 @@ def make_pages(desk: Desk, more: list[Route], *, lifespan: Any = None) -> Starle
     ]
 
     async def failed(request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
+        status = error.status_code if isinstance(error, HTTPException) else 404
         title = {404: "Not here", 403: "Not allowed"}.get(status, "That did not work")
         words = {404: "There is no such page, or the run has been removed."}.get(status, "")
         words = words or (error.detail if isinstance(error, HTTPException) else "")
         return desk.page(request, "error.html", status=status, title=title, words=words)
 
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: failed})
+    return Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: failed, UnknownRun: failed}
+    )
 
 
 def _page(desk: Desk, work: Callable[[Desk, Request], Response]) -> Callable[[Request], Any]:
     """An endpoint whose work, which reads files, is done in a thread."""
 
     async def endpoint(request: Request) -> Response:
-        try:
-            return await run_in_threadpool(work, desk, request)
-        except UnknownRun:
-            raise HTTPException(404) from None
+        return await run_in_threadpool(work, desk, request)
 
     return endpoint
 
@@ -257,7 +256,7 @@ def _report(desk: Desk, request: Request) -> Response:
 
 
 def _compare(desk: Desk, request: Request) -> Response:
-    runs = [row for row in list_view(desk.library) if row["state"] != "queued"]
+    runs = [row for row in list_view(desk.library) if row["begun"]]
     chosen = (request.query_params.getlist("run") + [row["key"] for row in runs] + ["", ""])[:2]
     if not all(chosen):
         return desk.page(request, "compare.html", runs=runs, chosen=chosen, view=None, charts="")

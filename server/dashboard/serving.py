@@ -56,7 +56,7 @@ def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
     """
     oidc = centre.path / "oidc.yaml"
     watch = SuperLinkWatch(centre)
-    desk = Desk(Library(centre.path / "runs", centre=centre), CENTRE_PAGES)
+    desk = Desk(Library(centre.path / "runs", centre=centre, watch=watch), CENTRE_PAGES)
     routes: list[Route] = centre_routes(desk, centre, watch)
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ from fedsigma.server.centre.control import Control, ControlError, Node, Run
 from fedsigma.server.centre.folder import CentreFolder
 from fedsigma.server.centre.registry import Registry, Site, Submission
 from fedsigma.server.dashboard.library import RunLine
-from fedsigma.server.overview import Overview
+from fedsigma.server.overview import ANSWERS, Overview
 
 __all__ = ["SiteLine", "SuperLinkWatch", "newest_submissions", "site_lines", "with_submissions"]
 
@@ -58,6 +58,11 @@ class SuperLinkWatch:
         self._ended.set()
         self._asked.set()
 
+    def ended(self, run_id: str) -> str:
+        """How a run ended, by the SuperLink's word; empty while it goes on, or is not known to have."""
+        run = None if self.problem else self.runs.get(run_id)
+        return run.status if run is not None and run.ended else ""
+
     def soon(self) -> None:
         """Ask again now: something was started or stopped."""
         self._asked.set()
@@ -80,23 +85,25 @@ def newest_submissions(folder: CentreFolder) -> dict[Path, Submission]:
     return found
 
 
-def with_submissions(folder: CentreFolder, lines: Sequence[RunLine]) -> list[RunLine]:
-    """Give each run its number at the SuperLink, and add the studies that wait for their turn."""
-    runs = folder.path / "runs"
+def with_submissions(
+    folder: CentreFolder, lines: Sequence[RunLine], watch: SuperLinkWatch | None = None
+) -> list[RunLine]:
+    """Give each run its number at the SuperLink, and add the studies that have not begun."""
     made = newest_submissions(folder)
     found = [
-        replace(line, run_id=made.pop(path).run_id) if (path := runs / line.key) in made else line
+        replace(line, run_id=made.pop(path).run_id) if (path := Path(line.overview.path)) in made else line
         for line in lines
     ]
-    return found + [_waiting(path, one) for path, one in made.items() if not path.exists()]
+    return found + [_waiting(path, one, watch) for path, one in made.items() if not path.exists()]
 
 
-def _waiting(path: Path, one: Submission) -> RunLine:
+def _waiting(path: Path, one: Submission, watch: SuperLinkWatch | None) -> RunLine:
+    ended = watch.ended(one.run_id) if watch else ""
     about = Overview(
         path=str(path),
         study=one.study,
-        state="queued",
-        reason="",
+        state="failed" if ended else "queued",
+        reason=f"it did not begin: {ended}" if ended else "",
         rounds_done=0,
         rounds_planned=None,
         sites=0,
@@ -104,7 +111,7 @@ def _waiting(path: Path, one: Submission) -> RunLine:
         started=_seconds(one.submitted_at),
         seconds=None,
     )
-    return RunLine(key=path.name, overview=about, run_id=one.run_id)
+    return RunLine(key=path.name, overview=about, run_id=one.run_id, begun=False)
 
 
 def site_lines(
@@ -123,7 +130,7 @@ def site_lines(
         site, time = event.get("site"), event.get("time")
         if not isinstance(site, str) or not isinstance(time, int | float):
             continue
-        if event["kind"] in ("site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"):
+        if event["kind"] in ANSWERS:
             heard[site] = max(time, heard.get(site, 0.0))
         if event["kind"] == "site_ready" and event.get("version"):
             versions[site] = max(versions.get(site, (0.0, "")), (time, str(event["version"])))

@@ -8,6 +8,7 @@ from typing import Any
 from fedsigma.server.dashboard.charts import charts
 from fedsigma.server.dashboard.library import Library, RunLine
 from fedsigma.server.following import FollowedRun
+from fedsigma.server.overview import ANSWERS
 from fedsigma.server.report import tables
 from fedsigma.server.report.content import Content, gather
 from fedsigma.server.report.facts import Fact, lead, study_facts
@@ -37,6 +38,7 @@ def _list_row(line: RunLine) -> dict[str, Any]:
     run = line.overview
     return {
         "key": line.key,
+        "begun": line.begun,
         "study": run.study,
         "state": run.state,
         "reason": run.reason,
@@ -139,23 +141,20 @@ def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
     return tables.Grid(heads=heads, rows=found, texts=frozenset({0, 1, 3, 4}))
 
 
-HEARD = ("site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted", "site_refused")
-"""The kinds of events that came of a message from the site that they name."""
-
-
 def _contacts(events: list[Row]) -> tuple[dict[str, float], dict[str, str], set[str]]:
     """When each site was heard of, which version it told, and which were refused and did not come back."""
     heard: dict[str, float] = {}
     versions: dict[str, str] = {}
     refused: set[str] = set()
     for event in events:
-        site = event.get("site")
-        if not isinstance(site, str) or event["kind"] not in HEARD:
+        site, kind = event.get("site"), event["kind"]
+        if not isinstance(site, str):
             continue
-        heard[site] = event["time"]
-        if event["kind"] == "site_refused":
+        if kind == "site_refused":
             refused.add(site)
-        elif event["kind"] == "site_ready":
+        elif kind in ANSWERS:
+            heard[site] = event["time"]
+        if kind == "site_ready":
             refused.discard(site)
             versions[site] = str(event.get("version") or NOTHING)
     return heard, versions, refused
