@@ -4,8 +4,10 @@
 
 Writes the runs (invented figures in the shape of real ones), starts `fedsigma dashboard` anew for each
 repetition, and opens in Debian's Chromium the list of all runs, and the page of one run that nobody has
-opened before. Counted is from asking for the page to the moment at which all of it is drawn. `first` has the
-dashboard's own caches empty, `again` has them filled; the browser's cache is empty both times.
+opened before. Counted is from asking for the page to the moment at which all that is seen is drawn; for the
+run's page also to that at which the charts further down are, which are drawn when the browser has time.
+`first` is the first time that anybody opens the page, `again` the second; the browser's cache is empty both
+times.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from rich.progress import track
 from rich.table import Table
 from synthetic_run import write_synthetic_run
 
-DRAWN = {
-    # Functions, since pages allow no text to be run as a script.
-    "list": "() => document.querySelectorAll('#runs tbody tr').length === {runs}",
-    "run": "() => window.echarts && ['curves', 'part', 'heat', 'drift', 'bytes']"
-    ".map(id => document.getElementById(id)).every(box => box && echarts.getInstanceByDom(box))",
+# Functions, since pages allow no text to be run as a script.
+_DRAWN = """() => window.echarts && ['curves', 'part', 'heat', 'drift', 'bytes']
+  .map(id => document.getElementById(id)).every(box => box && (SEEN || echarts.getInstanceByDom(box)))"""
+PAGES = {
+    "list": ("/", "() => document.querySelectorAll('#runs tbody tr').length === {runs}"),
+    "run": ("/runs/study-000", _DRAWN.replace("SEEN", "box.getBoundingClientRect().top >= innerHeight")),
+    "run, further down": ("/runs/study-000", _DRAWN.replace("SEEN", "false")),
 }
 LIMIT_S = 1.0
 DIFFERENT = 5
@@ -52,7 +56,7 @@ def write_runs(folder: Path, *, runs: int, rounds: int, sites: int) -> None:
 
 def measure(folder: Path, *, runs: int, repetitions: int) -> dict[str, dict[str, float]]:
     """Median seconds to open each page, by `first` and `again`."""
-    times: dict[str, dict[str, list[float]]] = {page: {"first": [], "again": []} for page in DRAWN}
+    times: dict[str, dict[str, list[float]]] = {page: {"first": [], "again": []} for page in PAGES}
     steps = track(range(repetitions), description="opening pages", console=Console(stderr=True))
     with chromium() as browser:
         for _ in steps:
@@ -61,13 +65,15 @@ def measure(folder: Path, *, runs: int, repetitions: int) -> dict[str, dict[str,
                 signing.request.get(link, max_redirects=0)
                 state = signing.storage_state()
                 for which in ("first", "again"):
-                    for name, path in (("list", "/"), ("run", "/runs/study-000")):
+                    for names in (("list",), ("run", "run, further down")):
                         with browser.new_context(base_url=base, storage_state=state) as context:
                             page = context.new_page()
                             begin = time.perf_counter()
-                            page.goto(path, wait_until="commit")
-                            page.wait_for_function(DRAWN[name].replace("{runs}", str(runs)), polling="raf")
-                            times[name][which].append(time.perf_counter() - begin)
+                            page.goto(PAGES[names[0]][0], wait_until="commit")
+                            for name in names:
+                                drawn = PAGES[name][1].replace("{runs}", str(runs))
+                                page.wait_for_function(drawn, polling="raf")
+                                times[name][which].append(time.perf_counter() - begin)
     return {p: {w: statistics.median(t) for w, t in found.items()} for p, found in times.items()}
 
 
@@ -93,7 +99,7 @@ def main() -> None:
     for name, told in found.items():
         table.add_row(name, *(f"{told[which]:.2f}" for which in ("first", "again")))
     Console().print(table)
-    slowest = max(told["first"] for told in found.values())
+    slowest = max(found[page]["first"] for page in ("list", "run"))
     Console().print(f"slowest {slowest:.2f} s, wanted below {LIMIT_S:g} s")
     if options.json:
         values: dict[str, Any] = {"runs": options.runs, "rounds": options.rounds, "sites": options.sites}

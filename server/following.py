@@ -24,6 +24,7 @@ class _Followed:
     lines: int = 0
     header: list[str] = field(default_factory=list)
     found: list[Any] = field(default_factory=list)
+    latest: list[Any] | None = None
 
 
 class FollowedRun(RunFolder):
@@ -55,9 +56,12 @@ class FollowedRun(RunFolder):
             return list(self._follow("events.jsonl", _event).found)
 
     def rounds(self) -> list[Row]:
-        """As `RunFolder.rounds`."""
+        """As `RunFolder.rounds`; the rows are shared by all who ask, so they are not to be changed."""
         with self._reading:
-            return latest_rows(self._follow("rounds.csv", _row).found)
+            found = self._follow("rounds.csv", _row)
+            if found.latest is None:
+                found.latest = latest_rows(found.found)
+            return list(found.latest)
 
     def heats(self) -> list[Row]:
         """As `RunFolder.heats`."""
@@ -82,6 +86,8 @@ class FollowedRun(RunFolder):
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         known.offset += len(whole)
+        if whole:
+            known.latest = None
         for line in whole.decode("utf-8", "replace").split("\n")[:-1]:
             known.lines += 1
             one = parse(known, line.removesuffix("\r"))

@@ -389,18 +389,16 @@ def parse_row(header: list[str], cells: list[str]) -> Row | None:
     """One row with its numbers as numbers, or None if it is damaged."""
     if len(cells) != len(header):
         return None
-    row: Row = {}
-    for name, text in zip(header, cells, strict=True):
-        if name in _TEXT or not text:
-            row[name] = text if name in _TEXT else None
-            continue
-        try:
-            number = float(text)
-        except ValueError:
-            return None
-        if not math.isfinite(number):
-            row[name] = None
-        else:
-            row[name] = int(number) if name in _WHOLE else number
+    row: Row = dict.fromkeys(header)
+    try:
+        for name, text in zip(header, cells, strict=True):
+            if name in _TEXT:
+                row[name] = text
+            elif text:
+                number = float(text)
+                if math.isfinite(number):
+                    row[name] = int(number) if name in _WHOLE else number
+    except ValueError:
+        return None
     complete = all(row.get(name) is not None for name in _FIXED)
     return row if complete else None

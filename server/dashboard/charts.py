@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from fedsigma.common.names import METRICS
 from fedsigma.server.store import POOLED, Row, RunFolder
 
@@ -17,6 +19,8 @@ __all__ = ["charts", "comparison"]
 SHARED = (*METRICS, "loss")
 """What is drawn for the pooled model and for each site."""
 DRIFT = ("change_norm", "change_cosine", "shift_norm")
+FIGURES = (*SHARED, *DRIFT, "epsilon", "bytes_up", "bytes_down")
+DIGITS = 5
 _CODES = {"accepted": "a", "late": "l", "rejected": "r", "failed": "f"}
 ABSENT = "."
 
@@ -24,18 +28,18 @@ ABSENT = "."
 def charts(folder: RunFolder, study: dict[str, Any]) -> dict[str, Any]:
     """All series of one run."""
     rows = folder.rounds()
-    rounds = sorted({row["round"] for row in rows})
     sites = list(dict.fromkeys(row["site"] for row in rows if row["site"] != POOLED))
-    table = _Table(rows, rounds)
+    table = _Table(rows, sites)
+    epsilon = table.pooled("epsilon")
     return {
-        "rounds": rounds,
+        "rounds": table.rounds,
         "sites": sites,
-        "metrics": {name: told for name in SHARED if (told := table.of(name, sites))},
-        "drift": {name: told for name in DRIFT if (told := table.of(name, sites))},
-        "part": {site: table.codes(site) for site in sites},
+        "metrics": {name: told for name in SHARED if (told := table.series(name))},
+        "drift": {name: told for name in DRIFT if (told := table.series(name))},
+        "part": dict(zip(sites, table.parts(), strict=True)),
         "bytes": {way: table.sums(f"bytes_{way}") for way in ("up", "down")},
-        "epsilon": table.series("epsilon", POOLED) if table.has("epsilon") else [],
-        "budget": (study.get("privacy") or {}).get("epsilon") if table.has("epsilon") else None,
+        "epsilon": epsilon,
+        "budget": (study.get("privacy") or {}).get("epsilon") if epsilon else None,
         "heat": heat(folder),
     }
 
@@ -44,9 +48,8 @@ def comparison(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """The pooled series of several runs, to draw them over each other."""
     found = []
     for folder in folders:
-        rows = [row for row in folder.rounds() if row["site"] == POOLED]
-        table = _Table(rows, [row["round"] for row in rows])
-        series = {name: table.series(name, POOLED) for name in SHARED if table.has(name)}
+        table = _Table([row for row in folder.rounds() if row["site"] == POOLED], [])
+        series = {name: told for name in SHARED if (told := table.pooled(name))}
         found.append({"rounds": table.rounds, "metrics": series})
     return found
 
@@ -67,43 +70,47 @@ def heat(folder: RunFolder) -> dict[str, Any]:
     return {"rounds": [line["round"] for line in lines], "towers": towers}
 
 
-def _short(value: float) -> float:
-    """Four digits, which is more than a chart can show; formatting is slow, so only where it is needed."""
-    return round(value, 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
-
-
 class _Table:
-    """The rows of a run by site and round."""
+    """The rows of a run as a matrix for each figure: a line for each site, and one for the pooled model."""
 
-    def __init__(self, rows: list[Row], rounds: list[int]) -> None:
-        self.rounds = rounds
-        self._rows = {(row["round"], row["site"]): row for row in rows}
-        self._names = {name for row in rows for name, value in row.items() if value is not None}
+    def __init__(self, rows: list[Row], sites: list[str]) -> None:
+        self.rounds = sorted({row["round"] for row in rows})
+        self._sites = [*sites, POOLED]
+        column = {number: at for at, number in enumerate(self.rounds)}
+        line = {site: at for at, site in enumerate(self._sites)}
+        shape = (len(self._sites), len(self.rounds))
+        self._matrices = {name: np.full(shape, np.nan) for name in FIGURES if rows and name in rows[0]}
+        self._letters = [[ABSENT] * len(self.rounds) for _ in sites]
+        for row in rows:
+            at = line[row["site"]], column[row["round"]]
+            for name, matrix in self._matrices.items():
+                if (value := row[name]) is not None:
+                    matrix[at] = value
+            if row["site"] != POOLED:
+                self._letters[at[0]][at[1]] = _CODES.get(row["status"], ABSENT)
 
-    def has(self, name: str) -> bool:
-        """Whether any row tells this metric."""
-        return name in self._names
+    def _lines(self, name: str) -> list[list[float | None]]:
+        matrix = self._matrices.get(name)
+        if matrix is None or np.isnan(matrix).all():
+            return []
+        # More digits than a chart can show.
+        lines = np.round(matrix, DIGITS).tolist()
+        return [[None if value != value else value for value in line] for line in lines]
 
-    def series(self, name: str, site: str) -> list[float | None]:
-        """One metric of one site by round."""
-        found = (self._rows.get((number, site), {}).get(name) for number in self.rounds)
-        return [None if value is None else _short(value) for value in found]
+    def series(self, name: str) -> dict[str, Any]:
+        """One figure of the pooled model and of each site; empty where nobody tells it."""
+        lines = self._lines(name)
+        return {"pooled": lines[-1], "sites": lines[:-1]} if lines else {}
 
-    def of(self, name: str, sites: list[str]) -> dict[str, Any]:
-        """One metric of the pooled model and of each site; empty where nobody tells it."""
-        if not self.has(name):
-            return {}
-        told = {"pooled": self.series(name, POOLED), "sites": [self.series(name, site) for site in sites]}
-        return told
+    def pooled(self, name: str) -> list[float | None]:
+        """One figure of the pooled model; empty where nobody tells it."""
+        lines = self._lines(name)
+        return lines[-1] if lines else []
 
-    def codes(self, site: str) -> str:
-        """What came of a site, one letter a round."""
-        found = (self._rows.get((number, site)) for number in self.rounds)
-        return "".join(_CODES.get(row["status"], ABSENT) if row else ABSENT for row in found)
+    def parts(self) -> list[str]:
+        """What came of each site, one letter a round."""
+        return ["".join(letters) for letters in self._letters]
 
     def sums(self, name: str) -> list[int]:
         """One count over all sites by round."""
-        totals = dict.fromkeys(self.rounds, 0)
-        for (number, _), row in self._rows.items():
-            totals[number] += row[name]
-        return list(totals.values())
+        return [int(value) for value in np.nansum(self._matrices[name], axis=0)] if self.rounds else []

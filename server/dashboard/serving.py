@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,14 @@ def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGI
         settings: how it is reached.
         link: the only way in.
     """
-    pages = make_pages(Desk(Library(runs), PAGES), [])
+    desk = Desk(Library(runs), PAGES)
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        _warm(desk)
+        yield
+
+    pages = make_pages(desk, [], lifespan=lifespan)
     return guarded(
         pages, accounts=Accounts(None, longest=LOCAL_S, idle=LOCAL_S), settings=settings, link=link
     )
@@ -62,6 +70,7 @@ def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         watch.start()
+        _warm(desk)
         yield
         watch.stop()
 
@@ -72,6 +81,16 @@ def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
         oidc=Provider(OidcSettings.read(oidc), origin=config.access.origins[0]) if oidc.is_file() else None,
         log=CentreLog(centre.path),
     )
+
+
+def _warm(desk: Desk) -> None:
+    """Have the list of runs read before anybody asks for it; what fails is told to who does ask."""
+
+    def look() -> None:
+        with suppress(OSError, ValueError):
+            desk.library.lines()
+
+    threading.Thread(target=look, name="first-look", daemon=True).start()
 
 
 def serve(

@@ -18,6 +18,8 @@ from fedsigma.server.store import POOLED, Row
 __all__ = ["Sections", "event_row", "list_view", "run_view", "short"]
 
 MOST_EVENTS = 100
+NEWEST = ("accuracy", "loss", "change_norm", "change_cosine")
+"""Of these a site's newest figure is shown, whichever round it is of."""
 FLOAT_BYTES = 4
 
 
@@ -117,8 +119,11 @@ def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
     told: dict[str, Row] = {}
     missed: dict[str, int] = {}
     for row in rows:
-        known = {name: value for name, value in row.items() if value is not None}
-        told[row["site"]] = told.get(row["site"], {}) | known
+        known = told.setdefault(row["site"], {})
+        known |= {"status": row["status"], "round": row["round"]}
+        for name in NEWEST:
+            if row.get(name) is not None:
+                known[name] = row[name]
         missed[row["site"]] = missed.get(row["site"], 0) + (row["status"] not in ("accepted", "pooled"))
     heard, versions, refused = _contacts(events)
     found = []

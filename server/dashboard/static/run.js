@@ -66,19 +66,39 @@ function bytes() {
 }
 
 function privacy() {
-  by("privacy-box").hidden = !data.epsilon.length;
   if (data.epsilon.length) show("privacy", lines("epsilon", data.rounds, [{ name: "epsilon", values: data.epsilon, strong: true }], { xName: "round", limit: data.budget }));
+}
+
+const DRAWERS = { curves, part, heat: heats, drift, bytes, privacy };
+const waiting = new Set();
+const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 100));
+
+function drawOne(id) {
+  if (waiting.delete(id)) DRAWERS[id]();
+}
+
+// What is seen is drawn at once, the rest when the browser has time, so that a page of many sites opens fast.
+const watcher = new IntersectionObserver((seen) => seen.forEach((one) => one.isIntersecting && drawOne(one.target.id)));
+
+function drawRest() {
+  const [next] = waiting;
+  if (!next) return;
+  drawOne(next);
+  idle(drawRest);
 }
 
 function all() {
   fill(by("metric"), Object.keys(data.metrics).map((name) => [name, NAMES[name] ?? name]), "accuracy");
   fill(by("drift-of"), Object.keys(data.drift).map((name) => [name, NAMES[name]]), "change_norm");
   fill(by("highlight"), [["", "no site"], ...data.sites.map((site) => [site, site])], "");
-  // What is seen first is drawn first; the page can be used between two charts.
-  const rest = [part, heats, drift, bytes, privacy];
-  curves();
-  const next = () => { rest.shift()?.(); if (rest.length) setTimeout(next); };
-  setTimeout(next);
+  by("privacy-box").hidden = !data.epsilon.length;
+  for (const id of Object.keys(DRAWERS)) {
+    waiting.add(id);
+    // Looked at anew, it tells at once whether it is seen.
+    watcher.unobserve(by(id));
+    watcher.observe(by(id));
+  }
+  idle(drawRest);
 }
 
 by("metric").addEventListener("change", curves);
