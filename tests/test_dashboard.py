@@ -178,7 +178,7 @@ def test_the_slider_goes_through_the_rounds(page: Page, runs: Path) -> None:
     page.goto("/runs/plain")
     heats = RunFolder(runs / "plain").heats()
     slider = page.get_by_label("After round")
-    assert slider.get_attribute("max") == str(len(heats) - 1)
+    expect(slider).to_have_attribute("max", str(len(heats) - 1))
     for at, line in ((len(heats) - 1, heats[-1]), (2, heats[2])):
         slider.fill(str(at))
         expect(page.locator("#heat-now")).to_have_text(str(line["round"]))
@@ -368,6 +368,7 @@ def test_the_keyboard_reaches_everything(page: Page) -> None:
         if page.evaluate("document.activeElement.getAttribute('href')") == "/runs/plain":
             break
     page.goto("/runs/plain")
+    expect(page.locator("#heat-now")).not_to_have_text("")
     page.get_by_label("After round").focus()
     page.keyboard.press("Home")
     expect(page.locator("#heat-now")).to_have_text("1")

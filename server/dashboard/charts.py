@@ -20,7 +20,7 @@ SHARED = (*METRICS, "loss")
 """What is drawn for the pooled model and for each site."""
 DRIFT = ("change_norm", "change_cosine", "shift_norm")
 FIGURES = (*SHARED, *DRIFT, "epsilon", "bytes_up", "bytes_down")
-DIGITS = 5
+DIGITS = 4
 _CODES = {"accepted": "a", "late": "l", "rejected": "r", "failed": "f"}
 ABSENT = "."
 

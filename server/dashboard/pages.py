@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fedsigma import __version__
@@ -30,6 +30,7 @@ from fedsigma.server.report.template import TABLE
 __all__ = ["Desk", "make_pages"]
 
 HERE = Path(__file__).parent
+FLUSH = "end of the head"
 KINDS = {".css": "text/css", ".js": "text/javascript"}
 
 
@@ -53,16 +54,36 @@ class Desk:
 
     def text(self, request: Request, template: str, **values: Any) -> str:
         """A template as HTML; all text from runs and studies is escaped."""
+        return "".join(self._template(request, template, values))
+
+    def _template(self, request: Request, template: str, values: dict[str, Any]) -> Iterator[str]:
         centre = self.library.centre
         shared = {
             "user": request.state.user,
             "pages": self.pages,
             "here": request.url.path,
             "centre_name": centre.config.name if centre else "",
+            "flush": "",
             "notice": "",
             "may_operate": self.may_operate(request),
         }
-        return self._environment.get_template(template).render(**(shared | values))
+        return self._environment.get_template(template).generate(**(shared | values))
+
+    def streamed(self, request: Request, template: str, **values: Any) -> Response:
+        """A page whose head is sent before the rest is known, so that a browser fetches scripts meanwhile."""
+        pieces = self._template(request, template, values | {"flush": FLUSH})
+
+        def parts() -> Iterator[str]:
+            held: list[str] = []
+            for piece in pieces:
+                if piece == FLUSH:
+                    yield "".join(held)
+                    held = []
+                else:
+                    held.append(piece)
+            yield "".join(held)
+
+        return StreamingResponse(parts(), media_type="text/html")
 
     def page(self, request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
         """A whole page."""
@@ -213,9 +234,18 @@ def told(request: Request, tag: str, values: dict[str, Any]) -> Response:
 
 def _run(desk: Desk, request: Request) -> Response:
     line = desk.library.line(request.path_params["key"])
-    _, found = desk.sections(line)
-    charts = Markup(json.dumps(found.charts, separators=(",", ":")).replace("<", "\\u003c"))
-    return desk.page(request, "run.html", **_run_values(line, found), charts=charts)
+    desk.library.run(line.key)
+
+    def read() -> dict[str, Any]:
+        found = desk.sections(line)[1]
+        return {"view": found.view, "charts": _embedded(found)}
+
+    return desk.streamed(request, "run.html", name=line.overview.study, actions=_actions(line), read=read)
+
+
+def _embedded(found: Sections) -> Markup:
+    """Series as JSON within a page, which nothing in them can end."""
+    return Markup(json.dumps(found.charts, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def _run_values(line: RunLine, found: Sections) -> dict[str, Any]:
@@ -261,8 +291,8 @@ def _compare(desk: Desk, request: Request) -> Response:
     if not all(chosen):
         return desk.page(request, "compare.html", runs=runs, chosen=chosen, view=None, charts="")
     found = compare_view(*(desk.library.run(key) for key in chosen))
-    charts = Markup(json.dumps(found.charts, separators=(",", ":")).replace("<", "\\u003c"))
-    return desk.page(request, "compare.html", runs=runs, chosen=chosen, view=found.view, charts=charts)
+    shown: dict[str, Any] = {"view": found.view, "charts": _embedded(found)}
+    return desk.page(request, "compare.html", runs=runs, chosen=chosen, **shown)
 
 
 def _models(desk: Desk, request: Request) -> Response:
