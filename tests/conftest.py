@@ -10,6 +10,8 @@ settings.register_profile("fedsigma", deadline=None, print_blob=True)
 settings.load_profile("fedsigma")
 
 
+# Before xdist reads the marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, keep together what shares something that is slow to make.
 
