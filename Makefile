@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml
 
 # In two processes: those of a deployment wait much, for sites and rounds, while the others compute.
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # In a checkout server/, client/ and common/ lie beside fedsigma/; mypy does not run the path shim that
 # joins them, so it is shown the layout of the installed package.

@@ -1,6 +1,6 @@
 """Settings of the whole test run."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -10,16 +10,17 @@ settings.register_profile("fedsigma", deadline=None, print_blob=True)
 settings.load_profile("fedsigma")
 
 
-# Before xdist reads the marks.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where tests run in several processes, keep together what shares something that is slow to make.
 
-    That is a file, and all of `deployment`, whose tests share one centre with its sites; those go first,
-    since they take longest.
+    That is a file, and all of `deployment`, whose tests share one centre with its sites.
     """
-    for item in items:
-        path = Path(str(item.fspath))
-        group = "deployment" if path.parent.name == "deployment" else path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: Path(str(item.fspath)).parent.name != "deployment")
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "deployment" if "deployment/" in file else file
+
+    return Scheduling(config, log)
