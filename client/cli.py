@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsigma.common.exit_codes import PROBLEMS
+
 if TYPE_CHECKING:
-    from fedsigma.common.exit_codes import PROBLEMS
 from fedsigma.common.backbones import Backbone
 
 __all__ = ["app"]
