@@ -14,7 +14,7 @@ import typer
 from fedsigma.common.exit_codes import PROBLEMS
 
 if TYPE_CHECKING:
-from fedsigma.common.backbones import Backbone
+    from fedsigma.common.backbones import Backbone
 
 __all__ = ["app"]
 
