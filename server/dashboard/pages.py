@@ -69,6 +69,11 @@ class Desk:
         }
         return self._environment.get_template(template).generate(**(shared | values))
 
+    def ready(self) -> None:
+        """Have all templates compiled, which takes a moment."""
+        for name in self._environment.list_templates():
+            self._environment.get_template(name)
+
     def streamed(self, request: Request, template: str, **values: Any) -> Response:
         """A page whose head is sent before the rest is known, so that a browser fetches scripts meanwhile."""
         pieces = self._template(request, template, values | {"flush": FLUSH})

@@ -84,11 +84,14 @@ def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
 
 
 def _warm(desk: Desk) -> None:
-    """Have the list of runs read before anybody asks for it; what fails is told to who does ask."""
+    """Read the list of runs and the newest of them before anybody asks; what fails is told to who does."""
 
     def look() -> None:
-        with suppress(OSError, ValueError):
-            desk.library.lines()
+        with suppress(OSError, ValueError, LookupError):
+            desk.ready()
+            begun = (line for line in desk.library.lines() if line.begun)
+            if line := next(begun, None):
+                desk.sections(line)
 
     threading.Thread(target=look, name="first-look", daemon=True).start()
 
