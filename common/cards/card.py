@@ -29,6 +29,7 @@ __all__ = [
     "Protocol",
     "Protocols",
     "card",
+    "card_text",
     "cards",
     "prompt_of",
     "same_name",
@@ -49,7 +50,8 @@ class Protocol:
     """How CLIP-SVD was trained on this set in one protocol, as its published configuration says.
 
     Lengths: iterations_per_shot times the number of shots where it is given, else epochs. Common to all:
-    ViT-B/16, batches of 32, AdamW (0.9, 0.999), a cosine schedule to 1e-6, all layers and parts of both towers.
+    ViT-B/16, batches of 32, AdamW (0.9, 0.999), a cosine schedule to 1e-6, all layers and parts of both
+    towers.
     """
 
     section: ClassVar[str] = "protocols"
@@ -112,7 +114,9 @@ class Layout:
     def __post_init__(self) -> None:
         check_choice("layout.kind", self.kind, LAYOUTS)
         if (self.kind == "split") != bool(self.split):
-            raise CardError(f"layout.split is '{self.split}', expected a name if the kind is split, else none")
+            raise CardError(
+                f"layout.split is '{self.split}', expected a name if the kind is split, else none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,9 @@ class Archive:
             raise CardError(f"archives.url is '{self.url}', expected http(s)://HOST/.../FILE")
         for name, length in (("sha256", 64), ("md5", 32)):
             if not re.fullmatch(rf"[0-9a-f]{{{length}}}|", getattr(self, name)):
-                raise CardError(f"archives.{name} is '{getattr(self, name)}', expected {length} digits 0-9a-f")
+                raise CardError(
+                    f"archives.{name} is '{getattr(self, name)}', expected {length} digits 0-9a-f"
+                )
         if bool(self.sha256 or self.md5) != bool(self.stated_by):
             raise CardError(f"archives: {self.name} needs both a checksum and stated_by, or neither")
 
@@ -156,9 +162,9 @@ class DatasetCard:
 
     Fields: name, by which commands call it; title, as papers write it; domain, one of DOMAINS; backbone, of
     the paper's study; classes, the names that go into prompts, or FROM_DISK; class_count; template; page,
-    where to get it; licence, as its publisher states it, or 'unknown'; layout; images, the sizes of the parts;
-    first_path, the first of the split file's training part, '' if not known; protocols; archives, which
-    `fedsigma data fetch` gets; by_hand, what is to be put into the folder by hand; note.
+    where to get it; licence, as its publisher states it, or 'unknown'; layout; images, the sizes of the
+    parts; first_path, the first of the split file's training part, '' if not known; protocols; archives,
+    which `fedsigma data fetch` gets; by_hand, what is to be put into the folder by hand; note.
     """
 
     section: ClassVar[str] = ""
@@ -190,7 +196,9 @@ class DatasetCard:
         if isinstance(self.classes, str):
             check_choice("classes", self.classes, (FROM_DISK,))
         elif len({same_name(name) for name in self.classes}) != self.class_count:
-            raise CardError(f"classes has {len(self.classes)} names, expected {self.class_count} different ones")
+            raise CardError(
+                f"classes has {len(self.classes)} names, expected {self.class_count} different ones"
+            )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -237,3 +245,12 @@ def card(name: str) -> DatasetCard:
     if name not in known:
         raise CardError(f"there is no card '{name}'{nearest(name, known)}")
     return known[name]
+
+
+def card_text(name: str) -> str:
+    """The YAML of a card.
+
+    Raises:
+        CardError: as `card`.
+    """
+    return (files("fedsigma.configs") / "datasets" / f"{card(name).name}.yaml").read_text("utf-8")
