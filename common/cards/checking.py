@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedsigma.common.cards.card import DatasetCard, same_name
-from fedsigma.common.data.coop import images_folder, open_coop, read_rows
+from fedsigma.common.data.coop import images_folder, open_card, read_rows
 from fedsigma.common.data.records import SPLITS, DataError, Record
 from fedsigma.common.data.split_file import Row
 
@@ -28,7 +28,7 @@ def differences(chosen: DatasetCard, path: Path) -> list[str]:
         raise FileNotFoundError(f"{path} is no folder: expected that of {chosen.title}")
     try:
         rows = read_rows(chosen, path) if chosen.layout.kind in ("split", "lists") else []
-        source = open_coop(chosen.name, path)
+        source = open_card(chosen, path)
     except DataError as error:
         return [str(error)]
     found = [*_sizes(chosen, source.records), *_classes(chosen, source.classes)]

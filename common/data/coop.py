@@ -14,7 +14,7 @@ from fedsigma.common.data.registry import register_source
 from fedsigma.common.data.split_file import Row, read_lists, read_split_file
 from fedsigma.common.data.wordnet import read_numbered, read_wordnet, told_apart
 
-__all__ = ["halves", "images_folder", "open_coop", "read_rows"]
+__all__ = ["halves", "images_folder", "open_card", "open_coop", "read_rows"]
 
 
 @register_source("coop")
@@ -33,7 +33,15 @@ def open_coop(name: str, path: Path, *, half: str | None = None) -> Pictures:
         ConfigError: there is no such card.
         DataError: the folder, or its split file, is not of the form that the card says.
     """
-    chosen = card(name)
+    return open_card(card(name), path, half=half)
+
+
+def open_card(chosen: DatasetCard, path: Path, *, half: str | None = None) -> Pictures:
+    """Open the set of a card, as `open_coop`.
+
+    Raises:
+        DataError: as `open_coop`.
+    """
     if not path.is_dir():
         raise DataError(f"{path} is a file, expected the folder of {chosen.title}")
     if half not in (None, "base", "novel"):
