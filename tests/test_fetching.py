@@ -1,4 +1,4 @@
-"""Fetching a published set from a web server on this machine: resumed, checked, unpacked, or refused whole."""
+"""Fetching a published set from a local web server: resumed, checked, unpacked, or refused whole."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shelf]:
                 return
             tag = f'"{hashlib.sha256(content).hexdigest()[:12]}"'
             start = 0
-            if wanted and self.headers.get("If-Range") == tag:
+            if wanted and self.headers.get("If-Range", "") in ("", tag):
                 start = int(wanted.removeprefix("bytes=").removesuffix("-"))
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -76,7 +76,7 @@ def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shelf]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     found.url = f"http://127.0.0.1:{server.server_port}"
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield found
     server.shutdown()
     server.server_close()
@@ -288,7 +288,7 @@ def test_an_archive_in_an_archive(tmp_path: Path) -> None:
     )
     unpack(tmp_path / "a.zip", tmp_path / "to", take="set", inner="i.tar.gz")
     assert everything(tmp_path / "to") == {"101/cat/1.jpg": b"1", "n.txt": b"2"}
-    with pytest.raises(ArchiveError, match="has no j.tar.gz in it"):
+    with pytest.raises(ArchiveError, match=r"has no j\.tar\.gz in it"):
         unpack(tmp_path / "a.zip", tmp_path / "to2", take="set", inner="j.tar.gz")
     with pytest.raises(ArchiveError, match="holds no file in none/"):
         unpack(tmp_path / "a.zip", tmp_path / "to3", take="none")

@@ -17,7 +17,7 @@ runner = CliRunner()
 
 
 def npz(folder: Path, name: str, size: int, *, classes: int, colours: bool = True, **changes: object) -> Path:
-    """Write a file as MedMNIST publishes it: pictures and labels of three parts; its shade tells a picture."""
+    """Write a file as MedMNIST publishes it: pictures and labels of three parts; shades tell them apart."""
     arrays: dict[str, object] = {}
     for place, (split, count) in enumerate((("train", 12), ("val", 6), ("test", 9))):
         shape = (count, size, size, 3) if colours else (count, size, size)
