@@ -147,7 +147,7 @@ def fetch(
     if not yes:
         typer.confirm(f"Download into {folder}?", abort=True)
     for one in archives:
-        with _bar(one.name) as progress:
+        with _Bar(one.name) as progress:
             came = fetch_archive(one, folder, progress=progress)
         if came.checked_by:
             typer.echo(f"{one.name}: agrees with the checksum that {came.checked_by} states.")
@@ -180,7 +180,7 @@ def _archives(name: str) -> tuple[tuple[Archive, ...], DatasetCard | None]:
     return one.archives, one
 
 
-class _bar:
+class _Bar:
     """A progress bar for one file, as the function that `download` calls."""
 
     def __init__(self, name: str) -> None:
@@ -190,7 +190,7 @@ class _bar:
         self._progress = Progress(*columns)
         self._task = self._progress.add_task(name, total=None)
 
-    def __enter__(self) -> _bar:
+    def __enter__(self) -> _Bar:
         self._progress.start()
         return self
 

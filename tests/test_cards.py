@@ -30,6 +30,7 @@ from fedsigma.common.data.coop import open_card
 from fedsigma.common.data.split_file import read_split_file
 from fedsigma.common.paths import UnsafePath, inside
 from fedsigma.common.reading import ConfigError, build, read_yaml
+from fedsigma.common.sites import simulated_sites
 
 NAMES = list(cards())
 runner = CliRunner()
@@ -326,6 +327,21 @@ def test_a_place_after_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("FEDSIGMA_DATA", raising=False)
     data = load_study(study).data
     assert data is not None and data.source == f"coop:kvasir:{tmp_path.resolve() / 'Kvasir'}"
+
+
+def test_a_simulation_divides_a_published_set(tmp_path: Path) -> None:
+    chosen, folder = small(tmp_path, "eurosat")
+    classes = open_card(chosen, folder, half="novel").classes
+    data = {
+        "source": f"coop:eurosat:{folder}",
+        "options": {"half": "novel"},
+        "sites_by": {"iid": {"sites": 2}},
+    }
+    _, sites = simulated_sites(json.dumps(data), classes, seed=1)
+    records = [record for one in sites.values() for record in one]
+    assert len(sites) == 2 and len(records) == 15
+    # The official split stays as it is; no part of it is made anew.
+    assert sorted(str(record.split) for record in records) == ["test"] * 5 + ["train"] * 5 + ["val"] * 5
 
 
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,11 @@ def test_without_a_checksum_the_first_download_counts(shelf: Shelf, tmp_path: Pa
     with pytest.raises(DigestError, match=r"fetched.json, of the first download, states"):
         fetch(one, tmp_path)
     assert (tmp_path / "labels.mat").read_bytes() == b"first"
+    shelf.put("labels.mat", b"first")
+    (tmp_path / "labels.mat").write_bytes(b"mine")
+    with pytest.raises(CardError, match=r"labels\.mat is there already: move it away"):
+        fetch(one, tmp_path)
+    assert (tmp_path / "labels.mat").read_bytes() == b"mine"
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(CardError, match=r"fetched.json is damaged"):
         fetched(tmp_path)

@@ -72,6 +72,8 @@ def fetch(archive: Archive, folder: Path, *, progress: Progress = lambda done, w
         unpack(file, folder, take=archive.take, inner=archive.inner)
         file.unlink()
     else:
+        if (folder / archive.name).exists():
+            raise CardError(f"{folder / archive.name} is there already: move it away")
         file.replace(folder / archive.name)
     if not any(file.parent.iterdir()):
         file.parent.rmdir()

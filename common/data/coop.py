@@ -99,11 +99,13 @@ def _read(chosen: DatasetCard, path: Path, root: Path) -> tuple[list[Record], li
         )
         for row in rows
     ]
-    return records, [names[number] for number in sorted(names)]
+    return records, list(names.values())
 
 
 def class_names(chosen: DatasetCard, rows: Sequence[Row]) -> dict[int, str]:
-    """Label number -> name as prompt: the card's spelling where it has the class, else the split file's.
+    """Label number -> name as prompt, in the order of the numbers.
+
+    Names are spelt as on the card where it has the class, else as in the split file.
 
     Raises:
         DataError: a number has two names.
