@@ -1,4 +1,4 @@
-"""The commands of a site: look at backbones, bring them over, check data, use a finished study.
+"""The commands of a site: look at backbones, bring them over, use a finished study.
 
 Nothing heavy is imported until a command runs, so that help is quick.
 """
@@ -21,9 +21,7 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Commands for a site.")
 backbone_app = typer.Typer(no_args_is_help=True, help="Bring a backbone to a machine without internet.")
-data_app = typer.Typer(no_args_is_help=True, help="Look at a site's own images before a study.")
 app.add_typer(backbone_app, name="backbone")
-app.add_typer(data_app, name="data")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a sigma.safetensors, or NAME@N.")]
 Place = Annotated[
@@ -200,36 +198,6 @@ def _written(backbone: Backbone, folder: Path) -> None:
 
 def _numbers(values: tuple[float, ...]) -> str:
     return ", ".join(f"{v:.4g}" for v in values)
-
-
-@data_app.command()
-def check(
-    spec: Annotated[str, typer.Argument(help="folder:PATH, csv:PATH, parquet:PATH, dicom:PATH or demo.")],
-    classes: Annotated[
-        str | None, typer.Option(help="The study's classes, by commas; default: the labels found.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Read every image and name what is wrong, before a study starts. Exit code 4 if anything is.
-
-    Example: fedsigma data check csv:manifest.csv --classes neutrophil,lymphocyte
-    """
-    from fedsigma.common.data import check as check_source
-    from fedsigma.common.data import open_source
-
-    source = open_source(spec)
-    found = sorted({record.label for record in source.records if record.label is not None})
-    report = check_source(source, classes=list(_words(classes)) if classes is not None else found)
-    if as_json:
-        problems = [{"kind": p.kind, "where": p.where, "detail": p.detail} for p in report.problems]
-        values = {"records": report.total, "usable": len(report.usable), "problems": problems}
-        typer.echo(json.dumps(values, indent=2))
-    else:
-        from rich.console import Console
-
-        Console(highlight=False).print(report.rich())
-    if not report.ok:
-        raise typer.Exit(PROBLEMS)
 
 
 @app.command()

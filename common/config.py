@@ -59,7 +59,9 @@ STRATEGIES = (
 MEANS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
 """The strategies that need no more than the weighted mean."""
 BASELINES = ("zero_shot", "local_only", "pooled")
-PATH_SOURCES = ("folder", "csv", "parquet", "dicom")
+PATH_SOURCES = ("folder", "csv", "parquet", "dicom", "coop")
+NAMED_SOURCES = ("coop",)
+"""Of these, the sources whose path stands after a name."""
 
 # --- the study ----------------------------------------------------------------------------------------
 
@@ -372,4 +374,7 @@ def _absolute(source: str, base: Path) -> str:
     kind, colon, rest = source.partition(":")
     if not colon or kind not in PATH_SOURCES:
         return source
+    if kind in NAMED_SOURCES:
+        name, colon, rest = rest.partition(":")
+        return f"{kind}:{name}:{base / Path(rest).expanduser()}" if colon else source
     return f"{kind}:{base / Path(rest).expanduser()}"

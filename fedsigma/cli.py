@@ -21,7 +21,10 @@ _HOSPITAL, _CENTRE = "fedsigma.client.hospital.cli", "fedsigma.server.centre.cli
 COMMANDS = {
     "inspect": (_CLIENT, "Count what a study would train on a backbone."),
     "backbone": (_CLIENT, "Bring a backbone to a machine without internet: fetch, convert."),
-    "data": (_CLIENT, "Look at a site's own images before a study: check."),
+    "data": (
+        "fedsigma.client.data_cli",
+        "Look at images before a study: check; published data sets: cards, fetch.",
+    ),
     "identity": (_CLIENT, "Make the key by which other sites know this one."),
     "audit": ("fedsigma.client.audit_cli", "Find what was changed in a log: verify."),
     "budget": (_CLIENT, "Say what private studies have spent of a site's images."),

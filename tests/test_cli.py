@@ -115,6 +115,8 @@ def test_help_lists_all_and_imports_nothing_heavy() -> None:
         ["backbone", "fetch"],
         ["backbone", "convert"],
         ["data", "check"],
+        ["data", "cards"],
+        ["data", "fetch"],
         ["predict"],
         ["export"],
         ["budget"],

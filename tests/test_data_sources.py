@@ -39,7 +39,7 @@ def encoded(colour: tuple[int, int, int]) -> bytes:
 
 def test_registry_refuses_unknown_and_duplicate() -> None:
     assert {"folder", "csv", "parquet", "dicom", "demo"} <= set(known_sources())
-    with pytest.raises(DataError, match=r"'zip:x'.*csv, demo, dicom, folder, parquet"):
+    with pytest.raises(DataError, match=r"'zip:x'.*coop, csv, demo, dicom, folder, medmnist, parquet"):
         open_source("zip:x")
     with pytest.raises(DataError, match="'csv' is registered already"):
         register_source("csv")(lambda: None)  # type: ignore[arg-type,return-value]

@@ -2,10 +2,12 @@
 
 # Importing a module registers its source.
 from fedsigma.common.data.check import KINDS, Report, check
+from fedsigma.common.data.coop import halves, open_coop
 from fedsigma.common.data.dicom import open_dicom
 from fedsigma.common.data.folder import open_folder
 from fedsigma.common.data.loading import Example, SiteData, load_examples
 from fedsigma.common.data.manifest import open_manifest
+from fedsigma.common.data.medmnist import open_medmnist
 from fedsigma.common.data.parquet import open_parquet
 from fedsigma.common.data.partition import partition
 from fedsigma.common.data.records import (
@@ -21,7 +23,7 @@ from fedsigma.common.data.records import (
     site_table,
 )
 from fedsigma.common.data.registry import known_sources, open_source, register_source
-from fedsigma.common.data.sampling import few_shot, split_groups
+from fedsigma.common.data.sampling import few_shot, few_shot_parts, split_groups
 from fedsigma.common.data.smears import open_demo
 
 __all__ = [
@@ -40,12 +42,16 @@ __all__ = [
     "UnsupportedPicture",
     "check",
     "few_shot",
+    "few_shot_parts",
+    "halves",
     "known_sources",
     "load_examples",
+    "open_coop",
     "open_demo",
     "open_dicom",
     "open_folder",
     "open_manifest",
+    "open_medmnist",
     "open_parquet",
     "open_source",
     "partition",

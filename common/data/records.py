@@ -100,12 +100,13 @@ class Pictures:
     """A source made of records and a function that decodes the picture of a key.
 
     Fields: records; reader, from a key to a picture of any mode; problems, found while opening, each of
-    which has left no record.
+    which has left no record; classes, in the order of the set's own label numbers, where it has such.
     """
 
     records: list[Record]
     reader: Callable[[str], Image.Image]
     problems: list[Problem] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
 
     def image(self, record: Record) -> Image.Image:
         """Decode one picture as RGB, upright, in its own size.

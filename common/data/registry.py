@@ -19,8 +19,9 @@ _SOURCES: dict[str, Opener] = {}
 def register_source(name: str) -> Callable[[Opener], Opener]:
     """Register a function that opens sources written `name:place`.
 
-    The function takes a Path, if a parameter is called `path`, and any keyword-only options; their names and
-    annotations are what a study's `data.options` may hold.
+    What stands after `name:` fills the function's positional parameters in order, separated by colons: text,
+    whole numbers, and last of all `path`, a Path, if there is such a parameter. Keyword-only parameters are
+    what a study's `data.options` may hold.
 
     Raises:
         DataError: the name is taken.
@@ -44,7 +45,8 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
     """Open a data source without decoding its pictures.
 
     Args:
-        spec: 'folder:PATH', 'csv:PATH', 'parquet:PATH', 'dicom:PATH', 'demo' or 'demo:seed=1'.
+        spec: 'folder:PATH', 'csv:PATH', 'parquet:PATH', 'dicom:PATH', 'coop:NAME:PATH', 'medmnist:NAME:SIZE',
+            'demo' or 'demo:seed=1'.
         base: folder that a relative PATH starts from; without it, the current one.
         options: the source's own options, and for every source `labels`, a table from the labels of the
             source to the classes of the study.
@@ -72,8 +74,9 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
 def _open(kind: str, place: str, base: Path | None, options: dict[str, Any]) -> Pictures:
     opener = _SOURCES[kind]
     parameters = inspect.signature(opener).parameters
-    known = [name for name in parameters if name != "path"]
-    if "path" not in parameters and place:
+    known = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
+    places = [one for one in parameters.values() if one.kind is not one.KEYWORD_ONLY]
+    if not places and place:
         options = {**_inline(kind, place), **options}
     for name in options:
         if name not in known:
@@ -81,11 +84,27 @@ def _open(kind: str, place: str, base: Path | None, options: dict[str, Any]) -> 
                 f"the data source '{kind}' has no option {name!r}: known are "
                 f"{', '.join(sorted([*known, 'labels']))}"
             )
-    if "path" not in parameters:
-        return opener(**options)
-    if not place:
-        raise DataError(f"the data source '{kind}' needs a place: write {kind}:PATH")
-    return opener(_find(kind, place, base), **options)
+    return opener(*(_placed(kind, place, places, base) if places else ()), **options)
+
+
+def _placed(kind: str, place: str, places: list[inspect.Parameter], base: Path | None) -> list[Any]:
+    """Read what stands after the kind: one value for each parameter, the last taking the rest."""
+    form = ":".join([kind, *(one.name.upper() for one in places)])
+    words = place.split(":", len(places) - 1) if place else []
+    needed = [one for one in places if one.default is one.empty]
+    if len(words) < len(needed) or not all(words):
+        raise DataError(f"the data source '{kind}' needs a place: write {form}")
+    found: list[Any] = []
+    for word, one in zip(words, places, strict=False):
+        if one.name == "path":
+            found.append(_find(kind, word, base))
+        elif one.annotation in (int, "int"):
+            if not (word.isascii() and word.isdecimal()):
+                raise DataError(f"{kind}:{place} has {word!r}, expected a whole number: write {form}")
+            found.append(int(word))
+        else:
+            found.append(word)
+    return found
 
 
 def _inline(kind: str, text: str) -> dict[str, Any]:

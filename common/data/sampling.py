@@ -13,7 +13,10 @@ from dataclasses import replace
 
 from fedsigma.common.data.records import DataError, Record
 
-__all__ = ["few_shot", "group_of", "split_groups"]
+__all__ = ["few_shot", "few_shot_parts", "group_of", "split_groups"]
+
+
+_VALIDATION_SHOTS = 4
 
 
 def group_of(record: Record) -> tuple[str, str]:
@@ -87,17 +90,20 @@ def split_groups(records: Sequence[Record], *, test_share: float, seed: int) -> 
     return [r if r.split else replace(r, split=chosen[group_of(r)]) for r in records]
 
 
-def few_shot(records: Sequence[Record], *, shots: int, classes: Sequence[str], seed: int) -> list[Record]:
-    """Draw `shots` training pictures of each class; fewer where a class has fewer.
+def few_shot(
+    records: Sequence[Record], *, shots: int, classes: Sequence[str], seed: int, split: str = "train"
+) -> list[Record]:
+    """Draw `shots` pictures of each class for training; fewer where a class has fewer.
 
     Pictures of different groups come first, so that few shots show many patients. The draw with fewer shots
     is part of the draw with more.
 
     Args:
-        records: the records of one site; only those with split 'train' are drawn.
+        records: the records of one site.
         shots: pictures of each class.
         classes: classes to draw; other labels are left out.
         seed: the same seed gives the same draw, whatever the order of the records.
+        split: the part to draw from.
 
     Raises:
         DataError: shots is below 1.
@@ -105,8 +111,12 @@ def few_shot(records: Sequence[Record], *, shots: int, classes: Sequence[str], s
     if shots < 1:
         raise DataError(f"shots is {shots}, expected at least 1")
     drawn: list[Record] = []
+    pools: dict[str | None, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.split == split:
+            pools[record.label].append(record)
     for label in classes:
-        pool = [r for r in records if r.split == "train" and r.label == label]
+        pool = list(pools[label])
         pool.sort(key=lambda r: _rank(seed, "shot", r.key))
         seen: Counter[tuple[str, str]] = Counter()
         turns = []
@@ -116,3 +126,27 @@ def few_shot(records: Sequence[Record], *, shots: int, classes: Sequence[str], s
         order = sorted(range(len(pool)), key=lambda i: (turns[i], i))
         drawn += [pool[i] for i in order[:shots]]
     return drawn
+
+
+def few_shot_parts(
+    records: Sequence[Record], *, shots: int, classes: Sequence[str], seed: int
+) -> dict[str, list[Record]]:
+    """Draw the parts of the field's few-shot protocol, as CoOp set it.
+
+    `shots` pictures of each class for training, the smaller of `shots` and 4 for validation, the whole test
+    part. CoOp draws by Python's generator in the order of the split file, and where a class has fewer
+    pictures than shots it repeats some: its draws are others than these, in which none comes twice.
+
+    Returns:
+        'train', 'val' and 'test'.
+
+    Raises:
+        DataError: shots is below 1.
+    """
+    wanted = set(classes)
+    draw = {"train": shots, "val": min(shots, _VALIDATION_SHOTS)}
+    parts = {
+        split: few_shot(records, shots=number, classes=classes, seed=seed, split=split)
+        for split, number in draw.items()
+    }
+    return parts | {"test": [r for r in records if r.split == "test" and r.label in wanted]}
