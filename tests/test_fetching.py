@@ -266,6 +266,7 @@ def encrypted() -> bytes:
         (b"neither", "is no zip or tar archive"),
         (zipped({}), "holds no file"),
     ],
+    ids=range(16),  # archives have the time in them, and each process of the tests makes its own
 )
 def test_an_unsafe_archive_leaves_nothing(content: bytes, says: str, tmp_path: Path) -> None:
     archive = tmp_path / "set"
