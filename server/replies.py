@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,13 +37,14 @@ class Rejected(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """A training reply that counts.
+    """A training reply that counts, without its change, which is most of it.
 
-    Shapes: shift (layout size,) float64. change_norm: the change's L2 norm. weight: its share in the mean.
+    change_norm, shift_norm: L2 norms of the change, and of the shift that it made. weight: its share in the
+    mean. reply: with an empty change.
     """
 
-    shift: NDArray[np.float64]
     change_norm: float
+    shift_norm: float
     weight: int
     reply: TrainReply
 
@@ -95,8 +96,8 @@ def accept_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[Site
 
 def accept_training(
     content: Any, *, study: StudyConfig, layout: Layout, start: NDArray[np.float32], codec: str, steps: int
-) -> Accepted:
-    """Check a training reply against the study.
+) -> tuple[Accepted, NDArray[np.float32]]:
+    """Check a training reply against the study; returns what is kept of it, and its change (layout size,).
 
     Args:
         content: the reply's record.
@@ -117,8 +118,7 @@ def accept_training(
         raise Rejected(str(error)) from error
     # The change is added to the shift itself, not to its coded form that the sites start from: what coding
     # took from that form must not enter the model. float64 makes the sum exact.
-    shift = start.astype(np.float64) + change
-    check_norm(shift, federation.norm_bound)
+    shift_norm = check_norm(start.astype(np.float64) + change, federation.norm_bound)
     if reply.examples > study.max_examples_per_site:
         raise Rejected(
             f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"
@@ -134,16 +134,17 @@ def accept_training(
         raise Rejected(f"{reply.steps} steps were taken, {steps} were asked for")
     if len(reply.class_counts) not in (0, len(study.classes)):
         raise Rejected(f"{len(reply.class_counts)} class counts were told for {len(study.classes)} classes")
-    return Accepted(
-        shift=shift,
+    accepted = Accepted(
         change_norm=float(np.linalg.norm(change.astype(np.float64))),
+        shift_norm=shift_norm,
         weight=min(reply.examples, federation.max_examples or reply.examples),
-        reply=reply,
+        reply=replace(reply, change=b""),
     )
+    return accepted, change
 
 
-def check_norm(shift: NDArray[np.float64], bound: float | None) -> None:
-    """Refuse a shift (layout size,) that is too long.
+def check_norm(shift: NDArray[np.float64], bound: float | None) -> float:
+    """Refuse a shift (layout size,) that is too long; returns its L2 norm.
 
     Raises:
         Rejected: its L2 norm is above the bound, if there is one.
@@ -151,6 +152,7 @@ def check_norm(shift: NDArray[np.float64], bound: float | None) -> None:
     norm = float(np.linalg.norm(shift))
     if bound is not None and norm > bound:
         raise Rejected(f"the shift's norm {norm:.4g} is above the bound {bound:g}")
+    return norm
 
 
 def too_long(accepted: Mapping[int, Accepted], factor: float | None) -> dict[int, str]:
