@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
@@ -145,10 +146,16 @@ def _bytes_of(value: Any) -> int:
     return len(value.encode()) if isinstance(value, str) else 8
 
 
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields; to find them out takes longer than to read a message."""
+    return typing.get_type_hints(cls)
+
+
 def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
     """Lay the fields of a message, and of the dataclasses in it, side by side as `part.field`."""
     flat: dict[str, Any] = {}
-    hints = typing.get_type_hints(type(message))
+    hints = _hints(type(message))
     for item in fields(message):
         key, value = f"{prefix}{item.name}", getattr(message, item.name)
         inner = _item_type(hints[item.name])
@@ -165,7 +172,7 @@ def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
     """Take the fields of a dataclass out of `values`."""
     found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         if name == "section":
             continue
         key, inner = f"{prefix}{name}", _item_type(hint)

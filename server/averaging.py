@@ -23,7 +23,6 @@ __all__ = [
     "EXAMPLES",
     "LOSS",
     "StateError",
-    "averages",
     "begin_round",
     "make_averaging",
     "proximal",
@@ -52,7 +51,6 @@ _STRATEGIES: dict[str, type[FedAvg]] = {
     "multikrum": flower.MultiKrum,
     "qfedavg": flower.QFedAvg,
 }
-_MEANS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
 # Choosing sites, naming records and averaging metrics are not the inner strategy's business here.
 _OURS = set(inspect.signature(FedAvg.__init__).parameters) | {"train_loss_key"}
 
@@ -108,11 +106,6 @@ def make_averaging(study: StudyConfig) -> FedAvg:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"federation.options: {name} refuses {options}: {error}") from error
-
-
-def averages(strategy: str) -> bool:
-    """Whether all that a strategy takes of a round is the weighted mean: no two shifts at once."""
-    return strategy in _MEANS
 
 
 def proximal(averaging: FedAvg, study: StudyConfig) -> float:

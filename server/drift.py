@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsigma.server.replies import Accepted
+from fedsigma.server.replies import Accepted, inner, length_of
 
 __all__ = ["drift", "mean_change"]
 
@@ -47,12 +47,12 @@ def drift(
 
     Shapes: mean, that of `mean_change`, (layout size,).
     """
-    length = float(np.linalg.norm(mean))
+    length = length_of(mean)
     found = {}
     for node, one in accepted.items():
         found[node] = {"change_norm": one.change_norm, "shift_norm": one.shift_norm}
         if lengths := one.change_norm * length:
-            cosine = changes[node].astype(np.float64) @ mean / lengths
+            cosine = inner(changes[node].astype(np.float64), mean) / lengths
             # Rounding may take it a little past 1.
             found[node]["change_cosine"] = float(np.clip(cosine, -1.0, 1.0))
     return found

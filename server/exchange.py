@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsigma.common.describing import describe
+from fedsigma.common.describing import digest
 from fedsigma.common.protocol import fields_of, to_content, wire_bytes
 from fedsigma.server.streaming import StreamingGrid
 
@@ -135,7 +135,6 @@ def _answer(node: int, sent: Message, reply: Message) -> Answer:
 
 def _traces(content: RecordDict) -> dict[str, Any]:
     try:
-        told = describe(fields_of(content))
+        return digest(fields_of(content))
     except (KeyError, TypeError):  # not a record of ours, which is rejected
         return {"bytes": wire_bytes(content)}
-    return {"bytes": told["bytes"], "sha256": told["sha256"]}

@@ -23,13 +23,13 @@ from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedsigma.common.codec import download_level, encode
-from fedsigma.common.config import StudyConfig
+from fedsigma.common.config import MEANS, StudyConfig
 from fedsigma.common.learner import seed_for
 from fedsigma.common.masking import Member
 from fedsigma.common.noise import noisy_mean
 from fedsigma.common.protocol import Setup, TrainTask
 from fedsigma.server import checkpoint, masked
-from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, averages, begin_round, proximal
+from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, proximal
 from fedsigma.server.budget import spent_of_sites
 from fedsigma.server.drift import drift, mean_change
 from fedsigma.server.exchange import Answer, Exchange, attribute
@@ -98,7 +98,7 @@ class SigmaStrategy(Strategy):
         """Log the averaging; the inner strategy's own summary speaks of choosing sites, which it does not."""
         federation = self.study.federation
         log(INFO, "\t├── Averaging: %s %s", federation.strategy, federation.options or "")
-        if not averages(federation.strategy):
+        if federation.strategy not in MEANS:
             log(INFO, "\t├── It needs the shifts of all sites at once: memory grows with their number")
         log(INFO, "\t└── Sites: %s", ", ".join(self.roster.names.values()))
 
@@ -200,7 +200,7 @@ class SigmaStrategy(Strategy):
         if private.of_sites:  # each site counts alike
             noisy = noisy_mean((changes[node] for node in accepted), private)
             return [self._plain(first, start + noisy, weight=len(accepted), loss=0.0)]
-        if averages(self.study.federation.strategy):
+        if self.study.federation.strategy in MEANS:
             return [self._plain(first, start + mean, weight=weight, loss=0.0)]
         return [
             self._plain(node, start + changes[node], weight=one.weight, loss=one.reply.loss)
