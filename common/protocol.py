@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import typing
 from dataclasses import fields, is_dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
@@ -146,10 +145,14 @@ def _bytes_of(value: Any) -> int:
     return len(value.encode()) if isinstance(value, str) else 8
 
 
-@cache
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
 def _hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields; to find them out takes longer than to read a message."""
-    return typing.get_type_hints(cls)
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
