@@ -105,8 +105,12 @@ def unpack(payload: bytes, blocks: tuple[int, ...]) -> Vector:
     raw = _decompress(payload[head:], values if bits == 8 else (values + 1) // 2)
     whole = np.frombuffer(raw, np.int8) if bits == 8 else _unpair(raw, values)
     codes = np.frombuffer(payload, np.uint8, len(blocks), _START.size)
-    read = (whole - _dither(seed, values)) * np.repeat(_STEPS[codes], blocks)
-    return np.where(np.repeat(codes == 0, blocks), 0.0, read).astype(np.float32)
+    read = _dither(seed, values)
+    np.subtract(whole, read, out=read)
+    read *= np.repeat(_STEPS[codes], blocks)
+    if not codes.all():
+        read[np.repeat(codes == 0, blocks)] = 0.0
+    return read.astype(np.float32)
 
 
 def _decompress(data: bytes, size: int) -> bytes:
@@ -140,7 +144,9 @@ def _unpair(raw: bytes, values: int) -> NDArray[np.int8]:
 def _dither(seed: int, values: int) -> NDArray[np.float64]:
     """Uniform values in [-1/2, 1/2), the same on every machine; numpy promises no stream for ever."""
     stream = hashlib.shake_256(b"fedsigma dither" + seed.to_bytes(8, "little")).digest(4 * values)
-    return np.frombuffer(stream, "<u4") / 2**32 - 0.5
+    uniform = np.frombuffer(stream, "<u4") / 2**32
+    uniform -= 0.5
+    return uniform
 
 
 def pack_half(vector: Vector, blocks: tuple[int, ...]) -> bytes:

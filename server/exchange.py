@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -15,6 +15,8 @@ from fedsigma.common.protocol import fields_of, to_content, wire_bytes
 from fedsigma.server.streaming import StreamingGrid
 
 __all__ = ["Answer", "Exchange", "attribute", "in_order"]
+
+T = TypeVar("T")
 
 # What Flower's own error codes mean for the people who read the events.
 _FLOWER_ERRORS = {
@@ -96,15 +98,16 @@ def attribute(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterat
     sender is the server. What it replies to does. A second reply of one site is ignored.
     """
     by_message = {message.metadata.message_id: node for node, message in sent.items()}
-    waiting = dict.fromkeys(sent)
+    contents = {node: message.content for node, message in sent.items()}
+    sizes = {id(content): wire_bytes(content) for content in _once(contents.values())}
+    waiting = {node: sizes[id(content)] for node, content in contents.items()}
     for reply in replies:
         node = by_message.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
         if node in waiting:
-            del waiting[node]
-            yield _answer(node, sent[node], reply)
+            yield _answer(node, waiting.pop(node), reply)
         del reply  # the loop would hold it while the next one is waited for
-    for node in waiting:
-        yield Answer(node=node, bytes_down=wire_bytes(sent[node].content), late=True)
+    for node, down in waiting.items():
+        yield Answer(node=node, bytes_down=down, late=True)
 
 
 def in_order(nodes: Iterable[int], answers: Iterable[Answer]) -> dict[int, Answer]:
@@ -113,13 +116,12 @@ def in_order(nodes: Iterable[int], answers: Iterable[Answer]) -> dict[int, Answe
     return {node: found[node] for node in nodes}
 
 
-def _once(things: Iterable[object]) -> Iterable[object]:
+def _once(things: Iterable[T]) -> Iterable[T]:
     """Each thing once, told apart by identity: tasks hold lists and cannot be compared quickly."""
     return {id(thing): thing for thing in things}.values()
 
 
-def _answer(node: int, sent: Message, reply: Message) -> Answer:
-    down = wire_bytes(sent.content)
+def _answer(node: int, down: int, reply: Message) -> Answer:
     if reply.has_content():
         content = reply.content
         traces = _traces(content)
