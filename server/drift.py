@@ -32,8 +32,10 @@ def mean_change(accepted: Mapping[int, Accepted], changes: Mapping[int, Vector])
     """
     total: NDArray[np.float64] | None = None
     for node, one in accepted.items():
-        part = np.multiply(changes[node], one.weight, dtype=np.float64)
-        total = part if total is None else np.add(total, part, out=total)
+        change = changes[node]
+        if total is None:
+            total, part = np.zeros((2, change.size))
+        total += np.multiply(change, one.weight, out=part, dtype=np.float64)
     assert total is not None
     return total / sum(one.weight for one in accepted.values())
 
@@ -52,7 +54,7 @@ def drift(
     for node, one in accepted.items():
         found[node] = {"change_norm": one.change_norm, "shift_norm": one.shift_norm}
         if lengths := one.change_norm * length:
-            cosine = inner(changes[node].astype(np.float64), mean) / lengths
+            cosine = inner(changes[node], mean) / lengths
             # Rounding may take it a little past 1.
             found[node]["change_cosine"] = float(np.clip(cosine, -1.0, 1.0))
     return found

@@ -33,6 +33,9 @@ __all__ = [
 ]
 
 
+_PIECE = 16_384
+
+
 class Rejected(ValueError):
     """A reply does not count; the text says why, in one sentence."""
 
@@ -137,7 +140,7 @@ def accept_training(
     if len(reply.class_counts) not in (0, len(study.classes)):
         raise Rejected(f"{len(reply.class_counts)} class counts were told for {len(study.classes)} classes")
     accepted = Accepted(
-        change_norm=length_of(change.astype(np.float64)),
+        change_norm=length_of(change),
         shift_norm=shift_norm,
         weight=min(reply.examples, federation.max_examples or reply.examples),
         reply=replace(reply, change=b""),
@@ -145,17 +148,21 @@ def accept_training(
     return accepted, change
 
 
-def inner(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """The inner product of two vectors (values,).
+def inner(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """The inner product of two vectors (values,), in float64.
 
     Not by `@`: BLAS starts threads for so few values, which on a busy machine takes a hundred times as long,
-    and its last bit depends on their number.
+    and its last bit depends on their number. In pieces, for new arrays cost more than what is done with them.
     """
-    return float(np.einsum("i,i->", one, other))
+    total = 0.0
+    for start in range(0, one.size, _PIECE):
+        part = slice(start, start + _PIECE)
+        total += float(np.einsum("i,i->", one[part].astype(np.float64), other[part].astype(np.float64)))
+    return total
 
 
-def length_of(vector: NDArray[np.float64]) -> float:
-    """The L2 norm of a vector (values,)."""
+def length_of(vector: NDArray[np.floating]) -> float:
+    """The L2 norm of a vector (values,), in float64."""
     return math.sqrt(inner(vector, vector))
 
 
