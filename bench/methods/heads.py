@@ -15,7 +15,7 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.learner import seed_for
 from fedsigma.common.prompts import Prompts, unit
 from fedsigma.common.recipe import Recipe
-from fedsigma.common.training import Example, Task
+from fedsigma.common.training import Example, Task, autocast
 
 __all__ = ["FedClip", "LinearProbe", "PromptFL", "TipAdapter", "TipAdapterF"]
 
@@ -160,7 +160,7 @@ class TipAdapter(Tuned):
         plain = _Head(
             self._backbone, Tuning(self._backbone.model, {"nothing": torch.zeros(1)}), self._prompts
         )
-        with torch.no_grad():
+        with torch.no_grad(), autocast("auto", plain.device):
             batches = [examples[i : i + 64] for i in range(0, len(examples), 64)]
             keys = [plain.image_features(torch.stack([plain.fitted(e) for e in batch])) for batch in batches]
         self._tuning = Tuning(self._backbone.model, {"keys": torch.cat(keys)})
