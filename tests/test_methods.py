@@ -14,14 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from bench.methods.catalogue import CANDIDATES, with_setting
-from bench.methods.cells import Cell, Cells, Plan
-from bench.methods.federation import accuracy, federate, study_sites
-from bench.methods.heads import FedClip, LinearProbe, PromptFL, TipAdapter, TipAdapterF
-from bench.methods.method import Method, Place, Tuned, values
-from bench.methods.sigma import Sigma
-from bench.methods.tables import combine, draw, front, markdown, verdicts
-from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
 from fake_grid import FakeGrid
 from flwr.app import Context, RecordDict
 from hypothesis import given
@@ -31,6 +23,14 @@ from tiny_backbones import CLIP_CFG, PREPROCESS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.methods.catalogue import CANDIDATES, with_setting
+from bench.methods.cells import Cell, Cells, Plan
+from bench.methods.federation import accuracy, federate, study_sites
+from bench.methods.heads import FedClip, LinearProbe, PromptFL, TipAdapter, TipAdapterF
+from bench.methods.method import Method, Place, Tuned, values
+from bench.methods.sigma import Sigma
+from bench.methods.tables import combine, draw, front, markdown, verdicts
+from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
 from fedsigma.common.backbones import Backbone, assemble, build_model, load_backbone, save_backbone
@@ -424,17 +424,12 @@ def test_the_front_and_the_verdicts(tmp_path: Path) -> None:
 
 @given(st.dictionaries(st.text(), st.tuples(st.floats(0, 1), st.integers(0, 9)), min_size=1))
 def test_nobody_on_the_front_is_beaten_and_everybody_else_is(points: dict[str, tuple[float, int]]) -> None:
-    rows = {name: {"mean": accuracy, "bytes_total": total} for name, (accuracy, total) in points.items()}
-    best = front(rows)
-    for name, (accuracy, total) in points.items():
-        above = [
-            o
-            for o in best
-            if points[o][0] >= accuracy and points[o][1] <= total and points[o] != (accuracy, total)
-        ]
-        equal = [o for o in best if points[o] == (accuracy, total)]
-        assert bool(above) != bool(equal)
-        assert (name in best) <= bool(equal)
+    rows = {name: {"mean": height, "bytes_total": cost} for name, (height, cost) in points.items()}
+    best = [points[name] for name in front(rows)]
+    assert len(set(best)) == len(best)
+    for height, cost in points.values():
+        beaten = any(h >= height and c <= cost and (h, c) != (height, cost) for h, c in best)
+        assert beaten != ((height, cost) in best)
 
 
 def test_what_is_trained_is_what_is_evaluated() -> None:
