@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tiny_backbones import CLIP_CFG, PREPROCESS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.methods.__main__ import main as show
 from bench.methods.catalogue import CANDIDATES, with_setting
 from bench.methods.cells import Cell, Cells, Plan
 from bench.methods.federation import accuracy, federate, study_sites
@@ -392,6 +394,23 @@ def test_every_candidates_settings_are_taken_by_its_study() -> None:
             assert found.training.learning_rate == setting.get("learning_rate", 0.05)
     with pytest.raises(ConfigError, match="not an option"):
         make_averaging(with_setting(study, CANDIDATES["fedadam"], {"options": {"etta": 1}}))
+
+
+def test_what_was_run_is_shown_without_running_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"accuracy": {"all": 0.5, "here": 0.5}, "bytes_upload": 0, "bytes_float32": 0, "bytes_total": 0}
+    place = {"part": "test", "method": "zero-shot", "setting": {}, "rounds": 60, "seed": 2}
+    cell = Cell(study="white-cells-four-labs", **place)
+    Cells(tmp_path / "cells.sqlite").keep(cell, figures)
+    words = ["methods", "--data", str(tmp_path), "--out", str(tmp_path), "--json", str(tmp_path / "x.json")]
+    monkeypatch.setattr("sys.argv", [*words, "--show"])
+    monkeypatch.setenv("FEDSIGMA_DATA", "")
+    show()
+    assert "| zero-shot | 50.0 | 50.0 | 0 | 0 | yes |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["white-cells-four-labs"]["rows"]["zero-shot"]["seeds"] == {"2": 0.5}
+    assert found["dermoscopy-four-sites"]["rows"] == {}
 
 
 def row(mean: float, total: float) -> dict[str, Any]:

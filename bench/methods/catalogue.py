@@ -88,7 +88,7 @@ CANDIDATES: dict[str, Candidate] = {
     "lora-products": Candidate(
         title="CLIP-LoRA r = 2, mean of products",
         build=lambda backbone, study, _: LoraProducts(backbone, study.prompts, seed=study.seed),
-        rates=(3e-3, 9e-3, 2.7e-2),
+        after="lora",
     ),
     "layer-norms": Candidate(
         title="layer norms",

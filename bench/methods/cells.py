@@ -18,13 +18,13 @@ from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config import StudyConfig, load_study
 from fedsigma.common.training import Example
 
-__all__ = ["Cell", "Cells", "Plan", "grid", "most_rates"]
+__all__ = ["MOST_RATES", "Cell", "Cells", "Plan", "grid"]
 
 Sites = Mapping[str, tuple[list[Example], list[Example]]]
 SEARCH_SEED = 11
 VALIDATION = 40
 """Validation images a class and site at most."""
-most_rates = 7
+MOST_RATES = 7
 """Learning rates that a search tries at most."""
 
 
@@ -122,7 +122,7 @@ class Plan:
                         return None
                     found[key] = setting, figures["accuracy"]["all"]
             best = _best(list(found.values())).get("learning_rate")
-            if not rates or len(rates) >= most_rates or best not in (rates[0], rates[-1]):
+            if not rates or len(rates) >= MOST_RATES or best not in (rates[0], rates[-1]):
                 return list(found.values())
             rates = further(rates, best)
 
