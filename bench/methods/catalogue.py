@@ -68,7 +68,7 @@ def _strategy(name: str, *options: Setting) -> Candidate:
 
 
 _CACHES = tuple(
-    {"alpha": alpha, "beta": beta} for alpha in (0.3, 1.0, 3.0, 10.0) for beta in (1.0, 5.5, 20.0)
+    {"alpha": alpha, "beta": beta} for alpha in (0.3, 1.0, 3.0, 10.0, 30.0) for beta in (1.0, 5.5, 20.0, 60.0)
 )
 
 CANDIDATES: dict[str, Candidate] = {
