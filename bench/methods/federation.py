@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity  # a Message needs one outside of a task's process
 
-from bench.methods.method import Method, Place, Vector
+from bench.methods.method import Method, Place, Rule, Vector
 from bench.methods.tuning import State
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.data import SiteData
@@ -43,17 +44,27 @@ class _Strategy:
     def __init__(self, study: StudyConfig) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         logging.getLogger("flwr").setLevel(logging.WARNING)
-        self._averaging = make_averaging(study)
-        self.round, self.losses = 0, list[float]()
+        self.averaging = make_averaging(study)
 
-    def __call__(self, start: Vector, vectors: Sequence[Vector], weights: Sequence[int]) -> Vector:
-        begin_round(self._averaging, self.round, start.astype(np.float32), range(100, 100 + len(vectors)))
+    def of_round(self, number: int, losses: Sequence[float]) -> Rule:
+        """What the server does in a round in which the sites had these training losses."""
+        return partial(self._step, number, losses)
+
+    def _step(
+        self,
+        number: int,
+        losses: Sequence[float],
+        start: Vector,
+        vectors: Sequence[Vector],
+        weights: Sequence[int],
+    ) -> Vector:
+        begin_round(self.averaging, number, start.astype(np.float32), range(100, 100 + len(vectors)))
         replies = []
-        for node, (vector, weight, loss) in enumerate(zip(vectors, weights, self.losses, strict=True), 100):
+        for node, (vector, weight, loss) in enumerate(zip(vectors, weights, losses, strict=True), 100):
             metrics = MetricRecord({EXAMPLES: weight, LOSS: loss})
             content = RecordDict({"arrays": ArrayRecord({ARRAY: Array(vector)}), "metrics": metrics})
             replies.append(Message(content, dst_node_id=node, message_type="train"))
-        arrays, _ = self._averaging.aggregate_train(self.round, replies)
+        arrays, _ = self.averaging.aggregate_train(number, replies)
         if arrays is None:
             raise RuntimeError("the strategy made no model")
         return arrays[ARRAY].numpy().astype(np.float64)
@@ -68,7 +79,7 @@ def federate(method: Method, sites: Mapping[str, Sequence[Example]], study: Stud
         study: rounds, recipe, strategy and seed.
     """
     strategy, rounds, steps = _Strategy(study), study.federation.rounds, study.training.local_steps
-    recipe = replace(study.training, proximal=proximal(strategy._averaging, study))
+    recipe = replace(study.training, proximal=proximal(strategy.averaging, study))
     state = method.initial(sites)
     weights = [len(examples) for examples in sites.values()]
     total, uploads = float(sum(map(method.bytes_before, weights))), 0
@@ -88,8 +99,7 @@ def federate(method: Method, sites: Mapping[str, Sequence[Example]], study: Stud
             arrived.append(upload.state)
             losses.append(trained.loss)
             uploads += upload.bytes
-        strategy.round, strategy.losses = number, losses
-        state = method.aggregate(state, arrived, weights, strategy)
+        state = method.aggregate(state, arrived, weights, strategy.of_round(number, losses))
     return Run(state=state, upload=uploads / rounds / len(sites), total=(total + uploads) / len(sites))
 
 
