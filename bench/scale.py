@@ -1,6 +1,6 @@
 """What a round costs the server by the number of sites: its own seconds, its memory and its disk.
 
-    python bench/scale.py --out out/scale --json out/scale.json --figure docs/figures/scale.png
+    python bench/scale.py --out out/scale --json out/scale.json --figure out/scale.png
 
 The server's side of a study is real: handshake, tasks, checks, averaging, drift, events and rows, checkpoint.
 The sites are not. `RecordedGrid` stands in for Flower's and hands out recorded uploads: changes of CLIP
@@ -9,9 +9,10 @@ ViT-B/16's 92,160 values with random values, coded as sites code them, made once
 off, so Flower's transport and the sites' work are not in these numbers. `seconds` are by the clock, and
 `cpu_s` what the process had of the processors, which other work on the machine lengthens less.
 
-Seconds are those of the quickest of --rounds rounds. Each line is a process of its own, and its peak memory is that of its rounds (VmHWM). Growth is over the least
-number of sites. Disk is the file in which a round's changes lie until they are averaged; give --out a place
-on a disk, for a file in memory (tmpfs) would count nowhere. fedmedian stands for the strategies that need all
+Seconds are those of the quickest of --rounds rounds. Each line is a process of its own, and its peak memory
+is that of its rounds (VmHWM). Growth is over the least number of sites. Disk is the file in which a round's
+changes lie until they are averaged; give --out a place on a disk, for a file in memory (tmpfs) would count
+nowhere. fedmedian stands for the strategies that need all
 replies at once, and is measured to --robust sites.
 """
 
