@@ -12,8 +12,7 @@ off, so Flower's transport and the sites' work are not in these numbers. `second
 Seconds are those of the quickest of --rounds rounds. Each line is a process of its own, and its peak memory
 is that of its rounds (VmHWM). Growth is over the least number of sites. Disk is the file in which a round's
 changes lie until they are averaged; give --out a place on a disk, for a file in memory (tmpfs) would count
-nowhere. fedmedian stands for the strategies that need all
-replies at once, and is measured to --robust sites.
+nowhere. fedmedian stands for the strategies that need all replies at once, measured to --robust sites.
 """
 
 from __future__ import annotations
