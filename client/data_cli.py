@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsigma.common.exit_codes import PROBLEMS
+
 if TYPE_CHECKING:
     from fedsigma.common.cards import Archive, DatasetCard
 
 __all__ = ["app"]
-
-PROBLEMS = 4
 
 app = typer.Typer(no_args_is_help=True)
 data_app = typer.Typer(no_args_is_help=True, help="Look at images before a study; published data sets.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from fedsigma.common.files import runs_folder
 from fedsigma.server.lines import CHUNK, as_object, csv_cells, first_line, last_lines
 from fedsigma.server.store import POOLED, Row, RunFolder, StoreError, latest_rows, parse_row
 
-__all__ = ["ANSWERS", "Overview", "find_runs", "overview", "runs_folder", "study_of"]
+__all__ = ["Overview", "contacts", "find_runs", "overview", "runs_folder", "study_of"]
 
-ANSWERS = frozenset({"site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"})
+_ANSWERS = frozenset({"site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"})
 """The kinds of events that came of a message from the site that they name."""
 
 _DEPTH = 2  # a run folder lies in the given directory, or in one of its subdirectories
@@ -116,6 +116,16 @@ def _ever_more(path: Path) -> Iterator[list[str]]:
 
 def _event(line: str) -> Row | None:
     return as_object(line, kind=str)
+
+
+def contacts(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """When each site was last heard of, in seconds since 1970, by events of one run or of several."""
+    heard: dict[str, float] = {}
+    for event in events:
+        site, time = event.get("site"), event.get("time")
+        if event["kind"] in _ANSWERS and isinstance(site, str) and isinstance(time, int | float):
+            heard[site] = max(float(time), heard.get(site, 0.0))
+    return heard
 
 
 def find_runs(directory: Path) -> list[Path]:

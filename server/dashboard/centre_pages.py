@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ from fedsigma.server.centre.control import ControlError
 from fedsigma.server.centre.folder import CentreError, CentreFolder
 from fedsigma.server.centre.studies import Studies
 from fedsigma.server.dashboard.access import operator_only
-from fedsigma.server.dashboard.pages import Desk, told
+from fedsigma.server.dashboard.pages import Desk, tag_of, told
 from fedsigma.server.dashboard.submissions import SuperLinkWatch, site_lines
 from fedsigma.server.dashboard.views import event_row
 from fedsigma.server.report.words import NOTHING, moment
@@ -60,7 +59,7 @@ class CentrePages:
     async def sites_state(self, request: Request) -> Response:
         """The same, for the page's script."""
         text = self._desk.text(request, "sites_list.html", **await run_in_threadpool(self._sites))
-        return told(request, hashlib.sha256(text.encode()).hexdigest()[:16], {"parts": {"sites": text}})
+        return told(request, tag_of(text), {"parts": {"sites": text}})
 
     def _sites(self) -> dict[str, Any]:
         library = self._desk.library
@@ -68,7 +67,7 @@ class CentrePages:
         events = [event for key in keys for event in library.run(key).events()]
         rows = [
             (one.name, one.state, one.node or NOTHING, moment(one.contact), one.version or NOTHING, one.note)
-            for one in site_lines(self._centre, self._watch, events)
+            for one in site_lines(library.registry, self._watch, events)
         ]
         return {"sites": rows, "problem": self._watch.problem}
 

@@ -12,7 +12,6 @@ from fedsigma.common.reading import ConfigError, split_address
 __all__ = ["app"]
 
 LISTEN = "127.0.0.1:8050"
-_HERE = ("127.0.0.1", "localhost", "::1")
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -61,14 +60,14 @@ def dashboard(
 
 def _of_runs(place: Path, listen: str) -> None:
     from fedsigma.server.dashboard.serving import runs_app, serve
-    from fedsigma.server.dashboard.settings import AccessSettings
+    from fedsigma.server.dashboard.settings import HERE, AccessSettings
     from fedsigma.server.dashboard.signing_in import OneTimeLink
     from fedsigma.server.store import StoreError
 
     if not place.is_dir():
         raise StoreError(f"{place} is no folder: name the one that holds the run folders")
     host, port = split_address(listen, where="--listen")
-    if host not in _HERE:
+    if host not in HERE:
         raise ConfigError(
             f"--listen is {listen}: the dashboard of a folder is for this machine alone, at 127.0.0.1:PORT;"
             " over a network use an SSH tunnel, or a centre's dashboard"

@@ -18,7 +18,6 @@ def compare_view(first: FollowedRun, second: FollowedRun) -> Sections:
     contents = [gather(folder, shift=False) for folder in (first, second)]
     return Sections(
         view={
-            "names": [content.overview.study for content in contents],
             "settings": _settings(*(content.study for content in contents)),
             "results": _results(contents),
             "sites": _by_site(contents),

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from fedsigma.server.overview import Overview, find_runs, overview
 
 if TYPE_CHECKING:
     from fedsigma.server.centre.folder import CentreFolder
+    from fedsigma.server.centre.registry import Registry
     from fedsigma.server.dashboard.submissions import SuperLinkWatch
 
 __all__ = ["Library", "RunLine", "UnknownRun"]
@@ -71,25 +73,38 @@ class Library:
         self._open: OrderedDict[Path, FollowedRun] = OrderedDict()
         self._figures: dict[str, tuple[tuple[int, ...], RunFigures]] = {}
 
+    @cached_property
+    def registry(self) -> Registry:
+        """The database of the centre, opened once."""
+        from fedsigma.server.centre.registry import Registry
+
+        assert self.centre is not None
+        return Registry(self.centre.path / "centre.db")
+
     def lines(self) -> list[RunLine]:
         """All runs, the newest first."""
-        found = [RunLine(key=self.key(path), overview=self._overview(path)) for path in self._paths()]
-        if self.centre is not None:
-            from fedsigma.server.dashboard.submissions import with_submissions
-
-            found = with_submissions(self.centre, found, self._watch)
+        found = self._lines(self._paths())
         return sorted(found, key=lambda line: (line.overview.started or 0.0, line.key), reverse=True)
 
     def line(self, key: str) -> RunLine:
-        """One run of the list.
+        """One run of the list; the others are not looked at.
 
         Raises:
             UnknownRun: there is none of this key.
         """
-        for line in self.lines():
+        for line in self._lines([path for path in self._paths() if self.key(path) == key]):
             if line.key == key:
                 return line
         raise UnknownRun(key)
+
+    def _lines(self, paths: list[Path]) -> list[RunLine]:
+        """These runs, and what a centre has that has not begun."""
+        found = [RunLine(key=self.key(path), overview=self._overview(path)) for path in paths]
+        if self.centre is None:
+            return found
+        from fedsigma.server.dashboard.submissions import with_submissions
+
+        return with_submissions(self.registry, found, self._watch)
 
     def run(self, key: str) -> FollowedRun:
         """The files of a run, as far as they were parsed before.

@@ -20,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from fedsigma import __version__
-from fedsigma.server.overview import ANSWERS, Overview
+from fedsigma.server.overview import Overview, contacts
 from fedsigma.server.store import POOLED
 
 __all__ = ["NEWEST", "RunCollector", "RunFigures", "metrics_page"]
@@ -63,12 +63,9 @@ class RunFigures:
     @classmethod
     def of(cls, overview: Overview, *, rows: Sequence[Row], events: Sequence[Row]) -> RunFigures:
         """Gather them from the rows and events of a run, in the order in which they were written."""
-        contacts: dict[str, float] = {}
+        heard = contacts(events)
         times = [event["time"] for event in events if isinstance(event.get("time"), int | float)]
-        for event in events:
-            if event["kind"] in ANSWERS and isinstance(event.get("time"), int | float):
-                contacts[str(event.get("site"))] = float(event["time"])
-        by_site: dict[str, list[Row]] = {site: [] for site in contacts}
+        by_site: dict[str, list[Row]] = {site: [] for site in heard}
         for row in rows:
             by_site.setdefault(str(row["site"]), []).append(row)
         pooled = by_site.pop(POOLED, [])
@@ -77,7 +74,7 @@ class RunFigures:
             loss=_newest(pooled, "loss"),
             epsilon=_newest(pooled, "epsilon"),
             last_event=times[-1] if times else None,
-            sites={site: _site(found, contacts.get(site)) for site, found in by_site.items()},
+            sites={site: _site(found, heard.get(site)) for site, found in by_site.items()},
         )
 
 

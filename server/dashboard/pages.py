@@ -64,7 +64,6 @@ class Desk:
             "here": request.url.path,
             "centre_name": centre.config.name if centre else "",
             "flush": "",
-            "notice": "",
             "may_operate": self.may_operate(request),
         }
         return self._environment.get_template(template).generate(**(shared | values))
@@ -112,7 +111,7 @@ class Desk:
             known = self._views[line.key] = (state, run_view(folder, line))
             while len(self._views) > 8:
                 del self._views[next(iter(self._views))]
-        return hashlib.sha256(repr(state).encode()).hexdigest()[:16], known[1]
+        return tag_of(repr(state)), known[1]
 
 
 @cache
@@ -223,7 +222,12 @@ def _listed(desk: Desk, request: Request) -> dict[str, Any]:
 
 def _runs_state(desk: Desk, request: Request) -> Response:
     text = desk.text(request, "runs_list.html", **_listed(desk, request))
-    return told(request, hashlib.sha256(text.encode()).hexdigest()[:16], {"parts": {"live": text}})
+    return told(request, tag_of(text), {"parts": {"live": text}})
+
+
+def tag_of(text: str) -> str:
+    """A short text that changes with this one."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def told(request: Request, tag: str, values: dict[str, Any]) -> Response:
@@ -253,10 +257,6 @@ def _embedded(found: Sections) -> Markup:
     return Markup(json.dumps(found.charts, separators=(",", ":")).replace("<", "\\u003c"))
 
 
-def _run_values(line: RunLine, found: Sections) -> dict[str, Any]:
-    return {"view": found.view, "actions": _actions(line)}
-
-
 def _actions(line: RunLine) -> list[tuple[str, dict[str, str]]]:
     if not line.run_id:
         return []
@@ -275,7 +275,7 @@ def _run_state(desk: Desk, request: Request) -> Response:
     tag, found = desk.sections(line)
     if request.headers.get("if-none-match") == f'"{tag}"':
         return told(request, tag, {})
-    values = _run_values(line, found)
+    values = {"view": found.view, "actions": _actions(line)}
     names = ("head", "actions", "tables")
     parts = {name: desk.text(request, f"run_{name}.html", **values) for name in names}
     return told(request, tag, {"parts": parts, "charts": found.charts})

@@ -10,9 +10,10 @@ from urllib.parse import urlsplit
 
 from fedsigma.common.reading import ConfigError, check_number
 
-__all__ = ["AccessSettings", "check_url"]
+__all__ = ["HERE", "AccessSettings", "check_url"]
 
-_HERE = ("127.0.0.1", "localhost", "::1")
+HERE = ("127.0.0.1", "localhost", "::1")
+"""Hosts that are this machine itself."""
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
 
 
@@ -88,7 +89,7 @@ def check_url(where: str, url: str) -> None:
     """
     try:
         parts = urlsplit(url)
-        good = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _HERE)
+        good = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in HERE)
         good = good and bool(parts.hostname) and not parts.username and (parts.port or 1) > 0
     except ValueError:
         good = False

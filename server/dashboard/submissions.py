@@ -13,7 +13,7 @@ from fedsigma.server.centre.control import Control, ControlError, Node, Run
 from fedsigma.server.centre.folder import CentreFolder
 from fedsigma.server.centre.registry import Registry, Site, Submission
 from fedsigma.server.dashboard.library import RunLine
-from fedsigma.server.overview import ANSWERS, Overview
+from fedsigma.server.overview import Overview, contacts
 
 __all__ = ["SiteLine", "SuperLinkWatch", "newest_submissions", "site_lines", "with_submissions"]
 
@@ -77,19 +77,19 @@ class SuperLinkWatch:
             self._asked.clear()
 
 
-def newest_submissions(folder: CentreFolder) -> dict[Path, Submission]:
+def newest_submissions(registry: Registry) -> dict[Path, Submission]:
     """The last submission of each run folder."""
     found: dict[Path, Submission] = {}
-    for one in Registry(folder.path / "centre.db").submissions():
+    for one in registry.submissions():
         found.setdefault(Path(one.folder), one)
     return found
 
 
 def with_submissions(
-    folder: CentreFolder, lines: Sequence[RunLine], watch: SuperLinkWatch | None = None
+    registry: Registry, lines: Sequence[RunLine], watch: SuperLinkWatch | None = None
 ) -> list[RunLine]:
     """Give each run its number at the SuperLink, and add the studies that have not begun."""
-    made = newest_submissions(folder)
+    made = newest_submissions(registry)
     found = [
         replace(line, run_id=made.pop(path).run_id) if (path := Path(line.overview.path)) in made else line
         for line in lines
@@ -115,28 +115,26 @@ def _waiting(path: Path, one: Submission, watch: SuperLinkWatch | None) -> RunLi
 
 
 def site_lines(
-    folder: CentreFolder, watch: SuperLinkWatch | None, events: Sequence[dict[str, Any]]
+    registry: Registry, watch: SuperLinkWatch | None, events: Sequence[dict[str, Any]]
 ) -> list[SiteLine]:
     """The centre's sites.
 
     Args:
-        folder: the centre's.
+        registry: the centre's.
         watch: what the SuperLink says.
         events: of runs; those that name a site tell when it was heard of, and by `site_ready` its version.
     """
-    heard: dict[str, float] = {}
+    heard = contacts(events)
     versions: dict[str, tuple[float, str]] = {}
     for event in events:
-        site, time = event.get("site"), event.get("time")
-        if not isinstance(site, str) or not isinstance(time, int | float):
-            continue
-        if event["kind"] in ANSWERS:
-            heard[site] = max(time, heard.get(site, 0.0))
         if event["kind"] == "site_ready" and event.get("version"):
-            versions[site] = max(versions.get(site, (0.0, "")), (time, str(event["version"])))
+            told = (float(event["time"]), str(event["version"]))
+            versions[event["site"]] = max(versions.get(event["site"], (0.0, "")), told)
     nodes = watch.nodes if watch else {}
-    found = Registry(folder.path / "centre.db").sites()
-    return [_site(one, nodes, heard.get(one.name), versions.get(one.name, (0.0, ""))[1]) for one in found]
+    return [
+        _site(one, nodes, heard.get(one.name), versions.get(one.name, (0.0, ""))[1])
+        for one in registry.sites()
+    ]
 
 
 def _site(site: Site, nodes: dict[str, Node], heard: float | None, version: str) -> SiteLine:

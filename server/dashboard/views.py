@@ -8,7 +8,7 @@ from typing import Any
 from fedsigma.server.dashboard.charts import charts
 from fedsigma.server.dashboard.library import Library, RunLine
 from fedsigma.server.following import FollowedRun
-from fedsigma.server.overview import ANSWERS
+from fedsigma.server.overview import contacts
 from fedsigma.server.report import tables
 from fedsigma.server.report.content import Content, gather
 from fedsigma.server.report.facts import Fact, lead, study_facts
@@ -125,7 +125,7 @@ def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
             if row.get(name) is not None:
                 known[name] = row[name]
         missed[row["site"]] = missed.get(row["site"], 0) + (row["status"] not in ("accepted", "pooled"))
-    heard, versions, refused = _contacts(events)
+    heard, (versions, refused) = contacts(events), _standing(events)
     found = []
     for site in dict.fromkeys((*told, *heard, *refused)):
         if site == POOLED:
@@ -146,23 +146,18 @@ def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
     return tables.Grid(heads=heads, rows=found, texts=frozenset({0, 1, 3, 4}))
 
 
-def _contacts(events: list[Row]) -> tuple[dict[str, float], dict[str, str], set[str]]:
-    """When each site was heard of, which version it told, and which were refused and did not come back."""
-    heard: dict[str, float] = {}
+def _standing(events: list[Row]) -> tuple[dict[str, str], set[str]]:
+    """Which version each site told, and which were refused and did not come back."""
     versions: dict[str, str] = {}
     refused: set[str] = set()
     for event in events:
-        site, kind = event.get("site"), event["kind"]
-        if not isinstance(site, str):
-            continue
-        if kind == "site_refused":
+        site = event.get("site")
+        if event["kind"] == "site_refused" and isinstance(site, str):
             refused.add(site)
-        elif kind in ANSWERS:
-            heard[site] = event["time"]
-        if kind == "site_ready":
+        elif event["kind"] == "site_ready" and isinstance(site, str):
             refused.discard(site)
             versions[site] = str(event.get("version") or NOTHING)
-    return heard, versions, refused
+    return versions, refused
 
 
 def drift_words(study: dict[str, Any], told: bool) -> str:
