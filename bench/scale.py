@@ -1,0 +1,284 @@
+"""What a round costs the server by the number of sites: its own seconds, its memory and its disk.
+
+    python bench/scale.py --out out/scale --json out/scale.json --figure out/scale.png
+
+The server's side of a study is real: handshake, tasks, checks, averaging, drift, events and rows, checkpoint.
+The sites are not. `RecordedGrid` stands in for Flower's and hands out recorded uploads: changes of CLIP
+ViT-B/16's 92,160 values with random values, coded as sites code them, made once and kept under --out. Of
+--uploads different ones each site sends one, as a record of its own. The time that this grid takes is taken
+off, so Flower's transport and the sites' work are not in these numbers. `seconds` are by the clock, and
+`cpu_s` what the process had of the processors, which other work on the machine lengthens less.
+
+Seconds are those of the quickest of --rounds rounds. Each line is a process of its own, and its peak memory
+is that of its rounds (VmHWM). Growth is over the least number of sites. Disk is the file in which a round's
+changes lie until they are averaged; give --out a place on a disk, for a file in memory (tmpfs) would count
+nowhere. fedmedian stands for the strategies that need all replies at once, measured to --robust sites.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsigma.common.codec import encode
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.names import CODECS
+from fedsigma.common.printing import print_table
+from fedsigma.common.protocol import HELLO, PROTOCOL, Evaluation, HelloReply, TrainReply, to_content
+from fedsigma.common.sigma import Fingerprint, Layout, Split
+
+ARCHITECTURE = "ViT-B-16"
+MOST_SECONDS, MOST_MB = 2.0, 200.0
+"""The aims: a round of 1,000 sites, and what 10,000 take more than 10; for strategies that take a mean."""
+HEADS = ("strategy", "codec", "sites", "seconds", "cpu_s", "peak_mb", "growth_mb", "disk_mb")
+STUDY = """
+name: scale
+backbone: none
+classes: [a, b]
+shots: 16
+training: {{local_steps: 5}}
+federation: {{rounds: {rounds}, min_sites: 2, strategy: {strategy}, codec: {codec}, norm_factor: 10}}
+baselines: []
+"""
+
+
+def now() -> tuple[float, float]:
+    """The time by the clock, and what this process has had of the processors; both in seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+class RecordedGrid(Grid):
+    """Sites that answer at once, each with a recorded upload; it counts the seconds that it takes itself."""
+
+    def __init__(self, sites: int, uploads: list[Path], fingerprint: Fingerprint) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        self.sites, self.uploads = sites, uploads
+        self.seconds = self.cpu = 0.0
+        self._hello = fingerprint.to_json()
+        self._waiting: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        """Node 100 and those after it."""
+        return list(range(100, 100 + self.sites))
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Take the tasks; their answers are made when they are pulled."""
+        start, ids = now(), []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = name = f"to-{message.metadata.dst_node_id}"
+            self._waiting[name] = message
+            ids.append(name)
+        self._add(start)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The answers to these tasks, each a record of its own."""
+        start = now()
+        tasks = [self._waiting.pop(name) for name in message_ids]
+        replies = [Message(self._reply(task), reply_to=task) for task in tasks]
+        self._add(start)
+        return replies
+
+    def _add(self, start: tuple[float, float]) -> None:
+        wall, cpu = now()
+        self.seconds, self.cpu = self.seconds + wall - start[0], self.cpu + cpu - start[1]
+
+    def _no(self, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError("the server's side pushes and pulls")
+
+    set_run = create_message = get_nodes = send_and_receive = _no  # type: ignore[assignment]
+    run = property(_no)  # type: ignore[assignment]
+
+    def _reply(self, task: Message) -> RecordDict:
+        number = task.metadata.dst_node_id - 100
+        if task.metadata.message_type == HELLO:
+            name, version = f"site-{number:05}", "0"
+            return to_content(
+                HelloReply(protocol=PROTOCOL, site=name, fingerprint=self._hello, version=version)
+            )
+        found = Evaluation(
+            accuracy=0.75, balanced_accuracy=0.7, auroc=0.8, f1=0.7, ece=0.1, test_examples=100
+        )
+        return to_content(
+            TrainReply(
+                change=self.uploads[number % len(self.uploads)].read_bytes(),
+                examples=1 + number % 32,
+                steps=5,
+                loss=1.0,
+                evaluation=found,
+            )
+        )
+
+
+def record(out: Path, codecs: Iterable[str], count: int) -> None:
+    """Write the layout of ViT-B/16 and so many coded changes a level, as far as they are not there."""
+    from fedsigma.common.backbones.load import count_backbone
+    from fedsigma.common.sigma import find_layout
+
+    layout = find_layout(count_backbone(ARCHITECTURE))
+    (out / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+    for codec in codecs:
+        for number in range(count):
+            path = out / f"{codec}-{number}.bin"
+            if not path.exists():
+                change = 0.01 * np.random.default_rng(number).standard_normal(layout.size, np.float32)
+                path.write_bytes(encode(change, layout, level=codec, seed=number))
+
+
+def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int) -> dict[str, Any]:
+    """So many rounds in this process: the server's seconds of the quickest and its peak memory."""
+    from fedsigma.server.averaging import ARRAY, make_averaging
+    from fedsigma.server.exchange import Exchange
+    from fedsigma.server.roster import Roster
+    from fedsigma.server.store import RunFolder
+    from fedsigma.server.strategy import SigmaStrategy
+
+    layout = Layout.from_json((out / "layout.json").read_text(encoding="utf-8"))
+    fingerprint = Fingerprint("a" * 64, layout.digest, ((1.0,),) * len(layout.entries))
+    study = StudyConfig.from_yaml(STUDY.format(rounds=rounds, strategy=strategy, codec=codec))
+    folder = RunFolder.create(out / f"run-{os.getpid()}", study.to_yaml())
+    grid = RecordedGrid(sites, sorted(out.glob(f"{codec}-*.bin")), fingerprint)
+    exchange = Exchange(grid)
+    roster = Roster(exchange, folder, study, fingerprint)
+    roster.wait()
+    ours = SigmaStrategy(
+        make_averaging(study),
+        study=study,
+        exchange=exchange,
+        roster=roster,
+        folder=folder,
+        split=Split(layout),
+        fingerprint=fingerprint,
+    )
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
+    took = []
+    for ours.done in range(rounds):
+        start, before = now(), (grid.seconds, grid.cpu)
+        ours.start(exchange.grid, ArrayRecord({ARRAY: Array(ours.model)}), num_rounds=1)
+        ended, after = now(), (grid.seconds, grid.cpu)
+        took.append([ended[i] - start[i] - (after[i] - before[i]) for i in range(2)])
+    seconds, cpu = (min(times) for times in zip(*took, strict=True))
+    peak = peak_mb()
+    counted = sum(row["status"] == "accepted" for row in folder.rounds())
+    assert counted == sites * rounds, f"{counted} of {sites * rounds} replies were accepted"
+    found = {"sites": sites, "strategy": strategy, "codec": codec, "seconds": seconds}
+    return found | {"cpu_s": cpu, "peak_mb": peak}
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had since its peak was reset."""
+    line = next(x for x in Path("/proc/self/status").read_text("ascii").splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def child(out: Path, **what: Any) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    call = [sys.executable, __file__, "--out", str(out), "--measure", json.dumps(what)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every line of the table, and say on the way how far it is."""
+    plan = [("fedavg", codec, sites) for codec in options.codecs for sites in options.sites]
+    plan += [("fedmedian", "exact", sites) for sites in options.sites if sites <= options.robust]
+    record(options.out, {codec for _, codec, _ in plan}, options.uploads)
+    values = Layout.from_json((options.out / "layout.json").read_text(encoding="utf-8")).size
+    found: list[dict[str, Any]] = []
+    for strategy, codec, sites in plan:
+        one = child(options.out, sites=sites, strategy=strategy, codec=codec, rounds=options.rounds)
+        least = next((x for x in found if (x["strategy"], x["codec"]) == (strategy, codec)), one)
+        one |= {"growth_mb": one["peak_mb"] - least["peak_mb"], "disk_mb": sites * 4 * values / 1e6}
+        found.append(one)
+        print(f"{strategy} {codec} {sites}: {one['seconds']:.2f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def cell(value: Any) -> str:
+    """A value of the table, to three digits or a whole number."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def judged(found: list[dict[str, Any]]) -> list[str]:
+    """Whether each aim is met, in words."""
+    said = []
+    for one in found:
+        if one["strategy"] == "fedavg" and one["sites"] == 1000:
+            met = "met" if one["seconds"] < MOST_SECONDS else "MISSED"
+            said.append(f"{met}: {one['codec']}, 1,000 sites: {one['seconds']:.2f} s, aim {MOST_SECONDS:g} s")
+        if one["strategy"] == "fedavg" and one["sites"] == 10_000:
+            met = "met" if one["growth_mb"] < MOST_MB else "MISSED"
+            words = f"{one['growth_mb']:.0f} MB more, aim {MOST_MB:g} MB"
+            said.append(f"{met}: {one['codec']}, 10,000 sites: {words}")
+    return said
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Seconds and memory by the number of sites, a line for each strategy and coding."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for strategy, codec in dict.fromkeys((one["strategy"], one["codec"]) for one in found):
+        line = [one for one in found if (one["strategy"], one["codec"]) == (strategy, codec)]
+        for axis, key in zip(axes, ("seconds", "peak_mb"), strict=True):
+            label, marker = f"{strategy}, {codec}", "o" if strategy == "fedavg" else "s"
+            axis.plot([x["sites"] for x in line], [x[key] for x in line], marker=marker, label=label)
+    axes[0].set(xscale="log", yscale="log", xlabel="sites", ylabel="seconds of the server a round")
+    axes[1].set(xscale="log", ylim=0, xlabel="sites", ylabel="peak memory of the server, MB")
+    axes[0].legend(frameon=False)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Measure, print the table and say whether the aims are met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/scale"), help="for uploads and run folders")
+    parser.add_argument("--sites", type=int, nargs="+", default=[10, 100, 1000, 10_000])
+    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["exact", "int8"])
+    parser.add_argument("--robust", type=int, default=1000, help="most sites of a strategy that needs all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--uploads", type=int, default=64, help="different recorded changes")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.measure:
+        print(json.dumps(measure(options.out, **options.measure)))
+        return
+    found = sweep(options)
+    print_table(HEADS, [{key: cell(one[key]) for key in HEADS} for one in found])
+    for line in judged(found):
+        print(line)
+    if options.json:
+        options.json.write_text(json.dumps({"lines": found}, indent=2) + "\n", encoding="utf-8")
+    if options.figure:
+        draw(found, options.figure)
+
+
+if __name__ == "__main__":
+    main()
