@@ -1,0 +1,126 @@
+"""The methods by name: how each is built, and which settings its search tries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench.methods.heads import FedClip, LinearProbe, PromptFL, TipAdapter, TipAdapterF
+from bench.methods.method import Method
+from bench.methods.sigma import Sigma, ZeroShot
+from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
+from fedsigma.common.backbones import Backbone
+from fedsigma.common.config import StudyConfig
+
+__all__ = ["CANDIDATES", "Candidate", "Setting", "with_setting"]
+
+Setting = dict[str, Any]
+"""A learning rate, a strategy's options, or what the method itself takes."""
+Build = Callable[[Backbone, StudyConfig, Setting], Method]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A row of the comparison.
+
+    title: in tables. build: a method on a fresh backbone. rates: learning rates to begin the search with,
+    evenly spaced by their ratio; it goes on past an end that is best. others: settings tried with each rate.
+    after: a candidate whose chosen setting this one takes over. strategy: other than the study's.
+    """
+
+    title: str
+    build: Build
+    rates: Sequence[float] = ()
+    others: Sequence[Setting] = ({},)
+    after: str = ""
+    strategy: str = ""
+
+
+def with_setting(study: StudyConfig, candidate: Candidate, setting: Mapping[str, Any]) -> StudyConfig:
+    """The study under a candidate's setting and strategy."""
+    federation = study.federation
+    if candidate.strategy:
+        options = dict(setting.get("options", {}))
+        federation = replace(federation, strategy=candidate.strategy, options=options)
+    rate = setting.get("learning_rate", study.training.learning_rate)
+    return replace(study, federation=federation, training=replace(study.training, learning_rate=rate))
+
+
+def _sigma(codec: str = "exact") -> Build:
+    return lambda backbone, study, setting: Sigma(backbone, study, codec)
+
+
+def _cache(kind: type[TipAdapter]) -> Build:
+    return lambda backbone, study, setting: kind(
+        backbone, study.prompts, alpha=setting["alpha"], beta=setting["beta"]
+    )
+
+
+def _strategy(name: str, *options: Setting) -> Candidate:
+    return Candidate(
+        title=f"sigma, {name}",
+        build=_sigma(),
+        strategy=name,
+        others=tuple({"options": one} for one in options) or ({},),
+        after="sigma",
+    )
+
+
+_CACHES = tuple(
+    {"alpha": alpha, "beta": beta} for alpha in (0.3, 1.0, 3.0, 10.0, 30.0) for beta in (1.0, 5.5, 20.0, 60.0)
+)
+
+CANDIDATES: dict[str, Candidate] = {
+    "zero-shot": Candidate(title="zero-shot", build=lambda backbone, study, _: ZeroShot(backbone, study)),
+    "sigma": Candidate(title="sigma", build=_sigma(), rates=(0.02, 0.04, 0.08)),
+    "sigma-small": Candidate(title="sigma, codec small", build=_sigma("small"), after="sigma"),
+    "full": Candidate(
+        title="full fine-tuning",
+        build=lambda backbone, study, _: FullTuning(backbone, study.prompts),
+        rates=(1e-4, 3e-4, 9e-4),
+    ),
+    "lora": Candidate(
+        title="CLIP-LoRA r = 2, mean of factors",
+        build=lambda backbone, study, _: Lora(backbone, study.prompts, seed=study.seed),
+        rates=(3e-3, 9e-3, 2.7e-2),
+    ),
+    "lora-products": Candidate(
+        title="CLIP-LoRA r = 2, mean of products",
+        build=lambda backbone, study, _: LoraProducts(backbone, study.prompts, seed=study.seed),
+        after="lora",
+    ),
+    "layer-norms": Candidate(
+        title="layer norms",
+        build=lambda backbone, study, _: LayerNorms(backbone, study.prompts),
+        rates=(3e-3, 9e-3, 2.7e-2),
+    ),
+    "promptfl": Candidate(
+        title="PromptFL, 16 tokens",
+        build=lambda backbone, study, _: PromptFL(backbone, study.classes, seed=study.seed),
+        rates=(3e-3, 9e-3, 2.7e-2),
+    ),
+    "fedclip": Candidate(
+        title="FedCLIP's adapter",
+        build=lambda backbone, study, _: FedClip(backbone, study.prompts, seed=study.seed),
+        rates=(3e-3, 9e-3, 2.7e-2),
+    ),
+    "probe": Candidate(
+        title="linear probe",
+        build=lambda backbone, study, _: LinearProbe(backbone, study.prompts),
+        rates=(3e-3, 9e-3, 2.7e-2),
+    ),
+    "tip": Candidate(title="Tip-Adapter", build=_cache(TipAdapter), others=_CACHES),
+    "tip-f": Candidate(
+        title="Tip-Adapter-F", build=_cache(TipAdapterF), rates=(1e-3, 3e-3, 9e-3), after="tip"
+    ),
+    "fedavg": _strategy("fedavg"),
+    "fedprox": _strategy("fedprox", {"proximal_mu": 0.01}, {"proximal_mu": 0.1}),
+    "fedadam": _strategy("fedadam", {"eta": 0.01}, {"eta": 0.03}),
+    "fedyogi": _strategy("fedyogi", {"eta": 0.01}, {"eta": 0.03}),
+    "fedmedian": _strategy("fedmedian"),
+    "fedtrimmedavg": _strategy("fedtrimmedavg", {"beta": 0.25}),
+    "krum": _strategy("krum", {"num_malicious_nodes": 1}),
+    "multikrum": _strategy("multikrum", {"num_malicious_nodes": 1, "num_nodes_to_select": 3}),
+    "qfedavg": _strategy("qfedavg", {"q": 0.1}),
+}

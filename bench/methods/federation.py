@@ -1,0 +1,126 @@
+"""Rounds of any method in this process, without Flower's processes but with its averaging strategies.
+
+For sigma this gives what a simulation by `flwr run` gives (`tests/test_methods.py`): the draw of images, the
+seeds, the schedule, the coding and the order of averaging are the product's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity  # a Message needs one outside of a task's process
+
+from bench.methods.method import Method, Place, Rule, Vector
+from bench.methods.tuning import State
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.data import SiteData
+from fedsigma.common.learner import seed_for
+from fedsigma.common.metrics import Predictions
+from fedsigma.common.protocol import Setup
+from fedsigma.common.sites import load_site, simulated_sites
+from fedsigma.common.training import Example
+from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, make_averaging, proximal
+
+__all__ = ["Run", "accuracy", "federate", "study_sites"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a federated run gave. upload: mean bytes of a reply; total: mean bytes that a site sent in all."""
+
+    state: State
+    upload: float
+    total: float
+
+
+class _Strategy:
+    """The study's Flower strategy on vectors."""
+
+    def __init__(self, study: StudyConfig) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+        self.averaging = make_averaging(study)
+
+    def of_round(self, number: int, losses: Sequence[float]) -> Rule:
+        """What the server does in a round in which the sites had these training losses."""
+        return partial(self._step, number, losses)
+
+    def _step(
+        self,
+        number: int,
+        losses: Sequence[float],
+        start: Vector,
+        vectors: Sequence[Vector],
+        weights: Sequence[int],
+    ) -> Vector:
+        begin_round(self.averaging, number, start.astype(np.float32), range(100, 100 + len(vectors)))
+        replies = []
+        for node, (vector, weight, loss) in enumerate(zip(vectors, weights, losses, strict=True), 100):
+            metrics = MetricRecord({EXAMPLES: weight, LOSS: loss})
+            content = RecordDict({"arrays": ArrayRecord({ARRAY: Array(vector)}), "metrics": metrics})
+            replies.append(Message(content, dst_node_id=node, message_type="train"))
+        arrays, _ = self.averaging.aggregate_train(number, replies)
+        if arrays is None:
+            raise RuntimeError("the strategy made no model")
+        return arrays[ARRAY].numpy().astype(np.float64)
+
+
+def federate(method: Method, sites: Mapping[str, Sequence[Example]], study: StudyConfig) -> Run:
+    """Train a method through all rounds of a study.
+
+    Args:
+        method: its state begins anew.
+        sites: training images by site, in the order of the study's partition.
+        study: rounds, recipe, strategy and seed.
+    """
+    strategy, rounds, steps = _Strategy(study), study.federation.rounds, study.training.local_steps
+    recipe = replace(study.training, proximal=proximal(strategy.averaging, study))
+    state = method.initial(sites)
+    weights = [len(examples) for examples in sites.values()]
+    total, uploads = float(sum(map(method.bytes_before, weights))), 0
+    for number in range(1, rounds + 1):
+        arrived, losses = [], []
+        for site, examples in sites.items():
+            place = Place(
+                site=site,
+                round=number,
+                first_step=(number - 1) * steps,
+                steps=steps,
+                total_steps=rounds * steps,
+                seed=seed_for(study.seed, site, "round", number),
+            )
+            trained = method.train(state, examples, recipe, place)
+            upload = method.upload(state, trained.state, place)
+            arrived.append(upload.state)
+            losses.append(trained.loss)
+            uploads += upload.bytes
+        state = method.aggregate(state, arrived, weights, strategy.of_round(number, losses))
+    return Run(state=state, upload=uploads / rounds / len(sites), total=(total + uploads) / len(sites))
+
+
+def study_sites(study: StudyConfig, side: int) -> dict[str, SiteData]:
+    """Each site's images as a simulation of the study has them. Units: side in pixels."""
+    setup = Setup.of(study)
+    source, parts = simulated_sites(setup.data, setup.classes, setup.seed)
+    return {
+        name: load_site(
+            source, records, name=name, classes=setup.classes, shots=setup.shots, seed=setup.seed, side=side
+        )
+        for name, records in parts.items()
+    }
+
+
+def accuracy(method: Method, state: State, sites: Mapping[str, Sequence[Example]]) -> dict[str, float]:
+    """Accuracy at each site that has images to judge, and over all images as `all`."""
+    found = {name: method.evaluate(state, held) for name, held in sites.items() if held}
+    told = {**found, "all": Predictions.join(list(found.values()))}
+    return {name: _right(one) / len(one.labels) for name, one in told.items()}
+
+
+def _right(found: Predictions) -> int:
+    return int((found.probabilities.argmax(1) == found.labels).sum())

@@ -1,0 +1,195 @@
+"""Methods that leave the towers as they are: learned context, an adapter, a probe, a cache of features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.methods.method import FLOAT, Place, Trained, Tuned
+from bench.methods.tuning import State, Tuning
+from fedsigma.common.backbones import Backbone
+from fedsigma.common.learner import seed_for
+from fedsigma.common.prompts import Prompts, unit
+from fedsigma.common.recipe import Recipe
+from fedsigma.common.training import Example, Task, autocast
+
+__all__ = ["FedClip", "LinearProbe", "PromptFL", "TipAdapter", "TipAdapterF"]
+
+CONTEXT = 16
+
+
+class PromptFL(Tuned):
+    """PromptFL (Guo et al. 2022, arXiv:2208.11625): 16 context vectors before each class's name.
+
+    They are shared by the classes, start as CoOp's (normal, 0.02), and stand where the text has 16 words of
+    one token each. Both towers are frozen.
+
+    Args:
+        backbone: open_clip's own text tower, which looks words up in `token_embedding`.
+        classes: their names.
+        seed: of the first vectors, the same at all sites.
+
+    Raises:
+        ValueError: the text tower has no such table, or a name does not fit behind the context.
+    """
+
+    def __init__(self, backbone: Backbone, classes: tuple[str, ...], *, seed: int) -> None:
+        tower: Any = getattr(backbone.model, "text", backbone.model)
+        table = getattr(tower, "token_embedding", None)
+        if not isinstance(table, nn.Embedding):
+            raise ValueError(f"{backbone.name}: its text tower has no token_embedding for context to go into")
+        prompts = [" ".join(["x"] * CONTEXT + [name]) + "." for name in classes]
+        tokens = backbone.tokenizer(prompts)
+        if not bool((tokens[:, 1 : CONTEXT + 1] == tokens[0, 1]).all()) or bool((tokens[:, -1] > 0).any()):
+            raise ValueError(
+                f"{backbone.name}: a class's name does not fit behind {CONTEXT} words of context"
+            )
+        generator = torch.Generator().manual_seed(seed_for(seed, "context"))
+        context = 0.02 * torch.randn(CONTEXT, table.embedding_dim, generator=generator)
+        tuning = Tuning(backbone.model, {"context": context}, towers=["text"])
+        super().__init__(Task(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
+        table.register_forward_hook(self._with_context)
+
+    def _with_context(self, module: nn.Module, args: object, words: Tensor) -> Tensor:
+        """The words (classes, length, width), learned vectors in place of the first after the start."""
+        if "context" not in self._tuning.current:
+            return words
+        context = self._tuning.current["context"].to(words.dtype).expand(len(words), -1, -1)
+        return torch.cat([words[:, :1], context, words[:, CONTEXT + 1 :]], 1)
+
+
+class _Head(Task):
+    """A task with frozen towers and something behind them."""
+
+    def __init__(self, backbone: Backbone, tuning: Tuning, prompts: Sequence[str]) -> None:
+        super().__init__(backbone, tuning, prompts)  # type: ignore[arg-type]
+        self.tuning = tuning
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        tensors = self.tuning.current
+        return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+
+class _AttentionTask(_Head):
+    def image_features(self, images: Tensor) -> Tensor:
+        x = super().image_features(images)
+        with torch.autocast(self.device.type, enabled=False):
+            weights = self._linear("second", torch.tanh(self._linear("first", x))).softmax(-1)
+            return unit(weights * x)
+
+
+class FedClip(Tuned):
+    """FedCLIP's adapter (Lu et al. 2023, arXiv:2302.13485): image features times weights made of them.
+
+    The weights come from two linear layers of the features' width with tanh between and softmax behind, in
+    torch's own initialisation, the same at all sites.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: tuple[str, ...], *, seed: int) -> None:
+        width = _text_features(backbone, prompts).shape[1]
+        start: State = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(seed, "adapter"))
+            for name in ("first", "second"):
+                layer = nn.Linear(width, width)
+                start |= {f"{name}.{kind}": tensor.detach() for kind, tensor in layer.named_parameters()}
+        tuning = Tuning(backbone.model, start)
+        super().__init__(_AttentionTask(backbone, tuning, prompts), tuning)
+
+
+class _ProbeTask(_Head):
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            return self.backbone.logit_scale * self._linear("classes", image_features)
+
+
+class LinearProbe(Tuned):
+    """A linear layer on unit image features. It starts as zero-shot: its rows are the text features."""
+
+    def __init__(self, backbone: Backbone, prompts: tuple[str, ...]) -> None:
+        rows = _text_features(backbone, prompts)
+        start = {"classes.weight": rows, "classes.bias": torch.zeros(len(rows))}
+        tuning = Tuning(backbone.model, start)
+        super().__init__(_ProbeTask(backbone, tuning, prompts), tuning)
+
+
+def _text_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
+    with torch.no_grad():
+        return Prompts(backbone, prompts).features()
+
+
+class _CacheTask(_Head):
+    """Zero-shot logits, and those of a cache of labelled features."""
+
+    labels: Tensor
+    alpha: float
+    beta: float
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        zero_shot = super().logits(image_features, text_features)
+        with torch.autocast(self.device.type, enabled=False):
+            near = (self.beta * (image_features @ self.tuning.current["keys"].T - 1)).exp()
+            return zero_shot + self.alpha * near @ F.one_hot(self.labels, self.classes).float()
+
+
+class TipAdapter(Tuned):
+    """Tip-Adapter (Zhang et al. 2022, arXiv:2207.09519): a cache of all training images' features and labels.
+
+    Nothing is trained. Federated, the sites' caches are joined: each sends a feature and a label for each of
+    its training images, once. **A feature is information on one image of one patient, which leaves the
+    site**: no sum hides it, and no product of ours would send it.
+
+    Args:
+        backbone: frozen.
+        prompts: one a class.
+        alpha: weight of the cache beside zero-shot.
+        beta: how fast a cached image's say falls with its distance.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: tuple[str, ...], *, alpha: float, beta: float) -> None:
+        self._backbone, self._prompts, self._alpha, self._beta = backbone, prompts, alpha, beta
+        self._width = _text_features(backbone, prompts).shape[1]
+
+    def initial(self, sites: Mapping[str, Sequence[Example]]) -> State:
+        """The joined cache: a feature of each training image (images, width), as evaluation sees it."""
+        examples = [example for part in sites.values() for example in part]
+        plain = _Head(
+            self._backbone, Tuning(self._backbone.model, {"nothing": torch.zeros(1)}), self._prompts
+        )
+        with torch.no_grad(), autocast("auto", plain.device):
+            batches = [examples[i : i + 64] for i in range(0, len(examples), 64)]
+            keys = [plain.image_features(torch.stack([plain.fitted(e) for e in batch])) for batch in batches]
+        self._tuning = Tuning(self._backbone.model, {"keys": torch.cat(keys)})
+        self.task = task = _CacheTask(self._backbone, self._tuning, self._prompts)
+        task.labels = torch.tensor([example.label for example in examples])
+        task.alpha, task.beta = self._alpha, self._beta
+        self._start = self._tuning.state()
+        return self._start
+
+    def bytes_before(self, examples: int) -> int:
+        """A feature, and a label as one 32-bit number, an image."""
+        return FLOAT * examples * (self._width + 1)
+
+    def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
+        """Nothing: the cache is what it is."""
+        return Trained(state=state, loss=0.0)
+
+    def bytes_up(self, state: State) -> int:
+        """Nothing, after the cache."""
+        return 0
+
+
+class TipAdapterF(TipAdapter):
+    """As `TipAdapter`, with the keys of the joined cache trained further by the sites, and averaged."""
+
+    def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
+        """See `Method.train`."""
+        return Tuned.train(self, state, examples, recipe, place)
+
+    def bytes_up(self, state: State) -> int:
+        """All keys, whosever image they are of."""
+        return Tuned.bytes_up(self, state)
