@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["describe"]
+__all__ = ["describe", "digest"]
 
 _SHORT = 200
 
@@ -18,13 +18,19 @@ def describe(fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         fields; bytes, the sum of their sizes; sha256, of all fields with their names and lengths.
     """
-    said = {name: _say(value) for name, value in sorted(fields.items())}
-    total = sum(len(_raw(value)) for value in fields.values())
-    whole = hashlib.sha256()
+    return {"fields": {name: _say(value) for name, value in sorted(fields.items())}, **digest(fields)}
+
+
+def digest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The bytes and sha256 of `describe` alone."""
+    total, whole = 0, hashlib.sha256()
     for name, value in sorted(fields.items()):
+        raw = _raw(value)
+        total += len(raw)
         # Lengths first, so that no two different replies have the same digest.
-        whole.update(f"{len(name)}:{name}{len(_raw(value))}:".encode() + _raw(value))
-    return {"fields": said, "bytes": total, "sha256": whole.hexdigest()}
+        whole.update(f"{len(name)}:{name}{len(raw)}:".encode())
+        whole.update(raw)
+    return {"bytes": total, "sha256": whole.hexdigest()}
 
 
 def _raw(value: Any) -> bytes:

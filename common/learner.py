@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.config import PersonalConfig, PrivacyConfig, SigmaConfig, TrainingConfig
+from fedsigma.common.memory import give_back
 
 if TYPE_CHECKING:
     from fedsigma.common.explain import Explainer
@@ -121,6 +122,7 @@ class SigmaLearner:
         self._explainer: Explainer | None = None
         # Room for random crops without keeping full-size images in memory.
         self.side = loaded.image_size * 3 // 2
+        give_back()  # the random weights that the loaded ones took the place of
 
     def train(
         self,
@@ -151,6 +153,7 @@ class SigmaLearner:
             gradient=gradient,
         )
         trained = self.sigma.get_shift().detach().cpu().numpy().astype(np.float32)
+        give_back()
         return Learned(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
 
     def split(self, personal: PersonalConfig | None) -> Split:
@@ -166,6 +169,7 @@ class SigmaLearner:
 
         self._set(shift)
         found = score(evaluate(self.task, list(examples)))
+        give_back()
         scores = found.scalars()
         if "accuracy" in scores:
             # torch counts in float32; right answers over images is a fraction that float64 holds better.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Iterable
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -62,16 +63,18 @@ def clip(change: NDArray[np.floating], norm: float) -> NDArray[np.float64]:
 
 
 def noisy_mean(
-    changes: list[NDArray[np.floating]], privacy: PrivacyConfig, randomness: Randomness | None = None
+    changes: Iterable[NDArray[np.floating]], privacy: PrivacyConfig, randomness: Randomness | None = None
 ) -> NDArray[np.float64]:
-    """The mean of the sites' clipped changes with noise that hides any one site (values,).
+    """The mean of the sites' clipped changes, at least one, with noise that hides any one site (values,).
 
     The noise on the sum has the standard deviation noise_multiplier times clip_norm (McMahan et al. 2018,
     arXiv:1710.06963, with equal weights and every site in each round).
     """
-    total = np.sum([clip(change, privacy.clip_norm) for change in changes], axis=0)
+    total, count = np.zeros(1), 0
+    for change in changes:  # one by one: they may lie on disk
+        total, count = total + clip(change, privacy.clip_norm), count + 1
     total += (randomness or Randomness()).normal(total.size) * privacy.noise_multiplier * privacy.clip_norm
-    return total / len(changes)
+    return total / count
 
 
 def shared_noise(

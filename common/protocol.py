@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
@@ -106,9 +106,10 @@ def from_content(cls: type[T], content: RecordDict) -> T:
         ProtocolError: the record is of another kind, lacks a field or has one too many, or a value is not of
             its field's type or bounds, or it is too large.
     """
-    if set(content.keys()) != {_RECORD} or set(content.config_records.keys()) != {_RECORD}:
+    # Not by content.config_records, which Flower builds anew each time it is asked for.
+    if set(content.keys()) != {_RECORD} or not isinstance(content[_RECORD], ConfigRecord):
         raise ProtocolError(f"the message holds other records than '{_RECORD}'")
-    values = dict(content.config_records[_RECORD])
+    values = fields_of(content)
     size = wire_bytes(content)
     if size > _MESSAGES[cls]:
         raise ProtocolError(f"the message has {size} bytes, at most {_MESSAGES[cls]} are allowed")
@@ -132,7 +133,8 @@ def wire_bytes(content: RecordDict) -> int:
     """Return the size of a message: its keys, texts and bytes, and 8 bytes a number (Flower adds framing)."""
     return sum(
         len(key) + _bytes_of(value)
-        for record in content.config_records.values()
+        for record in content.values()
+        if isinstance(record, ConfigRecord)
         for key, value in record.items()
     )
 
@@ -145,17 +147,39 @@ def _bytes_of(value: Any) -> int:
     return len(value.encode()) if isinstance(value, str) else 8
 
 
+class _Field(NamedTuple):
+    """A field of a message: its type; X, where that is tuple[X, ...]; and whether either is a dataclass."""
+
+    name: str
+    hint: Any
+    item: Any
+    nested: bool
+
+
+_FIELDS: dict[Any, tuple[_Field, ...]] = {}
+
+
+def _fields(cls: Any) -> tuple[_Field, ...]:
+    """The fields of a dataclass; to find them out takes longer than to read a message."""
+    if cls not in _FIELDS:
+        hints = typing.get_type_hints(cls)
+        hints.pop("section", None)
+        items = {name: _item_type(hint) for name, hint in hints.items()}
+        _FIELDS[cls] = tuple(
+            _Field(name, hint, items[name], is_dataclass(items[name] or hint)) for name, hint in hints.items()
+        )
+    return _FIELDS[cls]
+
+
 def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
     """Lay the fields of a message, and of the dataclasses in it, side by side as `part.field`."""
     flat: dict[str, Any] = {}
-    hints = typing.get_type_hints(type(message))
-    for item in fields(message):
-        key, value = f"{prefix}{item.name}", getattr(message, item.name)
-        inner = _item_type(hints[item.name])
-        if is_dataclass(value):
+    for name, _, item, nested in _fields(type(message)):
+        key, value = f"{prefix}{name}", getattr(message, name)
+        if nested and item is None:
             flat |= _flatten(value, f"{key}.")
-        elif inner is not None and is_dataclass(inner):
-            for part in fields(inner):
+        elif nested:
+            for part in fields(item):
                 flat[f"{key}.{part.name}"] = [getattr(one, part.name) for one in value]
         else:
             flat[key] = list(value) if isinstance(value, tuple) else value
@@ -165,16 +189,14 @@ def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
     """Take the fields of a dataclass out of `values`."""
     found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        if name == "section":
-            continue
-        key, inner = f"{prefix}{name}", _item_type(hint)
-        if is_dataclass(hint):
-            found[name] = _build(typing.cast(type, hint), values, f"{key}.")
-        elif inner is not None and is_dataclass(inner):
-            found[name] = _build_many(typing.cast(type, inner), values, f"{key}.")
-        elif inner is not None:
-            found[name] = tuple(_scalar(key, inner, item) for item in _list(key, values))
+    for name, hint, item, nested in _fields(cls):
+        key = f"{prefix}{name}"
+        if nested and item is None:
+            found[name] = _build(hint, values, f"{key}.")
+        elif nested:
+            found[name] = _build_many(item, values, f"{key}.")
+        elif item is not None:
+            found[name] = tuple(_scalar(key, item, one) for one in _list(key, values))
         else:
             found[name] = _scalar(key, hint, _take(key, values))
     try:
@@ -214,8 +236,15 @@ def _scalar(key: str, hint: Any, value: Any) -> Any:
 
 
 def fields_of(content: RecordDict) -> dict[str, Any]:
-    """Return the fields of a message as they lie on the wire, for the site's audit log."""
-    return dict(content.config_records[_RECORD])
+    """Return the fields of a message as they lie on the wire, for the site's audit log.
+
+    Raises:
+        KeyError: it is not a message of this module's.
+    """
+    record = content[_RECORD]
+    if not isinstance(record, ConfigRecord):
+        raise KeyError(_RECORD)
+    return dict(record)
 
 
 def _item_type(hint: Any) -> Any:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from functools import lru_cache
 
 import numpy as np
 import zstandard
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 __all__ = ["QuantiseError", "pack", "pack_half", "unpack", "unpack_half"]
 
 Vector = NDArray[np.float32]
+Blocks = tuple[int, ...]
 
 # Steps are 2^(code / 8 - 27), 1.5e-8 to 29; code 0 marks a matrix of zeros.
 _STEPS = np.array([2.0 ** (code / 8 - 27) for code in range(256)])
@@ -32,6 +34,7 @@ _STEPS = np.array([2.0 ** (code / 8 - 27) for code in range(256)])
 _LARGEST = 126
 _START = struct.Struct("<QB")
 _COARSEST = 4.0
+_PIECE = 8192
 _TOO_LARGE = "a value of the shift is too large to be coded: lower the learning rate"
 
 
@@ -105,8 +108,23 @@ def unpack(payload: bytes, blocks: tuple[int, ...]) -> Vector:
     raw = _decompress(payload[head:], values if bits == 8 else (values + 1) // 2)
     whole = np.frombuffer(raw, np.int8) if bits == 8 else _unpair(raw, values)
     codes = np.frombuffer(payload, np.uint8, len(blocks), _START.size)
-    read = (whole - _dither(seed, values)) * np.repeat(_STEPS[codes], blocks)
-    return np.where(np.repeat(codes == 0, blocks), 0.0, read).astype(np.float32)
+    steps, owners, stream = _STEPS[codes], _owners(blocks), _stream(seed, values)
+    read = np.empty(values, np.float32)
+    # In pieces: to the allocator, new arrays of all values in float64 cost more than what is done with them.
+    for start in range(0, values, _PIECE):
+        part = slice(start, start + _PIECE)
+        scaled = whole[part] - _uniform(stream[4 * start : 4 * (start + _PIECE)])
+        scaled *= steps[owners[part]]
+        read[part] = scaled
+    if not codes.all():
+        read[(codes == 0)[owners]] = 0.0
+    return read
+
+
+@lru_cache(maxsize=4)
+def _owners(blocks: Blocks) -> NDArray[np.intp]:
+    """Which matrix each value is of."""
+    return np.repeat(np.arange(len(blocks)), blocks)
 
 
 def _decompress(data: bytes, size: int) -> bytes:
@@ -139,8 +157,17 @@ def _unpair(raw: bytes, values: int) -> NDArray[np.int8]:
 
 def _dither(seed: int, values: int) -> NDArray[np.float64]:
     """Uniform values in [-1/2, 1/2), the same on every machine; numpy promises no stream for ever."""
-    stream = hashlib.shake_256(b"fedsigma dither" + seed.to_bytes(8, "little")).digest(4 * values)
-    return np.frombuffer(stream, "<u4") / 2**32 - 0.5
+    return _uniform(_stream(seed, values))
+
+
+def _stream(seed: int, values: int) -> memoryview:
+    return memoryview(hashlib.shake_256(b"fedsigma dither" + seed.to_bytes(8, "little")).digest(4 * values))
+
+
+def _uniform(stream: memoryview) -> NDArray[np.float64]:
+    found = np.frombuffer(stream, "<u4") / 2**32
+    found -= 0.5
+    return found
 
 
 def pack_half(vector: Vector, blocks: tuple[int, ...]) -> bytes:

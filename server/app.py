@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ def _work(
         fingerprint=learner.fingerprint,
         done=done,
     )
-    shift = _rounds(strategy, grid, shift)
+    shift = _rounds(strategy, exchange.grid, shift)
     summary = _results(folder, study, baselines, learner, shift, started)
     _explain(folder, split, learner, shift, strategy.explainable(), summary)
     _publish(folder, study, summary, roster.named)
@@ -313,7 +313,7 @@ def _explain(
     split: Split,
     learner: Learner,
     shift: np.ndarray,
-    own: Mapping[str, np.ndarray],
+    own: Iterable[tuple[str, np.ndarray]],
     summary: dict[str, Any],
 ) -> None:
     """Say in words what the shared shift changed, and in fewer what each site's own did.
@@ -322,11 +322,10 @@ def _explain(
     """
     try:
         summary["explanation"] = learner.explain(split.scatter(shift))
-        if own:
-            summary["explanation_by_site"] = {
-                site: learner.explain(split.scatter(one), heads=OWN_HEADS, words=OWN_WORDS)
-                for site, one in own.items()
-            }
+        if by_site := {
+            site: learner.explain(split.scatter(one), heads=OWN_HEADS, words=OWN_WORDS) for site, one in own
+        }:
+            summary["explanation_by_site"] = by_site
     except Exception as error:
         print(f"FedSigma: the adaptation is not explained: {error}", flush=True)
     folder.summary(summary)

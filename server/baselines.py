@@ -95,10 +95,9 @@ class Baselines:
     def _evaluate(self, task: EvaluateTask) -> dict[str, tuple[SiteResult, ...]]:
         sites = self.roster.present()
         timeout = self.study.federation.round_timeout_s
-        answers = self.exchange.ask(dict.fromkeys(sites, task), kind="evaluate", timeout=timeout)
-        found = {}
-        for node, answer in answers.items():
-            site = sites[node]
+        found: dict[str, tuple[SiteResult, ...]] = {}
+        for answer in self.exchange.ask(dict.fromkeys(sites, task), kind="evaluate", timeout=timeout):
+            site = sites[answer.node]
             if answer.late:
                 self.folder.event("site_late", round=task.round, site=site)
             elif answer.content is None:
@@ -114,7 +113,8 @@ class Baselines:
                     self.folder.event(
                         "reply_rejected", round=task.round, site=site, reason=reason, **answer.traces
                     )
-        return found
+        # Means over the sites must not depend, in their last bit, on who answered first.
+        return {site: found[site] for site in sites.values() if site in found}
 
     def local_only(self) -> dict[str, Any]:
         """Train each site alone for as many steps as in the federation, and judge each model everywhere.
@@ -157,12 +157,12 @@ class Baselines:
         timeout = self.study.federation.round_timeout_s * self.study.federation.rounds
         answers = self.exchange.ask(dict.fromkeys(sites, task), kind="train", timeout=timeout)
         shifts: dict[str, Vector] = {}
-        for node, answer in answers.items():
+        for answer in answers:
             reason = answer.failure or "no reply in time"
             try:
                 if answer.content is None:
                     raise Rejected(reason)
-                accepted = accept_training(
+                _, change = accept_training(
                     answer.content,
                     study=self.study,
                     layout=self.layout,
@@ -170,12 +170,12 @@ class Baselines:
                     codec=task.codec,
                     steps=steps,
                 )
-                shifts[sites[node]] = accepted.shift.astype(np.float32)
+                shifts[sites[answer.node]] = start + change
             except Rejected as error:
                 self.folder.event(
-                    "baseline", method="local_only", site=sites[node], metrics={}, reason=str(error)
+                    "baseline", method="local_only", site=sites[answer.node], metrics={}, reason=str(error)
                 )
-        return shifts
+        return {site: shifts[site] for site in sites.values() if site in shifts}
 
     def pooled(self, learner: Learner) -> dict[str, Any]:
         """Train on all sites' images in this process, for all sites' steps together; a simulation only."""

@@ -12,36 +12,49 @@ change is part of the mean, so a site that is alone has a cosine of 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsigma.server.replies import Accepted
+from fedsigma.server.replies import Accepted, inner, length_of
 
-__all__ = ["drift"]
+__all__ = ["drift", "mean_change"]
+
+Vector = NDArray[np.float32]
 
 
-def drift(accepted: Sequence[Accepted], start: NDArray[np.float32]) -> list[dict[str, float]]:
+def mean_change(accepted: Mapping[int, Accepted], changes: Mapping[int, Vector]) -> NDArray[np.float64]:
+    """The weighted mean of the changes of the accepted replies (layout size,), at least one.
+
+    Added up in float64 and in the order of `accepted`, so that its last bit does not depend on who was first.
+    One change is in memory at a time.
+    """
+    total: NDArray[np.float64] | None = None
+    for node, one in accepted.items():
+        change = changes[node]
+        if total is None:
+            total, part = np.zeros((2, change.size))
+        total += np.multiply(change, one.weight, out=part, dtype=np.float64)
+    assert total is not None
+    return total / sum(one.weight for one in accepted.values())
+
+
+def drift(
+    accepted: Mapping[int, Accepted], changes: Mapping[int, Vector], mean: NDArray[np.float64]
+) -> dict[int, dict[str, float]]:
     """The drift of each accepted reply of a round, by the names of its columns in rounds.csv.
 
     A change, or a mean of them, that is zero has no direction: `change_cosine` is then absent.
 
-    Shapes: start, the model that the round began with, (layout size,).
+    Shapes: mean, that of `mean_change`, (layout size,).
     """
-    if not accepted:
-        return []
-    changes = [one.shift - start.astype(np.float64) for one in accepted]
-    mean = np.average(changes, axis=0, weights=[one.weight for one in accepted])
-    return [_one(change, mean, one.shift) for change, one in zip(changes, accepted, strict=True)]
-
-
-def _one(
-    change: NDArray[np.float64], mean: NDArray[np.float64], shift: NDArray[np.float64]
-) -> dict[str, float]:
-    length = float(np.linalg.norm(change))
-    found = {"change_norm": length, "shift_norm": float(np.linalg.norm(shift))}
-    if lengths := length * float(np.linalg.norm(mean)):
-        # Rounding may take it a little past 1.
-        found["change_cosine"] = float(np.clip(change @ mean / lengths, -1.0, 1.0))
+    length = length_of(mean)
+    found = {}
+    for node, one in accepted.items():
+        found[node] = {"change_norm": one.change_norm, "shift_norm": one.shift_norm}
+        if lengths := one.change_norm * length:
+            cosine = inner(changes[node], mean) / lengths
+            # Rounding may take it a little past 1.
+            found[node]["change_cosine"] = float(np.clip(cosine, -1.0, 1.0))
     return found

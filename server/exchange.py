@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsigma.common.describing import describe
+from fedsigma.common.describing import digest
 from fedsigma.common.protocol import fields_of, to_content, wire_bytes
+from fedsigma.server.streaming import StreamingGrid
 
-__all__ = ["Answer", "Exchange", "attribute"]
+__all__ = ["Answer", "Exchange", "attribute", "in_order"]
+
+T = TypeVar("T")
 
 # What Flower's own error codes mean for the people who read the events.
 _FLOWER_ERRORS = {
@@ -31,94 +34,109 @@ GRACE_S = 60.0
 class Answer:
     """What came back from one site: a record, or the reason why not, or nothing in time.
 
-    bytes_down is the size of the task that was sent.
+    bytes_down is the size of the task that was sent, bytes_up that of the reply, 0 if there was none. traces
+    is what the site's own log says of the reply, bytes and sha256. late: no reply of any kind came in time.
     """
 
     node: int
     bytes_down: int
     content: RecordDict | None = None
     failure: str = ""
-
-    @property
-    def late(self) -> bool:
-        """Whether no reply of any kind came in time."""
-        return self.content is None and not self.failure
+    late: bool = False
+    bytes_up: int = 0
+    traces: dict[str, Any] = field(default_factory=dict)
 
     @property
     def gone(self) -> bool:
         """Whether nothing came for want of the way to the site, or its machine, and not by its own word."""
         return self.late or self.failure in (_FLOWER_ERRORS[3], _FLOWER_ERRORS[5], _FLOWER_ERRORS[8])
 
-    @property
-    def bytes_up(self) -> int:
-        """The size of the reply, 0 if there was none."""
-        return 0 if self.content is None else wire_bytes(self.content)
-
-    @property
-    def traces(self) -> dict[str, Any]:
-        """What the site's own log says of the reply, bytes and sha256; nothing if there was none."""
-        if self.content is None:
-            return {}
-        try:
-            told = describe(fields_of(self.content))
-        except (KeyError, TypeError):  # not a record of ours, which is rejected
-            return {"bytes": self.bytes_up}
-        return {"bytes": told["bytes"], "sha256": told["sha256"]}
+    def emptied(self) -> Answer:
+        """The same without the record, which is most of it, once that is read."""
+        return replace(self, content=None)
 
 
 class Exchange:
     """Asks the sites that are online."""
 
     def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+        self.grid = StreamingGrid(grid)
 
     def online(self) -> set[int]:
         """Return the node ids of the sites that are connected now."""
         return set(self.grid.get_node_ids())
 
-    def message(self, node: int, task: object, *, kind: str, timeout: float, group: str) -> Message:
-        """Build the message that carries a task to one site. Units: timeout in seconds."""
+    def messages(
+        self, tasks: Mapping[int, object], *, kind: str, timeout: float, group: str = ""
+    ) -> dict[int, Message]:
+        """Build the messages that carry each site its task. Units: timeout in seconds.
+
+        Sites with the same task share one record, so that a task lies in memory once.
+        """
+        contents = {id(task): to_content(task) for task in _once(tasks.values())}
         ttl = timeout + GRACE_S
-        return Message(to_content(task), dst_node_id=node, message_type=kind, ttl=ttl, group_id=group)
+        return {
+            node: Message(contents[id(task)], dst_node_id=node, message_type=kind, ttl=ttl, group_id=group)
+            for node, task in tasks.items()
+        }
 
     def ask(
         self, tasks: Mapping[int, object], *, kind: str, timeout: float, group: str = ""
-    ) -> dict[int, Answer]:
-        """Send each site its task and wait for the replies, at most `timeout` seconds."""
-        sent = {
-            node: self.message(node, task, kind=kind, timeout=timeout, group=group)
-            for node, task in tasks.items()
-        }
-        return self.send(sent, timeout=timeout)
+    ) -> Iterator[Answer]:
+        """Send each site its task; the answers as they come, for at most `timeout` seconds."""
+        return self.send(self.messages(tasks, kind=kind, timeout=timeout, group=group), timeout=timeout)
 
-    def send(self, sent: Mapping[int, Message], *, timeout: float) -> dict[int, Answer]:
-        """Send each site its message and wait for the replies, at most `timeout` seconds."""
+    def send(self, sent: Mapping[int, Message], *, timeout: float) -> Iterator[Answer]:
+        """Send each site its message; the answers as they come, for at most `timeout` seconds."""
         return attribute(sent, self.grid.send_and_receive(list(sent.values()), timeout=timeout))
 
 
-def attribute(sent: Mapping[int, Message], replies: Iterable[Message]) -> dict[int, Answer]:
-    """Say for every site that was asked what came back, in the order in which they were asked.
+def attribute(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[Answer]:
+    """Say of each reply which site it is of, as they come, and in the end which sites sent none.
 
     An error that Flower itself makes, for a site that went away, does not say which site it is about: its
     sender is the server. What it replies to does. A second reply of one site is ignored.
     """
     by_message = {message.metadata.message_id: node for node, message in sent.items()}
-    found: dict[int, Message] = {}
+    contents = {node: message.content for node, message in sent.items()}
+    sizes = {id(content): wire_bytes(content) for content in _once(contents.values())}
+    waiting = {node: sizes[id(content)] for node, content in contents.items()}
     for reply in replies:
         node = by_message.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-        if node in sent:
-            found.setdefault(node, reply)
-    return {node: _answer(node, message, found.get(node)) for node, message in sent.items()}
+        if node in waiting:
+            yield _answer(node, waiting.pop(node), reply)
+        del reply  # the loop would hold it while the next one is waited for
+    for node, down in waiting.items():
+        yield Answer(node=node, bytes_down=down, late=True)
 
 
-def _answer(node: int, sent: Message, reply: Message | None) -> Answer:
-    down = wire_bytes(sent.content)
-    if reply is None:
-        return Answer(node=node, bytes_down=down)
+def in_order(nodes: Iterable[int], answers: Iterable[Answer]) -> dict[int, Answer]:
+    """All answers by node, in the order of `nodes`, so that what follows does not depend on who was first."""
+    found = {answer.node: answer for answer in answers}
+    return {node: found[node] for node in nodes}
+
+
+def _once(things: Iterable[T]) -> Iterable[T]:
+    """Each thing once, told apart by identity: tasks hold lists and cannot be compared quickly."""
+    return {id(thing): thing for thing in things}.values()
+
+
+def _answer(node: int, down: int, reply: Message) -> Answer:
     if reply.has_content():
-        return Answer(node=node, bytes_down=down, content=reply.content)
+        content = reply.content
+        traces = _traces(content)
+        return Answer(
+            node=node, bytes_down=down, content=content, bytes_up=wire_bytes(content), traces=traces
+        )
     known = _FLOWER_ERRORS.get(reply.error.code, "")
     # FedSigma's sites tell a type's name. Any other text was not written by us, so it is not repeated.
     kind = reply.error.reason if _TYPE_NAME.fullmatch(reply.error.reason or "") else ""
     told = f"{known}: {kind}" if known and kind else known or kind
     return Answer(node=node, bytes_down=down, failure=told or f"error {reply.error.code}")
+
+
+def _traces(content: RecordDict) -> dict[str, Any]:
+    try:
+        return digest(fields_of(content))
+    except (KeyError, TypeError):  # not a record of ours, which is rejected
+        return {"bytes": wire_bytes(content)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from fedsigma.server.replies import Rejected
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["MaskedSum", "most_examples", "read_masked", "sum_masked", "task_for"]
+__all__ = ["Adding", "MaskedSum", "most_examples", "read_masked", "task_for"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,29 +72,61 @@ def task_for(
     )
 
 
-def read_masked(answer: Answer, layout: Layout, *, steps: int) -> MaskedReply | Rejected | None:
-    """A masked reply that is in order by itself, why it is not, or nothing if there is none."""
-    if answer.content is None:
-        return None
-    try:
-        reply = from_content(MaskedReply, answer.content)
-    except ProtocolError as error:
-        return Rejected(str(error))
-    wanted = 4 * (layout.size + len(MASKED_COUNTS))
-    if len(reply.masked) != wanted:
-        return Rejected(f"the masked reply has {len(reply.masked)} bytes, expected {wanted}")
-    return (
-        reply if reply.steps <= steps else Rejected(f"{reply.steps} steps were taken, {steps} were asked for")
-    )
+class Adding:
+    """The answers of a masked cohort, added up as they come: of each reply nothing is kept but its part.
+
+    Attributes: answers, without their records; added, the sites whose replies are in the sum; rejected, why
+    the others' are not, by site.
+    """
+
+    def __init__(self, layout: Layout, *, steps: int) -> None:
+        self.answers: dict[int, Answer] = {}
+        self.added: set[int] = set()
+        self.rejected: dict[int, Rejected] = {}
+        self._layout, self._steps = layout, steps
+        self._total: NDArray[np.uint32] | None = None
+
+    def take(self, answer: Answer) -> None:
+        """Add a reply that is in order by itself to the sum, and keep why one is not."""
+        self.answers[answer.node] = answer.emptied()
+        if answer.content is None:
+            return
+        try:
+            part = read_masked(answer.content, self._layout, steps=self._steps)
+        except Rejected as error:
+            self.rejected[answer.node] = Rejected(str(error))  # the traceback would hold the reply
+            return
+        self._total = part if self._total is None else self._total + part
+        self.added.add(answer.node)
+
+    def sum(self, task: TrainTask) -> MaskedSum:
+        """What the sum of a whole cohort says; at least one reply was added.
+
+        Raises:
+            Rejected: the counts cannot be sums of honest replies: a site has sent something else.
+        """
+        return _read_sum(sum_of([] if self._total is None else [self._total]), task, self._layout)
 
 
-def sum_masked(replies: list[MaskedReply], task: TrainTask, layout: Layout) -> MaskedSum:
-    """Put a whole cohort's replies together.
+def read_masked(content: Any, layout: Layout, *, steps: int) -> NDArray[np.uint32]:
+    """The integers of a masked reply (layout size and one for each of `MASKED_COUNTS`,).
 
     Raises:
-        Rejected: the counts cannot be sums of honest replies: a site has sent something else.
+        Rejected: it is not in order.
     """
-    total = sum_of(np.frombuffer(reply.masked, "<u4") for reply in replies)
+    try:
+        reply = from_content(MaskedReply, content)
+    except ProtocolError as error:
+        raise Rejected(str(error)) from error
+    wanted = 4 * (layout.size + len(MASKED_COUNTS))
+    if len(reply.masked) != wanted:
+        raise Rejected(f"the masked reply has {len(reply.masked)} bytes, expected {wanted}")
+    if reply.steps > steps:
+        raise Rejected(f"{reply.steps} steps were taken, {steps} were asked for")
+    return np.frombuffer(reply.masked, "<u4")
+
+
+def _read_sum(total: NDArray[np.int64], task: TrainTask, layout: Layout) -> MaskedSum:
     values, counts = total[: layout.size], total[layout.size :]
     examples, loss, test_examples, right = (int(count) for count in counts)
     sites = len(task.members)

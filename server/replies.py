@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +26,14 @@ __all__ = [
     "accept_training",
     "check_norm",
     "counted",
+    "inner",
+    "length_of",
     "pool",
     "too_long",
 ]
+
+
+_PIECE = 16_384
 
 
 class Rejected(ValueError):
@@ -37,13 +42,14 @@ class Rejected(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """A training reply that counts.
+    """A training reply that counts, without its change, which is most of it.
 
-    Shapes: shift (layout size,) float64. change_norm: the change's L2 norm. weight: its share in the mean.
+    change_norm, shift_norm: L2 norms of the change, and of the shift that it made. weight: its share in the
+    mean. reply: with an empty change.
     """
 
-    shift: NDArray[np.float64]
     change_norm: float
+    shift_norm: float
     weight: int
     reply: TrainReply
 
@@ -95,8 +101,8 @@ def accept_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[Site
 
 def accept_training(
     content: Any, *, study: StudyConfig, layout: Layout, start: NDArray[np.float32], codec: str, steps: int
-) -> Accepted:
-    """Check a training reply against the study.
+) -> tuple[Accepted, NDArray[np.float32]]:
+    """Check a training reply against the study; returns what is kept of it, and its change (layout size,).
 
     Args:
         content: the reply's record.
@@ -117,8 +123,7 @@ def accept_training(
         raise Rejected(str(error)) from error
     # The change is added to the shift itself, not to its coded form that the sites start from: what coding
     # took from that form must not enter the model. float64 makes the sum exact.
-    shift = start.astype(np.float64) + change
-    check_norm(shift, federation.norm_bound)
+    shift_norm = check_norm(start.astype(np.float64) + change, federation.norm_bound)
     if reply.examples > study.max_examples_per_site:
         raise Rejected(
             f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"
@@ -134,23 +139,43 @@ def accept_training(
         raise Rejected(f"{reply.steps} steps were taken, {steps} were asked for")
     if len(reply.class_counts) not in (0, len(study.classes)):
         raise Rejected(f"{len(reply.class_counts)} class counts were told for {len(study.classes)} classes")
-    return Accepted(
-        shift=shift,
-        change_norm=float(np.linalg.norm(change.astype(np.float64))),
+    accepted = Accepted(
+        change_norm=length_of(change),
+        shift_norm=shift_norm,
         weight=min(reply.examples, federation.max_examples or reply.examples),
-        reply=reply,
+        reply=replace(reply, change=b""),
     )
+    return accepted, change
 
 
-def check_norm(shift: NDArray[np.float64], bound: float | None) -> None:
-    """Refuse a shift (layout size,) that is too long.
+def inner(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """The inner product of two vectors (values,), in float64.
+
+    Not by `@`: BLAS starts threads for so few values, which on a busy machine takes a hundred times as long,
+    and its last bit depends on their number. In pieces, for new arrays cost more than what is done with them.
+    """
+    total = 0.0
+    for start in range(0, one.size, _PIECE):
+        part = slice(start, start + _PIECE)
+        total += float(np.einsum("i,i->", one[part].astype(np.float64), other[part].astype(np.float64)))
+    return total
+
+
+def length_of(vector: NDArray[np.floating]) -> float:
+    """The L2 norm of a vector (values,), in float64."""
+    return math.sqrt(inner(vector, vector))
+
+
+def check_norm(shift: NDArray[np.float64], bound: float | None) -> float:
+    """Refuse a shift (layout size,) that is too long; returns its L2 norm.
 
     Raises:
         Rejected: its L2 norm is above the bound, if there is one.
     """
-    norm = float(np.linalg.norm(shift))
+    norm = length_of(shift)
     if bound is not None and norm > bound:
         raise Rejected(f"the shift's norm {norm:.4g} is above the bound {bound:g}")
+    return norm
 
 
 def too_long(accepted: Mapping[int, Accepted], factor: float | None) -> dict[int, str]:

@@ -126,10 +126,9 @@ class Roster:
     def _greet(self, nodes: list[int], online: set[int]) -> None:
         hello = Hello(protocol=PROTOCOL, setup=Setup.of(self._study), fingerprint=self._fingerprint.to_json())
         timeout = self._study.federation.round_timeout_s
-        answers = self._exchange.ask(dict.fromkeys(nodes, hello), kind=HELLO, timeout=timeout)
-        for node, answer in answers.items():
-            self._ask_again[node] = time.monotonic() + RETRY_S
-            self._judge(node, answer, online)
+        for answer in self._exchange.ask(dict.fromkeys(nodes, hello), kind=HELLO, timeout=timeout):
+            self._ask_again[answer.node] = time.monotonic() + RETRY_S
+            self._judge(answer.node, answer, online)
 
     def _judge(self, node: int, answer: Answer, online: set[int]) -> None:
         """Take a site in, or record in one sentence why not."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from logging import INFO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -22,19 +23,21 @@ from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedsigma.common.codec import download_level, encode
-from fedsigma.common.config import StudyConfig
+from fedsigma.common.config import MEANS, StudyConfig
 from fedsigma.common.learner import seed_for
 from fedsigma.common.masking import Member
 from fedsigma.common.noise import noisy_mean
-from fedsigma.common.protocol import MaskedReply, Setup, TrainTask
+from fedsigma.common.protocol import Setup, TrainTask
 from fedsigma.server import checkpoint, masked
 from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, proximal
 from fedsigma.server.budget import spent_of_sites
-from fedsigma.server.drift import drift
+from fedsigma.server.drift import drift, mean_change
 from fedsigma.server.exchange import Answer, Exchange, attribute
-from fedsigma.server.replies import Accepted, Rejected, accept_training, check_norm, pool, too_long
+from fedsigma.server.gathering import Count, gather
+from fedsigma.server.replies import Accepted, Rejected, check_norm, pool
 from fedsigma.server.roster import BUDGET_SPENT, Roster
 from fedsigma.server.store import POOLED, RunFolder
+from fedsigma.server.vectors import Vectors
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, Split
@@ -88,13 +91,15 @@ class SigmaStrategy(Strategy):
         self._task: TrainTask
         self.model: Vector = np.zeros(split.shared.size, np.float32)
         """The shift that the sites start from in the round, which is the model until its end."""
-        self._last: dict[str, Vector] = {}
+        self._last = Vectors[str](split.shared.size, folder.path)
         self._started = 0.0
 
     def summary(self) -> None:
         """Log the averaging; the inner strategy's own summary speaks of choosing sites, which it does not."""
         federation = self.study.federation
         log(INFO, "\t├── Averaging: %s %s", federation.strategy, federation.options or "")
+        if federation.strategy not in MEANS:
+            log(INFO, "\t├── It needs the shifts of all sites at once: memory grows with their number")
         log(INFO, "\t└── Sites: %s", ", ".join(self.roster.names.values()))
 
     def configure_train(
@@ -124,12 +129,8 @@ class SigmaStrategy(Strategy):
         if self.study.federation.masking:
             self._task = masked.task_for(self._task, self._members(), self.study, attempt=attempt)
         timeout = self.study.federation.round_timeout_s
-        self._sent = {
-            node: self.exchange.message(
-                node, self._task, kind=MessageType.TRAIN, timeout=timeout, group=str(number)
-            )
-            for node in self._cohort
-        }
+        tasks = dict.fromkeys(self._cohort, self._task)
+        self._sent = self.exchange.messages(tasks, kind=MessageType.TRAIN, timeout=timeout, group=str(number))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -140,125 +141,138 @@ class SigmaStrategy(Strategy):
             RuntimeError: the inner strategy's result is not a finite shift of this layout.
         """
         number = self.done + server_round
-        answers = attribute(self._sent, replies)
-        messages, sites = self._count(number, answers)
+        count = self._count(number, attribute(self._sent, replies))
         for _ in range(MOST_REPEATS):
-            if messages or not any(answer.gone for answer in answers.values()):
+            if count.messages or not count.lost:
                 break
             # The network, or the centre's own front, was down: the round is not the sites' to lose.
-            self.folder.event("round_again", round=number, sites=sites)
+            self.folder.event("round_again", round=number, sites=count.sites)
             self._ask(number, attempt=self._task.attempt + 1)
             answers = self.exchange.send(self._sent, timeout=self.study.federation.round_timeout_s)
-            messages, sites = self._count(number, answers)
+            count = self._count(number, answers)
         # One site's shift alone would go out to all others: a cohort below min_sites makes no model.
-        arrays = self._average(number, messages) if messages else None
+        arrays = self._average(number, count.messages) if count.messages else None
         self.folder.event(
             "round_end",
             round=number,
-            sites=sites,
+            sites=count.sites,
             seconds=round(time.monotonic() - self._started, 3),
-            ok=bool(messages),
+            ok=bool(count.messages),
         )
         return arrays, None
 
-    def _count(self, number: int, answers: dict[int, Answer]) -> tuple[list[Message], list[str]]:
+    def _count(self, number: int, answers: Iterable[Answer]) -> Count:
         counted = self._counted_masked if self.study.federation.masking else self._counted
         return counted(number, answers)
 
-    def _counted(self, number: int, answers: dict[int, Answer]) -> tuple[list[Message], list[str]]:
-        """What the inner strategy is to average, empty if too few replies count; and the sites that count."""
-        verdicts = {node: self._check(answer) for node, answer in answers.items()}
-        accepted = {node: one for node, one in verdicts.items() if isinstance(one, Accepted)}
-        for node, reason in too_long(accepted, self.study.federation.norm_factor).items():
-            verdicts[node] = Rejected(reason)
-            del accepted[node]
-        drifts = self._drifts(accepted)
-        for node, verdict in verdicts.items():
-            self._record(number, self._cohort[node], answers[node], verdict, drifts.get(node))
-        self._pooled_row(number, accepted)
-        self._remember(accepted)
-        messages = [
-            self._plain(node, one.shift, weight=one.weight, loss=one.reply.loss)
+    def _counted(self, number: int, answers: Iterable[Answer]) -> Count:
+        with closing(Vectors[int](self.layout.size, self.folder.path)) as changes:
+            found = gather(
+                answers,
+                changes,
+                nodes=self._cohort,
+                study=self.study,
+                layout=self.layout,
+                start=self.model,
+            )
+            accepted = found.accepted
+            mean = mean_change(accepted, changes) if accepted else np.zeros(self.layout.size)
+            # Of sites that are to be hidden nothing is told of how they drift, for no noise is in it.
+            drifts = {} if self.study.privacy.of_sites else drift(accepted, changes, mean)
+            for node, answer in found.answers.items():
+                verdict = accepted.get(node, found.rejected.get(node))
+                self._record(number, self._cohort[node], answer, verdict, drifts.get(node))
+            self._pooled_row(number, accepted)
+            self._remember(accepted, changes)
+            enough = len(accepted) >= self.study.federation.min_sites
+            return Count(
+                messages=self._to_average(accepted, changes, mean) if enough else [],
+                sites=[self._cohort[node] for node in accepted],
+                lost=any(answer.gone for answer in found.answers.values()),
+            )
+
+    def _to_average(
+        self, accepted: dict[int, Accepted], changes: Vectors[int], mean: NDArray[np.float64]
+    ) -> list[Message]:
+        """What the inner strategy is to average: one reply in place of all where that gives the same."""
+        start, private = self.model.astype(np.float64), self.study.privacy
+        first, weight = next(iter(accepted)), sum(one.weight for one in accepted.values())
+        if private.of_sites:  # each site counts alike
+            noisy = noisy_mean((changes[node] for node in accepted), private)
+            return [self._plain(first, start + noisy, weight=len(accepted), loss=0.0)]
+        if self.study.federation.strategy in MEANS:
+            return [self._plain(first, start + mean, weight=weight, loss=0.0)]
+        return [
+            self._plain(node, start + changes[node], weight=one.weight, loss=one.reply.loss)
             for node, one in accepted.items()
         ]
-        enough = len(accepted) >= self.study.federation.min_sites
-        if enough and self.study.privacy.of_sites:
-            messages = [self._hidden_sites(accepted)]
-        return messages if enough else [], [self._cohort[node] for node in accepted]
 
-    def _drifts(self, accepted: dict[int, Accepted]) -> dict[int, dict[str, float]]:
-        """How each accepted site drifts; of sites that are to be hidden nothing, for no noise is in it."""
-        if self.study.privacy.of_sites:
-            return {}
-        return dict(zip(accepted, drift(list(accepted.values()), self.model), strict=True))
-
-    def _remember(self, accepted: dict[int, Accepted]) -> None:
+    def _remember(self, accepted: dict[int, Accepted], changes: Vectors[int]) -> None:
         """Keep the shifts that may be explained: those of sites that allow it, where sites are not hidden."""
-        sites = {} if self.study.privacy.of_sites else {self._cohort[n]: one for n, one in accepted.items()}
-        for site in self.roster.explained & sites.keys():
-            self._last[site] = sites[site].shift.astype(np.float32)
+        for node in () if self.study.privacy.of_sites else accepted:
+            if (site := self._cohort[node]) in self.roster.explained:
+                self._last.put(site, self.model.astype(np.float64) + changes[node])
 
-    def explainable(self) -> dict[str, Vector]:
+    def explainable(self) -> Iterator[tuple[str, Vector]]:
         """The last accepted shift of each site that lets it be explained, by name; none in a masked study."""
-        return {site: self._last[site] for site in sorted(self.roster.explained & self._last.keys())}
+        return ((site, self._last[site]) for site in sorted(self.roster.explained & self._last.keys()))
 
-    def _hidden_sites(self, accepted: dict[int, Accepted]) -> Message:
-        """One reply in place of all: the noisy mean of their clipped changes, each site counting alike."""
-        start = self.model.astype(np.float64)
-        shift = start + noisy_mean([one.shift - start for one in accepted.values()], self.study.privacy)
-        return self._plain(next(iter(accepted)), shift, weight=len(accepted), loss=0.0)
-
-    def _counted_masked(self, number: int, answers: dict[int, Answer]) -> tuple[list[Message], list[str]]:
+    def _counted_masked(self, number: int, answers: Iterable[Answer]) -> Count:
         """As `_counted`, of a round whose sum alone can be read: without a site, it is asked for again."""
-        up, down = Counter[int](), Counter[int]()
+        up, down, lost = Counter[int](), Counter[int](), False
         while True:
-            read = {n: masked.read_masked(a, self.layout, steps=self._task.steps) for n, a in answers.items()}
-            for node, answer in answers.items():
-                up[node] += answer.bytes_up
-                down[node] += answer.bytes_down
-                if not isinstance(reply := read[node], MaskedReply):
-                    self._record(number, self._cohort[node], answer, reply)
-            replies = {node: one for node, one in read.items() if isinstance(one, MaskedReply)}
-            sites = [self._cohort[node] for node in replies]
-            if len(replies) == len(answers) or len(replies) < self.study.federation.min_sites:
+            adding = masked.Adding(self.layout, steps=self._task.steps)
+            for answer in answers:
+                up[answer.node] += answer.bytes_up
+                down[answer.node] += answer.bytes_down
+                lost |= answer.gone
+                adding.take(answer)
+                del answer  # the loop would hold it while the next one is waited for
+            asked = [node for node in self._cohort if node in adding.answers]
+            whole = [node for node in asked if node in adding.added]
+            for node in asked:
+                if node not in adding.added:
+                    answer, verdict = adding.answers[node], adding.rejected.get(node)
+                    self._record(number, self._cohort[node], answer, verdict)
+            sites = [self._cohort[node] for node in whole]
+            if len(whole) == len(asked) or len(whole) < self.study.federation.min_sites:
                 break
             self.folder.event("masked_again", round=number, sites=sites)
             attempt = self._task.attempt + 1
-            self._task = masked.task_for(self._task, self._members(replies), self.study, attempt=attempt)
+            self._task = masked.task_for(self._task, self._members(whole), self.study, attempt=attempt)
             answers = self.exchange.ask(
-                dict.fromkeys(replies, self._task),
+                dict.fromkeys(whole, self._task),
                 kind=MessageType.TRAIN,
                 timeout=self.study.federation.round_timeout_s,
                 group=str(number),
             )
-        if len(replies) < self.study.federation.min_sites:
-            return [], []
-        traces = {node: answers[node].traces for node in replies}
-        return self._summed(number, replies, up, down, traces), sites
+        if len(whole) < self.study.federation.min_sites:
+            return Count(messages=[], sites=[], lost=lost)
+        return Count(messages=self._summed(number, whole, adding, up, down), sites=sites, lost=lost)
 
     def _summed(
         self,
         number: int,
-        replies: dict[int, MaskedReply],
+        nodes: list[int],
+        adding: masked.Adding,
         up: Counter[int],
         down: Counter[int],
-        traces: dict[int, dict[str, Any]],
     ) -> list[Message]:
         """The sum of a whole cohort as one reply of all, empty if it cannot be right; records either."""
         try:
-            found = masked.sum_masked(list(replies.values()), self._task, self.layout)
+            found = adding.sum(self._task)
             shift = self.model.astype(np.float64) + found.change
             check_norm(shift, self.study.federation.norm_bound)
         except Rejected as error:
             self.folder.event("masked_sum_rejected", round=number, reason=str(error))
             return []
-        for node in replies:
-            site = self._cohort[node]
-            self.folder.event("reply_accepted", round=number, site=site, metrics={}, **traces[node])
+        for node in nodes:
+            site, traces = self._cohort[node], adding.answers[node].traces
+            self.folder.event("reply_accepted", round=number, site=site, metrics={}, **traces)
             self.folder.round_row(number, site, {}, up[node], down[node], "accepted")
         metrics = found.metrics | self._spent_of_sites(number)
         self.folder.round_row(number, POOLED, metrics, 0, 0, "pooled")
-        return [self._plain(next(iter(replies)), shift, weight=found.examples, loss=found.loss)]
+        return [self._plain(nodes[0], shift, weight=found.examples, loss=found.loss)]
 
     def _members(self, nodes: Iterable[int] | None = None) -> dict[int, Member]:
         return {node: self.roster.members[node] for node in (self._cohort if nodes is None else nodes)}
@@ -295,22 +309,6 @@ class SigmaStrategy(Strategy):
                 seed=seed_for(self.study.seed, POOLED, "round", number, "codec"),
             ),
         )
-
-    def _check(self, answer: Answer) -> Accepted | Rejected | None:
-        """The reply if it is in order by itself, why it is not, or nothing if there is none."""
-        if answer.content is None:
-            return None
-        try:
-            return accept_training(
-                answer.content,
-                study=self.study,
-                layout=self.layout,
-                start=self.model,
-                codec=self.study.federation.codec,
-                steps=self.study.training.local_steps,
-            )
-        except Rejected as error:
-            return error
 
     def _record(
         self,

@@ -35,6 +35,7 @@ class FakeGrid(Grid):
         self.away: set[int] = set()
         self.asked: list[tuple[int, str]] = []
         self._numbers = itertools.count()
+        self._pushed: dict[str, Message] = {}
         self.contexts = {
             100 + i: Context(
                 run_id=1,
@@ -61,28 +62,31 @@ class FakeGrid(Grid):
     def get_nodes(self) -> list[NodeInfo]:
         return [NodeInfo(node_id=node) for node in self.get_node_ids()]
 
-    def push_messages(self, messages: Any) -> Any:
-        raise NotImplementedError
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = name = f"m{next(self._numbers)}"
+            self.asked.append((message.metadata.dst_node_id, message.metadata.message_type))
+            self._pushed[name] = message
+            ids.append(name)
+        return ids
 
-    def pull_messages(self, message_ids: Any) -> Any:
-        raise NotImplementedError
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        tasks = [self._pushed.pop(name) for name in message_ids if name in self._pushed]
+        return [reply for task in tasks if (reply := self._answer(task)) is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        replies = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = f"m{next(self._numbers)}"
-            node = message.metadata.dst_node_id
-            self.asked.append((node, message.metadata.message_type))
-            if node in self.away:
-                continue
-            try:
-                reply = self.app(message, self.contexts[node])
-            except Exception as error:
-                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error)), reply_to=message)
-            reply = self.tamper(node, message, reply) if self.tamper else reply
-            if reply is not None:
-                replies.append(reply)
-        return replies
+        return self.pull_messages(self.push_messages(messages))
+
+    def _answer(self, message: Message) -> Message | None:
+        node = message.metadata.dst_node_id
+        if node in self.away:
+            return None
+        try:
+            reply = self.app(message, self.contexts[node])
+        except Exception as error:
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error)), reply_to=message)
+        return self.tamper(node, message, reply) if self.tamper else reply
 
 
 def gone(task: Message, code: int = 5) -> Message:

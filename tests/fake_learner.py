@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedsigma.common import sites
 from fedsigma.common.config import PrivacyConfig
 from fedsigma.common.learner import Judged, Learned
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, Split
+from fedsigma.server import streaming
 
 SIZE = 6
 NAMES = ("barcelona", "bccd", "cellavision", "jiangxi")
@@ -92,6 +94,18 @@ def load(source: Any, records: Any, *, name: str, **options: Any) -> Any:
     return SimpleNamespace(name=name, train=examples, test=examples * 10)
 
 
+class HurriedTime:
+    """Time in which waiting takes none: sites of a `FakeGrid` that have not answered at once never will."""
+
+    skipped = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.skipped
+
+    def sleep(self, seconds: float) -> None:
+        self.skipped += seconds
+
+
 @pytest.fixture
 def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """Put the fake learner and fake images in place of the real ones."""
@@ -99,6 +113,7 @@ def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(sites, "simulated_sites", parts)
     monkeypatch.setattr(sites, "load_site", load)
     monkeypatch.setattr(sites, "check_pictures", lambda *place: "")
+    monkeypatch.setattr(streaming, "time", HurriedTime())
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))
     client_site._images.cache_clear()

@@ -18,8 +18,8 @@ from fedsigma.common.config import STRATEGIES, ConfigError, StudyConfig
 from fedsigma.common.protocol import PROTOCOL, Evaluation, HelloReply, to_content
 from fedsigma.server import roster as roster_of
 from fedsigma.server.averaging import StateError, make_averaging, restore_state, save_state
-from fedsigma.server.drift import drift
-from fedsigma.server.exchange import attribute
+from fedsigma.server.drift import drift, mean_change
+from fedsigma.server.exchange import attribute, in_order
 from fedsigma.server.replies import Accepted, pool
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import RunFolder
@@ -45,7 +45,7 @@ def test_every_failure_goes_to_its_own_site() -> None:
         Message(Error(2, "a second reply"), reply_to=tasks[7]),
         Message(Error(2, "never asked"), reply_to=sent(99)[99]),
     ]
-    found = attribute(tasks, replies)
+    found = in_order(tasks, attribute(tasks, replies))
     assert found[7].content is not None and found[7].bytes_up > 0
     assert (found[8].failure, found[9].failure) == (
         "the site's app failed",
@@ -62,7 +62,7 @@ def test_only_a_type_name_of_a_site_is_repeated() -> None:
         Message(Error(100, "/data/patient-7.png"), reply_to=tasks[8]),
         Message(Error(2, "BundleNotApproved"), reply_to=tasks[9]),
     ]
-    found = attribute(tasks, replies)
+    found = in_order(tasks, attribute(tasks, replies))
     assert (found[7].failure, found[8].failure) == ("FileNotFoundError", "error 100")
     assert found[9].failure == "the site's app failed: BundleNotApproved"
 
@@ -95,27 +95,37 @@ def test_a_metric_is_the_mean_of_the_sites_that_have_it() -> None:
     assert pool({"d": one(NAN, 0)}) == {"test_examples": 0}
 
 
-def accepted(change: list[float], start: np.ndarray, *, weight: int = 1) -> Accepted:
-    return Accepted(shift=start + np.array(change), change_norm=0.0, weight=weight, reply=None)  # type: ignore[arg-type]
-
-
 START = np.array([1.0, -2.0, 0.5], np.float32)
+
+
+def drifts(*told: tuple[list[float], int]) -> list[dict[str, float]]:
+    """The drift of sites with these changes and weights, from START."""
+    changes = {node: np.array(change, np.float32) for node, (change, _) in enumerate(told)}
+    replies = {
+        node: Accepted(
+            change_norm=float(np.linalg.norm(changes[node].astype(float))),
+            shift_norm=float(np.linalg.norm(START.astype(float) + changes[node])),
+            weight=weight,
+            reply=None,  # type: ignore[arg-type]
+        )
+        for node, (_, weight) in enumerate(told)
+    }
+    return list(drift(replies, changes, mean_change(replies, changes)).values())
 
 
 def test_drift_is_measured_from_the_rounds_model_and_against_the_weighted_mean() -> None:
     # The mean change is (3 (2, 0, 0) + 1 (0, 2, 0)) / 4 = (1.5, 0.5, 0).
-    first, second = drift([accepted([2, 0, 0], START, weight=3), accepted([0, 2, 0], START)], START)
+    first, second = drifts(([2, 0, 0], 3), ([0, 2, 0], 1))
     assert first["change_norm"] == second["change_norm"] == 2
     assert first["change_cosine"] == pytest.approx(3 / math.sqrt(10))
     assert second["change_cosine"] == pytest.approx(1 / math.sqrt(10))
     assert first["shift_norm"] == pytest.approx(math.sqrt(9 + 4 + 0.25))
-    assert drift([], START) == []
 
 
 def test_a_change_without_direction_has_no_cosine() -> None:
-    still, moved = drift([accepted([0, 0, 0], START), accepted([0, 0, 4], START)], START)
+    still, moved = drifts(([0, 0, 0], 1), ([0, 0, 4], 1))
     assert "change_cosine" not in still and still["change_norm"] == 0 and moved["change_cosine"] == 1
-    opposite = drift([accepted([1, 0, 0], START), accepted([-1, 0, 0], START)], START)
+    opposite = drifts(([1, 0, 0], 1), ([-1, 0, 0], 1))
     assert [one.keys() for one in opposite] == [{"change_norm", "shift_norm"}] * 2
 
 
@@ -124,7 +134,7 @@ vectors = st.lists(st.integers(-1000, 1000).map(float), min_size=3, max_size=3)
 
 @given(st.lists(st.tuples(vectors, st.integers(1, 500)), min_size=1, max_size=6))
 def test_of_all_sites_changes_the_parts_along_the_mean_add_up_to_it(told: list[tuple[Any, int]]) -> None:
-    found = drift([accepted(change, START, weight=weight) for change, weight in told], START)
+    found = drifts(*told)
     weights = [weight for _, weight in told]
     mean = np.linalg.norm(np.average([change for change, _ in told], axis=0, weights=weights))
     along = [one["change_norm"] * one.get("change_cosine", 0.0) for one in found]

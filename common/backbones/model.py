@@ -243,11 +243,14 @@ def fill(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if broken:
         raise BackboneError(f"{where}: {broken[0]} holds values that are not finite: the file is damaged")
-    model.load_state_dict(state)
+    # Taken, not copied: what is mapped from a file stays so, and processes on one machine share it.
+    model.load_state_dict(state, assign=True)
 
 
 def fill_from_file(model: nn.Module, path: Path, where: str) -> None:
-    """`fill` from a safetensors file.
+    """`fill` from a safetensors file, memory-mapped: float32 weights are shared between processes.
+
+    Writing to a weight copies its pages. The file must not be changed in place while a model uses it.
 
     Raises:
         BackboneError: the file is not safetensors, or does not fit.

@@ -1,0 +1,168 @@
+"""What each further Ray actor of a simulation takes of a machine's memory, beside the first.
+
+    python bench/memory.py --out out/memory --json out/memory.json
+
+Actors are started one after another. Each is a Ray actor that loads CLIP ViT-B/16 as a site does (folder,
+verified, sigma of both towers, basis from the cache) and trains one step of a batch of 32. The weights are
+random and the basis is random numbers of a basis' shapes, for memory does not depend on their values; both
+are made once under --out.
+
+Memory is PSS, in which a page that n processes share counts 1/n to each: the sum over the actors is what they
+take of the machine together. An actor's own is what that sum grew by. `training` is the largest sum while all
+of them train at once, looked at ten times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+
+from fedsigma.common.printing import print_table
+
+ARCHITECTURE, CLASSES, MOST_SHARE = "ViT-B-16", ("a", "b", "c", "d"), 0.4
+HEADS = ("actors", "loaded", "loaded_own", "trained", "trained_own", "training", "training_own")
+
+
+def prepare(out: Path) -> Path:
+    """Write the backbone's folder and a stand-in for its basis, as far as they are not there."""
+    import torch
+
+    from fedsigma.common.backbones import load_backbone, save_backbone
+    from fedsigma.common.sigma import Basis, Fingerprint, find_layout
+    from fedsigma.common.sigma.basis import Triple, cache_path, weights_digest
+
+    folder = out / "backbone"
+    if not folder.exists():
+        torch.manual_seed(0)
+        save_backbone(load_backbone(ARCHITECTURE, weights=False), folder, source="bench/memory.py")
+    model = load_backbone(f"local-dir:{folder}").model
+    layout, weights = find_layout(model), weights_digest(model)
+    path = cache_path(out / "cache", weights, layout)
+    if not path.exists():
+        triples = []
+        for entry in layout.entries:
+            rows, columns = entry.rows[1] - entry.rows[0], model.get_parameter(entry.weight).shape[1]
+            shapes = ((rows, entry.size), (entry.size,), (entry.size, columns))
+            triples.append(Triple(*(torch.randn(shape) for shape in shapes)))
+        sketch = ((1.0,) * 4,) * len(triples)
+        Basis(layout, tuple(triples), Fingerprint(weights, layout.digest, sketch)).save(path)
+    return folder
+
+
+class Site:
+    """What runs in an actor."""
+
+    def load(self, backbone: str) -> int:
+        """Build the learner as a site does; returns the process's id."""
+        from fedsigma.common.config import SigmaConfig
+        from fedsigma.common.learner import open_learner
+
+        self.learner = open_learner(backbone, SigmaConfig(), CLASSES, tuple(f"a {c}." for c in CLASSES))
+        return os.getpid()
+
+    def train(self) -> int:
+        """One step on 32 random images; returns how many were made."""
+        import numpy as np
+        import torch
+
+        from fedsigma.common.config import TrainingConfig
+
+        side = 224
+        images = torch.randint(0, 256, (32, 3, side, side), dtype=torch.uint8)
+        examples = [SimpleNamespace(image=image, label=i % len(CLASSES)) for i, image in enumerate(images)]
+        shift = np.zeros(self.learner.layout.size, np.float32)
+        done = self.learner.train(
+            shift, examples, TrainingConfig(), first_step=0, steps=1, total_steps=1, seed=0
+        )
+        return done.steps
+
+
+def total_mb(pids: list[int]) -> float:
+    """The memory of these processes together, PSS."""
+    return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
+
+
+def while_training(ray: Any, actors: list[Any], pids: list[int]) -> float:
+    """Have all train at once; the most memory they had together."""
+    seen, ended = [0.0], threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            seen.append(total_mb(pids))
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    ray.get([actor.train.remote() for actor in actors])
+    ended.set()
+    thread.join()
+    return max(seen)
+
+
+def measure(out: Path, count: int) -> list[dict[str, float]]:
+    """So many actors, one after another."""
+    import ray
+
+    folder = prepare(out)
+    environment = {"FEDSIGMA_CACHE": str(out / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ray.init(
+        num_cpus=count,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        logging_level="ERROR",
+        runtime_env={"env_vars": environment},
+    )
+    remote = ray.remote(num_cpus=1)(Site)
+    actors: list[Any] = []
+    pids: list[int] = []
+    found: list[dict[str, float]] = []
+    for number in range(1, count + 1):
+        actors.append(remote.remote())
+        pids.append(ray.get(actors[-1].load.remote(f"local-dir:{folder}")))
+        line: dict[str, float] = {"actors": number, "loaded": total_mb(pids)}
+        line["training"] = while_training(ray, actors, pids)
+        line["trained"] = total_mb(pids)
+        before = found[-1] if found else {}
+        # Before this one came, the others had trained: what it added is counted from there.
+        line["loaded_own"] = line["loaded"] - before.get("trained", 0.0)
+        line["trained_own"] = line["trained"] - before.get("trained", 0.0)
+        line["training_own"] = line["training"] - before.get("training", 0.0)
+        found.append(line)
+        print(f"{number}: {line['trained']:.0f} MB", file=sys.stderr, flush=True)
+    ray.shutdown()
+    return found
+
+
+def main() -> None:
+    """Measure, print the table and say whether the aim is met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/memory"))
+    parser.add_argument("--actors", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = measure(options.out.resolve(), options.actors)
+    print_table(HEADS, [{head: f"{line[head]:,.0f}" for head in HEADS} for line in found])
+    shares = {}
+    for state in ("loaded", "trained", "training"):
+        further = [line[f"{state}_own"] for line in found[1:]]
+        shares[state] = max(further) / found[0][f"{state}_own"]
+        met = "met" if shares[state] <= MOST_SHARE else "MISSED"
+        print(f"{met}: {state}, a further actor takes at most {shares[state]:.0%} of the first")
+    if options.json:
+        options.json.write_text(json.dumps({"lines": found, "shares": shares}, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
