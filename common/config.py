@@ -92,7 +92,11 @@ class DataConfig:
         if isinstance(self.sites_by, dict):
             if len(self.sites_by) != 1:
                 raise ConfigError(f"data.sites_by names {len(self.sites_by)} partitioners, expected one")
-            check_choice("data.sites_by", next(iter(self.sites_by)), ("iid", "dirichlet", "pathological"))
+            check_choice(
+                "data.sites_by",
+                next(iter(self.sites_by)),
+                ("iid", "dirichlet", "pathological", "disjoint"),
+            )
         else:
             check_choice("data.sites_by", self.sites_by, ("site",))
 
@@ -155,8 +159,8 @@ class TrainingConfig(Recipe):
 class FederationConfig:
     """How the sites work together.
 
-    Fields: strategy and its own options; rounds; min_sites, the fewest sites whose replies make a round
-    count; round_timeout_s, how long one exchange may last; wait_for_sites_s, how long the server waits for
+    Fields: strategy and its own options; rounds; participation, the share of the ready sites that is asked in
+    each round, drawn anew; min_sites, the fewest sites whose replies make a round count; round_timeout_s, how long one exchange may last; wait_for_sites_s, how long the server waits for
     min_sites to be there; evaluate_every, 1 to have each round's incoming shift judged at the sites, n for
     the first round and each n-th after it (the final shift is always judged); codec, how sites code what they
     send (one of `CODECS`); norm_bound, the largest L2 norm of a shift that is accepted (null: none);
@@ -170,6 +174,7 @@ class FederationConfig:
 
     strategy: str = "fedavg"
     rounds: int = 10
+    participation: float = 1.0
     min_sites: int = 2
     round_timeout_s: float = 600.0
     wait_for_sites_s: float = 300.0
@@ -186,6 +191,7 @@ class FederationConfig:
         check_choice("federation.strategy", self.strategy, STRATEGIES)
         check_choice("federation.codec", self.codec, CODECS)
         check_number("federation.rounds", self.rounds, low=1, high=100_000)
+        check_number("federation.participation", self.participation, low=1e-6, high=1)
         check_number("federation.min_sites", self.min_sites, low=1, high=100_000)
         check_number("federation.round_timeout_s", self.round_timeout_s, low=1, high=43_200)
         check_number("federation.wait_for_sites_s", self.wait_for_sites_s, low=0, high=604_800)

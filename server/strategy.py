@@ -35,7 +35,7 @@ from fedsigma.server.drift import drift, mean_change
 from fedsigma.server.exchange import Answer, Exchange, attribute
 from fedsigma.server.gathering import Count, gather
 from fedsigma.server.replies import Accepted, Rejected, check_norm, pool
-from fedsigma.server.roster import BUDGET_SPENT, Roster
+from fedsigma.server.roster import BUDGET_SPENT, Roster, draw_cohort
 from fedsigma.server.store import POOLED, RunFolder
 from fedsigma.server.vectors import Vectors
 
@@ -105,7 +105,7 @@ class SigmaStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Build this round's task for every site that is ready.
+        """Build this round's task for every ready site, or the study's share of them.
 
         Raises:
             TooFewSites: not enough sites are ready in time.
@@ -122,8 +122,8 @@ class SigmaStrategy(Strategy):
         return list(self._sent.values())
 
     def _ask(self, number: int, *, attempt: int) -> None:
-        """Build the messages to all sites that are ready. attempt: of masked cohorts of this round."""
-        self._cohort = self.roster.wait()
+        """Build the messages to the round's sites. attempt: of masked cohorts of this round."""
+        self._cohort = draw_cohort(self.roster.wait(), self.study, round=number)
         self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
         self._task = self._make_task(number, self.model)
         if self.study.federation.masking:

@@ -103,6 +103,7 @@ WAYS = [
     {"iid": {"sites": 3}},
     {"dirichlet": {"sites": 3, "alpha": 0.5}},
     {"pathological": {"sites": 3, "classes_per_site": 2}},
+    {"disjoint": {"sites": 3}},
 ]
 
 
@@ -146,6 +147,9 @@ def test_partition_shapes() -> None:
     for seed in range(8):  # as many sites as classes: every class has a home
         homes = partition(records, {"pathological": {"sites": 4, "classes_per_site": 1}}, seed).values()
         assert sorted(r.label for part in homes for r in part[:1]) == list("abcd")
+    apart = partition(records, {"disjoint": {"sites": 3}}, 1).values()
+    assert sorted(label for part in apart for label in {r.label for r in part}) == list("abcd")
+    assert sorted(len({r.label for r in part}) for part in apart) == [1, 1, 2]
     skewed = partition(records, {"dirichlet": {"sites": 4, "alpha": 0.1}}, 1)
     assert max(map(len, skewed.values())) > 40
 
@@ -173,6 +177,7 @@ def test_own_sites_are_those_of_the_natural_partitioner() -> None:
         ({"iid": {"sites": 500}}, "wants 500 sites, and the data have only 60 groups"),
         ({"pathological": {"sites": 1, "classes_per_site": 2}}, "at no site: raise sites"),
         ({"pathological": {"sites": 2, "classes_per_site": 9}}, "cannot divide"),
+        ({"disjoint": {"sites": 5}}, "only 4 classes for 5 sites"),
     ],
 )
 def test_partition_refusals(way: object, message: str) -> None:

@@ -629,3 +629,24 @@ def test_versions_that_cannot_be_evaluated_are_named(tmp_path: Path, line: str, 
     plain = STUDY.replace("baselines: [zero_shot, local_only, pooled]\n", "")
     with pytest.raises(ValueError, match=words):
         run(tmp_path, plain + line + "\n")
+
+
+def test_a_share_of_the_sites_is_asked_in_each_round_and_the_draw_changes(tmp_path: Path) -> None:
+    """With participation 0.5, two of four sites train in a round, not always the same two."""
+    study = STUDY.replace("rounds: 3", "rounds: 6, participation: 0.5")
+    folder = run(tmp_path, study)
+    drawn = [tuple(event["sites"]) for event in events(folder, "round_start")]
+    assert [len(sites) for sites in drawn] == [2] * 6
+    assert {site for sites in drawn for site in sites} == set(NAMES)
+    assert len(set(drawn)) > 1
+    asked = [node for node, kind in run.grid.asked if kind.startswith("train")]  # type: ignore[attr-defined]
+    assert len(asked) == 12
+    again = run(tmp_path, study, out="again")
+    assert [tuple(event["sites"]) for event in events(again, "round_start")] == drawn
+    assert set(folder.read_summary()["zero_shot"]["per_site"]) == set(NAMES)
+
+
+def test_no_fewer_sites_than_min_sites_are_drawn(tmp_path: Path) -> None:
+    """A small share does not go below the study's least."""
+    folder = run(tmp_path, STUDY.replace("rounds: 3", "rounds: 2, participation: 0.01, min_sites: 3"))
+    assert [len(event["sites"]) for event in events(folder, "round_start")] == [3, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ _WAYS: dict[str, tuple[dict[str, Any], _Maker]] = {
             seed=seed,
         ),
     ),
+    "disjoint": ({"sites": None}, lambda _, s, seed: _ClassDealer(s["sites"], seed)),
 }
 
 
@@ -51,8 +53,8 @@ def partition(
     Args:
         records: any records.
         sites_by: 'site' (the records' own sites), {'iid': {'sites': 4}}, {'dirichlet': {'sites': 10,
-            'alpha': 0.1}} (`min_groups`, the fewest groups of a site, default 1) or {'pathological':
-            {'sites': 4, 'classes_per_site': 2}}.
+            'alpha': 0.1}} (`min_groups`, the fewest groups of a site, default 1), {'pathological':
+            {'sites': 4, 'classes_per_site': 2}}, or {'disjoint': {'sites': 4}}: each class is at one site.
         seed: the same seed gives the same sites, whatever the order of the records.
 
     Returns:
@@ -137,6 +139,32 @@ def _divide(
         ]
         for name in names
     }
+
+
+class _ClassDealer:
+    """Deals whole classes to sites in turn, in an order drawn by the seed; used as flwr-datasets' partitioners.
+
+    Theirs give a site a number of classes, and share some where that number does not divide them evenly.
+    """
+
+    dataset: Any
+
+    def __init__(self, sites: int, seed: int) -> None:
+        self._sites, self._seed = sites, seed
+
+    def load_partition(self, number: int) -> Any:
+        """The rows of one site.
+
+        Raises:
+            ValueError: there are fewer classes than sites.
+        """
+        labels = list(self.dataset["label"])
+        classes = sorted(set(labels))
+        if len(classes) < self._sites:
+            raise ValueError(f"they have only {len(classes)} classes for {self._sites} sites")
+        random.Random(self._seed).shuffle(classes)
+        own = set(classes[number :: self._sites])
+        return self.dataset.select([row for row, label in enumerate(labels) if label in own])
 
 
 def _rows(
