@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,14 +194,27 @@ class Site:
 
     def images(self, setup: Setup, *, side: int) -> SiteData:
         """Return the site's training and test images, kept between messages. Units: side in pixels."""
-        return _images(self, setup, side)
+        key = self, setup, side
+        if key not in _kept:
+            _kept[key] = _load(self, setup, side)
+            while len(_kept) > 1 and sum(map(_bytes, _kept.values())) > MOST_IMAGE_BYTES:
+                del _kept[next(iter(_kept))]
+        return _kept[key]
 
     def __hash__(self) -> int:
         return hash((self.name, self.sites, self.base))
 
 
-@lru_cache(maxsize=16)
-def _images(site: Site, setup: Setup, side: int) -> SiteData:
+MOST_IMAGE_BYTES = 2**30
+"""How much of decoded images a process keeps; a process of a simulation may work for a hundred sites."""
+_kept: dict[tuple[Site, Setup, int], SiteData] = {}
+
+
+def _bytes(images: SiteData) -> int:
+    return sum(example.image.nbytes for part in (images.train, images.test) for example in part)
+
+
+def _load(site: Site, setup: Setup, side: int) -> SiteData:
     if site.sites:
         source, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
         records, data = parts[site.name], setup.data_config

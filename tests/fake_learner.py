@@ -116,7 +116,7 @@ def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(streaming, "time", HurriedTime())
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))
-    client_site._images.cache_clear()
+    client_site._kept.clear()
 
 
 def digest_of(vector: np.ndarray) -> str:

@@ -379,3 +379,41 @@ def test_the_page_has_the_cards_of_today() -> None:
 
     page = Path(__file__).parents[1] / "docs" / "datasets.md"
     assert table() in page.read_text("utf-8"), "run bench/dataset_cards.py and put its table into the page"
+
+
+def test_own_cards_stand_beside_those_that_come_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = card_text("kvasir").replace("name: kvasir", "name: our_endoscopy")
+    (tmp_path / "our_endoscopy.yaml").write_text(own)
+    monkeypatch.setenv("FEDSIGMA_CARDS", str(tmp_path))
+    assert card("our_endoscopy").class_names == card("kvasir").class_names
+    assert card_text("our_endoscopy") == own
+    assert len(cards()) == len(NAMES) + 1
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "kvasir.yaml").write_text(card_text("kvasir"))
+    monkeypatch.setenv("FEDSIGMA_CARDS", str(tmp_path / "again"))
+    with pytest.raises(CardError, match="FedSigma has a card of this name"):
+        cards()
+    monkeypatch.setenv("FEDSIGMA_CARDS", str(tmp_path / "nowhere"))
+    with pytest.raises(CardError, match="which is no folder"):
+        cards()
+
+
+def test_parts_and_sites_of_a_published_set(tmp_path: Path) -> None:
+    chosen, folder = small(tmp_path)
+    train = open_card(chosen, folder, parts=["train"]).records
+    assert {record.split for record in train} == {"train"}
+    assert all(record.site is None for record in train)
+    rows = "".join(
+        f"{record.key},{'north' if place % 2 else 'south'}\n" for place, record in enumerate(train)
+    )
+    (folder / "sites.csv").write_text("path,site\n" + rows)
+    found = open_card(chosen, folder).records
+    assert {record.site for record in found if record.split == "train"} == {"north", "south"}
+    assert {record.site for record in found if record.split == "test"} == {None}
+    with pytest.raises(DataError, match="option parts is 'train', expected a list of train, val, test"):
+        open_card(chosen, folder, parts="train")
+    (folder / "sites.csv").write_text("file,site\n")
+    with pytest.raises(DataError, match="expected path and site"):
+        open_card(chosen, folder)

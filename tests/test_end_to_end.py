@@ -46,7 +46,7 @@ privacy: {{level: image, noise_multiplier: 4.0, clip_norm: 1.0, epsilon: 6}}
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
-    client_site._images.cache_clear()
+    client_site._kept.clear()
     return tmp_path
 
 

@@ -131,7 +131,7 @@ def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(
 ) -> None:
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
-    client_site._images.cache_clear()
+    client_site._kept.clear()
     where = save_backbone(backbone(), tmp_path / "backbone", source="tests")
     file = tmp_path / "study.yaml"
     images = parquet(tmp_path / "images.parquet")

@@ -76,7 +76,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(sites, "usable_records", lambda source, **options: ["record"])
 
     def send(task: object, kind: str = "train", policy: str = POLICY) -> Message:
-        client_site._images.cache_clear()
+        client_site._kept.clear()
         file = tmp_path / "site.yaml"
         file.write_text(policy)
         grid = FakeGrid(client, 1, node_config={"site-config": str(file)})

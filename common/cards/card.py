@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
 
@@ -216,23 +219,41 @@ def same_name(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
-@lru_cache(maxsize=1)
 def cards() -> dict[str, DatasetCard]:
-    """The cards that come with FedSigma by name, sorted by domain and name.
+    """The cards that come with FedSigma and those of the folder $FEDSIGMA_CARDS, by name.
+
+    They are sorted by domain and name.
 
     Raises:
-        ConfigError: a card does not read.
+        ConfigError: a card does not read, or two have one name.
     """
-    found = []
-    for item in (files("fedsigma.configs") / "datasets").iterdir():
-        if item.name.endswith(".yaml"):
-            where = f"card '{item.name.removesuffix('.yaml')}'"
-            read = build(DatasetCard, read_yaml(item.read_text("utf-8"), where=where), where=where)
-            if item.name != f"{read.name}.yaml":
-                raise CardError(f"{where}: name is '{read.name}', expected that of its file")
-            found.append(read)
-    found.sort(key=lambda one: (DOMAINS.index(one.domain), one.name))
-    return {one.name: one for one in found}
+    return _read_all(os.environ.get("FEDSIGMA_CARDS", ""))[0]
+
+
+@lru_cache(maxsize=2)
+def _read_all(own: str) -> tuple[dict[str, DatasetCard], dict[str, str]]:
+    """Cards, and their YAML, by name. own: a folder of further cards, or ''."""
+    found: dict[str, DatasetCard] = {}
+    texts: dict[str, str] = {}
+    for item in _files(own):
+        text, where = item.read_text("utf-8"), f"card '{item.name.removesuffix('.yaml')}'"
+        read = build(DatasetCard, read_yaml(text, where=where), where=where)
+        if item.name != f"{read.name}.yaml":
+            raise CardError(f"{where}: name is '{read.name}', expected that of its file")
+        if read.name in found:
+            raise CardError(f"{where} of {own}: FedSigma has a card of this name, choose another")
+        found[read.name], texts[read.name] = read, text
+    order = sorted(found, key=lambda name: (DOMAINS.index(found[name].domain), name))
+    return {name: found[name] for name in order}, texts
+
+
+def _files(own: str) -> list[Traversable]:
+    folders: list[Traversable] = [files("fedsigma.configs") / "datasets"]
+    if own:
+        folders.append(Path(own).expanduser())
+        if not folders[-1].is_dir():
+            raise CardError(f"$FEDSIGMA_CARDS is '{own}', which is no folder")
+    return [item for folder in folders for item in folder.iterdir() if item.name.endswith(".yaml")]
 
 
 def card(name: str) -> DatasetCard:
@@ -253,4 +274,4 @@ def card_text(name: str) -> str:
     Raises:
         CardError: as `card`.
     """
-    return (files("fedsigma.configs") / "datasets" / f"{card(name).name}.yaml").read_text("utf-8")
+    return _read_all(os.environ.get("FEDSIGMA_CARDS", ""))[1][card(name).name]

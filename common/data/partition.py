@@ -142,9 +142,9 @@ def _divide(
 
 
 class _ClassDealer:
-    """Deals whole classes to sites in turn, in an order drawn by the seed; used as flwr-datasets' partitioners.
+    """Deals whole classes to sites in turn, in an order drawn by the seed: a partitioner of our own.
 
-    Theirs give a site a number of classes, and share some where that number does not divide them evenly.
+    Those of flwr-datasets give a site a number of classes, and share some where that number does not divide them evenly.
     """
 
     dataset: Any

@@ -1,0 +1,96 @@
+"""A federation in this process: the real apps, with messages handed over instead of sent.
+
+For many small studies one after the other, where starting Flower's processes for each would take longer than
+the study. Sites answer one by one; what a message holds is what the wire would carry.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity  # a Message needs one outside of a task's process
+
+__all__ = ["InProcessGrid"]
+
+SERVER = 1
+FIRST_NODE = 100
+
+
+class InProcessGrid(Grid):
+    """Asks a ClientApp as each of its nodes: a message is answered when its reply is pulled.
+
+    Args:
+        app: of the sites.
+        sites: how many; node 100 is the first.
+        node_config: of every node, besides its number.
+    """
+
+    def __init__(self, app: ClientApp, sites: int, *, node_config: dict[str, Any] | None = None) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER
+        self.app = app
+        self._numbers = itertools.count()
+        self._pushed: dict[str, Message] = {}
+        self.contexts = {
+            FIRST_NODE + number: Context(
+                run_id=1,
+                node_id=FIRST_NODE + number,
+                node_config={"partition-id": number, "num-partitions": sites, **(node_config or {})},
+                state=RecordDict(),
+                run_config={},
+            )
+            for number in range(sites)
+        }
+
+    def set_run(self, run: Any) -> None:
+        """Nothing: there is one run."""
+
+    @property
+    def run(self) -> Any:
+        """There is none that Flower knows."""
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Any:
+        """Messages are built by their own class."""
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See `Grid.get_node_ids`."""
+        return list(self.contexts)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """See `Grid.get_nodes`."""
+        return [NodeInfo(node_id=node) for node in self.get_node_ids()]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Keep the messages; returns their ids."""
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = name = f"m{next(self._numbers)}"
+            self._pushed[name] = message
+            ids.append(name)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Have the sites answer these messages."""
+        tasks = [self._pushed.pop(name) for name in message_ids if name in self._pushed]
+        return [reply for task in tasks if (reply := self.answer(task)) is not None]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """See `Grid.send_and_receive`."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def answer(self, message: Message) -> Message | None:
+        """The reply of one site; an error of its app becomes what Flower makes of it."""
+        try:
+            return self.app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error)), reply_to=message)
