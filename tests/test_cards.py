@@ -331,7 +331,7 @@ def test_a_place_after_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_simulation_divides_a_published_set(tmp_path: Path) -> None:
     chosen, folder = small(tmp_path, "eurosat")
-    classes = open_card(chosen, folder, half="novel").classes
+    classes = halves(open_card(chosen, folder).classes)[1]
     data = {
         "source": f"coop:eurosat:{folder}",
         "options": {"half": "novel"},
@@ -402,7 +402,7 @@ def test_own_cards_stand_beside_those_that_come_along(
 
 def test_parts_and_sites_of_a_published_set(tmp_path: Path) -> None:
     chosen, folder = small(tmp_path)
-    train = open_card(chosen, folder, parts=["train"]).records
+    train = open_source(f"coop:kvasir:{folder}", parts=["train"]).records
     assert {record.split for record in train} == {"train"}
     assert all(record.site is None for record in train)
     rows = "".join(
@@ -413,7 +413,9 @@ def test_parts_and_sites_of_a_published_set(tmp_path: Path) -> None:
     assert {record.site for record in found if record.split == "train"} == {"north", "south"}
     assert {record.site for record in found if record.split == "test"} == {None}
     with pytest.raises(DataError, match="option parts is 'train', expected a list of train, val, test"):
-        open_card(chosen, folder, parts="train")
+        open_source(f"coop:kvasir:{folder}", parts="train")
+    with pytest.raises(DataError, match="half needs an order of classes, and demo has none"):
+        open_source("demo", half="base")
     (folder / "sites.csv").write_text("file,site\n")
     with pytest.raises(DataError, match="expected path and site"):
         open_card(chosen, folder)

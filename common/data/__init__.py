@@ -2,7 +2,7 @@
 
 # Importing a module registers its source.
 from fedsigma.common.data.check import KINDS, Report, check
-from fedsigma.common.data.coop import halves, open_coop
+from fedsigma.common.data.coop import open_coop
 from fedsigma.common.data.dicom import open_dicom
 from fedsigma.common.data.folder import open_folder
 from fedsigma.common.data.loading import Example, SiteData, load_examples
@@ -23,7 +23,7 @@ from fedsigma.common.data.records import (
     site_table,
 )
 from fedsigma.common.data.registry import known_sources, open_source, register_source
-from fedsigma.common.data.sampling import few_shot, few_shot_parts, split_groups
+from fedsigma.common.data.sampling import few_shot, few_shot_parts, halves, split_groups
 from fedsigma.common.data.smears import open_demo
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -11,21 +10,19 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from fedsigma.common.cards import DatasetCard, card, prompt_of, same_name
-from fedsigma.common.data.records import SPLITS, DataError, Pictures, Record
+from fedsigma.common.data.records import DataError, Pictures, Record
 from fedsigma.common.data.registry import register_source
 from fedsigma.common.data.split_file import Row, read_lists, read_split_file
 from fedsigma.common.data.wordnet import read_numbered, read_wordnet, told_apart
 
-__all__ = ["SITES", "halves", "images_folder", "open_card", "open_coop", "read_rows"]
+__all__ = ["SITES", "images_folder", "open_card", "open_coop", "read_rows"]
 
 SITES = "sites.csv"
 """In the folder of a set: where each image was taken, for who knows it."""
 
 
 @register_source("coop")
-def open_coop(
-    name: str, path: Path, *, half: str | None = None, parts: Sequence[str] | None = None
-) -> Pictures:
+def open_coop(name: str, path: Path) -> Pictures:
     """Open a published set: its official split, and the class names that go into prompts.
 
     No published split says where an image was taken. Who knows it writes a file sites.csv with the columns
@@ -34,22 +31,18 @@ def open_coop(
     Args:
         name: of the card, such as btmri; `fedsigma data cards` lists them.
         path: the set's folder, as its card says.
-        half: 'base' or 'novel' for one half of the classes, in the order of the set's own label numbers.
-        parts: of 'train', 'val' and 'test', those wanted; by default all.
 
     Returns:
-        A source whose `classes` are in that order.
+        A source whose `classes` are in the order of the set's own label numbers.
 
     Raises:
         ConfigError: there is no such card.
         DataError: the folder, or its split file, is not of the form that the card says.
     """
-    return open_card(card(name), path, half=half, parts=parts)
+    return open_card(card(name), path)
 
 
-def open_card(
-    chosen: DatasetCard, path: Path, *, half: str | None = None, parts: Sequence[str] | None = None
-) -> Pictures:
+def open_card(chosen: DatasetCard, path: Path) -> Pictures:
     """Open the set of a card, as `open_coop`.
 
     Raises:
@@ -57,19 +50,9 @@ def open_card(
     """
     if not path.is_dir():
         raise DataError(f"{path} is a file, expected the folder of {chosen.title}")
-    if half not in (None, "base", "novel"):
-        raise DataError(f"the option half is {half!r}, expected base or novel")
-    if parts is not None and (isinstance(parts, str) or not parts or not set(parts) <= set(SPLITS)):
-        raise DataError(f"the option parts is {parts!r}, expected a list of {', '.join(SPLITS)}")
     root = images_folder(chosen, path)
     records, classes = _read(chosen, path, root)
     records = _with_sites(path / SITES, records)
-    if parts is not None:
-        records = [record for record in records if record.split in parts]
-    if half is not None:
-        classes = list(halves(classes)[half == "novel"])
-        kept = set(classes)
-        records = [record for record in records if record.label in kept]
     return Pictures(records, lambda key: Image.open(root / key), classes=tuple(classes))
 
 
@@ -83,12 +66,6 @@ def _with_sites(file: Path, records: list[Record]) -> list[Record]:
             raise DataError(f"{file} has the columns {rows.fieldnames}, expected path and site")
         homes = {row["path"]: row["site"] for row in rows if row["site"]}
     return [replace(record, site=homes.get(record.key)) for record in records]
-
-
-def halves(classes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The base and the novel classes: the first half, rounded up, and the rest."""
-    middle = math.ceil(len(classes) / 2)
-    return tuple(classes[:middle]), tuple(classes[middle:])
 
 
 def images_folder(chosen: DatasetCard, path: Path) -> Path:

@@ -144,7 +144,7 @@ def _divide(
 class _ClassDealer:
     """Deals whole classes to sites in turn, in an order drawn by the seed: a partitioner of our own.
 
-    Those of flwr-datasets give a site a number of classes, and share some where that number does not divide them evenly.
+    Those of flwr-datasets give a site a number of classes, and share some where it does not divide them all.
     """
 
     dataset: Any

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.data.records import DataError, Pictures, Source
+from fedsigma.common.data.records import SPLITS, DataError, Pictures, Source
+from fedsigma.common.data.sampling import halves
 
 __all__ = ["known_sources", "open_source", "register_source"]
 
 Opener = Callable[..., Pictures]
 _SOURCES: dict[str, Opener] = {}
+_FOR_EACH = ("labels", "parts", "half")
+"""The options that every source has."""
 
 
 def register_source(name: str) -> Callable[[Opener], Opener]:
@@ -49,7 +52,8 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
             'demo' or 'demo:seed=1'.
         base: folder that a relative PATH starts from; without it, the current one.
         options: the source's own options, and for every source `labels`, a table from the labels of the
-            source to the classes of the study.
+            source to the classes of the study; `parts`, those wanted of 'train', 'val' and 'test'; and `half`,
+            'base' or 'novel', for one half of the classes where a source has an order of them.
 
     Raises:
         DataError: the kind is unknown, an option is unknown, the place does not exist, or it holds nothing
@@ -61,14 +65,34 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
             f"the data source {spec!r} is of no known kind: write KIND:PATH with one of "
             f"{', '.join(known_sources())}"
         )
-    labels = options.pop("labels", None)
+    labels, parts, half = (options.pop(name, None) for name in _FOR_EACH)
     source = _open(kind, place, base, options)
+    if parts is not None:
+        _keep_parts(source, parts)
+    if half is not None:
+        _keep_half(source, spec, half)
     if labels is not None:
         if not isinstance(labels, dict):
             raise DataError(f"the option labels is {labels!r}, expected a table 'label: class'")
         table = {str(old): str(new) for old, new in labels.items()}
         source.records = [replace(r, label=table.get(r.label or "", r.label)) for r in source.records]
     return source
+
+
+def _keep_parts(source: Pictures, parts: Any) -> None:
+    if not isinstance(parts, list | tuple) or not parts or not set(parts) <= set(SPLITS):
+        raise DataError(f"the option parts is {parts!r}, expected a list of {', '.join(SPLITS)}")
+    source.records = [record for record in source.records if record.split in parts]
+
+
+def _keep_half(source: Pictures, spec: str, half: Any) -> None:
+    if half not in ("base", "novel"):
+        raise DataError(f"the option half is {half!r}, expected base or novel")
+    if not source.classes:
+        raise DataError(f"the option half needs an order of classes, and {spec} has none: leave half out")
+    source.classes = halves(source.classes)[half == "novel"]
+    kept = set(source.classes)
+    source.records = [record for record in source.records if record.label in kept]
 
 
 def _open(kind: str, place: str, base: Path | None, options: dict[str, Any]) -> Pictures:
@@ -82,7 +106,7 @@ def _open(kind: str, place: str, base: Path | None, options: dict[str, Any]) -> 
         if name not in known:
             raise DataError(
                 f"the data source '{kind}' has no option {name!r}: known are "
-                f"{', '.join(sorted([*known, 'labels']))}"
+                f"{', '.join(sorted([*known, *_FOR_EACH]))}"
             )
     return opener(*(_placed(kind, place, places, base) if places else ()), **options)
 

@@ -7,13 +7,14 @@ of the records, and adding a picture later moves few others.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fedsigma.common.data.records import DataError, Record
 
-__all__ = ["few_shot", "few_shot_parts", "group_of", "split_groups"]
+__all__ = ["few_shot", "few_shot_parts", "group_of", "halves", "split_groups"]
 
 
 _VALIDATION_SHOTS = 4
@@ -150,3 +151,9 @@ def few_shot_parts(
         for split, number in draw.items()
     }
     return parts | {"test": [r for r in records if r.split == "test" and r.label in wanted]}
+
+
+def halves(classes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The base and the novel classes of the field's protocol: the first half, rounded up, and the rest."""
+    middle = math.ceil(len(classes) / 2)
+    return tuple(classes[:middle]), tuple(classes[middle:])
