@@ -45,6 +45,7 @@ COMMANDS = {
         "fedsigma.server.dashboard.users_cli",
         "Say who may see a centre's dashboard: add, password, change, remove, list, token.",
     ),
+    "bench": ("fedsigma.server.paper.cli", "Run the tables of CLIP-SVD's paper, also federated: paper."),
     "runs": (_SERVER, "List the runs in a folder."),
     "report": (_SERVER, "Write the report of a run."),
 }

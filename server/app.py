@@ -35,7 +35,7 @@ from fedsigma.server.trackers import Choice, Tracking, choose_trackers
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Split
 
-__all__ = ["app"]
+__all__ = ["app", "run_rounds"]
 
 app = ServerApp()
 
@@ -126,7 +126,7 @@ def _work(
         fingerprint=learner.fingerprint,
         done=done,
     )
-    shift = _rounds(strategy, exchange.grid, shift)
+    shift = run_rounds(strategy, exchange.grid, shift)
     summary = _results(folder, study, baselines, learner, shift, started)
     _explain(folder, split, learner, shift, strategy.explainable(), summary)
     _publish(folder, study, summary, roster.named)
@@ -186,7 +186,7 @@ def _zero(split: Split) -> np.ndarray:
     return np.zeros(split.shared.size, dtype=np.float32)
 
 
-def _rounds(strategy: SigmaStrategy, grid: Grid, shift: np.ndarray) -> np.ndarray:
+def run_rounds(strategy: SigmaStrategy, grid: Grid, shift: np.ndarray) -> np.ndarray:
     """Run the rounds that are left and return the final shift.
 
     Raises:

@@ -51,7 +51,9 @@ def test_spec_errors_name_value_and_next_step(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not exist: looked for .*none\.csv"):
         open_source("csv:none.csv", base=tmp_path)
     picture(tmp_path / "a" / "1.png")
-    with pytest.raises(DataError, match=r"no option 'colour': known are group_by_folder, half, labels, parts"):
+    with pytest.raises(
+        DataError, match=r"no option 'colour': known are group_by_folder, half, labels, parts"
+    ):
         open_source("folder:.", base=tmp_path, colour=1)
     with pytest.raises(DataError, match="expected options such as demo:seed=1"):
         open_source("demo:seed")

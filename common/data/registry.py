@@ -52,8 +52,8 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
             'demo' or 'demo:seed=1'.
         base: folder that a relative PATH starts from; without it, the current one.
         options: the source's own options, and for every source `labels`, a table from the labels of the
-            source to the classes of the study; `parts`, those wanted of 'train', 'val' and 'test'; and `half`,
-            'base' or 'novel', for one half of the classes where a source has an order of them.
+            source to the classes of the study; `parts`, those wanted of 'train', 'val' and 'test'; and
+            `half`, 'base' or 'novel', for one half of the classes where a source has an order of them.
 
     Raises:
         DataError: the kind is unknown, an option is unknown, the place does not exist, or it holds nothing

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
-
-from torch import Tensor
+from typing import Any
 
 from fedsigma.common.cards import CardError, DatasetCard, Protocol, Protocols, card, cards
-from fedsigma.common.data import Record, Source, halves, load_examples, open_source
-from fedsigma.common.data.medmnist import SIZES
+from fedsigma.common.cards.checking import differences
+from fedsigma.common.data import Record, Source, halves, open_source
 from fedsigma.server.paper.tables import PaperTable
 
-if TYPE_CHECKING:
-    from fedsigma.common.data import Example
-
-__all__ = ["LazyExamples", "PublishedSet", "find_sets", "open_set"]
+__all__ = ["PublishedSet", "find_sets"]
 
 _MEDMNIST = "medmnist"
-# MedMNIST has no configurations of CLIP-SVD's but those of the two sets that its paper took from it.
-_AS_DERMAMNIST = "dermamnist"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSet:
     """One set that is on this machine.
 
-    Fields: name; title; source, how a study's data section names it; classes, as they go into prompts, in the
-    order of the set's label numbers; template; protocols, the published configurations; differs, what is
-    otherwise than on its card.
+    Fields: name; title; source and options, as a study's data section names it; classes, as they go into
+    prompts, in the order of the set's label numbers; template; protocols, the published configurations;
+    backbone, of the paper's study; differs, what is otherwise than on its card.
     """
 
     name: str
@@ -42,6 +34,7 @@ class PublishedSet:
     template: str
     protocols: Protocols
     backbone: str
+    options: dict[str, Any] = field(default_factory=dict)
     differs: tuple[str, ...] = ()
 
     def half(self, which: str | None) -> tuple[str, ...]:
@@ -51,6 +44,11 @@ class PublishedSet:
     def prompts(self, which: str | None = None) -> tuple[str, ...]:
         """The template filled with each class name."""
         return tuple(self.template.format(name) for name in self.half(which))
+
+    def records(self, part: str, which: str | None = None) -> tuple[Source, list[Record]]:
+        """The open source, and the records of one part, of all classes or of one half of them."""
+        source, wanted = _opened(self.source, *self.options.items()), set(self.half(which))
+        return source, [one for one in source.records if one.split == part and one.label in wanted]
 
     def protocol(self, name: str) -> Protocol:
         """The published configuration of a protocol, or of few-shot where there is none for it.
@@ -64,6 +62,12 @@ class PublishedSet:
         return found
 
 
+@lru_cache(maxsize=4)
+def _opened(source: str, *options: tuple[str, Any]) -> Any:
+    """A list of a million images takes seconds to read, and each cell needs it."""
+    return open_source(source, **dict(options))
+
+
 def find_sets(
     table: PaperTable, root: Path, names: Sequence[str] = ()
 ) -> tuple[list[PublishedSet], dict[str, str]]:
@@ -72,48 +76,40 @@ def find_sets(
     Args:
         table: its domain, and the set that training is on.
         root: each set is in a folder as its card calls it; MedMNIST's files are there, too.
-        names: those wanted; by default all of the table. `medmnist:NAME:SIZE` is one that the package has.
+        names: those wanted; by default all of the table's cards. `medmnist:NAME:SIZE` is one of MedMNIST's.
 
     Returns:
         The sets that are here, that of training first, and the reason by name for each that is not.
 
     Raises:
         CardError: a name is not known or not of this table.
+        DataError: a set is here and cannot be read.
     """
-    known = {one.name: one for one in cards().values() if one.domain == table.domain}
-    wanted = list(names) or list(known)
-    if table.trained_on:
-        wanted = [table.trained_on, *(name for name in wanted if name != table.trained_on)]
+    known = [one.name for one in cards().values() if one.domain == table.domain]
+    wanted = list(dict.fromkeys([*([table.trained_on] if table.trained_on else []), *(names or known)]))
     found, missing = [], {}
     for name in wanted:
-        if name not in known and name != table.trained_on and not name.startswith(f"{_MEDMNIST}:"):
-            card(name)  # names the nearest one if there is none
-            raise CardError(f"{name} is not of this table: its sets are {', '.join(known)}")
         if name.startswith(f"{_MEDMNIST}:"):
             found.append(_medmnist(name, root))
             continue
-        folder = root / card(name).layout.folder
-        if not folder.is_dir():
-            missing[name] = f"there is no folder {folder}: fedsigma data fetch {name} {folder}"
+        chosen = card(name)
+        if name not in known and name != table.trained_on:
+            raise CardError(f"{name} is not of this table: its sets are {', '.join(known)}")
+        folder = root / chosen.layout.folder
+        if folder.is_dir():
+            found.append(_of_card(chosen, folder))
         else:
-            found.append(open_set(card(name), folder))
+            missing[name] = f"no folder {folder}; to get it: fedsigma data fetch {name} {folder}"
     return found, missing
 
 
-def open_set(chosen: DatasetCard, folder: Path) -> PublishedSet:
-    """One set of a card.
-
-    Raises:
-        DataError: the folder cannot be read as that set.
-    """
-    from fedsigma.common.cards.checking import differences
-
+def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
     source = f"coop:{chosen.name}:{folder.resolve()}"
     return PublishedSet(
         name=chosen.name,
         title=chosen.title,
         source=source,
-        classes=_source(source, (), None).classes,
+        classes=_opened(source).classes,
         template=chosen.template,
         protocols=chosen.protocols,
         backbone=chosen.backbone,
@@ -122,18 +118,16 @@ def open_set(chosen: DatasetCard, folder: Path) -> PublishedSet:
 
 
 def _medmnist(name: str, root: Path) -> PublishedSet:
-    _, _, place = name.partition(":")
-    short, _, size = place.partition(":")
-    size = size or str(SIZES[0])
-    source, like = f"{_MEDMNIST}:{short}:{size}", card(_AS_DERMAMNIST)
-    opened = open_source(source, root=str(root))
-    assert hasattr(opened, "classes")
+    # CLIP-SVD has configurations of two of its sets alone; the others are trained as the larger of colour.
+    like = card("dermamnist")
+    source, options = name, {"root": str(root.resolve())}
     return PublishedSet(
         name=name,
-        title=f"{short}, {size} pixels",
+        title=name.removeprefix(f"{_MEDMNIST}:"),
         source=source,
-        classes=opened.classes,
+        classes=_opened(source, *options.items()).classes,
         template=like.template,
         protocols=like.protocols,
         backbone=like.backbone,
+        options=options,
     )

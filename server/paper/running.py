@@ -1,0 +1,214 @@
+"""Running one cell: training in one place or among sites, and judging on the test images."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.data import Example, few_shot, load_examples
+from fedsigma.common.learner import Learner, open_learner, seed_for
+from fedsigma.common.protocol import Setup
+from fedsigma.common.sites import NoImages, load_site, simulated_sites
+from fedsigma.server import checkpoint
+from fedsigma.server.app import run_rounds
+from fedsigma.server.averaging import make_averaging
+from fedsigma.server.exchange import Exchange
+from fedsigma.server.inprocess import InProcessGrid
+from fedsigma.server.paper.pictures import LazyExamples
+from fedsigma.server.paper.sets import PublishedSet
+from fedsigma.server.paper.tables import Cell
+from fedsigma.server.roster import Roster
+from fedsigma.server.store import RunFolder
+from fedsigma.server.strategy import SigmaStrategy
+
+__all__ = ["Finished", "Score", "run_cell"]
+
+Vector = NDArray[np.float32]
+CLIENT_APP = "fedsigma.clientapp"
+"""The sites' app, named as Flower is told it: the server imports nothing of the sites'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How a model did. half: 'base' or 'novel', '' for all classes; scores by name, shares of 1."""
+
+    judged_on: str
+    half: str
+    images: int
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a cell gave.
+
+    Fields: scores; sites that trained (1 for one place, 0 for no training); examples in all; steps of one site;
+    bytes_up, one site's in one round; seconds.
+    """
+
+    scores: tuple[Score, ...]
+    sites: int
+    examples: int
+    steps: int
+    bytes_up: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    shift: Vector
+    sites: int = 0
+    examples: int = 0
+    steps: int = 0
+    bytes_up: int = 0
+
+
+def run_cell(cell: Cell, study: StudyConfig, sets: Mapping[str, PublishedSet], folder: Path) -> Finished:
+    """Train a cell's model, if it has one, and judge it.
+
+    Args:
+        cell, study: what to train; the study is `study_of` the cell.
+        sets: by name, with those that the cell is trained and judged on.
+        folder: of this cell; the run folder of a federated one, which is gone on with if it was interrupted.
+
+    Raises:
+        DataError: images cannot be read, or not divided as the setting says.
+        TrainingError: training diverged.
+    """
+    begun = time.monotonic()
+    learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
+    match cell.setting:
+        case None:
+            trained = _Trained(shift=_zeros(learner))
+        case setting if setting.way == "central":
+            trained = _in_one_place(learner, study, _central(cell, study, sets[cell.trained_on], learner))
+        case setting if setting.pooled:
+            images = _of_sites(study, learner)
+            together = [example for one in images.values() for example in one]
+            trained = _in_one_place(learner, study, together, sites=len(images))
+        case _:
+            trained = _among_sites(learner, study, folder)
+    scores = tuple(
+        score for name in cell.judged_on for score in _judge(trained.shift, cell, study, sets[name])
+    )
+    return Finished(
+        scores=scores,
+        sites=trained.sites,
+        examples=trained.examples,
+        steps=trained.steps,
+        bytes_up=trained.bytes_up,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _zeros(learner: Learner) -> Vector:
+    return np.zeros(learner.layout.size, np.float32)
+
+
+def _central(cell: Cell, study: StudyConfig, chosen: PublishedSet, learner: Learner) -> list[Example]:
+    half = "base" if cell.protocol == "base_to_novel" else None
+    source, records = chosen.records("train", half)
+    drawn = few_shot(records, shots=study.shots, classes=study.classes, seed=study.seed)
+    return load_examples(source, drawn, study.classes, side=learner.side)
+
+
+def _of_sites(study: StudyConfig, learner: Learner) -> dict[str, list[Example]]:
+    """The images that each site draws, by site."""
+    setup = Setup.of(study)
+    source, parts = simulated_sites(setup.data, study.classes, study.seed)
+    found = {}
+    for name, records in parts.items():
+        one = load_site(
+            source,
+            records,
+            name=name,
+            classes=study.classes,
+            shots=study.shots,
+            seed=study.seed,
+            side=learner.side,
+        )
+        found[name] = one.train
+    return found
+
+
+def _in_one_place(
+    learner: Learner, study: StudyConfig, examples: list[Example], *, sites: int = 1
+) -> _Trained:
+    """Train on these images, for the steps of so many sites together."""
+    if not examples:
+        raise NoImages(f"study '{study.name}' has no training image of its classes")
+    steps = sites * study.federation.rounds * study.training.local_steps
+    learned = learner.train(
+        _zeros(learner),
+        examples,
+        study.training,
+        first_step=0,
+        steps=steps,
+        total_steps=steps,
+        seed=seed_for(study.seed, "pooled"),
+    )
+    return _Trained(shift=learned.shift, sites=1, examples=len(examples), steps=steps)
+
+
+def _among_sites(learner: Learner, study: StudyConfig, path: Path) -> _Trained:
+    """Run the study's rounds with the real apps of both sides, in this process."""
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    os.environ["FEDSIGMA_AUDIT"] = str(path / "audit")
+    count = len(simulated_sites(Setup.of(study).data, study.classes, study.seed)[1])
+    folder = (
+        RunFolder.open(path) if (path / "study.yaml").exists() else RunFolder.create(path, study.to_yaml())
+    )
+    averaging, split = make_averaging(study), learner.split(None)
+    with folder.hold():
+        shift, done = checkpoint.latest(
+            folder, averaging, study=study, split=split, fingerprint=learner.fingerprint
+        )
+        exchange = Exchange(InProcessGrid(importlib.import_module(CLIENT_APP).app, count))
+        roster = Roster(exchange, folder, study, learner.fingerprint)
+        strategy = SigmaStrategy(
+            averaging,
+            study=study,
+            exchange=exchange,
+            roster=roster,
+            folder=folder,
+            split=split,
+            fingerprint=learner.fingerprint,
+            done=done,
+        )
+        shift = run_rounds(strategy, exchange.grid, shift)
+    rows = [row for row in folder.rounds() if row["status"] == "accepted"]
+    examples = {row["site"]: row["examples"] or 0 for row in rows}  # under masks a site does not tell
+    return _Trained(
+        shift=split.scatter(shift),
+        sites=len(examples),
+        examples=sum(examples.values()),
+        steps=study.federation.rounds * study.training.local_steps,
+        bytes_up=round(sum(row["bytes_up"] for row in rows) / max(1, len(rows))),
+    )
+
+
+def _judge(shift: Vector, cell: Cell, study: StudyConfig, chosen: PublishedSet) -> list[Score]:
+    """Judge a model on one set: on all its classes, or among those of each half."""
+    found = []
+    for half in ("base", "novel") if cell.protocol == "base_to_novel" else (None,):
+        learner = open_learner(study.backbone, study.sigma, chosen.half(half), chosen.prompts(half))
+        source, records = chosen.records("test", half)
+        examples: Any = LazyExamples(source, records, chosen.half(half), side=learner.side)
+        try:
+            judged = learner.evaluate(shift, examples)
+        finally:
+            examples.close()
+        found.append(
+            Score(judged_on=chosen.name, half=half or "", images=len(examples), scores=judged.scores)
+        )
+    return found

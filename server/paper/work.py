@@ -1,0 +1,117 @@
+"""Working through a table's cells: what is done is kept, what fails is told, and the rest goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.data import DataError
+from fedsigma.common.sites import NoImages
+from fedsigma.common.training import TrainingError
+from fedsigma.server.app import NoModel
+from fedsigma.server.paper.results import Results, key_of
+from fedsigma.server.paper.running import Score, run_cell
+from fedsigma.server.paper.sets import PublishedSet
+from fedsigma.server.paper.studies import study_of
+from fedsigma.server.paper.tables import Cell
+from fedsigma.server.roster import TooFewSites
+
+__all__ = ["Outcome", "Recipe", "share_of", "work"]
+
+# What is wrong with one cell, and not with the others.
+_FAILURES = (DataError, NoImages, TrainingError, NoModel, TooFewSites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What all cells of a call have in common: see `study_of`."""
+
+    backbone: str
+    rounds: int
+    overrides: Mapping[str, Any]
+
+    def study(self, cell: Cell, sets: Mapping[str, PublishedSet]) -> StudyConfig:
+        """The study of a cell."""
+        return study_of(
+            cell,
+            sets[cell.trained_on],
+            backbone=self.backbone,
+            rounds=self.rounds,
+            overrides=self.overrides,
+        )
+
+
+@dataclass
+class Outcome:
+    """The cells of a table with their scores, None where there are none, and why some failed."""
+
+    cells: list[tuple[Cell, list[Score] | None]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    studies: dict[str, StudyConfig] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """How many cells have scores."""
+        return sum(scores is not None for _, scores in self.cells)
+
+
+def share_of(cells: Sequence[Cell], share: str) -> set[Cell]:
+    """The cells of one of several machines: '2/4' is the second of four.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    number, slash, count = share.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"--share is '{share}', expected NUMBER/COUNT as 1/4")
+    return set(cells[int(number) - 1 :: int(count)])
+
+
+def work(
+    cells: Sequence[Cell],
+    sets: Mapping[str, PublishedSet],
+    results: Results,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    run: set[Cell],
+) -> Outcome:
+    """Run the cells that are missing, one by one, and return all.
+
+    Args:
+        cells: of the table.
+        sets: by name.
+        results: where finished ones are kept.
+        recipe: of all.
+        folder: the run folders of federated cells are below it.
+        run: those that this call may run; empty to run none.
+    """
+    outcome = Outcome()
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("reading", total=len(cells))
+        for cell in cells:
+            progress.update(bar, description=str(cell))
+            try:
+                study = recipe.study(cell, sets)
+                key = key_of(cell, study, sets.values())
+                outcome.studies[key] = study
+                scores = results.find(key)
+                if scores is None and cell in run:
+                    done = run_cell(cell, study, sets, folder / key[:16])
+                    results.keep(key, cell, study, done)
+                    scores = list(done.scores)
+            except _FAILURES as error:
+                # Training is on one set in one setting: other shots and seeds mostly fail for the same reason.
+                outcome.failures.setdefault(f"{cell.trained_on}, {cell.row}", str(error))
+                scores = None
+            outcome.cells.append((cell, scores))
+            progress.advance(bar)
+    return outcome
