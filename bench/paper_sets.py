@@ -2,11 +2,11 @@
 
     python bench/paper_sets.py --data DIR --out SETS
 
-DIR holds files with the columns image, label, split and, for some, site. Samples of five published biomedical
-sets become folders with split files as their cards say (the samples are smaller than the sets, and of two some
-classes are missing: `--allow-differences` takes them). The two sets of the real studies, which are no part of
-the paper, get cards of their own in SETS/cards (FEDSIGMA_CARDS=SETS/cards) and a sites.csv. Nothing is
-overwritten.
+DIR holds files with the columns image, label, split and, for some, site. Samples of five published
+biomedical sets become folders with split files as their cards say. The samples are smaller than the sets, and
+of two some classes are missing: `--allow-differences` takes them. The two sets of the real studies, which are
+no part of the paper, get cards of their own in SETS/cards (FEDSIGMA_CARDS=SETS/cards) and a sites.csv.
+Nothing is overwritten.
 """
 
 from __future__ import annotations

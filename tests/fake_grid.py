@@ -1,4 +1,4 @@
-"""Drive a ServerApp against a ClientApp in one process, with sites that go away and replies that are changed."""
+"""A federation in one process, with sites that go away and replies that are changed."""
 
 from __future__ import annotations
 

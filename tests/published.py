@@ -23,8 +23,11 @@ def tiny_picture() -> bytes:
 PICTURE = tiny_picture()
 
 
-def stand_in(chosen: DatasetCard, folder: Path) -> DatasetCard:
-    """Write one picture of each class and part into a folder; return the card with the sizes of that."""
+def stand_in(chosen: DatasetCard, folder: Path, *, train: int = 1) -> DatasetCard:
+    """Write one picture of each class and part into a folder; return the card with the sizes of that.
+
+    train: how many there are of each class for training, where the set has a split file.
+    """
     root = folder / chosen.layout.images
     root.mkdir(parents=True, exist_ok=True)
     make = {
@@ -36,6 +39,9 @@ def stand_in(chosen: DatasetCard, folder: Path) -> DatasetCard:
     }[chosen.layout.kind]
     make(chosen, folder, root)
     parts = {name: chosen.class_count for name in PARTS if getattr(chosen.images, name)}
+    if chosen.layout.kind == "split" and train > 1:
+        _more(chosen, folder, root, train)
+        parts["train"] *= train
     return replace(chosen, images=Images(**parts))
 
 
@@ -63,6 +69,17 @@ def _split(chosen: DatasetCard, folder: Path, root: Path) -> None:
         for path, _, _ in rows:
             write(root / path)
     (folder / chosen.layout.split).write_text(json.dumps(content))
+
+
+def _more(chosen: DatasetCard, folder: Path, root: Path, train: int) -> None:
+    file = folder / chosen.layout.split
+    content = json.loads(file.read_text())
+    for path, number, written in list(content["train"]):
+        for copy in range(1, train):
+            further = PurePosixPath(path).with_stem(f"{PurePosixPath(path).stem} {copy}").as_posix()
+            content["train"].append((further, number, written))
+            write(root / further)
+    file.write_text(json.dumps(content))
 
 
 def _lists(chosen: DatasetCard, folder: Path, root: Path) -> None:

@@ -25,7 +25,7 @@ from fedsigma.common.cards import (
 )
 from fedsigma.common.cards.checking import differences
 from fedsigma.common.config import StudyConfig, load_study
-from fedsigma.common.data import DataError, Record, few_shot_parts, halves, open_source
+from fedsigma.common.data import DataError, Record, check, few_shot_parts, halves, open_source
 from fedsigma.common.data.coop import open_card
 from fedsigma.common.data.split_file import read_split_file
 from fedsigma.common.paths import UnsafePath, inside
@@ -405,6 +405,9 @@ def test_parts_and_sites_of_a_published_set(tmp_path: Path) -> None:
     train = open_source(f"coop:kvasir:{folder}", parts=["train"]).records
     assert {record.split for record in train} == {"train"}
     assert all(record.site is None for record in train)
+    classes = chosen.class_names
+    assert check(open_source(f"coop:kvasir:{folder}", parts=["train"]), classes=classes, pictures=False).ok
+    assert not check(open_source(f"coop:kvasir:{folder}", parts=["test"]), classes=classes, pictures=False).ok
     rows = "".join(
         f"{record.key},{'north' if place % 2 else 'south'}\n" for place, record in enumerate(train)
     )

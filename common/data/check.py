@@ -161,7 +161,7 @@ def check(
     if pictures:
         records = _decode(source, records, found, progress)
     records = _divided(records, found)
-    _empty(records, wanted, found)
+    _empty(records, wanted, getattr(source, "parts", SPLITS), found)
     order = {kind: number for number, kind in enumerate(KINDS)}
     found.sort(key=lambda problem: order[problem.kind])
     return Report(tuple(found), tuple(records), total, tuple(wanted))
@@ -254,8 +254,8 @@ def _divided(records: list[Record], found: list[Problem]) -> list[Record]:
     return [r for r in records if group_of(r) not in kept_split or r.split in (None, kept_split[group_of(r)])]
 
 
-def _empty(records: list[Record], classes: list[str], found: list[Problem]) -> None:
-    """Report classes without a picture to train on, and parts of the data that hold nothing."""
+def _empty(records: list[Record], classes: list[str], parts: Sequence[str], found: list[Problem]) -> None:
+    """Report classes without a picture to train on, and parts that were asked for and hold nothing."""
     for label in classes:
         splits = Counter(record.split for record in records if record.label == label)
         if not splits:
@@ -266,7 +266,7 @@ def _empty(records: list[Record], classes: list[str], found: list[Problem]) -> N
         return
     present = {record.split for record in records}
     for split in ("train", "test"):
-        if None not in present and split not in present:
+        if split in parts and None not in present and split not in present:
             found.append(Problem(kind="empty split", where=split, detail="has no usable picture"))
     open_groups = {group_of(record) for record in records if record.split is None}
     if "test" not in present and len(open_groups) == 1 and len(records) > 1:

@@ -100,13 +100,15 @@ class Pictures:
     """A source made of records and a function that decodes the picture of a key.
 
     Fields: records; reader, from a key to a picture of any mode; problems, found while opening, each of
-    which has left no record; classes, in the order of the set's own label numbers, where it has such.
+    which has left no record; classes, in the order of the set's own label numbers, where it has such; parts,
+    those of the split that were asked for.
     """
 
     records: list[Record]
     reader: Callable[[str], Image.Image]
     problems: list[Problem] = field(default_factory=list)
     classes: tuple[str, ...] = ()
+    parts: Sequence[str] = SPLITS
 
     def image(self, record: Record) -> Image.Image:
         """Decode one picture as RGB, upright, in its own size.

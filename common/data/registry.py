@@ -82,6 +82,7 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
 def _keep_parts(source: Pictures, parts: Any) -> None:
     if not isinstance(parts, list | tuple) or not parts or not set(parts) <= set(SPLITS):
         raise DataError(f"the option parts is {parts!r}, expected a list of {', '.join(SPLITS)}")
+    source.parts = tuple(parts)
     source.records = [record for record in source.records if record.split in parts]
 
 

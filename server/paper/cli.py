@@ -57,6 +57,9 @@ def paper(
     shots: Annotated[str, typer.Option(help="Images a class, by commas; few-shot tables.")] = "1,2,4,8,16",
     seeds: Annotated[str, typer.Option(help="By commas.")] = "1,2,3",
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds of a federated run.")] = 60,
+    most_steps: Annotated[
+        int, typer.Option(min=1, help="Cut longer runs to so many steps a site, to try things out.")
+    ] = 10**9,
     backbone: Annotated[str, typer.Option(help="Other than that of the sets' cards.")] = "",
     change: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of all studies: federation.codec=small.")
@@ -94,14 +97,15 @@ def paper(
         participation=[float(one) for one in _words(participation)],
         pooled=pooled,
     )
+    numbers, draws = _whole("shots", shots), _whole("seeds", seeds)
+    recipe = Recipe(
+        backbone=backbone, rounds=rounds, most_steps=most_steps, overrides=read_overrides(change or [])
+    )
     found, missing = find_sets(chosen, data.expanduser(), _words(datasets))
     _say_missing(chosen, found, missing)
     _check_differences(found, allow_differences)
     names = [one.name for one in found if one.name != chosen.trained_on]
-    cells = list(
-        cells_of(chosen, names, settings=settings, shots=_whole("shots", shots), seeds=_whole("seeds", seeds))
-    )
-    recipe = Recipe(backbone=backbone, rounds=rounds, overrides=read_overrides(change or []))
+    cells = list(cells_of(chosen, names, settings=settings, shots=numbers, seeds=draws))
     out.mkdir(parents=True, exist_ok=True)
     results = Results(database or (out / "results.sqlite").resolve())
     run = set() if show else share_of(cells, share)
@@ -203,6 +207,8 @@ def _notes(
     table: PaperTable, found: Sequence[PublishedSet], missing: dict[str, str], outcome: Outcome
 ) -> list[str]:
     """What a reader must know to read the table."""
+    from fedsigma.server.paper.sets import UNPUBLISHED
+
     backbones = sorted({study.backbone for study in outcome.studies.values()})
     notes = [f"Accuracy on the test part in per cent, mean ± standard deviation over seeds. Backbone: "
              f"{', '.join(backbones)}."]  # fmt: skip
@@ -214,6 +220,8 @@ def _notes(
         )
     elif table.published:
         notes.append(f"Not the paper's backbone ({', '.join(own)}), so not the paper's figures.")
+    if plain := [one.name for one in found if one.protocol(table.protocol) is UNPUBLISHED]:
+        notes.append(f"No published configuration, so the commonest: {', '.join(plain)}.")
     notes += [f"{one.name} differs from its card: {'; '.join(one.differs)}." for one in found if one.differs]
     if missing:
         notes.append(f"Not here, so in no average: {', '.join(missing)}.")

@@ -62,7 +62,7 @@ def key_of(cell: Cell, study: StudyConfig, sets: Iterable[PublishedSet]) -> str:
     (content["data"] or {}).pop("source", None)
     ((content["data"] or {}).get("options") or {}).pop("root", None)
     told = [
-        [one.name, one.classes, *(len(one.records(part)[1]) for part in ("train", "test"))]
+        [one.name, one.classes, one.counts]
         for one in sorted(sets, key=lambda one: one.name)
         if one.name in (cell.trained_on, *cell.judged_on)
     ]

@@ -52,8 +52,8 @@ class Score:
 class Finished:
     """What a cell gave.
 
-    Fields: scores; sites that trained (1 for one place, 0 for no training); examples in all; steps of one site;
-    bytes_up, one site's in one round; seconds.
+    Fields: scores; sites that trained (1 for one place, 0 for no training); examples in all; steps of one
+    site; bytes_up, one site's in one round; seconds.
     """
 
     scores: tuple[Score, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,11 +12,14 @@ from typing import Any
 from fedsigma.common.cards import CardError, DatasetCard, Protocol, Protocols, card, cards
 from fedsigma.common.cards.checking import differences
 from fedsigma.common.data import Record, Source, halves, open_source
+from fedsigma.common.recipe import Recipe
 from fedsigma.server.paper.tables import PaperTable
 
-__all__ = ["PublishedSet", "find_sets"]
+__all__ = ["UNPUBLISHED", "PublishedSet", "find_sets"]
 
 _MEDMNIST = "medmnist"
+UNPUBLISHED = Protocol(learning_rate=Recipe.learning_rate, weight_decay=0, epochs=100)
+"""For sets that CLIP-SVD publishes no configuration of: its commonest for biomedical sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,8 @@ class PublishedSet:
 
     Fields: name; title; source and options, as a study's data section names it; classes, as they go into
     prompts, in the order of the set's label numbers; template; protocols, the published configurations;
-    backbone, of the paper's study; differs, what is otherwise than on its card.
+    backbone, of the paper's study; counts, images of the training and the test part; differs, what is
+    otherwise than on its card.
     """
 
     name: str
@@ -34,6 +39,7 @@ class PublishedSet:
     template: str
     protocols: Protocols
     backbone: str
+    counts: tuple[int, int] = (0, 0)
     options: dict[str, Any] = field(default_factory=dict)
     differs: tuple[str, ...] = ()
 
@@ -51,18 +57,12 @@ class PublishedSet:
         return source, [one for one in source.records if one.split == part and one.label in wanted]
 
     def protocol(self, name: str) -> Protocol:
-        """The published configuration of a protocol, or of few-shot where there is none for it.
-
-        Raises:
-            CardError: the card has neither.
-        """
+        """The published configuration of a protocol, or of few-shot, or what most biomedical sets have."""
         found: Protocol | None = getattr(self.protocols, name) or self.protocols.few_shot
-        if found is None:
-            raise CardError(f"the card of {self.title} has no configuration for {name}: choose another set")
-        return found
+        return found or UNPUBLISHED
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _opened(source: str, *options: tuple[str, Any]) -> Any:
     """A list of a million images takes seconds to read, and each cell needs it."""
     return open_source(source, **dict(options))
@@ -105,11 +105,13 @@ def find_sets(
 
 def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
     source = f"coop:{chosen.name}:{folder.resolve()}"
+    opened = _opened(source)
     return PublishedSet(
         name=chosen.name,
         title=chosen.title,
         source=source,
-        classes=_opened(source).classes,
+        classes=opened.classes,
+        counts=_counts(opened),
         template=chosen.template,
         protocols=chosen.protocols,
         backbone=chosen.backbone,
@@ -117,17 +119,23 @@ def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
     )
 
 
+def _counts(source: Source) -> tuple[int, int]:
+    parts = Counter(record.split for record in source.records)
+    return parts["train"], parts["test"]
+
+
 def _medmnist(name: str, root: Path) -> PublishedSet:
-    # CLIP-SVD has configurations of two of its sets alone; the others are trained as the larger of colour.
-    like = card("dermamnist")
+    like = card("dermamnist")  # of which only what MedMNIST's sets have in common is taken
     source, options = name, {"root": str(root.resolve())}
+    opened = _opened(source, *options.items())
     return PublishedSet(
         name=name,
         title=name.removeprefix(f"{_MEDMNIST}:"),
         source=source,
-        classes=_opened(source, *options.items()).classes,
+        classes=opened.classes,
+        counts=_counts(opened),
         template=like.template,
-        protocols=like.protocols,
+        protocols=Protocols(),
         backbone=like.backbone,
         options=options,
     )

@@ -33,7 +33,13 @@ def steps_of(protocol: Protocol, *, shots: int, classes: int, batch: int = BATCH
 
 
 def study_of(
-    cell: Cell, trained_on: PublishedSet, *, backbone: str, rounds: int, overrides: Mapping[str, Any]
+    cell: Cell,
+    trained_on: PublishedSet,
+    *,
+    backbone: str,
+    rounds: int,
+    most_steps: int,
+    overrides: Mapping[str, Any],
 ) -> StudyConfig:
     """The study of a cell. Its rounds and local steps together are the steps of the central run.
 
@@ -42,6 +48,7 @@ def study_of(
         trained_on: the set of the cell.
         backbone: '' for the one of the set's card.
         rounds: wanted; fewer if the run has fewer steps.
+        most_steps: a longer run is cut to so many, to try things out.
         overrides: settings by section, as `read_overrides` gives them.
 
     Raises:
@@ -53,6 +60,7 @@ def study_of(
     training |= {"batch_size": BATCH} | dict(overrides.get("training", {}))
     batch = int(training["batch_size"])
     steps = steps_of(protocol, shots=max(1, cell.shots), classes=len(classes), batch=batch)
+    steps = min(steps, most_steps)
     local_steps = int(training.setdefault("local_steps", max(1, round(steps / rounds))))
     federation: dict[str, Any] = {**FEDERATION, "min_sites": 1, "wait_for_sites_s": 0}
     # Sites have no test images: the finished model is judged on the whole test part.

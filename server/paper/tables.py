@@ -33,9 +33,9 @@ MOST_SHOTS = 16
 class PaperTable:
     """One table.
 
-    Fields: title; protocol, as a card names it; domain of its sets; trained_on, the one set that training is on
-    where it is one; published, what CLIP-SVD's README states for the average over published_sets of the sets,
-    in per cent, by column.
+    Fields: title; protocol, as a card names it; domain of its sets; trained_on, the one set that training is
+    on where it is one; published, what CLIP-SVD's README states for the average over published_sets of the
+    sets, in per cent, by column.
     """
 
     title: str

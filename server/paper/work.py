@@ -34,6 +34,7 @@ class Recipe:
 
     backbone: str
     rounds: int
+    most_steps: int
     overrides: Mapping[str, Any]
 
     def study(self, cell: Cell, sets: Mapping[str, PublishedSet]) -> StudyConfig:
@@ -43,6 +44,7 @@ class Recipe:
             sets[cell.trained_on],
             backbone=self.backbone,
             rounds=self.rounds,
+            most_steps=self.most_steps,
             overrides=self.overrides,
         )
 
@@ -109,8 +111,9 @@ def work(
                     results.keep(key, cell, study, done)
                     scores = list(done.scores)
             except _FAILURES as error:
-                # Training is on one set in one setting: other shots and seeds mostly fail for the same reason.
-                outcome.failures.setdefault(f"{cell.trained_on}, {cell.row}", str(error))
+                # Other shots and seeds of a set and a setting mostly fail for the same reason.
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                outcome.failures.setdefault(f"{cell.trained_on}, {cell.row}", reason)
                 scores = None
             outcome.cells.append((cell, scores))
             progress.advance(bar)

@@ -1,0 +1,440 @@
+"""The paper's tables on stand-ins of each published set: cells, studies, results, the printed form."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_learner import FakeLearner, HurriedTime
+from PIL import Image
+from published import stand_in
+from tiny_backbones import tiny_clip
+from typer.testing import CliRunner
+
+from fedsigma import cli
+from fedsigma.client import site as client_site
+from fedsigma.common import learner as learning
+from fedsigma.common.backbones import save_backbone
+from fedsigma.common.cards import Protocol, card, cards
+from fedsigma.common.config import ConfigError, StudyConfig
+from fedsigma.common.data import PictureError, open_source
+from fedsigma.common.learner import Judged, Learned
+from fedsigma.server import streaming
+from fedsigma.server.paper.pictures import LazyExamples
+from fedsigma.server.paper.rendering import blocks_of, markdown
+from fedsigma.server.paper.results import key_of
+from fedsigma.server.paper.running import Score
+from fedsigma.server.paper.sets import PublishedSet, find_sets
+from fedsigma.server.paper.studies import read_overrides, steps_of, study_of
+from fedsigma.server.paper.tables import CENTRAL, TABLES, Cell, Setting, settings_of
+from fedsigma.server.paper.work import share_of
+
+runner = CliRunner()
+BIOMEDICAL = [one.name for one in cards().values() if one.domain == "biomedical"]
+
+
+class PictureLearner(FakeLearner):
+    """A fake that needs the real pictures and labels: what it learns is how many images and steps it had."""
+
+    made: list[tuple[int, int]] = []  # noqa: RUF012
+
+    def __init__(self, backbone: str, sigma: Any, classes: Any, prompts: Any) -> None:
+        super().__init__(backbone, sigma, classes, prompts)
+        self.classes = len(classes)
+
+    def train(self, shift: Any, examples: Any, recipe: Any, *, steps: int, **rest: Any) -> Learned:
+        self.made.append((len(examples), steps))
+        assert all(0 <= one.label < self.classes and one.image.shape[0] == 3 for one in examples)
+        moved = (shift + 0.01 * steps).astype(np.float32)
+        return Learned(shift=moved, loss=1.0, steps=steps, examples=len(examples))
+
+    def evaluate(self, shift: Any, examples: Any) -> Judged:
+        images = [one.image.shape for one in list(examples)]
+        assert len(images) == len(examples)
+        known = float(min(1.0, 0.1 + abs(shift).mean()))
+        scores = {"accuracy": known, "balanced_accuracy": 0.5, "f1": 0.5, "ece": 0.1}
+        return Judged(scores=scores, confusion=(0,) * self.classes**2)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[int, int]]]:
+    monkeypatch.setattr(learning, "builder", PictureLearner)
+    monkeypatch.setattr(streaming, "time", HurriedTime())
+    monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
+    client_site._kept.clear()
+    PictureLearner.made = []
+    yield PictureLearner.made
+    client_site._kept.clear()
+
+
+def stand_ins(root: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], *, train: int = 1) -> None:
+    """Small sets that are just as their cards say, whose cards have the small sizes."""
+    for name in names:
+        chosen = card(name)
+        monkeypatch.setitem(cards(), name, stand_in(chosen, root / chosen.layout.folder, train=train))
+
+
+def paper(*args: object) -> tuple[int, str, str]:
+    result = runner.invoke(cli.main, ["bench", "paper", *(str(arg) for arg in args)])
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def a_set(**changes: Any) -> PublishedSet:
+    few = Protocol(learning_rate=0.007, weight_decay=0.0, epochs=100)
+    values = {"few_shot": few, "base_to_novel": replace(few, learning_rate=0.001)}
+    known: dict[str, Any] = {
+        "name": "btmri",
+        "title": "BTMRI",
+        "source": "coop:btmri:/sets/BTMRI",
+        "classes": ("a", "b", "c"),
+        "template": "a photo of a {}.",
+        "protocols": replace(card("btmri").protocols, **values),
+        "backbone": "ViT-B-16/openai",
+    }
+    return PublishedSet(**known | changes)
+
+
+def a_cell(**changes: Any) -> Cell:
+    known: dict[str, Any] = {"protocol": "few_shot", "trained_on": "btmri", "shots": 16, "setting": CENTRAL}
+    return Cell(**known | {"seed": 1, "judged_on": ("btmri",)} | changes)
+
+
+def a_study(cell: Cell, rounds: int = 60, most_steps: int = 10**9, **overrides: Any) -> StudyConfig:
+    return study_of(cell, a_set(), backbone="", rounds=rounds, most_steps=most_steps, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "shots", "classes", "steps"),
+    [
+        (Protocol(learning_rate=0.1, weight_decay=0, epochs=2, iterations_per_shot=200), 4, 37, 800),
+        (Protocol(learning_rate=0.1, weight_decay=0, epochs=100), 16, 4, 200),
+        (Protocol(learning_rate=0.1, weight_decay=0, epochs=100), 1, 4, 100),
+        (Protocol(learning_rate=0.1, weight_decay=0, epochs=100), 16, 9, 400),
+    ],
+)
+def test_lengths_are_those_of_the_published_code(
+    protocol: Protocol, shots: int, classes: int, steps: int
+) -> None:
+    assert steps_of(protocol, shots=shots, classes=classes) == steps
+
+
+def test_a_federated_study_has_the_steps_of_the_central_one() -> None:
+    central, apart = a_study(a_cell()), a_study(a_cell(setting=Setting(way="dirichlet", alpha=0.1, sites=7)))
+    assert central.data is None and apart.data is not None
+    assert apart.data.sites_by == {"dirichlet": {"alpha": 0.1, "sites": 7}}
+    assert apart.data.options == {"parts": ["train"]}
+    for study in (central, apart):
+        assert study.training.learning_rate == 0.007 and study.training.batch_size == 32
+        assert study.training.local_steps == 2 and study.federation.rounds == 50  # 100 epochs of 3 * 16 // 32
+    assert a_study(a_cell(), most_steps=10).federation.rounds == 10
+    half = a_study(a_cell(protocol="base_to_novel", setting=Setting(way="iid", sites=2, participation=0.5)))
+    assert half.classes == ("a", "b") and half.training.learning_rate == 0.001
+    assert half.data is not None and half.data.options == {"parts": ["train"], "half": "base"}
+    assert half.federation.participation == 0.5
+
+
+def test_settings_of_all_studies() -> None:
+    given = read_overrides(
+        ["federation.codec=small", "training.learning_rate=0.5", "federation.strategy=fedavg"]
+    )
+    study = a_study(a_cell(), **given)
+    assert (study.federation.codec, study.training.learning_rate) == ("small", 0.5)
+    assert study.federation.strategy == "fedavg" and study.federation.options == {}
+    for setting, says in (
+        ("federation.codec", "expected SECTION.KEY=VALUE"),
+        ("seed=3", "names 'seed', which the table decides"),
+        ("federation.participation=0.5", "which the table decides"),
+        ("federation.codec=[", "--set federation.codec"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            read_overrides([setting])
+    with pytest.raises(ConfigError, match="'federation.codek' is not known: did you mean 'codec'"):
+        a_study(a_cell(), **read_overrides(["federation.codek=small"]))
+
+
+def test_settings_have_names() -> None:
+    found = settings_of(
+        ["central", "iid", "dirichlet-0.1", "disjoint", "natural"],
+        sites=[3, 100],
+        participation=[1.0, 0.1],
+        pooled=True,
+    )
+    assert [str(one) for one in found[:7]] == [
+        "central",
+        "IID, 3 sites",
+        "IID, 3 sites, 10% a round",
+        "pooled: IID, 3 sites",
+        "IID, 100 sites",
+        "IID, 100 sites, 10% a round",
+        "pooled: IID, 100 sites",
+    ]
+    assert [str(one) for one in found[-3:]] == [
+        "natural sites",
+        "natural sites, 10% a round",
+        "pooled: natural sites",
+    ]
+    assert len(found) == len(set(found)) == 1 + 3 * 6 + 3
+    for name in ("dirichlet", "dirichlet-0", "sorted"):
+        with pytest.raises(ConfigError, match=f"the setting '{name}' is not known"):
+            settings_of([name], sites=[3], participation=[1.0], pooled=False)
+    with pytest.raises(ConfigError, match="sites is 1, expected 2"):
+        settings_of(["iid"], sites=[1], participation=[1.0], pooled=False)
+    with pytest.raises(ConfigError, match="participation is 2, expected a share"):
+        settings_of(["iid"], sites=[3], participation=[2.0], pooled=False)
+
+
+def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins(tmp_path / "a", monkeypatch, ["btmri"])
+    stand_in(card("btmri"), tmp_path / "b" / "BTMRI")
+    cell = a_cell(setting=Setting(way="iid", sites=2))
+
+    def key(root: Path, cell: Cell = cell, **overrides: Any) -> str:
+        (one,), _ = find_sets(TABLES["fewshot-biomedical"], root, ["btmri"])
+        study = study_of(cell, one, backbone="", rounds=60, most_steps=9, overrides=overrides)
+        return key_of(cell, study, [one])
+
+    first = key(tmp_path / "a")
+    assert key(tmp_path / "b") == first
+    assert key(tmp_path / "a", training={"learning_rate": 0.5}) != first
+    assert key(tmp_path / "a", replace(cell, seed=2)) != first
+    assert key(tmp_path / "a", replace(cell, setting=Setting(way="iid", sites=2, pooled=True))) != first
+    stand_in(card("btmri"), tmp_path / "c" / "BTMRI", train=2)
+    assert key(tmp_path / "c") != first
+
+
+def test_shares_of_machines_are_all_cells_once() -> None:
+    cells = [a_cell(seed=seed) for seed in range(1, 8)]
+    parts = [share_of(cells, f"{number}/3") for number in (1, 2, 3)]
+    assert sorted(one.seed for part in parts for one in part) == list(range(1, 8))
+    for wrong in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(ValueError, match="expected NUMBER/COUNT"):
+            share_of(cells, wrong)
+
+
+def scored(cell: Cell, *values: float) -> tuple[Cell, list[Score]]:
+    halves = ("base", "novel") if cell.protocol == "base_to_novel" else ("",)
+    return cell, [
+        Score(judged_on=name, half=half, images=9, scores={"accuracy": value})
+        for (name, half), value in zip(((n, h) for n in cell.judged_on for h in halves), values, strict=True)
+    ]
+
+
+def test_mean_and_spread_over_seeds_and_the_average_over_sets() -> None:
+    def few(name: str, seed: int, value: float) -> tuple[Cell, list[Score]]:
+        return scored(a_cell(trained_on=name, judged_on=(name,), seed=seed), value)
+
+    zero = a_cell(shots=0, setting=None, seed=0)
+    cells: list[Any] = [
+        scored(zero, 0.25),
+        scored(replace(zero, trained_on="busi", judged_on=("busi",)), 0.35),
+    ]
+    cells += [few("btmri", 1, 0.5), few("btmri", 2, 0.7), few("busi", 1, 0.9)]
+    table, names = TABLES["fewshot-biomedical"], ["btmri", "busi"]
+    missing = (a_cell(trained_on="busi", judged_on=("busi",), seed=2), None)
+    blocks = blocks_of(table, [*cells, missing], names)
+    assert str(blocks["btmri"]["central"]["16"]) == "60.0 ± 14.1"
+    assert str(blocks["btmri"]["zero-shot"]["16"]) == "25.0"
+    assert str(blocks["busi"]["central"]["16"]) == "90.0 (1 of 2)"
+    assert str(blocks["average"]["central"]["16"]) == "70.0 (1 of 2)"  # of seed 1, which both sets have
+    whole = blocks_of(table, [*cells, few("busi", 2, 0.5)], names)
+    assert str(whole["average"]["central"]["16"]) == "65.0 ± 7.1"  # of 70 and 60
+    text = markdown(table, whole, notes=["a note"])
+    assert "| zero-shot | 30.0 |" in text and "### average" in text and "- a note" in text
+
+
+def test_the_harmonic_mean_is_that_of_the_averages() -> None:
+    cell = a_cell(protocol="base_to_novel")
+    other = replace(cell, trained_on="busi", judged_on=("busi",))
+    blocks = blocks_of(
+        TABLES["base-to-novel-biomedical"],
+        [scored(cell, 0.8, 0.4), scored(other, 0.4, 0.8)],
+        ["btmri", "busi"],
+    )
+    assert str(blocks["btmri"]["central"]["harmonic mean"]) == "53.3"
+    assert str(blocks["average"]["central"]["harmonic mean"]) == "60.0"
+
+
+def test_one_source_and_many_targets_have_one_block() -> None:
+    cell = a_cell(protocol="cross_dataset", trained_on="imagenet", judged_on=("imagenet", "dtd", "eurosat"))
+    blocks = blocks_of(TABLES["cross-dataset"], [scored(cell, 0.9, 0.4, 0.6)], ["dtd", "eurosat"])
+    assert {c: str(v) for c, v in blocks["From one data set to others"]["central"].items()} == {
+        "imagenet": "90.0",
+        "dtd": "40.0",
+        "eurosat": "60.0",
+        "average": "50.0",
+    }
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_on_stand_ins_of_each_of_its_sets(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All 26 cards, centrally and among sites; the whole of what a machine with the sets would run."""
+    chosen = TABLES[table]
+    names = [one.name for one in cards().values() if one.domain == chosen.domain]
+    names += [chosen.trained_on] if chosen.trained_on and chosen.trained_on not in names else []
+    stand_ins(tmp_path / "sets", monkeypatch, names)
+    settings = "central,iid,disjoint" if table == "fewshot-biomedical" else "central,iid"
+    seeds = "1,2" if chosen.domain == "biomedical" else "1"
+    common = ["--table", table, "--data", tmp_path / "sets", "--out", tmp_path / "out", "--sites", "2"]
+    common += ["--setting", settings, "--shots", "1", "--seeds", seeds, "--rounds", "2", "--most-steps", "2"]
+    code, told, wrong = paper(*common, "--json", tmp_path / "figures.json")
+    assert (code, wrong.count("Left out")) == (0, 0), wrong
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    trained = [chosen.trained_on] if chosen.trained_on else names
+    assert (
+        figures["done"]
+        == figures["cells"]
+        == len(trained) * (1 + len(seeds.split(",")) * len(settings.split(",")))
+    )
+    columns = {entry["column"] for entry in figures["entries"]}
+    if chosen.trained_on:
+        assert columns == {*names, "average"}
+    else:
+        assert columns == ({"1"} if chosen.protocol == "few_shot" else {"base", "novel", "harmonic mean"})
+        assert {entry["block"] for entry in figures["entries"]} == {*names, "average"}
+    with (tmp_path / "out" / f"{table}.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == len(figures["entries"])
+    assert f"{figures['done']} of {figures['cells']} cells" in told
+
+
+def test_an_interrupted_table_goes_on_where_it_was(
+    fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(tmp_path / "sets", monkeypatch, ["kvasir"], train=4)
+    args = ["--table", "fewshot-biomedical", "--data", tmp_path / "sets", "--out", tmp_path / "out"]
+    args += [
+        "--setting",
+        "central,iid",
+        "--sites",
+        "2",
+        "--seeds",
+        "1,2",
+        "--shots",
+        "1",
+        "--most-steps",
+        "2",
+    ]
+    plain = PictureLearner.train
+
+    def stopped(self: Any, *given: Any, **named: Any) -> Learned:
+        if len(fake) == 3:  # the first round of the first federated cell is through
+            raise KeyboardInterrupt
+        return plain(self, *given, **named)
+
+    monkeypatch.setattr(PictureLearner, "train", stopped)
+    code, _, wrong = paper(*args)
+    assert code == 130 and "The same command goes on" in wrong
+    code, told, _ = paper(*args, "--show")
+    assert code == 4 and "2 of 5 cells" in told
+    monkeypatch.setattr(PictureLearner, "train", plain)
+    fake.clear()
+    code, told, _ = paper(*args)
+    assert code == 0 and "5 of 5 cells" in told
+    # The rest of the interrupted cell (its second round, two sites), the central one of seed 2, and its rounds.
+    assert [steps for _, steps in fake] == [1, 1, 2, 1, 1, 1, 1]
+    fake.clear()
+    assert paper(*args)[0] == 0 and fake == []
+    with closing(sqlite3.connect(tmp_path / "out" / "results.sqlite")) as database:
+        rows = database.execute("SELECT setting, sites, examples, steps, bytes_up FROM cells").fetchall()
+        assert database.execute("SELECT count(*) FROM scores").fetchone() == (5,)
+    assert sorted(row[0] for row in rows) == ["IID, 2 sites"] * 2 + ["central"] * 2 + ["zero-shot"]
+    federated = [row for row in rows if row[0] == "IID, 2 sites"]
+    # A site has an image of each of the eight classes at most.
+    assert all(row[1] == row[3] == 2 and 8 < row[2] <= 16 and row[4] > 0 for row in federated)
+
+
+def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: list[Any]) -> None:
+    args = ["--table", "fewshot-biomedical", "--out", tmp_path / "out", "--shots", "1", "--most-steps", "1"]
+    code, _, wrong = paper("--table", "fewshot")
+    assert code == 3 and "there is no table 'fewshot'" in wrong
+    code, _, wrong = paper(*args, "--data", tmp_path)
+    assert code == 3 and "fedsigma data fetch btmri" in wrong and "no set of this table is here" in wrong
+    code, _, wrong = paper(*args, "--data", tmp_path, "--datasets", "eurosat")
+    assert code == 3 and "eurosat is not of this table: its sets are btmri" in wrong
+    code, _, wrong = paper(*args, "--data", tmp_path, "--shots", "one")
+    assert code == 3 and "--shots is 'one', expected whole numbers" in wrong
+    stand_in(card("btmri"), tmp_path / "BTMRI")
+    code, _, wrong = paper(*args, "--data", tmp_path)
+    assert code == 3 and "btmri: train: 4 images, the card says 2,854" in wrong and fake == []
+    # Natural sites are not known, so this setting fails, and the rest of the table does not.
+    code, told, _ = paper(
+        *args, "--data", tmp_path, "--allow-differences", "--setting", "central,natural", "--seeds", "1"
+    )
+    text = (tmp_path / "out" / "fewshot-biomedical.md").read_text()
+    assert code == 4 and "2 of 3 cells" in told
+    assert "Failed: btmri, natural sites: sites_by is 'site', and 4 of 4 records have no site" in text
+    assert (
+        "btmri differs from its card: train: 4 images" in text and "Not here, so in no average: busi" in text
+    )
+
+
+def test_sites_of_their_own_and_partial_participation(
+    fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(tmp_path, monkeypatch, ["kvasir"], train=3)
+    train = open_source(f"coop:kvasir:{tmp_path / 'Kvasir'}", parts=["train"]).records
+    rows = "".join(f"{one.key},{'abc'[place % 3]}\n" for place, one in enumerate(train))
+    (tmp_path / "Kvasir" / "sites.csv").write_text("path,site\n" + rows)
+    args = ["--table", "fewshot-biomedical", "--data", tmp_path, "--out", tmp_path / "out", "--seeds", "1"]
+    args += ["--setting", "natural", "--participation", "1,0.3", "--pooled", "--shots", "2"]
+    code, told, wrong = paper(*args, "--most-steps", "4", "--rounds", "4", "--datasets", "kvasir")
+    assert code == 0 and "natural sites, 30% a round" in told, wrong
+    # All three sites in four rounds, one of them in each of four, and the pooled run with all sites' steps.
+    assert sorted(steps for _, steps in fake) == [1] * 12 + [1] * 4 + [12]
+
+
+def test_pictures_are_decoded_ahead_in_order_and_only_on_demand(tmp_path: Path) -> None:
+    for place in range(70):
+        Image.new("RGB", (4, 4), (place, 0, 0)).save(tmp_path / f"{place:03d}.png")
+    (tmp_path / "list.csv").write_text(
+        "path,label,split\n" + "".join(f"{place:03d}.png,{'ab'[place % 2]},test\n" for place in range(70))
+    )
+    source = open_source(f"csv:{tmp_path / 'list.csv'}")
+    (tmp_path / "069.png").unlink()
+    examples = LazyExamples(source, source.records, ["a", "b"], side=4)
+    try:
+        assert [one.label for one in examples] == [place % 2 for place in range(70)]
+        assert [int(one.image[0, 0, 0]) for one in examples[:69]] == list(range(69))
+        assert int(examples[5].image[0, 0, 0]) == 5
+        with pytest.raises(PictureError, match="069.png"):
+            _ = examples[69].image
+    finally:
+        examples.close()
+
+
+def test_the_real_method_learns_a_published_set_in_one_place_and_among_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes that differ in colour: a tiny random CLIP is at chance, and is not after training."""
+    monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
+    monkeypatch.setattr(streaming, "time", HurriedTime())
+    client_site._kept.clear()
+    stand_ins(tmp_path, monkeypatch, ["btmri"], train=4)
+    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (230, 230, 20)]
+    for record in open_source(f"coop:btmri:{tmp_path / 'BTMRI'}").records:
+        colour = colours[card("btmri").class_names.index(str(record.label))]
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "BTMRI" / "BTMRI" / record.key)
+    backbone = save_backbone(tiny_clip(), tmp_path / "tiny", source="tests")
+    args = ["--table", "fewshot-biomedical", "--data", tmp_path, "--out", tmp_path / "out", "--sites", "2"]
+    args += ["--setting", "central,iid", "--shots", "2", "--seeds", "1", "--rounds", "10"]
+    args += ["--most-steps", "30", "--set", "training.learning_rate=0.1", "--set", "training.augment=none"]
+    code, _, wrong = paper(*args, "--backbone", f"local-dir:{backbone}", "--json", tmp_path / "f.json")
+    assert code == 0, wrong
+    means = {e["row"]: e["mean"] for e in json.loads((tmp_path / "f.json").read_text())["entries"]}
+    assert means["zero-shot"] <= 0.5
+    assert means["central"] >= 0.75 and means["IID, 2 sites"] >= 0.75
+    with closing(sqlite3.connect(tmp_path / "out" / "results.sqlite")) as database:
+        (text,) = database.execute("SELECT study FROM cells WHERE setting = 'IID, 2 sites'").fetchone()
+    study = StudyConfig.from_yaml(text)
+    assert study.federation.rounds == 10 and study.training.local_steps == 3
