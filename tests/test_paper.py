@@ -156,7 +156,7 @@ def test_settings_of_all_studies() -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             read_overrides([setting])
-    with pytest.raises(ConfigError, match="'federation.codek' is not known: did you mean 'codec'"):
+    with pytest.raises(ConfigError, match=r"'federation\.codek' is not known: did you mean 'codec'"):
         a_study(a_cell(), **read_overrides(["federation.codek=small"]))
 
 
@@ -340,7 +340,7 @@ def test_an_interrupted_table_goes_on_where_it_was(
     fake.clear()
     code, told, _ = paper(*args)
     assert code == 0 and "5 of 5 cells" in told
-    # The rest of the interrupted cell (its second round, two sites), the central one of seed 2, and its rounds.
+    # The rest of the interrupted cell (its second round, two sites), the central one of seed 2, its rounds.
     assert [steps for _, steps in fake] == [1, 1, 2, 1, 1, 1, 1]
     fake.clear()
     assert paper(*args)[0] == 0 and fake == []
@@ -406,7 +406,7 @@ def test_pictures_are_decoded_ahead_in_order_and_only_on_demand(tmp_path: Path) 
         assert [one.label for one in examples] == [place % 2 for place in range(70)]
         assert [int(one.image[0, 0, 0]) for one in examples[:69]] == list(range(69))
         assert int(examples[5].image[0, 0, 0]) == 5
-        with pytest.raises(PictureError, match="069.png"):
+        with pytest.raises(PictureError, match=r"069\.png"):
             _ = examples[69].image
     finally:
         examples.close()
