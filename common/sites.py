@@ -7,13 +7,13 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedsigma.common.config import DataConfig
+from fedsigma.common.config import ConfigError, DataConfig, StudyConfig
 from fedsigma.common.reading import build
 
 if TYPE_CHECKING:
     from fedsigma.common.data import Example, Record, SiteData, Source
 
-__all__ = ["NoImages", "check_pictures", "load_site", "simulated_sites", "usable_records"]
+__all__ = ["NoImages", "check_pictures", "load_site", "load_sites", "simulated_sites", "usable_records"]
 
 
 class NoImages(ValueError):
@@ -73,6 +73,33 @@ def simulated_sites(
         source, classes=classes, test_share=data.test_share, on_problem=data.on_problem, seed=seed
     )
     return source, dict(partition(records, data.sites_by, seed))
+
+
+def load_sites(study: StudyConfig, *, side: int) -> dict[str, SiteData]:
+    """The images of every site of a simulation, by name. Units: side in pixels.
+
+    Raises:
+        ConfigError: the study has no data section.
+        NoImages, DataError: as `load_site` and `simulated_sites`.
+    """
+    from fedsigma.common.protocol import Setup
+
+    if study.data is None:
+        raise ConfigError(f"study '{study.name}' has no data section, so its images are at its sites")
+    source, parts = simulated_sites(Setup.of(study).data, study.classes, study.seed)
+    return {
+        name: load_site(
+            source,
+            records,
+            name=name,
+            classes=study.classes,
+            shots=study.shots,
+            seed=study.seed,
+            side=side,
+            on_problem=study.data.on_problem,
+        )
+        for name, records in parts.items()
+    }
 
 
 def load_site(

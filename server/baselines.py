@@ -179,25 +179,12 @@ class Baselines:
 
     def pooled(self, learner: Learner) -> dict[str, Any]:
         """Train on all sites' images in this process, for all sites' steps together; a simulation only."""
-        from fedsigma.common.sites import load_site, simulated_sites
+        from fedsigma.common.sites import load_sites
 
-        study, data = self.study, self.study.data
-        if data is None:
+        study = self.study
+        if study.data is None:
             return {}
-        source, parts = simulated_sites(Setup.of(study).data, study.classes, study.seed)
-        images = {
-            name: load_site(
-                source,
-                records,
-                name=name,
-                classes=study.classes,
-                shots=study.shots,
-                seed=study.seed,
-                side=learner.side,
-                on_problem=data.on_problem,
-            )
-            for name, records in parts.items()
-        }
+        images = load_sites(study, side=learner.side)
         steps = len(images) * study.federation.rounds * study.training.local_steps
         learned = learner.train(
             np.zeros(self.split.full.size, np.float32),

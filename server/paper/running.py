@@ -18,7 +18,7 @@ from fedsigma.common.config import StudyConfig
 from fedsigma.common.data import Example, few_shot, load_examples
 from fedsigma.common.learner import Learner, open_learner, seed_for
 from fedsigma.common.protocol import Setup
-from fedsigma.common.sites import NoImages, load_site, simulated_sites
+from fedsigma.common.sites import NoImages, load_sites, simulated_sites
 from fedsigma.server import checkpoint
 from fedsigma.server.app import run_rounds
 from fedsigma.server.averaging import make_averaging
@@ -93,8 +93,8 @@ def run_cell(cell: Cell, study: StudyConfig, sets: Mapping[str, PublishedSet], f
         case setting if setting.way == "central":
             trained = _in_one_place(learner, study, _central(cell, study, sets[cell.trained_on], learner))
         case setting if setting.pooled:
-            images = _of_sites(study, learner)
-            together = [example for one in images.values() for example in one]
+            images = load_sites(study, side=learner.side)
+            together = [example for one in images.values() for example in one.train]
             trained = _in_one_place(learner, study, together, sites=len(images))
         case _:
             trained = _among_sites(learner, study, folder)
@@ -120,25 +120,6 @@ def _central(cell: Cell, study: StudyConfig, chosen: PublishedSet, learner: Lear
     source, records = chosen.records("train", half)
     drawn = few_shot(records, shots=study.shots, classes=study.classes, seed=study.seed)
     return load_examples(source, drawn, study.classes, side=learner.side)
-
-
-def _of_sites(study: StudyConfig, learner: Learner) -> dict[str, list[Example]]:
-    """The images that each site draws, by site."""
-    setup = Setup.of(study)
-    source, parts = simulated_sites(setup.data, study.classes, study.seed)
-    found = {}
-    for name, records in parts.items():
-        one = load_site(
-            source,
-            records,
-            name=name,
-            classes=study.classes,
-            shots=study.shots,
-            seed=study.seed,
-            side=learner.side,
-        )
-        found[name] = one.train
-    return found
 
 
 def _in_one_place(
