@@ -90,7 +90,9 @@ def parts(data: str, classes: Any, seed: int) -> Any:
 def load(source: Any, records: Any, *, name: str, **options: Any) -> Any:
     if name == "broken":
         raise FileNotFoundError("/data/patient-0815.png")
-    examples = [SimpleNamespace(target=TARGETS[name], label=i % 2, image=np.zeros(3)) for i in range(IMAGES[name])]
+    examples = [
+        SimpleNamespace(target=TARGETS[name], label=i % 2, image=np.zeros(3)) for i in range(IMAGES[name])
+    ]
     return SimpleNamespace(name=name, train=examples, test=examples * 10)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_learner import FakeLearner, HurriedTime
+from medmnist_files import npz
 from PIL import Image
 from published import stand_in
 from tiny_backbones import tiny_clip
@@ -391,6 +392,19 @@ def test_sites_of_their_own_and_partial_participation(
     assert code == 0 and "natural sites, 30% a round" in told, wrong
     # All three sites in four rounds, one of them in each of four, and the pooled run with all sites' steps.
     assert sorted(steps for _, steps in fake) == [1] * 12 + [1] * 4 + [12]
+
+
+def test_a_set_of_medmnist_joins_a_table(fake: list[tuple[int, int]], tmp_path: Path) -> None:
+    pytest.importorskip("medmnist")
+    npz(tmp_path, "octmnist", 64, classes=4, colours=False)
+    args = ["--table", "base-to-novel-biomedical", "--data", tmp_path, "--out", tmp_path / "out"]
+    args += ["--datasets", "medmnist:octmnist:64", "--setting", "central,iid", "--sites", "2", "--seeds", "1"]
+    code, told, wrong = paper(*args, "--most-steps", "2", "--rounds", "1")
+    assert code == 0 and "3 of 3 cells" in told, wrong
+    # Two base classes with three images each, all in one place and then at two sites.
+    assert fake[0] == (6, 2) and sum(images for images, _ in fake[1:]) == 6
+    text = (tmp_path / "out" / "base-to-novel-biomedical.md").read_text()
+    assert "No published configuration, so the commonest: medmnist:octmnist:64" in text
 
 
 def test_pictures_are_decoded_ahead_in_order_and_only_on_demand(tmp_path: Path) -> None:
