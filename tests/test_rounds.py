@@ -640,7 +640,7 @@ def test_a_share_of_the_sites_is_asked_in_each_round_and_the_draw_changes(tmp_pa
     assert {site for sites in drawn for site in sites} == set(NAMES)
     assert len(set(drawn)) > 1
     asked = [node for node, kind in run.grid.asked if kind.startswith("train")]  # type: ignore[attr-defined]
-    assert len(asked) == 12
+    assert len(asked) == 12 + 4  # and each once for local only
     again = run(tmp_path, study, out="again")
     assert [tuple(event["sites"]) for event in events(again, "round_start")] == drawn
     assert set(folder.read_summary()["zero_shot"]["per_site"]) == set(NAMES)
