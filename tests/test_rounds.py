@@ -648,5 +648,7 @@ def test_a_share_of_the_sites_is_asked_in_each_round_and_the_draw_changes(tmp_pa
 
 def test_no_fewer_sites_than_min_sites_are_drawn(tmp_path: Path) -> None:
     """A small share does not go below the study's least."""
-    folder = run(tmp_path, STUDY.replace("rounds: 3", "rounds: 2, participation: 0.01, min_sites: 3"))
+    folder = run(
+        tmp_path, STUDY.replace("rounds: 3, min_sites: 2", "rounds: 2, participation: 0.01, min_sites: 3")
+    )
     assert [len(event["sites"]) for event in events(folder, "round_start")] == [3, 3]
