@@ -41,10 +41,11 @@ def study_of(
     most_steps: int,
     overrides: Mapping[str, Any],
 ) -> StudyConfig:
-    """The study of a cell. Its rounds and local steps together are the steps of the central run.
+    """The study of a cell. Its rounds and local steps together are the steps of the central run, as nearly as
+    whole rounds can be.
 
     Args:
-        cell: its setting may be central: the study then has one site's recipe and no use for its rounds.
+        cell: if its setting is central, all steps are one round's.
         trained_on: the set of the cell.
         backbone: '' for the one of the set's card.
         rounds: wanted; fewer if the run has fewer steps.
@@ -61,7 +62,8 @@ def study_of(
     batch = int(training["batch_size"])
     steps = steps_of(protocol, shots=max(1, cell.shots), classes=len(classes), batch=batch)
     steps = min(steps, most_steps)
-    local_steps = int(training.setdefault("local_steps", max(1, round(steps / rounds))))
+    apart = cell.setting is not None and cell.setting.way != "central"
+    local_steps = int(training.setdefault("local_steps", max(1, round(steps / rounds)) if apart else steps))
     federation: dict[str, Any] = {**FEDERATION, "min_sites": 1, "wait_for_sites_s": 0}
     # Sites have no test images: the finished model is judged on the whole test part.
     federation |= {"rounds": max(1, round(steps / local_steps)), "evaluate_every": 100_000}
@@ -81,7 +83,7 @@ def study_of(
         "seed": cell.seed,
     }
     content |= {name: value for name, value in overrides.items() if name not in ("training", "federation")}
-    if cell.setting is not None and cell.setting.way != "central":
+    if cell.setting is not None and apart:
         options = trained_on.options | {"parts": ["train"]} | ({"half": half} if half else {})
         content["data"] = {
             "source": trained_on.source,
