@@ -138,6 +138,9 @@ def test_a_federated_study_has_the_steps_of_the_central_one() -> None:
     assert (central.training.local_steps, central.federation.rounds) == (100, 1)
     assert (apart.training.local_steps, apart.federation.rounds) == (2, 50)
     assert a_study(a_cell(), most_steps=7).training.local_steps == 7
+    assert (
+        a_study(a_cell(setting=Setting(way="iid", sites=2)), rounds=30).federation.rounds == 25
+    )  # of 4 steps
     half = a_study(a_cell(protocol="base_to_novel", setting=Setting(way="iid", sites=2, participation=0.5)))
     assert half.classes == ("a", "b") and half.training.learning_rate == 0.001
     assert half.data is not None and half.data.options == {"parts": ["train"], "half": "base"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,7 +64,7 @@ def study_of(
     steps = steps_of(protocol, shots=max(1, cell.shots), classes=len(classes), batch=batch)
     steps = min(steps, most_steps)
     apart = cell.setting is not None and cell.setting.way != "central"
-    local_steps = int(training.setdefault("local_steps", max(1, round(steps / rounds)) if apart else steps))
+    local_steps = int(training.setdefault("local_steps", math.ceil(steps / rounds) if apart else steps))
     federation: dict[str, Any] = {**FEDERATION, "min_sites": 1, "wait_for_sites_s": 0}
     # Sites have no test images: the finished model is judged on the whole test part.
     federation |= {"rounds": max(1, round(steps / local_steps)), "evaluate_every": 100_000}
