@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["HEADER_BYTES", "MAX_VALUES", "CodecError", "decode", "download_level", "encode"]
 
 MAGIC = b"FSIG"
-VERSION = 2
+VERSION = 3
 # Far above any backbone's layout (about 100,000 values); bounds the memory that a header can ask for.
 MAX_VALUES = 1_000_000
 _HEADER = struct.Struct("<4sBBHII32s")

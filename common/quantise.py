@@ -21,6 +21,7 @@ from functools import lru_cache
 
 import numpy as np
 import zstandard
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
 __all__ = ["QuantiseError", "pack", "pack_half", "unpack", "unpack_half"]
@@ -34,7 +35,7 @@ _STEPS = np.array([2.0 ** (code / 8 - 27) for code in range(256)])
 _LARGEST = 126
 _START = struct.Struct("<QB")
 _COARSEST = 4.0
-_PIECE = 8192
+_PIECE = 16_384
 _TOO_LARGE = "a value of the shift is too large to be coded: lower the learning rate"
 
 
@@ -108,12 +109,12 @@ def unpack(payload: bytes, blocks: tuple[int, ...]) -> Vector:
     raw = _decompress(payload[head:], values if bits == 8 else (values + 1) // 2)
     whole = np.frombuffer(raw, np.int8) if bits == 8 else _unpair(raw, values)
     codes = np.frombuffer(payload, np.uint8, len(blocks), _START.size)
-    steps, owners, stream = _STEPS[codes], _owners(blocks), _stream(seed, values)
+    steps, owners, drawn = _STEPS[codes], _owners(blocks), _drawn(seed, values)
     read = np.empty(values, np.float32)
     # In pieces: to the allocator, new arrays of all values in float64 cost more than what is done with them.
     for start in range(0, values, _PIECE):
         part = slice(start, start + _PIECE)
-        scaled = whole[part] - _uniform(stream[4 * start : 4 * (start + _PIECE)])
+        scaled = whole[part] - _uniform(drawn[part])
         scaled *= steps[owners[part]]
         read[part] = scaled
     if not codes.all():
@@ -157,15 +158,19 @@ def _unpair(raw: bytes, values: int) -> NDArray[np.int8]:
 
 def _dither(seed: int, values: int) -> NDArray[np.float64]:
     """Uniform values in [-1/2, 1/2), the same on every machine; numpy promises no stream for ever."""
-    return _uniform(_stream(seed, values))
+    return _uniform(_drawn(seed, values))
 
 
-def _stream(seed: int, values: int) -> memoryview:
-    return memoryview(hashlib.shake_256(b"fedsigma dither" + seed.to_bytes(8, "little")).digest(4 * values))
+def _drawn(seed: int, values: int) -> NDArray[np.uint32]:
+    """The key stream of ChaCha20 (RFC 8439), of which a server draws as much as sites send changes."""
+    key = hashlib.sha256(b"fedsigma dither" + seed.to_bytes(8, "little")).digest()
+    # A key for each seed, so counter and nonce may be zero.
+    stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+    return np.frombuffer(stream.update(bytes(4 * values)), "<u4")
 
 
-def _uniform(stream: memoryview) -> NDArray[np.float64]:
-    found = np.frombuffer(stream, "<u4") / 2**32
+def _uniform(drawn: NDArray[np.uint32]) -> NDArray[np.float64]:
+    found = drawn / 2**32
     found -= 0.5
     return found
 
