@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +122,8 @@ def accept_training(
     except (ProtocolError, CodecError) as error:
         raise Rejected(str(error)) from error
     # The change is added to the shift itself, not to its coded form that the sites start from: what coding
-    # took from that form must not enter the model. float64 makes the sum exact.
-    shift_norm = check_norm(start.astype(np.float64) + change, federation.norm_bound)
+    # took from that form must not enter the model.
+    shift_norm = check_norm(length_of(start, change), federation.norm_bound)
     if reply.examples > study.max_examples_per_site:
         raise Rejected(
             f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"
@@ -155,24 +155,32 @@ def inner(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     and its last bit depends on their number. In pieces, for new arrays cost more than what is done with them.
     """
     total = 0.0
-    for start in range(0, one.size, _PIECE):
-        part = slice(start, start + _PIECE)
+    for part in _pieces(one.size):
         total += float(np.einsum("i,i->", one[part].astype(np.float64), other[part].astype(np.float64)))
     return total
 
 
-def length_of(vector: NDArray[np.floating]) -> float:
-    """The L2 norm of a vector (values,), in float64."""
-    return math.sqrt(inner(vector, vector))
+def length_of(*vectors: NDArray[np.floating]) -> float:
+    """The L2 norm of a vector, or of the sum of several (values,); in float64, in pieces as `inner`."""
+    total = 0.0
+    for part in _pieces(vectors[0].size):
+        added = vectors[0][part].astype(np.float64)
+        for other in vectors[1:]:
+            added += other[part]
+        total += float(np.einsum("i,i->", added, added))
+    return math.sqrt(total)
 
 
-def check_norm(shift: NDArray[np.float64], bound: float | None) -> float:
-    """Refuse a shift (layout size,) that is too long; returns its L2 norm.
+def _pieces(values: int) -> Iterator[slice]:
+    return (slice(start, start + _PIECE) for start in range(0, values, _PIECE))
+
+
+def check_norm(norm: float, bound: float | None) -> float:
+    """Refuse a shift that is too long; returns its norm.
 
     Raises:
         Rejected: its L2 norm is above the bound, if there is one.
     """
-    norm = length_of(shift)
     if bound is not None and norm > bound:
         raise Rejected(f"the shift's norm {norm:.4g} is above the bound {bound:g}")
     return norm

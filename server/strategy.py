@@ -34,7 +34,7 @@ from fedsigma.server.budget import spent_of_sites
 from fedsigma.server.drift import drift, mean_change
 from fedsigma.server.exchange import Answer, Exchange, attribute
 from fedsigma.server.gathering import Count, gather
-from fedsigma.server.replies import Accepted, Rejected, check_norm, pool
+from fedsigma.server.replies import Accepted, Rejected, check_norm, length_of, pool
 from fedsigma.server.roster import BUDGET_SPENT, Roster, draw_cohort
 from fedsigma.server.store import POOLED, RunFolder
 from fedsigma.server.vectors import Vectors
@@ -47,6 +47,9 @@ __all__ = ["BudgetsSpent", "SigmaStrategy"]
 Vector = NDArray[np.float32]
 MOST_REPEATS = 2
 """How often a round is asked for again that sites were lost in, and that made no model."""
+
+MOST_NAMES = 20
+"""How many sites the log names."""
 
 
 class BudgetsSpent(RuntimeError):
@@ -100,7 +103,9 @@ class SigmaStrategy(Strategy):
         log(INFO, "\t├── Averaging: %s %s", federation.strategy, federation.options or "")
         if federation.strategy not in MEANS:
             log(INFO, "\t├── It needs the shifts of all sites at once: memory grows with their number")
-        log(INFO, "\t└── Sites: %s", ", ".join(self.roster.names.values()))
+        names = list(self.roster.names.values())
+        more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+        log(INFO, "\t└── Sites: %s%s", ", ".join(names[:MOST_NAMES]), more)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -175,10 +180,12 @@ class SigmaStrategy(Strategy):
                 layout=self.layout,
                 start=self.model,
             )
-            accepted = found.accepted
-            mean = mean_change(accepted, changes) if accepted else np.zeros(self.layout.size)
+            accepted, mean = found.accepted, np.zeros(self.layout.size)
+            drifts: dict[int, dict[str, float]] = {}
             # Of sites that are to be hidden nothing is told of how they drift, for no noise is in it.
-            drifts = {} if self.study.privacy.of_sites else drift(accepted, changes, mean)
+            if accepted and not self.study.privacy.of_sites:
+                mean = mean_change(accepted, changes)
+                drifts = drift(accepted, changes, mean)
             for node, answer in found.answers.items():
                 verdict = accepted.get(node, found.rejected.get(node))
                 self._record(number, self._cohort[node], answer, verdict, drifts.get(node))
@@ -262,7 +269,7 @@ class SigmaStrategy(Strategy):
         try:
             found = adding.sum(self._task)
             shift = self.model.astype(np.float64) + found.change
-            check_norm(shift, self.study.federation.norm_bound)
+            check_norm(length_of(shift), self.study.federation.norm_bound)
         except Rejected as error:
             self.folder.event("masked_sum_rejected", round=number, reason=str(error))
             return []
