@@ -96,7 +96,9 @@ class Adding:
         except Rejected as error:
             self.rejected[answer.node] = Rejected(str(error))  # the traceback would hold the reply
             return
-        self._total = part if self._total is None else self._total + part
+        if self._total is None:
+            self._total = np.zeros_like(part)
+        self._total += part  # modulo 2^32, as masks are
         self.added.add(answer.node)
 
     def sum(self, task: TrainTask) -> MaskedSum:

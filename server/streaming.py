@@ -81,14 +81,16 @@ class StreamingGrid(Grid):
     def _replies(self, sent: list[str], end: float | None) -> Iterator[Message]:
         waiting, pause = dict.fromkeys(sent), SHORTEST_S
         while waiting:
-            over = end is not None and time.monotonic() >= end
-            before = len(waiting)
+            began, before = time.monotonic(), len(waiting)
+            over = end is not None and began >= end
             for reply in self.pull_messages(waiting):
                 waiting.pop(reply.metadata.reply_to_message_id, None)
                 yield reply
                 del reply
             if over or not waiting:
                 return
-            pause = SHORTEST_S if len(waiting) < before else min(pause * 1.5, LONGEST_S)
+            pause = SHORTEST_S if len(waiting) < before else pause * 1.5
+            # To ask for thousands takes a while: no more than half of the time, for others ask, too.
+            pause = min(max(pause, time.monotonic() - began), LONGEST_S)
             left = pause if end is None else min(pause, end - time.monotonic())
             time.sleep(max(left, 0.0))
