@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -29,15 +28,20 @@ RAY = Path(sys.executable).parent / "ray"
 
 @contextmanager
 def node(*options: str, audit: Path, cache: Path) -> Iterator[None]:
-    """A Ray node of one processor, whose sites write their logs into a folder of its own."""
+    """A Ray node of one processor that has joined, whose sites write their logs into a folder of its own."""
     environment = {**os.environ, "FEDSIGMA_AUDIT": str(audit), "FEDSIGMA_CACHE": str(cache)}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
+    environment |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     command = [RAY, "start", *options, "--num-cpus=1", "--block", "--disable-usage-stats"]
     command += ["--object-store-memory=100000000"]
     log = audit.with_suffix(".log")
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
+        deadline = time.monotonic() + 90
+        while "Ray runtime started" not in (told := log.read_text()):  # which is said once it has joined
+            assert process.poll() is None and time.monotonic() < deadline, f"no node: {told[-2000:]}"
+            time.sleep(0.2)
         yield
     finally:
         # Not `ray stop`, which ends every Ray process of the machine. Its own children by their ids.
@@ -49,30 +53,6 @@ def node(*options: str, audit: Path, cache: Path) -> Iterator[None]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait(timeout=30)
-
-
-def wait_for(port: int, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with closing(socket.socket()) as one:
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"the head did not start: {log.read_text()[-2000:]}")
-
-
-def wait_for_nodes(address: str, count: int) -> None:
-    """Until so many nodes have joined; in a process of its own, for a driver leaves threads behind."""
-    call = (
-        "import ray, sys, time; ray.init(address=sys.argv[1], logging_level='ERROR')\n"
-        "for _ in range(300):\n"
-        "    if sum(n['Alive'] for n in ray.nodes()) == int(sys.argv[2]): sys.exit(0)\n"
-        "    time.sleep(0.2)\n"
-        "sys.exit('the second node did not join')"
-    )
-    command = [sys.executable, "-c", call, address, str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_simulation_uses_the_nodes_of_a_ray_cluster(tmp_path: Path) -> None:
@@ -87,9 +67,7 @@ def test_a_simulation_uses_the_nodes_of_a_ray_cluster(tmp_path: Path) -> None:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="fs", ignore_cleanup_errors=True))
         head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temporary}"]
         stack.enter_context(node(*head, audit=audits[0], cache=tmp_path / "cache"))
-        wait_for(port, audits[0].with_suffix(".log"))
         stack.enter_context(node(f"--address={address}", audit=audits[1], cache=tmp_path / "cache"))
-        wait_for_nodes(address, 2)
         call = (
             "import sys, pathlib; from fedsigma.server.simulate import run_simulation;"
             "sys.exit(run_simulation(sys.argv[1], out=pathlib.Path(sys.argv[2])))"

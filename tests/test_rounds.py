@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,13 @@ from fedsigma.common.codec import decode, encode
 from fedsigma.common.reading import ConfigError
 from fedsigma.common.sigma import Layout
 from fedsigma.server import holding
+from fedsigma.server import strategy as strategy_of
 from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
 from fedsigma.server.overview import overview
 from fedsigma.server.roster import TooFewSites, WrongSiteCount
 from fedsigma.server.store import RunFolder, StoreError
+from fedsigma.server.vectors import Vectors, VectorsError
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 
@@ -447,6 +450,34 @@ def test_every_strategy_runs_and_an_interrupted_run_ends_where_a_whole_one_does(
     assert resumed.read_summary()["federated"] == whole.read_summary()["federated"]
     assert resumed.read_summary()["zero_shot"] == whole.read_summary()["zero_shot"]
     assert [row["round"] for row in resumed.rounds() if row["site"] == "pooled"] == [1, 2, 3, 4, 5]
+
+
+def test_a_disk_that_is_full_ends_a_run_which_goes_on_where_it_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    study = STUDY.replace(", local_only, pooled", "")
+    whole = run(tmp_path, study, out="whole")
+    puts = itertools.count(1)
+
+    class Filled(Vectors[Any]):
+        def put(self, key: Any, vector: Any) -> None:
+            if next(puts) == 4 * 2 * 2 + 2:  # of four sites, each round's changes and last shifts
+                self._file.close()
+                self._file = full.open("r+b", buffering=0)
+            super().put(key, vector)
+
+    monkeypatch.setattr(strategy_of, "Vectors", Filled)
+    with pytest.raises(VectorsError, match="Make room and resume the run"):
+        run(tmp_path, study, out="broken")
+    (end,) = events(out(tmp_path, "broken"), "run_end")
+    assert not end["ok"] and "does not take what the sites sent" in end["reason"]
+    assert out(tmp_path, "broken").load_sigma().round == 2
+    resumed = run(tmp_path, study, out="broken", resume=True)
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
+    assert resumed.rounds() == whole.rounds()
 
 
 def test_resuming_a_finished_or_an_empty_run(tmp_path: Path) -> None:
