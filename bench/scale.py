@@ -34,7 +34,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsigma.common.codec import encode
+from fedsigma.common.codec import VERSION, encode
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.names import CODECS
 from fedsigma.common.printing import print_table
@@ -124,6 +124,11 @@ class RecordedGrid(Grid):
         )
 
 
+def upload(out: Path, codec: str, number: int) -> Path:
+    """Where a coded change lies, or is to."""
+    return out / f"{codec}-{VERSION}-{number}.bin"
+
+
 def record(out: Path, codecs: Iterable[str], count: int) -> None:
     """Write the layout of ViT-B/16 and so many coded changes a level, as far as they are not there."""
     from fedsigma.common.backbones.load import count_backbone
@@ -133,13 +138,13 @@ def record(out: Path, codecs: Iterable[str], count: int) -> None:
     (out / "layout.json").write_text(layout.to_json(), encoding="utf-8")
     for codec in codecs:
         for number in range(count):
-            path = out / f"{codec}-{number}.bin"
+            path = upload(out, codec, number)
             if not path.exists():
                 change = 0.01 * np.random.default_rng(number).standard_normal(layout.size, np.float32)
                 path.write_bytes(encode(change, layout, level=codec, seed=number))
 
 
-def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int) -> dict[str, Any]:
+def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, uploads: int) -> dict[str, Any]:
     """So many rounds in this process: the server's seconds of the quickest and its peak memory."""
     from fedsigma.server.averaging import ARRAY, make_averaging
     from fedsigma.server.exchange import Exchange
@@ -151,7 +156,7 @@ def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int) ->
     fingerprint = Fingerprint("a" * 64, layout.digest, ((1.0,),) * len(layout.entries))
     study = StudyConfig.from_yaml(STUDY.format(rounds=rounds, strategy=strategy, codec=codec))
     folder = RunFolder.create(out / f"run-{os.getpid()}", study.to_yaml())
-    grid = RecordedGrid(sites, sorted(out.glob(f"{codec}-*.bin")), fingerprint)
+    grid = RecordedGrid(sites, [upload(out, codec, number) for number in range(uploads)], fingerprint)
     exchange = Exchange(grid)
     roster = Roster(exchange, folder, study, fingerprint)
     roster.wait()
@@ -202,7 +207,8 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     values = Layout.from_json((options.out / "layout.json").read_text(encoding="utf-8")).size
     found: list[dict[str, Any]] = []
     for strategy, codec, sites in plan:
-        one = child(options.out, sites=sites, strategy=strategy, codec=codec, rounds=options.rounds)
+        what = {"rounds": options.rounds, "uploads": options.uploads}
+        one = child(options.out, sites=sites, strategy=strategy, codec=codec, **what)
         least = next((x for x in found if (x["strategy"], x["codec"]) == (strategy, codec)), one)
         one |= {"growth_mb": one["peak_mb"] - least["peak_mb"], "disk_mb": sites * 4 * values / 1e6}
         found.append(one)
