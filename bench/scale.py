@@ -244,17 +244,33 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for strategy, codec in dict.fromkeys((one["strategy"], one["codec"]) for one in found):
+    figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    drawn = list(dict.fromkeys((one["strategy"], one["codec"]) for one in found))
+    # Markers of different sizes, for lines lie on each other.
+    looks = zip(("C0", "C1", "0.45", "C2"), (9, 5, 7, 3), strict=True)
+    for (strategy, codec), (colour, size) in zip(drawn, looks, strict=False):
         line = [one for one in found if (one["strategy"], one["codec"]) == (strategy, codec)]
-        for axis, key in zip(axes, ("seconds", "peak_mb"), strict=True):
-            label, marker = f"{strategy}, {codec}", "o" if strategy == "fedavg" else "s"
-            axis.plot([x["sites"] for x in line], [x[key] for x in line], marker=marker, label=label)
-    axes[0].set(xscale="log", yscale="log", xlabel="sites", ylabel="seconds of the server a round")
-    axes[1].set(xscale="log", ylim=0, xlabel="sites", ylabel="peak memory of the server, MB")
-    axes[0].legend(frameon=False)
-    for axis in axes:
+        sites, style = [one["sites"] for one in line], "-" if strategy == "fedavg" else "--"
+        for axis, key in ((time_axis, "seconds"), (memory_axis, "peak_mb")):
+            label = f"{strategy}, {codec}" + ("" if strategy == "fedavg" else " (needs all replies at once)")
+            values = [one[key] for one in line]
+            axis.plot(sites, values, style, marker="o", markersize=size, color=colour, label=label)
+    base = min(one["peak_mb"] for one in found if one["strategy"] == "fedavg")
+    time_axis.plot(1000, MOST_SECONDS, "v", color="C3", markersize=9, linestyle="none")
+    words, place = f"aim: {MOST_SECONDS:g} s\nat 1,000 sites", (16, -36)
+    time_axis.annotate(words, (1000, MOST_SECONDS), place, textcoords="offset points", color="C3")
+    memory_axis.axhspan(base, base + MOST_MB, color="C3", alpha=0.12, label=f"aim: {MOST_MB:g} MB more")
+    time_axis.set(yscale="log", title="The server's own time a round", ylabel="seconds")
+    memory_axis.set(ylim=0, title="The server's peak memory", ylabel="MB")
+    for axis in (time_axis, memory_axis):
+        axis.set(xscale="log", xlabel="sites")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *memory_axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -65,8 +65,8 @@ def draw_cohort(ready: Mapping[int, str], study: StudyConfig, *, round: int) -> 
         return dict(ready)
     count = max(federation.min_sites, math.ceil(federation.participation * len(ready)))
     ranks = {node: seed_for(study.seed, name, "cohort", round) for node, name in ready.items()}
-    chosen = sorted(ready, key=lambda node: (ranks[node], ready[node]))[:count]
-    return {node: name for node, name in ready.items() if node in set(chosen)}
+    chosen = set(sorted(ready, key=lambda node: (ranks[node], ready[node]))[:count])
+    return {node: name for node, name in ready.items() if node in chosen}
 
 
 class Roster:

@@ -39,7 +39,7 @@ class Vectors(Mapping[K, Vector]):
         """Keep a vector (size,), in place of an earlier one of this key.
 
         Raises:
-            VectorsError: the disk is full or fails.
+            VectorsError: the vector is of another size, or the disk is full or fails.
         """
         values = np.ascontiguousarray(vector, np.float32)
         if values.shape != (self._size,):
