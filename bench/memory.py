@@ -8,9 +8,9 @@ random and the basis is random numbers of a basis' shapes, for memory does not d
 are made once under --out.
 
 Memory is PSS, in which a page that n processes share counts 1/n to each: the sum over the actors is what they
-take of the machine together. Looked at in three states: `loaded`, before the newest has read its basis; while
-all train at once, the largest sum of ten looks a second; and `trained`, in which an actor stays between its
-turns until the study ends. The aim is for that one.
+take of the machine together. Looked at in four states of the newest: `imported`, nothing loaded; `loaded`,
+its basis not read yet; `training`, all at once, the largest sum of ten looks a second; and `trained`, in
+which an actor stays between its turns until the study ends. The aim is for that one.
 
     sum      of all actors
     further  what the newest added to the sum of those that had trained; in `training`, to their largest
@@ -38,7 +38,7 @@ from fedsigma.common.printing import print_table
 
 ARCHITECTURE, CLASSES, MOST_SHARE = "ViT-B-16", ("a", "b", "c", "d"), 0.4
 HEADS = ("actors", "state", "sum", "further", "files", "private")
-STATES = ("loaded", "training", "trained")
+STATES = ("imported", "loaded", "training", "trained")
 
 
 def prepare(out: Path) -> Path:
@@ -70,13 +70,21 @@ def prepare(out: Path) -> Path:
 class Site:
     """What runs in an actor."""
 
-    def load(self, backbone: str) -> int:
-        """Build the learner as a site does; returns the process's id."""
+    def begin(self) -> int:
+        """Import what a site needs; returns the process's id."""
+        import fedsigma.client.app
+        import fedsigma.common.backbones
+        import fedsigma.common.metrics
+        import fedsigma.common.training  # noqa: F401
+
+        return os.getpid()
+
+    def load(self, backbone: str) -> None:
+        """Build the learner as a site does."""
         from fedsigma.common.config import SigmaConfig
         from fedsigma.common.learner import open_learner
 
         self.learner = open_learner(backbone, SigmaConfig(), CLASSES, tuple(f"a {c}." for c in CLASSES))
-        return os.getpid()
 
     def train(self) -> int:
         """One step on 32 random images; returns how many were made."""
@@ -150,13 +158,15 @@ def measure(out: Path, count: int) -> list[dict[str, Any]]:
     before = dict.fromkeys(STATES, 0.0)
     for number in range(1, count + 1):
         actors.append(remote.remote())
-        pids.append(ray.get(actors[-1].load.remote(f"local-dir:{folder}")))
-        now = {"loaded": at_rest(pids), "training": while_training(ray, actors, pids)}
+        pids.append(ray.get(actors[-1].begin.remote()))
+        now = {"imported": at_rest(pids)}
+        ray.get(actors[-1].load.remote(f"local-dir:{folder}"))
+        now |= {"loaded": at_rest(pids), "training": while_training(ray, actors, pids)}
         now["trained"] = at_rest(pids)
         for state, line in now.items():
             found.append({"actors": number, "state": state, **line, "further": line["sum"] - before[state]})
         before = {state: now[state]["sum"] for state in STATES}
-        before["loaded"] = before["trained"]  # the others had trained when this one came
+        before["imported"] = before["loaded"] = before["trained"]  # the others had, when this one came
         print(f"{number}: {now['trained']['sum']:.0f} MB", file=sys.stderr, flush=True)
     ray.shutdown()
     return found

@@ -6,13 +6,16 @@ The server's side of a study is real: handshake, tasks, checks, averaging, drift
 The sites are not. `RecordedGrid` stands in for Flower's and hands out recorded uploads: changes of CLIP
 ViT-B/16's 92,160 values with random values, coded as sites code them, made once and kept under --out. Of
 --uploads different ones each site sends one, as a record of its own. The time that this grid takes is taken
-off, so Flower's transport and the sites' work are not in these numbers. `seconds` are by the clock, and
-`cpu_s` what the process had of the processors, which other work on the machine lengthens less.
+off, so Flower's transport and the sites' work are not in these numbers.
 
-Seconds are those of the quickest of --rounds rounds. Each line is a process of its own, and its peak memory
-is that of its rounds (VmHWM). Growth is over the least number of sites. Disk is the file in which a round's
-changes lie until they are averaged; give --out a place on a disk, for a file in memory (tmpfs) would count
-nowhere. fedmedian stands for the strategies that need all replies at once, measured to --robust sites.
+`seconds` are the server's own: by the clock, less the time in which it could have run and other work on the
+machine had the processors (Linux's schedstat). `clock_s` is by the clock alone, `cpu_s` what it had of the
+processors; on a quiet machine the first two are the same. They are those of the quickest of --rounds rounds.
+
+Each line is a process of its own, and its peak memory is that of its rounds (VmHWM). Growth is over the least
+number of sites. Disk is the file in which a round's changes lie until they are averaged; give --out a place on
+a disk, for a file in memory (tmpfs) would count nowhere. fedmedian stands for the strategies that need all
+replies at once, measured to --robust sites.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from numpy.typing import NDArray
 
 from fedsigma.common.codec import VERSION, encode
 from fedsigma.common.config import StudyConfig
@@ -44,7 +48,7 @@ from fedsigma.common.sigma import Fingerprint, Layout, Split
 ARCHITECTURE = "ViT-B-16"
 MOST_SECONDS, MOST_MB = 2.0, 200.0
 """The aims: a round of 1,000 sites, and what 10,000 take more than 10; for strategies that take a mean."""
-HEADS = ("strategy", "codec", "sites", "seconds", "cpu_s", "peak_mb", "growth_mb", "disk_mb")
+HEADS = ("strategy", "codec", "sites", "seconds", "clock_s", "cpu_s", "peak_mb", "growth_mb", "disk_mb")
 STUDY = """
 name: scale
 backbone: none
@@ -56,9 +60,11 @@ baselines: []
 """
 
 
-def now() -> tuple[float, float]:
-    """The time by the clock, and what this process has had of the processors; both in seconds."""
-    return time.perf_counter(), time.process_time()
+def now() -> NDArray[np.float64]:
+    """In seconds: the clock less what this thread waited for a processor, the clock, the time of processors."""
+    waited = int(Path("/proc/thread-self/schedstat").read_text("ascii").split()[1]) / 1e9
+    clock = time.perf_counter()
+    return np.array([clock - waited, clock, time.process_time()])
 
 
 class RecordedGrid(Grid):
@@ -67,7 +73,7 @@ class RecordedGrid(Grid):
     def __init__(self, sites: int, uploads: list[Path], fingerprint: Fingerprint) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         self.sites, self.uploads = sites, uploads
-        self.seconds = self.cpu = 0.0
+        self.taken = np.zeros(3)
         self._hello = fingerprint.to_json()
         self._waiting: dict[str, Message] = {}
 
@@ -82,7 +88,7 @@ class RecordedGrid(Grid):
             message.metadata.__dict__["_message_id"] = name = f"to-{message.metadata.dst_node_id}"
             self._waiting[name] = message
             ids.append(name)
-        self._add(start)
+        self.taken += now() - start
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -90,12 +96,8 @@ class RecordedGrid(Grid):
         start = now()
         tasks = [self._waiting.pop(name) for name in message_ids]
         replies = [Message(self._reply(task), reply_to=task) for task in tasks]
-        self._add(start)
+        self.taken += now() - start
         return replies
-
-    def _add(self, start: tuple[float, float]) -> None:
-        wall, cpu = now()
-        self.seconds, self.cpu = self.seconds + wall - start[0], self.cpu + cpu - start[1]
 
     def _no(self, *args: object, **kwargs: object) -> None:
         raise NotImplementedError("the server's side pushes and pulls")
@@ -172,16 +174,15 @@ def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, up
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     took = []
     for ours.done in range(rounds):
-        start, before = now(), (grid.seconds, grid.cpu)
+        start = now() - grid.taken
         ours.start(exchange.grid, ArrayRecord({ARRAY: Array(ours.model)}), num_rounds=1)
-        ended, after = now(), (grid.seconds, grid.cpu)
-        took.append([ended[i] - start[i] - (after[i] - before[i]) for i in range(2)])
-    seconds, cpu = (min(times) for times in zip(*took, strict=True))
+        took.append((now() - grid.taken - start).tolist())
+    seconds, clock, cpu = min(took)
     peak = peak_mb()
     counted = sum(row["status"] == "accepted" for row in folder.rounds())
     assert counted == sites * rounds, f"{counted} of {sites * rounds} replies were accepted"
     found = {"sites": sites, "strategy": strategy, "codec": codec, "seconds": seconds}
-    return found | {"cpu_s": cpu, "peak_mb": peak}
+    return found | {"clock_s": clock, "cpu_s": cpu, "peak_mb": peak}
 
 
 def peak_mb() -> float:
