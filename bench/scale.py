@@ -13,8 +13,8 @@ machine had the processors (Linux's schedstat). `clock_s` is by the clock alone,
 processors; on a quiet machine the first two are the same. They are those of the quickest of --rounds rounds.
 
 Each line is a process of its own, and its peak memory is that of its rounds (VmHWM). Growth is over the least
-number of sites. Disk is the file in which a round's changes lie until they are averaged; give --out a place on
-a disk, for a file in memory (tmpfs) would count nowhere. fedmedian stands for the strategies that need all
+number of sites. Disk is the file in which a round's changes lie until they are averaged; give --out a place
+on a disk, for a file in memory (tmpfs) would count nowhere. fedmedian stands for the strategies that need all
 replies at once, measured to --robust sites.
 """
 
@@ -61,7 +61,7 @@ baselines: []
 
 
 def now() -> NDArray[np.float64]:
-    """In seconds: the clock less what this thread waited for a processor, the clock, the time of processors."""
+    """Seconds: of the clock less what this thread waited for a processor, of the clock, of processors."""
     waited = int(Path("/proc/thread-self/schedstat").read_text("ascii").split()[1]) / 1e9
     clock = time.perf_counter()
     return np.array([clock - waited, clock, time.process_time()])
