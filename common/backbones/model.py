@@ -126,13 +126,13 @@ def assemble(
     Raises:
         BackboneError: the picture size of the preprocessing is not the model's.
     """
+    model = model.float().eval().requires_grad_(False)  # first: the size is tried with a float32 picture
     size = image_size(model, name)
     if preprocessing.size != size:
         raise BackboneError(
             f"{name}: preprocess_cfg.size is {preprocessing.size}, but the model takes {size} pixels: "
             "the preprocessing belongs to another model"
         )
-    model = model.float().eval().requires_grad_(False)
     open_clip.model.set_model_preprocess_cfg(model, preprocessing.to_dict())
     scale: Any = model.logit_scale
     return Backbone(
