@@ -53,6 +53,11 @@ def test_defaults_are_the_documented_recipe() -> None:
         ("shots: true", "shots is True, expected a whole number"),
         ("training: {learning_rate: .nan}", "training.learning_rate is nan"),
         ("training: {augment: strong}", "training.augment is 'strong'"),
+        ("training: {logit_adjustment: -1}", "training.logit_adjustment is -1"),
+        (
+            "training: {logit_adjustment: 1}\nprivacy: {level: image, noise_multiplier: 1}",
+            "exact numbers of images by class: set it to 0",
+        ),
         ("template: a photo", "expected one {} where the class name goes"),
         ("template: 'a {x} of {}'", "expected one {} where the class name goes"),
         ("baselines: [pooled]", "only a simulation has"),
@@ -139,7 +144,13 @@ studies = st.builds(
         SigmaConfig,
         layers=st.one_of(st.just("top"), st.lists(st.integers(0, 11), min_size=1).map(tuple)),
     ),
-    training=st.builds(TrainingConfig, learning_rate=numbers, weight_decay=numbers, proximal=numbers),
+    training=st.builds(
+        TrainingConfig,
+        learning_rate=numbers,
+        weight_decay=numbers,
+        proximal=numbers,
+        logit_adjustment=numbers,
+    ),
     federation=st.builds(
         FederationConfig,
         strategy=st.sampled_from(STRATEGIES),

@@ -105,6 +105,19 @@ def test_every_task_has_its_place_in_the_schedule_of_the_whole_study(tmp_path: P
     assert places == [*rounds, ("local", 0, 15, 15, 1, False)]
 
 
+def test_logit_adjustment_is_for_rounds_and_not_for_a_site_that_trains_alone(tmp_path: Path) -> None:
+    taken = set()
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        values = task.content.config_records["fedsigma"]
+        if "recipe.logit_adjustment" in values:
+            taken.add((values["mode"], values["recipe.logit_adjustment"]))
+        return reply
+
+    run(tmp_path, STUDY.replace("local_steps: 5", "local_steps: 5, logit_adjustment: 1"), tamper=watch)
+    assert taken == {("round", 1.0), ("local", 0.0)}
+
+
 def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
     folder = run(tmp_path)
     rows = {(row["round"], row["site"]): row for row in folder.rounds()}
