@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedsigma.common.names import AUGMENTATIONS, CODECS, PARTS, PRECISIONS, THIRDS, TOWERS
+from fedsigma.common.names import AUGMENTATIONS, CODECS, OPTIMISERS, PARTS, PRECISIONS, THIRDS, TOWERS
 from fedsigma.common.privacy import PrivacyConfig
 from fedsigma.common.reading import (
     ConfigError,
@@ -58,6 +58,8 @@ STRATEGIES = (
 )
 MEANS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
 """The strategies that need no more than the weighted mean."""
+STEPS = {"fedavgm": "server_learning_rate", "fedadam": "eta", "fedyogi": "eta"}
+"""The strategies that make steps of their own, and the option that says how large."""
 BASELINES = ("zero_shot", "local_only", "pooled")
 PATH_SOURCES = ("folder", "csv", "parquet", "dicom", "coop")
 NAMED_SOURCES = ("coop",)
@@ -140,6 +142,7 @@ class TrainingConfig(Recipe):
 
     def __post_init__(self) -> None:
         check_number("training.learning_rate", self.learning_rate, low=1e-9, high=10)
+        check_choice("training.optimiser", self.optimiser, OPTIMISERS)
         check_number("training.batch_size", self.batch_size, low=1, high=65536)
         check_number("training.local_steps", self.local_steps, low=1, high=1_000_000)
         check_number("training.weight_decay", self.weight_decay, low=0, high=100)
@@ -156,7 +159,8 @@ class TrainingConfig(Recipe):
 class FederationConfig:
     """How the sites work together.
 
-    Fields: strategy and its own options; rounds; min_sites, the fewest sites whose replies make a round
+    Fields: strategy and its own options; schedule, how the strategy's own step (`STEPS`) goes on over the
+    rounds; rounds; min_sites, the fewest sites whose replies make a round
     count; round_timeout_s, how long one exchange may last; wait_for_sites_s, how long the server waits for
     min_sites to be there; evaluate_every, 1 to have each round's incoming shift judged at the sites, n for
     the first round and each n-th after it (the final shift is always judged); codec, how sites code what they
@@ -170,6 +174,7 @@ class FederationConfig:
     section: ClassVar[str] = "federation"
 
     strategy: str = "fedavg"
+    schedule: str = "constant"
     rounds: int = 10
     min_sites: int = 2
     round_timeout_s: float = 600.0
@@ -185,6 +190,12 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         check_choice("federation.strategy", self.strategy, STRATEGIES)
+        check_choice("federation.schedule", self.schedule, ("cosine", "constant"))
+        if self.schedule != "constant" and self.strategy not in STEPS:
+            raise ConfigError(
+                f"federation.schedule is '{self.schedule}', and {self.strategy} has no step of its own: use one"
+                f" of {', '.join(STEPS)}, or schedule: constant"
+            )
         check_choice("federation.codec", self.codec, CODECS)
         check_number("federation.rounds", self.rounds, low=1, high=100_000)
         check_number("federation.min_sites", self.min_sites, low=1, high=100_000)

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from fedsigma.common.attention import Project, attention, packed
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.metrics import Predictions
-from fedsigma.common.names import AUGMENTATIONS, PRECISIONS
+from fedsigma.common.names import AUGMENTATIONS, OPTIMISERS, PRECISIONS
 from fedsigma.common.prompts import Prompts, unit
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import SigmaModel
@@ -95,6 +95,9 @@ def _quarter_turn(image: Tensor) -> Tensor:
 
 
 _AUGMENTERS: tuple[Callable[[int], Augment] | None, ...] = (_paper, _gentle, _microscopy, None)
+_OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = dict(
+    zip(OPTIMISERS, (torch.optim.AdamW, torch.optim.SGD), strict=True)
+)
 AUGMENTERS = dict(zip(AUGMENTATIONS, _AUGMENTERS, strict=True))
 
 
@@ -327,7 +330,7 @@ def train(
     progress: bool = False,
     gradient: Gradient | None = None,
 ) -> TrainResult:
-    """Train the task's shift in place: AdamW on the cross-entropy of cosine similarities.
+    """Train the task's shift in place: the recipe's optimiser on the cross-entropy of cosine similarities.
 
     Args:
         task: holds the shift to start from.
@@ -348,7 +351,8 @@ def train(
     if gradient is None:
         gradient = batch_gradient(task, examples, recipe, seed=seed + first_step)
     shift, start = task.sigma.shift, task.sigma.shift.detach().clone()
-    optimiser = torch.optim.AdamW([shift], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    kind = _OPTIMISERS[recipe.optimiser]
+    optimiser = kind([shift], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     total = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + first_step)

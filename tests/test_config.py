@@ -53,6 +53,8 @@ def test_defaults_are_the_documented_recipe() -> None:
         ("shots: true", "shots is True, expected a whole number"),
         ("training: {learning_rate: .nan}", "training.learning_rate is nan"),
         ("training: {augment: strong}", "training.augment is 'strong'"),
+        ("training: {optimiser: adam}", "training.optimiser is 'adam'"),
+        ("federation: {schedule: cosine}", "and fedavg has no step of its own: use one of fedavgm"),
         ("training: {logit_adjustment: -1}", "training.logit_adjustment is -1"),
         (
             "training: {logit_adjustment: 1}\nprivacy: {level: image, noise_multiplier: 1}",
@@ -150,6 +152,7 @@ studies = st.builds(
         weight_decay=numbers,
         proximal=numbers,
         logit_adjustment=numbers,
+        optimiser=st.sampled_from(("adamw", "sgd")),
     ),
     federation=st.builds(
         FederationConfig,

@@ -246,6 +246,40 @@ def test_a_site_unlearns_a_class_that_it_lacks_less_with_logit_adjustment(tmp_pa
     assert adjusted > 2 * plain
 
 
+def changes_of_two_sites(optimiser: str, tmp_path: Path) -> tuple[Tensor, Tensor]:
+    """The mean of two sites' changes in one step, by number of images, and the change on all of these."""
+    job, pictures = task(tmp_path), coloured(9)
+    recipe = Recipe(**ADJUSTED, optimiser=optimiser)
+
+    def change(examples: list[Picture]) -> Tensor:
+        job.sigma.set_shift(torch.zeros(job.sigma.layout.size))
+        run(job, examples, recipe, steps=1)
+        return job.sigma.get_shift()
+
+    one, other = ([p for p in pictures if (p.label == 0) is own] for own in (True, False))
+    return (3 * change(one) + 6 * change(other)) / 9, change(pictures)
+
+
+def test_the_mean_of_plain_steps_is_the_step_on_all_sites_images(tmp_path: Path) -> None:
+    mean, together = changes_of_two_sites("sgd", tmp_path)
+    assert together.norm() > 0
+    assert (mean - together).norm() < 1e-4 * together.norm()
+    # Of AdamW's it is not: each value steps as far at a site, whatever its gradient.
+    mean, together = changes_of_two_sites("adamw", tmp_path)
+    assert (mean - together).norm() > 0.2 * together.norm()
+
+
+def test_a_plain_step_is_the_rate_times_the_gradient_all_through_a_study(tmp_path: Path) -> None:
+    job, pictures = task(tmp_path), coloured(5)
+    recipe = Recipe(learning_rate=0.5, batch_size=5, optimiser="sgd", augment="none", precision="float32")
+    images, labels = torch.stack([job.fitted(p) for p in pictures]), torch.tensor([p.label for p in pictures])
+    accumulate_gradient(job, images, labels, precision="float32")
+    assert job.sigma.shift.grad is not None
+    wanted, job.sigma.shift.grad = -0.5 * job.sigma.shift.grad, None
+    train(job, pictures, recipe, first_step=90, steps=1, total_steps=100, seed=1)
+    torch.testing.assert_close(job.sigma.get_shift(), wanted, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("towers", [("image", "text"), ("image",), ("text",)])
 def test_gradient_in_parts_is_that_of_the_batch(

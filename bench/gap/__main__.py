@@ -5,8 +5,8 @@
 Run it from the project's folder. DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet`. Both studies of
 real images, divided anew among --sites sites by a Dirichlet distribution. All ways make 120 steps a site in
 batches of 16; pooled makes all sites' steps one after the other. --validate names candidates that are judged
-on images of the training part that the few-shot draw left over (seed 11), --test those judged on the test
-part (seeds 1 to 3). Each run is kept in --out/cells.sqlite; a call that was cut off can be made again.
+on images of the training part that the few-shot draw left over, --test those judged on the test
+part. Each run is kept in --out/cells.sqlite; a call that was cut off can be made again.
 """
 
 from __future__ import annotations
@@ -254,6 +254,7 @@ def main() -> None:
     p.add_argument("--test", nargs="*", default=[])
     p.add_argument("--rates", type=float, nargs="+", default=list(POOLED_RATES), help="pooled's")
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    p.add_argument("--search-seeds", type=int, nargs="+", default=[11], help="of --validate")
     p.add_argument("--show", action="store_true", help="run nothing")
     p.add_argument("--classes", action="store_true", help="print who has what")
     p.add_argument("--json", type=Path)
@@ -263,7 +264,7 @@ def main() -> None:
         Cells(a.out / "cells.sqlite"), sites=a.sites, alpha=a.alpha, steps=a.steps, run_missing=not a.show
     )
     results: dict[str, Any] = {}
-    for part, names, seeds in (("validation", a.validate, [11]), ("test", a.test, a.seeds)):
+    for part, names, seeds in (("validation", a.validate, a.search_seeds), ("test", a.test, a.seeds)):
         if not names:
             continue
         if a.classes:

@@ -32,6 +32,8 @@ WAYS: dict[str, Way] = {
     "sum-adam-0.2-adjust-1": replace(SUM, eta=0.2, adjust=1.0),
     "sum-adam-0.2-fade": replace(SUM, eta=0.2, flat=False),
     "sum-adam-0.3-fade": replace(SUM, eta=0.3, flat=False),
+    "sum-adam-0.1-b2-0.9": replace(SUM, eta=0.1, beta2=0.9),
+    "sum-adam-0.2-b2-0.9": replace(SUM, eta=0.2, beta2=0.9),
     "sum-adam-0.2-b1-0.8": replace(SUM, eta=0.2, beta1=0.8),
     "sum-momentum": replace(SUM, server="momentum", beta1=0.9, eta=1.0, rate=0.3),
     "sum-matrix": replace(SUM, server="matrix", beta1=0.9, eta=0.1),
