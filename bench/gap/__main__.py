@@ -210,30 +210,33 @@ def table(
 
 
 def markdown(found: dict[str, Any], studies: Sequence[str]) -> str:
-    """A table: accuracy (mean, and spread over seeds), the mean over classes, gap to the best pooled."""
-    lines = ["| way |" + "".join(f" {s} | balanced | to pooled |" for s in studies)]
-    lines.append("|---" * (1 + 3 * len(studies)) + "|")
-    best = {
-        s: max(
-            (means(v[s], "accuracy") for k, v in found.items() if k.startswith("pooled") and s in v),
-            default=0,
-        )
-        for s in studies
-    }
+    """A table: accuracy (mean, and spread over seeds), the mean over classes, gap to the best pooled.
+
+    The gap is over the seeds that both were run with.
+    """
+    lines = ["| way |" + "".join(f" {s} | balanced | to pooled | seeds |" for s in studies)]
+    lines.append("|---" * (1 + 4 * len(studies)) + "|")
+    best = {s: best_pooled(found, s) for s in studies}
     for title, by_study in found.items():
         cells = []
         for study in studies:
-            runs = by_study.get(study)
-            if not runs:
-                cells += ["", "", ""]
-                continue
+            runs = by_study.get(study, [])
             values = [100 * r["accuracy"] for r in runs]
+            gaps = [100 * (r["accuracy"] - best[study][r["seed"]]) for r in runs if r["seed"] in best[study]]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.1f}{spread}")
-            cells.append(f"{100 * means(runs, 'balanced'):.1f}")
-            cells.append(f"{100 * (means(runs, 'accuracy') - best[study]):+.1f}")
+            cells.append(f"{mean(values):.1f}{spread}" if runs else "")
+            cells.append(f"{100 * means(runs, 'balanced'):.1f}" if runs else "")
+            cells.append(f"{mean(gaps):+.1f}" if gaps else "")
+            cells.append(" ".join(str(r["seed"]) for r in runs))
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def best_pooled(found: dict[str, Any], study: str) -> dict[int, float]:
+    """Accuracy by seed of pooled training at the rate that is best over its seeds."""
+    rows = [v[study] for title, v in found.items() if title.startswith("pooled") and study in v]
+    best = max(rows, key=lambda runs: means(runs, "accuracy"), default=[])
+    return {run["seed"]: run["accuracy"] for run in best}
 
 
 def means(runs: Sequence[Mapping[str, float]], key: str) -> float:
