@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedsigma.common.names import AUGMENTATIONS, CODECS, PARTS, PRECISIONS, THIRDS, TOWERS
+from fedsigma.common.names import AUGMENTATIONS, CODECS, OPTIMISERS, PARTS, PRECISIONS, THIRDS, TOWERS
 from fedsigma.common.privacy import PrivacyConfig
 from fedsigma.common.reading import (
     ConfigError,
@@ -58,6 +58,8 @@ STRATEGIES = (
 )
 MEANS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
 """The strategies that need no more than the weighted mean."""
+STEPS = {"fedavgm": "server_learning_rate", "fedadam": "eta", "fedyogi": "eta"}
+"""The strategies that make steps of their own, and the option that says how large."""
 BASELINES = ("zero_shot", "local_only", "pooled")
 PATH_SOURCES = ("folder", "csv", "parquet", "dicom", "coop")
 NAMED_SOURCES = ("coop",)
@@ -144,6 +146,7 @@ class TrainingConfig(Recipe):
 
     def __post_init__(self) -> None:
         check_number("training.learning_rate", self.learning_rate, low=1e-9, high=10)
+        check_choice("training.optimiser", self.optimiser, OPTIMISERS)
         check_number("training.batch_size", self.batch_size, low=1, high=65536)
         check_number("training.local_steps", self.local_steps, low=1, high=1_000_000)
         check_number("training.weight_decay", self.weight_decay, low=0, high=100)
@@ -151,6 +154,7 @@ class TrainingConfig(Recipe):
         check_number("training.final_learning_rate", self.final_learning_rate, low=0, high=10)
         check_number("training.warmup_steps", self.warmup_steps, low=0, high=1_000_000)
         check_choice("training.augment", self.augment, AUGMENTATIONS)
+        check_number("training.logit_adjustment", self.logit_adjustment, low=0, high=100)
         check_number("training.proximal", self.proximal, low=0, high=1e6)
         check_choice("training.precision", self.precision, PRECISIONS)
 
@@ -159,20 +163,22 @@ class TrainingConfig(Recipe):
 class FederationConfig:
     """How the sites work together.
 
-    Fields: strategy and its own options; rounds; participation, the share of the ready sites that is asked in
-    each round, drawn anew; min_sites, the fewest sites whose replies make a round count; round_timeout_s, how
-    long one exchange may last; wait_for_sites_s, how long the server waits for min_sites to be there;
-    evaluate_every, 1 to have each round's incoming shift judged at the sites, n for the first round and each
-    n-th after it (the final shift is always judged); codec, how sites code what they send (one of `CODECS`);
-    norm_bound, the largest L2 norm of a shift that is accepted (null: none); norm_factor, how many times the
-    median length of a round's changes one may have, where three sites or more reply (null: any); masking,
-    whether the server learns the sum of the changes only; mask_bound, the largest magnitude of a changed
-    value that the sum has room for; max_examples, the most examples a site counts for (null: none).
+    Fields: strategy and its own options; schedule, how the strategy's own step (`STEPS`) goes on over the
+    rounds; rounds; participation, the share of the ready sites that is asked in each round, drawn anew;
+    min_sites, the fewest sites whose replies make a round count; round_timeout_s, how long one exchange may
+    last; wait_for_sites_s, how long the server waits for min_sites to be there; evaluate_every, 1 to have each
+    round's incoming shift judged at the sites, n for the first round and each n-th after it (the final shift
+    is always judged); codec, how sites code what they send (one of `CODECS`); norm_bound, the largest L2 norm
+    of a shift that is accepted (null: none); norm_factor, how many times the median length of a round's
+    changes one may have, where three sites or more reply (null: any); masking, whether the server learns the
+    sum of the changes only; mask_bound, the largest magnitude of a changed value that the sum has room for;
+    max_examples, the most examples a site counts for (null: none).
     """
 
     section: ClassVar[str] = "federation"
 
     strategy: str = "fedavg"
+    schedule: str = "constant"
     rounds: int = 10
     participation: float = 1.0
     min_sites: int = 2
@@ -189,6 +195,12 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         check_choice("federation.strategy", self.strategy, STRATEGIES)
+        check_choice("federation.schedule", self.schedule, ("cosine", "constant"))
+        if self.schedule != "constant" and self.strategy not in STEPS:
+            raise ConfigError(
+                f"federation.schedule is '{self.schedule}', and {self.strategy} has no step of its own: use one"
+                f" of {', '.join(STEPS)}, or schedule: constant"
+            )
         check_choice("federation.codec", self.codec, CODECS)
         check_number("federation.rounds", self.rounds, low=1, high=100_000)
         check_number("federation.participation", self.participation, low=1e-6, high=1)
@@ -293,6 +305,12 @@ class StudyConfig:
             raise ConfigError(
                 f"privacy.level is '{level}', which keeps the sites' losses untold, and qfedavg needs them:"
                 " use another federation.strategy"
+            )
+        if self.privacy.in_training and self.training.logit_adjustment:
+            raise ConfigError(
+                f"privacy.level is '{level}', and training.logit_adjustment is"
+                f" {self.training.logit_adjustment:g}, which takes a site's exact numbers of images by class:"
+                " set it to 0"
             )
         if self.privacy.of_sites and strategy not in MEANS:
             raise ConfigError(

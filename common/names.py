@@ -14,6 +14,9 @@ THIRDS = ("all", "bottom", "middle", "top")
 AUGMENTATIONS = ("paper", "gentle", "microscopy", "none")
 """What training may do to a picture; see `training` for what each does."""
 
+OPTIMISERS = ("adamw", "sgd")
+"""How a site steps along its gradients in a round."""
+
 PRECISIONS = ("auto", "float32", "bfloat16")
 """What the forward pass computes in."""
 

@@ -10,27 +10,36 @@ from dataclasses import dataclass
 class Recipe:
     """How a site trains. The defaults are those of CLIP-SVD's biomedical runs.
 
-    learning_rate, final_learning_rate: AdamW's, at the start and the end of the whole study.
+    learning_rate, final_learning_rate: of the steps, at the start and the end of the whole study.
+    optimiser: "adamw", or "sgd" for plain steps, whose mean over unlike sites is a step on all their images,
+    which that of AdamW's is not. They keep the learning rate of the start: how far the model goes is for the
+    server to say (`federation.schedule`). Training that is not part of a round takes AdamW.
     schedule: "cosine" or "constant", counted in steps over the whole study.
     warmup_steps: linear, at the start of the study.
     weight_decay: pulls the shift, and so each singular value to its pretrained one.
     augment: one of `names.AUGMENTATIONS`.
+    logit_adjustment: strength of the correction for classes that a site has few images of, 0 none; see
+    `skew.logit_offsets`. Training that is not part of a round goes without.
     proximal: FedProx's mu, the pull to the shift that the round began with (Li et al. 2020, eq. 2).
     precision: "auto" takes bfloat16 where the processor computes in it.
     """
 
     learning_rate: float = 0.01
+    optimiser: str = "adamw"
     batch_size: int = 32
     weight_decay: float = 0.0
     schedule: str = "cosine"
     final_learning_rate: float = 1e-6
     warmup_steps: int = 0
     augment: str = "paper"
+    logit_adjustment: float = 0.0
     proximal: float = 0.0
     precision: str = "auto"
 
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of step 0 <= step < total_steps of the study."""
+        if self.optimiser == "sgd":
+            return self.learning_rate
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":

@@ -19,10 +19,11 @@ from torchvision.transforms import v2
 from fedsigma.common.attention import Project, attention, packed
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.metrics import Predictions
-from fedsigma.common.names import AUGMENTATIONS, PRECISIONS
+from fedsigma.common.names import AUGMENTATIONS, OPTIMISERS, PRECISIONS
 from fedsigma.common.prompts import Prompts, unit
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import SigmaModel
+from fedsigma.common.skew import logit_offsets
 
 Augment = Callable[[Tensor], Tensor]
 
@@ -94,6 +95,9 @@ def _quarter_turn(image: Tensor) -> Tensor:
 
 
 _AUGMENTERS: tuple[Callable[[int], Augment] | None, ...] = (_paper, _gentle, _microscopy, None)
+_OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = dict(
+    zip(OPTIMISERS, (torch.optim.AdamW, torch.optim.SGD), strict=True)
+)
 AUGMENTERS = dict(zip(AUGMENTATIONS, _AUGMENTERS, strict=True))
 
 
@@ -248,7 +252,9 @@ def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
             yield order[start : start + size]
 
 
-def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto") -> float:
+def accumulate_gradient(
+    task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto", offsets: Tensor | None = None
+) -> float:
     """Add the gradient of a batch's mean cross-entropy to that of the task's shift.
 
     The images go through the model `task.micro_batch` at a time, the prompts once: the gradient is that of
@@ -259,6 +265,7 @@ def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision
         images: uint8 (n, 3, size, size), n > 0.
         labels: class numbers (n,).
         precision: "auto", "float32" or "bfloat16".
+        offsets: added to the logits (classes,); none by default.
 
     Returns:
         The mean cross-entropy over the batch; it may be infinite or not a number.
@@ -271,6 +278,8 @@ def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision
         for part, truth in zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True):
             with autocast(precision, task.device):
                 logits = task.logits(task.image_features(part), leaf)
+            if offsets is not None:
+                logits = logits + offsets.to(task.device)
             loss = F.cross_entropy(logits, truth.to(task.device)) * (len(part) / len(images))
             loss.backward()
             total += loss.item()
@@ -292,11 +301,13 @@ def batch_gradient(task: Task, examples: Sequence[Example], recipe: Recipe, *, s
     augment = augmenter(task, recipe)
     labels = torch.tensor([e.label for e in examples])
     batches = _batches(len(examples), recipe.batch_size, seed)
+    strength = recipe.logit_adjustment
+    offsets = logit_offsets(labels, classes=task.classes, strength=strength) if strength else None
 
     def gradient() -> float:
         chosen = next(batches)
         images = torch.stack([augment(examples[i].image) for i in chosen])
-        value = accumulate_gradient(task, images, labels[chosen], precision=recipe.precision)
+        value = accumulate_gradient(task, images, labels[chosen], precision=recipe.precision, offsets=offsets)
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value}: lower the learning rate (now {recipe.learning_rate}) or set precision"
@@ -319,7 +330,7 @@ def train(
     progress: bool = False,
     gradient: Gradient | None = None,
 ) -> TrainResult:
-    """Train the task's shift in place: AdamW on the cross-entropy of cosine similarities.
+    """Train the task's shift in place: the recipe's optimiser on the cross-entropy of cosine similarities.
 
     Args:
         task: holds the shift to start from.
@@ -340,7 +351,8 @@ def train(
     if gradient is None:
         gradient = batch_gradient(task, examples, recipe, seed=seed + first_step)
     shift, start = task.sigma.shift, task.sigma.shift.detach().clone()
-    optimiser = torch.optim.AdamW([shift], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    kind = _OPTIMISERS[recipe.optimiser]
+    optimiser = kind([shift], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     total = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + first_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from fedsigma.common.config import ConfigError, StudyConfig
+from fedsigma.common.config import STEPS, ConfigError, StudyConfig
 from fedsigma.common.files import write_atomic
 from fedsigma.common.reading import nearest
 
@@ -28,6 +29,7 @@ __all__ = [
     "proximal",
     "restore_state",
     "save_state",
+    "set_step",
 ]
 
 ARRAY = "shift"
@@ -70,6 +72,20 @@ class _Cohort(Grid):
 
     set_run = create_message = get_nodes = push_messages = pull_messages = send_and_receive = _no  # type: ignore[assignment]
     run = property(_no)  # type: ignore[assignment]
+
+
+def set_step(averaging: FedAvg, study: StudyConfig, number: int) -> None:
+    """Give the inner strategy its own step for a round, by the study's schedule.
+
+    Cosine: from the step that the study names in round 1 towards zero after the last.
+    """
+    federation = study.federation
+    if federation.schedule == "cosine":
+        name = STEPS[federation.strategy]
+        default = inspect.signature(type(averaging).__init__).parameters[name].default
+        done = (number - 1) / federation.rounds
+        factor = 0.5 * (1 + math.cos(math.pi * done))
+        setattr(averaging, name, factor * float(federation.options.get(name, default)))
 
 
 def begin_round(averaging: FedAvg, number: int, shift: NDArray[np.float32], nodes: Iterable[int]) -> None:

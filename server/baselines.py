@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.codec import encode
-from fedsigma.common.config import StudyConfig
+from fedsigma.common.config import StudyConfig, TrainingConfig
 from fedsigma.common.learner import Learner, seed_for
 from fedsigma.common.protocol import EvaluateTask, Evaluation, Setup, TrainTask
 from fedsigma.server.replies import Rejected, SiteResult, accept_evaluations, accept_training, counted, pool
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fedsigma.server.roster import Roster
     from fedsigma.server.store import RunFolder
 
-__all__ = ["Baselines", "result"]
+__all__ = ["Baselines", "alone", "result"]
 
 Vector = NDArray[np.float32]
 # Several shifts go to a site in one message; this keeps it below what a proxy lets through.
@@ -47,6 +48,11 @@ def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
             added = np.sum(list(matrices.values()), axis=0)
             entry["confusion"] |= {"all_sites": added.tolist(), "metrics": counted(added)}
     return entry
+
+
+def alone(recipe: TrainingConfig) -> TrainingConfig:
+    """The recipe for training that is not part of a round, with no server or other sites to count on."""
+    return replace(recipe, logit_adjustment=0.0, optimiser="adamw")
 
 
 def _evaluations(judged: Mapping[str, SiteResult]) -> dict[str, Evaluation]:
@@ -141,7 +147,7 @@ class Baselines:
         start = np.zeros(self.layout.size, np.float32)
         task = TrainTask(
             setup=Setup.of(self.study),
-            recipe=self.study.training,
+            recipe=alone(self.study.training),
             mode="local",
             round=1,
             cohort=1,
@@ -189,7 +195,7 @@ class Baselines:
         learned = learner.train(
             np.zeros(self.split.full.size, np.float32),
             [example for one in images.values() for example in one.train],
-            study.training,
+            alone(study.training),
             first_step=0,
             steps=steps,
             total_steps=steps,

@@ -29,7 +29,7 @@ from fedsigma.common.masking import Member
 from fedsigma.common.noise import noisy_mean
 from fedsigma.common.protocol import Setup, TrainTask
 from fedsigma.server import checkpoint, masked
-from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, proximal
+from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, proximal, set_step
 from fedsigma.server.budget import spent_of_sites
 from fedsigma.server.drift import drift, mean_change
 from fedsigma.server.exchange import Answer, Exchange, attribute
@@ -123,6 +123,7 @@ class SigmaStrategy(Strategy):
             raise BudgetsSpent(number)
         self._started = time.monotonic()
         self._ask(number, attempt=0)
+        set_step(self.averaging, self.study, number)
         begin_round(self.averaging, number, shift, self._cohort)
         return list(self._sent.values())
 

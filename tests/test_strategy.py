@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from fedsigma.common.config import STRATEGIES, ConfigError, StudyConfig
 from fedsigma.common.protocol import PROTOCOL, Evaluation, HelloReply, to_content
 from fedsigma.server import roster as roster_of
-from fedsigma.server.averaging import StateError, make_averaging, restore_state, save_state
+from fedsigma.server.averaging import StateError, make_averaging, restore_state, save_state, set_step
 from fedsigma.server.drift import drift, mean_change
 from fedsigma.server.exchange import attribute, in_order
 from fedsigma.server.replies import Accepted, pool
@@ -249,6 +250,30 @@ def test_every_strategy_is_built_by_name(name: str) -> None:
 def test_options_are_checked_before_anything_starts(name: str, options: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_averaging(study(name, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "option", "first"),
+    [
+        ("fedadam", {"eta": 0.2}, "eta", 0.2),
+        ("fedyogi", {}, "eta", 0.01),
+        ("fedavgm", {"server_learning_rate": 0.5}, "server_learning_rate", 0.5),
+    ],
+)
+def test_the_servers_step_follows_a_cosine_over_all_rounds(
+    name: str, options: dict, option: str, first: float
+) -> None:
+    plain = study(name, **options)
+    fading = replace(plain, federation=replace(plain.federation, schedule="cosine", rounds=4))
+    averaging = make_averaging(fading)
+    steps = []
+    for number in (1, 2, 3, 4, 2):  # a resumed run may begin anywhere
+        set_step(averaging, fading, number)
+        steps.append(getattr(averaging, option))
+    shares = [1.0, 0.5 + 2**0.5 / 4, 0.5, 0.5 - 2**0.5 / 4, 0.5 + 2**0.5 / 4]
+    assert steps == pytest.approx([first * share for share in shares])
+    set_step(averaging, plain, 3)
+    assert getattr(averaging, option) == steps[-1]  # nothing is set where the schedule is constant
 
 
 def test_momentum_is_kept_and_a_foreign_file_is_refused(tmp_path: Path) -> None:

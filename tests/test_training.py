@@ -25,6 +25,7 @@ from fedsigma.common.training import (
     TrainingError,
     accumulate_gradient,
     autocast,
+    batch_gradient,
     evaluate,
     fit,
     train,
@@ -198,6 +199,85 @@ def test_weight_decay_and_proximal_term_pull(tmp_path: Path) -> None:
     )
     held = trained(Recipe(learning_rate=0.03, batch_size=8, augment="gentle", proximal=100.0), 0.3)
     assert (held - 0.3).norm() < 0.7 * (free - 0.3).norm()
+
+
+ADJUSTED = {"learning_rate": 0.02, "batch_size": 64, "augment": "none", "precision": "float32"}
+
+
+def trained_on(examples: list[Picture], strength: float, tmp_path: Path, steps: int = 10) -> Task:
+    job = task(tmp_path)
+    run(job, examples, Recipe(**ADJUSTED, logit_adjustment=strength), steps=steps)
+    return job
+
+
+def test_adjusted_logits_give_the_gradient_of_the_formula(tmp_path: Path) -> None:
+    job, pictures = task(tmp_path), [p for p in coloured(12) if p.label != 2][:6] + coloured(2)
+    images, labels = torch.stack([job.fitted(p) for p in pictures]), torch.tensor([p.label for p in pictures])
+    assert torch.bincount(labels, minlength=3).tolist() == [4, 4, 0]
+    recipe = Recipe(**ADJUSTED, logit_adjustment=1.5)
+    batch_gradient(job, pictures, recipe, seed=0)()
+    found, job.sigma.shift.grad = job.sigma.shift.grad, None
+    logits = job.logits(job.image_features(images), job.text_features())
+    adjusted = logits + 1.5 * torch.tensor([5 / 11, 5 / 11, 1 / 11]).log()
+    (wanted,) = torch.autograd.grad(torch.nn.functional.cross_entropy(adjusted, labels), job.sigma.shift)
+    assert found is not None
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_logit_adjustment_changes_nothing_where_classes_are_equally_many(tmp_path: Path) -> None:
+    plain, adjusted = (trained_on(coloured(9), strength, tmp_path) for strength in (0.0, 2.0))
+    assert plain.sigma.get_shift().norm() > 0
+    torch.testing.assert_close(adjusted.sigma.get_shift(), plain.sigma.get_shift(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_site_unlearns_a_class_that_it_lacks_less_with_logit_adjustment(tmp_path: Path) -> None:
+    lacking = [p for p in coloured(18) if p.label != 2]
+    third = [p for p in coloured(30, seed=9) if p.label == 2]
+
+    def trusted(strength: float) -> float:
+        return evaluate(trained_on(lacking, strength, tmp_path), third).probabilities[:, 2].mean().item()
+
+    untrained, plain, adjusted = (
+        evaluate(task(tmp_path), third).probabilities[:, 2].mean().item(),
+        trusted(0.0),
+        trusted(1.0),
+    )
+    assert plain < 0.5 * untrained
+    assert adjusted > 2 * plain
+
+
+def changes_of_two_sites(optimiser: str, tmp_path: Path) -> tuple[Tensor, Tensor]:
+    """The mean of two sites' changes in one step, by number of images, and the change on all of these."""
+    job, pictures = task(tmp_path), coloured(9)
+    recipe = Recipe(**ADJUSTED, optimiser=optimiser)
+
+    def change(examples: list[Picture]) -> Tensor:
+        job.sigma.set_shift(torch.zeros(job.sigma.layout.size))
+        run(job, examples, recipe, steps=1)
+        return job.sigma.get_shift()
+
+    one, other = ([p for p in pictures if (p.label == 0) is own] for own in (True, False))
+    return (3 * change(one) + 6 * change(other)) / 9, change(pictures)
+
+
+def test_the_mean_of_plain_steps_is_the_step_on_all_sites_images(tmp_path: Path) -> None:
+    mean, together = changes_of_two_sites("sgd", tmp_path)
+    assert together.norm() > 0
+    assert (mean - together).norm() < 1e-4 * together.norm()
+    # Of AdamW's it is not: each value steps as far at a site, whatever its gradient.
+    mean, together = changes_of_two_sites("adamw", tmp_path)
+    assert (mean - together).norm() > 0.2 * together.norm()
+
+
+def test_a_plain_step_is_the_rate_times_the_gradient_all_through_a_study(tmp_path: Path) -> None:
+    job, pictures = task(tmp_path), coloured(5)
+    recipe = Recipe(learning_rate=0.5, batch_size=5, optimiser="sgd", augment="none", precision="float32")
+    images, labels = torch.stack([job.fitted(p) for p in pictures]), torch.tensor([p.label for p in pictures])
+    accumulate_gradient(job, images, labels, precision="float32")
+    assert job.sigma.shift.grad is not None
+    wanted, job.sigma.shift.grad = -0.5 * job.sigma.shift.grad, None
+    train(job, pictures, recipe, first_step=90, steps=1, total_steps=100, seed=1)
+    torch.testing.assert_close(job.sigma.get_shift(), wanted, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

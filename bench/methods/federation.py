@@ -24,7 +24,7 @@ from fedsigma.common.metrics import Predictions
 from fedsigma.common.protocol import Setup
 from fedsigma.common.sites import load_site, simulated_sites
 from fedsigma.common.training import Example
-from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, make_averaging, proximal
+from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, make_averaging, proximal, set_step
 
 __all__ = ["Run", "accuracy", "federate", "study_sites"]
 
@@ -44,7 +44,7 @@ class _Strategy:
     def __init__(self, study: StudyConfig) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         logging.getLogger("flwr").setLevel(logging.WARNING)
-        self.averaging = make_averaging(study)
+        self.averaging, self._study = make_averaging(study), study
 
     def of_round(self, number: int, losses: Sequence[float]) -> Rule:
         """What the server does in a round in which the sites had these training losses."""
@@ -58,6 +58,7 @@ class _Strategy:
         vectors: Sequence[Vector],
         weights: Sequence[int],
     ) -> Vector:
+        set_step(self.averaging, self._study, number)
         begin_round(self.averaging, number, start.astype(np.float32), range(100, 100 + len(vectors)))
         replies = []
         for node, (vector, weight, loss) in enumerate(zip(vectors, weights, losses, strict=True), 100):
