@@ -166,9 +166,9 @@ class FederationConfig:
     Fields: strategy and its own options; schedule, how the strategy's own step (`STEPS`) goes on over the
     rounds; rounds; participation, the share of the ready sites that is asked in each round, drawn anew;
     min_sites, the fewest sites whose replies make a round count; round_timeout_s, how long one exchange may
-    last; wait_for_sites_s, how long the server waits for min_sites to be there; evaluate_every, 1 to have each
-    round's incoming shift judged at the sites, n for the first round and each n-th after it (the final shift
-    is always judged); codec, how sites code what they send (one of `CODECS`); norm_bound, the largest L2 norm
+    last; wait_for_sites_s, how long the server waits for min_sites to be there; evaluate_every, 1 to have
+    each round's incoming shift judged at the sites, n for the first round and each n-th after it (the final
+    shift is always judged); codec, how sites code what they send (one of `CODECS`); norm_bound, the largest L2 norm
     of a shift that is accepted (null: none); norm_factor, how many times the median length of a round's
     changes one may have, where three sites or more reply (null: any); masking, whether the server learns the
     sum of the changes only; mask_bound, the largest magnitude of a changed value that the sum has room for;
@@ -198,8 +198,8 @@ class FederationConfig:
         check_choice("federation.schedule", self.schedule, ("cosine", "constant"))
         if self.schedule != "constant" and self.strategy not in STEPS:
             raise ConfigError(
-                f"federation.schedule is '{self.schedule}', and {self.strategy} has no step of its own: use one"
-                f" of {', '.join(STEPS)}, or schedule: constant"
+                f"federation.schedule is '{self.schedule}', and {self.strategy} has no step of its own: use"
+                f" one of {', '.join(STEPS)}, or schedule: constant"
             )
         check_choice("federation.codec", self.codec, CODECS)
         check_number("federation.rounds", self.rounds, low=1, high=100_000)

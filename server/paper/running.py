@@ -22,6 +22,7 @@ from fedsigma.common.sites import NoImages, load_sites, simulated_sites
 from fedsigma.server import checkpoint
 from fedsigma.server.app import run_rounds
 from fedsigma.server.averaging import make_averaging
+from fedsigma.server.baselines import alone
 from fedsigma.server.exchange import Exchange
 from fedsigma.server.inprocess import InProcessGrid
 from fedsigma.server.paper.pictures import LazyExamples
@@ -132,7 +133,7 @@ def _in_one_place(
     learned = learner.train(
         _zeros(learner),
         examples,
-        study.training,
+        alone(study.training),
         first_step=0,
         steps=steps,
         total_steps=steps,
