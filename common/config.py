@@ -169,10 +169,10 @@ class FederationConfig:
     last; wait_for_sites_s, how long the server waits for min_sites to be there; evaluate_every, 1 to have
     each round's incoming shift judged at the sites, n for the first round and each n-th after it (the final
     shift is always judged); codec, how sites code what they send (one of `CODECS`); norm_bound, the largest
-    L2 norm of a shift that is accepted (null: none); norm_factor, how many times the median length of a round's
-    changes one may have, where three sites or more reply (null: any); masking, whether the server learns the
-    sum of the changes only; mask_bound, the largest magnitude of a changed value that the sum has room for;
-    max_examples, the most examples a site counts for (null: none).
+    L2 norm of a shift that is accepted (null: none); norm_factor, how many times the median length of a
+    round's changes one may have, where three sites or more reply (null: any); masking, whether the server
+    learns the sum of the changes only; mask_bound, the largest magnitude of a changed value that the sum has
+    room for; max_examples, the most examples a site counts for (null: none).
     """
 
     section: ClassVar[str] = "federation"
