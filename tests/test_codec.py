@@ -176,8 +176,9 @@ def forged(
     layout: Layout = TWO,
 ) -> bytes:
     """A message with a right checksum around wrong content, as only a faulty or hostile site would make."""
-    told = (b"FSIG", VERSION, level, 0, values, len(payload), bytes.fromhex(digest))
-    header = struct.pack("<4sBBHII32s", *told)
+    header = struct.pack(
+        "<4sBBHII32s", b"FSIG", VERSION, level, 0, values, len(payload), bytes.fromhex(digest)
+    )
     return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
