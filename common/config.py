@@ -193,8 +193,8 @@ class FederationConfig:
         check_choice("federation.schedule", self.schedule, ("cosine", "constant"))
         if self.schedule != "constant" and self.strategy not in STEPS:
             raise ConfigError(
-                f"federation.schedule is '{self.schedule}', and {self.strategy} has no step of its own: use one"
-                f" of {', '.join(STEPS)}, or schedule: constant"
+                f"federation.schedule is '{self.schedule}', and {self.strategy} has no step of its own: use"
+                f" one of {', '.join(STEPS)}, or schedule: constant"
             )
         check_choice("federation.codec", self.codec, CODECS)
         check_number("federation.rounds", self.rounds, low=1, high=100_000)
