@@ -126,13 +126,14 @@ def assemble(
     Raises:
         BackboneError: the picture size of the preprocessing is not the model's.
     """
+    # First of all: weights are taken from a file as they are, and a trial on half-precision ones fails.
+    model = model.float().eval().requires_grad_(False)
     size = image_size(model, name)
     if preprocessing.size != size:
         raise BackboneError(
             f"{name}: preprocess_cfg.size is {preprocessing.size}, but the model takes {size} pixels: "
             "the preprocessing belongs to another model"
         )
-    model = model.float().eval().requires_grad_(False)
     open_clip.model.set_model_preprocess_cfg(model, preprocessing.to_dict())
     scale: Any = model.logit_scale
     return Backbone(
