@@ -47,13 +47,20 @@ def main() -> None:
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--rounds", type=int, default=60)
     p.add_argument("--search-rounds", type=int, default=20)
+    p.add_argument("--search-study", choices=STUDIES, help="where rates of trained towers are searched")
     p.add_argument("--show", action="store_true", help="run nothing")
     p.add_argument("--json", type=Path)
     p.add_argument("--figure", type=Path)
     a = p.parse_args()
     os.environ["FEDSIGMA_DATA"] = str(a.data.resolve())
     cells = Cells(a.out / "cells.sqlite")
-    plan = Plan(cells, rounds=a.rounds, search_rounds=a.search_rounds, run_missing=not a.show)
+    plan = Plan(
+        cells,
+        rounds=a.rounds,
+        search_rounds=a.search_rounds,
+        search_study=a.search_study,
+        run_missing=not a.show,
+    )
     results: dict[str, Any] = {}
     for study in a.studies:
         rows = collect(plan, study, a.methods, a.seeds)

@@ -80,12 +80,23 @@ class Plan:
 
     Args:
         cells: where they are kept.
-        rounds, search_rounds: of a run on the test part and of one of the search.
+        rounds, search_rounds: of a run on the test part and of one of the search; what is quick is searched
+            with the former.
+        search_study: where all that is not quick is searched, for every study; by default each for itself.
         run_missing: False: what is missing is None.
     """
 
-    def __init__(self, cells: Cells, *, rounds: int, search_rounds: int, run_missing: bool = True) -> None:
+    def __init__(
+        self,
+        cells: Cells,
+        *,
+        rounds: int,
+        search_rounds: int,
+        search_study: str | None = None,
+        run_missing: bool = True,
+    ) -> None:
         self._cells, self._rounds, self._search_rounds = cells, rounds, search_rounds
+        self._search_study = search_study
         self._run_missing = run_missing
         self._sites: dict[tuple[str, int, str], Sites] = {}
 
@@ -127,12 +138,13 @@ class Plan:
             rates = further(rates, best)
 
     def _trial(self, study: str, method: str, setting: Setting) -> Cell:
+        quick = CANDIDATES[method].quick
         return Cell(
             part="validation",
-            study=study,
+            study=study if quick else self._search_study or study,
             method=method,
             setting=setting,
-            rounds=self._search_rounds,
+            rounds=self._rounds if quick else self._search_rounds,
             seed=SEARCH_SEED,
         )
 
