@@ -21,9 +21,8 @@ from typing import Any
 
 from bench.methods.catalogue import CANDIDATES
 from bench.methods.cells import Cells, Plan
+from bench.methods.studies import REAL, SETS
 from bench.methods.tables import combine, draw, markdown, print_search, verdicts
-
-STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")
 
 
 def collect(plan: Plan, study: str, methods: list[str], seeds: list[int]) -> dict[str, Any]:
@@ -42,12 +41,12 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    p.add_argument("--studies", nargs="+", choices=[*REAL, *SETS], default=list(REAL))
     p.add_argument("--methods", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--rounds", type=int, default=60)
     p.add_argument("--search-rounds", type=int, default=20)
-    p.add_argument("--search-study", choices=STUDIES, help="where rates of trained towers are searched")
+    p.add_argument("--search-study", choices=REAL, help="where rates of trained towers are searched")
     p.add_argument("--show", action="store_true", help="run nothing")
     p.add_argument("--json", type=Path)
     p.add_argument("--figure", type=Path)

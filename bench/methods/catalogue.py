@@ -70,7 +70,9 @@ def _strategy(name: str, *options: Setting) -> Candidate:
 
 
 _CACHES = tuple(
-    {"alpha": alpha, "beta": beta} for alpha in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0) for beta in (1.0, 5.5, 20.0, 60.0)
+    {"alpha": alpha, "beta": beta}
+    for alpha in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    for beta in (1.0, 5.5, 20.0, 60.0)
 )
 
 CANDIDATES: dict[str, Candidate] = {

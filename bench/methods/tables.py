@@ -79,11 +79,11 @@ def verdicts(study: str, rows: Rows) -> list[str]:
     return lines
 
 
-def print_search(study: str, tried: Mapping[str, Sequence[tuple[Setting, float]]]) -> None:
+def print_search(study: str, tried: Mapping[str, Sequence[tuple[Setting, float | None]]]) -> None:
     """Every setting that was tried, with its accuracy on validation images."""
     print(f"{study}: settings tried")
     rows = [
-        {"method": name, "setting": _words(setting), "accuracy": "" if math.isnan(value) else f"{value:.3f}"}
+        {"method": name, "setting": _words(setting), "accuracy": "" if value is None else f"{value:.3f}"}
         for name, found in tried.items()
         for setting, value in found
     ]
