@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +20,22 @@ import pytest
 import torch
 from fake_grid import FakeGrid
 from flwr.app import Context, RecordDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_backbones import CLIP_CFG, PREPROCESS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.methods import frozen, studies
 from bench.methods.__main__ import main as show
 from bench.methods.catalogue import CANDIDATES, with_setting
-from bench.methods.cells import Cell, Cells, Plan
+from bench.methods.cells import Cell, Cells, Plan, grid
 from bench.methods.federation import accuracy, federate, study_sites
 from bench.methods.heads import FedClip, LinearProbe, PromptFL, TipAdapter, TipAdapterF
 from bench.methods.method import Method, Place, Tuned, values
 from bench.methods.sigma import Sigma
+from bench.methods.studies import SETS, find_study
 from bench.methods.tables import combine, draw, front, markdown, verdicts
 from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
 from fedsigma.client import site as client_site
@@ -39,8 +44,9 @@ from fedsigma.common.backbones import Backbone, assemble, build_model, load_back
 from fedsigma.common.backbones.tokens import tokenizer_for
 from fedsigma.common.config import ConfigError, StudyConfig, TrainingConfig
 from fedsigma.common.data import Example
-from fedsigma.common.training import accumulate_gradient, evaluate
+from fedsigma.common.training import TrainingError, accumulate_gradient, evaluate
 from fedsigma.server.app import app as server
+from fedsigma.server.averaging import make_averaging
 from fedsigma.server.store import RunFolder
 
 CLASSES = ("neutrophil", "lymphocyte", "monocyte", "eosinophil")
@@ -58,13 +64,27 @@ baselines: []
 RECIPE = TrainingConfig(learning_rate=0.01, batch_size=4, augment="none", precision="float32", local_steps=3)
 
 
-def backbone(seed: int = 0) -> Backbone:
+@pytest.fixture(autouse=True, scope="module")
+def _no_search_through_imports() -> Iterator[None]:
+    """Flower's QFedAvg collects garbage for each reply: not through all that was imported each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@cache
+def made() -> Backbone:
     """Tiny, with room in its context for sixteen learned words."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     cfg = copy.deepcopy(CLIP_CFG)
     cfg["text_cfg"]["context_length"] = 32
     model = build_model(cfg)
     return assemble("tiny", model, tokenizer_for(cfg, model, "", "tiny"), PREPROCESS, cfg)
+
+
+def backbone() -> Backbone:
+    """A copy of it, for a method to change."""
+    return replace(made(), model=copy.deepcopy(made().model))
 
 
 def examples(count: int = 6, seed: int = 0) -> list[Example]:
@@ -73,11 +93,11 @@ def examples(count: int = 6, seed: int = 0) -> list[Example]:
     return [Example(picture, number % len(CLASSES), None) for number, picture in enumerate(pictures)]
 
 
-def parquet(path: Path) -> Path:
-    """Noise of four sites: three training and two test images of each class."""
+def parquet(path: Path, classes: tuple[str, ...] = CLASSES, *, sited: bool = True) -> Path:
+    """Noise of four sites, or of as many in one place: three training and two test images of each class."""
     rows: dict[str, list[Any]] = {"image": [], "label": [], "site": [], "split": []}
     noise = np.random.default_rng(0)
-    places = itertools.product(("north", "east", "south", "west"), CLASSES, ("train", "test"), range(3))
+    places = itertools.product(("north", "east", "south", "west"), classes, ("train", "test"), range(3))
     for site, label, split, number in places:
         if split == "test" and number == 2:
             continue
@@ -86,7 +106,7 @@ def parquet(path: Path) -> Path:
         row = {
             "image": {"bytes": file.getvalue(), "path": None},
             "label": label,
-            "site": site,
+            "site": site if sited else None,
             "split": split,
         }
         for key, value in row.items():
@@ -241,6 +261,19 @@ def test_lora_has_a_pair_for_each_of_q_k_and_v() -> None:
     assert all(torch.equal(state[name], other[name]) for name in state)
 
 
+def test_lora_adds_its_products_to_q_k_and_v_over_the_root_of_the_rank() -> None:
+    method, plain = Lora(backbone(), PROMPTS, seed=1), backbone()
+    state = rank_two(method, 3)
+    method._tuning.load(state)
+    name = "transformer.resblocks.1.attn.in_proj_weight"
+    before = dict(plain.model.named_parameters())[name]
+    with method._tuning.frozen() as model:
+        after = model.get_submodule("transformer.resblocks.1.attn").in_proj_weight
+    keys = [f"{name}[{low}:{low + 16}]" for low in (0, 16, 32)]
+    products = [state[f"{key}.B"] @ state[f"{key}.A"] / 2**0.5 for key in keys]
+    torch.testing.assert_close(after, before + torch.cat(products))
+
+
 def rank_two(method: Lora, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {n: torch.randn(t.shape, generator=generator) for n, t in method.initial(SITES).items()}
@@ -250,6 +283,7 @@ PRODUCTS = LoraProducts(backbone(), PROMPTS, seed=1)
 
 
 @given(st.integers(0, 2**31))
+@settings(max_examples=25)
 def test_the_mean_of_equal_products_is_that_product_whatever_its_factors(seed: int) -> None:
     state = rank_two(PRODUCTS, seed)
     # The same product by other factors: A and B scaled against each other.
@@ -305,12 +339,43 @@ def test_the_adapter_weighs_features_by_two_layers_of_their_width() -> None:
     method = FedClip(backbone(), PROMPTS, seed=1)
     state = method.initial(SITES)
     assert values(state) == 2 * (16 * 16 + 16)
-    one_hot = torch.zeros(16)
-    one_hot[3] = 1e4
-    method._tuning.load({**state, "second.bias": one_hot})
+    method._load(state)
+    plain = backbone()
+    images = torch.stack([e.image for e in examples()])
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (plain.mean, plain.std))
+    with torch.no_grad():
+        # The weights are made of what the tower gives, before it is brought to length one.
+        x = plain.model.encode_image((images.float() / 255 - mean) / std)
+        hidden = torch.tanh(x @ state["first.weight"].T + state["first.bias"])
+        weights = (hidden @ state["second.weight"].T + state["second.bias"]).softmax(1)
     with method._tuning.frozen():
-        features = method.task.image_features(torch.stack([e.image for e in examples()]))
-    assert torch.equal(features.abs().argmax(1), torch.full((6,), 3))
+        features = method.task.image_features(images)
+    torch.testing.assert_close(features, F.normalize(weights * x, dim=-1), rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_frozen_tower_makes_of_a_batch_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "_known", frozen.OrderedDict())
+    images = torch.stack([e.image for e in examples()])
+    for digest, passes in (("a", 2), ("", 4)):
+        calls = 0
+        for _ in range(2):
+            model = replace(backbone(), digest=digest)
+            task = LinearProbe(model, PROMPTS).task
+            encode = model.model.encode_image
+
+            def counted(x: Tensor, encode: Any = encode) -> Tensor:
+                nonlocal calls
+                calls += 1
+                return encode(x)
+
+            monkeypatch.setattr(model.model, "encode_image", counted)
+            both = [task.image_features(images), task.image_features(images.flip(0))]
+            torch.testing.assert_close(both[0], both[1].flip(0))
+        assert calls == passes
+    assert len(frozen._known) == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        LinearProbe(replace(backbone(), digest="a"), PROMPTS).task.image_features(images)
+    assert len(frozen._known) == 3
 
 
 def test_a_joined_cache_knows_its_own_images_and_its_bytes_are_counted() -> None:
@@ -331,6 +396,25 @@ def test_a_joined_cache_knows_its_own_images_and_its_bytes_are_counted() -> None
     assert (run.upload, run.total) == (4 * 160, 4 * 17 * 5 + 3 * 4 * 160)
 
 
+def test_a_cache_speaks_by_the_papers_formula() -> None:
+    method, plain = TipAdapter(backbone(), PROMPTS, alpha=2.0, beta=3.0), backbone()
+    method._load(method.initial(SITES))
+    found = evaluate(method.task, examples(), precision="float32").probabilities
+    cached = SITES["one"] + SITES["two"]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (plain.mean, plain.std))
+
+    def encoded(of: list[Example]) -> Tensor:
+        pixels = torch.stack([e.image for e in of]).float() / 255
+        return F.normalize(plain.model.encode_image((pixels - mean) / std), dim=-1)
+
+    with torch.no_grad():
+        text = F.normalize(plain.model.encode_text(plain.tokenizer(list(PROMPTS))), dim=-1)
+        f, keys = encoded(examples()), encoded(cached)
+        values = F.one_hot(torch.tensor([e.label for e in cached])).float()
+        logits = plain.logit_scale * f @ text.T + 2.0 * torch.exp(-3.0 * (1 - f @ keys.T)) @ values
+    torch.testing.assert_close(found, logits.softmax(1), rtol=2e-2, atol=1e-3)
+
+
 def test_without_a_cache_tip_adapter_is_zero_shot() -> None:
     method = TipAdapter(backbone(), PROMPTS, alpha=0.0, beta=1.0)
     method.initial(SITES)
@@ -344,18 +428,25 @@ def test_without_a_cache_tip_adapter_is_zero_shot() -> None:
 
 
 class Scripted(Plan):
-    """A plan whose runs give a made-up accuracy: best at a learning rate of 0.24."""
+    """A plan whose runs give a made-up accuracy: best at a learning rate of 0.1; 0.2 and more diverge."""
 
     ran: list[Cell]
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         self.ran.append(cell)
-        value = 1 - abs(cell.setting.get("learning_rate", 0.24) - 0.24)
+        rate = cell.setting.get("learning_rate", 0.1)
+        if rate > 0.2:
+            raise TrainingError("the loss is nan")
         figures = {"bytes_upload": 8.0, "bytes_float32": 8, "bytes_total": 16.0, "seconds": 1.0}
-        return {"accuracy": {"all": value, "here": value}, **figures}
+        return {"accuracy": {"all": 1 - abs(rate - 0.1), "here": 0.5}, **figures}
+
+    def tried(self, study: str = "s") -> list[tuple[float | None, int]]:
+        """Learning rates and rounds of the search in a study."""
+        found = [cell for cell in self.ran if cell.part == "validation" and cell.study == study]
+        return [(cell.setting.get("learning_rate"), cell.rounds) for cell in found]
 
 
-def plan(path: Path, **options: bool) -> Scripted:
+def plan(path: Path, **options: Any) -> Scripted:
     made = Scripted(Cells(path / "cells.sqlite"), rounds=4, search_rounds=2, **options)
     made.ran = []
     return made
@@ -363,26 +454,60 @@ def plan(path: Path, **options: bool) -> Scripted:
 
 def test_the_search_goes_on_past_a_best_end_and_no_cell_is_run_twice(tmp_path: Path) -> None:
     first = plan(tmp_path)
-    assert first.tested("s", "sigma", 1) is not None
-    rates = [cell.setting["learning_rate"] for cell in first.ran if cell.part == "validation"]
-    assert rates == [0.02, 0.04, 0.08, 0.16, 0.32]
-    assert [c.setting["learning_rate"] for c in first.ran if c.part == "test"] == [0.16] or first.ran[
-        -1
-    ].rounds == 4
+    assert first.tested("s", "lora", 1) is not None
+    # The last diverged: it has lost, and the search goes no further.
+    assert first.tried() == [(0.003, 2), (0.009, 2), (0.027, 2), (0.081, 2), (0.243, 2)]
+    assert [(c.setting, c.rounds, c.seed) for c in first.ran if c.part == "test"] == [
+        ({"learning_rate": 0.081}, 4, 1)
+    ]
     second = plan(tmp_path)
-    assert second.tested("s", "sigma", 1) == first.tested("s", "sigma", 1) and second.ran == []
-    # Another strategy takes sigma's rate over; with one setting there is nothing to search.
-    second.tested("s", "fedavg", 1)
-    (cell,) = second.ran
-    assert cell.part == "test" and cell.setting["learning_rate"] == first.ran[-1].setting["learning_rate"]
+    assert second.tested("s", "lora", 1) == first.tested("s", "lora", 1) and second.ran == []
+    # Averaged products take the factors' rate over; with one setting there is nothing to search.
+    second.tested("s", "lora-products", 1)
+    assert [(cell.part, cell.setting) for cell in second.ran] == [("test", {"learning_rate": 0.081})]
     third = plan(tmp_path, run_missing=False)
     assert third.tested("s", "full", 1) is None and third.search("s", "full") is None and third.ran == []
 
 
-def test_every_candidates_settings_are_taken_by_its_study() -> None:
-    from bench.methods.cells import grid
-    from fedsigma.server.averaging import make_averaging
+def test_a_search_in_another_study_serves_trained_towers_and_heads_search_with_all_rounds(
+    tmp_path: Path,
+) -> None:
+    found = plan(tmp_path, search_study="other")
+    found.tested("s", "lora", 1)
+    found.tested("s", "probe", 1)
+    assert {rounds for _, rounds in found.tried("other")} == {2}
+    assert {rounds for _, rounds in found.tried("s")} == {4}
+    assert [cell.study for cell in found.ran if cell.part == "test"] == ["s", "s"]
 
+
+def test_a_chosen_setting_that_diverges_on_the_test_part_is_an_error(tmp_path: Path) -> None:
+    class Diverges(Scripted):
+        def _run(self, cell: Cell) -> dict[str, Any]:
+            if cell.part == "test":
+                raise TrainingError("the loss is nan")
+            return super()._run(cell)
+
+    found = Diverges(Cells(tmp_path / "cells.sqlite"), rounds=4, search_rounds=2)
+    found.ran = []
+    with pytest.raises(TrainingError):
+        found.tested("s", "lora", 1)
+
+
+def test_a_set_of_one_place_is_divided_into_four_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIGMA_DATA", str(tmp_path))
+    monkeypatch.setattr(studies, "ALPHA", 100.0)  # Nearly even, for there are few images.
+    parquet(tmp_path / "chest_xray.parquet", SETS["chest_xray"], sited=False)
+    study = find_study("chest_xray")
+    assert study.classes == SETS["chest_xray"] and study.federation.rounds == 60
+    sites = study_sites(study, 32)
+    assert len(sites) == 4
+    assert sum(len(data.train) for data in sites.values()) == 4 * 2 * 3
+    assert sum(len(data.test) for data in sites.values()) == 4 * 2 * 2
+
+
+def test_every_candidates_settings_are_taken_by_its_study() -> None:
     study = StudyConfig.from_yaml(
         STUDY.format(backbone="nowhere", images="nowhere", codec="exact", strategy="fedavg")
     )
@@ -441,12 +566,12 @@ def test_the_front_and_the_verdicts(tmp_path: Path) -> None:
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@given(st.dictionaries(st.text(), st.tuples(st.floats(0, 1), st.integers(0, 9)), min_size=1))
-def test_nobody_on_the_front_is_beaten_and_everybody_else_is(points: dict[str, tuple[float, int]]) -> None:
-    rows = {name: {"mean": height, "bytes_total": cost} for name, (height, cost) in points.items()}
-    best = [points[name] for name in front(rows)]
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 9)), min_size=1))
+def test_nobody_on_the_front_is_beaten_and_everybody_else_is(points: list[tuple[float, int]]) -> None:
+    rows = {str(i): {"mean": height, "bytes_total": cost} for i, (height, cost) in enumerate(points)}
+    best = [points[int(name)] for name in front(rows)]
     assert len(set(best)) == len(best)
-    for height, cost in points.values():
+    for height, cost in points:
         beaten = any(h >= height and c <= cost and (h, c) != (height, cost) for h, c in best)
         assert beaten != ((height, cost) in best)
 
