@@ -32,11 +32,12 @@ from bench.methods.__main__ import main as show
 from bench.methods.catalogue import CANDIDATES, with_setting
 from bench.methods.cells import Cell, Cells, Plan, grid
 from bench.methods.federation import accuracy, federate, study_sites
+from bench.methods.figure import draw
 from bench.methods.heads import FedClip, LinearProbe, PromptFL, TipAdapter, TipAdapterF
 from bench.methods.method import Method, Place, Tuned, values
 from bench.methods.sigma import Sigma
 from bench.methods.studies import SETS, find_study
-from bench.methods.tables import combine, draw, front, markdown, verdicts
+from bench.methods.tables import combine, front, markdown, verdicts
 from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
@@ -560,7 +561,12 @@ def test_the_front_and_the_verdicts(tmp_path: Path) -> None:
     (line,) = verdicts("s", {**rows, "full": row(0.704, 400)})
     assert line.endswith("the reach is not met")
     (line,) = verdicts("s", {**rows, "probe": row(0.71, 40)})
-    assert "not on the front" in line
+    assert "not on the front" in line and line.endswith("the reach is not met")
+    # Above all others: whatever they send. Sigma's own other rows are no others.
+    (line,) = verdicts("s", {**rows, "full": row(0.69, 51), "fedprox": row(0.9, 50)})
+    assert "not on the front" in line and "1.0 points above" in line
+    (line,) = verdicts("s", {**rows, "full": row(0.69, 51)})
+    assert line.endswith("the reach is met")
     assert "| full fine-tuning | 70.4 | 70.4 | 5,000 | 5,000 | yes |" in markdown("s", rows)
     draw({"s": rows}, tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"

@@ -3,17 +3,20 @@
     python -m bench.methods --data DIR --out out/methods --json out/methods.json \\
         --figure docs/figures/pareto.png
 
-Run it from the project's folder. DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet`. Every method has
-the study's backbone, images, seeds, rounds, local steps, batches, augmentation, optimiser and strategy. Its
-learning rate is chosen on images of the training part that the few-shot draw left over, one seed, in a grid
-that goes on past an end that is best; all that was tried is printed. Each run is kept in --out/cells.sqlite
-when it is done, so a call that was cut off can simply be made again, and several may run side by side, each
-on other studies. `--show` prints what is there and runs nothing.
+Run it from the project's folder. DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet`, or, with
+--studies, the sets of `studies.py` as parquet files. Every method has the study's backbone, images, seeds,
+rounds, local steps, batches, augmentation, optimiser and strategy. Its learning rate is chosen on images of
+the training part that the few-shot draw left over, one seed, in a grid that goes on past a best end; all that
+was tried is printed. Methods with a frozen image tower are searched with all rounds, for its features
+are computed once; those that train towers with --search-rounds, and in --search-study alone if that is given.
+Each run is kept in --out/cells.sqlite when it is done, so a call that was cut off can simply be made again,
+and several may run side by side, each on other studies. `--show` prints what is there and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 from pathlib import Path
@@ -21,8 +24,9 @@ from typing import Any
 
 from bench.methods.catalogue import CANDIDATES
 from bench.methods.cells import Cells, Plan
+from bench.methods.figure import draw
 from bench.methods.studies import REAL, SETS
-from bench.methods.tables import combine, draw, markdown, print_search, verdicts
+from bench.methods.tables import combine, markdown, print_search, verdicts
 
 
 def collect(plan: Plan, study: str, methods: list[str], seeds: list[int]) -> dict[str, Any]:
@@ -51,6 +55,8 @@ def main() -> None:
     p.add_argument("--json", type=Path)
     p.add_argument("--figure", type=Path)
     a = p.parse_args()
+    # Flower's QFedAvg collects garbage for each reply: not through all that was imported each time.
+    gc.freeze()
     os.environ["FEDSIGMA_DATA"] = str(a.data.resolve())
     cells = Cells(a.out / "cells.sqlite")
     plan = Plan(

@@ -120,7 +120,7 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     "tip": Candidate(title="Tip-Adapter", build=_cache(TipAdapter), others=_CACHES, quick=True),
     "tip-f": Candidate(
-        title="Tip-Adapter-F", build=_cache(TipAdapterF), rates=(1e-3, 3e-3, 9e-3), after="tip", quick=True
+        title="Tip-Adapter-F", build=_cache(TipAdapterF), rates=(1e-5, 1e-4, 1e-3), after="tip", quick=True
     ),
     "fedavg": _strategy("fedavg"),
     "fedprox": _strategy("fedprox", {"proximal_mu": 0.01}, {"proximal_mu": 0.1}),

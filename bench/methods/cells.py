@@ -188,7 +188,8 @@ class Plan:
     def _images(self, cell: Cell, study: StudyConfig, side: int) -> Sites:
         key = (cell.study, cell.seed, cell.part)
         if key not in self._sites:
-            self._sites.clear()  # one study's images at a time are enough to hold
+            if len(self._sites) > 2:
+                self._sites.clear()  # those of a study's search and of a seed or two are enough to hold
             if cell.part == "validation":
                 self._sites[key] = validation_sites(study, side, VALIDATION, study.seed)
             else:
