@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods.catalogue import CANDIDATES
-from bench.methods.cells import Cells, Plan
+from bench.methods.cells import MOST_RATES, Cells, Plan
 from bench.methods.figure import draw
 from bench.methods.studies import REAL, SETS
 from bench.methods.tables import combine, markdown, print_search, verdicts
@@ -49,8 +49,8 @@ def main() -> None:
     p.add_argument("--methods", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--rounds", type=int, default=60)
-    p.add_argument("--search-rounds", type=int, default=20)
     p.add_argument("--search-study", choices=REAL, help="where rates of trained towers are searched")
+    p.add_argument("--most-rates", type=int, default=MOST_RATES, help="tried of a trained tower")
     p.add_argument("--show", action="store_true", help="run nothing")
     p.add_argument("--json", type=Path)
     p.add_argument("--figure", type=Path)
@@ -62,15 +62,15 @@ def main() -> None:
     plan = Plan(
         cells,
         rounds=a.rounds,
-        search_rounds=a.search_rounds,
         search_study=a.search_study,
+        most_rates=a.most_rates,
         run_missing=not a.show,
     )
     results: dict[str, Any] = {}
     for study in a.studies:
         rows = collect(plan, study, a.methods, a.seeds)
         tried = {method: plan.search(study, method) or [] for method in a.methods}
-        results[study] = {"rounds": a.rounds, "search_rounds": a.search_rounds, "rows": rows, "search": tried}
+        results[study] = {"rounds": a.rounds, "rows": rows, "search": tried}
         print_search(study, tried)
         print(markdown(study, rows))
         print("\n".join(verdicts(study, rows)))
