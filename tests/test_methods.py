@@ -27,7 +27,7 @@ from tiny_backbones import CLIP_CFG, PREPROCESS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.methods import frozen, studies
+from bench.methods import cells, frozen, studies
 from bench.methods.__main__ import main as show
 from bench.methods.catalogue import CANDIDATES, with_setting
 from bench.methods.cells import Cell, Cells, Plan, grid
@@ -433,65 +433,98 @@ class Scripted(Plan):
 
     ran: list[Cell]
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
+    def _run(self, cell: Cell) -> dict[str, dict[str, Any]]:
         self.ran.append(cell)
         rate = cell.setting.get("learning_rate", 0.1)
         if rate > 0.2:
             raise TrainingError("the loss is nan")
         figures = {"bytes_upload": 8.0, "bytes_float32": 8, "bytes_total": 16.0, "seconds": 1.0}
-        return {"accuracy": {"all": 1 - abs(rate - 0.1), "here": 0.5}, **figures}
+        parts = (cell.part,) if CANDIDATES[cell.method].quick else ("validation", "test")
+        return {part: {"accuracy": {"all": 1 - abs(rate - 0.1), "here": 0.5}, **figures} for part in parts}
 
-    def tried(self, study: str = "s") -> list[tuple[float | None, int]]:
-        """Learning rates and rounds of the search in a study."""
-        found = [cell for cell in self.ran if cell.part == "validation" and cell.study == study]
-        return [(cell.setting.get("learning_rate"), cell.rounds) for cell in found]
+    def places(self) -> list[tuple[str, str, float | None, int]]:
+        """Part, study, learning rate and seed of what was run."""
+        return [(c.part, c.study, c.setting.get("learning_rate"), c.seed) for c in self.ran]
 
 
 def plan(path: Path, **options: Any) -> Scripted:
-    made = Scripted(Cells(path / "cells.sqlite"), rounds=4, search_rounds=2, **options)
+    made = Scripted(Cells(path / "cells.sqlite"), rounds=4, **options)
     made.ran = []
     return made
 
 
 def test_the_search_goes_on_past_a_best_end_and_no_cell_is_run_twice(tmp_path: Path) -> None:
     first = plan(tmp_path)
-    assert first.tested("s", "lora", 1) is not None
+    assert first.tested("s", "probe", 1) is not None
     # The last diverged: it has lost, and the search goes no further.
-    assert first.tried() == [(0.003, 2), (0.009, 2), (0.027, 2), (0.081, 2), (0.243, 2)]
-    assert [(c.setting, c.rounds, c.seed) for c in first.ran if c.part == "test"] == [
-        ({"learning_rate": 0.081}, 4, 1)
-    ]
+    tried = [("validation", "s", rate, 11) for rate in (0.003, 0.009, 0.027, 0.081, 0.243)]
+    assert first.places() == [*tried, ("test", "s", 0.081, 1)]
     second = plan(tmp_path)
-    assert second.tested("s", "lora", 1) == first.tested("s", "lora", 1) and second.ran == []
-    # Averaged products take the factors' rate over; with one setting there is nothing to search.
-    second.tested("s", "lora-products", 1)
-    assert [(cell.part, cell.setting) for cell in second.ran] == [("test", {"learning_rate": 0.081})]
+    assert second.tested("s", "probe", 1) == first.tested("s", "probe", 1) and second.ran == []
     third = plan(tmp_path, run_missing=False)
     assert third.tested("s", "full", 1) is None and third.search("s", "full") is None and third.ran == []
 
 
-def test_a_search_in_another_study_serves_trained_towers_and_heads_search_with_all_rounds(
-    tmp_path: Path,
-) -> None:
+def test_a_trained_tower_is_searched_by_the_runs_that_are_told(tmp_path: Path) -> None:
+    first = plan(tmp_path, most_rates=3)
+    assert first.tested("s", "lora", 1) is not None and first.tested("s", "lora", 2) is not None
+    tried = [("validation", "s", rate, 1) for rate in (0.001, 0.003, 0.009)]
+    assert first.places() == [*tried, ("test", "s", 0.009, 2)]
+    # Averaged products take the factors' rate over; with one setting there is nothing to search.
+    second = plan(tmp_path, most_rates=3)
+    second.tested("s", "lora-products", 1)
+    assert second.places() == [("test", "s", 0.009, 1)]
+
+
+def test_a_search_in_another_study_serves_trained_towers_and_no_heads(tmp_path: Path) -> None:
     found = plan(tmp_path, search_study="other")
     found.tested("s", "lora", 1)
     found.tested("s", "probe", 1)
-    assert {rounds for _, rounds in found.tried("other")} == {2}
-    assert {rounds for _, rounds in found.tried("s")} == {4}
-    assert [cell.study for cell in found.ran if cell.part == "test"] == ["s", "s"]
+    studies = {(CANDIDATES[c.method].quick, c.part, c.study) for c in found.ran}
+    assert studies == {
+        (False, "validation", "other"),
+        (False, "test", "s"),
+        (True, "validation", "s"),
+        (True, "test", "s"),
+    }
 
 
 def test_a_chosen_setting_that_diverges_on_the_test_part_is_an_error(tmp_path: Path) -> None:
     class Diverges(Scripted):
-        def _run(self, cell: Cell) -> dict[str, Any]:
+        def _run(self, cell: Cell) -> dict[str, dict[str, Any]]:
             if cell.part == "test":
                 raise TrainingError("the loss is nan")
             return super()._run(cell)
 
-    found = Diverges(Cells(tmp_path / "cells.sqlite"), rounds=4, search_rounds=2)
+    found = Diverges(Cells(tmp_path / "cells.sqlite"), rounds=4)
     found.ran = []
     with pytest.raises(TrainingError):
-        found.tested("s", "lora", 1)
+        found.tested("s", "probe", 1)
+
+
+def test_a_run_is_judged_on_images_that_the_draw_left_over_and_on_the_test_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = parquet(tmp_path / "images.parquet")
+    study = StudyConfig.from_yaml(
+        STUDY.format(backbone="nowhere", images=images, codec="exact", strategy="fedavg")
+    )
+    monkeypatch.setattr(cells, "find_study", lambda name: study)
+    monkeypatch.setattr(cells, "load_backbone", lambda name: backbone())
+    built = Plan(Cells(tmp_path / "cells.sqlite"), rounds=1)
+    rate = {"learning_rate": 0.003}
+    cell = Cell(part="validation", study="s", method="layer-norms", setting=rate, rounds=1, seed=1)
+    judged = built._run(cell)
+    assert list(judged) == ["validation", "test"]
+    held = {part: built._images(replace(cell, part=part), study, 48) for part in judged}
+    train, left = held["validation"]["north"]
+    assert len(train) == 8 and len(left) == 4
+    assert not any(torch.equal(a.image, b.image) for a in left for b in train)
+    assert not any(torch.equal(a.image, b.image) for a in left for b in held["test"]["north"][1])
+    assert list(built._run(replace(cell, method="probe"))) == ["validation"]
+    built._sites["s", 1, "test"] = {**held["test"], "north": (train[1:] + train[:1], left)}
+    with pytest.raises(RuntimeError, match="other training images"):
+        built._run(cell)
 
 
 def test_a_set_of_one_place_is_divided_into_four_sites(
