@@ -476,10 +476,10 @@ def test_a_trained_tower_is_searched_by_the_runs_that_are_told(tmp_path: Path) -
     assert second.places() == [("test", "s", 0.009, 1)]
 
 
-def test_a_search_in_another_study_serves_trained_towers_and_no_heads(tmp_path: Path) -> None:
+def test_a_search_in_another_study_serves_for_rates_and_not_for_caches(tmp_path: Path) -> None:
     found = plan(tmp_path, search_study="other")
     found.tested("s", "lora", 1)
-    found.tested("s", "probe", 1)
+    found.tested("s", "tip", 1)
     studies = {(CANDIDATES[c.method].quick, c.part, c.study) for c in found.ran}
     assert studies == {
         (False, "validation", "other"),

@@ -7,8 +7,9 @@ Run it from the project's folder. DIR holds `wbc_labs.parquet` and `ham10000_sit
 --studies, the sets of `studies.py` as parquet files. Every method has the study's backbone, images, seeds,
 rounds, local steps, batches, augmentation, optimiser and strategy. Its learning rate is chosen on images of
 the training part that the few-shot draw left over, one seed, in a grid that goes on past a best end; all that
-was tried is printed. Methods with a frozen image tower are searched with all rounds, for its features
-are computed once; those that train towers with --search-rounds, and in --search-study alone if that is given.
+was tried is printed. With --search-study the rates of one study serve for all. Models with trained towers are
+judged on those images and on the test images by one run of the first seed; the others, whose image tower's
+features are computed once, are searched with a seed of their own.
 Each run is kept in --out/cells.sqlite when it is done, so a call that was cut off can simply be made again,
 and several may run side by side, each on other studies. `--show` prints what is there and runs nothing.
 """
@@ -49,7 +50,7 @@ def main() -> None:
     p.add_argument("--methods", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--rounds", type=int, default=60)
-    p.add_argument("--search-study", choices=REAL, help="where rates of trained towers are searched")
+    p.add_argument("--search-study", choices=REAL, help="whose learning rates serve for all")
     p.add_argument("--most-rates", type=int, default=MOST_RATES, help="tried of a trained tower")
     p.add_argument("--show", action="store_true", help="run nothing")
     p.add_argument("--json", type=Path)

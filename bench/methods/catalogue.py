@@ -28,6 +28,7 @@ class Candidate:
     evenly spaced by their ratio; it goes on past an end that is best. others: settings tried with each rate.
     after: a candidate whose chosen setting this one takes over. strategy: other than the study's.
     quick: the image tower is frozen and its features are remembered, so that a search costs little.
+    anew: its settings hang on how a study's features lie, and are searched in every study.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Candidate:
     after: str = ""
     strategy: str = ""
     quick: bool = False
+    anew: bool = False
 
 
 def with_setting(study: StudyConfig, candidate: Candidate, setting: Mapping[str, Any]) -> StudyConfig:
@@ -118,7 +120,7 @@ CANDIDATES: dict[str, Candidate] = {
         rates=(3e-3, 9e-3, 2.7e-2),
         quick=True,
     ),
-    "tip": Candidate(title="Tip-Adapter", build=_cache(TipAdapter), others=_CACHES, quick=True),
+    "tip": Candidate(title="Tip-Adapter", build=_cache(TipAdapter), others=_CACHES, quick=True, anew=True),
     # As published, keys are trained under settings of their own; those of unmoved keys are tried as well.
     "tip-f": Candidate(
         title="Tip-Adapter-F",
@@ -127,6 +129,7 @@ CANDIDATES: dict[str, Candidate] = {
         others=({}, {"alpha": 1.0, "beta": 5.5}),
         after="tip",
         quick=True,
+        anew=True,
     ),
     "fedavg": _strategy("fedavg"),
     "fedprox": _strategy("fedprox", {"proximal_mu": 0.01}, {"proximal_mu": 0.1}),

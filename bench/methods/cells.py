@@ -86,7 +86,7 @@ class Plan:
     Args:
         cells: where they are kept.
         rounds: of every run.
-        search_study: where all that is not quick is searched, for every study; by default each for itself.
+        search_study: where learning rates are searched for every study; by default each for itself.
         most_rates: how many learning rates are tried at most of what is not quick.
         run_missing: False: what is missing is None.
     """
@@ -145,10 +145,10 @@ class Plan:
             rates = further(rates, best)
 
     def _trial(self, study: str, method: str, setting: Setting) -> Cell:
-        quick = CANDIDATES[method].quick
+        quick, anew = CANDIDATES[method].quick, CANDIDATES[method].anew
         return Cell(
             part="validation",
-            study=study if quick else self._search_study or study,
+            study=study if anew else self._search_study or study,
             method=method,
             setting=setting,
             rounds=self._rounds,
