@@ -470,6 +470,8 @@ def test_a_trained_tower_is_searched_by_the_runs_that_are_told(tmp_path: Path) -
     assert first.tested("s", "lora", 1) is not None and first.tested("s", "lora", 2) is not None
     tried = [("validation", "s", rate, 1) for rate in (0.001, 0.003, 0.009)]
     assert first.places() == [*tried, ("test", "s", 0.009, 2)]
+    shown = plan(tmp_path, run_missing=False)
+    assert shown.search("s", "lora") == first.search("s", "lora"), "the fourth rate was not run"
     # Averaged products take the factors' rate over; with one setting there is nothing to search.
     second = plan(tmp_path, most_rates=3)
     second.tested("s", "lora-products", 1)

@@ -136,7 +136,8 @@ class Plan:
                 if key not in found:
                     figures = self._figures(self._trial(study, method, setting))
                     if figures is None:
-                        return None
+                        # Without running anything: a search that was stopped early is told as far as it went.
+                        return list(found.values()) if len(rates) > len(candidate.rates) else None
                     found[key] = setting, figures["accuracy"]["all"]
             best = _best(list(found.values())).get("learning_rate")
             most = MOST_RATES if candidate.quick else self._most_rates
