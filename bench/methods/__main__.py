@@ -73,6 +73,8 @@ def main() -> None:
         tried = {method: plan.search(study, method) or [] for method in a.methods}
         results[study] = {"rounds": a.rounds, "rows": rows, "search": tried}
         print_search(study, tried)
+        if a.search_study not in (None, study):
+            print(f"Learning rates, but those of a cache, were searched on {a.search_study}.")
         print(markdown(study, rows))
         print("\n".join(verdicts(study, rows)))
     if a.json:

@@ -85,7 +85,7 @@ CANDIDATES: dict[str, Candidate] = {
     "full": Candidate(
         title="full fine-tuning",
         build=lambda backbone, study, _: FullTuning(backbone, study.prompts),
-        rates=(3e-5, 1e-4),
+        rates=(1e-4,),
     ),
     "lora": Candidate(
         title="CLIP-LoRA r = 2, mean of factors",
