@@ -81,6 +81,7 @@ def _labels(panel: Any, rows: Rows) -> None:
                 fontsize=8,
                 ha=side,
                 va="center",
+                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
             )
             box = label.get_window_extent(renderer).padded(3)
             inside = panel.bbox.x0 <= box.x0 and box.x1 <= panel.bbox.x1
