@@ -121,12 +121,10 @@ CANDIDATES: dict[str, Candidate] = {
         quick=True,
     ),
     "tip": Candidate(title="Tip-Adapter", build=_cache(TipAdapter), others=_CACHES, quick=True, anew=True),
-    # As published, keys are trained under settings of their own; those of unmoved keys are tried as well.
     "tip-f": Candidate(
         title="Tip-Adapter-F",
         build=_cache(TipAdapterF),
         rates=(1e-5, 1e-4, 1e-3),
-        others=({}, {"alpha": 1.0, "beta": 5.5}),
         after="tip",
         quick=True,
         anew=True,
