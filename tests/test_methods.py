@@ -462,7 +462,7 @@ def test_the_search_goes_on_past_a_best_end_and_no_cell_is_run_twice(tmp_path: P
     second = plan(tmp_path)
     assert second.tested("s", "probe", 1) == first.tested("s", "probe", 1) and second.ran == []
     third = plan(tmp_path, run_missing=False)
-    assert third.tested("s", "full", 1) is None and third.search("s", "full") is None and third.ran == []
+    assert third.tested("s", "lora", 1) is None and third.search("s", "lora") is None and third.ran == []
 
 
 def test_a_trained_tower_is_searched_by_the_runs_that_are_told(tmp_path: Path) -> None:
