@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.methods.catalogue import CANDIDATES, Candidate, Setting, with_setting
 from bench.methods.federation import accuracy, federate, study_sites
+from bench.methods.studies import find_study
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.config import StudyConfig, load_study
-from fedsigma.common.training import Example
+from fedsigma.common.config import StudyConfig
+from fedsigma.common.training import Example, TrainingError
 
 __all__ = ["MOST_RATES", "Cell", "Cells", "Plan", "grid"]
 
 Sites = Mapping[str, tuple[list[Example], list[Example]]]
-SEARCH_SEED = 11
+SEARCH_SEED, FIRST_SEED = 11, 1
+"""What is quick is searched with a seed of its own. What trains towers is searched by its runs with the first
+seed themselves, whose models are judged on validation images too."""
 VALIDATION = 40
 """Validation images a class and site at most."""
-MOST_RATES = 7
+MOST_RATES = 5
 """Learning rates that a search tries at most."""
 
 
@@ -80,12 +85,23 @@ class Plan:
 
     Args:
         cells: where they are kept.
-        rounds, search_rounds: of a run on the test part and of one of the search.
+        rounds: of every run.
+        search_study: where learning rates are searched for every study; by default each for itself.
+        most_rates: how many learning rates are tried at most of what is not quick.
         run_missing: False: what is missing is None.
     """
 
-    def __init__(self, cells: Cells, *, rounds: int, search_rounds: int, run_missing: bool = True) -> None:
-        self._cells, self._rounds, self._search_rounds = cells, rounds, search_rounds
+    def __init__(
+        self,
+        cells: Cells,
+        *,
+        rounds: int,
+        search_study: str | None = None,
+        most_rates: int = MOST_RATES,
+        run_missing: bool = True,
+    ) -> None:
+        self._cells, self._rounds = cells, rounds
+        self._search_study, self._most_rates = search_study, most_rates
         self._run_missing = run_missing
         self._sites: dict[tuple[str, int, str], Sites] = {}
 
@@ -98,10 +114,11 @@ class Plan:
         cell = Cell(part="test", study=study, method=method, setting=setting, rounds=self._rounds, seed=seed)
         return self._figures(cell)
 
-    def search(self, study: str, method: str) -> list[tuple[Setting, float]] | None:
+    def search(self, study: str, method: str) -> list[tuple[Setting, float | None]] | None:
         """The settings tried, with their accuracies on validation images; None if some are missing.
 
-        The grid of learning rates goes on past an end that is best. A single setting is taken untried.
+        The grid of learning rates goes on past an end that is best. A single setting is taken untried, and
+        has no accuracy. One under which training diverges has accuracy zero.
         """
         candidate, base = CANDIDATES[method], Setting()
         if candidate.after:
@@ -109,73 +126,107 @@ class Plan:
             if before is None:
                 return None
             base = _best(before)
-        rates, found = list(candidate.rates), dict[str, tuple[Setting, float]]()
+        rates, found = list(candidate.rates), dict[str, tuple[Setting, float | None]]()
         while True:
             settings = list(grid(candidate, base, rates))
             if len(settings) == 1:
-                return [(settings[0], float("nan"))]
+                return [(settings[0], None)]
             for setting in settings:
                 key = json.dumps(setting, sort_keys=True)
                 if key not in found:
                     figures = self._figures(self._trial(study, method, setting))
                     if figures is None:
-                        return None
+                        # Without running anything: a search that was stopped early is told as far as it went.
+                        return list(found.values()) if len(rates) > len(candidate.rates) else None
                     found[key] = setting, figures["accuracy"]["all"]
             best = _best(list(found.values())).get("learning_rate")
-            if not rates or len(rates) >= MOST_RATES or best not in (rates[0], rates[-1]):
+            most = MOST_RATES if candidate.quick else self._most_rates
+            if not rates or len(rates) >= most or best not in (rates[0], rates[-1]):
                 return list(found.values())
             rates = further(rates, best)
 
     def _trial(self, study: str, method: str, setting: Setting) -> Cell:
+        quick, anew = CANDIDATES[method].quick, CANDIDATES[method].anew
         return Cell(
             part="validation",
-            study=study,
+            study=study if anew else self._search_study or study,
             method=method,
             setting=setting,
-            rounds=self._search_rounds,
-            seed=SEARCH_SEED,
+            rounds=self._rounds,
+            seed=SEARCH_SEED if quick else FIRST_SEED,
         )
 
     def _figures(self, cell: Cell) -> dict[str, Any] | None:
         found = self._cells.find(cell)
         if found is None and self._run_missing:
-            found = self._run(cell)
-            self._cells.keep(cell, found)
-            print(
-                f"{cell.part} {cell.study} {cell.method} {cell.setting} seed {cell.seed}: "
-                f"{found['accuracy']['all']:.3f} in {found['seconds']:.0f} s",
-                flush=True,
-            )
+            try:
+                judged = self._run(cell)
+            except TrainingError:
+                if cell.part == "test":
+                    raise
+                judged = {cell.part: {"accuracy": {"all": 0.0}, "seconds": 0.0}}
+            for part, figures in judged.items():
+                self._cells.keep(replace(cell, part=part), figures)
+                print(
+                    f"{part} {cell.study} {cell.method} {cell.setting} seed {cell.seed}: "
+                    f"{figures['accuracy']['all']:.3f} in {figures['seconds']:.0f} s",
+                    flush=True,
+                )
+            found = judged[cell.part]
         return found
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
+    def _run(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """Figures by part: of the one that is asked for, and of both if training is the dear part of it."""
         started, candidate = time.monotonic(), CANDIDATES[cell.method]
-        base = load_study(cell.study)
+        base = find_study(cell.study)
         base = replace(base, seed=cell.seed, federation=replace(base.federation, rounds=cell.rounds))
         study = with_setting(base, candidate, cell.setting)
         backbone = load_backbone(study.backbone)
-        sites = self._images(cell, study, backbone.image_size * 3 // 2)
+        side = backbone.image_size * 3 // 2
+        parts = (cell.part,) if candidate.quick else ("validation", "test")
+        images = {part: self._images(replace(cell, part=part), study, side) for part in parts}
+        training = [{name: train for name, (train, _) in sites.items()} for sites in images.values()]
+        if not all(_alike(training[0], other) for other in training[1:]):
+            raise RuntimeError(f"{cell.study}: the draws for validation and test have other training images")
         method = candidate.build(backbone, study, cell.setting)
-        run = federate(method, {name: train for name, (train, _) in sites.items()}, study)
-        held = {name: images for name, (_, images) in sites.items()}
-        return {
-            "accuracy": accuracy(method, run.state, held),
+        run = federate(method, training[0], study)
+        sent = {
             "bytes_upload": run.upload,
             "bytes_float32": method.bytes_up(run.state),
             "bytes_total": run.total,
             "seconds": round(time.monotonic() - started, 1),
         }
+        return {
+            part: {
+                "accuracy": accuracy(method, run.state, {n: held for n, (_, held) in sites.items()}),
+                **sent,
+            }
+            for part, sites in images.items()
+        }
 
     def _images(self, cell: Cell, study: StudyConfig, side: int) -> Sites:
         key = (cell.study, cell.seed, cell.part)
         if key not in self._sites:
-            self._sites.clear()  # one study's images at a time are enough to hold
+            if len(self._sites) > 2:
+                self._sites.clear()  # those of a study's search and of a seed or two are enough to hold
             if cell.part == "validation":
                 self._sites[key] = validation_sites(study, side, VALIDATION, study.seed)
             else:
                 found = study_sites(study, side)
                 self._sites[key] = {name: (data.train, data.test) for name, data in found.items()}
         return self._sites[key]
+
+
+def _alike(one: Mapping[str, Sequence[Example]], other: Mapping[str, Sequence[Example]]) -> bool:
+    """Whether sites have the same images in the same order, and so one model serves both."""
+    return one.keys() == other.keys() and all(
+        len(one[name]) == len(other[name])
+        and all(
+            a.label == b.label and torch.equal(a.image, b.image)
+            for a, b in zip(one[name], other[name], strict=True)
+        )
+        for name in one
+    )
 
 
 def grid(candidate: Candidate, base: Setting, rates: list[float]) -> Iterator[Setting]:
@@ -192,5 +243,5 @@ def further(rates: list[float], best: float) -> list[float]:
     return [*rates, float(f"{rates[-1] ** 2 / rates[-2]:.3g}")]
 
 
-def _best(tried: list[tuple[Setting, float]]) -> Setting:
-    return max(tried, key=lambda one: one[1])[0]
+def _best(tried: list[tuple[Setting, float | None]]) -> Setting:
+    return max(tried, key=lambda one: one[1] or 0.0)[0]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.methods.frozen import FrozenImages
 from bench.methods.method import FLOAT, Place, Trained, Tuned
 from bench.methods.tuning import State, Tuning
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.learner import seed_for
 from fedsigma.common.prompts import Prompts, unit
 from fedsigma.common.recipe import Recipe
-from fedsigma.common.training import Example, Task, autocast
+from fedsigma.common.training import Example, autocast
 
 __all__ = ["FedClip", "LinearProbe", "PromptFL", "TipAdapter", "TipAdapterF"]
 
@@ -51,7 +52,7 @@ class PromptFL(Tuned):
         generator = torch.Generator().manual_seed(seed_for(seed, "context"))
         context = 0.02 * torch.randn(CONTEXT, table.embedding_dim, generator=generator)
         tuning = Tuning(backbone.model, {"context": context}, towers=["text"])
-        super().__init__(Task(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
+        super().__init__(FrozenImages(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
         table.register_forward_hook(self._with_context)
 
     def _with_context(self, module: nn.Module, args: object, words: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class PromptFL(Tuned):
         return torch.cat([words[:, :1], context, words[:, CONTEXT + 1 :]], 1)
 
 
-class _Head(Task):
+class _Head(FrozenImages):
     """A task with frozen towers and something behind them."""
 
     def __init__(self, backbone: Backbone, tuning: Tuning, prompts: Sequence[str]) -> None:
@@ -76,7 +77,7 @@ class _Head(Task):
 
 class _AttentionTask(_Head):
     def image_features(self, images: Tensor) -> Tensor:
-        x = super().image_features(images)
+        x = self.encoded(images)
         with torch.autocast(self.device.type, enabled=False):
             weights = self._linear("second", torch.tanh(self._linear("first", x))).softmax(-1)
             return unit(weights * x)
@@ -86,7 +87,8 @@ class FedClip(Tuned):
     """FedCLIP's adapter (Lu et al. 2023, arXiv:2302.13485): image features times weights made of them.
 
     The weights come from two linear layers of the features' width with tanh between and softmax behind, in
-    torch's own initialisation, the same at all sites.
+    torch's own initialisation, the same at all sites. They see the features as the tower gives them; what
+    they weigh is brought to length one afterwards.
     """
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...], *, seed: int) -> None:
