@@ -21,8 +21,7 @@ from fedsigma.common.config import StudyConfig
 from fedsigma.common.data import SiteData
 from fedsigma.common.learner import seed_for
 from fedsigma.common.metrics import Predictions
-from fedsigma.common.protocol import Setup
-from fedsigma.common.sites import load_site, simulated_sites
+from fedsigma.common.sites import load_sites
 from fedsigma.common.training import Example
 from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, make_averaging, proximal, set_step
 
@@ -106,14 +105,7 @@ def federate(method: Method, sites: Mapping[str, Sequence[Example]], study: Stud
 
 def study_sites(study: StudyConfig, side: int) -> dict[str, SiteData]:
     """Each site's images as a simulation of the study has them. Units: side in pixels."""
-    setup = Setup.of(study)
-    source, parts = simulated_sites(setup.data, setup.classes, setup.seed)
-    return {
-        name: load_site(
-            source, records, name=name, classes=setup.classes, shots=setup.shots, seed=setup.seed, side=side
-        )
-        for name, records in parts.items()
-    }
+    return load_sites(study, side=side)
 
 
 def accuracy(method: Method, state: State, sites: Mapping[str, Sequence[Example]]) -> dict[str, float]:
