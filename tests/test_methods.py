@@ -146,9 +146,19 @@ def zero_shot(model: Backbone) -> Tensor:
 # --- the loop is the product's ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("codec", "strategy"), [("exact", "fedavgm"), ("small", "qfedavg")])
+UNLIKE = "fedadam, schedule: cosine, options: {tau: 1.0e-8, eta: 0.02}"
+
+
+@pytest.mark.parametrize(
+    ("codec", "strategy", "more"),
+    [
+        ("exact", "fedavgm", ""),
+        ("small", "qfedavg", ""),
+        ("exact", UNLIKE, ", optimiser: sgd, logit_adjustment: 1"),
+    ],
+)
 def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, strategy: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, strategy: str, more: str
 ) -> None:
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
@@ -156,7 +166,8 @@ def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(
     where = save_backbone(backbone(), tmp_path / "backbone", source="tests")
     file = tmp_path / "study.yaml"
     images = parquet(tmp_path / "images.parquet")
-    file.write_text(STUDY.format(backbone=where, images=images, codec=codec, strategy=strategy))
+    text = STUDY.format(backbone=where, images=images, codec=codec, strategy=strategy)
+    file.write_text(text.replace("local_steps: 2", f"local_steps: 2{more}"))
     config: dict[str, Any] = {"study": str(file), "out": str(tmp_path / "out"), "resume": False}
     context = Context(1, 1, {}, RecordDict(), config | {"seed": -1, "rounds": 0})
     server(FakeGrid(client, 4), context)
