@@ -154,7 +154,6 @@ class TrainingConfig(Recipe):
         check_number("training.final_learning_rate", self.final_learning_rate, low=0, high=10)
         check_number("training.warmup_steps", self.warmup_steps, low=0, high=1_000_000)
         check_choice("training.augment", self.augment, AUGMENTATIONS)
-        check_number("training.logit_adjustment", self.logit_adjustment, low=0, high=100)
         check_number("training.proximal", self.proximal, low=0, high=1e6)
         check_choice("training.precision", self.precision, PRECISIONS)
 
@@ -305,12 +304,6 @@ class StudyConfig:
             raise ConfigError(
                 f"privacy.level is '{level}', which keeps the sites' losses untold, and qfedavg needs them:"
                 " use another federation.strategy"
-            )
-        if self.privacy.in_training and self.training.logit_adjustment:
-            raise ConfigError(
-                f"privacy.level is '{level}', and training.logit_adjustment is"
-                f" {self.training.logit_adjustment:g}, which takes a site's exact numbers of images by class:"
-                " set it to 0"
             )
         if self.privacy.of_sites and strategy not in MEANS:
             raise ConfigError(

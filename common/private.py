@@ -160,8 +160,6 @@ class PrivateGradient:
     ) -> None:
         if not examples:
             raise TrainingError("no training example: the site has no labelled image of the study's classes")
-        if recipe.logit_adjustment:
-            raise TrainingError("logit_adjustment takes exact numbers of images by class: set it to 0")
         self._task, self._examples, self._recipe, self._privacy = task, examples, recipe, privacy
         self._augment = augmenter(task, recipe)
         self.units = units_of(examples, privacy.level)

@@ -18,8 +18,6 @@ class Recipe:
     warmup_steps: linear, at the start of the study.
     weight_decay: pulls the shift, and so each singular value to its pretrained one.
     augment: one of `names.AUGMENTATIONS`.
-    logit_adjustment: strength of the correction for classes that a site has few images of, 0 none; see
-    `skew.logit_offsets`. Training that is not part of a round goes without.
     proximal: FedProx's mu, the pull to the shift that the round began with (Li et al. 2020, eq. 2).
     precision: "auto" takes bfloat16 where the processor computes in it.
     """
@@ -32,7 +30,6 @@ class Recipe:
     final_learning_rate: float = 1e-6
     warmup_steps: int = 0
     augment: str = "paper"
-    logit_adjustment: float = 0.0
     proximal: float = 0.0
     precision: str = "auto"
 

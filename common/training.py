@@ -23,7 +23,6 @@ from fedsigma.common.names import AUGMENTATIONS, OPTIMISERS, PRECISIONS
 from fedsigma.common.prompts import Prompts, unit
 from fedsigma.common.recipe import Recipe
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.skew import logit_offsets
 
 Augment = Callable[[Tensor], Tensor]
 
@@ -252,9 +251,7 @@ def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
             yield order[start : start + size]
 
 
-def accumulate_gradient(
-    task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto", offsets: Tensor | None = None
-) -> float:
+def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto") -> float:
     """Add the gradient of a batch's mean cross-entropy to that of the task's shift.
 
     The images go through the model `task.micro_batch` at a time, the prompts once: the gradient is that of
@@ -265,7 +262,6 @@ def accumulate_gradient(
         images: uint8 (n, 3, size, size), n > 0.
         labels: class numbers (n,).
         precision: "auto", "float32" or "bfloat16".
-        offsets: added to the logits (classes,); none by default.
 
     Returns:
         The mean cross-entropy over the batch; it may be infinite or not a number.
@@ -278,8 +274,6 @@ def accumulate_gradient(
         for part, truth in zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True):
             with autocast(precision, task.device):
                 logits = task.logits(task.image_features(part), leaf)
-            if offsets is not None:
-                logits = logits + offsets.to(task.device)
             loss = F.cross_entropy(logits, truth.to(task.device)) * (len(part) / len(images))
             loss.backward()
             total += loss.item()
@@ -301,13 +295,11 @@ def batch_gradient(task: Task, examples: Sequence[Example], recipe: Recipe, *, s
     augment = augmenter(task, recipe)
     labels = torch.tensor([e.label for e in examples])
     batches = _batches(len(examples), recipe.batch_size, seed)
-    strength = recipe.logit_adjustment
-    offsets = logit_offsets(labels, classes=task.classes, strength=strength) if strength else None
 
     def gradient() -> float:
         chosen = next(batches)
         images = torch.stack([augment(examples[i].image) for i in chosen])
-        value = accumulate_gradient(task, images, labels[chosen], precision=recipe.precision, offsets=offsets)
+        value = accumulate_gradient(task, images, labels[chosen], precision=recipe.precision)
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value}: lower the learning rate (now {recipe.learning_rate}) or set precision"

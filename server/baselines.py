@@ -51,8 +51,8 @@ def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
 
 
 def alone(recipe: TrainingConfig) -> TrainingConfig:
-    """The recipe for training that is not part of a round, with no server or other sites to count on."""
-    return replace(recipe, logit_adjustment=0.0, optimiser="adamw")
+    """The recipe for training outside of rounds, where no server makes plain steps adaptive."""
+    return replace(recipe, optimiser="adamw")
 
 
 def _evaluations(judged: Mapping[str, SiteResult]) -> dict[str, Evaluation]:

@@ -55,11 +55,6 @@ def test_defaults_are_the_documented_recipe() -> None:
         ("training: {augment: strong}", "training.augment is 'strong'"),
         ("training: {optimiser: adam}", "training.optimiser is 'adam'"),
         ("federation: {schedule: cosine}", "and fedavg has no step of its own: use one of fedavgm"),
-        ("training: {logit_adjustment: -1}", "training.logit_adjustment is -1"),
-        (
-            "training: {logit_adjustment: 1}\nprivacy: {level: image, noise_multiplier: 1}",
-            "exact numbers of images by class: set it to 0",
-        ),
         ("template: a photo", "expected one {} where the class name goes"),
         ("template: 'a {x} of {}'", "expected one {} where the class name goes"),
         ("baselines: [pooled]", "only a simulation has"),
@@ -151,7 +146,6 @@ studies = st.builds(
         learning_rate=numbers,
         weight_decay=numbers,
         proximal=numbers,
-        logit_adjustment=numbers,
         optimiser=st.sampled_from(("adamw", "sgd")),
     ),
     federation=st.builds(

@@ -9,13 +9,11 @@ import torch
 
 from bench.gap.rounds import _divergence, site_offsets
 from bench.gap.ways import Server, Way
-from fedsigma.common.skew import logit_offsets
 
 
-def test_offsets_are_the_products() -> None:
-    labels = torch.tensor([0, 0, 2])
-    ours = site_offsets(torch.tensor([2, 0, 1]), 1.5, 1.0)
-    torch.testing.assert_close(ours, logit_offsets(labels, classes=3, strength=1.5))
+def test_offsets_are_logs_of_raised_shares() -> None:
+    found = site_offsets(torch.tensor([2, 0, 1]), 1.5, 1.0)
+    torch.testing.assert_close(found, 1.5 * torch.tensor([3 / 6, 1 / 6, 2 / 6]).log())
 
 
 def test_divergence_is_that_of_the_chosen_classes_alone() -> None:

@@ -154,7 +154,7 @@ UNLIKE = "fedadam, schedule: cosine, options: {tau: 1.0e-8, eta: 0.02}"
     [
         ("exact", "fedavgm", ""),
         ("small", "qfedavg", ""),
-        ("exact", UNLIKE, ", optimiser: sgd, logit_adjustment: 1"),
+        ("exact", UNLIKE, ", optimiser: sgd"),
     ],
 )
 def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(

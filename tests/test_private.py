@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -200,11 +200,6 @@ def test_a_picture_without_a_group_cannot_be_hidden_as_one(tmp_path: Path) -> No
     examples = [Grouped(e.image, e.label, None) for e in coloured(3)]
     with pytest.raises(TrainingError, match="has no group"):
         PrivateGradient(task(tmp_path), examples, RECIPE, PrivacyConfig(level="group"))
-
-
-def test_exact_numbers_of_images_by_class_do_not_enter(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="logit_adjustment"):
-        PrivateGradient(task(tmp_path), coloured(3), replace(RECIPE, logit_adjustment=1.0), IMAGE)
 
 
 def test_one_image_more_or_less_moves_the_sum_by_the_norm_at_most(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ SETUP = Setup.of(STUDY)
 SCORES = Evaluation(accuracy=0.5, balanced_accuracy=0.25, auroc=math.nan, f1=1.0, ece=0.0, test_examples=8)
 TASK = TrainTask(
     setup=SETUP,
-    recipe=TrainingConfig(logit_adjustment=0.75, optimiser="sgd"),
+    recipe=TrainingConfig(optimiser="sgd"),
     mode="round",
     round=2,
     cohort=3,

@@ -108,21 +108,21 @@ def test_every_task_has_its_place_in_the_schedule_of_the_whole_study(tmp_path: P
     assert places == [*rounds, ("local", 0, 15, 15, 1, False)]
 
 
-def test_what_is_for_unlike_sites_is_for_rounds_and_not_for_a_site_that_trains_alone(tmp_path: Path) -> None:
+def test_plain_steps_are_for_rounds_and_not_for_a_site_that_trains_alone(tmp_path: Path) -> None:
     taken = set()
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         values = task.content.config_records["fedsigma"]
-        if "recipe.logit_adjustment" in values:
-            taken.add(tuple(values[key] for key in ("mode", "recipe.logit_adjustment", "recipe.optimiser")))
+        if "recipe.optimiser" in values:
+            taken.add(tuple(values[key] for key in ("mode", "recipe.optimiser")))
         return reply
 
     run(
         tmp_path,
-        STUDY.replace("local_steps: 5", "local_steps: 5, logit_adjustment: 1, optimiser: sgd"),
+        STUDY.replace("local_steps: 5", "local_steps: 5, optimiser: sgd"),
         tamper=watch,
     )
-    assert taken == {("round", 1.0, "sgd"), ("local", 0.0, "adamw")}
+    assert taken == {("round", "sgd"), ("local", "adamw")}
 
 
 def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from fedsigma.common.training import (
     TrainingError,
     accumulate_gradient,
     autocast,
-    batch_gradient,
     evaluate,
     fit,
     train,
@@ -202,48 +201,6 @@ def test_weight_decay_and_proximal_term_pull(tmp_path: Path) -> None:
 
 
 ADJUSTED = {"learning_rate": 0.02, "batch_size": 64, "augment": "none", "precision": "float32"}
-
-
-def trained_on(examples: list[Picture], strength: float, tmp_path: Path, steps: int = 10) -> Task:
-    job = task(tmp_path)
-    run(job, examples, Recipe(**ADJUSTED, logit_adjustment=strength), steps=steps)
-    return job
-
-
-def test_adjusted_logits_give_the_gradient_of_the_formula(tmp_path: Path) -> None:
-    job, pictures = task(tmp_path), [p for p in coloured(12) if p.label != 2][:6] + coloured(2)
-    images, labels = torch.stack([job.fitted(p) for p in pictures]), torch.tensor([p.label for p in pictures])
-    assert torch.bincount(labels, minlength=3).tolist() == [4, 4, 0]
-    recipe = Recipe(**ADJUSTED, logit_adjustment=1.5)
-    batch_gradient(job, pictures, recipe, seed=0)()
-    found, job.sigma.shift.grad = job.sigma.shift.grad, None
-    logits = job.logits(job.image_features(images), job.text_features())
-    adjusted = logits + 1.5 * torch.tensor([5 / 11, 5 / 11, 1 / 11]).log()
-    (wanted,) = torch.autograd.grad(torch.nn.functional.cross_entropy(adjusted, labels), job.sigma.shift)
-    assert found is not None
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
-
-
-def test_logit_adjustment_changes_nothing_where_classes_are_equally_many(tmp_path: Path) -> None:
-    plain, adjusted = (trained_on(coloured(9), strength, tmp_path) for strength in (0.0, 2.0))
-    assert plain.sigma.get_shift().norm() > 0
-    torch.testing.assert_close(adjusted.sigma.get_shift(), plain.sigma.get_shift(), rtol=1e-3, atol=1e-4)
-
-
-def test_a_site_unlearns_a_class_that_it_lacks_less_with_logit_adjustment(tmp_path: Path) -> None:
-    lacking = [p for p in coloured(18) if p.label != 2]
-    third = [p for p in coloured(30, seed=9) if p.label == 2]
-
-    def trusted(strength: float) -> float:
-        return evaluate(trained_on(lacking, strength, tmp_path), third).probabilities[:, 2].mean().item()
-
-    untrained, plain, adjusted = (
-        evaluate(task(tmp_path), third).probabilities[:, 2].mean().item(),
-        trusted(0.0),
-        trusted(1.0),
-    )
-    assert plain < 0.5 * untrained
-    assert adjusted > 2 * plain
 
 
 def changes_of_two_sites(optimiser: str, tmp_path: Path) -> tuple[Tensor, Tensor]:
