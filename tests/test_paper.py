@@ -212,6 +212,7 @@ def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     assert key(tmp_path / "a", training={"learning_rate": 0.5}) != first
     assert key(tmp_path / "a", replace(cell, seed=2)) != first
     assert key(tmp_path / "a", replace(cell, setting=Setting(way="iid", sites=2, pooled=True))) != first
+    assert key(tmp_path / "a", training={"proximal": 0.0}) == first  # as it is by default
     stand_in(card("btmri"), tmp_path / "c" / "BTMRI", train=2)
     assert key(tmp_path / "c") != first
 

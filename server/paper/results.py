@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
 from fedsigma import __version__
-from fedsigma.common.config import StudyConfig
+from fedsigma.common.config import DataConfig, StudyConfig
 from fedsigma.server.paper.running import Finished, Score
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
@@ -55,12 +56,14 @@ def key_of(cell: Cell, study: StudyConfig, sets: Iterable[PublishedSet]) -> str:
     """What a cell is, as a digest: what it trains, on how many images of which sets, and what judges it.
 
     Where a set lies does not count. What is trained by other settings, or on a set that has changed in number
-    or classes, is another cell.
+    or classes, is another cell. Settings that have their defaults are left out, so that a cell is found again
+    by a later version that has more of them.
     """
-    content = json.loads(json.dumps(asdict(study)))
-    # The places of the sets; which they are is told below.
-    (content["data"] or {}).pop("source", None)
-    ((content["data"] or {}).get("options") or {}).pop("root", None)
+    # The places of the sets are left out, too: which they are is told below.
+    data = DataConfig(source=study.data.source) if study.data else None
+    plain = StudyConfig(name=study.name, backbone="any", classes=study.classes, data=data)
+    content = _other_than(asdict(plain), asdict(study))
+    content.get("data", {}).get("options", {}).pop("root", None)
     told = [
         [one.name, one.classes, one.counts]
         for one in sorted(sets, key=lambda one: one.name)
@@ -68,6 +71,18 @@ def key_of(cell: Cell, study: StudyConfig, sets: Iterable[PublishedSet]) -> str:
     ]
     place = [cell.protocol, cell.trained_on, cell.row, cell.shots, cell.seed, list(cell.judged_on)]
     return hashlib.sha256(json.dumps([place, content, told], sort_keys=True).encode()).hexdigest()
+
+
+def _other_than(plain: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The entries of nested settings that differ."""
+    found = {}
+    for name, value in given.items():
+        default = plain.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            value = _other_than(default, value) or default
+        if value != default:
+            found[name] = value
+    return found
 
 
 class Results:
