@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass
 
 
+def cosine(done: float) -> float:
+    """Half a cosine from 1 to 0, and 0 after that; done: the share of the way, from 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a site trains. The defaults are those of CLIP-SVD's biomedical runs.
@@ -42,5 +47,4 @@ class Recipe:
         if self.schedule == "constant":
             return self.learning_rate
         done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine(done)

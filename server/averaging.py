@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from fedsigma.common.config import STEPS, ConfigError, StudyConfig
 from fedsigma.common.files import write_atomic
 from fedsigma.common.reading import nearest
+from fedsigma.common.recipe import cosine
 
 __all__ = [
     "ARRAY",
@@ -83,8 +83,7 @@ def set_step(averaging: FedAvg, study: StudyConfig, number: int) -> None:
     if federation.schedule == "cosine":
         name = STEPS[federation.strategy]
         default = inspect.signature(type(averaging).__init__).parameters[name].default
-        done = (number - 1) / federation.rounds
-        factor = 0.5 * (1 + math.cos(math.pi * done))
+        factor = cosine((number - 1) / federation.rounds)
         setattr(averaging, name, factor * float(federation.options.get(name, default)))
 
 

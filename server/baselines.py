@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedsigma.common.codec import encode
 from fedsigma.common.config import StudyConfig, TrainingConfig
-from fedsigma.common.learner import Learner, seed_for
+from fedsigma.common.learner import Learned, Learner, seed_for
 from fedsigma.common.protocol import EvaluateTask, Evaluation, Setup, TrainTask
 from fedsigma.server.replies import Rejected, SiteResult, accept_evaluations, accept_training, counted, pool
 from fedsigma.server.store import POOLED
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedsigma.server.roster import Roster
     from fedsigma.server.store import RunFolder
 
-__all__ = ["Baselines", "alone", "result"]
+__all__ = ["Baselines", "result", "train_together"]
 
 Vector = NDArray[np.float32]
 # Several shifts go to a site in one message; this keeps it below what a proxy lets through.
@@ -53,6 +53,21 @@ def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
 def alone(recipe: TrainingConfig) -> TrainingConfig:
     """The recipe for training outside of rounds, where no server makes plain steps adaptive."""
     return replace(recipe, optimiser="adamw")
+
+
+def train_together(learner: Learner, study: StudyConfig, examples: Sequence[Any], *, sites: int) -> Learned:
+    """Train from the zero shift on these images in one place, for the steps of so many sites together."""
+    steps = sites * study.federation.rounds * study.training.local_steps
+    return learner.train(
+        np.zeros(learner.layout.size, np.float32),
+        examples,
+        alone(study.training),
+        first_step=0,
+        steps=steps,
+        total_steps=steps,
+        seed=seed_for(study.seed, "pooled"),
+        privacy=study.privacy,
+    )
 
 
 def _evaluations(judged: Mapping[str, SiteResult]) -> dict[str, Evaluation]:
@@ -191,17 +206,8 @@ class Baselines:
         if study.data is None:
             return {}
         images = load_sites(study, side=learner.side)
-        steps = len(images) * study.federation.rounds * study.training.local_steps
-        learned = learner.train(
-            np.zeros(self.split.full.size, np.float32),
-            [example for one in images.values() for example in one.train],
-            alone(study.training),
-            first_step=0,
-            steps=steps,
-            total_steps=steps,
-            seed=seed_for(study.seed, "pooled"),
-            privacy=study.privacy,
-        )
+        together = [example for one in images.values() for example in one.train]
+        learned = train_together(learner, study, together, sites=len(images))
         judged = {}
         for name, one in images.items():
             if one.test:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.gap.ways import Server, Way, cosine, direction_factors, image_tower, matrices
+from bench.gap.ways import Server, Way, direction_factors, image_tower, matrices
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.learner import seed_for
+from fedsigma.common.recipe import cosine
 from fedsigma.common.training import (
     Example,
     Task,

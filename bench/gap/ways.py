@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsigma.common.recipe import cosine
 from fedsigma.common.sigma import Layout
 
 __all__ = ["Server", "Way", "direction_factors", "image_tower", "matrices"]
@@ -64,11 +65,6 @@ class Way:
     def changes_loss(self) -> bool:
         """Whether a site's loss is other than plain cross-entropy."""
         return bool(self.adjust or self.absent != 1.0 or self.distil or self.not_true)
-
-
-def cosine(done: float) -> float:
-    """The schedule's factor after this share of the study."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def matrices(layout: Layout) -> list[slice]:

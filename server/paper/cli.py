@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fedsigma.common.exit_codes import BAD_INPUT, PROBLEMS
+from fedsigma.common.exit_codes import PROBLEMS
 
 if TYPE_CHECKING:
     from fedsigma.server.paper.sets import PublishedSet
@@ -149,27 +149,33 @@ def _say_missing(table: PaperTable, found: Sequence[PublishedSet], missing: dict
     """Name the sets that are not here.
 
     Raises:
-        Exit: none is, or the one that training is on is not, or nothing to judge it on.
+        CardError: none is, or the one that training is on is not, or nothing to judge it on.
     """
+    from fedsigma.common.cards import CardError
+
     for name, reason in missing.items():
         typer.echo(f"Left out: {name}: {reason}", err=True)
     others = [one for one in found if one.name != table.trained_on]
     if table.trained_on in missing or not others:
-        typer.echo("Error: no set of this table is here, or not the one to train on: see --data", err=True)
-        raise typer.Exit(BAD_INPUT)
+        raise CardError("no set of this table is here, or not the one to train on: see --data")
 
 
 def _check_differences(found: Sequence[PublishedSet], allowed: bool) -> None:
+    """Say what is otherwise than on the cards.
+
+    Raises:
+        CardError: something is, and that was not allowed.
+    """
+    from fedsigma.common.cards import CardError
+
     for one in found:
         for line in one.differs:
             typer.echo(f"{one.name}: {line}", err=True)
     if any(one.differs for one in found) and not allowed:
-        typer.echo(
-            "Error: these are not the published sets, so figures on them are not the paper's: mend them, or"
-            " take them as they are by --allow-differences",
-            err=True,
+        raise CardError(
+            "these are not the published sets, so figures on them are not the paper's: mend them, or take"
+            " them as they are by --allow-differences"
         )
-        raise typer.Exit(BAD_INPUT)
 
 
 def _write(

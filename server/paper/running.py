@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.data import Example, few_shot, load_examples
-from fedsigma.common.learner import Learner, open_learner, seed_for
+from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.protocol import Setup
 from fedsigma.common.sites import NoImages, load_sites, simulated_sites
 from fedsigma.server import checkpoint
 from fedsigma.server.app import run_rounds
 from fedsigma.server.averaging import make_averaging
-from fedsigma.server.baselines import alone
+from fedsigma.server.baselines import train_together
 from fedsigma.server.exchange import Exchange
 from fedsigma.server.inprocess import InProcessGrid
 from fedsigma.server.paper.pictures import LazyExamples
@@ -129,17 +129,8 @@ def _in_one_place(
     """Train on these images, for the steps of so many sites together."""
     if not examples:
         raise NoImages(f"study '{study.name}' has no training image of its classes")
-    steps = sites * study.federation.rounds * study.training.local_steps
-    learned = learner.train(
-        _zeros(learner),
-        examples,
-        alone(study.training),
-        first_step=0,
-        steps=steps,
-        total_steps=steps,
-        seed=seed_for(study.seed, "pooled"),
-    )
-    return _Trained(shift=learned.shift, sites=1, examples=len(examples), steps=steps)
+    learned = train_together(learner, study, examples, sites=sites)
+    return _Trained(shift=learned.shift, sites=1, examples=len(examples), steps=learned.steps)
 
 
 def _among_sites(learner: Learner, study: StudyConfig, path: Path) -> _Trained:
