@@ -242,7 +242,7 @@ def augmenter(task: Task, recipe: Recipe) -> Augment:
     return build(task.size) if build else partial(fit, backbone=task.backbone)
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+def endless_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
     """Endless epochs in new orders; the last batch of an epoch may be smaller."""
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -294,7 +294,7 @@ def batch_gradient(task: Task, examples: Sequence[Example], recipe: Recipe, *, s
     """
     augment = augmenter(task, recipe)
     labels = torch.tensor([e.label for e in examples])
-    batches = _batches(len(examples), recipe.batch_size, seed)
+    batches = endless_batches(len(examples), recipe.batch_size, seed)
 
     def gradient() -> float:
         chosen = next(batches)

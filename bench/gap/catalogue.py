@@ -20,6 +20,9 @@ WAYS: dict[str, Way] = {
     "today-adjust-1": replace(TODAY, adjust=1.0),
     "sum-adam-0.2-adjust-1": replace(SUM, eta=0.2, adjust=1.0),
     "sum-adam-0.1-b2-0.9": replace(SUM, eta=0.1, beta2=0.9),
+    "turns-0.04": replace(SUM, eta=0.04, beta1=0.9, at_once=1),
+    "turns-0.08": replace(SUM, eta=0.08, beta1=0.9, at_once=1),
+    "pairs-0.08": replace(SUM, eta=0.08, beta1=0.9, at_once=2),
     "sum-matrix": replace(SUM, server="matrix", beta1=0.9, eta=0.1),
     "sum-yogi-0.2": replace(SUM, server="yogi", eta=0.2),
     "client-momentum": replace(

@@ -16,9 +16,9 @@ from fedsigma.common.recipe import cosine
 from fedsigma.common.training import (
     Example,
     Task,
-    _batches,
     augmenter,
     autocast,
+    endless_batches,
     evaluate,
     train,
     training_attention,
@@ -162,7 +162,7 @@ class Federation:
     def __init__(self, task: Task, study: StudyConfig, way: Way) -> None:
         self.task, self.study, self.way = task, study, way
         self.total = study.training.local_steps * study.federation.rounds
-        self.rounds = self.total // way.steps
+        self.rounds = 0
         self.recipe = replace(study.training, learning_rate=way.rate, proximal=way.proximal)
         self.augment = augmenter(task, self.recipe)
         layout = task.sigma.layout
@@ -181,12 +181,17 @@ class Federation:
         weights = torch.tensor([1.0 if self.way.equal else float(len(s.examples)) for s in sites])
         weights /= weights.sum()
         sums, counts = {t: torch.zeros_like(shift) for t in tails}, dict.fromkeys(tails, 0)
-        for number in range(1, self.rounds + 1):
+        cohorts = self._cohorts(len(sites))
+        self.rounds = len(cohorts)
+        for number, cohort in enumerate(cohorts, start=1):
+            asked = [sites[i] for i in cohort]
+            # Over a turn of all sites, each counts as in a round of all.
+            share = weights[cohort] * len(sites) / len(cohort)
             if self.way.one_gradient:
-                mean = self._one_gradient(shift, sites, weights, number)
+                mean = self._one_gradient(shift, asked, share, number)
             else:
-                changes = [self._local(shift, site, number) for site in sites]
-                mean = (weights[:, None] * torch.stack(changes)).sum(0)
+                changes = [self._local(shift, site, number) for site in asked]
+                mean = (share[:, None] * torch.stack(changes)).sum(0)
             if self.way.control:
                 self.global_control = -mean / (self._rate(number) * self.way.steps)
             self.last_change = self.server.step(mean, number, self.rounds)
@@ -195,6 +200,15 @@ class Federation:
                 if number > self.rounds * (1 - tail):
                     sums[tail], counts[tail] = sums[tail] + shift, counts[tail] + 1
         return Outcome(shift, {t: sums[t] / counts[t] for t in tails})
+
+    def _cohorts(self, sites: int) -> list[list[int]]:
+        """The sites of each round, by number; all make the same number of steps."""
+        turns, size = self.total // self.way.steps, self.way.at_once or sites
+        if sites % size:
+            raise ValueError(f"{sites} sites cannot take turns by {size}")
+        order = torch.Generator().manual_seed(seed_for(self.study.seed, "turns"))
+        drawn = [torch.randperm(sites, generator=order).split(size) for _ in range(turns)]
+        return [cohort.tolist() for turn in drawn for cohort in turn]
 
     def _rate(self, number: int) -> float:
         done = 0.0 if self.way.flat else (number - 1) / self.rounds
@@ -209,7 +223,7 @@ class Federation:
         for site, weight in zip(sites, weights.tolist(), strict=True):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed(site, number))
-                order = _batches(len(site.examples), self.recipe.batch_size, self._seed(site, number))
+                order = endless_batches(len(site.examples), self.recipe.batch_size, self._seed(site, number))
                 batches.append(draw(site, next(order), self.augment, weight))
         return -self._rate(number) * self._gradient(shift, Batch.join(batches))
 
@@ -229,7 +243,7 @@ class Federation:
             return self._descend(shift, site, number)
         self.task.sigma.set_shift(shift)
         seed = seed_for(self.study.seed, site.name, "round", number)
-        first = (number - 1) * steps
+        first = (number - 1) * self.total // self.rounds
         where = {"first_step": first, "steps": steps, "total_steps": self.total, "seed": seed}
         gradient = self._adjusted(shift, site, number) if way.changes_loss else None
         recipe = replace(self.recipe, schedule="constant") if way.flat else self.recipe
@@ -237,7 +251,7 @@ class Federation:
         return self.task.sigma.get_shift() - shift
 
     def _adjusted(self, shift: Tensor, site: Site, number: int):  # type: ignore[no-untyped-def]
-        order = _batches(len(site.examples), self.recipe.batch_size, self._seed(site, number))
+        order = endless_batches(len(site.examples), self.recipe.batch_size, self._seed(site, number))
 
         def gradient() -> float:
             batch = draw(site, next(order), self.augment, 1.0)
@@ -258,7 +272,7 @@ class Federation:
         own, total = site.control, torch.zeros_like(shift)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed(site, number))
-            order = _batches(len(site.examples), self.recipe.batch_size, self._seed(site, number))
+            order = endless_batches(len(site.examples), self.recipe.batch_size, self._seed(site, number))
             for _ in range(way.steps):
                 g = self._gradient(here, draw(site, next(order), self.augment, 1.0))
                 total += g

@@ -19,8 +19,9 @@ __all__ = ["Server", "Way", "direction_factors", "image_tower", "matrices"]
 class Way:
     """One way to train. The defaults are the recipe of the two studies.
 
-    steps: of a site in a round; there are as many rounds as make 120 in all. optimiser: `adamw` (state new
-    each round) or `sgd` at the sites. rate: at the sites; it follows the cosine schedule unless `flat`.
+    steps: of a site in a round; there are as many rounds as make the same number in all. optimiser: `adamw`
+    (state new each round) or `sgd` at the sites. rate: at the sites; it follows the cosine schedule unless
+    `flat`.
     server: `momentum` (FedAvgM, beta1 its momentum, eta its step), `adam`, `yogi` (FedOpt, Reddi et al. 2021;
     eta follows the cosine schedule where `flat`) or `matrix` (momentum, each matrix's step brought to one
     root mean square).
@@ -31,7 +32,8 @@ class Way:
     proximal: FedProx's mu. control: SCAFFOLD's control variates. client_momentum: FedCM's share of the last
     global change in a local step (Xu et al. 2021), 0 none. power: steps times (s / mean s)**power along a
     singular direction. frozen_text: the text tower stays as it came. equal: sites count alike. tail: share of
-    the rounds, the last ones, whose shifts are averaged for the final model.
+    the rounds, the last ones, whose shifts are averaged for the final model. at_once: sites in a round, which
+    take turns in new orders, in as many rounds more; 0 all.
     """
 
     steps: int = 2
@@ -55,6 +57,7 @@ class Way:
     frozen_text: bool = False
     equal: bool = False
     tail: float = 0.0
+    at_once: int = 0
 
     @property
     def one_gradient(self) -> bool:

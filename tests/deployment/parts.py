@@ -179,6 +179,11 @@ class Deployment:
                     found += [int(process.name)] if mark in (process / "environ").read_bytes() else []
         return found
 
+    def received(self, site: str, run: str, round: int) -> bool:
+        """Whether a site's node has all of a round's message."""
+        log = (self.folder(site) / "logs" / "node.log").read_text()
+        return "Received successfully" in log.partition(f"[RUN {run}, ROUND {round}]")[2]
+
     def close(self) -> None:
         """End everything that is left."""
         for place, process in list(self._up.items()):

@@ -34,9 +34,14 @@ def test_a_killed_worker_and_a_cut_cable_cost_their_sites_a_part_of_a_round_at_m
     def cause(deployment: Deployment, folder: RunFolder) -> None:
         FAULTS["worker"].cause(deployment, folder)
         if deployment.network.apart:
+            run = str(folder.events()[0]["run"])
+            # A worker is started before its node has the whole message, and waits for what is missing.
+            wait_for(lambda: deployment.received("south", run, 2), "the site has the message")
             deployment.network.cut("south")
-            wait_for(lambda: not deployment.busy("south"), "the site has done its work")
-            deployment.network.heal("south")
+            try:
+                wait_for(lambda: not deployment.busy("south"), "the site has done its work")
+            finally:
+                deployment.network.heal("south")
 
     fault = Fault("both", cause, may_lose=parts(HIT, 2) | parts("south", 2))
     outcome = study_with_fault(deployment, "both", fault, study_file(tmp_path), None)
