@@ -77,7 +77,8 @@ class Deployment:
     def python(self, place: str, script: Path, *words: object) -> list[str]:
         """Run a script at a place; returns the lines that it prints."""
         command = [*self.network.inside(place), sys.executable, str(script), *map(str, words)]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{script.name}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout.splitlines()
 
     def start(self, place: str) -> None:
