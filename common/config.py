@@ -163,7 +163,8 @@ class FederationConfig:
     """How the sites work together.
 
     Fields: strategy and its own options; schedule, how the strategy's own step (`STEPS`) goes on over the
-    rounds; rounds; participation, the share of the ready sites that is asked in each round, drawn anew;
+    rounds; rounds; participation, the share of the ready sites that is asked in each round; cohorts, which
+    those are: `random`, drawn anew in each round, or `turns`, each site once before any is asked again;
     min_sites, the fewest sites whose replies make a round count; round_timeout_s, how long one exchange may
     last; wait_for_sites_s, how long the server waits for min_sites to be there; evaluate_every, 1 to have
     each round's incoming shift judged at the sites, n for the first round and each n-th after it (the final
@@ -180,6 +181,7 @@ class FederationConfig:
     schedule: str = "constant"
     rounds: int = 10
     participation: float = 1.0
+    cohorts: str = "random"
     min_sites: int = 2
     round_timeout_s: float = 600.0
     wait_for_sites_s: float = 300.0
@@ -203,6 +205,12 @@ class FederationConfig:
         check_choice("federation.codec", self.codec, CODECS)
         check_number("federation.rounds", self.rounds, low=1, high=100_000)
         check_number("federation.participation", self.participation, low=1e-6, high=1)
+        check_choice("federation.cohorts", self.cohorts, ("random", "turns"))
+        if self.cohorts == "turns" and self.participation == 1:
+            raise ConfigError(
+                "federation.cohorts is 'turns', and with participation: 1 every site is in every round: set"
+                " participation to the share that is asked at once, such as 0.5"
+            )
         check_number("federation.min_sites", self.min_sites, low=1, high=100_000)
         check_number("federation.round_timeout_s", self.round_timeout_s, low=1, high=43_200)
         check_number("federation.wait_for_sites_s", self.wait_for_sites_s, low=0, high=604_800)

@@ -51,11 +51,14 @@ def draw_cohort(ready: Mapping[int, str], study: StudyConfig, *, round: int) -> 
     """The sites of a round: the study's share of those that are ready, and at least its min_sites.
 
     The draw depends on the study's seed, the round and the sites' names, so a resumed run draws the same.
+    In turns, the ready sites are dealt in a new order into groups of at least that share, each group has one
+    round, and then they are dealt anew. Where sites come or go within a turn, one may be left out of it or
+    asked twice.
 
     Args:
         ready: node id -> name.
         study: `federation.participation` is the share; 1 takes all.
-        round: its number.
+        round: its number, from 1.
 
     Returns:
         The sites drawn, in the order of `ready`.
@@ -64,8 +67,13 @@ def draw_cohort(ready: Mapping[int, str], study: StudyConfig, *, round: int) -> 
     if federation.participation == 1:
         return dict(ready)
     count = max(federation.min_sites, math.ceil(federation.participation * len(ready)))
-    ranks = {node: seed_for(study.seed, name, "cohort", round) for node, name in ready.items()}
-    chosen = set(sorted(ready, key=lambda node: (ranks[node], ready[node]))[:count])
+    turns = federation.cohorts == "turns"
+    groups = max(1, len(ready) // count)
+    deal, group = divmod(round - 1, groups) if turns else (round, 0)
+    kind = "turn" if turns else "cohort"
+    ranks = {node: seed_for(study.seed, name, kind, deal) for node, name in ready.items()}
+    dealt = sorted(ready, key=lambda node: (ranks[node], ready[node]))
+    chosen = set(dealt[group::groups] if turns else dealt[:count])
     return {node: name for node, name in ready.items() if node in chosen}
 
 

@@ -22,7 +22,10 @@ WAYS: dict[str, Way] = {
     "sum-adam-0.1-b2-0.9": replace(SUM, eta=0.1, beta2=0.9),
     "turns-0.04": replace(SUM, eta=0.04, beta1=0.9, at_once=1),
     "turns-0.08": replace(SUM, eta=0.08, beta1=0.9, at_once=1),
+    "turns-0.04-equal": replace(SUM, eta=0.04, beta1=0.9, at_once=1, equal=True),
     "pairs-0.08": replace(SUM, eta=0.08, beta1=0.9, at_once=2),
+    "pairs-0.06": replace(SUM, eta=0.06, beta1=0.9, at_once=2),
+    "pairs-0.06-equal": replace(SUM, eta=0.06, beta1=0.9, at_once=2, equal=True),
     "sum-matrix": replace(SUM, server="matrix", beta1=0.9, eta=0.1),
     "sum-yogi-0.2": replace(SUM, server="yogi", eta=0.2),
     "client-momentum": replace(
