@@ -163,8 +163,8 @@ class FederationConfig:
     """How the sites work together.
 
     Fields: strategy and its own options; schedule, how the strategy's own step (`STEPS`) goes on over the
-    rounds; rounds; participation, the share of the ready sites that is asked in each round; cohorts, which
-    those are: `random`, drawn anew in each round, or `turns`, each site once before any is asked again;
+    rounds; rounds; participation, the share of the ready sites that is asked in each round; cohorts, how they
+    are drawn: `random`, or `by_images`, in proportion to their training images;
     min_sites, the fewest sites whose replies make a round count; round_timeout_s, how long one exchange may
     last; wait_for_sites_s, how long the server waits for min_sites to be there; evaluate_every, 1 to have
     each round's incoming shift judged at the sites, n for the first round and each n-th after it (the final
@@ -205,11 +205,11 @@ class FederationConfig:
         check_choice("federation.codec", self.codec, CODECS)
         check_number("federation.rounds", self.rounds, low=1, high=100_000)
         check_number("federation.participation", self.participation, low=1e-6, high=1)
-        check_choice("federation.cohorts", self.cohorts, ("random", "turns"))
-        if self.cohorts == "turns" and self.participation == 1:
+        check_choice("federation.cohorts", self.cohorts, ("random", "by_images"))
+        if self.cohorts == "by_images" and (self.participation == 1 or self.masking):
             raise ConfigError(
-                "federation.cohorts is 'turns', and with participation: 1 every site is in every round: set"
-                " participation to the share that is asked at once, such as 0.5"
+                "federation.cohorts: by_images asks a share of the sites by how many images they tell:"
+                " set participation below 1 and masking: false, or cohorts: random"
             )
         check_number("federation.min_sites", self.min_sites, low=1, high=100_000)
         check_number("federation.round_timeout_s", self.round_timeout_s, low=1, high=43_200)
@@ -317,6 +317,11 @@ class StudyConfig:
             raise ConfigError(
                 f"privacy.level is 'site', whose noise is reckoned for a mean, and {strategy} takes none: use"
                 f" one of {', '.join(MEANS)}"
+            )
+        if self.privacy.of_sites and self.federation.cohorts == "by_images":
+            raise ConfigError(
+                "privacy.level is 'site', for which each site counts alike, and federation.cohorts: by_images"
+                " asks large ones more often: use cohorts: random"
             )
         if self.privacy.of_sites and self.federation.masking:
             privacy, federation = self.privacy, self.federation

@@ -50,7 +50,7 @@ class Accepted:
 
     change_norm: float
     shift_norm: float
-    weight: int
+    weight: float
     reply: TrainReply
 
     @property

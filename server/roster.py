@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedsigma.common.config import StudyConfig
-from fedsigma.common.learner import seed_for
 from fedsigma.common.masking import Member
 from fedsigma.common.protocol import (
     HELLO,
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     from fedsigma.server.exchange import Answer, Exchange
     from fedsigma.server.store import RunFolder
 
-__all__ = ["Roster", "TooFewSites", "WrongSiteCount", "draw_cohort"]
+__all__ = ["Roster", "TooFewSites", "WrongSiteCount"]
 
 BUDGET_SPENT = "PrivacyBudgetSpent"
 """What a site answers whose privacy budget does not allow the round, or any later one."""
@@ -45,36 +42,6 @@ class TooFewSites(RuntimeError):
 
 class WrongSiteCount(RuntimeError):
     """A simulation was started with another number of sites than its study has."""
-
-
-def draw_cohort(ready: Mapping[int, str], study: StudyConfig, *, round: int) -> dict[int, str]:
-    """The sites of a round: the study's share of those that are ready, and at least its min_sites.
-
-    The draw depends on the study's seed, the round and the sites' names, so a resumed run draws the same.
-    In turns, the ready sites are dealt in a new order into groups of at least that share, each group has one
-    round, and then they are dealt anew. Where sites come or go within a turn, one may be left out of it or
-    asked twice.
-
-    Args:
-        ready: node id -> name.
-        study: `federation.participation` is the share; 1 takes all.
-        round: its number, from 1.
-
-    Returns:
-        The sites drawn, in the order of `ready`.
-    """
-    federation = study.federation
-    if federation.participation == 1:
-        return dict(ready)
-    count = max(federation.min_sites, math.ceil(federation.participation * len(ready)))
-    turns = federation.cohorts == "turns"
-    groups = max(1, len(ready) // count)
-    deal, group = divmod(round - 1, groups) if turns else (round, 0)
-    kind = "turn" if turns else "cohort"
-    ranks = {node: seed_for(study.seed, name, kind, deal) for node, name in ready.items()}
-    dealt = sorted(ready, key=lambda node: (ranks[node], ready[node]))
-    chosen = set(dealt[group::groups] if turns else dealt[:count])
-    return {node: name for node, name in ready.items() if node in chosen}
 
 
 class Roster:

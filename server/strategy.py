@@ -31,11 +31,12 @@ from fedsigma.common.protocol import Setup, TrainTask
 from fedsigma.server import checkpoint, masked
 from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, proximal, set_step
 from fedsigma.server.budget import spent_of_sites
+from fedsigma.server.cohorts import draw_cohort, known_images
 from fedsigma.server.drift import drift, mean_change
 from fedsigma.server.exchange import Answer, Exchange, attribute
 from fedsigma.server.gathering import Count, gather
 from fedsigma.server.replies import Accepted, Rejected, check_norm, length_of, pool
-from fedsigma.server.roster import BUDGET_SPENT, Roster, draw_cohort
+from fedsigma.server.roster import BUDGET_SPENT, Roster
 from fedsigma.server.store import POOLED, RunFolder
 from fedsigma.server.vectors import Vectors
 
@@ -89,7 +90,9 @@ class SigmaStrategy(Strategy):
         self.done = done
         self.models = 0
         """How many rounds of this process have produced a model."""
+        self._images = known_images(folder.rounds(), study, done=done) if done else {}
         self._cohort: dict[int, str] = {}
+        self._factors: dict[int, float] = {}
         self._sent: dict[int, Message] = {}
         self._task: TrainTask
         self.model: Vector = np.zeros(split.shared.size, np.float32)
@@ -129,7 +132,8 @@ class SigmaStrategy(Strategy):
 
     def _ask(self, number: int, *, attempt: int) -> None:
         """Build the messages to the round's sites. attempt: of masked cohorts of this round."""
-        self._cohort = draw_cohort(self.roster.wait(), self.study, round=number)
+        drawn = draw_cohort(self.roster.wait(), self.study, round=number, images=self._images)
+        self._cohort, self._factors = drawn.sites, drawn.factors
         self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
         self._task = self._make_task(number, self.model)
         if self.study.federation.masking:
@@ -181,7 +185,10 @@ class SigmaStrategy(Strategy):
                 layout=self.layout,
                 start=self.model,
             )
-            accepted, mean = found.accepted, np.zeros(self.layout.size)
+            told = found.accepted
+            self._images |= {self._cohort[node]: int(one.weight) for node, one in told.items()}
+            accepted = {n: replace(one, weight=one.weight * self._factors[n]) for n, one in told.items()}
+            mean = np.zeros(self.layout.size)
             drifts: dict[int, dict[str, float]] = {}
             # Of sites that are to be hidden nothing is told of how they drift, for no noise is in it.
             if accepted and not self.study.privacy.of_sites:
@@ -386,7 +393,7 @@ class SigmaStrategy(Strategy):
         self.models += 1
         return ArrayRecord({ARRAY: Array(shift)})
 
-    def _plain(self, node: int, shift: NDArray[np.float64], *, weight: int, loss: float) -> Message:
+    def _plain(self, node: int, shift: NDArray[np.float64], *, weight: float, loss: float) -> Message:
         """Build the reply that Flower's strategies expect. float64, so that the mean is rounded once."""
         arrays = ArrayRecord({ARRAY: Array(shift)})
         metrics = MetricRecord({EXAMPLES: weight, LOSS: loss})

@@ -447,6 +447,7 @@ def stop_in_round(number: int) -> Tamper:
         "fedavgm, options: {server_momentum: 0.9, server_learning_rate: 0.5}",
         "fedadam, options: {eta: 0.01}",
         "fedadam, options: {eta: 0.01}, schedule: cosine",
+        "fedadam, options: {eta: 0.01}, participation: 0.5, cohorts: by_images",
         "fedyogi",
         "fedmedian",
         "fedtrimmedavg, options: {beta: 0.25}",
@@ -693,6 +694,18 @@ def test_a_share_of_the_sites_is_asked_in_each_round_and_the_draw_changes(tmp_pa
     again = run(tmp_path, study, out="again")
     assert [tuple(event["sites"]) for event in events(again, "round_start")] == drawn
     assert set(folder.read_summary()["zero_shot"]["per_site"]) == set(NAMES)
+
+
+def test_sites_with_more_images_are_asked_more_often_once_they_have_told_how_many(tmp_path: Path) -> None:
+    """In the long run a site is asked as often as its share of the images says."""
+    study = STUDY.replace("rounds: 3", "rounds: 42, participation: 0.5, cohorts: by_images")
+    folder = run(tmp_path, study.replace("baselines: [zero_shot, local_only, pooled]\n", "baselines: []\n"))
+    drawn = [event["sites"] for event in events(folder, "round_start")]
+    assert {len(sites) for sites in drawn} == {2}
+    asked = {name: sum(name in sites for sites in drawn[2:]) for name in NAMES}
+    wanted = {name: 2 * 40 * IMAGES[name] / sum(IMAGES.values()) for name in NAMES}
+    assert asked == pytest.approx(wanted, abs=3)
+    assert max(wanted.values()) - min(wanted.values()) > 8
 
 
 def test_no_fewer_sites_than_min_sites_are_drawn(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fedsigma.server.averaging import StateError, make_averaging, restore_state,
 from fedsigma.server.drift import drift, mean_change
 from fedsigma.server.exchange import attribute, in_order
 from fedsigma.server.replies import Accepted, pool
-from fedsigma.server.roster import Roster, draw_cohort
+from fedsigma.server.roster import Roster
 from fedsigma.server.store import RunFolder
 
 NAN = math.nan
@@ -250,32 +250,6 @@ def test_every_strategy_is_built_by_name(name: str) -> None:
 def test_options_are_checked_before_anything_starts(name: str, options: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_averaging(study(name, **options))
-
-
-@given(sites=st.integers(1, 30), share=st.floats(0.01, 0.99), least=st.integers(1, 4), seed=st.integers(0, 9))
-def test_in_turns_every_site_is_asked_once_before_any_is_asked_again(
-    sites: int, share: float, least: int, seed: int
-) -> None:
-    in_turns = replace(study("fedadam").federation, cohorts="turns", participation=share, min_sites=least)
-    plan = replace(study("fedadam"), federation=in_turns, seed=seed)
-    ready = {node: f"site-{node}" for node in range(sites)}
-    rounds = [draw_cohort(ready, plan, round=number) for number in range(1, 3 * sites + 1)]
-    sizes = {len(cohort) for cohort in rounds}
-    assert min(sizes) >= min(sites, max(least, math.ceil(share * sites))) and max(sizes) - min(sizes) <= 1
-    asked = [node for cohort in rounds for node in cohort]
-    turns = [asked[start : start + sites] for start in range(0, len(asked) // sites * sites, sites)]
-    assert len(turns) >= 3
-    assert all(sorted(turn) == list(ready) for turn in turns)
-
-
-def test_turns_are_dealt_anew() -> None:
-    federation = replace(study("fedadam").federation, cohorts="turns", participation=0.1, min_sites=1)
-    plan = replace(study("fedadam"), federation=federation)
-    ready = {node: f"site-{node}" for node in range(10)}
-    order = [next(iter(draw_cohort(ready, plan, round=number))) for number in range(1, 21)]
-    assert order[:10] != order[10:]
-    with pytest.raises(ConfigError, match="participation: 1 every site is in every round"):
-        replace(federation, participation=1.0)
 
 
 @pytest.mark.parametrize(

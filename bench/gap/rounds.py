@@ -23,6 +23,7 @@ from fedsigma.common.training import (
     train,
     training_attention,
 )
+from fedsigma.server.cohorts import draw_cohort
 
 __all__ = ["Outcome", "Site", "federate", "pooled", "site_offsets"]
 
@@ -181,12 +182,10 @@ class Federation:
         weights = torch.tensor([1.0 if self.way.equal else float(len(s.examples)) for s in sites])
         weights /= weights.sum()
         sums, counts = {t: torch.zeros_like(shift) for t in tails}, dict.fromkeys(tails, 0)
-        cohorts = self._cohorts(len(sites))
+        cohorts = self._by_images(sites) if self.way.by_images else self._turns(weights)
         self.rounds = len(cohorts)
-        for number, cohort in enumerate(cohorts, start=1):
+        for number, (cohort, share) in enumerate(cohorts, start=1):
             asked = [sites[i] for i in cohort]
-            # Over a turn of all sites, each counts as in a round of all.
-            share = weights[cohort] * len(sites) / len(cohort)
             if self.way.one_gradient:
                 mean = self._one_gradient(shift, asked, share, number)
             else:
@@ -201,14 +200,32 @@ class Federation:
                     sums[tail], counts[tail] = sums[tail] + shift, counts[tail] + 1
         return Outcome(shift, {t: sums[t] / counts[t] for t in tails})
 
-    def _cohorts(self, sites: int) -> list[list[int]]:
-        """The sites of each round, by number; all make the same number of steps."""
+    def _turns(self, weights: Tensor) -> list[tuple[list[int], Tensor]]:
+        """The sites of each round and their shares; over a turn of all, each counts as in a round of all."""
+        sites = len(weights)
         turns, size = self.total // self.way.steps, self.way.at_once or sites
         if sites % size:
             raise ValueError(f"{sites} sites cannot take turns by {size}")
+        if size == sites:
+            return [(list(range(sites)), weights)] * turns
         order = torch.Generator().manual_seed(seed_for(self.study.seed, "turns"))
         drawn = [torch.randperm(sites, generator=order).split(size) for _ in range(turns)]
-        return [cohort.tolist() for turn in drawn for cohort in turn]
+        return [(cohort.tolist(), weights[cohort] * sites / size) for turn in drawn for cohort in turn]
+
+    def _by_images(self, sites: Sequence[Site]) -> list[tuple[list[int], Tensor]]:
+        """The sites of each round and their shares, as the product draws them; as many steps in all."""
+        size, count = self.way.at_once, len(sites)
+        federation = replace(
+            self.study.federation, cohorts="by_images", participation=size / count, min_sites=1
+        )
+        study = replace(self.study, federation=federation)
+        ready, images = {i: s.name for i, s in enumerate(sites)}, {s.name: len(s.examples) for s in sites}
+        found = []
+        for number in range(1, self.total // self.way.steps * count // size + 1):
+            drawn = draw_cohort(ready, study, round=number, images=images)
+            weights = torch.tensor([images[name] * drawn.factors[i] for i, name in drawn.sites.items()])
+            found.append((list(drawn.sites), weights / weights.sum()))
+        return found
 
     def _rate(self, number: int) -> float:
         done = 0.0 if self.way.flat else (number - 1) / self.rounds

@@ -33,7 +33,8 @@ class Way:
     global change in a local step (Xu et al. 2021), 0 none. power: steps times (s / mean s)**power along a
     singular direction. frozen_text: the text tower stays as it came. equal: sites count alike. tail: share of
     the rounds, the last ones, whose shifts are averaged for the final model. at_once: sites in a round, which
-    take turns in new orders, in as many rounds more; 0 all.
+    take turns in new orders, in as many rounds more; 0 all. by_images: a site has turns in proportion to its
+    images, as many in all, and each turn counts alike.
     """
 
     steps: int = 2
@@ -58,6 +59,7 @@ class Way:
     equal: bool = False
     tail: float = 0.0
     at_once: int = 0
+    by_images: bool = False
 
     @property
     def one_gradient(self) -> bool:
