@@ -25,6 +25,7 @@ from fedsigma.server import holding
 from fedsigma.server import strategy as strategy_of
 from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
+from fedsigma.server.drift import mean_change
 from fedsigma.server.overview import overview
 from fedsigma.server.roster import TooFewSites, WrongSiteCount
 from fedsigma.server.store import RunFolder, StoreError
@@ -696,8 +697,17 @@ def test_a_share_of_the_sites_is_asked_in_each_round_and_the_draw_changes(tmp_pa
     assert set(folder.read_summary()["zero_shot"]["per_site"]) == set(NAMES)
 
 
-def test_sites_with_more_images_are_asked_more_often_once_they_have_told_how_many(tmp_path: Path) -> None:
-    """In the long run a site is asked as often as its share of the images says."""
+def test_sites_with_more_images_are_asked_more_often_and_then_count_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once all have told how many, a site is asked as often as its share of the images says."""
+    weights: list[list[float]] = []
+
+    def spied(accepted: Any, changes: Any) -> Any:
+        weights.append([one.weight for one in accepted.values()])
+        return mean_change(accepted, changes)
+
+    monkeypatch.setattr(strategy_of, "mean_change", spied)
     study = STUDY.replace("rounds: 3", "rounds: 42, participation: 0.5, cohorts: by_images")
     folder = run(tmp_path, study.replace("baselines: [zero_shot, local_only, pooled]\n", "baselines: []\n"))
     drawn = [event["sites"] for event in events(folder, "round_start")]
@@ -706,6 +716,9 @@ def test_sites_with_more_images_are_asked_more_often_once_they_have_told_how_man
     wanted = {name: 2 * 40 * IMAGES[name] / sum(IMAGES.values()) for name in NAMES}
     assert asked == pytest.approx(wanted, abs=3)
     assert max(wanted.values()) - min(wanted.values()) > 8
+    # In the first rounds as its images say, since it was as likely as any to be asked.
+    assert weights[0][0] != weights[0][1]
+    assert len(weights) == 42 and all(one == pytest.approx(other) for one, other in weights[4:])
 
 
 def test_no_fewer_sites_than_min_sites_are_drawn(tmp_path: Path) -> None:
