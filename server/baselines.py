@@ -14,6 +14,7 @@ from fedsigma.common.codec import encode
 from fedsigma.common.config import StudyConfig, TrainingConfig
 from fedsigma.common.learner import Learned, Learner, seed_for
 from fedsigma.common.protocol import EvaluateTask, Evaluation, Setup, TrainTask
+from fedsigma.server.cohorts import all_steps
 from fedsigma.server.replies import Rejected, SiteResult, accept_evaluations, accept_training, counted, pool
 from fedsigma.server.store import POOLED
 
@@ -57,7 +58,7 @@ def alone(recipe: TrainingConfig) -> TrainingConfig:
 
 def train_together(learner: Learner, study: StudyConfig, examples: Sequence[Any], *, sites: int) -> Learned:
     """Train from the zero shift on these images in one place, for the steps of so many sites together."""
-    steps = sites * study.federation.rounds * study.training.local_steps
+    steps = all_steps(study, sites)
     return learner.train(
         np.zeros(learner.layout.size, np.float32),
         examples,
@@ -138,7 +139,9 @@ class Baselines:
         return {site: found[site] for site in sites.values() if site in found}
 
     def local_only(self) -> dict[str, Any]:
-        """Train each site alone for as many steps as in the federation, and judge each model everywhere.
+        """Train each site alone for as many steps as a site makes in the federation on average.
+
+        Each model is judged everywhere.
 
         `accuracy` and `per_site` judge each site's model on its own test images; `everywhere` and
         `everywhere_per_site` judge each site's model on all sites' test images.
@@ -158,7 +161,7 @@ class Baselines:
 
     def _train_alone(self) -> dict[str, Vector]:
         sites = self.roster.present()
-        steps = self.study.training.local_steps * self.study.federation.rounds
+        steps = math.ceil(all_steps(self.study, len(sites)) / max(1, len(sites)))
         start = np.zeros(self.layout.size, np.float32)
         task = TrainTask(
             setup=Setup.of(self.study),

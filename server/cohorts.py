@@ -20,7 +20,7 @@ from typing import Any
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.learner import seed_for
 
-__all__ = ["Cohort", "chances", "draw_cohort", "known_images"]
+__all__ = ["Cohort", "all_steps", "chances", "cohort_size", "draw_cohort", "known_images"]
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -53,15 +53,25 @@ def draw_cohort(
     Returns:
         The sites drawn, in the order of `ready`.
     """
-    federation = study.federation
-    count = max(federation.min_sites, math.ceil(federation.participation * len(ready)))
-    if count >= len(ready):
+    count = cohort_size(study, len(ready))
+    if count == len(ready):
         return Cohort(dict(ready), dict.fromkeys(ready, 1.0))
-    if federation.cohorts == "by_images":
+    if study.federation.cohorts == "by_images":
         return _in_proportion(ready, study, round, images or {}, count)
     ranks = {node: seed_for(study.seed, name, "cohort", round) for node, name in ready.items()}
     chosen = set(sorted(ready, key=lambda node: (ranks[node], ready[node]))[:count])
     return Cohort({n: name for n, name in ready.items() if n in chosen}, dict.fromkeys(chosen, 1.0))
+
+
+def cohort_size(study: StudyConfig, sites: int) -> int:
+    """How many of so many sites are asked in a round."""
+    federation = study.federation
+    return min(sites, max(federation.min_sites, math.ceil(federation.participation * sites)))
+
+
+def all_steps(study: StudyConfig, sites: int) -> int:
+    """The steps that so many sites make together in the whole study, if each answers whenever it is asked."""
+    return study.federation.rounds * study.training.local_steps * cohort_size(study, sites)
 
 
 def _in_proportion(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_grid import FakeGrid, Tamper, gone
-from fake_learner import IMAGES, LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
+from fake_learner import IMAGES, LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa: F401
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedsigma import __version__
@@ -19,6 +19,7 @@ from fedsigma.client.app import app as client
 from fedsigma.common import protocol
 from fedsigma.common.chain import Chain, ChainBroken
 from fedsigma.common.codec import decode, encode
+from fedsigma.common.config import StudyConfig
 from fedsigma.common.reading import ConfigError
 from fedsigma.common.sigma import Layout
 from fedsigma.server import holding
@@ -695,6 +696,28 @@ def test_a_share_of_the_sites_is_asked_in_each_round_and_the_draw_changes(tmp_pa
     again = run(tmp_path, study, out="again")
     assert [tuple(event["sites"]) for event in events(again, "round_start")] == drawn
     assert set(folder.read_summary()["zero_shot"]["per_site"]) == set(NAMES)
+
+
+def test_baselines_make_the_steps_that_a_share_of_the_sites_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half of the sites in a round, a site alone makes half of the steps, and pooled as many as all."""
+    totals: list[tuple[int, int]] = []
+    train = FakeLearner.train
+
+    def spied(self: FakeLearner, shift: Any, examples: Any, recipe: Any, **where: Any) -> Any:
+        totals.append((len(examples), where["total_steps"]))
+        return train(self, shift, examples, recipe, **where)
+
+    monkeypatch.setattr(FakeLearner, "train", spied)
+    study = STUDY.replace("rounds: 3", "rounds: 6, participation: 0.5").replace("zero_shot, ", "")
+    run(tmp_path, study)
+    steps = StudyConfig.from_yaml(study).training.local_steps
+    in_rounds, rest = totals[:12], totals[12:]
+    assert {total for _, total in in_rounds} == {6 * steps}
+    assert sorted(rest) == sorted(
+        [(IMAGES[name], 3 * steps) for name in NAMES] + [(sum(IMAGES.values()), 12 * steps)]
+    )
 
 
 def test_sites_with_more_images_are_asked_more_often_and_then_count_alike(
