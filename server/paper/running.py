@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from fedsigma.server import checkpoint
 from fedsigma.server.app import run_rounds
 from fedsigma.server.averaging import make_averaging
 from fedsigma.server.baselines import train_together
+from fedsigma.server.cohorts import all_steps
 from fedsigma.server.exchange import Exchange
 from fedsigma.server.inprocess import InProcessGrid
 from fedsigma.server.paper.pictures import LazyExamples
@@ -165,7 +167,7 @@ def _among_sites(learner: Learner, study: StudyConfig, path: Path) -> _Trained:
         shift=split.scatter(shift),
         sites=len(examples),
         examples=sum(examples.values()),
-        steps=study.federation.rounds * study.training.local_steps,
+        steps=math.ceil(all_steps(study, count) / count),
         bytes_up=round(sum(row["bytes_up"] for row in rows) / max(1, len(rows))),
     )
 
