@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from bench.gap.rounds import _divergence, site_offsets
+from bench.gap.rounds import _divergence, by_images, in_turns, site_offsets
 from bench.gap.ways import Server, Way
+from fedsigma.common.config import StudyConfig
 
 
 def test_offsets_are_logs_of_raised_shares() -> None:
@@ -27,10 +28,30 @@ def test_divergence_is_that_of_the_chosen_classes_alone() -> None:
     torch.testing.assert_close(found, torch.tensor([0.0, wanted, 0.0]))
 
 
+def test_in_turns_all_make_the_same_steps_and_by_images_as_many_as_their_share() -> None:
+    images = {"a": 30, "b": 1, "c": 20, "d": 9}
+    weights = torch.tensor([30.0, 1.0, 20.0, 9.0]) / 60
+    study = StudyConfig.from_yaml("{name: s, backbone: b, classes: [a, b]}")
+    for size in (1, 2):
+        shares, times = torch.zeros(4), torch.zeros(4)
+        turns = in_turns(weights, turns=10, size=size, seed=1)
+        for cohort, share in turns:
+            shares[cohort] += share
+            times[cohort] += 1
+        assert len(turns) == 40 // size and times.tolist() == [10] * 4
+        torch.testing.assert_close(shares / shares.sum(), weights)
+    dealt = by_images(images, study, turns=30, size=1)
+    asked = torch.bincount(torch.tensor([cohort[0] for cohort, _ in dealt]), minlength=4)
+    assert len(dealt) == 120 and (asked - 120 * weights).abs().max() < 3
+    assert all(share.tolist() == [1.0] for _, share in dealt)
+    assert len(in_turns(weights, turns=7, size=4, seed=1)) == 7
+    with pytest.raises(ValueError, match="cannot take turns by 3"):
+        in_turns(weights, turns=1, size=3, seed=1)
+
+
 @pytest.mark.parametrize("beta2", [0.9, 0.99])
 def test_the_servers_adam_is_flowers(beta2: float) -> None:
     from bench.methods.federation import _Strategy
-    from fedsigma.common.config import StudyConfig
 
     options = f"{{eta: 0.2, beta_1: 0.9, beta_2: {beta2}, tau: 1.0e-8}}"
     federation = f"{{strategy: fedadam, schedule: cosine, rounds: 5, options: {options}}}"

@@ -25,7 +25,7 @@ from fedsigma.common.training import (
 )
 from fedsigma.server.cohorts import draw_cohort
 
-__all__ = ["Outcome", "Site", "federate", "pooled", "site_offsets"]
+__all__ = ["Outcome", "Site", "by_images", "federate", "in_turns", "pooled", "site_offsets"]
 
 
 @dataclass
@@ -151,6 +151,35 @@ def first_logits(task: Task, batch: Batch, precision: str) -> Tensor:
         return task.logits(task.image_features(batch.images), task.text_features())
 
 
+Cohorts = list[tuple[list[int], Tensor]]
+"""The sites of each round by their place, and their shares in its mean."""
+
+
+def in_turns(weights: Tensor, *, turns: int, size: int, seed: int) -> Cohorts:
+    """Each turn all sites, so many at once; over a turn each counts as in a round of all (sites,)."""
+    sites = len(weights)
+    if sites % size:
+        raise ValueError(f"{sites} sites cannot take turns by {size}")
+    if size == sites:
+        return [(list(range(sites)), weights)] * turns
+    order = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(sites, generator=order).split(size) for _ in range(turns)]
+    return [(cohort.tolist(), weights[cohort] * sites / size) for turn in drawn for cohort in turn]
+
+
+def by_images(images: Mapping[str, int], study: StudyConfig, *, turns: int, size: int) -> Cohorts:
+    """As the product draws them, for as many steps of all sites together as so many turns have."""
+    count = len(images)
+    federation = replace(study.federation, cohorts="by_images", participation=size / count, min_sites=1)
+    study = replace(study, federation=federation)
+    ready, found = dict(enumerate(images)), []
+    for number in range(1, turns * count // size + 1):
+        drawn = draw_cohort(ready, study, round=number, images=images)
+        weights = torch.tensor([images[name] * drawn.factors[i] for i, name in drawn.sites.items()])
+        found.append((list(drawn.sites), weights / weights.sum()))
+    return found
+
+
 class Federation:
     """The loop of one candidate.
 
@@ -182,7 +211,12 @@ class Federation:
         weights = torch.tensor([1.0 if self.way.equal else float(len(s.examples)) for s in sites])
         weights /= weights.sum()
         sums, counts = {t: torch.zeros_like(shift) for t in tails}, dict.fromkeys(tails, 0)
-        cohorts = self._by_images(sites) if self.way.by_images else self._turns(weights)
+        turns, size = self.total // self.way.steps, self.way.at_once or len(sites)
+        if self.way.by_images:
+            images = {site.name: len(site.examples) for site in sites}
+            cohorts = by_images(images, self.study, turns=turns, size=size)
+        else:
+            cohorts = in_turns(weights, turns=turns, size=size, seed=seed_for(self.study.seed, "turns"))
         self.rounds = len(cohorts)
         for number, (cohort, share) in enumerate(cohorts, start=1):
             asked = [sites[i] for i in cohort]
@@ -199,33 +233,6 @@ class Federation:
                 if number > self.rounds * (1 - tail):
                     sums[tail], counts[tail] = sums[tail] + shift, counts[tail] + 1
         return Outcome(shift, {t: sums[t] / counts[t] for t in tails})
-
-    def _turns(self, weights: Tensor) -> list[tuple[list[int], Tensor]]:
-        """The sites of each round and their shares; over a turn of all, each counts as in a round of all."""
-        sites = len(weights)
-        turns, size = self.total // self.way.steps, self.way.at_once or sites
-        if sites % size:
-            raise ValueError(f"{sites} sites cannot take turns by {size}")
-        if size == sites:
-            return [(list(range(sites)), weights)] * turns
-        order = torch.Generator().manual_seed(seed_for(self.study.seed, "turns"))
-        drawn = [torch.randperm(sites, generator=order).split(size) for _ in range(turns)]
-        return [(cohort.tolist(), weights[cohort] * sites / size) for turn in drawn for cohort in turn]
-
-    def _by_images(self, sites: Sequence[Site]) -> list[tuple[list[int], Tensor]]:
-        """The sites of each round and their shares, as the product draws them; as many steps in all."""
-        size, count = self.way.at_once, len(sites)
-        federation = replace(
-            self.study.federation, cohorts="by_images", participation=size / count, min_sites=1
-        )
-        study = replace(self.study, federation=federation)
-        ready, images = {i: s.name for i, s in enumerate(sites)}, {s.name: len(s.examples) for s in sites}
-        found = []
-        for number in range(1, self.total // self.way.steps * count // size + 1):
-            drawn = draw_cohort(ready, study, round=number, images=images)
-            weights = torch.tensor([images[name] * drawn.factors[i] for i, name in drawn.sites.items()])
-            found.append((list(drawn.sites), weights / weights.sum()))
-        return found
 
     def _rate(self, number: int) -> float:
         done = 0.0 if self.way.flat else (number - 1) / self.rounds
