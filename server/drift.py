@@ -1,8 +1,8 @@
 """How far each site goes in a round, and whether it goes the way of the others.
 
 With w the model that the round began with, s_i the shift of site i and n_i its weight in the mean (its
-examples, at most federation.max_examples), its change is d_i = s_i - w, the mean change of the accepted sites
-is m = sum_i n_i d_i / sum_i n_i, and
+examples, at most federation.max_examples, over its chance of being asked), its change is d_i = s_i - w, the
+mean change of the accepted sites is m = sum_i n_i d_i / sum_i n_i, and
 
     change_norm_i = ||d_i||,    change_cosine_i = d_i . m / (||d_i|| ||m||),    shift_norm_i = ||s_i||.
 

@@ -6,7 +6,8 @@ Run it from the project's folder. DIR holds `wbc_labs.parquet` and `ham10000_sit
 real images, divided anew among --sites sites by a Dirichlet distribution. All ways make 120 steps a site in
 batches of 16; pooled makes all sites' steps one after the other. --validate names candidates that are judged
 on images of the training part that the few-shot draw left over, --test those judged on the test
-part. Each run is kept in --out/cells.sqlite; a call that was cut off can be made again.
+part, among them `product`, the bundled recipe by the real apps. Each run is kept in --out/cells.sqlite: a
+call that was cut off can be made again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.gap.catalogue import POOLED_RATES, WAYS
+from bench.gap.product import by_product
 from bench.gap.rounds import federate, pooled
 from bench.gap.ways import Way
 from bench.methods.cells import Cells
@@ -45,7 +47,7 @@ Sites = Mapping[str, tuple[list[Example], list[Example]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run. method: `zero-shot`, `pooled`, `local` or `way`, with its setting."""
+    """One run. method: `zero-shot`, `pooled`, `local`, `product` or `way`, with its setting."""
 
     part: str
     study: str
@@ -107,6 +109,8 @@ class Bench:
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         study = self.study(cell.study, cell.seed)
+        if cell.method == "product":
+            return by_product(study, steps=self.steps, sites=self.count)
         task = task_for(cell.study)
         sites = images(study, cell.part, task.size * 3 // 2)
         train = {name: given for name, (given, _) in sites.items() if given}
@@ -182,7 +186,7 @@ def rows(validate: Sequence[str], rates: Sequence[float]) -> list[tuple[str, str
     """Title, method and setting of every row."""
     found: list[tuple[str, str, dict[str, Any]]] = []
     for name in validate:
-        if name in ("zero-shot", "local"):
+        if name in ("zero-shot", "local", "product"):
             found.append((name, name, {"rate": 0.04} if name == "local" else {}))
         elif name == "pooled":
             found += [(f"pooled, rate {rate:g}", "pooled", {"rate": rate}) for rate in rates]
