@@ -19,6 +19,7 @@ from typing import Any
 
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.learner import seed_for
+from fedsigma.server.replies import weight_of
 
 __all__ = ["Cohort", "all_steps", "chances", "cohort_size", "draw_cohort", "known_images"]
 
@@ -119,9 +120,8 @@ def chances(images: Mapping[int, float], count: int) -> dict[int, float]:
 
 def known_images(rows: Iterable[Mapping[str, Any]], study: StudyConfig, *, done: int) -> dict[str, int]:
     """The training images that sites have told by the end of round `done`, as far as they count; by name."""
-    most = study.federation.max_examples
     return {
-        row["site"]: min(int(row["examples"]), most or int(row["examples"]))
+        row["site"]: weight_of(int(row["examples"]), study)
         for row in rows
         if row["status"] == "accepted" and row["round"] <= done and row.get("examples")
     }

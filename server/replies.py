@@ -30,6 +30,7 @@ __all__ = [
     "length_of",
     "pool",
     "too_long",
+    "weight_of",
 ]
 
 
@@ -142,10 +143,15 @@ def accept_training(
     accepted = Accepted(
         change_norm=length_of(change),
         shift_norm=shift_norm,
-        weight=min(reply.examples, federation.max_examples or reply.examples),
+        weight=weight_of(reply.examples, study),
         reply=replace(reply, change=b""),
     )
     return accepted, change
+
+
+def weight_of(examples: int, study: StudyConfig) -> int:
+    """How many images a site with so many counts for."""
+    return min(examples, study.federation.max_examples or examples)
 
 
 def inner(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:

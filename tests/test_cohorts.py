@@ -16,9 +16,9 @@ from fedsigma.server.cohorts import chances, draw_cohort, known_images
 SIZES = st.lists(st.integers(1, 200), min_size=2, max_size=30)
 
 
-def plan(share: float, *, least: int = 1, seed: int = 1, cohorts: str = "by_images") -> StudyConfig:
+def plan(share: float, *, least: int = 1, seed: int = 1) -> StudyConfig:
     study = StudyConfig.from_yaml("{name: s, backbone: b, classes: [a, b], federation: {strategy: fedadam}}")
-    federation = replace(study.federation, participation=share, cohorts=cohorts, min_sites=least)
+    federation = replace(study.federation, participation=share, cohorts="by_images", min_sites=least)
     return replace(study, federation=federation, seed=seed)
 
 
