@@ -162,15 +162,7 @@ def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, up
     exchange = Exchange(grid)
     roster = Roster(exchange, folder, study, fingerprint)
     roster.wait()
-    ours = SigmaStrategy(
-        make_averaging(study),
-        study=study,
-        exchange=exchange,
-        roster=roster,
-        folder=folder,
-        split=Split(layout),
-        fingerprint=fingerprint,
-    )
+    ours = SigmaStrategy(make_averaging(study), roster, split=Split(layout))
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     took = []
     for ours.done in range(rounds):

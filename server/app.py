@@ -116,17 +116,8 @@ def _work(
         summary = judge_versions(folder, study, baselines, learner)
         _write(folder, summary, started)
         return summary
-    strategy = SigmaStrategy(
-        averaging,
-        study=study,
-        exchange=exchange,
-        roster=roster,
-        folder=folder,
-        split=split,
-        fingerprint=learner.fingerprint,
-        done=done,
-    )
-    shift = run_rounds(strategy, exchange.grid, shift)
+    strategy = SigmaStrategy(averaging, roster, split=split, done=done)
+    shift = run_rounds(strategy, shift)
     summary = _results(folder, study, baselines, learner, shift, started)
     _explain(folder, split, learner, shift, strategy.explainable(), summary)
     _publish(folder, study, summary, roster.named)
@@ -186,7 +177,7 @@ def _zero(split: Split) -> np.ndarray:
     return np.zeros(split.shared.size, dtype=np.float32)
 
 
-def run_rounds(strategy: SigmaStrategy, grid: Grid, shift: np.ndarray) -> np.ndarray:
+def run_rounds(strategy: SigmaStrategy, shift: np.ndarray) -> np.ndarray:
     """Run the rounds that are left and return the final shift.
 
     Raises:
@@ -198,7 +189,7 @@ def run_rounds(strategy: SigmaStrategy, grid: Grid, shift: np.ndarray) -> np.nda
         return shift
     try:
         found = strategy.start(
-            grid,
+            strategy.exchange.grid,
             ArrayRecord({ARRAY: Array(shift)}),
             num_rounds=left,
             timeout=study.federation.round_timeout_s,

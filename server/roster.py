@@ -64,7 +64,7 @@ class Roster:
         """The sites of whose own shifts it may be said in words what they changed."""
         self.spent: set[int] = set()
         """The sites that train no more, for their privacy budgets are spent; they still evaluate."""
-        self._exchange, self._folder, self._study, self._fingerprint = exchange, folder, study, fingerprint
+        self.exchange, self.folder, self.study, self.fingerprint = exchange, folder, study, fingerprint
         self._nodes = nodes
         self._ask_again: dict[int, float] = {}
         self._away: dict[int, float] = {}
@@ -73,7 +73,7 @@ class Roster:
 
     def present(self) -> dict[int, str]:
         """Greet whoever is new and return the sites that are online and ready, node id -> name, by name."""
-        online = self._exchange.online()
+        online = self.exchange.online()
         now = time.monotonic()
         new = [n for n in online if n not in self.names and self._ask_again.get(n, 0.0) <= now]
         if new:
@@ -89,7 +89,7 @@ class Roster:
     def retire(self, node: int, *, round: int) -> None:
         """Ask a site for no more training, from this round on."""
         self.spent.add(node)
-        self._folder.event("site_spent", round=round, site=self.names[node])
+        self.folder.event("site_spent", round=round, site=self.names[node])
 
     def wait(self) -> dict[int, str]:
         """Wait until enough sites are ready: min_sites, and in a simulation all.
@@ -101,7 +101,7 @@ class Roster:
             TooFewSites: they are not there after the study's wait_for_sites_s.
             WrongSiteCount: a simulation has another number of sites than its study.
         """
-        federation = self._study.federation
+        federation = self.study.federation
         deadline = time.monotonic() + federation.wait_for_sites_s
         while True:
             ready = self.willing()
@@ -124,9 +124,9 @@ class Roster:
         return any(since > recently for node, since in self._away.items() if node not in self.spent)
 
     def _greet(self, nodes: list[int], online: set[int]) -> None:
-        hello = Hello(protocol=PROTOCOL, setup=Setup.of(self._study), fingerprint=self._fingerprint.to_json())
-        timeout = self._study.federation.round_timeout_s
-        for answer in self._exchange.ask(dict.fromkeys(nodes, hello), kind=HELLO, timeout=timeout):
+        hello = Hello(protocol=PROTOCOL, setup=Setup.of(self.study), fingerprint=self.fingerprint.to_json())
+        timeout = self.study.federation.round_timeout_s
+        for answer in self.exchange.ask(dict.fromkeys(nodes, hello), kind=HELLO, timeout=timeout):
             self._ask_again[answer.node] = time.monotonic() + RETRY_S
             self._judge(answer.node, answer, online)
 
@@ -143,7 +143,7 @@ class Roster:
             return self._refuse(name, reason or f"its answer to the handshake is not valid: {error}")
         if reply.problem == "site-count" or (reply.sites and len(online) != reply.sites):
             raise WrongSiteCount(
-                f"study '{self._study.name}' has {reply.sites} sites, this federation has {len(online)}:"
+                f"study '{self.study.name}' has {reply.sites} sites, this federation has {len(online)}:"
                 f" run it with --federation-config 'num-supernodes={reply.sites}'"
             )
         self._sites = max(self._sites, reply.sites)
@@ -161,7 +161,7 @@ class Roster:
             self.explained.discard(reply.site)
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
-        self._folder.event("site_ready", site=reply.site, version=reply.version, **answer.traces)
+        self.folder.event("site_ready", site=reply.site, version=reply.version, **answer.traces)
         return None
 
     def _difference(self, reply: HelloReply) -> str:
@@ -174,8 +174,8 @@ class Roster:
             theirs = Fingerprint.from_json(reply.fingerprint)
         except (ValueError, RecursionError):
             return PROBLEMS[reply.problem] or "the site's fingerprint does not read"
-        difference = self._fingerprint.compare(theirs) or PROBLEMS[reply.problem]
-        if not difference and self._study.federation.masking and not reply.mask_key:
+        difference = self.fingerprint.compare(theirs) or PROBLEMS[reply.problem]
+        if not difference and self.study.federation.masking and not reply.mask_key:
             return "the study masks what sites send, and the site has no identity to sign its key with"
         return difference
 
@@ -191,7 +191,7 @@ class Roster:
 
     def _refuse(self, name: str, reason: str) -> None:
         if self._reasons.get(name) != reason:
-            self._folder.event("site_refused", site=name, reason=reason)
+            self.folder.event("site_refused", site=name, reason=reason)
         self._reasons[name] = reason
 
 

@@ -23,7 +23,7 @@ from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedsigma.common.codec import download_level, encode
-from fedsigma.common.config import MEANS, StudyConfig
+from fedsigma.common.config import MEANS
 from fedsigma.common.learner import seed_for
 from fedsigma.common.masking import Member
 from fedsigma.common.noise import noisy_mean
@@ -33,15 +33,15 @@ from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, proxim
 from fedsigma.server.budget import spent_of_sites
 from fedsigma.server.cohorts import draw_cohort, known_images
 from fedsigma.server.drift import drift, mean_change
-from fedsigma.server.exchange import Answer, Exchange, attribute
+from fedsigma.server.exchange import Answer, attribute
 from fedsigma.server.gathering import Count, gather
 from fedsigma.server.replies import Accepted, Rejected, check_norm, length_of, pool
 from fedsigma.server.roster import BUDGET_SPENT, Roster
-from fedsigma.server.store import POOLED, RunFolder
+from fedsigma.server.store import POOLED
 from fedsigma.server.vectors import Vectors
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Fingerprint, Split
+    from fedsigma.common.sigma import Split
 
 __all__ = ["BudgetsSpent", "SigmaStrategy"]
 
@@ -66,38 +66,28 @@ class SigmaStrategy(Strategy):
 
     Args:
         averaging: Flower's strategy that averages.
-        study: the study; its rounds are those of the whole study, however often it was interrupted.
-        exchange, roster, folder: to reach the sites, to know who is ready, to keep what happens.
-        split, fingerprint: of the server's own backbone; what is averaged is the shared part.
+        roster: who is ready, in which study, how they are reached, and where it is kept what happens. The
+            study's rounds are those of the whole study, however often it was interrupted.
+        split: of the server's own backbone; what is averaged is the shared part.
         done: the rounds that an earlier, interrupted run has finished.
     """
 
-    def __init__(
-        self,
-        averaging: FedAvg,
-        *,
-        study: StudyConfig,
-        exchange: Exchange,
-        roster: Roster,
-        folder: RunFolder,
-        split: Split,
-        fingerprint: Fingerprint,
-        done: int = 0,
-    ) -> None:
-        self.averaging, self.study, self.exchange = averaging, study, exchange
-        self.roster, self.folder, self.split, self.fingerprint = roster, folder, split, fingerprint
+    def __init__(self, averaging: FedAvg, roster: Roster, *, split: Split, done: int = 0) -> None:
+        self.averaging, self.roster, self.split = averaging, roster, split
+        self.study, self.exchange = roster.study, roster.exchange
+        self.folder, self.fingerprint = roster.folder, roster.fingerprint
         self.layout = split.shared
         self.done = done
         self.models = 0
         """How many rounds of this process have produced a model."""
-        self._images = known_images(folder.rounds(), study, done=done) if done else {}
+        self._images = known_images(self.folder.rounds(), self.study, done=done) if done else {}
         self._cohort: dict[int, str] = {}
         self._factors: dict[int, float] = {}
         self._sent: dict[int, Message] = {}
         self._task: TrainTask
         self.model: Vector = np.zeros(split.shared.size, np.float32)
         """The shift that the sites start from in the round, which is the model until its end."""
-        self._last = Vectors[str](split.shared.size, folder.path)
+        self._last = Vectors[str](split.shared.size, self.folder.path)
         self._started = 0.0
 
     def summary(self) -> None:

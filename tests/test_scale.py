@@ -91,15 +91,7 @@ def rounds(path: Path, grid: FakeGrid, more: str = "strategy: fedavg", count: in
     exchange = Exchange(grid)
     roster = Roster(exchange, folder, study, FINGERPRINT)
     roster.wait()
-    ours = SigmaStrategy(
-        make_averaging(study),
-        study=study,
-        exchange=exchange,
-        roster=roster,
-        folder=folder,
-        split=Split(LAYOUT),
-        fingerprint=FINGERPRINT,
-    )
+    ours = SigmaStrategy(make_averaging(study), roster, split=Split(LAYOUT))
     start = ArrayRecord({ARRAY: Array(np.zeros(LAYOUT.size, np.float32))})
     ours.start(exchange.grid, start, num_rounds=count)
     return ours

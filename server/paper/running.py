@@ -150,17 +150,7 @@ def _among_sites(learner: Learner, study: StudyConfig, path: Path) -> _Trained:
         )
         exchange = Exchange(InProcessGrid(importlib.import_module(CLIENT_APP).app, count))
         roster = Roster(exchange, folder, study, learner.fingerprint)
-        strategy = SigmaStrategy(
-            averaging,
-            study=study,
-            exchange=exchange,
-            roster=roster,
-            folder=folder,
-            split=split,
-            fingerprint=learner.fingerprint,
-            done=done,
-        )
-        shift = run_rounds(strategy, exchange.grid, shift)
+        shift = run_rounds(SigmaStrategy(averaging, roster, split=split, done=done), shift)
     rows = [row for row in folder.rounds() if row["status"] == "accepted"]
     examples = {row["site"]: row["examples"] or 0 for row in rows}  # under masks a site does not tell
     return _Trained(
