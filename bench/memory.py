@@ -181,7 +181,7 @@ def main() -> None:
     """Measure, print the table and say whether the aim is met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/memory"))
-    parser.add_argument("--actors", type=int, default=4)
+    parser.add_argument("--actors", type=int, default=4, choices=range(2, 65), metavar="2..64")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

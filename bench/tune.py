@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,26 +25,40 @@ from torch import Tensor
 
 from fedsigma.common.backbones import build_model, load_backbone
 from fedsigma.common.config import StudyConfig, load_study
-from fedsigma.common.data import Example, Record, few_shot, load_examples, open_source, partition
+from fedsigma.common.data import Example, Record, Source, few_shot, load_examples
 from fedsigma.common.learner import seed_for
 from fedsigma.common.metrics import Predictions, score
+from fedsigma.common.protocol import Setup
 from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sites import simulated_sites
 from fedsigma.common.training import Task, evaluate, train
 
 Sites = dict[str, tuple[list[Example], list[Example]]]
 
 
-def validation_sites(study: StudyConfig, side: int, most: int, seed: int) -> Sites:
-    """Few-shot training and validation images of each site, both from its training part."""
-    source = open_source(study.data.source, **study.data.options)
-    kept = [r for r in source.records if r.split == "train" and r.label in study.classes]
+def validation_sites(
+    study: StudyConfig,
+    side: int,
+    most: int,
+    divided: tuple[Source, Mapping[str, list[Record]]] | None = None,
+) -> Sites:
+    """Few-shot training and validation images of each site, both from its training part.
+
+    Args:
+        study: its few-shot draw, and its sites.
+        side: of the images, in pixels.
+        most: validation images a class and site.
+        divided: a source and its records by site, in place of the study's sites.
+    """
+    source, parts = divided or simulated_sites(Setup.of(study).data, study.classes, study.seed)
     sites: Sites = {}
-    for name, records in partition(kept, study.data.sites_by, seed).items():
-        chosen = few_shot(records, shots=study.shots, classes=study.classes, seed=seed)
+    for name, found in parts.items():
+        records = [r for r in found if r.split == "train"]
+        chosen = few_shot(records, shots=study.shots, classes=study.classes, seed=study.seed)
         groups = {r.group for r in chosen if r.group is not None}
         taken = {r.key for r in chosen}
         rest = [r for r in records if r.key not in taken and (r.group is None or r.group not in groups)]
-        held: list[Record] = few_shot(rest, shots=most, classes=study.classes, seed=seed + 1)
+        held: list[Record] = few_shot(rest, shots=most, classes=study.classes, seed=study.seed + 1)
         sites[name] = tuple(load_examples(source, part, study.classes, side=side) for part in (chosen, held))
     return sites
 
@@ -162,7 +177,7 @@ def main() -> None:
                 training=replace(base.training, **wanted),
                 federation=replace(base.federation, rounds=rounds),
             )
-            sites = validation_sites(study, backbone.image_size * 3 // 2, a.validation, seed)
+            sites = validation_sites(study, backbone.image_size * 3 // 2, a.validation)
             found.append(compare(task, sites, study, set(a.methods), Server(*server)))
         mean = {key: round(sum(f[key] for f in found) / len(found), 4) for key in found[0]}
         lines.append({"recipe": text or "as the study says", **mean, "seconds": round(time.time() - started)})

@@ -61,7 +61,7 @@ def trained_changes(weights: str | None, rounds: int) -> tuple[Layout, list[np.n
     backbone = load_backbone(weights) if weights else step.backbone(step.build()[0])
     sigma = SigmaModel.adapt(backbone.model)
     task = Task(backbone, sigma, study.prompts)
-    sites = validation_sites(study, backbone.image_size * 3 // 2, 1, study.seed)
+    sites = validation_sites(study, backbone.image_size * 3 // 2, 1)
     examples, steps = next(iter(sites.values()))[0], study.training.local_steps
     shift, changes = np.zeros(sigma.layout.size, np.float32), []
     for number in range(rounds):

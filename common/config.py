@@ -152,6 +152,11 @@ class TrainingConfig(Recipe):
         check_number("training.weight_decay", self.weight_decay, low=0, high=100)
         check_choice("training.schedule", self.schedule, ("cosine", "constant"))
         check_number("training.final_learning_rate", self.final_learning_rate, low=0, high=10)
+        if self.schedule == "cosine" and self.final_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"training.final_learning_rate is {self.final_learning_rate:g}, above training.learning_rate"
+                f" ({self.learning_rate:g}): the schedule would rise; set it to the learning rate or below"
+            )
         check_number("training.warmup_steps", self.warmup_steps, low=0, high=1_000_000)
         check_choice("training.augment", self.augment, AUGMENTATIONS)
         check_number("training.proximal", self.proximal, low=0, high=1e6)
@@ -210,6 +215,11 @@ class FederationConfig:
             raise ConfigError(
                 "federation.cohorts: by_images asks a share of the sites by how many images they tell:"
                 " set participation below 1 and masking: false, or cohorts: random"
+            )
+        if self.cohorts == "by_images" and self.strategy not in MEANS:
+            raise ConfigError(
+                f"federation.cohorts: by_images weighs the sites' changes, and {self.strategy} takes no"
+                f" weighted mean: use one of {', '.join(MEANS)}, or cohorts: random"
             )
         check_number("federation.min_sites", self.min_sites, low=1, high=100_000)
         check_number("federation.round_timeout_s", self.round_timeout_s, low=1, high=43_200)

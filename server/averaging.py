@@ -85,6 +85,10 @@ def set_step(averaging: FedAvg, study: StudyConfig, number: int) -> None:
         default = inspect.signature(type(averaging).__init__).parameters[name].default
         factor = cosine((number - 1) / federation.rounds)
         setattr(averaging, name, factor * float(federation.options.get(name, default)))
+        if isinstance(averaging, flower.FedAvgM):
+            averaging.server_opt = (
+                True  # Flower decides once whether it has a step at all, by its first value
+            )
 
 
 def begin_round(averaging: FedAvg, number: int, shift: NDArray[np.float32], nodes: Iterable[int]) -> None:

@@ -67,7 +67,8 @@ def draw_cohort(
 def cohort_size(study: StudyConfig, sites: int) -> int:
     """How many of so many sites are asked in a round."""
     federation = study.federation
-    return min(sites, max(federation.min_sites, math.ceil(federation.participation * sites)))
+    share = round(federation.participation * sites, 9)  # 0.07 of 100 sites are 7.000000000000001 in binary
+    return min(sites, max(federation.min_sites, math.ceil(share)))
 
 
 def all_steps(study: StudyConfig, sites: int) -> int:

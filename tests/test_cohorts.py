@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsigma.common.config import ConfigError, StudyConfig
-from fedsigma.server.cohorts import chances, draw_cohort, known_images
+from fedsigma.server.cohorts import chances, cohort_size, draw_cohort, known_images
 
 SIZES = st.lists(st.integers(1, 200), min_size=2, max_size=30)
 
@@ -100,8 +100,17 @@ def test_what_sites_have_told_is_read_from_the_rounds_that_are_done() -> None:
         "federation: {cohorts: by_images, participation: 0.5}, "
         "privacy: {level: site, noise_multiplier: 1, clip_norm: 1}",
         "federation: {cohorts: by_image, participation: 0.5}",
+        "federation: {cohorts: by_images, participation: 0.5, strategy: fedmedian}",
     ],
 )
 def test_what_cannot_be_drawn_by_images_is_refused(lines: str) -> None:
     with pytest.raises(ConfigError, match=r"federation\.cohorts"):
         StudyConfig.from_yaml(f"{{name: s, backbone: b, classes: [a, b], {lines}}}")
+
+
+def test_a_share_is_not_rounded_up_by_what_binary_numbers_lack() -> None:
+    study = StudyConfig.from_yaml("{name: s, backbone: b, classes: [a, b], federation: {min_sites: 1}}")
+    for percent in range(1, 101):
+        share = replace(study, federation=replace(study.federation, participation=percent / 100))
+        for sites in range(1, 201):
+            assert cohort_size(share, sites) == -(-percent * sites // 100), (percent, sites)

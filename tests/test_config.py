@@ -55,6 +55,10 @@ def test_defaults_are_the_documented_recipe() -> None:
         ("training: {learning_rate: .nan}", "training.learning_rate is nan"),
         ("training: {augment: strong}", "training.augment is 'strong'"),
         ("training: {optimiser: adam}", "training.optimiser is 'adam'"),
+        (
+            "training: {learning_rate: 1.0e-7}",
+            "final_learning_rate is 1e-06, above training.learning_rate (1e-07)",
+        ),
         ("federation: {schedule: cosine}", "and fedavg has no step of its own: use one of fedavgm"),
         ("template: a photo", "expected one {} where the class name goes"),
         ("template: 'a {x} of {}'", "expected one {} where the class name goes"),

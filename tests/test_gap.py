@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from bench.gap.__main__ import main
 from bench.gap.rounds import _divergence, by_images, in_turns, site_offsets
 from bench.gap.ways import Server, Way
 from fedsigma.common.config import StudyConfig
@@ -66,3 +68,14 @@ def test_the_servers_adam_is_flowers(beta2: float) -> None:
         shift = shift + server.step(change, number, 5)
         torch.testing.assert_close(torch.from_numpy(theirs), shift, rtol=1e-5, atol=1e-6)
         shift = torch.from_numpy(theirs)
+
+
+def test_the_test_part_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["gap", "--data", str(tmp_path), "--out", str(tmp_path), "--show"]
+    monkeypatch.setenv("FEDSIGMA_DATA", "")
+    monkeypatch.setattr("sys.argv", [*words, "--test", "pooled", "--rates", "0.02", "0.04"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    monkeypatch.setattr("sys.argv", [*words, "--validate", "product"])
+    with pytest.raises(SystemExit, match="judged on the test part alone"):
+        main()

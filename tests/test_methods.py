@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.methods import cells, frozen, studies
+from bench.methods.__main__ import collect
 from bench.methods.__main__ import main as show
 from bench.methods.catalogue import CANDIDATES, with_setting
-from bench.methods.cells import Cell, Cells, Plan, grid
+from bench.methods.cells import Cell, Cells, Plan, _alike, grid, recipe_of
 from bench.methods.federation import accuracy, federate, study_sites
 from bench.methods.figure import draw
 from bench.methods.heads import FedClip, LinearProbe, PromptFL, TipAdapter, TipAdapterF
@@ -39,6 +40,7 @@ from bench.methods.sigma import Sigma
 from bench.methods.studies import SETS, find_study
 from bench.methods.tables import combine, front, markdown, verdicts
 from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
+from bench.tune import validation_sites
 from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
 from fedsigma.common.backbones import Backbone, assemble, build_model, load_backbone, save_backbone
@@ -439,12 +441,18 @@ def test_without_a_cache_tip_adapter_is_zero_shot() -> None:
 # --- the search, the database and what is told -------------------------------------------------------------
 
 
+BARE = StudyConfig.from_yaml("{name: s, backbone: b, classes: [a, b], training: {learning_rate: 0.04}}")
+
+
 class Scripted(Plan):
     """A plan whose runs give a made-up accuracy: best at a learning rate of 0.1; 0.2 and more diverge."""
 
     ran: list[Cell]
 
-    def _run(self, cell: Cell) -> dict[str, dict[str, Any]]:
+    def _study(self, cell: Cell) -> StudyConfig:
+        return with_setting(BARE, CANDIDATES[cell.method], cell.setting)
+
+    def _run(self, cell: Cell, study: StudyConfig) -> dict[str, dict[str, Any]]:
         self.ran.append(cell)
         rate = cell.setting.get("learning_rate", 0.1)
         if rate > 0.2:
@@ -504,10 +512,10 @@ def test_a_search_in_another_study_serves_for_rates_and_not_for_caches(tmp_path:
 
 def test_a_chosen_setting_that_diverges_on_the_test_part_is_an_error(tmp_path: Path) -> None:
     class Diverges(Scripted):
-        def _run(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        def _run(self, cell: Cell, study: StudyConfig) -> dict[str, dict[str, Any]]:
             if cell.part == "test":
                 raise TrainingError("the loss is nan")
-            return super()._run(cell)
+            return super()._run(cell, study)
 
     found = Diverges(Cells(tmp_path / "cells.sqlite"), rounds=4)
     found.ran = []
@@ -527,17 +535,17 @@ def test_a_run_is_judged_on_images_that_the_draw_left_over_and_on_the_test_part(
     built = Plan(Cells(tmp_path / "cells.sqlite"), rounds=1)
     rate = {"learning_rate": 0.003}
     cell = Cell(part="validation", study="s", method="layer-norms", setting=rate, rounds=1, seed=1)
-    judged = built._run(cell)
+    judged = built._run(cell, study)
     assert list(judged) == ["validation", "test"]
     held = {part: built._images(replace(cell, part=part), study, 48) for part in judged}
     train, left = held["validation"]["north"]
     assert len(train) == 8 and len(left) == 4
     assert not any(torch.equal(a.image, b.image) for a in left for b in train)
     assert not any(torch.equal(a.image, b.image) for a in left for b in held["test"]["north"][1])
-    assert list(built._run(replace(cell, method="probe"))) == ["validation"]
+    assert list(built._run(replace(cell, method="probe"), study)) == ["validation"]
     built._sites["s", 1, "test"] = {**held["test"], "north": (train[1:] + train[:1], left)}
     with pytest.raises(RuntimeError, match="other training images"):
-        built._run(cell)
+        built._run(cell, study)
 
 
 def test_a_set_of_one_place_is_divided_into_four_sites(
@@ -552,6 +560,11 @@ def test_a_set_of_one_place_is_divided_into_four_sites(
     assert len(sites) == 4
     assert sum(len(data.train) for data in sites.values()) == 4 * 2 * 3
     assert sum(len(data.test) for data in sites.values()) == 4 * 2 * 2
+    # Its validation images are left over at the same sites, so one model is judged on both parts.
+    held = validation_sites(study, 32, 1)
+    for name, (train, left) in held.items():
+        assert _alike({name: train}, {name: sites[name].train})
+        assert not any(torch.equal(a.image, b.image) for a in left for b in sites[name].test)
 
 
 def test_every_candidates_settings_are_taken_by_its_study() -> None:
@@ -564,6 +577,8 @@ def test_every_candidates_settings_are_taken_by_its_study() -> None:
             found = with_setting(study, candidate, setting)
             make_averaging(found)
             assert found.training.learning_rate == setting.get("learning_rate", 0.05)
+            lowest = study.training.final_learning_rate / study.training.learning_rate
+            assert found.training.rate(99, 99) == pytest.approx(found.training.learning_rate * lowest)
     with pytest.raises(ConfigError, match="not an option"):
         make_averaging(with_setting(study, CANDIDATES["fedadam"], {"options": {"etta": 1}}))
 
@@ -574,15 +589,42 @@ def test_what_was_run_is_shown_without_running_anything(
     figures = {"accuracy": {"all": 0.5, "here": 0.5}, "bytes_upload": 0, "bytes_float32": 0, "bytes_total": 0}
     place = {"part": "test", "method": "zero-shot", "setting": {}, "rounds": 60, "seed": 2}
     cell = Cell(study="white-cells-four-labs", **place)
-    Cells(tmp_path / "cells.sqlite").keep(cell, figures)
+    kept = Cells(tmp_path / "cells.sqlite")
+    kept.keep(cell, figures, recipe_of(Plan(kept, rounds=60)._study(cell)))
+    kept.keep(replace(cell, seed=3), figures, "of another recipe")
     words = ["methods", "--data", str(tmp_path), "--out", str(tmp_path), "--json", str(tmp_path / "x.json")]
     monkeypatch.setattr("sys.argv", [*words, "--show"])
     monkeypatch.setenv("FEDSIGMA_DATA", "")
     show()
-    assert "| zero-shot | 50.0 | 50.0 | 0 | 0 | yes |" in capsys.readouterr().out
+    assert "| zero-shot | 50.0 | 50.0 | 0 | 0 | 0 | yes |" in capsys.readouterr().out
     found = json.loads((tmp_path / "x.json").read_text())
     assert found["white-cells-four-labs"]["rows"]["zero-shot"]["seeds"] == {"2": 0.5}
     assert found["dermoscopy-four-sites"]["rows"] == {}
+
+
+class Listed:
+    """Results by method and seed, in place of a plan that runs something."""
+
+    def __init__(self, **found: dict[int, float]) -> None:
+        self._found = found
+
+    def tested(self, study: str, method: str, seed: int) -> dict[str, Any] | None:
+        if seed not in self._found[method]:
+            return None
+        nothing = dict.fromkeys(("bytes_upload", "bytes_float32", "bytes_total"), 0.0)
+        at_home = {} if seed == 2 else {"here": 0.5}  # a division may leave a site without a test image
+        return {"accuracy": {"all": self._found[method][seed], **at_home}, **nothing}
+
+
+def test_rows_are_compared_over_the_seeds_that_all_have(capsys: pytest.CaptureFixture[str]) -> None:
+    listed: Any = Listed(sigma={1: 0.9, 2: 0.5, 3: 0.4}, full={2: 0.6, 3: 0.6})
+    rows = collect(listed, "s", ["sigma", "full"], [1, 2, 3])
+    assert rows["sigma"]["mean"] == pytest.approx(0.45) and rows["full"]["mean"] == pytest.approx(0.6)
+    assert rows["sigma"]["per_site"] == {"here": 0.5}
+    assert "sigma has seeds [1], too" in capsys.readouterr().out
+    apart: Any = Listed(sigma={1: 0.9}, full={2: 0.6})
+    with pytest.raises(SystemExit, match="no seed has been run of all methods"):
+        collect(apart, "s", ["sigma", "full"], [1, 2])
 
 
 def row(mean: float, total: float) -> dict[str, Any]:
@@ -613,8 +655,10 @@ def test_the_front_and_the_verdicts(tmp_path: Path) -> None:
     assert "not on the front" in line and "1.0 points above" in line
     (line,) = verdicts("s", {**rows, "full": row(0.69, 51)})
     assert line.endswith("the reach is met")
-    assert "| full fine-tuning | 70.4 | 70.4 | 5,000 | 5,000 | yes |" in markdown("s", rows)
-    draw({"s": rows}, tmp_path / "front.png")
+    assert "| full fine-tuning | 70.4 | 70.4 | 5,000 | 5,000 | 5,000 | yes |" in markdown("s", rows)
+    draw(
+        {"s": rows, "none is better": {"zero-shot": row(0.9, 0), "full": row(0.4, 9)}}, tmp_path / "front.png"
+    )
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -622,7 +666,6 @@ def test_the_front_and_the_verdicts(tmp_path: Path) -> None:
 def test_nobody_on_the_front_is_beaten_and_everybody_else_is(points: list[tuple[float, int]]) -> None:
     rows = {str(i): {"mean": height, "bytes_total": cost} for i, (height, cost) in enumerate(points)}
     best = [points[int(name)] for name in front(rows)]
-    assert len(set(best)) == len(best)
     for height, cost in points:
         beaten = any(h >= height and c <= cost and (h, c) != (height, cost) for h, c in best)
         assert beaten != ((height, cost) in best)

@@ -15,6 +15,7 @@ from flwr.app import Error, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.methods.federation import _Strategy
 from fedsigma.common.config import STRATEGIES, ConfigError, StudyConfig
 from fedsigma.common.protocol import PROTOCOL, Evaluation, HelloReply, to_content
 from fedsigma.server import roster as roster_of
@@ -274,6 +275,16 @@ def test_the_servers_step_follows_a_cosine_over_all_rounds(
     assert steps == pytest.approx([first * share for share in shares])
     set_step(averaging, plain, 3)
     assert getattr(averaging, option) == steps[-1]  # nothing is set where the schedule is constant
+
+
+def test_fedavgms_step_is_made_by_schedule_if_it_begins_at_one_without_momentum() -> None:
+    """Flower's FedAvgM looks once, when it is built, whether it has a step at all."""
+    plain = study("fedavgm")
+    fading = replace(plain, federation=replace(plain.federation, schedule="cosine", rounds=4))
+    start, there = np.zeros(3), np.ones(3, np.float32)
+    for of, wanted in ((fading, 0.5), (plain, 1.0)):
+        found = _Strategy(of).of_round(3, [1.0, 1.0])(start, [there, there], [1, 3])
+        assert found.tolist() == pytest.approx([wanted] * 3)
 
 
 def test_momentum_is_kept_and_a_foreign_file_is_refused(tmp_path: Path) -> None:

@@ -28,14 +28,15 @@ import torch
 from torch import Tensor
 
 from bench.gap.catalogue import POOLED_RATES, WAYS
-from bench.gap.product import by_product
+from bench.gap.product import by_product, product_recipe
 from bench.gap.rounds import federate, pooled
 from bench.gap.ways import Way
-from bench.methods.cells import Cells
+from bench.methods.cells import Cells, recipe_of
 from bench.methods.federation import study_sites
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config import StudyConfig, load_study
+from fedsigma.common.data import Record, Source, open_source, partition
 from fedsigma.common.metrics import Predictions
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.training import Example, Task, evaluate
@@ -87,6 +88,8 @@ class Bench:
 
     def figures(self, part: str, study: str, method: str, setting: dict[str, Any], seed: int) -> Any:
         """The figures of a cell; None if it is missing and nothing is to be run."""
+        if method == "product" and part != "test":
+            raise SystemExit("product is judged on the test part alone: name it with --test")
         cell = Cell(
             part=part,
             study=study,
@@ -97,13 +100,14 @@ class Bench:
             steps=self.steps,
             seed=seed,
         )
-        found = self.cells.find(cell)
+        recipe = recipe_of(self.study(study, seed), *([product_recipe()] if method == "product" else []))
+        found = self.cells.find(cell, recipe)
         if found is None and self.run_missing:
             started, used = time.monotonic(), time.process_time()
             found = self._run(cell)
             found["seconds"] = round(time.monotonic() - started)
             found["cpu_seconds"] = round(time.process_time() - used)
-            self.cells.keep(cell, found)
+            self.cells.keep(cell, found, recipe)
             print(f"{time.strftime('%H:%M')} {cell.key}: {found}", flush=True)
         return found
 
@@ -145,13 +149,22 @@ def task_for(name: str) -> Task:
 _images: dict[str, Sites] = {}
 
 
+def divided(study: StudyConfig) -> tuple[Source, Mapping[str, list[Record]]]:
+    """The training records alone, divided: other divisions than those that the test part is judged with."""
+    if study.data is None:
+        raise SystemExit(f"{study.name} has no section data")
+    source = open_source(study.data.source, **study.data.options)
+    kept = [r for r in source.records if r.split == "train" and r.label in study.classes]
+    return source, partition(kept, study.data.sites_by, study.seed)
+
+
 def images(study: StudyConfig, part: str, side: int) -> Sites:
     """Training images and those to judge by, of each site; one study's at a time are kept."""
     key = f"{part} {study.to_yaml()}"
     if key not in _images:
         _images.clear()
         if part == "validation":
-            _images[key] = validation_sites(study, side, 80, study.seed)
+            _images[key] = validation_sites(study, side, 80, divided(study))
         else:
             _images[key] = {n: (d.train, d.test) for n, d in study_sites(study, side).items()}
     return _images[key]
@@ -266,6 +279,8 @@ def main() -> None:
     p.add_argument("--classes", action="store_true", help="print who has what")
     p.add_argument("--json", type=Path)
     a = p.parse_args()
+    if "pooled" in a.test and len(a.rates) > 1:
+        p.error("--test takes one of --rates, chosen by --validate pooled: the test part chooses nothing")
     os.environ["FEDSIGMA_DATA"] = str(a.data.resolve())
     bench = Bench(
         Cells(a.out / "cells.sqlite"), sites=a.sites, alpha=a.alpha, steps=a.steps, run_missing=not a.show

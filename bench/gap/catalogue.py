@@ -24,6 +24,7 @@ WAYS: dict[str, Way] = {
     "turns-0.08": replace(SUM, eta=0.08, beta1=0.9, at_once=1),
     "turns-0.04-equal": replace(SUM, eta=0.04, beta1=0.9, at_once=1, equal=True),
     "dealt-0.04": replace(SUM, eta=0.04, beta1=0.9, at_once=1, by_images=True),
+    "dealt-distil": replace(SUM, eta=0.04, beta1=0.9, at_once=1, by_images=True, distil=1.0),
     "dealt-pairs-0.06": replace(SUM, eta=0.06, beta1=0.9, at_once=2, by_images=True),
     "pairs-0.08": replace(SUM, eta=0.08, beta1=0.9, at_once=2),
     "pairs-0.06": replace(SUM, eta=0.06, beta1=0.9, at_once=2),

@@ -15,14 +15,17 @@ from fedsigma.common.config import StudyConfig, load_study
 from fedsigma.server.inprocess import InProcessGrid
 from fedsigma.server.store import RunFolder
 
-__all__ = ["by_product", "with_recipe"]
+__all__ = ["by_product", "product_recipe", "with_recipe"]
 
-RECIPE = "white-cells-unlike-sites"
+
+def product_recipe() -> StudyConfig:
+    """The bundled study whose recipe is taken."""
+    return load_study("white-cells-unlike-sites")
 
 
 def with_recipe(study: StudyConfig, *, steps: int, sites: int) -> StudyConfig:
     """The study with the bundled recipe's training and rounds, for so many steps of a site on average."""
-    recipe = load_study(RECIPE)
+    recipe = product_recipe()
     training = replace(recipe.training, augment=study.training.augment)
     federation = replace(
         recipe.federation, rounds=steps * sites, participation=1 / sites, evaluate_every=steps

@@ -31,10 +31,9 @@ class Way:
     absent classes. not_true: of FedNTD's (Lee et al. 2022), whose teacher is the round's first model.
     proximal: FedProx's mu. control: SCAFFOLD's control variates. client_momentum: FedCM's share of the last
     global change in a local step (Xu et al. 2021), 0 none. power: steps times (s / mean s)**power along a
-    singular direction. frozen_text: the text tower stays as it came. equal: sites count alike. tail: share of
-    the rounds, the last ones, whose shifts are averaged for the final model. at_once: sites in a round, which
-    take turns in new orders, in as many rounds more; 0 all. by_images: a site has turns in proportion to its
-    images, as many in all, and each turn counts alike.
+    singular direction. frozen_text: the text tower stays as it came. equal: sites count alike. at_once: sites
+    in a round, which take turns in new orders, in as many rounds more; 0 all. by_images: a site has turns in
+    proportion to its images, as many in all, and each turn counts alike.
     """
 
     steps: int = 2
@@ -57,7 +56,6 @@ class Way:
     power: float = 0.0
     frozen_text: bool = False
     equal: bool = False
-    tail: float = 0.0
     at_once: int = 0
     by_images: bool = False
 

@@ -31,14 +31,26 @@ from bench.methods.tables import combine, markdown, print_search, verdicts
 
 
 def collect(plan: Plan, study: str, methods: list[str], seeds: list[int]) -> dict[str, Any]:
-    """Rows by method; seed by seed, so that a call that is cut off has whole comparisons."""
+    """Rows by method, over the seeds that all of them have: draws differ by more than methods do.
+
+    They are run seed by seed, so that a call that is cut off has whole comparisons.
+    """
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for seed in seeds:
         for method in methods:
             found = plan.tested(study, method, seed)
             if found is not None:
                 runs[method].append({**found, "seed": seed})
-    return {method: combine(found) for method, found in runs.items() if found}
+    runs = {method: found for method, found in runs.items() if found}
+    common = set(seeds).intersection(*({run["seed"] for run in found} for found in runs.values()))
+    for method, found in runs.items():
+        if left := sorted({run["seed"] for run in found} - common):
+            print(f"{study}: {method} has seeds {left}, too, which not all others have")
+    if runs and not common:
+        raise SystemExit(f"{study}: no seed has been run of all methods: name fewer --methods")
+    return {
+        method: combine([run for run in found if run["seed"] in common]) for method, found in runs.items()
+    }
 
 
 def main() -> None:

@@ -47,8 +47,12 @@ def with_setting(study: StudyConfig, candidate: Candidate, setting: Mapping[str,
     if candidate.strategy:
         options = dict(setting.get("options", {}))
         federation = replace(federation, strategy=candidate.strategy, options=options)
-    rate = setting.get("learning_rate", study.training.learning_rate)
-    return replace(study, federation=federation, training=replace(study.training, learning_rate=rate))
+    training = study.training
+    if rate := setting.get("learning_rate"):
+        # The schedule keeps its form: a rate near the study's last one would hardly fall, or rise.
+        last = training.final_learning_rate * rate / training.learning_rate
+        training = replace(training, learning_rate=rate, final_learning_rate=last)
+    return replace(study, federation=federation, training=training)
 
 
 def _sigma(codec: str = "exact") -> Build:
@@ -61,13 +65,15 @@ def _cache(kind: type[TipAdapter]) -> Build:
     )
 
 
-def _strategy(name: str, *options: Setting) -> Candidate:
+def _strategy(name: str, *options: Setting, rates: Sequence[float] = (), after: str = "fedavg") -> Candidate:
+    """Sigma under another strategy, at the rate of `fedavg`: like it, most have no step of their own."""
     return Candidate(
         title=f"sigma, {name}",
         build=_sigma(),
         strategy=name,
+        rates=rates,
         others=tuple({"options": one} for one in options) or ({},),
-        after="sigma",
+        after=after,
     )
 
 
@@ -85,7 +91,7 @@ CANDIDATES: dict[str, Candidate] = {
     "full": Candidate(
         title="full fine-tuning",
         build=lambda backbone, study, _: FullTuning(backbone, study.prompts),
-        rates=(1e-4,),
+        rates=(3e-5, 1e-4, 3e-4),
     ),
     "lora": Candidate(
         title="CLIP-LoRA r = 2, mean of factors",
@@ -129,10 +135,10 @@ CANDIDATES: dict[str, Candidate] = {
         quick=True,
         anew=True,
     ),
-    "fedavg": _strategy("fedavg"),
+    "fedavg": _strategy("fedavg", rates=(4e-2, 8e-2), after=""),
     "fedprox": _strategy("fedprox", {"proximal_mu": 0.01}, {"proximal_mu": 0.1}),
-    "fedadam": _strategy("fedadam", {"eta": 0.01}, {"eta": 0.03}),
-    "fedyogi": _strategy("fedyogi", {"eta": 0.01}, {"eta": 0.03}),
+    "fedadam": _strategy("fedadam", {"eta": 0.01}, {"eta": 0.03}, after="sigma"),
+    "fedyogi": _strategy("fedyogi", {"eta": 0.01}, {"eta": 0.03}, after="sigma"),
     "fedmedian": _strategy("fedmedian"),
     "fedtrimmedavg": _strategy("fedtrimmedavg", {"beta": 0.25}),
     "krum": _strategy("krum", {"num_malicious_nodes": 1}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,9 +20,9 @@ from bench.methods.studies import find_study
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config import StudyConfig
-from fedsigma.common.training import Example, TrainingError
+from fedsigma.common.training import Example, TrainingError, computes_bfloat16
 
-__all__ = ["MOST_RATES", "Cell", "Cells", "Plan", "grid"]
+__all__ = ["MOST_RATES", "Cell", "Cells", "Plan", "grid", "recipe_of"]
 
 Sites = Mapping[str, tuple[list[Example], list[Example]]]
 SEARCH_SEED, FIRST_SEED = 11, 1
@@ -50,6 +51,22 @@ class Cell:
         return json.dumps(vars(self), sort_keys=True)
 
 
+class Keyed(Protocol):
+    """What figures are kept for."""
+
+    @property
+    def key(self) -> str: ...
+
+
+def recipe_of(*studies: StudyConfig) -> str:
+    """A digest of all that studies say, but their names and seeds and where their images lie."""
+    said = hashlib.sha256()
+    for study in studies:
+        said.update(replace(study, name="any", seed=0, data=None, baselines=()).to_yaml().encode())
+        said.update(json.dumps(study.data and study.data.sites_by, sort_keys=True).encode())
+    return said.hexdigest()[:16]
+
+
 class Cells:
     """The cells that were run, in one SQLite file; a cell is written when it is done.
 
@@ -65,16 +82,22 @@ class Cells:
                 "CREATE TABLE IF NOT EXISTS cells (cell TEXT PRIMARY KEY, figures TEXT NOT NULL)"
             )
 
-    def find(self, cell: Cell) -> dict[str, Any] | None:
-        """The figures of a cell, or None before it was run."""
+    def find(self, cell: Keyed, recipe: str) -> dict[str, Any] | None:
+        """The figures of a cell; None before it was run with this recipe.
+
+        Of cells that were kept without their recipe it is taken that it was this one.
+        """
         with closing(self._open()) as database:
             row = database.execute("SELECT figures FROM cells WHERE cell = ?", (cell.key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        found = {} if row is None else json.loads(row[0])
+        return found if found and found.get("recipe", recipe) == recipe else None
 
-    def keep(self, cell: Cell, figures: Mapping[str, Any]) -> None:
-        """Write the figures of a cell."""
+    def keep(self, cell: Keyed, figures: Mapping[str, Any], recipe: str) -> None:
+        """Write the figures of a cell, with what they were computed in."""
+        native = computes_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        told = {**figures, "recipe": recipe, "precision": "bfloat16" if native else "float32"}
         with closing(self._open()) as database, database:
-            database.execute("INSERT OR REPLACE INTO cells VALUES (?, ?)", (cell.key, json.dumps(figures)))
+            database.execute("INSERT OR REPLACE INTO cells VALUES (?, ?)", (cell.key, json.dumps(told)))
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self._path, timeout=60)
@@ -157,16 +180,18 @@ class Plan:
         )
 
     def _figures(self, cell: Cell) -> dict[str, Any] | None:
-        found = self._cells.find(cell)
+        study = self._study(cell)
+        recipe = recipe_of(study)
+        found = self._cells.find(cell, recipe)
         if found is None and self._run_missing:
             try:
-                judged = self._run(cell)
+                judged = self._run(cell, study)
             except TrainingError:
                 if cell.part == "test":
                     raise
                 judged = {cell.part: {"accuracy": {"all": 0.0}, "seconds": 0.0}}
             for part, figures in judged.items():
-                self._cells.keep(replace(cell, part=part), figures)
+                self._cells.keep(replace(cell, part=part), figures, recipe)
                 print(
                     f"{part} {cell.study} {cell.method} {cell.setting} seed {cell.seed}: "
                     f"{figures['accuracy']['all']:.3f} in {figures['seconds']:.0f} s",
@@ -175,12 +200,14 @@ class Plan:
             found = judged[cell.part]
         return found
 
-    def _run(self, cell: Cell) -> dict[str, dict[str, Any]]:
-        """Figures by part: of the one that is asked for, and of both if training is the dear part of it."""
-        started, candidate = time.monotonic(), CANDIDATES[cell.method]
+    def _study(self, cell: Cell) -> StudyConfig:
         base = find_study(cell.study)
         base = replace(base, seed=cell.seed, federation=replace(base.federation, rounds=cell.rounds))
-        study = with_setting(base, candidate, cell.setting)
+        return with_setting(base, CANDIDATES[cell.method], cell.setting)
+
+    def _run(self, cell: Cell, study: StudyConfig) -> dict[str, dict[str, Any]]:
+        """Figures by part: of the one that is asked for, and of both if training is the dear part of it."""
+        started, candidate = time.monotonic(), CANDIDATES[cell.method]
         backbone = load_backbone(study.backbone)
         side = backbone.image_size * 3 // 2
         parts = (cell.part,) if candidate.quick else ("validation", "test")
@@ -210,7 +237,7 @@ class Plan:
             if len(self._sites) > 2:
                 self._sites.clear()  # those of a study's search and of a seed or two are enough to hold
             if cell.part == "validation":
-                self._sites[key] = validation_sites(study, side, VALIDATION, study.seed)
+                self._sites[key] = validation_sites(study, side, VALIDATION)
             else:
                 found = study_sites(study, side)
                 self._sites[key] = {name: (data.train, data.test) for name, data in found.items()}

@@ -47,7 +47,7 @@ def _points(panel: Any, rows: Rows) -> None:
     shown = _shown(rows)
     best = [shown[name] for name in front(rows) if name in shown]
     x, y = [at[0] for at in best], [at[1] for at in best]
-    if shown:
+    if best:
         # On to the right end: who sends more and is no better is behind the front.
         x, y = [*x, max(at[0] for at in shown.values())], [*y, y[-1]]
     panel.step(x, y, where="post", color="0.7", linewidth=1.2, zorder=1, label="front")

@@ -21,11 +21,14 @@ best one's bytes."""
 def combine(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row of one method's runs: mean, spread (standard deviation over seeds), per site the mean, bytes."""
     totals = [run["accuracy"]["all"] for run in runs]
-    sites = [site for site in runs[0]["accuracy"] if site != "all"]
+    by_site: dict[str, list[float]] = {}
+    for run in runs:
+        for site, value in run["accuracy"].items():
+            by_site.setdefault(site, []).append(value)  # in some divisions a site has no test image
     return {
         "mean": statistics.mean(totals),
         "spread": statistics.stdev(totals) if len(totals) > 1 else None,
-        "per_site": {site: statistics.mean(run["accuracy"][site] for run in runs) for site in sites},
+        "per_site": {site: statistics.mean(of) for site, of in by_site.items() if site != "all"},
         "seeds": {str(run["seed"]): run["accuracy"]["all"] for run in runs},
         **{name: statistics.mean(run[name] for run in runs) for name in _BYTES},
     }
@@ -36,12 +39,13 @@ _BYTES = ("bytes_upload", "bytes_float32", "bytes_total")
 
 def front(rows: Rows) -> list[str]:
     """The methods that no other beats: at most as many bytes and a higher accuracy, or fewer and as high."""
-    found, best = [], -1.0
-    for name in sorted(rows, key=lambda name: (rows[name]["bytes_total"], -rows[name]["mean"])):
-        if rows[name]["mean"] > best:
-            found.append(name)
-            best = rows[name]["mean"]
-    return found
+
+    def beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        no_worse = one["bytes_total"] <= other["bytes_total"] and one["mean"] >= other["mean"]
+        return no_worse and (one["bytes_total"], one["mean"]) != (other["bytes_total"], other["mean"])
+
+    found = [name for name, own in rows.items() if not any(beats(one, own) for one in rows.values())]
+    return sorted(found, key=lambda name: rows[name]["bytes_total"])
 
 
 def markdown(study: str, rows: Rows) -> str:
@@ -50,14 +54,15 @@ def markdown(study: str, rows: Rows) -> str:
     lines = [
         f"### {study}",
         "",
-        "| method | accuracy | seeds | bytes an upload | bytes a site sent | front |",
+        "| method | accuracy | by seed | bytes an upload | as float32 | bytes a site sent | front |",
     ]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
         seeds = ", ".join(f"{100 * value:.1f}" for value in row["seeds"].values())
         cells = [CANDIDATES[name].title, f"{100 * row['mean']:.1f}{spread}", seeds]
-        cells += [f"{row['bytes_upload']:,.0f}", f"{row['bytes_total']:,.0f}", "yes" if name in best else ""]
+        cells += [f"{row[key]:,.0f}" for key in ("bytes_upload", "bytes_float32", "bytes_total")]
+        cells.append("yes" if name in best else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
@@ -74,10 +79,11 @@ def verdicts(study: str, rows: Rows) -> list[str]:
         behind = round(100 * (other["mean"] - own["mean"]), 9)
         share = own["bytes_total"] / other["bytes_total"] if other["bytes_total"] else float("inf")
         reached = ahead and (behind < 0 or (behind <= POINTS and share < SHARE))
+        uncoded = own["bytes_float32"] / other["bytes_float32"] if other["bytes_float32"] else float("inf")
         lines.append(
             f"{study}: {CANDIDATES[name].title} is {'' if ahead else 'not '}on the front; "
             f"{abs(behind):.1f} points {'above' if behind < 0 else 'below'} the best other method "
-            f"({CANDIDATES[best].title}) at {share:.3g} of its bytes: "
+            f"({CANDIDATES[best].title}) at {share:.3g} of its bytes (both as float32: {uncoded:.3g}): "
             f"the reach is {'' if reached else 'not '}met"
         )
     return lines
