@@ -25,7 +25,7 @@ from fedsigma.common.cards import (
 )
 from fedsigma.common.cards.checking import differences
 from fedsigma.common.config import StudyConfig, load_study
-from fedsigma.common.data import DataError, Record, check, few_shot_parts, halves, open_source
+from fedsigma.common.data import DataError, Record, check, few_shot, halves, open_source
 from fedsigma.common.data.coop import open_card
 from fedsigma.common.data.split_file import read_split_file
 from fedsigma.common.paths import UnsafePath, inside
@@ -244,23 +244,19 @@ def test_base_and_novel_follow_label_numbers_not_names(tmp_path: Path) -> None:
     st.integers(1, 3),
 )
 @example([(0, "val")] * 9 + [(1, "train")] * 20, 16, 1)
-def test_few_shot_parts_follow_the_protocol(rows: list[tuple[int, str]], shots: int, seed: int) -> None:
+def test_a_draw_has_so_many_of_each_class_and_no_image_twice(
+    rows: list[tuple[int, str]], shots: int, seed: int
+) -> None:
     records = [Record(key=f"k{i}", label=f"c{n}", split=part) for i, (n, part) in enumerate(rows)]
     classes = ["c0", "c1", "c2"]
-    parts = few_shot_parts(records, shots=shots, classes=classes, seed=seed)
-    assert parts == few_shot_parts(records[::-1], shots=shots, classes=classes, seed=seed) | {
-        "test": parts["test"]
-    }
-    assert parts["test"] == [r for r in records if r.split == "test" and r.label in classes]
-    for part, most in (("train", shots), ("val", min(shots, 4))):
-        assert len(set(parts[part])) == len(parts[part])
-        for label in classes:
+    for part in ("train", "val"):
+        drawn = few_shot(records, shots=shots, classes=classes, seed=seed, split=part)
+        assert drawn == few_shot(records[::-1], shots=shots, classes=classes, seed=seed, split=part)
+        assert len(set(drawn)) == len(drawn) and {r.split for r in drawn} <= {part}
+        for label in (*classes, "c3"):
             there = sum(r.label == label and r.split == part for r in records)
-            assert sum(r.label == label for r in parts[part]) == min(most, there)
-    assert {r.split for part in ("train", "val", "test") for r in parts[part]} <= {"train", "val", "test"}
-    assert all(r.split == part for part in parts for r in parts[part])
-    fewer = few_shot_parts(records, shots=1, classes=classes, seed=seed)
-    assert set(fewer["train"]) <= set(parts["train"])
+            assert sum(r.label == label for r in drawn) == (min(shots, there) if label in classes else 0)
+        assert set(few_shot(records, shots=1, classes=classes, seed=seed, split=part)) <= set(drawn)
 
 
 def test_names_of_labels(tmp_path: Path) -> None:

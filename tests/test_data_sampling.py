@@ -154,6 +154,21 @@ def test_partition_shapes() -> None:
     assert max(map(len, skewed.values())) > 40
 
 
+@pytest.mark.parametrize("least", [1, 2])
+def test_no_made_up_site_is_empty_however_many_there_are(least: int) -> None:
+    """Ten draws of sixty sites by alpha 0.1 do not give each of them one of 120 groups."""
+    pytest.importorskip("flwr_datasets")
+    records = [replace(r, group=None) for r in many()]
+    way = {"dirichlet": {"sites": 60, "alpha": 0.1, "min_groups": least}}
+    sites = partition(records, way, 1)
+    assert min(map(len, sites.values())) == least and sum(map(len, sites.values())) == 120
+    assert {r.key for part in sites.values() for r in part} == {r.key for r in records}
+    assert partition(records[::-1], way, 1) == sites
+    assert least == 2 or max(map(len, sites.values())) > 4, "still uneven: alike would be two each"
+    with pytest.raises(DataError, match="cannot divide 120 groups"):
+        partition(records, {"dirichlet": {"sites": 60, "alpha": 0.1, "min_groups": 3}}, 1)
+
+
 def test_own_sites_are_those_of_the_natural_partitioner() -> None:
     mine = partition(many(), "site", 1)
     assert list(mine) == ["n", "s"] and {r.site for r in mine["n"]} == {"n"}

@@ -164,7 +164,7 @@ def test_fetch_checks_and_unpacks(shelf: Shelf, tmp_path: Path) -> None:
     sha, md5 = hashlib.sha256(content).hexdigest(), hashlib.md5(content).hexdigest()
     one = replace(plain, sha256=sha, md5=md5, stated_by="its authors", size=len(content), take="top")
     came = fetch(one, tmp_path / "set")
-    assert came.checked_by == "its authors" and came.unpacked and came.sha256 == sha
+    assert came.checked_by == "its authors" and came.content == ("images", "list.txt") and came.sha256 == sha
     files = everything(tmp_path / "set")
     assert json.loads(files.pop(RECORD))["set.zip"]["url"] == one.url
     assert files == {"images/a.png": b"1", "list.txt": b"2"}
@@ -190,15 +190,15 @@ def test_without_a_checksum_the_first_download_counts(shelf: Shelf, tmp_path: Pa
     came = fetch(one, tmp_path)
     assert came.checked_by == "" and came.sha256 == hashlib.sha256(b"first").hexdigest()
     assert (tmp_path / "labels.mat").read_bytes() == b"first"
-    # As after an unpacking that failed: the record is there, the content is not.
-    record = json.loads((tmp_path / RECORD).read_text())
-    record["labels.mat"]["unpacked"] = False
-    (tmp_path / RECORD).write_text(json.dumps(record))
+    # What was taken away is fetched anew, and must be what it was.
+    (tmp_path / "labels.mat").unlink()
     shelf.put("labels.mat", b"second")
-    with pytest.raises(DigestError, match=r"fetched.json, of the first download, states"):
+    with pytest.raises(DigestError, match=r"fetched.json \(of the first download; without it any will do\)"):
         fetch(one, tmp_path)
-    assert (tmp_path / "labels.mat").read_bytes() == b"first"
+    assert not (tmp_path / "labels.mat").exists()
     shelf.put("labels.mat", b"first")
+    assert fetch(one, tmp_path) == came
+    (tmp_path / RECORD).unlink()
     (tmp_path / "labels.mat").write_bytes(b"mine")
     with pytest.raises(CardError, match=r"labels\.mat is there already: move it away"):
         fetch(one, tmp_path)
@@ -216,9 +216,18 @@ def test_a_download_outlives_an_unpacking_that_failed(shelf: Shelf, tmp_path: Pa
         fetch(one, tmp_path)
     assert (tmp_path / "images" / "mine.png").read_bytes() == b"2"
     (tmp_path / "images").rename(tmp_path / "old")
-    assert fetch(one, tmp_path).unpacked
+    assert fetch(one, tmp_path).content == ("images",)
     assert (tmp_path / "images" / "a.png").read_bytes() == b"1"
     assert len(shelf.ranges) == 1
+
+
+def test_a_page_in_place_of_an_archive_leaves_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
+    one = shelf.put("set.zip", b"<html>Please log in</html>")
+    with pytest.raises(ArchiveError, match="no zip or tar"):
+        fetch(one, tmp_path)
+    assert everything(tmp_path) == {}
+    shelf.put("set.zip", zipped({"images/a.png": b"1"}))
+    assert fetch(one, tmp_path).content == ("images",)
 
 
 # --- unpacking ----------------------------------------------------------------------------------------

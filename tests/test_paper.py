@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,11 +30,12 @@ from fedsigma.common.config import ConfigError, StudyConfig
 from fedsigma.common.data import PictureError, open_source
 from fedsigma.common.learner import Judged, Learned
 from fedsigma.server import streaming
+from fedsigma.server.paper import sets
 from fedsigma.server.paper.pictures import LazyExamples
-from fedsigma.server.paper.rendering import blocks_of, markdown
+from fedsigma.server.paper.rendering import blocks_of, flat, markdown
 from fedsigma.server.paper.results import key_of
 from fedsigma.server.paper.running import Score
-from fedsigma.server.paper.sets import PublishedSet, find_sets
+from fedsigma.server.paper.sets import PublishedSet, averaged_of, find_sets, published_on
 from fedsigma.server.paper.studies import read_overrides, steps_of, study_of
 from fedsigma.server.paper.tables import CENTRAL, TABLES, Cell, Setting, settings_of
 from fedsigma.server.paper.work import share_of
@@ -151,19 +153,39 @@ def test_settings_of_all_studies() -> None:
     given = read_overrides(
         ["federation.codec=small", "training.learning_rate=0.5", "federation.strategy=fedavg"]
     )
-    study = a_study(a_cell(), **given)
+    apart = Setting(way="iid", sites=2)
+    study = a_study(a_cell(setting=apart), **given)
     assert (study.federation.codec, study.training.learning_rate) == ("small", 0.5)
     assert study.federation.strategy == "fedavg" and study.federation.options == {}
+    # What a cell has no use for changes nothing in it, so it need not be run anew.
+    for cell in (a_cell(), a_cell(setting=replace(apart, pooled=True))):
+        assert a_study(cell, federation={"codec": "small"}) == a_study(cell)
+        assert a_study(cell, **given).training.learning_rate == 0.5
+    zero = a_cell(setting=None, shots=0)
+    assert a_study(zero, most_steps=3, **given) == a_study(zero)
     for setting, says in (
         ("federation.codec", "expected SECTION.KEY=VALUE"),
         ("seed=3", "names 'seed', which the table decides"),
         ("federation.participation=0.5", "which the table decides"),
+        (
+            "federation={codec: small, rounds: 3}",
+            "names 'federation.rounds', which the table decides: see --rounds",
+        ),
+        ("personal.towers=[image]", "names 'personal', which the table decides"),
         ("federation.codec=[", "--set federation.codec"),
+        ("federation=foo", "--set federation is 'foo', expected federation.KEY=VALUE"),
+        ("training=5", "--set training is 5, expected training.KEY=VALUE"),
+        ("federation.codek=small", r"'federation\.codek', which is not known: did you mean 'codec'"),
     ):
         with pytest.raises(ConfigError, match=says):
             read_overrides([setting])
-    with pytest.raises(ConfigError, match=r"'federation\.codek' is not known: did you mean 'codec'"):
-        a_study(a_cell(), **read_overrides(["federation.codek=small"]))
+    for wrong, says in (
+        ("batch_size=0", "training.batch_size is 0, expected a number between"),
+        ("batch_size=[1]", "training.batch_size is"),
+        ("local_steps=null", "training.local_steps is"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            a_study(a_cell(), **read_overrides([f"training.{wrong}"]))
 
 
 def test_settings_have_names() -> None:
@@ -173,21 +195,29 @@ def test_settings_have_names() -> None:
         participation=[1.0, 0.1],
         pooled=True,
     )
-    assert [str(one) for one in found[:7]] == [
+    assert [str(one) for one in found[:6]] == [
         "central",
         "IID, 3 sites",
-        "IID, 3 sites, 10% a round",
         "pooled: IID, 3 sites",
+        "IID, 3 sites, 10% a round",
+        "pooled: IID, 3 sites, 10% a round",
         "IID, 100 sites",
-        "IID, 100 sites, 10% a round",
-        "pooled: IID, 100 sites",
     ]
-    assert [str(one) for one in found[-3:]] == [
+    assert [str(one) for one in found[-4:]] == [
         "natural sites",
-        "natural sites, 10% a round",
         "pooled: natural sites",
+        "natural sites, 10% a round",
+        "pooled: natural sites, 10% a round",
     ]
-    assert len(found) == len(set(found)) == 1 + 3 * 6 + 3
+    assert len(found) == len(set(found)) == 1 + 3 * 8 + 4
+    # Rows are told apart by these names.
+    near = settings_of(["iid"], sites=[100], participation=[0.12, 0.125, 0.07, 0.004], pooled=False)
+    assert [str(one).partition("sites, ")[2] for one in near] == [
+        "12% a round",
+        "12.5% a round",
+        "7% a round",
+        "0.4% a round",
+    ]
     for name in ("dirichlet", "dirichlet-0", "sorted"):
         with pytest.raises(ConfigError, match=f"the setting '{name}' is not known"):
             settings_of([name], sites=[3], participation=[1.0], pooled=False)
@@ -205,7 +235,7 @@ def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     def key(root: Path, cell: Cell = cell, **overrides: Any) -> str:
         (one,), _ = find_sets(TABLES["fewshot-biomedical"], root, ["btmri"])
         study = study_of(cell, one, backbone="", rounds=60, most_steps=9, overrides=overrides)
-        return key_of(cell, study, [one])
+        return key_of(cell, study, one)
 
     first = key(tmp_path / "a")
     assert key(tmp_path / "b") == first
@@ -215,6 +245,13 @@ def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     assert key(tmp_path / "a", training={"proximal": 0.0}) == first  # as it is by default
     stand_in(card("btmri"), tmp_path / "c" / "BTMRI", train=2)
     assert key(tmp_path / "c") != first
+    assert key(tmp_path / "a", replace(cell, judged_on=("btmri", "later"))) == first
+    rows = "path,site\n" + "".join(
+        f"{one.key},north\n" for one in open_source(f"coop:btmri:{tmp_path}/b/BTMRI").records
+    )
+    (tmp_path / "b" / "BTMRI" / "sites.csv").write_text(rows)
+    sets._opened.cache_clear()
+    assert key(tmp_path / "b") != first
 
 
 def test_shares_of_machines_are_all_cells_once() -> None:
@@ -246,12 +283,15 @@ def test_mean_and_spread_over_seeds_and_the_average_over_sets() -> None:
     cells += [few("btmri", 1, 0.5), few("btmri", 2, 0.7), few("busi", 1, 0.9)]
     table, names = TABLES["fewshot-biomedical"], ["btmri", "busi"]
     missing = (a_cell(trained_on="busi", judged_on=("busi",), seed=2), None)
-    blocks = blocks_of(table, [*cells, missing], names)
+    blocks = blocks_of(table, [*cells, missing], names, names)
     assert str(blocks["btmri"]["central"]["16"]) == "60.0 ± 14.1"
     assert str(blocks["btmri"]["zero-shot"]["16"]) == "25.0"
     assert str(blocks["busi"]["central"]["16"]) == "90.0 (1 of 2)"
     assert str(blocks["average"]["central"]["16"]) == "70.0 (1 of 2)"  # of seed 1, which both sets have
-    whole = blocks_of(table, [*cells, few("busi", 2, 0.5)], names)
+    whole = blocks_of(table, [*cells, few("busi", 2, 0.5)], names, names)
+    assert "average" not in blocks_of(table, [*cells, missing], names, ["btmri"])
+    one = next(e for e in flat(blocks) if (e["block"], e["row"]) == ("busi", "central"))
+    assert (one["seeds"], one["wanted"], one["spread"]) == ([0.9], 2, None)
     assert str(whole["average"]["central"]["16"]) == "65.0 ± 7.1"  # of 70 and 60
     text = markdown(table, whole, notes=["a note"])
     assert "| zero-shot | 30.0 |" in text and "### average" in text and "- a note" in text
@@ -264,6 +304,7 @@ def test_the_harmonic_mean_is_that_of_the_averages() -> None:
         TABLES["base-to-novel-biomedical"],
         [scored(cell, 0.8, 0.4), scored(other, 0.4, 0.8)],
         ["btmri", "busi"],
+        ["btmri", "busi"],
     )
     assert str(blocks["btmri"]["central"]["harmonic mean"]) == "53.3"
     assert str(blocks["average"]["central"]["harmonic mean"]) == "60.0"
@@ -271,7 +312,7 @@ def test_the_harmonic_mean_is_that_of_the_averages() -> None:
 
 def test_one_source_and_many_targets_have_one_block() -> None:
     cell = a_cell(protocol="cross_dataset", trained_on="imagenet", judged_on=("imagenet", "dtd", "eurosat"))
-    blocks = blocks_of(TABLES["cross-dataset"], [scored(cell, 0.9, 0.4, 0.6)], ["dtd", "eurosat"])
+    blocks = blocks_of(TABLES["cross-dataset"], [scored(cell, 0.9, 0.4, 0.6)], ["dtd", "eurosat"], [])
     assert {c: str(v) for c, v in blocks["From one data set to others"]["central"].items()} == {
         "imagenet": "90.0",
         "dtd": "40.0",
@@ -370,6 +411,9 @@ def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert code == 3 and "eurosat is not of this table: its sets are btmri" in wrong
     code, _, wrong = paper(*args, "--data", tmp_path, "--shots", "one")
     assert code == 3 and "--shots is 'one', expected whole numbers" in wrong
+    for shares in ("", "half"):
+        code, _, wrong = paper(*args, "--data", tmp_path, "--participation", shares)
+        assert code == 3 and f"--participation is '{shares}', expected shares by commas" in wrong
     stand_in(card("btmri"), tmp_path / "BTMRI")
     code, _, wrong = paper(*args, "--data", tmp_path)
     assert code == 3 and "btmri: train: 4 images, the card says 2,854" in wrong and fake == []
@@ -396,8 +440,8 @@ def test_sites_of_their_own_and_partial_participation(
     args += ["--setting", "natural", "--participation", "1,0.3", "--pooled", "--shots", "2"]
     code, told, wrong = paper(*args, "--most-steps", "4", "--rounds", "4", "--datasets", "kvasir")
     assert code == 0 and "natural sites, 30% a round" in told, wrong
-    # All three sites in four rounds, one of them in each of four, and the pooled run with all sites' steps.
-    assert sorted(steps for _, steps in fake) == [1] * 12 + [1] * 4 + [12]
+    # All three sites in four rounds, one of them in each of four, and pooled with the steps of each together.
+    assert sorted(steps for _, steps in fake) == [1] * 12 + [1] * 4 + [4, 12]
 
 
 def test_a_set_of_medmnist_joins_a_table(fake: list[tuple[int, int]], tmp_path: Path) -> None:
@@ -410,7 +454,7 @@ def test_a_set_of_medmnist_joins_a_table(fake: list[tuple[int, int]], tmp_path: 
     # Two base classes with three images each, all in one place and then at two sites.
     assert fake[0] == (6, 2) and sum(images for images, _ in fake[1:]) == 6
     text = (tmp_path / "out" / "base-to-novel-biomedical.md").read_text()
-    assert "No published configuration, so the commonest: medmnist:octmnist:64" in text
+    assert "or its commonest where there is none: medmnist:octmnist:64." in text
 
 
 def test_pictures_are_decoded_ahead_in_order_and_only_on_demand(tmp_path: Path) -> None:
@@ -458,3 +502,92 @@ def test_the_real_method_learns_a_published_set_in_one_place_and_among_sites(
         (text,) = database.execute("SELECT study FROM cells WHERE setting = 'IID, 2 sites'").fetchone()
     study = StudyConfig.from_yaml(text)
     assert study.federation.rounds == 10 and study.training.local_steps == 3
+
+
+@pytest.mark.usefixtures("fake")
+def test_databases_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins(tmp_path, monkeypatch, ["btmri"])
+    args = ["--table", "fewshot-biomedical", "--data", tmp_path, "--show", "--datasets", "btmri"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.sqlite").write_text("none of SQLite's" * 99)
+    (tmp_path / "file").write_text("")
+    for given, says in (
+        (["--out", tmp_path / "out"], "results.sqlite cannot be used (file is not a database)"),
+        (
+            ["--out", tmp_path / "new", "--database", "nonsense"],
+            "the results database 'nonsense' cannot be used",
+        ),
+        (
+            ["--out", tmp_path / "new", "--database", "mysql://me:secret@here/x"],
+            "mysql://me:***@here/x cannot be",
+        ),
+        (["--out", tmp_path / "file"], "file, which is a file: name a folder"),
+    ):
+        code, _, wrong = paper(*args, *given)
+        assert code == 3 and says in wrong and "secret" not in wrong, wrong
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_damaged_set_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins(tmp_path, monkeypatch, ["btmri", "busi", "kvasir"])
+    (tmp_path / card("btmri").layout.folder / card("btmri").layout.split).write_text("{")
+    (tmp_path / card("kvasir").layout.folder / "sites.csv").write_bytes(b"path,site\n\xff,a\n")
+    args = [
+        "--table",
+        "base-to-novel-biomedical",
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--seeds",
+        "1",
+    ]
+    code, told, wrong = paper(*args, "--setting", "central", "--most-steps", "1")
+    assert code == 0 and "2 of 2 cells" in told, wrong
+    assert f"Left out: btmri: {tmp_path / 'BTMRI'} cannot be read" in wrong
+    assert "Left out: kvasir" in wrong and "expected a CSV file in UTF-8" in wrong
+    # A half of BUSI is one class, and CLIP-SVD publishes nothing of the kind on it.
+    text = (tmp_path / "out" / "base-to-novel-biomedical.md").read_text()
+    assert "No published configuration of this protocol" in text and "busi" in text
+
+
+def test_a_set_without_a_configuration_of_the_protocol_is_in_no_average() -> None:
+    table, found = TABLES["base-to-novel-biomedical"], [a_set(), a_set(name="kvasir"), a_set(name="busi")]
+    found[2] = replace(found[2], protocols=card("busi").protocols)
+    assert averaged_of(table, found) == ["btmri", "kvasir"]
+    assert averaged_of(table, found[2:]) == ["busi"]
+    assert len(published_on(table)) == 9 and "busi" not in published_on(table)
+    assert len(published_on(TABLES["fewshot-biomedical"])) == 10
+
+
+def test_a_set_that_comes_later_is_judged_by_the_models_that_are_there(
+    fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(tmp_path / "sets", monkeypatch, ["imagenet", "dtd", "eurosat"])
+    (tmp_path / "sets" / card("eurosat").layout.folder).rename(tmp_path / "elsewhere")
+    args = [
+        "--table",
+        "cross-dataset",
+        "--data",
+        tmp_path / "sets",
+        "--out",
+        tmp_path / "out",
+        "--seeds",
+        "1",
+    ]
+    args += ["--setting", "central,iid", "--sites", "2", "--rounds", "2", "--most-steps", "2"]
+    code, told, wrong = paper(*args)
+    assert code == 0 and "3 of 3 cells" in told and "Left out: eurosat" in wrong, wrong
+    trained = len(fake)
+    (tmp_path / "elsewhere").rename(tmp_path / "sets" / card("eurosat").layout.folder)
+    assert "0 of 3 cells" in paper(*args, "--show")[1]
+    code, told, wrong = paper(*args, "--json", tmp_path / "f.json")
+    assert code == 0 and "3 of 3 cells" in told and len(fake) == trained, wrong
+    first = json.loads((tmp_path / "f.json").read_text())["entries"]
+    assert {e["column"] for e in first} == {"imagenet", "dtd", "eurosat", "average"}
+    # Without what was kept they are trained again, and come out the same.
+    for file in (tmp_path / "out").iterdir():
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    code, _, wrong = paper(*args, "--json", tmp_path / "f.json")
+    assert code == 0 and len(fake) == 2 * trained, wrong
+    assert json.loads((tmp_path / "f.json").read_text())["entries"] == first

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedsigma.common.cards.card import Archive, CardError
 from fedsigma.common.cards.downloading import Progress, download
-from fedsigma.common.cards.unpacking import unpack
+from fedsigma.common.cards.unpacking import ArchiveError, InTheWay, unpack
 from fedsigma.common.files import write_atomic
 from fedsigma.common.reading import build
 
@@ -26,13 +26,17 @@ class DigestError(CardError):
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """One file as it came. checked_by: who states the checksum that it agrees with, '' for nobody."""
+    """One file as it came.
+
+    checked_by: who states the checksum that it agrees with, '' for nobody. content: the names of what it left
+    in the folder.
+    """
 
     url: str
     size: int
     sha256: str
     checked_by: str
-    unpacked: bool = False
+    content: tuple[str, ...]
 
 
 def fetched(folder: Path) -> dict[str, Fetched]:
@@ -54,22 +58,28 @@ def fetched(folder: Path) -> dict[str, Fetched]:
 def fetch(archive: Archive, folder: Path, *, progress: Progress = lambda done, whole: None) -> Fetched:
     """Download one file of a set, check and unpack it; what is in the folder already is left as it is.
 
-    Where nobody states a checksum, the SHA-256 of what came first is kept in the record, and a later download
-    into the folder must agree with it.
+    Where nobody states a checksum, the SHA-256 of what first came and could be unpacked is kept in the
+    record, and a later download into the folder must agree with it.
 
     Raises:
         CardError: the file cannot be had, is not the expected one, or cannot be unpacked.
     """
     known = fetched(folder).get(archive.name)
-    if known is not None and known.url == archive.url and known.unpacked:
+    if known and known.url == archive.url and all((folder / name).exists() for name in known.content):
         return known
     file = folder / _DOWNLOADS / archive.name
     if not file.is_file():
         download(archive.url, file, size=archive.size, progress=progress)
-    came = _verified(archive, file, known)
-    _record(folder, archive.name, came)
+    size, sha256 = file.stat().st_size, _verified(archive, file, known)
+    content = [archive.name]
     if archive.unpack:
-        unpack(file, folder, take=archive.take, inner=archive.inner)
+        try:
+            content = unpack(file, folder, take=archive.take, inner=archive.inner)
+        except InTheWay:
+            raise
+        except ArchiveError:
+            file.unlink()  # a page that a server sent in its place, for one: the next attempt asks anew
+            raise
         file.unlink()
     else:
         if (folder / archive.name).exists():
@@ -77,13 +87,15 @@ def fetch(archive: Archive, folder: Path, *, progress: Progress = lambda done, w
         file.replace(folder / archive.name)
     if not any(file.parent.iterdir()):
         file.parent.rmdir()
-    done = Fetched(**(asdict(came) | {"unpacked": True}))
+    done = Fetched(
+        url=archive.url, size=size, sha256=sha256, checked_by=archive.stated_by, content=tuple(content)
+    )
     _record(folder, archive.name, done)
     return done
 
 
-def _verified(archive: Archive, file: Path, known: Fetched | None) -> Fetched:
-    """The file as it came.
+def _verified(archive: Archive, file: Path, known: Fetched | None) -> str:
+    """The SHA-256 of the file as it came.
 
     Raises:
         DigestError: it is not the one that is stated, or, where nothing is, not the one that came before.
@@ -91,7 +103,7 @@ def _verified(archive: Archive, file: Path, known: Fetched | None) -> Fetched:
     sums = _sums(file)
     expected = [("sha256", archive.sha256, archive.stated_by), ("md5", archive.md5, archive.stated_by)]
     if not archive.stated_by and known is not None and known.url == archive.url:
-        expected.append(("sha256", known.sha256, f"{RECORD}, of the first download,"))
+        expected.append(("sha256", known.sha256, f"{RECORD} (of the first download; without it any will do)"))
     for kind, wanted, who in expected:
         if wanted and sums[kind] != wanted:
             file.unlink()
@@ -99,9 +111,7 @@ def _verified(archive: Archive, file: Path, known: Fetched | None) -> Fetched:
                 f"{archive.name} came with {kind} {sums[kind]}, and {who} states {wanted}: it was removed;"
                 " fetch it again, and if that does not help, see the set's page"
             )
-    return Fetched(
-        url=archive.url, size=file.stat().st_size, sha256=sums["sha256"], checked_by=archive.stated_by
-    )
+    return sums["sha256"]
 
 
 def _sums(file: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import IO
 from fedsigma.common.cards.card import CardError
 from fedsigma.common.paths import UnsafePath, inside
 
-__all__ = ["ArchiveError", "Limits", "unpack"]
+__all__ = ["ArchiveError", "InTheWay", "Limits", "unpack"]
 
 _CHUNK = 2**20
 # Written by the archiver of macOS beside each file.
@@ -27,6 +27,10 @@ Member = tuple[PurePosixPath, Callable[[], IO[bytes]]]
 
 class ArchiveError(CardError):
     """An archive cannot be unpacked, or is refused; nothing of it was left."""
+
+
+class InTheWay(ArchiveError):
+    """Something is already where an archive's content would go; the archive itself may be right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Limits:
 
 def unpack(
     archive: Path, folder: Path, *, take: str = "", inner: str = "", limits: Limits | None = None
-) -> None:
+) -> list[str]:
     """Unpack a zip or tar archive into a folder, all of it or nothing.
 
     Args:
@@ -53,6 +57,9 @@ def unpack(
         take: the folder in the archive whose content is wanted, in place of all.
         inner: an archive in that content, which is unpacked where it lies and taken away.
         limits: the most that may come out; without them, `Limits.of` the archive.
+
+    Returns:
+        The names of what is new in the folder.
 
     Raises:
         ArchiveError: it is no archive or damaged; a member is a link or device, leads out of the folder or
@@ -69,7 +76,7 @@ def unpack(
                 raise ArchiveError(f"{archive.name} has no {inner} in it")
             _extract(nested, nested.parent, "", limits or Limits.of(nested))
             nested.unlink()
-        _move(work, folder, archive.name)
+        return _move(work, folder, archive.name)
     except (
         tarfile.TarError,
         zipfile.BadZipFile,
@@ -85,15 +92,14 @@ def unpack(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _move(work: Path, folder: Path, name: str) -> None:
+def _move(work: Path, folder: Path, name: str) -> list[str]:
     found = sorted(work.iterdir())
     for one in found:
         if (folder / one.name).exists():
-            raise ArchiveError(
-                f"{folder / one.name} is there already, and {name} would write it: move it away"
-            )
+            raise InTheWay(f"{folder / one.name} is there already, and {name} would write it: move it away")
     for one in found:
         one.rename(folder / one.name)
+    return [one.name for one in found]
 
 
 def _extract(archive: Path, folder: Path, take: str, limits: Limits) -> None:

@@ -23,7 +23,7 @@ from fedsigma.common.data.records import (
     site_table,
 )
 from fedsigma.common.data.registry import known_sources, open_source, register_source
-from fedsigma.common.data.sampling import few_shot, few_shot_parts, halves, split_groups
+from fedsigma.common.data.sampling import few_shot, halves, split_groups
 from fedsigma.common.data.smears import open_demo
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "UnsupportedPicture",
     "check",
     "few_shot",
-    "few_shot_parts",
     "halves",
     "known_sources",
     "load_examples",

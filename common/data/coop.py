@@ -60,11 +60,14 @@ def _with_sites(file: Path, records: list[Record]) -> list[Record]:
     """The records with the sites that a file names; as they are where there is no such file."""
     if not file.is_file():
         return records
-    with file.open(encoding="utf-8", newline="") as stream:
-        rows = csv.DictReader(stream)
-        if not {"path", "site"} <= set(rows.fieldnames or ()):
-            raise DataError(f"{file} has the columns {rows.fieldnames}, expected path and site")
-        homes = {row["path"]: row["site"] for row in rows if row["site"]}
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = csv.DictReader(stream)
+            if not {"path", "site"} <= set(rows.fieldnames or ()):
+                raise DataError(f"{file} has the columns {rows.fieldnames}, expected path and site")
+            homes = {row["path"]: row["site"] for row in rows if row["site"]}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} cannot be read ({error}): expected a CSV file in UTF-8") from error
     return [replace(record, site=homes.get(record.key)) for record in records]
 
 

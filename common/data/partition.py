@@ -53,7 +53,8 @@ def partition(
     Args:
         records: any records.
         sites_by: 'site' (the records' own sites), {'iid': {'sites': 4}}, {'dirichlet': {'sites': 10,
-            'alpha': 0.1}} (`min_groups`, the fewest groups of a site, default 1), {'pathological':
+            'alpha': 0.1}} (`min_groups`, the fewest groups of a site, default 1: if ten draws each leave a
+            site with fewer, the richest of the first draw give it what it lacks), {'pathological':
             {'sites': 4, 'classes_per_site': 2}}, or {'disjoint': {'sites': 4}}: each class is at one site.
         seed: the same seed gives the same sites, whatever the order of the records.
 
@@ -179,11 +180,26 @@ def _rows(
     table = Dataset.from_dict(
         {"row": list(range(len(groups))), "label": [majority_label(members) for members in groups.values()]}
     ).shuffle(seed=seed)  # IidPartitioner takes rows as they come
-    divider = _WAYS[way][1](partitioners, settings, seed)
-    divider.dataset = table
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a retry or an unused class: judged above by the outcome
-            return [list(divider.load_partition(number)["row"]) for number in range(settings["sites"])]
-    except ValueError as error:
-        raise DataError(f"sites_by {way} cannot divide {len(groups)} groups: {error}") from error
+
+    def divided(settings: dict[str, Any]) -> list[list[int]]:
+        divider = _WAYS[way][1](partitioners, settings, seed)
+        divider.dataset = table
+        return [list(divider.load_partition(number)["row"]) for number in range(settings["sites"])]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a retry or an unused class: judged above by the outcome
+        try:
+            return divided(settings)
+        except ValueError as error:
+            least = settings.get("min_groups", 0)
+            if way != "dirichlet" or least * settings["sites"] > len(groups):
+                raise DataError(f"sites_by {way} cannot divide {len(groups)} groups: {error}") from error
+        return _levelled(divided(settings | {"min_groups": 0}), least)
+
+
+def _levelled(sites: list[list[int]], least: int) -> list[list[int]]:
+    """Have the site with the most rows give its last one to one with fewer than `least`, until none has."""
+    for poor in sites:
+        while len(poor) < least:
+            poor.append(max(sites, key=len).pop())
+    return sites

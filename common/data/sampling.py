@@ -14,10 +14,7 @@ from dataclasses import replace
 
 from fedsigma.common.data.records import DataError, Record
 
-__all__ = ["few_shot", "few_shot_parts", "group_of", "halves", "split_groups"]
-
-
-_VALIDATION_SHOTS = 4
+__all__ = ["few_shot", "group_of", "halves", "split_groups"]
 
 
 def group_of(record: Record) -> tuple[str, str]:
@@ -127,30 +124,6 @@ def few_shot(
         order = sorted(range(len(pool)), key=lambda i: (turns[i], i))
         drawn += [pool[i] for i in order[:shots]]
     return drawn
-
-
-def few_shot_parts(
-    records: Sequence[Record], *, shots: int, classes: Sequence[str], seed: int
-) -> dict[str, list[Record]]:
-    """Draw the parts of the field's few-shot protocol, as CoOp set it.
-
-    `shots` pictures of each class for training, the smaller of `shots` and 4 for validation, the whole test
-    part. CoOp draws by Python's generator in the order of the split file, and where a class has fewer
-    pictures than shots it repeats some: its draws are others than these, in which none comes twice.
-
-    Returns:
-        'train', 'val' and 'test'.
-
-    Raises:
-        DataError: shots is below 1.
-    """
-    wanted = set(classes)
-    draw = {"train": shots, "val": min(shots, _VALIDATION_SHOTS)}
-    parts = {
-        split: few_shot(records, shots=number, classes=classes, seed=seed, split=split)
-        for split, number in draw.items()
-    }
-    return parts | {"test": [r for r in records if r.split == "test" and r.label in wanted]}
 
 
 def halves(classes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

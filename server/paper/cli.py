@@ -94,7 +94,7 @@ def paper(
     settings = settings_of(
         _words(setting),
         sites=_whole("sites", sites),
-        participation=[float(one) for one in _words(participation)],
+        participation=_shares(participation),
         pooled=pooled,
     )
     numbers, draws = _whole("shots", shots), _whole("seeds", seeds)
@@ -106,6 +106,8 @@ def paper(
     _check_differences(found, allow_differences)
     names = [one.name for one in found if one.name != chosen.trained_on]
     cells = list(cells_of(chosen, names, settings=settings, shots=numbers, seeds=draws))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is {out}, which is a file: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     results = Results(database or (out / "results.sqlite").resolve())
     run = set() if show else share_of(cells, share)
@@ -130,6 +132,16 @@ def _whole(name: str, text: str) -> list[int]:
     if not words or not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
         raise ValueError(f"--{name} is '{text}', expected whole numbers above 0 by commas")
     return list(dict.fromkeys(map(int, words)))
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        found = [float(word) for word in _words(text)]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"--participation is '{text}', expected shares by commas, as 1,0.1")
+    return found
 
 
 def _table(name: str) -> PaperTable:
@@ -190,9 +202,10 @@ def _write(
     """Print the table and write it as Markdown, CSV and JSON."""
     from fedsigma.common.files import write_atomic
     from fedsigma.server.paper.rendering import blocks_of, flat, markdown
+    from fedsigma.server.paper.sets import averaged_of
 
     names = [one.name for one in found if one.name != table.trained_on]
-    blocks = blocks_of(table, outcome.cells, names)
+    blocks = blocks_of(table, outcome.cells, names, averaged_of(table, found))
     entries = flat(blocks)
     text = markdown(table, blocks, notes=_notes(table, found, missing, outcome))
     stream = io.StringIO()
@@ -213,21 +226,28 @@ def _notes(
     table: PaperTable, found: Sequence[PublishedSet], missing: dict[str, str], outcome: Outcome
 ) -> list[str]:
     """What a reader must know to read the table."""
-    from fedsigma.server.paper.sets import UNPUBLISHED
+    from fedsigma.server.paper.sets import averaged_of, published_on
 
     backbones = sorted({study.backbone for study in outcome.studies.values()})
     notes = [f"Accuracy on the test part in per cent, mean ± standard deviation over seeds. Backbone: "
              f"{', '.join(backbones)}."]  # fmt: skip
-    own = sorted({one.backbone for one in found})
+    own, averaged = sorted({one.backbone for one in found}), averaged_of(table, found)
     if table.published and backbones == own:
         told = ", ".join(f"{column} {value:.2f}" for column, value in table.published.items())
-        notes.append(
-            f"Published average over {table.published_sets} sets, central: {told} (CLIP-SVD's README)."
-        )
+        notes.append(f"Published average, central: {told} (CLIP-SVD's README).")
+        if set(averaged) != published_on(table):
+            notes.append(
+                f"It is over other sets than the average here ({', '.join(averaged)}), so not to be compared."
+            )
     elif table.published:
         notes.append(f"Not the paper's backbone ({', '.join(own)}), so not the paper's figures.")
-    if plain := [one.name for one in found if one.protocol(table.protocol) is UNPUBLISHED]:
-        notes.append(f"No published configuration, so the commonest: {', '.join(plain)}.")
+    trained = [one for one in found if table.trained_on in ("", one.name)]
+    if plain := [one.name for one in trained if not one.publishes(table.protocol)]:
+        outside = "" if set(plain) & set(averaged) else " and in no average"
+        notes.append(
+            "No published configuration of this protocol, so with that of few-shot, or its commonest where"
+            f" there is none{outside}: {', '.join(plain)}."
+        )
     notes += [f"{one.name} differs from its card: {'; '.join(one.differs)}." for one in found if one.differs]
     if missing:
         notes.append(f"Not here, so in no average: {', '.join(missing)}.")

@@ -33,20 +33,23 @@ class Value:
         return statistics.fmean(self.seeds)
 
     @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds (n - 1 in the denominator), 0 for one."""
-        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else 0.0
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds (n - 1 in the denominator), None for one."""
+        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
 
     def __str__(self) -> str:
         if not self.seeds:
             return NOTHING
         told = f"{100 * self.mean:.1f}"
-        told += f" ± {100 * self.spread:.1f}" if len(self.seeds) > 1 else ""
+        told += "" if self.spread is None else f" ± {100 * self.spread:.1f}"
         return told if len(self.seeds) == self.wanted else f"{told} ({len(self.seeds)} of {self.wanted})"
 
 
 def blocks_of(
-    table: PaperTable, cells: Iterable[tuple[Cell, list[Score] | None]], names: Sequence[str]
+    table: PaperTable,
+    cells: Iterable[tuple[Cell, list[Score] | None]],
+    names: Sequence[str],
+    averaged: Sequence[str],
 ) -> dict[str, Block]:
     """A table's blocks: the average over sets first where there is more than one, then each set.
 
@@ -54,6 +57,7 @@ def blocks_of(
         table: which.
         cells: all of the table, each with its scores, or None if it is not done.
         names: the sets in order. A table that trains on one set has one block, with a column for each set.
+        averaged: those of them that the average is over.
 
     Returns:
         Title of the block -> row -> column -> value. An average is over the sets that have all their seeds'
@@ -71,8 +75,8 @@ def blocks_of(
         _add_mean_of_targets(table, found[table.trained_on])
         return {table.title: _values(found[table.trained_on])}
     blocks = {name: _values(found[name]) for name in names}
-    if len(names) > 1:
-        blocks = {AVERAGE: _values(_average([found[name] for name in names]))} | blocks
+    if len(averaged) > 1:
+        blocks = {AVERAGE: _values(_average([found[name] for name in averaged]))} | blocks
     return {name: _with_harmonic_mean(block) for name, block in blocks.items()}
 
 
@@ -182,15 +186,16 @@ def markdown(table: PaperTable, blocks: dict[str, Block], *, notes: Sequence[str
 
 
 def flat(blocks: dict[str, Block]) -> list[dict[str, object]]:
-    """One line an entry, for CSV and JSON: block, row, column, mean, spread, seeds."""
+    """One line an entry, for CSV and JSON: block, row, column, mean, spread, seeds, how many were wanted."""
     return [
         {
             "block": block,
             "row": row,
             "column": column,
             "mean": value.mean if value.seeds else None,
-            "spread": value.spread if value.seeds else None,
+            "spread": value.spread,
             "seeds": list(value.seeds),
+            "wanted": value.wanted,
         }
         for block, rows in blocks.items()
         for row, columns in rows.items()

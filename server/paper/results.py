@@ -1,10 +1,10 @@
-"""The results database: one row a finished cell, one a score, in SQLite or any database of SQLAlchemy's."""
+"""The results database: one row a trained cell, one a score, in SQLite or any database of SQLAlchemy's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fedsigma import __version__
-from fedsigma.common.config import DataConfig, StudyConfig
+from fedsigma.common.config import ConfigError, DataConfig, StudyConfig
 from fedsigma.server.paper.running import Finished, Score
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
@@ -46,31 +46,37 @@ _SCORES = sa.Table(
     sa.Column("key", sa.ForeignKey("cells.key", ondelete="CASCADE"), primary_key=True),
     sa.Column("judged_on", sa.String(80), primary_key=True),
     sa.Column("half", sa.String(10), primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("images", sa.Integer, nullable=False),
     sa.Column("accuracy", sa.Float),
     sa.Column("scores", sa.Text, nullable=False),
 )
 
 
-def key_of(cell: Cell, study: StudyConfig, sets: Iterable[PublishedSet]) -> str:
-    """What a cell is, as a digest: what it trains, on how many images of which sets, and what judges it.
+def key_of(cell: Cell, study: StudyConfig, trained_on: PublishedSet) -> str:
+    """What a cell trains, as a digest: by which settings, on which lists of images.
 
-    Where a set lies does not count. What is trained by other settings, or on a set that has changed in number
-    or classes, is another cell. Settings that have their defaults are left out, so that a cell is found again
-    by a later version that has more of them.
+    Where a set lies does not count. What is trained by other settings, or on a set whose classes, images or
+    sites have changed, is another cell. What judges it is not part of it: the same model may be judged on a
+    set that came later. Settings that have their defaults are left out, so that a cell is found again by a
+    later version that has more of them.
     """
     # The places of the sets are left out, too: which they are is told below.
     data = DataConfig(source=study.data.source) if study.data else None
     plain = StudyConfig(name=study.name, backbone="any", classes=study.classes, data=data)
     content = _other_than(asdict(plain), asdict(study))
     content.get("data", {}).get("options", {}).pop("root", None)
-    told = [
-        [one.name, one.classes, one.counts]
-        for one in sorted(sets, key=lambda one: one.name)
-        if one.name in (cell.trained_on, *cell.judged_on)
-    ]
-    place = [cell.protocol, cell.trained_on, cell.row, cell.shots, cell.seed, list(cell.judged_on)]
+    told = [trained_on.classes, trained_on.digest]
+    place = [cell.protocol, cell.trained_on, cell.row, cell.shots, cell.seed]
     return hashlib.sha256(json.dumps([place, content, told], sort_keys=True).encode()).hexdigest()
+
+
+def _shown(url: str) -> str:
+    """An URL without its password."""
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except sa.exc.ArgumentError:
+        return f"'{url}'"
 
 
 def _other_than(plain: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -90,26 +96,42 @@ class Results:
 
     Args:
         place: a file of SQLite, made if it is not there, or an URL of SQLAlchemy's.
+
+    Raises:
+        ConfigError: there is no such database, or it is not one of these results.
     """
 
     def __init__(self, place: Path | str) -> None:
         url = place if isinstance(place, str) else f"sqlite:///{place}"
-        self._engine = sa.create_engine(url)
-        _METADATA.create_all(self._engine)
+        try:
+            # A run may take hours, in which a server drops the connection.
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            _METADATA.create_all(self._engine)
+            with self._engine.connect() as connection:
+                for table in (_CELLS, _SCORES):
+                    connection.execute(sa.select(table).limit(1))
+        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
+            raise ConfigError(
+                f"the results database {_shown(url)} cannot be used ({reason}): expected an URL of"
+                " SQLAlchemy's, as sqlite:///results.sqlite, of a database that can be written to"
+            ) from error
 
-    def find(self, key: str) -> list[Score] | None:
-        """The scores of a cell, None before it is done."""
+    def find(self, key: str, digests: Mapping[str, str]) -> list[Score]:
+        """What is known of a cell on these sets, by name, with the digests of what they list."""
+        wanted = sa.select(_SCORES).where(_SCORES.c.key == key)
         with self._engine.connect() as connection:
-            if connection.execute(sa.select(_CELLS.c.key).where(_CELLS.c.key == key)).first() is None:
-                return None
-            rows = connection.execute(sa.select(_SCORES).where(_SCORES.c.key == key)).all()
+            rows = connection.execute(wanted).all()
         return [
             Score(judged_on=r.judged_on, half=r.half, images=r.images, scores=json.loads(r.scores))
             for r in rows
+            if digests.get(r.judged_on) == r.digest
         ]
 
-    def keep(self, key: str, cell: Cell, study: StudyConfig, done: Finished) -> None:
-        """Write a finished cell, all of it or nothing."""
+    def keep(
+        self, key: str, cell: Cell, study: StudyConfig, done: Finished, digests: Mapping[str, str]
+    ) -> None:
+        """Write a finished cell, or further scores of it, all or nothing."""
         row = {
             "key": key,
             "protocol": cell.protocol,
@@ -132,6 +154,7 @@ class Results:
                 "key": key,
                 "judged_on": one.judged_on,
                 "half": one.half,
+                "digest": digests[one.judged_on],
                 "images": one.images,
                 "accuracy": one.scores.get("accuracy"),
                 "scores": json.dumps(one.scores),
@@ -139,9 +162,11 @@ class Results:
             for one in done.scores
         ]
         with self._engine.begin() as connection:
-            connection.execute(sa.delete(_SCORES).where(_SCORES.c.key == key))
-            connection.execute(sa.delete(_CELLS).where(_CELLS.c.key == key))
-            connection.execute(sa.insert(_CELLS), row)
+            if connection.execute(sa.select(_CELLS.c.key).where(_CELLS.c.key == key)).first() is None:
+                connection.execute(sa.insert(_CELLS), row)
+            names = {one.judged_on for one in done.scores}
+            old = sa.delete(_SCORES).where(_SCORES.c.key == key, _SCORES.c.judged_on.in_(names))
+            connection.execute(old)
             connection.execute(sa.insert(_SCORES), scores)
 
     def close(self) -> None:

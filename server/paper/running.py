@@ -7,16 +7,19 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.data import Example, few_shot, load_examples
+from fedsigma.common.files import write_atomic
 from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.protocol import Setup
 from fedsigma.common.sites import NoImages, load_sites, simulated_sites
@@ -69,41 +72,53 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class _Trained:
+    """A model and how it came about: as in `Finished`."""
+
     shift: Vector
     sites: int = 0
     examples: int = 0
     steps: int = 0
     bytes_up: int = 0
 
+    def save(self, file: Path) -> None:
+        """Write it, the numbers beside the shift."""
+        numbers = {name: str(value) for name, value in vars(self).items() if name != "shift"}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, save({"shift": self.shift}, metadata=numbers))
 
-def run_cell(cell: Cell, study: StudyConfig, sets: Mapping[str, PublishedSet], folder: Path) -> Finished:
-    """Train a cell's model, if it has one, and judge it.
+    @classmethod
+    def load(cls, file: Path) -> _Trained:
+        """Read what `save` wrote."""
+        with safe_open(file, framework="np") as found:
+            numbers = {name: int(value) for name, value in found.metadata().items()}
+            return cls(shift=found.get_tensor("shift"), **numbers)
+
+
+def run_cell(
+    cell: Cell, study: StudyConfig, sets: Mapping[str, PublishedSet], folder: Path, judge_on: Sequence[str]
+) -> Finished:
+    """Train a cell's model, if it has one and has not been trained before, and judge it.
 
     Args:
         cell, study: what to train; the study is `study_of` the cell.
         sets: by name, with those that the cell is trained and judged on.
         folder: of this cell; the run folder of a federated one, which is gone on with if it was interrupted.
+            A model that is judged on several sets is kept beside it, for those that come later.
+        judge_on: those of the cell's sets.
 
     Raises:
         DataError: images cannot be read, or not divided as the setting says.
         TrainingError: training diverged.
     """
     begun = time.monotonic()
-    learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
-    match cell.setting:
-        case None:
-            trained = _Trained(shift=_zeros(learner))
-        case setting if setting.way == "central":
-            trained = _in_one_place(learner, study, _central(cell, study, sets[cell.trained_on], learner))
-        case setting if setting.pooled:
-            images = load_sites(study, side=learner.side)
-            together = [example for one in images.values() for example in one.train]
-            trained = _in_one_place(learner, study, together, sites=len(images))
-        case _:
-            trained = _among_sites(learner, study, folder)
-    scores = tuple(
-        score for name in cell.judged_on for score in _judge(trained.shift, cell, study, sets[name])
-    )
+    kept = folder.with_name(f"{folder.name}.safetensors")
+    if kept.is_file():
+        trained = _Trained.load(kept)
+    else:
+        trained = _train(cell, study, sets[cell.trained_on], folder)
+        if len(cell.judged_on) > 1:
+            trained.save(kept)
+    scores = tuple(score for name in judge_on for score in _judge(trained.shift, cell, study, sets[name]))
     return Finished(
         scores=scores,
         sites=trained.sites,
@@ -112,6 +127,20 @@ def run_cell(cell: Cell, study: StudyConfig, sets: Mapping[str, PublishedSet], f
         bytes_up=trained.bytes_up,
         seconds=time.monotonic() - begun,
     )
+
+
+def _train(cell: Cell, study: StudyConfig, trained_on: PublishedSet, folder: Path) -> _Trained:
+    learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
+    match cell.setting:
+        case None:
+            return _Trained(shift=_zeros(learner))
+        case setting if setting.way == "central":
+            return _in_one_place(learner, study, _central(cell, study, trained_on, learner))
+        case setting if setting.pooled:
+            images = load_sites(study, side=learner.side)
+            together = [example for one in images.values() for example in one.train]
+            return _in_one_place(learner, study, together, sites=len(images))
+    return _among_sites(learner, study, folder)
 
 
 def _zeros(learner: Learner) -> Vector:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,15 +12,14 @@ from typing import Any
 
 from fedsigma.common.cards import CardError, DatasetCard, Protocol, Protocols, card, cards
 from fedsigma.common.cards.checking import differences
-from fedsigma.common.data import Record, Source, halves, open_source
-from fedsigma.common.recipe import Recipe
+from fedsigma.common.data import DataError, Record, Source, halves, open_source
 from fedsigma.server.paper.tables import PaperTable
 
-__all__ = ["UNPUBLISHED", "PublishedSet", "find_sets"]
+__all__ = ["UNPUBLISHED", "PublishedSet", "averaged_of", "find_sets", "published_on"]
 
 _MEDMNIST = "medmnist"
-UNPUBLISHED = Protocol(learning_rate=Recipe.learning_rate, weight_decay=0, epochs=100)
-"""For sets that CLIP-SVD publishes no configuration of: its commonest for biomedical sets."""
+UNPUBLISHED = Protocol(learning_rate=0.007, weight_decay=0, epochs=100)
+"""For sets that CLIP-SVD publishes no configuration of: its commonest few-shot one of biomedical sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class PublishedSet:
 
     Fields: name; title; source and options, as a study's data section names it; classes, as they go into
     prompts, in the order of the set's label numbers; template; protocols, the published configurations;
-    backbone, of the paper's study; counts, images of the training and the test part; differs, what is
+    backbone, of the paper's study; digest, of the lists of training and test images; differs, what is
     otherwise than on its card.
     """
 
@@ -39,7 +39,7 @@ class PublishedSet:
     template: str
     protocols: Protocols
     backbone: str
-    counts: tuple[int, int] = (0, 0)
+    digest: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     differs: tuple[str, ...] = ()
 
@@ -55,6 +55,10 @@ class PublishedSet:
         """The open source, and the records of one part, of all classes or of one half of them."""
         source, wanted = _opened(self.source, *self.options.items()), set(self.half(which))
         return source, [one for one in source.records if one.split == part and one.label in wanted]
+
+    def publishes(self, protocol: str) -> bool:
+        """Whether there is a published configuration of a protocol on this set."""
+        return getattr(self.protocols, protocol) is not None
 
     def protocol(self, name: str) -> Protocol:
         """The published configuration of a protocol, or of few-shot, or what most biomedical sets have."""
@@ -79,28 +83,48 @@ def find_sets(
         names: those wanted; by default all of the table's cards. `medmnist:NAME:SIZE` is one of MedMNIST's.
 
     Returns:
-        The sets that are here, that of training first, and the reason by name for each that is not.
+        The sets that are here, that of training first, and the reason by name for each that is not, or that
+        cannot be read.
 
     Raises:
         CardError: a name is not known or not of this table.
-        DataError: a set is here and cannot be read.
     """
     known = [one.name for one in cards().values() if one.domain == table.domain]
     wanted = list(dict.fromkeys([*([table.trained_on] if table.trained_on else []), *(names or known)]))
     found, missing = [], {}
     for name in wanted:
-        if name.startswith(f"{_MEDMNIST}:"):
-            found.append(_medmnist(name, root))
-            continue
-        chosen = card(name)
-        if name not in known and name != table.trained_on:
+        of_medmnist = name.startswith(f"{_MEDMNIST}:")
+        if not of_medmnist and name not in known and name != table.trained_on:
+            card(name)
             raise CardError(f"{name} is not of this table: its sets are {', '.join(known)}")
-        folder = root / chosen.layout.folder
-        if folder.is_dir():
-            found.append(_of_card(chosen, folder))
-        else:
+        folder = root if of_medmnist else root / card(name).layout.folder
+        if not of_medmnist and not folder.is_dir():
             missing[name] = f"no folder {folder}; to get it: fedsigma data fetch {name} {folder}"
+            continue
+        try:
+            found.append(_medmnist(name, root) if of_medmnist else _of_card(card(name), folder))
+        except DataError as error:
+            missing[name] = f"{folder} cannot be read: {error}"
     return found, missing
+
+
+def published_on(table: PaperTable) -> set[str]:
+    """The names of the sets that CLIP-SVD publishes a configuration of a table's protocol for."""
+    return {
+        one.name
+        for one in cards().values()
+        if one.domain == table.domain and getattr(one.protocols, table.protocol) is not None
+    }
+
+
+def averaged_of(table: PaperTable, found: Sequence[PublishedSet]) -> list[str]:
+    """The sets that a table's average is over: those with a published configuration; all, if none has one.
+
+    The others are not in the paper's averages, and would spoil one: half of BUSI's three classes is a single
+    class, of which every model is right.
+    """
+    others = [one for one in found if one.name != table.trained_on]
+    return [one.name for one in others if one.publishes(table.protocol)] or [one.name for one in others]
 
 
 def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
@@ -111,7 +135,7 @@ def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
         title=chosen.title,
         source=source,
         classes=opened.classes,
-        counts=_counts(opened),
+        digest=_digest(opened),
         template=chosen.template,
         protocols=chosen.protocols,
         backbone=chosen.backbone,
@@ -119,9 +143,14 @@ def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
     )
 
 
-def _counts(source: Source) -> tuple[int, int]:
-    parts = Counter(record.split for record in source.records)
-    return parts["train"], parts["test"]
+def _digest(source: Source) -> str:
+    """Of what a set lists: its training and test images with their labels and sites, in any order."""
+    lists = sorted(
+        json.dumps([one.key, one.label, one.split, one.site, one.group])
+        for one in source.records
+        if one.split in ("train", "test")
+    )
+    return hashlib.sha256("\n".join(lists).encode()).hexdigest()
 
 
 def _medmnist(name: str, root: Path) -> PublishedSet:
@@ -133,7 +162,7 @@ def _medmnist(name: str, root: Path) -> PublishedSet:
         title=name.removeprefix(f"{_MEDMNIST}:"),
         source=source,
         classes=opened.classes,
-        counts=_counts(opened),
+        digest=_digest(opened),
         template=like.template,
         protocols=Protocols(),
         backbone=like.backbone,

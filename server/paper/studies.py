@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from fedsigma.common.cards import Protocol
-from fedsigma.common.config import ConfigError, StudyConfig
-from fedsigma.common.reading import build, read_yaml
+from fedsigma.common.config import ConfigError, FederationConfig, StudyConfig, TrainingConfig
+from fedsigma.common.reading import build, nearest, read_yaml
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
 
@@ -19,7 +20,12 @@ BATCH = 32
 """The paper's batch size, of all its runs."""
 # Found on studies of real images (docs/results.md): short rounds and momentum at the server.
 FEDERATION = {"strategy": "fedavgm", "options": {"server_learning_rate": 1.0, "server_momentum": 0.8}}
-_OF_THE_CELL = ("name", "classes", "data", "shots", "seed", "baselines", "template", "backbone")
+# What the table decides, or what its cells cannot have: a personal part has no test images to be judged on.
+_NOT_GIVEN = (
+    *("name", "classes", "data", "shots", "seed", "baselines", "template", "backbone", "judge", "personal"),
+    *("federation.participation", "federation.rounds"),
+)
+_SECTIONS = {"training": TrainingConfig, "federation": FederationConfig}
 
 
 def steps_of(protocol: Protocol, *, shots: int, classes: int, batch: int = BATCH) -> int:
@@ -51,25 +57,32 @@ def study_of(
         backbone: '' for the one of the set's card.
         rounds: wanted; fewer if the run has fewer steps.
         most_steps: a longer run is cut to so many, to try things out.
-        overrides: settings by section, as `read_overrides` gives them.
+        overrides: settings by section, as `read_overrides` gives them. What a cell has no use for changes
+            nothing in it: no setting the model without training, none of the federation those in one place.
 
     Raises:
         ConfigError: the settings do not go together.
     """
     half = "base" if cell.protocol == "base_to_novel" else None
     protocol, classes = trained_on.protocol(cell.protocol), trained_on.half(half)
-    training = {"learning_rate": protocol.learning_rate, "weight_decay": protocol.weight_decay}
-    training |= {"batch_size": BATCH} | dict(overrides.get("training", {}))
-    batch = int(training["batch_size"])
-    steps = steps_of(protocol, shots=max(1, cell.shots), classes=len(classes), batch=batch)
-    steps = min(steps, most_steps)
     apart = cell.setting is not None and cell.setting.way != "central"
-    local_steps = int(training.setdefault("local_steps", math.ceil(steps / rounds) if apart else steps))
+    overrides = overrides if cell.setting else {}
+    training: dict[str, Any] = {
+        "learning_rate": protocol.learning_rate,
+        "weight_decay": protocol.weight_decay,
+        "batch_size": BATCH,
+        **overrides.get("training", {}),
+    }
+    batch = build(TrainingConfig, training, where=str(cell)).batch_size
+    steps = steps_of(protocol, shots=max(1, cell.shots), classes=len(classes), batch=batch)
+    steps = min(steps, most_steps) if cell.setting else 1
+    local_steps = training.setdefault("local_steps", math.ceil(steps / rounds) if apart else steps)
     federation: dict[str, Any] = {**FEDERATION, "min_sites": 1, "wait_for_sites_s": 0}
     # Sites have no test images: the finished model is judged on the whole test part.
     federation |= {"rounds": max(1, round(steps / local_steps)), "evaluate_every": 100_000}
     federation |= {"participation": cell.setting.participation} if cell.setting else {}
-    given = dict(overrides.get("federation", {}))
+    averaged = cell.setting is not None and apart and not cell.setting.pooled
+    given = dict(overrides.get("federation", {})) if averaged else {}
     if "strategy" in given:
         federation.pop("options")
     content: dict[str, Any] = {
@@ -106,11 +119,23 @@ def read_overrides(settings: Sequence[str]) -> dict[str, Any]:
         section, dot, key = place.strip().partition(".")
         if not equals or not section or (dot and not key):
             raise ConfigError(f"--set is '{setting}', expected SECTION.KEY=VALUE as federation.codec=small")
-        if section in _OF_THE_CELL or place.strip() == "federation.participation":
-            raise ConfigError(f"--set names '{place}', which the table decides: leave it out")
         value = read_yaml(f"value: {text}", where=f"--set {place}")["value"]
-        if dot:
-            found.setdefault(section, {})[key] = value
-        else:
-            found[section] = value
+        given = {key: value} if dot else value
+        if section in _SECTIONS and not isinstance(given, dict):
+            raise ConfigError(f"--set {section} is {value!r}, expected {section}.KEY=VALUE")
+        _check_names(section, list(given) if isinstance(given, dict) else [])
+        found[section] = {**found.get(section, {}), **given} if isinstance(given, dict) else given
     return found
+
+
+def _check_names(section: str, keys: Sequence[str]) -> None:
+    """Refuse what the table itself decides, and what is no setting of a section that not all cells have."""
+    for name in (section, *(f"{section}.{key}" for key in keys)):
+        if name in _NOT_GIVEN:
+            hint = "see --rounds" if name == "federation.rounds" else "leave it out"
+            raise ConfigError(f"--set names '{name}', which the table decides: {hint}")
+    if section in _SECTIONS:
+        known = [field.name for field in fields(_SECTIONS[section])]
+        for key in keys:
+            if key not in known:
+                raise ConfigError(f"--set names '{section}.{key}', which is not known{nearest(key, known)}")

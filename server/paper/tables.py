@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsigma.common.config import ConfigError
@@ -34,8 +34,8 @@ class PaperTable:
     """One table.
 
     Fields: title; protocol, as a card names it; domain of its sets; trained_on, the one set that training is
-    on where it is one; published, what CLIP-SVD's README states for the average over published_sets of the
-    sets, in per cent, by column.
+    on where it is one; published, what CLIP-SVD's README states for the average over the sets, in per cent,
+    by column.
     """
 
     title: str
@@ -43,7 +43,6 @@ class PaperTable:
     domain: str
     trained_on: str = ""
     published: dict[str, float] | None = None
-    published_sets: int = 0
 
 
 TABLES = {
@@ -52,28 +51,24 @@ TABLES = {
         protocol="few_shot",
         domain="biomedical",
         published={"1": 56.35, "2": 62.63, "4": 68.02, "8": 73.26, "16": 76.46, "zero-shot": 42.38},
-        published_sets=10,
     ),
     "fewshot-natural": PaperTable(
         title="Few-shot, natural sets",
         protocol="few_shot",
         domain="natural",
         published={"1": 73.20, "2": 76.06, "4": 78.18, "8": 80.55, "16": 82.97, "zero-shot": 65.36},
-        published_sets=11,
     ),
     "base-to-novel-biomedical": PaperTable(
         title="Base to novel classes, biomedical sets",
         protocol="base_to_novel",
         domain="biomedical",
         published={"base": 82.64, "novel": 74.31, "harmonic mean": 78.25},
-        published_sets=10,
     ),
     "base-to-novel-natural": PaperTable(
         title="Base to novel classes, natural sets",
         protocol="base_to_novel",
         domain="natural",
         published={"base": 84.38, "novel": 76.29, "harmonic mean": 80.13},
-        published_sets=11,
     ),
     "cross-dataset": PaperTable(
         title="From one data set to others", protocol="cross_dataset", domain="natural", trained_on="imagenet"
@@ -94,7 +89,7 @@ class Setting:
     Fields: way, `central`, or how the training images are divided among sites: `iid`, `dirichlet`, `disjoint`
     (each class at one site), `natural` (the set's own sites); alpha, Dirichlet's; sites, their number (of
     `natural`: 0, the set says); participation, the share of the sites that is asked in a round; pooled: the
-    sites' images in one place, for the steps of all sites together.
+    sites' images in one place, for the steps that all sites make together at this participation.
     """
 
     way: str = "central"
@@ -106,9 +101,10 @@ class Setting:
     def __str__(self) -> str:
         if self.way == "central":
             return "central"
-        way = {"iid": "IID", "dirichlet": f"Dirichlet {self.alpha:g}"}.get(self.way, self.way)
+        # To twelve digits: two settings must not have one name, and 0.07 is to be 7%.
+        way = {"iid": "IID", "dirichlet": f"Dirichlet {self.alpha:.12g}"}.get(self.way, self.way)
         told = f"{way}, {self.sites} sites" if self.sites else f"{way} sites"
-        told += f", {self.participation:.0%} a round" if self.participation < 1 else ""
+        told += f", {100 * self.participation:.12g}% a round" if self.participation < 1 else ""
         return f"pooled: {told}" if self.pooled else told
 
     @property
@@ -146,9 +142,9 @@ def settings_of(
     for name in names:
         for one in _named(name, sites):
             for share in participation if one.way != "central" else (1.0,):
-                found.append(Setting(way=one.way, alpha=one.alpha, sites=one.sites, participation=share))
-            if pooled and one.way != "central":
-                found.append(Setting(way=one.way, alpha=one.alpha, sites=one.sites, pooled=True))
+                found.append(replace(one, participation=share))
+                if pooled and one.way != "central":
+                    found.append(replace(one, participation=share, pooled=True))
     return list(dict.fromkeys(found))
 
 

@@ -100,21 +100,24 @@ def work(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("reading", total=len(cells))
         for cell in cells:
+            scores: list[Score] = []
             progress.update(bar, description=str(cell))
             try:
                 study = recipe.study(cell, sets)
-                key = key_of(cell, study, sets.values())
+                key = key_of(cell, study, sets[cell.trained_on])
                 outcome.studies[key] = study
-                scores = results.find(key)
-                if scores is None and cell in run:
-                    done = run_cell(cell, study, sets, folder / key[:16])
-                    results.keep(key, cell, study, done)
-                    scores = list(done.scores)
+                digests = {name: sets[name].digest for name in cell.judged_on}
+                scores = results.find(key, digests)
+                lacking = [name for name in cell.judged_on if name not in {one.judged_on for one in scores}]
+                if lacking and cell in run:
+                    done = run_cell(cell, study, sets, folder / key[:16], lacking)
+                    results.keep(key, cell, study, done, digests)
+                    scores, lacking = [*scores, *done.scores], []
             except _FAILURES as error:
                 # Other shots and seeds of a set and a setting mostly fail for the same reason.
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 outcome.failures.setdefault(f"{cell.trained_on}, {cell.row}", reason)
-                scores = None
-            outcome.cells.append((cell, scores))
+                lacking = list(cell.judged_on)
+            outcome.cells.append((cell, None if lacking else scores))
             progress.advance(bar)
     return outcome
