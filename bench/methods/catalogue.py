@@ -85,8 +85,7 @@ _CACHES = tuple(
 
 CANDIDATES: dict[str, Candidate] = {
     "zero-shot": Candidate(title="zero-shot", build=lambda backbone, study, _: ZeroShot(backbone, study)),
-    # The study's own rate, which was chosen for sigma on the same kind of images and with all rounds.
-    "sigma": Candidate(title="sigma", build=_sigma()),
+    "sigma": Candidate(title="sigma", build=_sigma(), rates=(2e-2, 4e-2, 8e-2)),
     "sigma-small": Candidate(title="sigma, codec small", build=_sigma("small"), after="sigma"),
     "full": Candidate(
         title="full fine-tuning",

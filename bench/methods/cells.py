@@ -211,7 +211,12 @@ class Plan:
         backbone = load_backbone(study.backbone)
         side = backbone.image_size * 3 // 2
         parts = (cell.part,) if candidate.quick else ("validation", "test")
-        images = {part: self._images(replace(cell, part=part), study, side) for part in parts}
+        found = {part: self._images(replace(cell, part=part), study, side) for part in parts}
+        images = {part: sites for part, sites in found.items() if any(held for _, held in sites.values())}
+        if cell.part not in images:
+            raise SystemExit(
+                f"{cell.study}: no {cell.part} image is left, so {cell.method} cannot be searched on it"
+            )
         training = [{name: train for name, (train, _) in sites.items()} for sites in images.values()]
         if not all(_alike(training[0], other) for other in training[1:]):
             raise RuntimeError(f"{cell.study}: the draws for validation and test have other training images")
