@@ -83,6 +83,8 @@ _CACHES = tuple(
     for beta in (1.0, 5.5, 20.0, 60.0)
 )
 
+_ETAS: tuple[Setting, ...] = ({"eta": 0.01}, {"eta": 0.03}, {"eta": 0.1}, {"eta": 0.3})
+
 CANDIDATES: dict[str, Candidate] = {
     "zero-shot": Candidate(title="zero-shot", build=lambda backbone, study, _: ZeroShot(backbone, study)),
     "sigma": Candidate(title="sigma", build=_sigma(), rates=(2e-2, 4e-2, 8e-2)),
@@ -136,8 +138,8 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     "fedavg": _strategy("fedavg", rates=(4e-2, 8e-2), after=""),
     "fedprox": _strategy("fedprox", {"proximal_mu": 0.01}, {"proximal_mu": 0.1}),
-    "fedadam": _strategy("fedadam", {"eta": 0.01}, {"eta": 0.03}, after="sigma"),
-    "fedyogi": _strategy("fedyogi", {"eta": 0.01}, {"eta": 0.03}, after="sigma"),
+    "fedadam": _strategy("fedadam", *_ETAS, after="sigma"),
+    "fedyogi": _strategy("fedyogi", *_ETAS, after="sigma"),
     "fedmedian": _strategy("fedmedian"),
     "fedtrimmedavg": _strategy("fedtrimmedavg", {"beta": 0.25}),
     "krum": _strategy("krum", {"num_malicious_nodes": 1}),
