@@ -86,9 +86,8 @@ def set_step(averaging: FedAvg, study: StudyConfig, number: int) -> None:
         factor = cosine((number - 1) / federation.rounds)
         setattr(averaging, name, factor * float(federation.options.get(name, default)))
         if isinstance(averaging, flower.FedAvgM):
-            averaging.server_opt = (
-                True  # Flower decides once whether it has a step at all, by its first value
-            )
+            # Flower decides once, by the step and momentum that it is built with, whether it makes a step.
+            averaging.server_opt = True
 
 
 def begin_round(averaging: FedAvg, number: int, shift: NDArray[np.float32], nodes: Iterable[int]) -> None:

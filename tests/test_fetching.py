@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedsigma import cli
-from fedsigma.common.cards import Archive, CardError, card, cards, downloading
+from fedsigma.common.cards import Archive, CardError, card, cards, downloading, unpacking
 from fedsigma.common.cards.downloading import DownloadError, download
 from fedsigma.common.cards.fetching import RECORD, DigestError, fetch, fetched
 from fedsigma.common.cards.unpacking import ArchiveError, Limits, unpack
@@ -219,6 +220,19 @@ def test_a_download_outlives_an_unpacking_that_failed(shelf: Shelf, tmp_path: Pa
     assert fetch(one, tmp_path).content == ("images",)
     assert (tmp_path / "images" / "a.png").read_bytes() == b"1"
     assert len(shelf.ranges) == 1
+
+
+def test_a_download_outlives_a_full_disk(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one = shelf.put("set.zip", zipped({"images/a.png": b"1"}))
+    with monkeypatch.context() as changed, pytest.raises(ArchiveError, match="No space left"):
+        changed.setattr(unpacking, "_copy", full)
+        fetch(one, tmp_path)
+    assert fetch(one, tmp_path).content == ("images",) and len(shelf.ranges) == 1
 
 
 def test_a_page_in_place_of_an_archive_leaves_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedsigma.common.cards.card import Archive, CardError
 from fedsigma.common.cards.downloading import Progress, download
-from fedsigma.common.cards.unpacking import ArchiveError, InTheWay, unpack
+from fedsigma.common.cards.unpacking import ArchiveError, NoPlace, unpack
 from fedsigma.common.files import write_atomic
 from fedsigma.common.reading import build
 
@@ -75,10 +75,9 @@ def fetch(archive: Archive, folder: Path, *, progress: Progress = lambda done, w
     if archive.unpack:
         try:
             content = unpack(file, folder, take=archive.take, inner=archive.inner)
-        except InTheWay:
-            raise
-        except ArchiveError:
-            file.unlink()  # a page that a server sent in its place, for one: the next attempt asks anew
+        except ArchiveError as error:
+            if not isinstance(error, NoPlace):
+                file.unlink()  # a page that a server sent in its place, for one: the next attempt asks anew
             raise
         file.unlink()
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import tarfile
@@ -16,7 +17,7 @@ from typing import IO
 from fedsigma.common.cards.card import CardError
 from fedsigma.common.paths import UnsafePath, inside
 
-__all__ = ["ArchiveError", "InTheWay", "Limits", "unpack"]
+__all__ = ["ArchiveError", "Limits", "NoPlace", "unpack"]
 
 _CHUNK = 2**20
 # Written by the archiver of macOS beside each file.
@@ -29,8 +30,8 @@ class ArchiveError(CardError):
     """An archive cannot be unpacked, or is refused; nothing of it was left."""
 
 
-class InTheWay(ArchiveError):
-    """Something is already where an archive's content would go; the archive itself may be right."""
+class NoPlace(ArchiveError):
+    """The archive may be right and has no place: something is in the way, or the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +82,14 @@ def unpack(
         tarfile.TarError,
         zipfile.BadZipFile,
         zlib.error,
+        lzma.LZMAError,
         EOFError,
         OSError,
         NotImplementedError,
     ) as error:
-        raise ArchiveError(f"{archive.name} cannot be unpacked: {error}") from error
+        # A damaged archive is an OSError, too, for some of the libraries, and then has no error number.
+        kind = NoPlace if getattr(error, "errno", None) is not None else ArchiveError
+        raise kind(f"{archive.name} cannot be unpacked: {error}") from error
     except UnsafePath as error:
         raise ArchiveError(f"{archive.name} is refused: {error}") from error
     finally:
@@ -96,7 +100,7 @@ def _move(work: Path, folder: Path, name: str) -> list[str]:
     found = sorted(work.iterdir())
     for one in found:
         if (folder / one.name).exists():
-            raise InTheWay(f"{folder / one.name} is there already, and {name} would write it: move it away")
+            raise NoPlace(f"{folder / one.name} is there already, and {name} would write it: move it away")
     for one in found:
         one.rename(folder / one.name)
     return [one.name for one in found]
