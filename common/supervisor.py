@@ -35,10 +35,10 @@ class _Unfailing:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def write(self, text: str) -> int:
-        """Write, or lose it."""
+    def write(self, text: str | bytes) -> int:
+        """Write, or lose it. What its programs say comes as bytes."""
         with suppress(OSError):
-            self._stream.write(text)
+            self._stream.write(text if isinstance(text, str) else text.decode("utf-8", "replace"))
             self._stream.flush()
         return len(text)
 

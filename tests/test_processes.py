@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from fedsigma.common import processes
 from fedsigma.common.processes import Process, ProcessError, restart, running, states, stop, supervise
+from fedsigma.common.supervisor import _Unfailing
 
 SUPERVISE = """
 import sys
@@ -214,3 +216,9 @@ def test_a_program_of_flowers_that_returns_ends_although_a_thread_of_its_own_goe
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "flower-deaf has ended" in done.stderr
     assert ("no way on" in done.stderr) == last.startswith("raise")
+
+
+def test_what_programs_say_in_bytes_is_written_too() -> None:
+    stream = io.StringIO()
+    _Unfailing(stream).write("ein Gerät\n".encode() + b"\xff")
+    assert stream.getvalue() == "ein Gerät\n\ufffd"
