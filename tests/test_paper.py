@@ -174,6 +174,7 @@ def test_settings_of_all_studies() -> None:
         ("personal.towers=[image]", "names 'personal', which the table decides"),
         ("federation.codec=[", "--set federation.codec"),
         ("federation=foo", "--set federation is 'foo', expected federation.KEY=VALUE"),
+        ("federation={1: 2}", r"'federation\.1', which is not known"),
         ("training=5", "--set training is 5, expected training.KEY=VALUE"),
         ("federation.codek=small", r"'federation\.codek', which is not known: did you mean 'codec'"),
     ):

@@ -100,19 +100,19 @@ class Bench:
             steps=self.steps,
             seed=seed,
         )
-        recipe = recipe_of(self.study(study, seed), *([product_recipe()] if method == "product" else []))
+        made = self.study(study, seed)
+        recipe = recipe_of(made, *([product_recipe()] if method == "product" else []))
         found = self.cells.find(cell, recipe)
         if found is None and self.run_missing:
             started, used = time.monotonic(), time.process_time()
-            found = self._run(cell)
+            found = self._run(cell, made)
             found["seconds"] = round(time.monotonic() - started)
             found["cpu_seconds"] = round(time.process_time() - used)
             self.cells.keep(cell, found, recipe)
             print(f"{time.strftime('%H:%M')} {cell.key}: {found}", flush=True)
         return found
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
-        study = self.study(cell.study, cell.seed)
+    def _run(self, cell: Cell, study: StudyConfig) -> dict[str, Any]:
         if cell.method == "product":
             return by_product(study, steps=self.steps, sites=self.count)
         task = task_for(cell.study)

@@ -81,6 +81,11 @@ class Protocols:
     cross_dataset: Protocol | None = None
     domain_generalization: Protocol | None = None
 
+    def of(self, name: str) -> Protocol | None:
+        """The configuration of the protocol of this name."""
+        found: Protocol | None = getattr(self, name)
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Images:

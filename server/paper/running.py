@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save as to_bytes
 
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.data import Example, few_shot, load_examples
@@ -84,7 +84,7 @@ class _Trained:
         """Write it, the numbers beside the shift."""
         numbers = {name: str(value) for name, value in vars(self).items() if name != "shift"}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, save({"shift": self.shift}, metadata=numbers))
+        write_atomic(file, to_bytes({"shift": self.shift}, metadata=numbers))
 
     @classmethod
     def load(cls, file: Path) -> _Trained:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,11 @@ class PublishedSet:
 
     def publishes(self, protocol: str) -> bool:
         """Whether there is a published configuration of a protocol on this set."""
-        return getattr(self.protocols, protocol) is not None
+        return self.protocols.of(protocol) is not None
 
     def protocol(self, name: str) -> Protocol:
         """The published configuration of a protocol, or of few-shot, or what most biomedical sets have."""
-        found: Protocol | None = getattr(self.protocols, name) or self.protocols.few_shot
-        return found or UNPUBLISHED
+        return self.protocols.of(name) or self.protocols.few_shot or UNPUBLISHED
 
 
 @lru_cache(maxsize=64)
@@ -93,16 +92,19 @@ def find_sets(
     wanted = list(dict.fromkeys([*([table.trained_on] if table.trained_on else []), *(names or known)]))
     found, missing = [], {}
     for name in wanted:
-        of_medmnist = name.startswith(f"{_MEDMNIST}:")
-        if not of_medmnist and name not in known and name != table.trained_on:
-            card(name)
-            raise CardError(f"{name} is not of this table: its sets are {', '.join(known)}")
-        folder = root if of_medmnist else root / card(name).layout.folder
-        if not of_medmnist and not folder.is_dir():
-            missing[name] = f"no folder {folder}; to get it: fedsigma data fetch {name} {folder}"
-            continue
+        if name.startswith(f"{_MEDMNIST}:"):
+            folder, read = root, partial(_medmnist, name, root)
+        else:
+            chosen = card(name)
+            if name not in known and name != table.trained_on:
+                raise CardError(f"{name} is not of this table: its sets are {', '.join(known)}")
+            folder = root / chosen.layout.folder
+            if not folder.is_dir():
+                missing[name] = f"no folder {folder}; to get it: fedsigma data fetch {name} {folder}"
+                continue
+            read = partial(_of_card, chosen, folder)
         try:
-            found.append(_medmnist(name, root) if of_medmnist else _of_card(card(name), folder))
+            found.append(read())
         except DataError as error:
             missing[name] = f"{folder} cannot be read: {error}"
     return found, missing
@@ -113,7 +115,7 @@ def published_on(table: PaperTable) -> set[str]:
     return {
         one.name
         for one in cards().values()
-        if one.domain == table.domain and getattr(one.protocols, table.protocol) is not None
+        if one.domain == table.domain and one.protocols.of(table.protocol) is not None
     }
 
 

@@ -123,7 +123,7 @@ def read_overrides(settings: Sequence[str]) -> dict[str, Any]:
         given = {key: value} if dot else value
         if section in _SECTIONS and not isinstance(given, dict):
             raise ConfigError(f"--set {section} is {value!r}, expected {section}.KEY=VALUE")
-        _check_names(section, list(given) if isinstance(given, dict) else [])
+        _check_names(section, list(map(str, given)) if isinstance(given, dict) else [])
         found[section] = {**found.get(section, {}), **given} if isinstance(given, dict) else given
     return found
 
