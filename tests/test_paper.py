@@ -35,7 +35,7 @@ from fedsigma.server.paper.pictures import LazyExamples
 from fedsigma.server.paper.rendering import blocks_of, flat, markdown
 from fedsigma.server.paper.results import key_of
 from fedsigma.server.paper.running import Score
-from fedsigma.server.paper.sets import PublishedSet, averaged_of, find_sets, published_on
+from fedsigma.server.paper.sets import PublishedSet, TableSets, find_sets, published_on
 from fedsigma.server.paper.studies import read_overrides, steps_of, study_of
 from fedsigma.server.paper.tables import CENTRAL, TABLES, Cell, Setting, settings_of
 from fedsigma.server.paper.work import share_of
@@ -234,7 +234,7 @@ def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     cell = a_cell(setting=Setting(way="iid", sites=2))
 
     def key(root: Path, cell: Cell = cell, **overrides: Any) -> str:
-        (one,), _ = find_sets(TABLES["fewshot-biomedical"], root, ["btmri"])
+        (one,) = find_sets(TABLES["fewshot-biomedical"], root, ["btmri"]).found
         study = study_of(cell, one, backbone="", rounds=60, most_steps=9, overrides=overrides)
         return key_of(cell, study, one)
 
@@ -555,8 +555,8 @@ def test_a_damaged_set_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest
 def test_a_set_without_a_configuration_of_the_protocol_is_in_no_average() -> None:
     table, found = TABLES["base-to-novel-biomedical"], [a_set(), a_set(name="kvasir"), a_set(name="busi")]
     found[2] = replace(found[2], protocols=card("busi").protocols)
-    assert averaged_of(table, found) == ["btmri", "kvasir"]
-    assert averaged_of(table, found[2:]) == ["busi"]
+    assert TableSets(table=table, found=tuple(found)).averaged == ["btmri", "kvasir"]
+    assert TableSets(table=table, found=tuple(found[2:])).averaged == ["busi"]
     assert len(published_on(table)) == 9 and "busi" not in published_on(table)
     assert len(published_on(TABLES["fewshot-biomedical"])) == 10
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +15,7 @@ from rich.markdown import Markdown
 from fedsigma.common.exit_codes import PROBLEMS
 
 if TYPE_CHECKING:
-    from fedsigma.server.paper.sets import PublishedSet
+    from fedsigma.server.paper.sets import TableSets
     from fedsigma.server.paper.tables import PaperTable
     from fedsigma.server.paper.work import Outcome
 
@@ -101,10 +100,10 @@ def paper(
     recipe = Recipe(
         backbone=backbone, rounds=rounds, most_steps=most_steps, overrides=read_overrides(change or [])
     )
-    found, missing = find_sets(chosen, data.expanduser(), _words(datasets))
-    _say_missing(chosen, found, missing)
-    _check_differences(found, allow_differences)
-    names = [one.name for one in found if one.name != chosen.trained_on]
+    sets = find_sets(chosen, data.expanduser(), _words(datasets))
+    _say_missing(sets)
+    _check_differences(sets, allow_differences)
+    names = [one.name for one in sets.judged]
     cells = list(cells_of(chosen, names, settings=settings, shots=numbers, seeds=draws))
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is {out}, which is a file: name a folder")
@@ -112,13 +111,15 @@ def paper(
     results = Results(database or (out / "results.sqlite").resolve())
     run = set() if show else share_of(cells, share)
     try:
-        outcome = work(cells, {s.name: s for s in found}, results, recipe, out.resolve() / "runs", run=run)
+        outcome = work(
+            cells, {s.name: s for s in sets.found}, results, recipe, out.resolve() / "runs", run=run
+        )
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on; with --show it prints what is done.", err=True)
         raise typer.Exit(130) from None
     finally:
         results.close()
-    _write(table, chosen, found, missing, outcome, out, as_json)
+    _write(table, sets, outcome, out, as_json)
     if outcome.done < len(cells):
         raise typer.Exit(PROBLEMS)
 
@@ -157,7 +158,7 @@ def _table(name: str) -> PaperTable:
     return TABLES[name]
 
 
-def _say_missing(table: PaperTable, found: Sequence[PublishedSet], missing: dict[str, str]) -> None:
+def _say_missing(sets: TableSets) -> None:
     """Name the sets that are not here.
 
     Raises:
@@ -165,14 +166,13 @@ def _say_missing(table: PaperTable, found: Sequence[PublishedSet], missing: dict
     """
     from fedsigma.common.cards import CardError
 
-    for name, reason in missing.items():
+    for name, reason in sets.missing.items():
         typer.echo(f"Left out: {name}: {reason}", err=True)
-    others = [one for one in found if one.name != table.trained_on]
-    if table.trained_on in missing or not others:
+    if not (sets.trained and sets.judged):
         raise CardError("no set of this table is here, or not the one to train on: see --data")
 
 
-def _check_differences(found: Sequence[PublishedSet], allowed: bool) -> None:
+def _check_differences(sets: TableSets, allowed: bool) -> None:
     """Say what is otherwise than on the cards.
 
     Raises:
@@ -180,34 +180,24 @@ def _check_differences(found: Sequence[PublishedSet], allowed: bool) -> None:
     """
     from fedsigma.common.cards import CardError
 
-    for one in found:
+    for one in sets.found:
         for line in one.differs:
             typer.echo(f"{one.name}: {line}", err=True)
-    if any(one.differs for one in found) and not allowed:
+    if any(one.differs for one in sets.found) and not allowed:
         raise CardError(
             "these are not the published sets, so figures on them are not the paper's: mend them, or take"
             " them as they are by --allow-differences"
         )
 
 
-def _write(
-    name: str,
-    table: PaperTable,
-    found: Sequence[PublishedSet],
-    missing: dict[str, str],
-    outcome: Outcome,
-    out: Path,
-    as_json: Path | None,
-) -> None:
+def _write(name: str, sets: TableSets, outcome: Outcome, out: Path, as_json: Path | None) -> None:
     """Print the table and write it as Markdown, CSV and JSON."""
     from fedsigma.common.files import write_atomic
     from fedsigma.server.paper.rendering import blocks_of, flat, markdown
-    from fedsigma.server.paper.sets import averaged_of
 
-    names = [one.name for one in found if one.name != table.trained_on]
-    blocks = blocks_of(table, outcome.cells, names, averaged_of(table, found))
+    blocks = blocks_of(sets.table, outcome.cells, [one.name for one in sets.judged], sets.averaged)
     entries = flat(blocks)
-    text = markdown(table, blocks, notes=_notes(table, found, missing, outcome))
+    text = markdown(sets.table, blocks, notes=_notes(sets, outcome))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(entries[0]))
     writer.writeheader()
@@ -222,16 +212,15 @@ def _write(
     typer.echo(f"{outcome.done} of {len(outcome.cells)} cells. Table: {out / name}.md")
 
 
-def _notes(
-    table: PaperTable, found: Sequence[PublishedSet], missing: dict[str, str], outcome: Outcome
-) -> list[str]:
+def _notes(sets: TableSets, outcome: Outcome) -> list[str]:
     """What a reader must know to read the table."""
-    from fedsigma.server.paper.sets import averaged_of, published_on
+    from fedsigma.server.paper.sets import published_on
 
+    table, found, averaged = sets.table, sets.found, sets.averaged
     backbones = sorted({study.backbone for study in outcome.studies.values()})
     notes = [f"Accuracy on the test part in per cent, mean ± standard deviation over seeds. Backbone: "
              f"{', '.join(backbones)}."]  # fmt: skip
-    own, averaged = sorted({one.backbone for one in found}), averaged_of(table, found)
+    own = sorted({one.backbone for one in found})
     if table.published and backbones == own:
         told = ", ".join(f"{column} {value:.2f}" for column, value in table.published.items())
         notes.append(f"Published average, central: {told} (CLIP-SVD's README).")
@@ -241,14 +230,13 @@ def _notes(
             )
     elif table.published:
         notes.append(f"Not the paper's backbone ({', '.join(own)}), so not the paper's figures.")
-    trained = [one for one in found if table.trained_on in ("", one.name)]
-    if plain := [one.name for one in trained if not one.publishes(table.protocol)]:
+    if plain := [one.name for one in sets.trained if not one.publishes(table.protocol)]:
         outside = "" if set(plain) & set(averaged) else " and in no average"
         notes.append(
             "No published configuration of this protocol, so with that of few-shot, or its commonest where"
             f" there is none{outside}: {', '.join(plain)}."
         )
     notes += [f"{one.name} differs from its card: {'; '.join(one.differs)}." for one in found if one.differs]
-    if missing:
-        notes.append(f"Not here, so in no average: {', '.join(missing)}.")
+    if sets.missing:
+        notes.append(f"Not here, so in no average: {', '.join(sets.missing)}.")
     return notes + [f"Failed: {where}: {reason}" for where, reason in outcome.failures.items()]

@@ -15,7 +15,7 @@ from fedsigma.common.cards.checking import differences
 from fedsigma.common.data import DataError, Record, Source, halves, open_source
 from fedsigma.server.paper.tables import PaperTable
 
-__all__ = ["UNPUBLISHED", "PublishedSet", "averaged_of", "find_sets", "published_on"]
+__all__ = ["UNPUBLISHED", "PublishedSet", "TableSets", "find_sets", "published_on"]
 
 _MEDMNIST = "medmnist"
 UNPUBLISHED = Protocol(learning_rate=0.007, weight_decay=0, epochs=100)
@@ -65,25 +65,51 @@ class PublishedSet:
         return self.protocols.of(name) or self.protocols.few_shot or UNPUBLISHED
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableSets:
+    """A table's sets on this machine.
+
+    Fields: table; found, that of training first; missing, by name why a set is not here or cannot be read.
+    """
+
+    table: PaperTable
+    found: tuple[PublishedSet, ...]
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> tuple[PublishedSet, ...]:
+        """Those that models are judged on: all but the one that every model is trained on."""
+        return tuple(one for one in self.found if one.name != self.table.trained_on)
+
+    @property
+    def trained(self) -> tuple[PublishedSet, ...]:
+        """Those that models are trained on."""
+        return tuple(one for one in self.found if self.table.trained_on in ("", one.name))
+
+    @property
+    def averaged(self) -> list[str]:
+        """The names of those in an average: with a published configuration; all, if none has one.
+
+        The others are not in the paper's averages, and would spoil one: half of BUSI's three classes is a
+        single class, of which every model is right.
+        """
+        published = [one.name for one in self.judged if one.publishes(self.table.protocol)]
+        return published or [one.name for one in self.judged]
+
+
 @lru_cache(maxsize=64)
 def _opened(source: str, *options: tuple[str, Any]) -> Any:
     """A list of a million images takes seconds to read, and each cell needs it."""
     return open_source(source, **dict(options))
 
 
-def find_sets(
-    table: PaperTable, root: Path, names: Sequence[str] = ()
-) -> tuple[list[PublishedSet], dict[str, str]]:
+def find_sets(table: PaperTable, root: Path, names: Sequence[str] = ()) -> TableSets:
     """The sets of a table that are below a folder.
 
     Args:
         table: its domain, and the set that training is on.
         root: each set is in a folder as its card calls it; MedMNIST's files are there, too.
         names: those wanted; by default all of the table's cards. `medmnist:NAME:SIZE` is one of MedMNIST's.
-
-    Returns:
-        The sets that are here, that of training first, and the reason by name for each that is not, or that
-        cannot be read.
 
     Raises:
         CardError: a name is not known or not of this table.
@@ -107,7 +133,7 @@ def find_sets(
             found.append(read())
         except DataError as error:
             missing[name] = f"{folder} cannot be read: {error}"
-    return found, missing
+    return TableSets(table=table, found=tuple(found), missing=missing)
 
 
 def published_on(table: PaperTable) -> set[str]:
@@ -117,16 +143,6 @@ def published_on(table: PaperTable) -> set[str]:
         for one in cards().values()
         if one.domain == table.domain and one.protocols.of(table.protocol) is not None
     }
-
-
-def averaged_of(table: PaperTable, found: Sequence[PublishedSet]) -> list[str]:
-    """The sets that a table's average is over: those with a published configuration; all, if none has one.
-
-    The others are not in the paper's averages, and would spoil one: half of BUSI's three classes is a single
-    class, of which every model is right.
-    """
-    others = [one for one in found if one.name != table.trained_on]
-    return [one.name for one in others if one.publishes(table.protocol)] or [one.name for one in others]
 
 
 def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
