@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,17 +152,24 @@ def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
         ConfigError: a setting that shapes the result differs.
     """
     # Waiting times do not shape the result, and may be why the run was interrupted.
-    different = [
-        line
-        for line in set(now.to_yaml().splitlines()) ^ set(then.to_yaml().splitlines())
-        if not re.match(r"\s*(round_timeout_s|wait_for_sites_s|min_sites):", line)
-    ]
-    if different:
-        keys = sorted({line.strip().split(":")[0] for line in different})
+    free = {f"federation.{name}" for name in ("round_timeout_s", "wait_for_sites_s", "min_sites")}
+    mine, theirs = (dict(_settings(asdict(one))) for one in (now, then))
+    if different := sorted(
+        key for key in mine.keys() | theirs.keys() if key not in free and mine.get(key) != theirs.get(key)
+    ):
         raise ConfigError(
-            f"{path} holds a run with other settings ({', '.join(keys)}): resume with the same study, rounds"
-            " and seed, or start anew in another folder"
+            f"{path} holds a run with other settings ({', '.join(different)}): resume with the same study,"
+            " rounds and seed, or start anew in another folder"
         )
+
+
+def _settings(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting by its path, as federation.rounds."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _settings(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", value
 
 
 def _check_pictures(folder: RunFolder, study: StudyConfig) -> None:
@@ -200,6 +207,8 @@ def run_rounds(strategy: SigmaStrategy, shift: np.ndarray) -> np.ndarray:
         if strategy.models or strategy.done:
             return strategy.model
     if strategy.models == 0:
+        if strategy.done:  # an earlier process made one
+            return strategy.model
         raise NoModel(
             f"none of {left} rounds had {study.federation.min_sites} accepted replies:"
             f" see the events in {strategy.folder.path / 'events.jsonl'}"

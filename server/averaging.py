@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedsigma.common.config import STEPS, ConfigError, StudyConfig
 from fedsigma.common.files import write_atomic
-from fedsigma.common.reading import nearest
+from fedsigma.common.reading import check_number, nearest
 from fedsigma.common.recipe import cosine
 
 __all__ = [
@@ -52,6 +53,23 @@ _STRATEGIES: dict[str, type[FedAvg]] = {
     "krum": flower.Krum,
     "multikrum": flower.MultiKrum,
     "qfedavg": flower.QFedAvg,
+}
+# Flower takes any value, and fails in the first round, or makes models that are none.
+_BELOW_1 = 0.999999
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "proximal_mu": (0, 1e6),
+    "server_learning_rate": (1e-9, 1e6),
+    "server_momentum": (0, _BELOW_1),
+    "eta": (1e-9, 1e6),
+    "eta_l": (1e-9, 1e6),
+    "beta_1": (0, _BELOW_1),
+    "beta_2": (0, _BELOW_1),
+    "tau": (1e-12, 1e6),
+    "beta": (0, 0.499999),
+    "num_malicious_nodes": (0, 100_000),
+    "num_nodes_to_select": (1, 100_000),
+    "client_learning_rate": (1e-12, 1e6),
+    "q": (0, 1e6),
 }
 # Choosing sites, naming records and averaging metrics are not the inner strategy's business here.
 _OURS = set(inspect.signature(FedAvg.__init__).parameters) | {"train_loss_key"}
@@ -106,10 +124,11 @@ def make_averaging(study: StudyConfig) -> FedAvg:
     name, options = study.federation.strategy, dict(study.federation.options)
     cls = _STRATEGIES[name]
     own = [key for key in inspect.signature(cls.__init__).parameters if key not in _OURS]
-    for key in options:
+    for key, value in options.items():
         if key not in own:
             hint = nearest(key, own) if own else f": {name} has no options"
             raise ConfigError(f"federation.options.{key} is not an option of {name}{hint}")
+        _check_option(f"federation.options.{key}", value, *_BOUNDS.get(key, (-math.inf, math.inf)))
     if name == "qfedavg":
         options.setdefault("client_learning_rate", study.training.learning_rate)
     if name == "fedprox":
@@ -124,6 +143,14 @@ def make_averaging(study: StudyConfig) -> FedAvg:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"federation.options: {name} refuses {options}: {error}") from error
+
+
+def _check_option(where: str, value: object, low: float, high: float) -> None:
+    whole = where.rpartition(".")[2].startswith("num_")
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{where} is {value!r}, expected a {'whole ' if whole else ''}number")
+    check_number(where, value, low=low, high=high)
 
 
 def proximal(averaging: FedAvg, study: StudyConfig) -> float:

@@ -65,7 +65,9 @@ def keep(
         round=round,
         run=folder.key if split.personal_size else "",
     )
-    kept = {_state_path(folder, round), _state_path(folder, before.round if before else 0)}
+    # Of what PREVIOUS really is: where LAST was damaged, that is older than the round before.
+    previous = _read(folder.path / PREVIOUS) if (folder.path / PREVIOUS).exists() else None
+    kept = {_state_path(folder, round), _state_path(folder, previous.round if previous else 0)}
     for old in set(folder.path.glob("strategy-*.safetensors")) - kept:
         old.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ changes is then read back one at a time, in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,12 +30,13 @@ class Count:
     """What a round came to.
 
     messages: what the inner strategy is to average, empty if too few replies count. sites: those that count,
-    by name. lost: whether a site was lost to its network or machine.
+    by name. lost: the nodes of sites that were lost to their network or machine. images: what sites told.
     """
 
     messages: list[Message]
     sites: list[str]
-    lost: bool
+    lost: frozenset[int]
+    images: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,10 @@ def gather(
                 # Its traceback would hold the reply.
                 rejected[node] = Rejected(str(error))
         del answer  # the loop would hold it while the next one is waited for
-    for node, reason in too_long(accepted, study.federation.norm_factor).items():
+    # Where whole sites are hidden a change is clipped instead: one site's length must not decide whether
+    # another's change counts.
+    factor = None if study.privacy.of_sites else study.federation.norm_factor
+    for node, reason in too_long(accepted, factor).items():
         rejected[node] = Rejected(reason)
         del accepted[node]
     ordered = in_order(nodes, seen.values())

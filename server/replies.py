@@ -124,7 +124,8 @@ def accept_training(
         raise Rejected(str(error)) from error
     # The change is added to the shift itself, not to its coded form that the sites start from: what coding
     # took from that form must not enter the model.
-    shift_norm = check_norm(length_of(start, change), federation.norm_bound)
+    bound = None if study.privacy.of_sites else federation.norm_bound  # there a change is clipped instead
+    shift_norm = check_norm(length_of(start, change), bound)
     if reply.examples > study.max_examples_per_site:
         raise Rejected(
             f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"

@@ -29,8 +29,11 @@ __all__ = ["Roster", "TooFewSites", "WrongSiteCount"]
 
 BUDGET_SPENT = "PrivacyBudgetSpent"
 """What a site answers whose privacy budget does not allow the round, or any later one."""
-# A site that was refused is asked again after this time: its people may have put it right.
+# A site that was refused is asked again after this time: its people may have put it right. One that does not
+# answer at all keeps a round from beginning for so long, and twice as long after each time that it did.
 RETRY_S = 60.0
+HELLO_S = 60.0
+"""How long a round waits for the handshake of a site that is new, or did not answer before."""
 LOOK_S = 1.0
 RETURN_S = 30.0
 """How long a round waits for a site that was there and went away: its node may have been started again."""
@@ -67,24 +70,30 @@ class Roster:
         self.exchange, self.folder, self.study, self.fingerprint = exchange, folder, study, fingerprint
         self._nodes = nodes
         self._ask_again: dict[int, float] = {}
+        self._silent: dict[int, int] = {}
+        """How often in a row a node did not answer the handshake."""
         self._away: dict[int, float] = {}
         self._reasons: dict[str, str] = {}
         self._sites = 0
 
-    def present(self) -> dict[int, str]:
-        """Greet whoever is new and return the sites that are online and ready, node id -> name, by name."""
+    def present(self, patience: float = HELLO_S) -> dict[int, str]:
+        """Greet whoever is new and return the sites that are online and ready, node id -> name, by name.
+
+        Args:
+            patience: for how many seconds answers to the handshake are waited for.
+        """
         online = self.exchange.online()
         now = time.monotonic()
         new = [n for n in online if n not in self.names and self._ask_again.get(n, 0.0) <= now]
         if new:
-            self._greet(sorted(new), online)
+            self._greet(sorted(new), online, patience)
         ready = [node for node in self.names if node in online]
         self._away = {n: self._away.get(n, now) for n in self.names if n not in online}
         return {node: self.names[node] for node in sorted(ready, key=lambda node: self.names[node])}
 
-    def willing(self) -> dict[int, str]:
+    def willing(self, patience: float = HELLO_S) -> dict[int, str]:
         """The sites of `present` that still train."""
-        return {node: name for node, name in self.present().items() if node not in self.spent}
+        return {node: name for node, name in self.present(patience).items() if node not in self.spent}
 
     def retire(self, node: int, *, round: int) -> None:
         """Ask a site for no more training, from this round on."""
@@ -103,8 +112,10 @@ class Roster:
         """
         federation = self.study.federation
         deadline = time.monotonic() + federation.wait_for_sites_s
+        # At the start of a study a site may have a basis to compute, which takes minutes.
+        patience = HELLO_S if self.names else federation.round_timeout_s
         while True:
-            ready = self.willing()
+            ready = self.willing(patience)
             # A simulation's sites cannot come later; one that was refused there is left out.
             settled = len(ready) + len(self.spent) + len(self._reasons) >= self._sites
             over = time.monotonic() >= deadline
@@ -112,9 +123,14 @@ class Roster:
                 return ready
             if over:
                 refused = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._reasons.items()))
+                wanted = (
+                    f"at least {federation.min_sites} sites"
+                    if len(ready) < federation.min_sites
+                    else f"the simulation's {self._sites} sites"
+                )
                 raise TooFewSites(
-                    f"{len(ready)} of at least {federation.min_sites} sites were ready after"
-                    f" {federation.wait_for_sites_s:g} s" + (f" (refused: {refused})" if refused else "")
+                    f"{len(ready)} of {wanted} were ready after {federation.wait_for_sites_s:g} s"
+                    + (f" (refused: {refused})" if refused else "")
                 )
             time.sleep(LOOK_S)
 
@@ -123,11 +139,13 @@ class Roster:
         recently = time.monotonic() - RETURN_S
         return any(since > recently for node, since in self._away.items() if node not in self.spent)
 
-    def _greet(self, nodes: list[int], online: set[int]) -> None:
+    def _greet(self, nodes: list[int], online: set[int], patience: float) -> None:
         hello = Hello(protocol=PROTOCOL, setup=Setup.of(self.study), fingerprint=self.fingerprint.to_json())
-        timeout = self.study.federation.round_timeout_s
+        timeout = min(patience, self.study.federation.round_timeout_s)
         for answer in self.exchange.ask(dict.fromkeys(nodes, hello), kind=HELLO, timeout=timeout):
-            self._ask_again[answer.node] = time.monotonic() + RETRY_S
+            silent = self._silent.get(answer.node, 0) + 1 if answer.late else 0
+            self._silent[answer.node] = silent
+            self._ask_again[answer.node] = time.monotonic() + RETRY_S * 2 ** min(silent, 10)
             self._judge(answer.node, answer, online)
 
     def _judge(self, node: int, answer: Answer, online: set[int]) -> None:

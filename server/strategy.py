@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import closing
 from dataclasses import replace
 from logging import INFO
@@ -48,6 +48,9 @@ __all__ = ["BudgetsSpent", "SigmaStrategy"]
 Vector = NDArray[np.float32]
 MOST_REPEATS = 2
 """How often a round is asked for again that sites were lost in, and that made no model."""
+
+OUTVOTED = "too few others replied, and the round was asked for again"
+"""Why a reply that was in order does not count, of a site that is not asked again."""
 
 MOST_NAMES = 20
 """How many sites the log names."""
@@ -120,9 +123,18 @@ class SigmaStrategy(Strategy):
         begin_round(self.averaging, number, shift, self._cohort)
         return list(self._sent.values())
 
-    def _ask(self, number: int, *, attempt: int) -> None:
-        """Build the messages to the round's sites. attempt: of masked cohorts of this round."""
-        drawn = draw_cohort(self.roster.wait(), self.study, round=number, images=self._images)
+    def _ask(self, number: int, *, attempt: int, without: Set[int] = frozenset()) -> None:
+        """Build the messages to the round's sites.
+
+        Args:
+            number: of the round.
+            attempt: of masked cohorts of this round.
+            without: sites that are not asked, if enough others are ready.
+        """
+        ready = self.roster.wait()
+        others = {node: name for node, name in ready.items() if node not in without}
+        ready = others if len(others) >= self.study.federation.min_sites else ready
+        drawn = draw_cohort(ready, self.study, round=number, images=self._images)
         self._cohort, self._factors = drawn.sites, drawn.factors
         self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
         self._task = self._make_task(number, self.model)
@@ -145,11 +157,16 @@ class SigmaStrategy(Strategy):
         for _ in range(MOST_REPEATS):
             if count.messages or not count.lost:
                 break
-            # The network, or the centre's own front, was down: the round is not the sites' to lose.
+            # The network, or the centre's own front, was down: the round is not the sites' to lose. If it is
+            # some sites only, others are asked in their place: they may be hung for long.
             self.folder.event("round_again", round=number, sites=count.sites)
-            self._ask(number, attempt=self._task.attempt + 1)
+            for site in count.sites:
+                self.folder.round_row(number, site, {}, 0, 0, "failed", OUTVOTED)
+            some = count.lost if len(count.lost) < len(self._cohort) else frozenset[int]()
+            self._ask(number, attempt=self._task.attempt + 1, without=some)
             answers = self.exchange.send(self._sent, timeout=self.study.federation.round_timeout_s)
             count = self._count(number, answers)
+        self._images |= count.images
         # One site's shift alone would go out to all others: a cohort below min_sites makes no model.
         arrays = self._average(number, count.messages) if count.messages else None
         self.folder.event(
@@ -176,7 +193,6 @@ class SigmaStrategy(Strategy):
                 start=self.model,
             )
             told = found.accepted
-            self._images |= {self._cohort[node]: int(one.weight) for node, one in told.items()}
             accepted = {n: replace(one, weight=one.weight * self._factors[n]) for n, one in told.items()}
             mean = np.zeros(self.layout.size)
             drifts: dict[int, dict[str, float]] = {}
@@ -193,7 +209,8 @@ class SigmaStrategy(Strategy):
             return Count(
                 messages=self._to_average(accepted, changes, mean) if enough else [],
                 sites=[self._cohort[node] for node in accepted],
-                lost=any(answer.gone for answer in found.answers.values()),
+                lost=frozenset(node for node, answer in found.answers.items() if answer.gone),
+                images={self._cohort[node]: int(one.weight) for node, one in told.items()},
             )
 
     def _to_average(
@@ -224,13 +241,13 @@ class SigmaStrategy(Strategy):
 
     def _counted_masked(self, number: int, answers: Iterable[Answer]) -> Count:
         """As `_counted`, of a round whose sum alone can be read: without a site, it is asked for again."""
-        up, down, lost = Counter[int](), Counter[int](), False
+        up, down, lost = Counter[int](), Counter[int](), set[int]()
         while True:
             adding = masked.Adding(self.layout, steps=self._task.steps)
             for answer in answers:
                 up[answer.node] += answer.bytes_up
                 down[answer.node] += answer.bytes_down
-                lost |= answer.gone
+                lost |= {answer.node} if answer.gone else set()
                 adding.take(answer)
                 del answer  # the loop would hold it while the next one is waited for
             asked = [node for node in self._cohort if node in adding.answers]
@@ -252,8 +269,9 @@ class SigmaStrategy(Strategy):
                 group=str(number),
             )
         if len(whole) < self.study.federation.min_sites:
-            return Count(messages=[], sites=[], lost=lost)
-        return Count(messages=self._summed(number, whole, adding, up, down), sites=sites, lost=lost)
+            return Count(messages=[], sites=[], lost=frozenset(lost))
+        messages = self._summed(number, whole, adding, up, down)
+        return Count(messages=messages, sites=sites, lost=frozenset(lost))
 
     def _summed(
         self,

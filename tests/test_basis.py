@@ -109,7 +109,7 @@ def test_garbage_fingerprint_is_named(text: str) -> None:
         Fingerprint.from_json(text)
 
 
-def test_cache_is_used_and_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_basis_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_clip()
     first = cached_basis(model, find_layout(model), tmp_path)
     assert len(list(tmp_path.glob("basis-*.safetensors"))) == 1
@@ -121,6 +121,19 @@ def test_cache_is_used_and_memory_mapped(tmp_path: Path, monkeypatch: pytest.Mon
     again = cached_basis(model, find_layout(model), tmp_path)
     assert again.fingerprint.compare(first.fingerprint) is None
     assert all(torch.equal(a.u, b.u) for a, b in zip(first.triples, again.triples, strict=True))
+
+
+def test_processes_share_the_pages_of_a_cached_basis(tmp_path: Path) -> None:
+    model = tiny_clip()
+    basis = cached_basis(model, find_layout(model), tmp_path)
+    (file,) = tmp_path.glob("basis-*.safetensors")
+    mapped = [
+        line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line
+    ]
+    parts = [tuple(int(end, 16) for end in part.split("-")) for part in mapped]
+    for triple in basis.triples:
+        for tensor in (triple.u, triple.s, triple.vh):
+            assert any(start <= tensor.data_ptr() < end for start, end in parts)
 
 
 def test_other_weights_get_another_cache_file(tmp_path: Path) -> None:
@@ -136,6 +149,26 @@ def test_damaged_cache_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(BasisError, match="delete it"):
         cached_basis(model, find_layout(model), tmp_path)
+
+
+def test_vectors_that_are_not_those_of_their_fingerprint_are_refused(tmp_path: Path) -> None:
+    model = tiny_clip()
+    layout = find_layout(model)
+    cached_basis(model, layout, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2 : len(whole) // 2 + 4096] = bytes(4096)
+    file.write_bytes(damaged)
+    with pytest.raises(BasisError, match="is damaged: its vectors are not those"):
+        cached_basis(model, layout, tmp_path)
+    file.write_bytes(whole)
+    cached_basis(model, layout, tmp_path)
+    # Another backbone's vectors under this one's name and fingerprint.
+    mine, other = basis_of(model), basis_of(tiny_clip(1))
+    replace(mine, triples=other.triples).save(file)
+    with pytest.raises(BasisError, match="is damaged"):
+        cached_basis(model, layout, tmp_path)
 
 
 def test_weight_that_is_not_finite_is_named() -> None:

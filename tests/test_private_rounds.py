@@ -173,12 +173,23 @@ def moved(tmp_path: Path, study: str, size: float, name: str, monkeypatch: pytes
 def test_one_site_moves_the_model_by_its_share_of_the_norm_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = SITE.replace("rounds:", "norm_factor: null, rounds:")
     none, large, huge = (
-        moved(tmp_path, study, size, f"out{size}", monkeypatch) for size in (0.0, 1.0, 1000.0)
+        moved(tmp_path, SITE, size, f"out{size}", monkeypatch) for size in (0.0, 1.0, 1000.0)
     )
     assert np.linalg.norm(large - none) == pytest.approx(0.1 / 4, rel=1e-4)
     np.testing.assert_allclose(huge, large, atol=1e-6)
+
+
+def test_where_sites_are_hidden_no_length_decides_what_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the round's median, whether a long change counts would depend on the other sites'."""
+    study = SITE.replace("rounds:", "norm_bound: 0.5, rounds:")
+    for size in (0.0, 1000.0):
+        moved(tmp_path, study, size, f"out{size}", monkeypatch)
+        folder = out(tmp_path, f"out{size}")
+        assert not events(folder, "reply_rejected")
+        assert len(events(folder, "round_end")[0]["sites"]) == 4
 
 
 @pytest.mark.parametrize("masking", [False, True])

@@ -427,6 +427,25 @@ def test_too_few_sites_by_the_deadline_is_an_error(tmp_path: Path) -> None:
     assert len(events(out(tmp_path), "site_refused")) == 3
 
 
+def test_a_simulation_that_lacks_a_site_says_which_number_it_wants(tmp_path: Path) -> None:
+    def leave(node: int, task: Message, reply: Message) -> Message:
+        if task.metadata.group_id == "1":
+            grid[0].away = {103}
+        return reply
+
+    grid: list[FakeGrid] = []
+    with pytest.MonkeyPatch.context() as patched:
+        made = FakeGrid.__init__
+
+        def init(self: FakeGrid, *args: Any, **more: Any) -> None:
+            made(self, *args, **more)
+            grid.append(self)
+
+        patched.setattr(FakeGrid, "__init__", init)
+        with pytest.raises(TooFewSites, match="3 of the simulation's 4 sites were ready after 0 s"):
+            run(tmp_path, tamper=leave)
+
+
 class Interrupted(RuntimeError):
     pass
 
@@ -513,7 +532,7 @@ def test_resuming_a_finished_or_an_empty_run(tmp_path: Path) -> None:
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(ConfigError, match=r"other settings \(rounds\)"):
+    with pytest.raises(ConfigError, match=r"other settings \(federation\.rounds\)"):
         run(tmp_path, rounds=7, resume=True)
     with pytest.raises(ConfigError, match="resume=true needs out"):
         config = {"study": str(tmp_path / "study.yaml"), "out": "", "resume": True, "seed": -1, "rounds": 0}
@@ -521,6 +540,50 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
             FakeGrid(client, 4),
             Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config),
         )
+
+
+PLACES = """
+training: {schedule: %s, local_steps: 5}
+federation: {strategy: fedadam, schedule: %s, rounds: 3, round_timeout_s: 5, wait_for_sites_s: 0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "where"),
+    [
+        ("classes: [a, b]", "classes: [b, a]", r"classes"),
+        (
+            PLACES % ("cosine", "constant"),
+            PLACES % ("constant", "cosine"),
+            r"federation\.schedule, training\.schedule",
+        ),
+        ("sigma: {parts: [q, k], layers: [1]}", "sigma: {parts: [k, q], layers: [1]}", r"sigma\.parts"),
+    ],
+)
+def test_the_same_lines_in_another_place_are_other_settings(
+    tmp_path: Path, then: str, now: str, where: str
+) -> None:
+    plain = "name: fake\nbackbone: fake\nshots: 4\ndata: {source: demo}\nbaselines: []\n"
+    classes = "" if "classes" in then else "classes: [a, b]\n"
+    training = "" if "training" in then else PLACES % ("cosine", "constant")
+    run(tmp_path, plain + classes + training + then)
+    with pytest.raises(ConfigError, match=rf"other settings \({where}\)"):
+        run(tmp_path, plain + classes + training + now, resume=True)
+
+
+def test_a_resumed_run_whose_last_rounds_fail_keeps_the_model_that_it_has(tmp_path: Path) -> None:
+    def fail(node: int, task: Message, reply: Message) -> Message:
+        return gone(task, 1) if task.metadata.group_id == "3" else reply
+
+    study = STUDY.replace(", local_only, pooled", "")
+    whole = run(tmp_path, study, out="whole", tamper=fail)
+    with pytest.raises(Interrupted):
+        run(tmp_path, study, tamper=stop_in_round(3))
+    resumed = run(tmp_path, study, resume=True, tamper=fail)
+    assert events(resumed, "round_end")[-1]["ok"] is False
+    assert events(resumed, "run_end")[-1]["ok"] is True
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
+    assert resumed.read_summary()["federated"] == whole.read_summary()["federated"]
 
 
 def test_an_unknown_option_of_the_strategy_is_named(tmp_path: Path) -> None:
@@ -587,6 +650,21 @@ def test_a_damaged_checkpoint_costs_the_last_round_which_is_run_again(tmp_path: 
     np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
 
 
+def test_the_averagings_state_is_kept_for_the_round_before_however_often_a_file_is_damaged(
+    tmp_path: Path,
+) -> None:
+    study = STUDY.replace("rounds: 3", "rounds: 5, strategy: fedavgm, options: {server_momentum: 0.9}")
+    study = study.replace(", local_only, pooled", "")
+    whole = run(tmp_path, study, out="whole")
+    for number in (4, 4, 5):
+        with pytest.raises(Interrupted):
+            run(tmp_path, study, resume=(tmp_path / "out").exists(), tamper=stop_in_round(number))
+        (tmp_path / "out" / "sigma.safetensors").write_bytes(b"damaged")
+    resumed = run(tmp_path, study, resume=True)
+    assert len(events(resumed, "checkpoint_damaged")) == 3
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
+
+
 def test_without_any_checkpoint_that_reads_nothing_is_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(tmp_path, out="broken", tamper=stop_in_round(3))
@@ -634,6 +712,30 @@ def test_a_round_in_which_the_way_to_the_sites_was_lost_is_asked_for_again(tmp_p
     assert [(e["round"], e["ok"]) for e in events(folder, "round_end")] == [(1, True), (2, True), (3, True)]
     np.testing.assert_array_equal(shift_of(folder), shift_of(whole))
     assert {r["status"] for r in folder.rounds()} == {"accepted", "pooled"}
+
+
+@pytest.mark.parametrize("cohorts", ["random", "by_images"])
+def test_others_are_asked_in_place_of_a_site_that_hangs(tmp_path: Path, cohorts: str) -> None:
+    """One site of two that never answers must not cost the round, nor be asked for it again."""
+
+    def hang(node: int, task: Message, reply: Message) -> Message | None:
+        return None if node == 103 and task.metadata.message_type == "train" else reply
+
+    study = STUDY.replace("rounds: 3", f"rounds: 8, participation: 0.5, cohorts: {cohorts}")
+    folder = run(tmp_path, study.replace("[zero_shot, local_only, pooled]", "[]"), tamper=hang)
+    ends = events(folder, "round_end")
+    assert [e["ok"] for e in ends] == [True] * 8
+    again = [e["round"] for e in events(folder, "round_again")]
+    assert again and len(set(again)) == len(again)
+    rows = {(r["round"], r["site"]): r for r in folder.rounds() if r["round"] <= 8}
+    for end in ends:
+        # Of a round's rows only those are accepted whose changes are in its model.
+        accepted = {
+            site for (number, site), r in rows.items() if number == end["round"] and r["status"] == "accepted"
+        }
+        assert accepted == set(end["sites"])
+    for number in again:
+        assert rows[number, NAMES[3]]["status"] == "late"
 
 
 def test_a_round_whose_replies_are_refused_is_not_asked_for_again(tmp_path: Path) -> None:

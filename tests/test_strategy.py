@@ -21,7 +21,7 @@ from fedsigma.common.protocol import PROTOCOL, Evaluation, HelloReply, to_conten
 from fedsigma.server import roster as roster_of
 from fedsigma.server.averaging import StateError, make_averaging, restore_state, save_state, set_step
 from fedsigma.server.drift import drift, mean_change
-from fedsigma.server.exchange import attribute, in_order
+from fedsigma.server.exchange import Answer, attribute, in_order
 from fedsigma.server.replies import Accepted, pool
 from fedsigma.server.roster import Roster
 from fedsigma.server.store import RunFolder
@@ -213,6 +213,39 @@ def test_a_round_waits_a_moment_for_a_site_that_went_away_and_only_once(
     assert clock[0] == 100 + waited
 
 
+def test_a_node_that_never_answers_the_handshake_is_asked_ever_more_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, clock = FINGERPRINT.to_json(), [100.0]
+
+    class OneSilent(FakeExchange):
+        def ask(self, tasks: Any, *, kind: str, timeout: float, group: str = "") -> Any:
+            silent = {node for node in tasks if node == 3}
+            yield from super().ask(
+                {n: task for n, task in tasks.items() if n not in silent}, kind=kind, timeout=timeout
+            )
+            if silent:
+                clock[0] += timeout
+                yield Answer(node=3, bytes_down=0, late=True)
+
+    monkeypatch.setattr(roster_of.time, "monotonic", lambda: clock[0])
+    exchange = OneSilent({1: ("east", good), 2: ("north", good), 3: ("south", good)})
+    folder = RunFolder.create(tmp_path / "run", STUDY)
+    plain = study("fedavg")
+    patient = replace(plain, federation=replace(plain.federation, round_timeout_s=600))
+    roster = Roster(exchange, folder, patient, FINGERPRINT)  # type: ignore[arg-type]
+    waits = []
+    for _ in range(30):  # rounds of a minute each
+        before = clock[0]
+        assert set(roster.wait()) == {1, 2}
+        waits.append(clock[0] - before)
+        clock[0] += 60
+    # At first a site may have its basis to compute; then it is a minute, after 2, 4, 8 and 16 minutes.
+    assert [wait for wait in waits if wait] == [600, 60, 60, 60]
+    (refused,) = [e for e in folder.events() if e["kind"] == "site_refused"]
+    assert refused["reason"] == "it did not answer the handshake in time"
+
+
 def test_at_a_centre_a_site_is_who_its_node_says(tmp_path: Path) -> None:
     """Else a site could take another's place by its name."""
 
@@ -242,7 +275,17 @@ def test_every_strategy_is_built_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("fedtrimmedavg", {"beta": 0.7}, "fedtrimmedavg refuses"),
+        ("fedtrimmedavg", {"beta": 0.5}, r"options\.beta is 0\.5, expected a number between 0 and 0\.499999"),
+        ("fedadam", {"eta": "big"}, r"federation\.options\.eta is 'big', expected a number"),
+        ("fedadam", {"eta": -1}, "eta is -1, expected a number between 1e-09"),
+        ("fedadam", {"beta_1": 1}, "beta_1 is 1, expected a number between 0 and 0.999999"),
+        ("fedyogi", {"tau": 0}, "tau is 0"),
+        ("fedavgm", {"server_momentum": True}, "server_momentum is True, expected a number"),
+        ("fedprox", {"proximal_mu": "x"}, "proximal_mu is 'x'"),
+        ("qfedavg", {"client_learning_rate": 0}, "client_learning_rate is 0"),
+        ("krum", {"num_malicious_nodes": -3}, "num_malicious_nodes is -3"),
+        ("krum", {"num_malicious_nodes": 1.0}, "num_malicious_nodes is 1.0, expected a whole number"),
+        ("multikrum", {"num_nodes_to_select": 0}, "num_nodes_to_select is 0"),
         ("fedadam", {"etta": 1}, "did you mean 'eta'"),
         ("fedavg", {"weighted_by_key": "x"}, "fedavg has no options"),
         ("fedavgm", {"min_train_nodes": 1}, "not an option of fedavgm"),

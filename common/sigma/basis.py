@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,9 @@ TOLERANCE = 1e-4
 FLOAT64_ELEMENTS = 64 * 2**20
 
 Progress = Callable[[int, int], None]
+
+_checked: set[tuple[str, int, int, int]] = set()
+"""The files whose vectors were seen to be those of their fingerprint: path, inode, size, time of change."""
 
 
 class BasisError(ValueError):
@@ -79,14 +82,12 @@ def sketch(entry: Entry, triple: Triple) -> tuple[float, ...]:
     A joint sign flip of a pair (u, v) leaves every probe as it is; a rotation within a pair with
     different w changes it.
     """
-    u, vh = triple.u.double(), triple.vh.double()
-    found = []
-    for probe in range(PROBES):
-        name = f"fedsigma/{VERSION}/{entry.key}/{probe}"
-        left = _signs(name + "/a", u.shape[0]) @ u
-        right = vh @ _signs(name + "/b", vh.shape[1])
-        found.append(float((left * _levels(name + "/w", entry.size) * right).sum()))
-    return tuple(found)
+    names = [f"fedsigma/{VERSION}/{entry.key}/{probe}" for probe in range(PROBES)]
+    left = torch.stack([_signs(name + "/a", triple.u.shape[0]) for name in names])
+    right = torch.stack([_signs(name + "/b", triple.vh.shape[1]) for name in names])
+    weights = torch.stack([_levels(name + "/w", entry.size) for name in names])
+    found = (left @ triple.u.double()) * weights * (triple.vh.double() @ right.T).T
+    return tuple(float(probe) for probe in found.sum(1))
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -179,8 +180,7 @@ class Basis:
             triples.append(decompose(model.get_parameter(entry.weight)[rows]))
             if progress:
                 progress(number + 1, len(layout.entries))
-        rows_ = tuple(sketch(e, t) for e, t in zip(layout.entries, triples, strict=True))
-        return cls(layout, tuple(triples), Fingerprint(weights_digest(model), layout.digest, rows_))
+        return cls(layout, tuple(triples), _fingerprint(weights_digest(model), layout, triples))
 
     def save(self, path: Path) -> None:
         """Write as safetensors; readers see the whole file or none."""
@@ -237,8 +237,34 @@ def cached_basis(
     if path.exists():
         basis = Basis.load(path)
         if basis.fingerprint.weights == weights and basis.layout == layout:
+            _check(basis, path)
             return basis
         raise BasisError(f"{path} belongs to another backbone: delete it, it will be computed again")
     basis = Basis.compute(model, layout, progress=progress)
     basis.save(path)
     return Basis.load(path)
+
+
+def _fingerprint(weights: str, layout: Layout, triples: Sequence[Triple]) -> Fingerprint:
+    rows = tuple(sketch(entry, triple) for entry, triple in zip(layout.entries, triples, strict=True))
+    return Fingerprint(weights, layout.digest, rows)
+
+
+def _check(basis: Basis, path: Path) -> None:
+    """See that the vectors in a file are those of its fingerprint, once in a process.
+
+    Else a damaged file, or vectors under another file's fingerprint, would be averaged with those of other
+    sites, and nobody would know.
+
+    Raises:
+        BasisError: they are not.
+    """
+    found = path.stat()
+    file = (str(path), found.st_ino, found.st_size, found.st_mtime_ns)
+    if file in _checked:
+        return
+    fingerprint = basis.fingerprint
+    if fingerprint.compare(_fingerprint(fingerprint.weights, basis.layout, basis.triples)):
+        raise BasisError(f"{path} is damaged: its vectors are not those that it was written with; delete it,"
+                         " it will be computed again")  # fmt: skip
+    _checked.add(file)
