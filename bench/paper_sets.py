@@ -67,6 +67,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     a = p.parse_args()
     files = {file.stem: file for file in sorted(a.data.rglob("*.parquet"))}
+    if not files.keys() & {*PUBLISHED, *OWN}:
+        raise SystemExit(f"no {', '.join(f'{stem}.parquet' for stem in (*PUBLISHED, *OWN))} below {a.data}")
     for stem, (name, classes) in PUBLISHED.items():
         if stem in files:
             chosen = card(name)

@@ -33,7 +33,8 @@ def check(
     spec: Annotated[
         str,
         typer.Argument(
-            help="folder:PATH, csv:PATH, parquet:PATH, dicom:PATH or demo; or NAME:PATH, a card and a folder."
+            help="folder:PATH, csv:PATH, parquet:PATH, dicom:PATH, coop:NAME:PATH, medmnist:NAME:SIZE or"
+            " demo; or NAME:PATH, a card and a folder."
         ),
     ],
     classes: Annotated[
@@ -50,15 +51,26 @@ def check(
 
     Example: fedsigma data check btmri:data/BTMRI
     """
-    from fedsigma.common.cards import cards
+    from fedsigma.common.cards import CardError, cards
+    from fedsigma.common.reading import nearest
 
     name, _, place = spec.partition(":")
-    if name in cards() and place:
+    if name in cards():
+        if not place:
+            raise CardError(f"'{spec}' names a card: write {name}:PATH, a folder to compare with it")
+        if classes is not None:
+            raise CardError(f"--classes has no use here: the card has them; for a source write coop:{spec}")
         _check_card(cards()[name], Path(place).expanduser(), as_json)
         return
     from fedsigma.common.data import check as check_source
-    from fedsigma.common.data import open_source
+    from fedsigma.common.data import known_sources, open_source
 
+    if name not in known_sources() and not Path(spec).exists():
+        raise CardError(
+            f"'{spec}' is no source of data and no card{nearest(name.lower(), [*known_sources(), *cards()])}"
+            f" Write KIND:PATH with one of {', '.join(known_sources())}, or NAME:PATH of a card"
+            " (fedsigma data cards)"
+        )
     source = open_source(spec)
     found = sorted({record.label for record in source.records if record.label is not None})
     wanted = [word.strip() for word in classes.split(",") if word.strip()] if classes is not None else found
@@ -133,19 +145,28 @@ def fetch(
 
     Example: fedsigma data fetch dtd data/dtd
 
-    Exit code 3: it cannot be had, is not the expected file, or is unsafe to unpack.
+    Exit code 3: it was not agreed to, cannot be had, is not the expected file, or is unsafe to unpack.
     """
+    from fedsigma.common.cards import CardError
     from fedsigma.common.cards.fetching import fetch as fetch_archive
 
     archives, chosen = _archives(name)
+    if folder.exists() and not folder.is_dir():
+        raise CardError(f"{folder} is a file, and a set needs a folder: name another place")
     for one in archives:
         size = f"{one.size / 1e6:,.0f} MB" if one.size else "size not known"
         checksum = f"checksum stated by {one.stated_by}" if one.stated_by else "nobody states a checksum"
         typer.echo(f"{one.url} ({size}; {checksum})")
     if chosen is not None:
         typer.echo(f"Licence: {chosen.licence}. Page: {chosen.page}")
-    if not yes:
-        typer.confirm(f"Download into {folder}?", abort=True)
+    else:
+        from fedsigma.common.data.medmnist import medmnist_licence
+
+        typer.echo(f"Licence: {medmnist_licence(name.split(':')[1])}. Page: https://medmnist.com/")
+    if not yes and not _agreed(folder):
+        raise CardError(
+            f"nothing was fetched into {folder}: answer y, or give --yes once the licence is read"
+        )
     for one in archives:
         with _Bar(one.name) as progress:
             came = fetch_archive(one, folder, progress=progress)
@@ -160,6 +181,13 @@ def fetch(
         for item in chosen.by_hand:
             typer.echo(f"To be put into {folder} by hand: {item}")
         typer.echo(f"Then: fedsigma data check {chosen.name}:{folder}")
+
+
+def _agreed(folder: Path) -> bool:
+    try:
+        return typer.confirm(f"Download into {folder}?")
+    except typer.Abort:  # no terminal to answer at
+        return False
 
 
 def _archives(name: str) -> tuple[tuple[Archive, ...], DatasetCard | None]:

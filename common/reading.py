@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ __all__ = [
     "check_printable",
     "check_subset",
     "from_here",
+    "named",
     "nearest",
     "read_yaml",
     "split_address",
@@ -83,6 +84,15 @@ def check_subset(where: str, values: tuple[str, ...], known: tuple[str, ...], *,
         raise ConfigError(f"{where} names something twice: {list(values)}")
     if not values and not empty:
         raise ConfigError(f"{where} is empty, expected at least one of {', '.join(known)}")
+
+
+def named(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Each of nested settings by its path, as federation.rounds, with its value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from named(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", value
 
 
 def from_here(address: str, *, where: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from fedsigma.common import sites
 from fedsigma.common.config import ConfigError, StudyConfig, load_study
 from fedsigma.common.learner import Learner, open_learner
 from fedsigma.common.protocol import Evaluation, Setup
+from fedsigma.common.reading import named
 from fedsigma.server import checkpoint
 from fedsigma.server.averaging import ARRAY, make_averaging
 from fedsigma.server.baselines import Baselines, result
@@ -153,7 +154,7 @@ def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
     """
     # Waiting times do not shape the result, and may be why the run was interrupted.
     free = {f"federation.{name}" for name in ("round_timeout_s", "wait_for_sites_s", "min_sites")}
-    mine, theirs = (dict(_settings(asdict(one))) for one in (now, then))
+    mine, theirs = (dict(named(asdict(one))) for one in (now, then))
     if different := sorted(
         key for key in mine.keys() | theirs.keys() if key not in free and mine.get(key) != theirs.get(key)
     ):
@@ -161,15 +162,6 @@ def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
             f"{path} holds a run with other settings ({', '.join(different)}): resume with the same study,"
             " rounds and seed, or start anew in another folder"
         )
-
-
-def _settings(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting by its path, as federation.rounds."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _settings(value, f"{where}{name}.")
-        else:
-            yield f"{where}{name}", value
 
 
 def _check_pictures(folder: RunFolder, study: StudyConfig) -> None:

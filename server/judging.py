@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsigma.common.artefact import SavedSigma, load_shift
+from fedsigma.common.artefact import load_shift
 from fedsigma.common.config import ConfigError, StudyConfig
 from fedsigma.common.models import Shelf, shelf_folder
 from fedsigma.server.baselines import Baselines, result
@@ -19,7 +19,7 @@ from fedsigma.server.store import RunFolder
 if TYPE_CHECKING:
     from fedsigma.common.learner import Learner
 
-__all__ = ["fairness", "judge_versions"]
+__all__ = ["fairness", "find_version", "judge_versions"]
 
 ZERO = "zero_shot"
 
@@ -41,7 +41,7 @@ def judge_versions(
     split = baselines.split
     shifts = {ZERO: np.zeros(split.shared.size, np.float32)} if ZERO in study.baselines else {}
     for reference in study.judge:
-        saved = _load(reference, folder)
+        saved = load_shift(find_version(reference, folder.path.parent))
         difference = learner.fingerprint.compare(Fingerprint.from_json(saved.fingerprint_json))
         if difference:
             raise ConfigError(f"judge names {reference}, which does not fit this study: {difference}")
@@ -85,7 +85,11 @@ def fairness(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
     }
 
 
-def _load(reference: str, folder: RunFolder) -> SavedSigma:
-    if Path(reference).expanduser().exists():
-        return load_shift(Path(reference).expanduser())
-    return load_shift(Shelf(shelf_folder(folder.path.parent)).find(reference).path)
+def find_version(reference: str, runs: Path) -> Path:
+    """Where a version lies: a file or folder of this name, else the one of the registry beside the runs.
+
+    Raises:
+        ModelError: there is no such version.
+    """
+    place = Path(reference).expanduser()
+    return place if place.exists() else Shelf(shelf_folder(runs)).find(reference).path

@@ -27,6 +27,9 @@ from fedsigma.common.config import ConfigError, StudyConfig, load_study
 from fedsigma.common.processes import flower_environment, free_ports
 from fedsigma.common.protocol import Setup
 from fedsigma.server.bundle import write_app
+from fedsigma.server.judging import find_version
+from fedsigma.server.overview import runs_folder
+from fedsigma.server.store import check_free
 from fedsigma.server.trackers import choose_trackers
 
 __all__ = ["SimulationError", "run_simulation"]
@@ -65,12 +68,18 @@ def run_simulation(
 
     Raises:
         ConfigError: the study does not read, or is not for a simulation, or a tracker cannot be used.
+        ModelError: there is no such version as the study wants judged.
+        StoreError: `out` is no place for a run.
         SimulationError: Flower did not start.
         KeyboardInterrupt: by Ctrl-C or SIGTERM; nothing is left running, and the run can be resumed.
     """
     config = load_study(study)
     sites = _count_sites(config)
     choose_trackers(trackers)
+    if out and not resume:
+        check_free(out.expanduser().resolve())
+    for reference in config.judge:
+        find_version(reference, out.expanduser().resolve().parent if out else runs_folder())
     with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
         home = Path(folder)
         (home / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")

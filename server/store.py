@@ -83,12 +83,7 @@ class RunFolder:
             StoreError: the folder already holds a run, or its place is taken by a file.
         """
         path = Path(path)
-        if (path / "study.yaml").exists():
-            raise StoreError(
-                f"{path} already holds a run: name another folder, or go on with that run by resume=true"
-            )
-        if path.exists() and not path.is_dir():
-            raise StoreError(f"{path} is a file, a run needs a folder: name another place")
+        check_free(path)
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         folder._replace("study.yaml", study_yaml)
@@ -352,6 +347,20 @@ class RunFolder:
             self._replace("rounds.csv", "".join(csv_line(cells) + "\n" for cells in lines))
             self._columns = wanted
         return wanted
+
+
+def check_free(path: Path) -> None:
+    """See that a new run may have this folder.
+
+    Raises:
+        StoreError: it already holds a run, or its place is taken by a file.
+    """
+    if (path / "study.yaml").exists():
+        raise StoreError(
+            f"{path} already holds a run: name another folder, or go on with that run by resume=true"
+        )
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file, a run needs a folder: name another place")
 
 
 def _plain(value: Any) -> Any:

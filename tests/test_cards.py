@@ -23,6 +23,7 @@ from fedsigma.common.cards import (
     prompt_of,
     same_name,
 )
+from fedsigma.common.cards.card import Protocol
 from fedsigma.common.cards.checking import differences
 from fedsigma.common.config import StudyConfig, load_study
 from fedsigma.common.data import DataError, Record, check, few_shot, halves, open_source
@@ -56,6 +57,11 @@ def test_every_set_of_the_paper_has_a_card() -> None:
     }
     with pytest.raises(CardError, match="no card 'kvasr': did you mean 'kvasir'"):
         card("kvasr")
+
+
+def test_a_length_below_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="iterations_per_shot is -3"):
+        Protocol(learning_rate=0.1, weight_decay=0, epochs=1, iterations_per_shot=-3)
 
 
 def test_a_card_is_read_strictly() -> None:
@@ -358,6 +364,17 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("data", "check", f"kvasir:{folder}")
     assert code == 0 and "8 / 8 / 8 images, 8 classes" in " ".join(out.split())
     assert run("data", "check", f"kvasir:{tmp_path / 'none'}")[0] == 3
+    for spec, says in (
+        ("kvasir", "write kvasir:PATH"),
+        ("kvasir:", "write kvasir:PATH"),
+        ("KVASIR:x", "did you mean 'kvasir'"),
+        ("kvasr:x", "did you mean 'kvasir'"),
+    ):
+        code, _, wrong = run("data", "check", spec)
+        assert code == 3 and says in " ".join(wrong.split()), wrong
+    code, _, wrong = run("data", "check", f"kvasir:{folder}", "--classes", "a,b")
+    assert code == 3 and "write coop:kvasir:" in " ".join(wrong.split())
+    assert "did you mean 'kvasir'" in run("data", "cards", "Kvasir")[2]
     # The same folder as a source: every image is decoded.
     code, out, _ = run("data", "check", f"coop:kvasir:{folder}")
     assert code == 4 and "identical pictures" in out

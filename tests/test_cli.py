@@ -417,3 +417,16 @@ def test_a_centre_and_a_site_are_made_by_command(tmp_path: Path) -> None:
     code, out, _ = run("site", "approve", "-f", site)
     assert code == 0 and "No bundle waits" in out
     assert run("site", "rotate", "-f", site, "--switch")[0] == 3
+
+
+def test_what_a_simulation_cannot_begin_with_is_told_before_flower_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("fedsigma.server.simulate._superlink", None)  # so that none can be started
+    (tmp_path / "file").write_text("")
+    result = runner.invoke(cli.main, ["study", "run", "demo", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 3 and "is a file, a run needs a folder" in " ".join(result.stderr.split())
+    result = runner.invoke(cli.main, ["study", "evaluate", "demo", "nosuch@9"])
+    assert result.exit_code == 3 and "there is no model 'nosuch'" in " ".join(result.stderr.split())
+    assert not (tmp_path / "runs").exists()

@@ -349,8 +349,13 @@ def test_the_command_asks_first(shelf: Shelf, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(cards(), "dtd", replace(card("dtd"), archives=(one,)))
     folder = tmp_path / "dtd"
     result = runner.invoke(cli.main, ["data", "fetch", "dtd", str(folder)], input="n\n")
-    assert result.exit_code == 1 and not shelf.ranges and not folder.exists()
+    assert result.exit_code == 3 and not shelf.ranges and not folder.exists()
     assert "nobody states a checksum" in result.stdout and "Licence: for research" in result.stdout
+    assert "give --yes once the licence is read" in " ".join(result.stderr.split())
+    assert runner.invoke(cli.main, ["data", "fetch", "dtd", str(folder)]).exit_code == 3  # nobody answers
+    (tmp_path / "file").write_text("")
+    result = runner.invoke(cli.main, ["data", "fetch", "dtd", str(tmp_path / "file"), "--yes"])
+    assert result.exit_code == 3 and "is a file, and a set needs a folder" in " ".join(result.stderr.split())
     result = runner.invoke(cli.main, ["data", "fetch", "dtd", str(folder), "--yes"])
     assert result.exit_code == 0, result.stderr
     said = " ".join(result.stdout.split())

@@ -522,7 +522,8 @@ def test_databases_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monke
             ["--out", tmp_path / "new", "--database", "mysql://me:secret@here/x"],
             "mysql://me:***@here/x cannot be",
         ),
-        (["--out", tmp_path / "file"], "file, which is a file: name a folder"),
+        (["--out", tmp_path / "file"], "file cannot be made a folder (File exists): name another place"),
+        (["--out", tmp_path / "new", "--json", tmp_path / "file" / "x.json"], "--json: "),
     ):
         code, _, wrong = paper(*args, *given)
         assert code == 3 and says in wrong and "secret" not in wrong, wrong
@@ -550,6 +551,63 @@ def test_a_damaged_set_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest
     # A half of BUSI is one class, and CLIP-SVD publishes nothing of the kind on it.
     text = (tmp_path / "out" / "base-to-novel-biomedical.md").read_text()
     assert "No published configuration of this protocol" in text and "busi" in text
+
+
+def test_a_table_says_what_is_not_its_own(
+    fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(tmp_path, monkeypatch, ["btmri"])
+    args = (
+        "--table",
+        "fewshot-biomedical",
+        "--data",
+        tmp_path,
+        "--shots",
+        "1",
+        "--seeds",
+        "1",
+        "--datasets",
+        "btmri",
+    )
+    args += ("--setting", "iid", "--sites", "2")
+    own = ("--backbone", card("btmri").backbone)
+    code, _, wrong = paper(*args, *own, "--out", tmp_path / "plain")
+    assert code == 0, wrong
+    plain = (tmp_path / "plain" / "fewshot-biomedical.md").read_text()
+    assert "Published average" in plain and "not the table's own" not in plain
+    changes = ("--most-steps", "2", "--rounds", "1", "--set", "federation.strategy=fedmedian")
+    code, _, wrong = paper(*args, *own, *changes, "--out", tmp_path / "changed")
+    assert code == 0, wrong
+    changed = (tmp_path / "changed" / "fewshot-biomedical.md").read_text()
+    said = "not the table's own: federation.strategy = fedmedian, at most 1 rounds, at most 2 steps a site."
+    assert said in changed and "Published average" not in changed
+
+
+def test_a_bad_setting_is_told_before_anything_is_trained(
+    fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(tmp_path, monkeypatch, ["btmri"])
+    args = (
+        "--table",
+        "fewshot-biomedical",
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--datasets",
+        "btmri",
+    )
+    for given, says in (
+        (("--setting", "central,iid", "--set", "federation.codec=bogus"), "federation.codec is 'bogus'"),
+        (("--set", "training.learning_rate=abc"), "learning_rate"),
+        (("--share", "5/4"), "--share is '5/4'"),
+        (("--share", "foo", "--show"), "--share is 'foo'"),
+    ):
+        code, _, wrong = paper(*args, *given)
+        assert code == 3 and says in wrong, wrong
+    assert not fake and not (tmp_path / "out").exists()
+    code, _, wrong = paper(*args[:2], "--data", tmp_path / "none")
+    assert code == 3 and f"there is no folder {tmp_path / 'none'}" in wrong
 
 
 def test_a_set_without_a_configuration_of_the_protocol_is_in_no_average() -> None:

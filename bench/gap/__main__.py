@@ -38,6 +38,7 @@ from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config import StudyConfig, load_study
 from fedsigma.common.data import Record, Source, open_source, partition
 from fedsigma.common.metrics import Predictions
+from fedsigma.common.reading import nearest
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.training import Example, Task, evaluate
 
@@ -203,8 +204,10 @@ def rows(validate: Sequence[str], rates: Sequence[float]) -> list[tuple[str, str
             found.append((name, name, {"rate": 0.04} if name == "local" else {}))
         elif name == "pooled":
             found += [(f"pooled, rate {rate:g}", "pooled", {"rate": rate}) for rate in rates]
-        else:
+        elif name in WAYS:
             found.append((name, "way", asdict(WAYS[name])))
+        else:
+            raise SystemExit(f"'{name}' is no way{nearest(name, ['pooled', 'product', *WAYS])}")
     return found
 
 

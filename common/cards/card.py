@@ -68,6 +68,8 @@ class Protocol:
         check_number("learning_rate", self.learning_rate, low=1e-9, high=10)
         check_number("weight_decay", self.weight_decay, low=0, high=100)
         check_number("epochs", self.epochs, low=1, high=10_000)
+        if self.iterations_per_shot is not None:
+            check_number("iterations_per_shot", self.iterations_per_shot, low=1, high=1_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +271,7 @@ def card(name: str) -> DatasetCard:
     """
     known = cards()
     if name not in known:
-        raise CardError(f"there is no card '{name}'{nearest(name, known)}")
+        raise CardError(f"there is no card '{name}'{nearest(name.lower(), known)}")
     return known[name]
 
 

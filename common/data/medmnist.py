@@ -75,6 +75,15 @@ def medmnist_archive(name: str, size: int = 28) -> Archive:
     )
 
 
+def medmnist_licence(name: str) -> str:
+    """The licence of a set, as the package states it.
+
+    Raises:
+        DataError: as `open_medmnist`.
+    """
+    return str(_about(name, SIZES[0])["license"])
+
+
 def _about(name: str, size: int) -> dict[str, Any]:
     try:
         from medmnist import INFO

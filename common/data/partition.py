@@ -86,7 +86,7 @@ def _by_own_site(records: Sequence[Record]) -> dict[str, list[Record]]:
     if homeless:
         raise DataError(
             f"sites_by is 'site', and {len(homeless)} of {len(records)} records have no site: add a column "
-            "'site', or divide by iid, dirichlet or pathological"
+            "'site' (of a set with a split file: sites.csv in its folder), or divide by another way"
         )
     names = sorted({record.site for record in records if record.site})
     return {name: [record for record in records if record.site == name] for name in names}

@@ -17,7 +17,7 @@ from fedsigma.common.exit_codes import PROBLEMS
 if TYPE_CHECKING:
     from fedsigma.server.paper.sets import TableSets
     from fedsigma.server.paper.tables import PaperTable
-    from fedsigma.server.paper.work import Outcome
+    from fedsigma.server.paper.work import Outcome, Recipe
 
 __all__ = ["app"]
 
@@ -105,23 +105,32 @@ def paper(
     _check_differences(sets, allow_differences)
     names = [one.name for one in sets.judged]
     cells = list(cells_of(chosen, names, settings=settings, shots=numbers, seeds=draws))
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is {out}, which is a file: name a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    own = share_of(cells, share)
+    by_name = {one.name: one for one in sets.found}
+    recipe.check(cells, by_name)
+    for option, folder in (("out", out), ("json", as_json.parent if as_json else out)):
+        _make(option, folder)
     results = Results(database or (out / "results.sqlite").resolve())
-    run = set() if show else share_of(cells, share)
+    run = set() if show else own
     try:
-        outcome = work(
-            cells, {s.name: s for s in sets.found}, results, recipe, out.resolve() / "runs", run=run
-        )
+        outcome = work(cells, by_name, results, recipe, out.resolve() / "runs", run=run)
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on; with --show it prints what is done.", err=True)
         raise typer.Exit(130) from None
     finally:
         results.close()
-    _write(table, sets, outcome, out, as_json)
+    _write(table, sets, recipe, outcome, out, as_json)
     if outcome.done < len(cells):
         raise typer.Exit(PROBLEMS)
+
+
+def _make(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--{option}: {folder} cannot be made a folder ({error.strerror}): name another place"
+        ) from error
 
 
 def _words(text: str) -> list[str]:
@@ -190,14 +199,16 @@ def _check_differences(sets: TableSets, allowed: bool) -> None:
         )
 
 
-def _write(name: str, sets: TableSets, outcome: Outcome, out: Path, as_json: Path | None) -> None:
+def _write(
+    name: str, sets: TableSets, recipe: Recipe, outcome: Outcome, out: Path, as_json: Path | None
+) -> None:
     """Print the table and write it as Markdown, CSV and JSON."""
     from fedsigma.common.files import write_atomic
     from fedsigma.server.paper.rendering import blocks_of, flat, markdown
 
     blocks = blocks_of(sets.table, outcome.cells, [one.name for one in sets.judged], sets.averaged)
     entries = flat(blocks)
-    text = markdown(sets.table, blocks, notes=_notes(sets, outcome))
+    text = markdown(sets.table, blocks, notes=_notes(sets, recipe, outcome))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(entries[0]))
     writer.writeheader()
@@ -206,13 +217,12 @@ def _write(name: str, sets: TableSets, outcome: Outcome, out: Path, as_json: Pat
     write_atomic(out / f"{name}.csv", stream.getvalue().encode())
     if as_json:
         content = {"table": name, "cells": len(outcome.cells), "done": outcome.done, "entries": entries}
-        as_json.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(as_json, (json.dumps(content, indent=2) + "\n").encode())
     Console().print(Markdown(text))
     typer.echo(f"{outcome.done} of {len(outcome.cells)} cells. Table: {out / name}.md")
 
 
-def _notes(sets: TableSets, outcome: Outcome) -> list[str]:
+def _notes(sets: TableSets, recipe: Recipe, outcome: Outcome) -> list[str]:
     """What a reader must know to read the table."""
     from fedsigma.server.paper.sets import published_on
 
@@ -221,14 +231,16 @@ def _notes(sets: TableSets, outcome: Outcome) -> list[str]:
     notes = [f"Accuracy on the test part in per cent, mean ± standard deviation over seeds. Backbone: "
              f"{', '.join(backbones)}."]  # fmt: skip
     own = sorted({one.backbone for one in found})
-    if table.published and backbones == own:
+    if changed := recipe.changed():
+        notes.append(f"With settings that are not the table's own: {', '.join(changed)}.")
+    if table.published and backbones == own and not changed:
         told = ", ".join(f"{column} {value:.2f}" for column, value in table.published.items())
         notes.append(f"Published average, central: {told} (CLIP-SVD's README).")
         if set(averaged) != published_on(table):
             notes.append(
                 f"It is over other sets than the average here ({', '.join(averaged)}), so not to be compared."
             )
-    elif table.published:
+    elif table.published and backbones != own:
         notes.append(f"Not the paper's backbone ({', '.join(own)}), so not the paper's figures.")
     if plain := [one.name for one in sets.trained if not one.publishes(table.protocol)]:
         outside = "" if set(plain) & set(averaged) else " and in no average"

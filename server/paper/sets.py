@@ -112,8 +112,10 @@ def find_sets(table: PaperTable, root: Path, names: Sequence[str] = ()) -> Table
         names: those wanted; by default all of the table's cards. `medmnist:NAME:SIZE` is one of MedMNIST's.
 
     Raises:
-        CardError: a name is not known or not of this table.
+        CardError: a name is not known or not of this table, or there is no folder `root`.
     """
+    if not root.is_dir():
+        raise CardError(f"there is no folder {root}: name by --data the one that has the sets' folders")
     known = [one.name for one in cards().values() if one.domain == table.domain]
     wanted = list(dict.fromkeys([*([table.trained_on] if table.trained_on else []), *(names or known)]))
     found, missing = [], {}
@@ -126,7 +128,8 @@ def find_sets(table: PaperTable, root: Path, names: Sequence[str] = ()) -> Table
                 raise CardError(f"{name} is not of this table: its sets are {', '.join(known)}")
             folder = root / chosen.layout.folder
             if not folder.is_dir():
-                missing[name] = f"no folder {folder}; to get it: fedsigma data fetch {name} {folder}"
+                how = f"fetch {name} {folder}" if chosen.archives else f"cards {name}"
+                missing[name] = f"no folder {folder}; to get it: fedsigma data {how}"
                 continue
             read = partial(_of_card, chosen, folder)
         try:

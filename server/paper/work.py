@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedsigma.common.config import StudyConfig
 from fedsigma.common.data import DataError
+from fedsigma.common.reading import named
 from fedsigma.common.sites import NoImages
 from fedsigma.common.training import TrainingError
 from fedsigma.server.app import NoModel
@@ -22,7 +24,10 @@ from fedsigma.server.paper.studies import study_of
 from fedsigma.server.paper.tables import Cell
 from fedsigma.server.roster import TooFewSites
 
-__all__ = ["Outcome", "Recipe", "share_of", "work"]
+__all__ = ["NO_END", "ROUNDS", "Outcome", "Recipe", "share_of", "work"]
+
+ROUNDS, NO_END = 60, 10**9
+"""The most rounds of a federated run, and the most steps of a site, unless others are asked for."""
 
 # What is wrong with one cell, and not with the others.
 _FAILURES = (DataError, NoImages, TrainingError, NoModel, TooFewSites)
@@ -36,6 +41,25 @@ class Recipe:
     rounds: int
     most_steps: int
     overrides: Mapping[str, Any]
+
+    def changed(self) -> list[str]:
+        """What makes these cells others than the table's own, in words."""
+        found = [f"{place} = {value}" for place, value in named(self.overrides)]
+        if self.rounds != ROUNDS:
+            found.append(f"at most {self.rounds:,} rounds")
+        if self.most_steps != NO_END:
+            found.append(f"at most {self.most_steps:,} steps a site")
+        return found
+
+    def check(self, cells: Sequence[Cell], sets: Mapping[str, PublishedSet]) -> None:
+        """See that the settings go together in every cell, before any is trained.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        for cell in cells:
+            with suppress(*_FAILURES):  # what is wrong with one cell is told when it is reached
+                self.study(cell, sets)
 
     def study(self, cell: Cell, sets: Mapping[str, PublishedSet]) -> StudyConfig:
         """The study of a cell."""
