@@ -144,5 +144,10 @@ CANDIDATES: dict[str, Candidate] = {
     "fedtrimmedavg": _strategy("fedtrimmedavg", {"beta": 0.25}),
     "krum": _strategy("krum", {"num_malicious_nodes": 1}),
     "multikrum": _strategy("multikrum", {"num_malicious_nodes": 1, "num_nodes_to_select": 3}),
-    "qfedavg": _strategy("qfedavg", {"q": 0.1}),
+    "qfedavg": _strategy(
+        "qfedavg",
+        {"q": 0.1},
+        {"q": 0.1, "client_learning_rate": 1.0},
+        {"q": 0.1, "client_learning_rate": 10.0},
+    ),
 }
