@@ -94,17 +94,19 @@ def _answer(
         AuditLog(site.audit_path).record(asked, protocol.fields_of(content))
         return Message(content, reply_to=message)
     except Exception as error:
-        log.exception("the task failed; the server is told %s", type(error).__name__)
-        if site is not None:
-            _record_failure(site, asked, error)
-        return Message(Error(SITE_ERROR, type(error).__name__), reply_to=message)
+        told = type(error).__name__ if site is None else _recorded(site, asked, error)
+        log.exception("the task failed; the server is told %s", told)
+        return Message(Error(SITE_ERROR, told), reply_to=message)
 
 
-def _record_failure(site: Site, asked: dict[str, Any], error: Exception) -> None:
+def _recorded(site: Site, asked: dict[str, Any], error: Exception) -> str:
+    """Write down the type that the server is to be told; what cannot be written down is not told."""
     try:
         AuditLog(site.audit_path).record(asked, {"error": type(error).__name__})
-    except (OSError, ChainBroken):
+    except (OSError, ChainBroken) as failure:
         log.exception("the audit log at %s cannot be written", site.audit_path)
+        return type(failure).__name__
+    return type(error).__name__
 
 
 def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
@@ -119,7 +121,11 @@ def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
     difference = Fingerprint.from_json(task.fingerprint).compare(mine)
     if difference:
         log.error("this site takes no part in study '%s': %s", task.setup.study, difference)
-    member = Masker(site, context).member() if site.has_identity else None
+    member = None
+    if site.has_identity:
+        masker = Masker(site, task.setup.study, run=context.run_id)
+        with masker.held():
+            member = masker.member()
     return HelloReply(
         protocol=protocol.PROTOCOL,
         site=site.name,
@@ -148,7 +154,9 @@ def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
 def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | MaskedReply:
     site.allow_task(task)
     if task.members:
-        return _train_masked(site, task, Masker(site, context), context)
+        masker = Masker(site, task.setup.study, run=context.run_id)
+        with masker.held():  # from what was answered before to the answer
+            return _train_masked(site, task, masker, context)
     learner = site.learner(task.setup)
     images = site.images(task.setup, side=learner.side)
     epsilon = _spend(site, task, images, context)
@@ -167,6 +175,8 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
 def _train_masked(site: Site, task: TrainTask, masker: Masker, context: Context) -> MaskedReply:
     """As `_train`, with a reply of which the server can read the cohort's sum only."""
     masker.allow(task)
+    if (answered := masker.answered(task)) is not None:
+        return answered
     if task.privacy.of_sites:
         # Each cohort that is answered gets noise of its own, so each counts.
         release = Release(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
@@ -186,11 +196,17 @@ def _train_masked(site: Site, task: TrainTask, masker: Masker, context: Context)
         known = change, counts
     if task.privacy.of_sites:
         known = shared_noise(known[0], task.privacy, sites=len(task.members)), SITE_COUNTS
-    return masker.reply(task, *known, steps=task.steps)
+    return masker.reply(task, *known)
 
 
 def _spend(site: Site, task: TrainTask, images: SiteData, context: Context) -> float:
-    """Have private training entered into the site's ledger before it starts: what has been spent so far."""
+    """Have private training entered into the site's ledger before it starts: what has been spent so far.
+
+    Where the server adds the noise that hides whole sites, that counts at the site, too, and is not told.
+    """
+    if task.privacy.of_sites and not task.members:
+        release = Release(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
+        site.spend(task, release, run=str(context.run_id))
     if not task.privacy.in_training:
         return 0.0
     release = Release(

@@ -19,7 +19,7 @@ from fedsigma.client.ledger import Entry, Ledger
 from fedsigma.client.personal import PersonalPart, safe_name
 from fedsigma.client.policy import SitePolicy
 from fedsigma.common import sites as data_of
-from fedsigma.common.learner import Learner, open_learner
+from fedsigma.common.learner import Learner, open_learner, seed_for
 from fedsigma.common.names import PRIVACY_LEVELS
 from fedsigma.common.privacy import Release
 from fedsigma.common.protocol import Setup, TrainTask
@@ -122,6 +122,8 @@ class Site:
             raise CohortTooSmall(f"cohort of {task.cohort}, {len(task.members)} sites are named")
         if self.policy.require_masking and not task.members:
             raise NotMasked("site.yaml demands that the change is masked")
+        if task.mode == "local" and task.privacy.of_sites:
+            raise NotPrivate("training alone shows the site's own change, which the task's level is to hide")
         hides = PRIVACY_LEVELS.index(task.privacy.level) if task.privacy.in_training else 0
         if hides < PRIVACY_LEVELS.index(self.policy.privacy):
             raise NotPrivate(
@@ -229,7 +231,8 @@ def _load(site: Site, setup: Setup, side: int) -> SiteData:
             classes=setup.classes,
             test_share=policy.test_share,
             on_problem=policy.on_problem,
-            seed=setup.seed,
+            # Not by the study's seed: another study's would make test images of those that were trained on.
+            seed=seed_for(0, site.name, "split", 0),
         )
     return data_of.load_site(
         source,

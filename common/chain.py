@@ -110,6 +110,8 @@ class Chain:
         Raises:
             ChainBroken: a line was changed or removed, or the log is no continuation of a head.
         """
+        # First: a line that is written meanwhile must not make the log look short.
+        kept = self._kept_head()
         content = self.path.read_bytes() if self.path.is_file() else b""
         content = content[: content.rfind(b"\n") + 1]
         found, digests = [], [""]
@@ -123,7 +125,7 @@ class Chain:
                 raise ChainBroken(self.path, number, what) from None
             found.append(values)
             digests.append(hashlib.sha256(line).hexdigest())
-        for head in filter(None, (self._kept_head(), noted)):
+        for head in filter(None, (kept, noted)):
             if head.lines > len(found):
                 what = f"{head.lines - len(found)} lines were removed from the end, after line {len(found)}"
                 raise ChainBroken(self.path, len(found) + 1, what)

@@ -318,6 +318,12 @@ class StudyConfig:
 
     def _check_privacy(self) -> None:
         level, strategy = self.privacy.level, self.federation.strategy
+        if "local_only" in self.baselines and (self.federation.masking or self.privacy.of_sites):
+            why = "federation.masking" if self.federation.masking else "privacy.level 'site'"
+            raise ConfigError(
+                "baselines asks for 'local_only', which would show each site's own change to the server and"
+                f" the other sites, and {why} is to hide it: leave it out, or run the same study without"
+            )
         if self.privacy.in_training and strategy == "qfedavg":
             raise ConfigError(
                 f"privacy.level is '{level}', which keeps the sites' losses untold, and qfedavg needs them:"

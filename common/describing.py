@@ -34,7 +34,7 @@ def digest(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _raw(value: Any) -> bytes:
-    return value if isinstance(value, bytes) else json.dumps(value).encode()
+    return value if isinstance(value, bytes) else json.dumps(value, default=bytes.hex).encode()
 
 
 def _say(value: Any) -> Any:

@@ -4,7 +4,7 @@ them.
 Each pair of sites shares a stream of integers that one adds and the other subtracts, modulo 2^32; in the sum
 of all they cancel (Bonawitz et al. 2017, doi:10.1145/3133956.3133982, without its secret sharing: when a site
 drops out, the round is repeated without it). The stream comes from an X25519 exchange of keys that live for
-one run, by HKDF bound to run, round, attempt and cohort, and ChaCha20. Each key is signed by its site's
+one run, by HKDF bound to run, round, attempt, task and cohort, and ChaCha20. Each key is signed by its site's
 Ed25519 identity, which the other sites know beforehand: a server that passes on keys cannot put its own in
 their place.
 """
@@ -38,7 +38,7 @@ __all__ = [
     "to_integers",
 ]
 
-_SIGN, _MASK = b"fedsigma mask key v1\0", b"fedsigma mask v1\0"
+_SIGN, _MASK = b"fedsigma mask key v1\0", b"fedsigma mask v2\0"
 Integers = NDArray[np.uint32]
 
 
@@ -59,8 +59,9 @@ class Member:
 class Place:
     """What one mask is for. Two masks of the same pair are equal only if all of this is.
 
-    bound and most_examples set the scale. They belong here: the same change at two scales under one mask
-    would give the change away as their difference.
+    Under one mask two different vectors would give their difference away. So all that shapes what a site adds
+    belongs here: bound and most_examples, which set the scale, and task, the SHA-256 of the whole task, with
+    its recipe, its shift and its privacy.
     """
 
     run: int
@@ -69,6 +70,7 @@ class Place:
     members: tuple[Member, ...]
     bound: float
     most_examples: int
+    task: bytes = bytes(32)
 
     @property
     def scale(self) -> float:
@@ -88,7 +90,7 @@ class Place:
     def info(self) -> bytes:
         """What HKDF binds a key to."""
         numbers = struct.pack("<QQQdQ", self.run, self.round, self.attempt, self.bound, self.most_examples)
-        return _MASK + numbers + self.cohort
+        return _MASK + numbers + self.task + self.cohort
 
 
 def _signed(run: int, name: str, key: bytes) -> bytes:

@@ -55,7 +55,7 @@ __all__ = [
     "wire_bytes",
 ]
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Version of the messages; both sides must have the same."""
 
 HELLO = "query.hello"

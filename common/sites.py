@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -124,7 +125,9 @@ def load_site(
     """
     from fedsigma.common.data import SiteData, few_shot
 
-    chosen = few_shot(records, shots=shots, classes=list(classes), seed=seed)[:max_examples]
+    chosen = few_shot(records, shots=shots, classes=list(classes), seed=seed)
+    if max_examples is not None and len(chosen) > max_examples:
+        chosen = _of_each_class(chosen)[:max_examples]
     if not chosen:
         raise NoImages(f"site '{name}' has no training image of the study's classes")
     test = [record for record in records if record.split == "test"]
@@ -133,6 +136,15 @@ def load_site(
         train=_load(source, chosen, classes, side, on_problem),
         test=_load(source, test, classes, side, on_problem),
     )
+
+
+def _of_each_class(records: list[Record]) -> list[Record]:
+    """The same records, class by class in turns, so that what is cut off is of all classes."""
+    seen, turns = Counter[str | None](), []
+    for record in records:
+        turns.append(seen[record.label])
+        seen[record.label] += 1
+    return [records[i] for i in sorted(range(len(records)), key=lambda i: turns[i])]
 
 
 def _load(

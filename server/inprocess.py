@@ -7,6 +7,7 @@ the study. Sites answer one by one; what a message holds is what the wire would 
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,16 +31,25 @@ class InProcessGrid(Grid):
         app: of the sites.
         sites: how many; node 100 is the first.
         node_config: of every node, besides its number.
+        run_id: by which sites keep what belongs to a run; by default one is drawn, as Flower does.
     """
 
-    def __init__(self, app: ClientApp, sites: int, *, node_config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        app: ClientApp,
+        sites: int,
+        *,
+        node_config: dict[str, Any] | None = None,
+        run_id: int | None = None,
+    ) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER
         self.app = app
+        self.run_id = secrets.randbits(62) + 1 if run_id is None else run_id
         self._numbers = itertools.count()
         self._pushed: dict[str, Message] = {}
         self.contexts = {
             FIRST_NODE + number: Context(
-                run_id=1,
+                run_id=self.run_id,
                 node_id=FIRST_NODE + number,
                 node_config={"partition-id": number, "num-partitions": sites, **(node_config or {})},
                 state=RecordDict(),

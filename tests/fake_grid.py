@@ -25,8 +25,9 @@ class FakeGrid(InProcessGrid):
         *,
         node_config: dict[str, Any] | None = None,
         tamper: Tamper | None = None,
+        run_id: int | None = None,
     ) -> None:
-        super().__init__(client_app, sites, node_config=node_config)
+        super().__init__(client_app, sites, node_config=node_config, run_id=run_id)
         self.tamper = tamper
         self.away: set[int] = set()
         self.asked: list[tuple[int, str]] = []

@@ -128,3 +128,21 @@ def test_the_lines_are_json_for_other_tools(tmp_path: Path) -> None:
     log = filled(tmp_path, 2)
     first, second = (json.loads(line) for line in log.path.read_text().splitlines())
     assert first["previous"] == "" and len(second["previous"]) == 64
+
+
+def test_a_log_that_is_written_while_it_is_read_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain(tmp_path / "log.jsonl")
+    chain.append({"n": 1})
+    read = Path.read_bytes
+
+    def and_then_another(self: Path) -> bytes:
+        found = read(self)
+        monkeypatch.setattr(Path, "read_bytes", read)
+        chain.append({"n": 2})
+        return found
+
+    monkeypatch.setattr(Path, "read_bytes", and_then_another)
+    assert [line["n"] for line in chain.lines()] == [1]
+    assert [line["n"] for line in chain.lines()] == [1, 2]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_grid import FakeGrid
 from fake_learner import LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa: F401
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from test_rounds import events, out, run, shift_of
 
 from fedsigma.client import site
 from fedsigma.common.config import ConfigError, StudyConfig
+from fedsigma.common.privacy import PrivacyConfig
 from fedsigma.common.protocol import MaskedReply, TrainTask, from_content, to_content
 from fedsigma.server.app import NoModel
 
@@ -159,6 +161,82 @@ def test_a_site_refuses_too_many_cohorts_and_older_rounds(
     later = replace(task_of, round=3, first_step=2, total_steps=100, steps=5)
     assert ask(100, later).has_content()
     assert ask(100, replace(later, round=2)).error.reason == "TooManyCohorts"
+
+
+def test_one_mask_is_for_one_vector(task_of: TrainTask) -> None:
+    """Two vectors under one mask give their difference away, and with it a single site's change."""
+    words = [_words(ask(100, task_of)) for _ in range(2)]
+    np.testing.assert_array_equal(*words)
+    other = replace(task_of, round=2, first_step=0)
+    first = _words(ask(100, other))
+    # The same place with noise in what is sent, or from another start: other work is not done in a round.
+    noisy = replace(
+        other, privacy=PrivacyConfig(level="site", noise_multiplier=1e-3, clip_norm=1e-9, epsilon=1e9)
+    )
+    assert ask(100, noisy).error.reason == "MaskingError"
+    assert ask(100, replace(other, steps=4)).error.reason == "MaskingError"
+    np.testing.assert_array_equal(_words(ask(100, other)), first)
+    # Whatever is said in a task is in the mask: nothing of one is in the other.
+    again = _words(ask(100, replace(other, attempt=1)))
+    assert np.count_nonzero(again == first) == 0
+    loud = replace(noisy, round=3, privacy=replace(noisy.privacy, noise_multiplier=4.0, clip_norm=1.0))
+    noise = [_words(ask(100, loud)) for _ in range(2)]
+    np.testing.assert_array_equal(*noise)
+
+
+def test_tasks_that_come_at_once_are_answered_one_after_the_other(
+    task_of: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower starts a process for each message, all with the same state: the two cohorts of an attack."""
+    real = site.SitePolicy.__init__
+    monkeypatch.setattr(
+        site.SitePolicy, "__init__", lambda self, **values: real(self, **{**values, "max_cohorts": 1})
+    )
+    grid: FakeGrid = run.grid  # type: ignore[attr-defined]
+    grid.tamper = None
+    whole = replace(task_of, round=2)
+    smaller = replace(whole, members=whole.members[:3], cohort=3)
+    answers: list[Message] = []
+
+    def send(task: TrainTask) -> None:
+        copied = Context(grid.run_id, 100, grid.contexts[100].node_config, RecordDict(), {})
+        message = Message(to_content(task), dst_node_id=100, message_type="train")
+        message.metadata.__dict__["_message_id"] = "m"
+        answers.append(grid.app(message, copied))
+
+    threads = [Thread(target=send, args=(task,)) for task in (whole, smaller)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(one.has_content() for one in answers) == [False, True]
+
+
+def test_a_node_that_is_started_again_goes_on_in_a_masked_study(tmp_path: Path) -> None:
+    """Its state at Flower is gone then, and its node id is the same."""
+
+    def restart(node: int, task: Message, reply: Message) -> Message:
+        if is_masked(task) and node == 102:
+            grid: FakeGrid = made[0]
+            grid.contexts[102].state = RecordDict()
+        return reply
+
+    made: list[FakeGrid] = []
+    original = FakeGrid.__init__
+
+    def init(self: FakeGrid, *args: Any, **more: Any) -> None:
+        original(self, *args, **more)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FakeGrid, "__init__", init)
+        folder = run(tmp_path, MASKED, tamper=restart)
+    assert not events(folder, "site_failed") and not events(folder, "masked_again")
+    assert [len(event["sites"]) for event in events(folder, "round_end")] == [4, 4, 4]
+
+
+def _words(reply: Message) -> np.ndarray:
+    return np.frombuffer(from_content(MaskedReply, reply.content).masked, "<u4")
 
 
 def test_a_site_refuses_keys_that_its_peers_have_not_signed(task_of: TrainTask) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from flwr.app import Message
-from test_rounds import events, out, run, shift_of
+from test_rounds import audit_of, events, out, run, shift_of
 
 from fedsigma.client import app as client_app
 from fedsigma.client.ledger import Ledger
@@ -180,6 +180,20 @@ def test_one_site_moves_the_model_by_its_share_of_the_norm_at_most(
     np.testing.assert_allclose(huge, large, atol=1e-6)
 
 
+def test_what_hides_sites_is_entered_at_each_site_too(tmp_path: Path) -> None:
+    run(tmp_path, SITE)
+    entries = ledger(tmp_path).entries()
+    assert [(e.round, e.level, e.release.rate, e.release.steps) for e in entries] == [
+        (number, "site", 1.0, 1) for number in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize("study", [SITE, PLAIN.replace(*MASKED)])
+def test_training_alone_is_refused_where_changes_are_hidden(study: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'local_only', which would show each site's own change"):
+        run(tmp_path, study.replace("baselines: []", "baselines: [local_only]"))
+
+
 def test_where_sites_are_hidden_no_length_decides_what_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +241,7 @@ def test_the_baseline_trained_alone_is_private_too(tmp_path: Path) -> None:
 
 def test_the_site_says_what_was_asked_of_it(tmp_path: Path) -> None:
     run(tmp_path, IMAGE)
-    audit = (tmp_path / "audit" / "run-1" / "barcelona.jsonl").read_text().splitlines()
+    audit = (audit_of(tmp_path) / "barcelona.jsonl").read_text().splitlines()
     trained = [json.loads(line) for line in audit if '"TrainTask"' in line]
     assert all(line["left"]["fields"]["loss"] == "nan" for line in trained) and len(trained) == 3
     assert out(tmp_path).read_summary()["rounds"] == 3

@@ -25,6 +25,7 @@ from fedsigma.client.site import SitePolicy
 from fedsigma.common import masking, protocol, sites
 from fedsigma.common.codec import encode
 from fedsigma.common.config import PrivacyConfig, StudyConfig, TrainingConfig
+from fedsigma.common.data import Record, SiteData
 from fedsigma.common.masking import Member
 from fedsigma.common.privacy import Release, epsilon
 from fedsigma.common.protocol import (
@@ -75,11 +76,11 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("fedsigma.common.data.open_source", open_source)
     monkeypatch.setattr(sites, "usable_records", lambda source, **options: ["record"])
 
-    def send(task: object, kind: str = "train", policy: str = POLICY) -> Message:
+    def send(task: object, kind: str = "train", policy: str = POLICY, *, run_id: int = 1) -> Message:
         client_site._kept.clear()
         file = tmp_path / "site.yaml"
         file.write_text(policy)
-        grid = FakeGrid(client, 1, node_config={"site-config": str(file)})
+        grid = FakeGrid(client, 1, node_config={"site-config": str(file)}, run_id=run_id)
         message = Message(protocol.to_content(task), dst_node_id=100, message_type=kind)
         return grid.send_and_receive([message])[0]
 
@@ -183,8 +184,13 @@ def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any,
     masking.check_members(place, everyone, me="barcelona", key=own.key)
     assert ask(TASK, "train", policy).error.reason == "NotMasked"
     masked = dataclasses.replace(TASK, cohort=2, members=(own, other), bound=16.0, most_examples=100)
-    # Each call of `ask` is a new run of the site, with a new key: the cohort names one that is not its own.
-    assert ask(masked, "train", policy).error.reason == "MaskingError"
+    assert ask(masked, "train", policy).has_content()
+    # In another run the site has another key: the cohort names one that is not its own.
+    assert ask(masked, "train", policy, run_id=2).error.reason == "MaskingError"
+    (kept,) = (tmp_path / "personal").glob("masks-*-1.safetensors")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    kept.write_bytes(kept.read_bytes()[:40])
+    assert ask(masked, "train", policy).error.reason == "MaskFileDamaged"
 
 
 def test_without_an_identity_a_site_offers_no_key(ask: Any) -> None:
@@ -265,3 +271,31 @@ def test_a_wrong_privacy_in_site_yaml_is_named(line: str, words: str, tmp_path: 
     (tmp_path / "site.yaml").write_text(f"{POLICY}{line}\n")
     with pytest.raises(ConfigError, match=words):
         SitePolicy.read(tmp_path / "site.yaml")
+
+
+def test_the_split_of_a_site_is_its_own_and_not_a_studys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one study trained on must not be what another is judged on, by another seed."""
+    file = tmp_path / "site.yaml"
+    file.write_text(POLICY)
+    seeds = []
+
+    def usable(source: object, **options: Any) -> list[str]:
+        seeds.append(options["seed"])
+        return ["record"]
+
+    monkeypatch.setattr("fedsigma.common.data.open_source", lambda spec, **options: "source")
+    monkeypatch.setattr(sites, "usable_records", usable)
+    monkeypatch.setattr(sites, "load_site", lambda *args, **options: SiteData(name="s", train=[], test=[]))
+    client_site._kept.clear()
+    site = client_site.open_site({"site-config": str(file)}, SETUP, run="run-1")
+    for seed in (1, 2):
+        site.images(dataclasses.replace(SETUP, seed=seed), side=8)
+    assert len(seeds) == 2 and len(set(seeds)) == 1
+
+
+def test_what_is_cut_off_at_most_examples_is_of_all_classes() -> None:
+    records = [Record(key=f"{label}{n}", label=label, split="train") for label in "abc" for n in range(4)]
+    kept = sites._of_each_class(records)[:5]
+    assert [record.label for record in kept] == ["a", "b", "c", "a", "b"]
