@@ -76,7 +76,7 @@ class Masker:
 
     def __init__(self, site: Site, study: str, *, run: int) -> None:
         self._site, self._run, self._study = site, run, safe_name(study)
-        self.path = site.personal_path / f"masks-{self._study}-{run}.safetensors"
+        self.path = site.personal_path / "masks" / f"{self._study}-{run}.masks"
         self._kept: _Kept
 
     @contextmanager
@@ -184,7 +184,7 @@ class Masker:
 
     def _remove_old(self) -> None:
         """Remove what earlier runs of the study left: a change without noise or mask is in it."""
-        for file in self.path.parent.glob(f"masks-{self._study}-*.*"):
+        for file in self.path.parent.glob(f"{self._study}-*.*"):
             if time.time() - file.stat().st_mtime > KEEP_S and file != self.path.with_suffix(".lock"):
                 file.unlink(missing_ok=True)
 

@@ -187,7 +187,7 @@ def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any,
     assert ask(masked, "train", policy).has_content()
     # In another run the site has another key: the cohort names one that is not its own.
     assert ask(masked, "train", policy, run_id=2).error.reason == "MaskingError"
-    (kept,) = (tmp_path / "personal").glob("masks-*-1.safetensors")
+    (kept,) = (tmp_path / "personal" / "masks").glob("*-1.masks")
     assert kept.stat().st_mode & 0o777 == 0o600
     kept.write_bytes(kept.read_bytes()[:40])
     assert ask(masked, "train", policy).error.reason == "MaskFileDamaged"
