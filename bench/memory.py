@@ -9,7 +9,7 @@ are made once under --out.
 
 Memory is PSS, in which a page that n processes share counts 1/n to each: the sum over the actors is what they
 take of the machine together. Looked at in four states of the newest: `imported`, nothing loaded; `loaded`,
-its basis not read yet; `training`, all at once, the largest sum of ten looks a second; and `trained`, in
+its basis compared with its fingerprint; `training`, all at once, the largest sum of ten looks a second; and `trained`, in
 which an actor stays between its turns until the study ends. The aim is for that one.
 
     sum      of all actors
@@ -62,8 +62,7 @@ def prepare(out: Path) -> Path:
             rows, columns = entry.rows[1] - entry.rows[0], model.get_parameter(entry.weight).shape[1]
             shapes = ((rows, entry.size), (entry.size,), (entry.size, columns))
             triples.append(Triple(*(torch.randn(shape) for shape in shapes)))
-        sketch = ((1.0,) * 4,) * len(triples)
-        Basis(layout, tuple(triples), Fingerprint(weights, layout.digest, sketch)).save(path)
+        Basis(layout, tuple(triples), Fingerprint.of(weights, layout, triples)).save(path)
     return folder
 
 

@@ -109,6 +109,12 @@ class Fingerprint:
     layout: str
     sketch: tuple[tuple[float, ...], ...]
 
+    @classmethod
+    def of(cls, weights: str, layout: Layout, triples: Sequence[Triple]) -> Fingerprint:
+        """The fingerprint of a basis: of weights with this digest, one triple an entry of the layout."""
+        rows = tuple(sketch(entry, triple) for entry, triple in zip(layout.entries, triples, strict=True))
+        return cls(weights, layout.digest, rows)
+
     def to_json(self) -> str:
         """The fingerprint as JSON."""
         rows = [[float(f"{x:.9g}") for x in row] for row in self.sketch]
@@ -180,7 +186,7 @@ class Basis:
             triples.append(decompose(model.get_parameter(entry.weight)[rows]))
             if progress:
                 progress(number + 1, len(layout.entries))
-        return cls(layout, tuple(triples), _fingerprint(weights_digest(model), layout, triples))
+        return cls(layout, tuple(triples), Fingerprint.of(weights_digest(model), layout, triples))
 
     def save(self, path: Path) -> None:
         """Write as safetensors; readers see the whole file or none."""
@@ -245,11 +251,6 @@ def cached_basis(
     return Basis.load(path)
 
 
-def _fingerprint(weights: str, layout: Layout, triples: Sequence[Triple]) -> Fingerprint:
-    rows = tuple(sketch(entry, triple) for entry, triple in zip(layout.entries, triples, strict=True))
-    return Fingerprint(weights, layout.digest, rows)
-
-
 def _check(basis: Basis, path: Path) -> None:
     """See that the vectors in a file are those of its fingerprint, once in a process.
 
@@ -264,7 +265,7 @@ def _check(basis: Basis, path: Path) -> None:
     if file in _checked:
         return
     fingerprint = basis.fingerprint
-    if fingerprint.compare(_fingerprint(fingerprint.weights, basis.layout, basis.triples)):
+    if fingerprint.compare(Fingerprint.of(fingerprint.weights, basis.layout, basis.triples)):
         raise BasisError(f"{path} is damaged: its vectors are not those that it was written with; delete it,"
                          " it will be computed again")  # fmt: skip
     _checked.add(file)
