@@ -9,8 +9,8 @@ are made once under --out.
 
 Memory is PSS, in which a page that n processes share counts 1/n to each: the sum over the actors is what they
 take of the machine together. Looked at in four states of the newest: `imported`, nothing loaded; `loaded`,
-its basis compared with its fingerprint; `training`, all at once, the largest sum of ten looks a second; and `trained`, in
-which an actor stays between its turns until the study ends. The aim is for that one.
+its basis compared with its fingerprint; `training`, all at once, the largest sum of ten looks a second; and
+`trained`, in which an actor stays between its turns until the study ends. The aim is for that one.
 
     sum      of all actors
     further  what the newest added to the sum of those that had trained; in `training`, to their largest
