@@ -230,6 +230,8 @@ def _work(
     own = personal.start(task.round if task.mode == "round" else 1)
     shift = split.scatter(decode(task.shift, split.shared), own)
     test = images.test if task.evaluate else []
+    if test:
+        site.judge(task.setup, 1)
     before = _told(_judge(learner, shift, test), test)
     learned = learner.train(
         shift,
@@ -272,6 +274,8 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     split = learner.split(task.setup.personal_config)
     own = site.personal(task.setup, learner, run=task.run).now() if task.personal else None
     shifts = [split.scatter(decode(data, split.shared), own) for data in task.shifts]
+    if images.test:
+        site.judge(task.setup, len(shifts))
     judged = [_judge(learner, shift, images.test) for shift in shifts]
     counts = tuple(count for one in judged for count in one.confusion)
     return EvaluateReply(

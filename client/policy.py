@@ -21,6 +21,7 @@ class SitePolicy:
     damaged image or unknown label stops the site's work or is skipped; studies that may be
     run here (`*`: any); backbones, the study's name of each allowed backbone and where it lies here;
     max_local_steps of one task; max_examples, the most training images used; max_rounds of a study;
+    max_judged, how many models of a study are judged here on the test images, over all its runs;
     min_cohort, the fewest sites whose shifts must be averaged together (2 or more also refuses training
     alone); tell_class_counts, whether the number of training images of each class may be told;
     tell_confusion, whether the final models' confusion matrices may be, which count the test images of each
@@ -54,6 +55,7 @@ class SitePolicy:
     max_local_steps: int = 1000
     max_examples: int = 10_000
     max_rounds: int = 1000
+    max_judged: int = 10_000
     min_cohort: int = 2
     tell_class_counts: bool = False
     tell_confusion: bool = False
@@ -81,6 +83,7 @@ class SitePolicy:
         check_number("max_local_steps", self.max_local_steps, low=1)
         check_number("max_examples", self.max_examples, low=1)
         check_number("max_rounds", self.max_rounds, low=1)
+        check_number("max_judged", self.max_judged, low=1)
         if self.cpus is not None:
             check_number("cpus", self.cpus, low=1)
         if not re.fullmatch(r"auto|none|[0-9]+(,[0-9]+)*", self.gpus):

@@ -7,6 +7,7 @@ says can widen it. In a simulation a site is one part of the study's data, and i
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedsigma.client.ledger import Entry, Ledger
 from fedsigma.client.personal import PersonalPart, safe_name
 from fedsigma.client.policy import SitePolicy
 from fedsigma.common import sites as data_of
+from fedsigma.common.chain import Chain
 from fedsigma.common.learner import Learner, open_learner, seed_for
 from fedsigma.common.names import PRIVACY_LEVELS
 from fedsigma.common.privacy import Release
@@ -38,6 +40,7 @@ __all__ = [
     "SiteCountDiffers",
     "SitePolicy",
     "StudyNotAllowed",
+    "TooManyJudged",
     "TooManyRounds",
     "TooManySteps",
     "open_site",
@@ -59,6 +62,10 @@ class TooManySteps(ValueError):
 
 class TooManyRounds(ValueError):
     """The task belongs to a later round than the site's policy allows a study to have."""
+
+
+class TooManyJudged(ValueError):
+    """More models of a study are to be judged on the site's test images than its policy allows."""
 
 
 class CohortTooSmall(ValueError):
@@ -163,6 +170,27 @@ class Site:
         if self.sites:  # the images of a simulation are no patients of a site, so each study begins anew
             path = path.with_stem(f"{path.stem}-{task.run}")
         return Ledger(path).spend(entry, task.privacy, budget=policy.epsilon, delta=policy.delta)
+
+    def judge(self, setup: Setup, models: int) -> None:
+        """Write down that so many models are about to be judged on the site's test images.
+
+        A score is a function of the images, and whoever may ask for any number of them, of models of their
+        own choice, can learn what they like.
+
+        Raises:
+            TooManyJudged: the site's policy allows fewer for this study; nothing is judged.
+            ChainBroken: how many there were is not known.
+        """
+        if self.sites:
+            return
+        with Chain(self.ledger_path.with_name("judged.jsonl")).opened() as log:
+            before = sum(int(line["models"]) for line in log.lines() if line["study"] == setup.study)
+            if before + models > self.policy.max_judged:
+                raise TooManyJudged(
+                    f"{before} models of study '{setup.study}' were judged here, site.yaml allows"
+                    f" {self.policy.max_judged}: {models} more are not"
+                )
+            log.append({"time": round(time.time(), 3), "study": setup.study, "models": models})
 
     @property
     def has_identity(self) -> bool:

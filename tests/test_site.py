@@ -23,6 +23,7 @@ from fedsigma.client.identity import new_identity
 from fedsigma.client.ledger import Ledger
 from fedsigma.client.site import SitePolicy
 from fedsigma.common import masking, protocol, sites
+from fedsigma.common.chain import Chain
 from fedsigma.common.codec import encode
 from fedsigma.common.config import PrivacyConfig, StudyConfig, TrainingConfig
 from fedsigma.common.data import Record, SiteData
@@ -299,3 +300,16 @@ def test_what_is_cut_off_at_most_examples_is_of_all_classes() -> None:
     records = [Record(key=f"{label}{n}", label=label, split="train") for label in "abc" for n in range(4)]
     kept = sites._of_each_class(records)[:5]
     assert [record.label for record in kept] == ["a", "b", "c", "a", "b"]
+
+
+def test_a_site_judges_so_many_models_of_a_study_and_no_more(ask: Any, tmp_path: Path) -> None:
+    policy = POLICY + "max_judged: 5\n"
+    shift = encode(zeros(LAYOUT.size), LAYOUT)
+    two = EvaluateTask(setup=SETUP, round=1, shifts=(shift, shift))
+    for run_id in (1, 2):  # over all runs
+        assert ask(two, "evaluate", policy, run_id=run_id).has_content()
+    assert ask(two, "evaluate", policy, run_id=3).error.reason == "TooManyJudged"
+    assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).has_content()
+    assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).error.reason == "TooManyJudged"
+    assert ask(dataclasses.replace(TASK, evaluate=False), "train", policy).has_content()
+    assert [line["models"] for line in Chain(tmp_path / "judged.jsonl").lines()] == [2, 2, 1]

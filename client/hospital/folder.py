@@ -52,6 +52,7 @@ bundles: []
 max_local_steps: 1000
 max_examples: 10000
 max_rounds: 1000
+max_judged: 10000
 
 # The fewest sites that must be averaged together, and what may be told beside the average.
 min_cohort: 2
