@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from logging import WARNING
 from typing import Any
 
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore import log
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 
 __all__ = ["AT_ONCE", "StreamingGrid"]
 
 AT_ONCE = 32
 """The most messages that are pushed, and the most replies that are pulled, at a time."""
+PUSH_AGAIN_S = (1.0, 5.0, 15.0)
+"""How long to wait before messages are pushed again whose content the SuperLink did not take."""
 SHORTEST_S, LONGEST_S = 0.1, 3.0
 """How long to wait before looking again: a little while replies come, longer while none do."""
 
@@ -55,8 +60,21 @@ class StreamingGrid(Grid):
         every = list(messages)
         taken: list[str] = []
         for start in range(0, len(every), AT_ONCE):
-            taken += [one for one in self.grid.push_messages(every[start : start + AT_ONCE]) if one]
+            taken += [one for one in self._push(every[start : start + AT_ONCE]) if one]
         return taken
+
+    def _push(self, messages: list[Message]) -> list[str]:
+        """Push messages, again if the SuperLink was started anew after it took them and before their content.
+
+        It takes a message that it has already for the same, and asks for what it lacks.
+        """
+        for pause in PUSH_AGAIN_S:
+            try:
+                return list(self.grid.push_messages(messages))
+            except ObjectPushError as error:
+                log(WARNING, "%s The messages are pushed again.", error)
+                time.sleep(pause)
+        return list(self.grid.push_messages(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies that are there to these messages, pulled `AT_ONCE` at a time as they are taken."""

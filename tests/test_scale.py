@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from fake_grid import FakeGrid
 from fake_learner import FINGERPRINT, LAYOUT, HurriedTime
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -230,3 +231,28 @@ def test_one_record_goes_to_all_sites_with_the_same_task() -> None:
     )
     sent = Exchange(FakeGrid(None, 0)).messages({1: same, 2: same, 3: other}, kind="train", timeout=5)
     assert sent[1].content is sent[2].content is not sent[3].content
+
+
+@pytest.mark.parametrize(("failures", "ends"), [(2, True), (4, False)])
+def test_messages_are_pushed_again_if_the_superlink_was_started_anew_meanwhile(
+    failures: int, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after it took a message and before its content, a SuperLink refuses the content."""
+
+    class Anew(FakeGrid):
+        pushes = 0
+
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            self.pushes += 1
+            if self.pushes <= failures:
+                raise ObjectPushError("id", 1, "session")
+            return super().push_messages(messages)
+
+    monkeypatch.setattr(streaming.time, "sleep", lambda seconds: None)
+    grid = Anew(lambda message, context: Message(RecordDict(), reply_to=message), 2)
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in (100, 101)]
+    if ends:
+        assert len(list(streaming.StreamingGrid(grid).send_and_receive(messages))) == 2
+    else:
+        with pytest.raises(ObjectPushError):
+            streaming.StreamingGrid(grid).send_and_receive(messages)
