@@ -159,6 +159,7 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
             return _train_masked(site, task, masker, context)
     learner = site.learner(task.setup)
     images = site.images(task.setup, side=learner.side)
+    _spend_of_site(site, task, context)
     epsilon = _spend(site, task, images, context)
     before, learned, change = _work(site, task, learner, images)
     return TrainReply(
@@ -177,10 +178,7 @@ def _train_masked(site: Site, task: TrainTask, masker: Masker, context: Context)
     masker.allow(task)
     if (answered := masker.answered(task)) is not None:
         return answered
-    if task.privacy.of_sites:
-        # Each cohort that is answered gets noise of its own, so each counts.
-        release = Release(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
-        site.spend(task, release, run=str(context.run_id))
+    _spend_of_site(site, task, context)  # each cohort that is answered gets noise of its own, so each counts
     if (known := masker.trained()) is None:
         learner = site.learner(task.setup)
         images = site.images(task.setup, side=learner.side)
@@ -199,14 +197,15 @@ def _train_masked(site: Site, task: TrainTask, masker: Masker, context: Context)
     return masker.reply(task, *known)
 
 
-def _spend(site: Site, task: TrainTask, images: SiteData, context: Context) -> float:
-    """Have private training entered into the site's ledger before it starts: what has been spent so far.
-
-    Where the server adds the noise that hides whole sites, that counts at the site, too, and is not told.
-    """
-    if task.privacy.of_sites and not task.members:
+def _spend_of_site(site: Site, task: TrainTask, context: Context) -> None:
+    """Where whole sites are hidden, enter an answer into the ledger, whoever adds the noise."""
+    if task.privacy.of_sites:
         release = Release(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
         site.spend(task, release, run=str(context.run_id))
+
+
+def _spend(site: Site, task: TrainTask, images: SiteData, context: Context) -> float:
+    """Have private training entered into the site's ledger before it starts: what has been spent so far."""
     if not task.privacy.in_training:
         return 0.0
     release = Release(

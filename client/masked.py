@@ -78,6 +78,8 @@ class Masker:
         self._site, self._run, self._study = site, run, safe_name(study)
         self.path = site.personal_path / "masks" / f"{self._study}-{run}.masks"
         self._kept: _Kept
+        self._place: Place
+        """Of the task that was allowed last."""
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -110,7 +112,8 @@ class Masker:
                 with other work to do.
             TooManyCohorts: see there.
         """
-        kept, place = self._kept, self._place(task)
+        kept, place = self._kept, self._place_of(task)
+        self._place = place
         masking.check_members(place, self._site.peers(task.setup), me=self._site.name, key=self._public())
         work = _digest(replace(task, members=(), cohort=1, attempt=0, bound=1.0, most_examples=1)).hex()
         if task.round == kept.round and place.info.hex() in kept.answered:
@@ -130,7 +133,7 @@ class Masker:
 
     def answered(self, task: TrainTask) -> MaskedReply | None:
         """The reply to just this task, if there was one: one mask is for one vector, so none is made anew."""
-        words = self._kept.answered[self._place(task).info.hex()]
+        words = self._kept.answered[self._place.info.hex()]
         return MaskedReply(masked=words.astype("<u4").tobytes(), steps=task.steps) if words.size else None
 
     def trained(self) -> tuple[Vector, list[int]] | None:
@@ -148,7 +151,7 @@ class Masker:
         Raises:
             MaskingError: a value or a count has no room in the sum.
         """
-        sites, place = len(task.members), self._place(task)
+        sites, place = len(task.members), self._place
         integers = masking.to_integers(change, weight=counts[0], scale=place.scale, bound=place.bound)
         if counts[0] > task.most_examples or max(counts) * sites >= 2**31:
             raise masking.MaskingError("a count has no room in the masked sum")
@@ -159,7 +162,7 @@ class Masker:
         self._write()
         return MaskedReply(masked=words.astype("<u4").tobytes(), steps=task.steps)
 
-    def _place(self, task: TrainTask) -> Place:
+    def _place_of(self, task: TrainTask) -> Place:
         return Place(
             run=self._run,
             round=task.round,

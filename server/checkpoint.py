@@ -52,6 +52,9 @@ def keep(
     if before is not None and before.round < round:
         # A damaged file is not copied over a good one.
         write_atomic(folder.path / PREVIOUS, (folder.path / LAST).read_bytes())
+        previous: SavedSigma | None = before
+    else:  # of another round than the one before, if LAST was damaged
+        previous = _read(folder.path / PREVIOUS)
     save_state(averaging, _state_path(folder, round))
     # Whole, with zeros where values are personal: the pretrained ones, and a file like any other.
     whole = split.scatter(shift)
@@ -65,8 +68,6 @@ def keep(
         round=round,
         run=folder.key if split.personal_size else "",
     )
-    # Of what PREVIOUS really is: where LAST was damaged, that is older than the round before.
-    previous = _read(folder.path / PREVIOUS) if (folder.path / PREVIOUS).exists() else None
     kept = {_state_path(folder, round), _state_path(folder, previous.round if previous else 0)}
     for old in set(folder.path.glob("strategy-*.safetensors")) - kept:
         old.unlink(missing_ok=True)

@@ -76,15 +76,16 @@ def run_simulation(
     config = load_study(study)
     sites = _count_sites(config)
     choose_trackers(trackers)
-    if out and not resume:
-        check_free(out.expanduser().resolve())
+    place = out.expanduser().resolve() if out else None
+    if place and not resume:
+        check_free(place)
     for reference in config.judge:
-        find_version(reference, out.expanduser().resolve().parent if out else runs_folder())
+        find_version(reference, place.parent if place else runs_folder())
     with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
         home = Path(folder)
         (home / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
         values = {"study": str(home / "study.yaml"), "resume": resume, "rounds": rounds, "seed": seed}
-        values |= {"out": str(out.expanduser().resolve()) if out else "", "trackers": trackers}
+        values |= {"out": str(place or ""), "trackers": trackers}
         environment = _environment(home)
         with _superlink(home, environment):
             run = _flwr_run(home, environment, values, sites=sites, cpus=cpus_per_site)

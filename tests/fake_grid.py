@@ -18,16 +18,8 @@ class FakeGrid(InProcessGrid):
     Messages take the way through Flower's own serialisation only as objects: what arrives is what was sent.
     """
 
-    def __init__(
-        self,
-        client_app: Any,
-        sites: int,
-        *,
-        node_config: dict[str, Any] | None = None,
-        tamper: Tamper | None = None,
-        run_id: int | None = None,
-    ) -> None:
-        super().__init__(client_app, sites, node_config=node_config, run_id=run_id)
+    def __init__(self, client_app: Any, sites: int, *, tamper: Tamper | None = None, **more: Any) -> None:
+        super().__init__(client_app, sites, **more)
         self.tamper = tamper
         self.away: set[int] = set()
         self.asked: list[tuple[int, str]] = []

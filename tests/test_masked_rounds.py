@@ -146,14 +146,19 @@ def task_of(tmp_path: Path) -> TrainTask:
     return tasks[0]
 
 
+def allow_cohorts(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every site's policy allow so many cohorts a round."""
+    real = site.SitePolicy.__init__
+    monkeypatch.setattr(
+        site.SitePolicy, "__init__", lambda self, **values: real(self, **{**values, "max_cohorts": most})
+    )
+
+
 def test_a_site_refuses_too_many_cohorts_and_older_rounds(
     task_of: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ask(100, task_of).has_content()  # the same cohort again: the same reply, nothing new
-    real = site.SitePolicy.__init__
-    monkeypatch.setattr(
-        site.SitePolicy, "__init__", lambda self, **values: real(self, **{**values, "max_cohorts": 2})
-    )
+    allow_cohorts(2, monkeypatch)
     # Another scale is another cohort: it has other masks, and counts.
     assert ask(100, replace(task_of, bound=8.0)).has_content()
     smaller = replace(task_of, members=task_of.members[:3], cohort=3, attempt=1)
@@ -188,10 +193,7 @@ def test_tasks_that_come_at_once_are_answered_one_after_the_other(
     task_of: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flower starts a process for each message, all with the same state: the two cohorts of an attack."""
-    real = site.SitePolicy.__init__
-    monkeypatch.setattr(
-        site.SitePolicy, "__init__", lambda self, **values: real(self, **{**values, "max_cohorts": 1})
-    )
+    allow_cohorts(1, monkeypatch)
     grid: FakeGrid = run.grid  # type: ignore[attr-defined]
     grid.tamper = None
     whole = replace(task_of, round=2)
@@ -217,20 +219,10 @@ def test_a_node_that_is_started_again_goes_on_in_a_masked_study(tmp_path: Path) 
 
     def restart(node: int, task: Message, reply: Message) -> Message:
         if is_masked(task) and node == 102:
-            grid: FakeGrid = made[0]
-            grid.contexts[102].state = RecordDict()
+            run.grid.contexts[102].state = RecordDict()  # type: ignore[attr-defined]
         return reply
 
-    made: list[FakeGrid] = []
-    original = FakeGrid.__init__
-
-    def init(self: FakeGrid, *args: Any, **more: Any) -> None:
-        original(self, *args, **more)
-        made.append(self)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(FakeGrid, "__init__", init)
-        folder = run(tmp_path, MASKED, tamper=restart)
+    folder = run(tmp_path, MASKED, tamper=restart)
     assert not events(folder, "site_failed") and not events(folder, "masked_again")
     assert [len(event["sites"]) for event in events(folder, "round_end")] == [4, 4, 4]
 

@@ -553,23 +553,16 @@ def test_a_damaged_set_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest
     assert "No published configuration of this protocol" in text and "busi" in text
 
 
+def few_shot_on(root: Path) -> tuple[object, ...]:
+    """The arguments of the few-shot table of BTMRI's stand-in below a folder."""
+    return "--table", "fewshot-biomedical", "--data", root, "--datasets", "btmri"
+
+
 def test_a_table_says_what_is_not_its_own(
     fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_ins(tmp_path, monkeypatch, ["btmri"])
-    args = (
-        "--table",
-        "fewshot-biomedical",
-        "--data",
-        tmp_path,
-        "--shots",
-        "1",
-        "--seeds",
-        "1",
-        "--datasets",
-        "btmri",
-    )
-    args += ("--setting", "iid", "--sites", "2")
+    args = (*few_shot_on(tmp_path), "--shots", 1, "--seeds", 1, "--setting", "iid", "--sites", 2)
     own = ("--backbone", card("btmri").backbone)
     code, _, wrong = paper(*args, *own, "--out", tmp_path / "plain")
     assert code == 0, wrong
@@ -587,16 +580,7 @@ def test_a_bad_setting_is_told_before_anything_is_trained(
     fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_ins(tmp_path, monkeypatch, ["btmri"])
-    args = (
-        "--table",
-        "fewshot-biomedical",
-        "--data",
-        tmp_path,
-        "--out",
-        tmp_path / "out",
-        "--datasets",
-        "btmri",
-    )
+    args = (*few_shot_on(tmp_path), "--out", tmp_path / "out")
     for given, says in (
         (("--setting", "central,iid", "--set", "federation.codec=bogus"), "federation.codec is 'bogus'"),
         (("--set", "training.learning_rate=abc"), "learning_rate"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from fedsigma.common.exit_codes import PROBLEMS
+from fedsigma.server.paper import NO_END, ROUNDS
 
 if TYPE_CHECKING:
     from fedsigma.server.paper.sets import TableSets
@@ -55,10 +56,10 @@ def paper(
     pooled: Annotated[bool, typer.Option(help="Also train each division's images in one place.")] = False,
     shots: Annotated[str, typer.Option(help="Images a class, by commas; few-shot tables.")] = "1,2,4,8,16",
     seeds: Annotated[str, typer.Option(help="By commas.")] = "1,2,3",
-    rounds: Annotated[int, typer.Option(min=1, help="Most rounds of a federated run.")] = 60,
+    rounds: Annotated[int, typer.Option(min=1, help="Most rounds of a federated run.")] = ROUNDS,
     most_steps: Annotated[
         int, typer.Option(min=1, help="Cut longer runs to so many steps a site, to try things out.")
-    ] = 10**9,
+    ] = NO_END,
     backbone: Annotated[str, typer.Option(help="Other than that of the sets' cards.")] = "",
     change: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of all studies: federation.codec=small.")

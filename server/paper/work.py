@@ -17,6 +17,7 @@ from fedsigma.common.reading import named
 from fedsigma.common.sites import NoImages
 from fedsigma.common.training import TrainingError
 from fedsigma.server.app import NoModel
+from fedsigma.server.paper import NO_END, ROUNDS
 from fedsigma.server.paper.results import Results, key_of
 from fedsigma.server.paper.running import Score, run_cell
 from fedsigma.server.paper.sets import PublishedSet
@@ -24,10 +25,7 @@ from fedsigma.server.paper.studies import study_of
 from fedsigma.server.paper.tables import Cell
 from fedsigma.server.roster import TooFewSites
 
-__all__ = ["NO_END", "ROUNDS", "Outcome", "Recipe", "share_of", "work"]
-
-ROUNDS, NO_END = 60, 10**9
-"""The most rounds of a federated run, and the most steps of a site, unless others are asked for."""
+__all__ = ["Outcome", "Recipe", "share_of", "work"]
 
 # What is wrong with one cell, and not with the others.
 _FAILURES = (DataError, NoImages, TrainingError, NoModel, TooFewSites)
