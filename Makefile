@@ -44,7 +44,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf $(TYPES) && mkdir -p $(TYPES)
-	ln -s $(wildcard $(CURDIR)/fedsigma/*.py) $(CURDIR)/fedsigma/py.typed $(TYPES)/
+	ln -s $(wildcard $(CURDIR)/fedsigma/*.py) $(CURDIR)/fedsigma/py.typed $(CURDIR)/fedsigma/cli $(TYPES)/
 	ln -s $(CURDIR)/server $(CURDIR)/client $(CURDIR)/common $(TYPES)/
 	cd build/types && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fedsigma
 

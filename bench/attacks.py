@@ -33,14 +33,14 @@ import numpy as np
 from fake_grid import FakeGrid
 from flwr.app import Context, Message, RecordDict
 
-from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
-from fedsigma.common.codec import decode, encode
-from fedsigma.common.config import load_study
-from fedsigma.common.learner import open_learner
+from fedsigma.client.site import site as client_site
+from fedsigma.common.config.study import load_study
 from fedsigma.common.sigma import Layout
+from fedsigma.common.training.trainer import open_learner
+from fedsigma.common.wire.codec import decode, encode
 from fedsigma.server.app import app as server
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
 
 HOSTILE, NODE = "west", 103
 DEFENCES: dict[str, dict[str, Any]] = {

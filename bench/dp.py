@@ -31,15 +31,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import step as plain_step
-from fedsigma.common.config import StudyConfig, load_study
-from fedsigma.common.names import PARTS
-from fedsigma.common.privacy import PrivacyConfig, noise_for, sampling_rate
-from fedsigma.common.private import PrivateGradient
-from fedsigma.common.recipe import Recipe
+from fedsigma.common.config.constants import PARTS
+from fedsigma.common.config.study import StudyConfig, load_study
+from fedsigma.common.config.training import Recipe
+from fedsigma.common.privacy.accounting import PrivacyConfig, noise_for, sampling_rate
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import Gradient, Task, autocast, batch_gradient
-from fedsigma.server.simulate import run_simulation
-from fedsigma.server.store import RunFolder
+from fedsigma.common.training.dp_sgd import PrivateGradient
+from fedsigma.common.training.loop import Gradient, Task, autocast, batch_gradient
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.simulation.simulate import run_simulation
 
 STUDY, ALL, SECOND_SMALLEST, DELTA = "white-cells-four-labs", 125, 149, 1e-5
 # Fields of training and federation, and the clipping norm, by level. A round's change is about 5 long.

@@ -27,9 +27,9 @@ import zstandard
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common.codec import HEADER_BYTES, LEVELS, CodecError, decode, encode
-from fedsigma.common.names import CODECS
+from fedsigma.common.config.constants import CODECS
 from fedsigma.common.sigma.layout import Entry, Layout
+from fedsigma.common.wire.codec import HEADER_BYTES, LEVELS, CodecError, decode, encode
 
 BLOCKS = (5, 1, 30, 12)
 MOST_MEMORY = 16 * 2**20

@@ -32,11 +32,11 @@ from fake_grid import FakeGrid
 from flwr.app import Context, RecordDict
 
 from fedsigma.client.app import app as client
-from fedsigma.common import masking
-from fedsigma.common.config import load_study
-from fedsigma.common.protocol import MASKED_COUNTS, MaskedReply, to_content, wire_bytes
+from fedsigma.common.config.study import load_study
+from fedsigma.common.privacy import secure_aggregation
+from fedsigma.common.wire.records import MASKED_COUNTS, MaskedReply, to_content, wire_bytes
 from fedsigma.server.app import app as server
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
 
 VALUES, SHOTS, BOUND = 92_160, 64, 16.0
 WIDTHS = (10, 13, 10, 15, 10)
@@ -52,17 +52,20 @@ def seconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def cohort(sites: int) -> tuple[masking.Place, dict[str, X25519PrivateKey], dict[str, bytes]]:
+def cohort(sites: int) -> tuple[secure_aggregation.Place, dict[str, X25519PrivateKey], dict[str, bytes]]:
     """So many sites with new keys: their place, private keys and identities."""
     names = [f"site-{number:04}" for number in range(sites)]
     keys = {name: X25519PrivateKey.generate() for name in names}
     identities = {name: Ed25519PrivateKey.generate() for name in names}
     members = tuple(
-        masking.sign(identities[n], run=1, name=n, key=keys[n].public_key().public_bytes_raw()) for n in names
+        secure_aggregation.sign(identities[n], run=1, name=n, key=keys[n].public_key().public_bytes_raw())
+        for n in names
     )
     public = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
     return (
-        masking.Place(run=1, round=1, attempt=0, members=members, bound=BOUND, most_examples=SHOTS),
+        secure_aggregation.Place(
+            run=1, round=1, attempt=0, members=members, bound=BOUND, most_examples=SHOTS
+        ),
         keys,
         public,
     )
@@ -77,18 +80,22 @@ def measure(sites: int) -> dict[str, float]:
 
     def one(number: int) -> np.ndarray:
         name = place.members[number].name
-        masking.check_members(place, public, me=name, key=keys[name].public_key().public_bytes_raw())
-        whole = masking.to_integers(values[number], weight=weights[number], scale=place.scale, bound=BOUND)
-        return masking.mask(whole, place, me=name, private=keys[name])
+        secure_aggregation.check_members(
+            place, public, me=name, key=keys[name].public_key().public_bytes_raw()
+        )
+        whole = secure_aggregation.to_integers(
+            values[number], weight=weights[number], scale=place.scale, bound=BOUND
+        )
+        return secure_aggregation.mask(whole, place, me=name, private=keys[name])
 
     parts = [one(number) for number in range(sites)]
-    mean = masking.sum_of(parts) / place.scale / weights.sum()
+    mean = secure_aggregation.sum_of(parts) / place.scale / weights.sum()
     exact = weights @ values / weights.sum()
     reply = MaskedReply(masked=bytes(4 * (VALUES + len(MASKED_COUNTS))), steps=2)
     return {
         "bytes": wire_bytes(to_content(reply)),
         "site_seconds": seconds(lambda: one(0)),
-        "server_seconds": seconds(lambda: masking.sum_of(parts)),
+        "server_seconds": seconds(lambda: secure_aggregation.sum_of(parts)),
         "largest_error": float(np.abs(mean - exact).max()),
         "relative_error": float(np.linalg.norm(mean - exact) / np.linalg.norm(exact)),
     }

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
-from fedsigma.common.printing import print_table
+from fedsigma.common.utils.printing import print_table
 
 ARCHITECTURE, CLASSES, MOST_SHARE = "ViT-B-16", ("a", "b", "c", "d"), 0.4
 HEADS = ("actors", "state", "sum", "further", "files", "private")
@@ -71,17 +71,13 @@ class Site:
 
     def begin(self) -> int:
         """Import what a site needs; returns the process's id."""
-        import fedsigma.client.app
-        import fedsigma.common.backbones
-        import fedsigma.common.metrics
-        import fedsigma.common.training  # noqa: F401
 
         return os.getpid()
 
     def load(self, backbone: str) -> None:
         """Build the learner as a site does."""
-        from fedsigma.common.config import SigmaConfig
-        from fedsigma.common.learner import open_learner
+        from fedsigma.common.config.study import SigmaConfig
+        from fedsigma.common.training.trainer import open_learner
 
         self.learner = open_learner(backbone, SigmaConfig(), CLASSES, tuple(f"a {c}." for c in CLASSES))
 
@@ -90,7 +86,7 @@ class Site:
         import numpy as np
         import torch
 
-        from fedsigma.common.config import TrainingConfig
+        from fedsigma.common.config.study import TrainingConfig
 
         side = 224
         images = torch.randint(0, 256, (32, 3, side, side), dtype=torch.uint8)

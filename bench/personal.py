@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fedsigma.common.config import PersonalConfig, StudyConfig, load_study
-from fedsigma.server.simulate import run_simulation
-from fedsigma.server.store import RunFolder
+from fedsigma.common.config.study import PersonalConfig, StudyConfig, load_study
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.simulation.simulate import run_simulation
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")
 SETTINGS: dict[str, PersonalConfig | None] = {

@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fedsigma.server.simulate import run_simulation
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.simulation.simulate import run_simulation
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites", "demo")
 METHODS = ("zero_shot", "local_only", "local_only_everywhere", "pooled", "federated")

@@ -38,12 +38,19 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from fedsigma.common.codec import VERSION, encode
-from fedsigma.common.config import StudyConfig
-from fedsigma.common.names import CODECS
-from fedsigma.common.printing import print_table
-from fedsigma.common.protocol import HELLO, PROTOCOL, Evaluation, HelloReply, TrainReply, to_content
+from fedsigma.common.config.constants import CODECS
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.sigma import Fingerprint, Layout, Split
+from fedsigma.common.utils.printing import print_table
+from fedsigma.common.wire.codec import VERSION, encode
+from fedsigma.common.wire.records import (
+    HELLO,
+    PROTOCOL,
+    Evaluation,
+    HelloReply,
+    TrainReply,
+    to_content,
+)
 
 ARCHITECTURE = "ViT-B-16"
 MOST_SECONDS, MOST_MB = 2.0, 200.0
@@ -148,11 +155,11 @@ def record(out: Path, codecs: Iterable[str], count: int) -> None:
 
 def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, uploads: int) -> dict[str, Any]:
     """So many rounds in this process: the server's seconds of the quickest and its peak memory."""
-    from fedsigma.server.averaging import ARRAY, make_averaging
-    from fedsigma.server.exchange import Exchange
-    from fedsigma.server.roster import Roster
-    from fedsigma.server.store import RunFolder
-    from fedsigma.server.strategy import SigmaStrategy
+    from fedsigma.server.federation.aggregation import ARRAY, make_averaging
+    from fedsigma.server.federation.messenger import Exchange
+    from fedsigma.server.federation.rounds import SigmaStrategy
+    from fedsigma.server.federation.site_manager import Roster
+    from fedsigma.server.runs.run_dir import RunFolder
 
     layout = Layout.from_json((out / "layout.json").read_text(encoding="utf-8"))
     fingerprint = Fingerprint("a" * 64, layout.digest, ((1.0,),) * len(layout.entries))

@@ -42,16 +42,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.client.applying import Restored, export, restore
-from fedsigma.client.judging import Judge
+from fedsigma.client.inference.loaded_model import Restored, export, restore
+from fedsigma.client.inference.predictor import Judge
 from fedsigma.client.serving.app import asgi
+from fedsigma.client.serving.limits import Limits
 from fedsigma.client.serving.service import Service, describe
-from fedsigma.client.serving.settings import Limits
-from fedsigma.common.artefact import save_shift
 from fedsigma.common.backbones import load_backbone, save_backbone
+from fedsigma.common.ops.web import listening, server
+from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import autocast, computes_bfloat16
-from fedsigma.common.web import listening, server
+from fedsigma.common.training.loop import autocast, computes_bfloat16
 
 CLASSES = ["neutrophil", "lymphocyte", "monocyte", "eosinophil"]
 CPU = torch.device("cpu")

@@ -36,16 +36,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.prompts import Prompts
 from fedsigma.common.sigma import Basis, SigmaModel, cached_basis, default_cache_dir, find_layout
 from fedsigma.common.sigma.basis import Triple
-from fedsigma.common.training import (
+from fedsigma.common.training.loop import (
     Task,
     accumulate_gradient,
     autocast,
     computes_bfloat16,
     training_attention,
 )
+from fedsigma.common.training.prompts import Prompts
 
 CLASSES = [
     "neutrophil",

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from fedsigma.common.backbones import build_model, load_backbone
-from fedsigma.common.config import StudyConfig, load_study
+from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data import Example, Record, Source, few_shot, load_examples
-from fedsigma.common.learner import seed_for
-from fedsigma.common.metrics import Predictions, score
-from fedsigma.common.protocol import Setup
+from fedsigma.common.data.site_data import simulated_sites
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.sites import simulated_sites
-from fedsigma.common.training import Task, evaluate, train
+from fedsigma.common.training.loop import Task, evaluate, train
+from fedsigma.common.training.metrics import Predictions, score
+from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.wire.records import Setup
 
 Sites = dict[str, tuple[list[Example], list[Example]]]
 

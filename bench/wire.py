@@ -32,17 +32,17 @@ import zstandard
 
 from bench import step
 from bench.tune import validation_sites
-from fedsigma.common import quantise
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.codec import SMALL_STEP, decode, encode
-from fedsigma.common.config import StudyConfig, load_study
-from fedsigma.common.learner import seed_for
-from fedsigma.common.names import CODECS
-from fedsigma.common.protocol import Evaluation, TrainReply, to_content, wire_bytes
+from fedsigma.common.config.constants import CODECS
+from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.sigma import Layout, SigmaModel
-from fedsigma.common.training import Task, train
-from fedsigma.server.simulate import run_simulation
-from fedsigma.server.store import RunFolder
+from fedsigma.common.training.loop import Task, train
+from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.wire import quantization
+from fedsigma.common.wire.codec import SMALL_STEP, decode, encode
+from fedsigma.common.wire.records import Evaluation, TrainReply, to_content, wire_bytes
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.simulation.simulate import run_simulation
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")
 # Values that each method sends for CLIP ViT-B/16, in float32. LoRA and FedCLIP: from the shapes of their
@@ -105,7 +105,7 @@ def coders(layout: Layout, changes: list[np.ndarray]) -> dict[str, float]:
     """Bits a value of the integers of level small at its finest step, by coder; the mean over the changes."""
     found: dict[str, list[float]] = {"entropy": [], "zstandard": []}
     for number, change in enumerate(changes):
-        payload = quantise.pack(change, layout.blocks, number, fraction=SMALL_STEP)
+        payload = quantization.pack(change, layout.blocks, number, fraction=SMALL_STEP)
         raw = np.frombuffer(zstandard.decompress(payload[9 + len(layout.blocks) :]), np.uint8)
         symbols = np.stack([raw >> 4, raw & 15], 1).ravel() if payload[8] == 4 else raw
         _, index, counts = np.unique(symbols, return_inverse=True, return_counts=True)

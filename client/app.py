@@ -14,17 +14,17 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from fedsigma import __version__
-from fedsigma.client.audit import AuditLog
-from fedsigma.client.feedback import Feedback
-from fedsigma.client.masked import SITE_COUNTS, Masker, counts_of
-from fedsigma.client.site import Site, SiteCountDiffers, open_site
-from fedsigma.common import protocol
-from fedsigma.common.chain import ChainBroken
-from fedsigma.common.codec import decode, encode
-from fedsigma.common.learner import Judged, Learned, Learner, seed_for
-from fedsigma.common.noise import shared_noise
-from fedsigma.common.privacy import Release, sampling_rate
-from fedsigma.common.protocol import (
+from fedsigma.client.site.audit_log import AuditLog
+from fedsigma.client.site.error_feedback import Feedback
+from fedsigma.client.site.secure_aggregation import SITE_COUNTS, Masker, counts_of
+from fedsigma.client.site.site import Site, SiteCountDiffers, open_site
+from fedsigma.common.privacy.accounting import Release, sampling_rate
+from fedsigma.common.privacy.noise import shared_noise
+from fedsigma.common.training.trainer import Judged, Learned, Learner, seed_for
+from fedsigma.common.utils.hash_chain import ChainBroken
+from fedsigma.common.wire import records
+from fedsigma.common.wire.codec import decode, encode
+from fedsigma.common.wire.records import (
     EvaluateReply,
     EvaluateTask,
     Evaluation,
@@ -80,7 +80,7 @@ def _answer(
     asked: dict[str, Any] = {"message": kind.__name__, "run": str(context.run_id)}
     try:
         _use_one_thread_per_cpu(context)
-        task = protocol.from_content(kind, message.content)
+        task = records.from_content(kind, message.content)
         asked |= {"study": task.setup.study, "round": getattr(task, "round", 0)}
         asked |= {"mode": task.mode} if isinstance(task, TrainTask) else {}
         try:
@@ -89,9 +89,9 @@ def _answer(
             # Only a simulation gets here, before it is known which site this is.
             name = f"partition {context.node_config['partition-id']}"
             reply = _no_part(name, "site-count", sites=error.sites)
-            return Message(protocol.to_content(reply), reply_to=message)
-        content = protocol.to_content(handler(site, task))
-        AuditLog(site.audit_path).record(asked, protocol.fields_of(content))
+            return Message(records.to_content(reply), reply_to=message)
+        content = records.to_content(handler(site, task))
+        AuditLog(site.audit_path).record(asked, records.fields_of(content))
         return Message(content, reply_to=message)
     except Exception as error:
         told = type(error).__name__ if site is None else _recorded(site, asked, error)
@@ -113,8 +113,8 @@ def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
     from fedsigma.common.sigma import Fingerprint
 
     site.allow_study(task.setup)
-    if task.protocol != protocol.PROTOCOL:
-        log.error("the server speaks protocol %s, this site %s", task.protocol, protocol.PROTOCOL)
+    if task.protocol != records.PROTOCOL:
+        log.error("the server speaks protocol %s, this site %s", task.protocol, records.PROTOCOL)
         return _no_part(site.name, "protocol", sites=site.sites)
     mine = site.learner(task.setup).fingerprint
     # The server compares, too, and decides; this is how the site's own people learn why.
@@ -127,7 +127,7 @@ def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
         with masker.held():
             member = masker.member()
     return HelloReply(
-        protocol=protocol.PROTOCOL,
+        protocol=records.PROTOCOL,
         site=site.name,
         fingerprint=mine.to_json(),
         version=__version__,
@@ -142,7 +142,7 @@ def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
 
 def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
     return HelloReply(
-        protocol=protocol.PROTOCOL,
+        protocol=records.PROTOCOL,
         site=name,
         fingerprint="",
         version=__version__,

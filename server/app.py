@@ -13,24 +13,24 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedsigma.common import sites
-from fedsigma.common.config import ConfigError, StudyConfig, load_study
-from fedsigma.common.learner import Learner, open_learner
-from fedsigma.common.protocol import Evaluation, Setup
-from fedsigma.common.reading import named
-from fedsigma.server import checkpoint
-from fedsigma.server.averaging import ARRAY, make_averaging
-from fedsigma.server.baselines import Baselines, result
-from fedsigma.server.budget import check_budget
-from fedsigma.server.centre.nodes import NodeNames
-from fedsigma.server.centre.witness import Witness
-from fedsigma.server.exchange import Exchange
-from fedsigma.server.judging import judge_versions
-from fedsigma.server.overview import runs_folder
-from fedsigma.server.replies import SiteResult
-from fedsigma.server.roster import Roster
-from fedsigma.server.store import POOLED, RunFolder
-from fedsigma.server.strategy import BudgetsSpent, SigmaStrategy
+from fedsigma.common.config.schema import named
+from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
+from fedsigma.common.data import site_data
+from fedsigma.common.training.trainer import Learner, open_learner
+from fedsigma.common.wire.records import Evaluation, Setup
+from fedsigma.server.deployment.database import NodeNames
+from fedsigma.server.deployment.witness import Witness
+from fedsigma.server.evaluation.baselines import Baselines, result
+from fedsigma.server.evaluation.model_versions import judge_versions
+from fedsigma.server.federation import checkpoint
+from fedsigma.server.federation.aggregation import ARRAY, make_averaging
+from fedsigma.server.federation.messenger import Exchange
+from fedsigma.server.federation.privacy_plan import check_budget
+from fedsigma.server.federation.rounds import BudgetsSpent, SigmaStrategy
+from fedsigma.server.federation.site_manager import Roster
+from fedsigma.server.federation.validation import SiteResult
+from fedsigma.server.runs.run_dir import POOLED, RunFolder
+from fedsigma.server.runs.summary import runs_folder
 from fedsigma.server.trackers import Choice, Tracking, choose_trackers
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
 def _check_pictures(folder: RunFolder, study: StudyConfig) -> None:
     """Name everything wrong with a simulation's data before training starts."""
     setup = Setup.of(study)
-    if setup.data and (problems := sites.check_pictures(setup.data, setup.classes, setup.seed)):
+    if setup.data and (problems := site_data.check_pictures(setup.data, setup.classes, setup.seed)):
         print(problems, flush=True)
         folder.event("data_problems", report=problems)
 
@@ -325,8 +325,8 @@ def _explain(
 
 def _publish(folder: RunFolder, study: StudyConfig, summary: dict[str, Any], named: set[str]) -> None:
     """Make the run's model a version of the registry. One that cannot be made does not undo the run."""
-    from fedsigma.common.models import Shelf, shelf_folder
-    from fedsigma.common.models.publishing import publish
+    from fedsigma.common.registry import Shelf, shelf_folder
+    from fedsigma.common.registry.publish import publish
 
     try:
         shelf = Shelf(shelf_folder(folder.path.parent))

@@ -15,9 +15,9 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
-from fedsigma.server.dashboard.access import guarded, operator_only
-from fedsigma.server.dashboard.accounts import Accounts
-from fedsigma.server.dashboard.settings import AccessSettings
+from fedsigma.server.dashboard.auth.accounts import Accounts
+from fedsigma.server.dashboard.auth.middleware import guarded, operator_only
+from fedsigma.server.dashboard.auth.settings import AccessSettings
 
 HOST = "dash.example.org"
 ORIGIN = f"https://{HOST}"

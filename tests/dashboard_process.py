@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from fedsigma.common.processes import free_ports
+from fedsigma.common.ops.supervisor import free_ports
 
 PROGRAM = Path(sys.executable).with_name("fedsigma")
 

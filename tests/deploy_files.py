@@ -17,9 +17,9 @@ import pytest
 import typer
 import yaml
 
-from fedsigma import cli
-from fedsigma.client.hospital.cli import PROCESSES
-from fedsigma.server.centre.cli import PROCESSES as CENTRE_PROCESSES
+from fedsigma.cli.main import main
+from fedsigma.cli.server import PROCESSES as CENTRE_PROCESSES
+from fedsigma.cli.site import PROCESSES
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -48,7 +48,7 @@ def passes(*command: str | Path) -> str:
 def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Read `fedsigma WORDS` as the command line does, without running it: "site up", and its options."""
     rest, names = list(words), []
-    command: click.Command = typer.main.get_command(cli.main)
+    command: click.Command = typer.main.get_command(main)
     while isinstance(command, click.Group):
         name, found, rest = command.resolve_command(click.Context(command), rest)
         assert found is not None, words

@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import Error, Message
 
-from fedsigma.server.inprocess import SERVER, InProcessGrid
+from fedsigma.server.simulation.in_process import SERVER, InProcessGrid
 
 Tamper = Callable[[int, Message, Message], "Message | None"]
 

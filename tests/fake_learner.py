@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsigma.client import site as client_site
-from fedsigma.common import learner as learning
-from fedsigma.common import sites
-from fedsigma.common.config import PrivacyConfig
-from fedsigma.common.learner import Judged, Learned
+from fedsigma.client.site import site as client_site
+from fedsigma.common.config.study import PrivacyConfig
+from fedsigma.common.data import site_data
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, Split
-from fedsigma.server import streaming
+from fedsigma.common.training import trainer as learning
+from fedsigma.common.training.trainer import Judged, Learned
+from fedsigma.server.federation import streaming
 
 SIZE = 6
 NAMES = ("barcelona", "bccd", "cellavision", "jiangxi")
@@ -40,7 +40,7 @@ baselines: [zero_shot, local_only, pooled]
 
 
 class FakeLearner:
-    """See `fedsigma.common.learner.Learner`."""
+    """See `fedsigma.common.training.trainer.Learner`."""
 
     side = 32
     parameters = 1000
@@ -112,9 +112,9 @@ class HurriedTime:
 def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """Put the fake learner and fake images in place of the real ones."""
     monkeypatch.setattr(learning, "builder", FakeLearner)
-    monkeypatch.setattr(sites, "simulated_sites", parts)
-    monkeypatch.setattr(sites, "load_site", load)
-    monkeypatch.setattr(sites, "check_pictures", lambda *place: "")
+    monkeypatch.setattr(site_data, "simulated_sites", parts)
+    monkeypatch.setattr(site_data, "load_site", load)
+    monkeypatch.setattr(site_data, "check_pictures", lambda *place: "")
     monkeypatch.setattr(streaming, "time", HurriedTime())
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))

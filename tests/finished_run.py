@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fedsigma.common.artefact import save_shift
 from fedsigma.common.backbones import load_backbone
+from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Selection, SigmaModel
 
 CLASSES = ("neutrophil", "lymphocyte", "monocyte")

@@ -16,13 +16,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fedsigma.client.applying import Restored
-from fedsigma.client.calibrating import Calibration
-from fedsigma.client.judging import Judge
+from fedsigma.client.inference.calibration import Calibration
+from fedsigma.client.inference.loaded_model import Restored
+from fedsigma.client.inference.predictor import Judge
 from fedsigma.client.serving.app import asgi
+from fedsigma.client.serving.limits import Limits
 from fedsigma.client.serving.service import Service, describe
-from fedsigma.client.serving.settings import Limits
-from fedsigma.common.web import listening, server
+from fedsigma.common.ops.web import listening, server
 
 PATIENT = "MUSTERMANN_19700101.png"
 

@@ -14,9 +14,9 @@ import numpy as np
 import yaml
 
 from fedsigma.common.sigma.layout import Entry, Layout
-from fedsigma.server.heat import heats_of, to_towers
-from fedsigma.server.replies import counted
-from fedsigma.server.store import POOLED, RunFolder
+from fedsigma.server.federation.validation import counted
+from fedsigma.server.runs.run_dir import POOLED, RunFolder
+from fedsigma.server.runs.shift_magnitude import heats_of, to_towers
 
 PARTS = ("q", "k", "v", "o", "mlp", "mlp")
 UPLOAD, DOWNLOAD = 61_700, 58_200

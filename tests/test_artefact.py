@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import save_file
 
-from fedsigma.common import artefact, files
-from fedsigma.common.artefact import ArtefactError, load_shift, save_shift
-from fedsigma.common.files import write_atomic
+from fedsigma.common.registry import shift_file
+from fedsigma.common.registry.shift_file import ArtefactError, load_shift, save_shift
+from fedsigma.common.utils import files
+from fedsigma.common.utils.files import write_atomic
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TEXTS = {"layout_json": '{"entries": []}', "fingerprint_json": '{"weights": "ab"}', "study_yaml": "name: é\n"}
@@ -91,7 +92,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     save_file({"shift": torch.ones(2)}, path)
     with pytest.raises(ArtefactError, match="not a sigma file"):
         load_shift(path)
-    good = {"format": artefact.FORMAT, "layout": "{}", "fingerprint": "{}", "study": "", "round": "1"}
+    good = {"format": shift_file.FORMAT, "layout": "{}", "fingerprint": "{}", "study": "", "round": "1"}
     save_file({"shift": torch.ones(2, dtype=torch.float16)}, path, metadata=good)
     with pytest.raises(ArtefactError, match="float32"):
         load_shift(path)

@@ -15,8 +15,8 @@ from fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from flwr.app import Message
 from test_rounds import events, run, shift_of
 
-from fedsigma.common.codec import decode, encode
-from fedsigma.server.store import RunFolder
+from fedsigma.common.wire.codec import decode, encode
+from fedsigma.server.runs.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 ROUNDS = 4

@@ -12,9 +12,9 @@ from tiny import outputs, timm_clip, tiny_clip
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsigma.common.attention import Attention, by_products
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training import training_attention
+from fedsigma.common.training.attention import Attention, by_products
+from fedsigma.common.training.loop import training_attention
 
 CPU = torch.device("cpu")
 CAUSAL = torch.full((5, 5), float("-inf"), dtype=torch.float64).triu(1)

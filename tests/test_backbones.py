@@ -31,9 +31,9 @@ from fedsigma.common.backbones import (
     parse_name,
     save_backbone,
 )
-from fedsigma.common.backbones import hub as hub_module
+from fedsigma.common.backbones import download as hub_module
 from fedsigma.common.backbones import load as load_module
-from fedsigma.common.backbones.folder import CONFIG, MANIFEST, WEIGHTS, sha256
+from fedsigma.common.backbones.bundle import CONFIG, MANIFEST, WEIGHTS, sha256
 
 
 @pytest.fixture(autouse=True)
@@ -268,7 +268,7 @@ def test_half_precision_folder_loads_as_float32(tmp_path: Path) -> None:
 def test_loading_leaves_running_statistics_alone() -> None:
     """The starter's image tower has batch norms, and its picture size is tried out on loading."""
     loaded = load_backbone("starter").model.state_dict()
-    written = load_file(Path(load_module.__file__).parent.parent / "starter" / WEIGHTS)
+    written = load_file(Path(load_module.__file__).parent / "starter" / WEIGHTS)
     assert any(name.endswith("running_var") for name in written)
     for name, tensor in written.items():
         assert torch.equal(loaded[name], tensor.to(loaded[name].dtype)), name
@@ -288,7 +288,7 @@ def test_biomed_folder_works_wherever_it_lies(biomed_folder: Path, copied: Calla
 
 def test_tokenizer_of_a_native_text_tower(tmp_path: Path) -> None:
     """A Hugging Face tokenizer on open_clip's own text tower, as SigLIP and CLIPA have it."""
-    from fedsigma.common.backbones.tokens import tokenizer_for
+    from fedsigma.common.backbones.tokenizer import tokenizer_for
 
     plain = tiny_clip()
     cfg = {**plain.model_cfg, "text_cfg": {**plain.model_cfg["text_cfg"], "hf_tokenizer_name": "x/y"}}
@@ -603,7 +603,7 @@ def test_starter_is_found_beside_the_code_or_in_the_installed_package(
     monkeypatch.setattr(sys, "path", [str(tmp_path / "bundle")])
     with pytest.raises(BackboneError, match="not installed"):
         load_backbone("starter")
-    installed = tmp_path / "site-packages" / "fedsigma" / "common" / "starter"
+    installed = tmp_path / "site-packages" / "fedsigma" / "common" / "backbones" / "starter"
     installed.mkdir(parents=True)
     for path in clip_folder.iterdir():
         (installed / path.name).write_bytes(path.read_bytes())

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fedsigma.client.hospital import bundles as module
-from fedsigma.client.hospital.bundles import BundleError, Bundles, difference, digest_of
-from fedsigma.client.hospital.guard import BundleNotApproved, _kind, refuse
-from fedsigma.client.policy import SitePolicy
-from fedsigma.common.chain import Chain
-from fedsigma.common.reading import ConfigError
-from fedsigma.server.bundle import write_app
+from fedsigma.client.deployment import bundle_approval as module
+from fedsigma.client.deployment.bundle_approval import BundleError, Bundles, difference, digest_of
+from fedsigma.client.deployment.guarded_clientapp import BundleNotApproved, _kind, refuse
+from fedsigma.client.site.policy import SitePolicy
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.server.simulation.app_bundle import write_app
 
 RULES = """\
 name: north   # our name
@@ -120,7 +120,10 @@ def test_what_a_bundle_changes_is_shown() -> None:
 
 
 def test_the_text_of_an_error_stays_at_the_site() -> None:
-    assert _kind("<class 'fedsigma.client.hospital.guard.BundleNotApproved'>:<'abc'>") == "BundleNotApproved"
+    assert (
+        _kind("<class 'fedsigma.client.deployment.guarded_clientapp.BundleNotApproved'>:<'abc'>")
+        == "BundleNotApproved"
+    )
     assert _kind("<class 'FileNotFoundError'>:<'/data/patient-7'>") == "FileNotFoundError"
     assert _kind("An exception at /data/patient-7") == "ClientAppError"
 

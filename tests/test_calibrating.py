@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.client.applying import ApplyError
-from fedsigma.client.calibrating import Calibration, fit_temperature, scaled
+from fedsigma.cli.main import main
+from fedsigma.client.inference.calibration import Calibration, fit_temperature, scaled
+from fedsigma.client.inference.loaded_model import ApplyError
 from fedsigma.common.data import open_source
 
 
@@ -53,7 +53,7 @@ def test_the_commands_calibrate_and_abstain(run: Path, tmp_path: Path) -> None:
         image.save(tmp_path / "cells" / str(record.label) / f"{number}.png")
     file = tmp_path / "calibration.json"
     words = ["calibrate", str(run), "--data", f"folder:{tmp_path / 'cells'}", "--out", str(file)]
-    done = CliRunner().invoke(cli.main, words)
+    done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     found = Calibration.read(file)
     assert f"Temperature {found.temperature:.3f}" in done.output and found.images >= 20
@@ -61,7 +61,7 @@ def test_the_commands_calibrate_and_abstain(run: Path, tmp_path: Path) -> None:
     def predicted(*options: str) -> list[dict[str, str]]:
         out = tmp_path / "x.csv"
         done = CliRunner().invoke(
-            cli.main, ["predict", str(run), str(tmp_path / "cells"), "--out", str(out), *options]
+            main, ["predict", str(run), str(tmp_path / "cells"), "--out", str(out), *options]
         )
         assert done.exit_code == 0, done.output
         return list(csv.DictReader(out.open()))
@@ -77,7 +77,7 @@ def test_the_commands_calibrate_and_abstain(run: Path, tmp_path: Path) -> None:
     values = json.loads(file.read_text())
     file.write_text(json.dumps({**values, "round": 7}))
     refused = CliRunner().invoke(
-        cli.main,
+        main,
         [
             "predict",
             str(run),

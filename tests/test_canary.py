@@ -10,11 +10,11 @@ from test_training import task
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.common.noise import Randomness
-from fedsigma.common.privacy import PrivacyConfig, Release, epsilon
-from fedsigma.common.private import PrivateGradient
-from fedsigma.common.recipe import Recipe
-from fedsigma.common.training import Task, evaluate, train
+from fedsigma.common.config.training import Recipe
+from fedsigma.common.privacy.accounting import PrivacyConfig, Release, epsilon
+from fedsigma.common.privacy.noise import Randomness
+from fedsigma.common.training.dp_sgd import PrivateGradient
+from fedsigma.common.training.loop import Task, evaluate, train
 
 IMAGES, STEPS = 15, 60
 RECIPE = Recipe(

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from published import class_names_file, names_of, stand_in, wordnet_ids, write
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.common.cards import (
+from fedsigma.cli.main import main
+from fedsigma.common.config.schema import ConfigError, build, read_yaml
+from fedsigma.common.config.study import StudyConfig, load_study
+from fedsigma.common.data import DataError, Record, check, few_shot, halves, open_source
+from fedsigma.common.data.catalog import (
     Archive,
     CardError,
     DatasetCard,
@@ -23,22 +26,19 @@ from fedsigma.common.cards import (
     prompt_of,
     same_name,
 )
-from fedsigma.common.cards.card import Protocol
-from fedsigma.common.cards.checking import differences
-from fedsigma.common.config import StudyConfig, load_study
-from fedsigma.common.data import DataError, Record, check, few_shot, halves, open_source
-from fedsigma.common.data.coop import open_card
-from fedsigma.common.data.split_file import read_split_file
-from fedsigma.common.paths import UnsafePath, inside
-from fedsigma.common.reading import ConfigError, build, read_yaml
-from fedsigma.common.sites import simulated_sites
+from fedsigma.common.data.catalog.card import Protocol
+from fedsigma.common.data.site_data import simulated_sites
+from fedsigma.common.data.sources.official_splits import read_split_file
+from fedsigma.common.data.sources.published import open_card
+from fedsigma.common.data.sources.verify import differences
+from fedsigma.common.utils.paths import UnsafePath, inside
 
 NAMES = list(cards())
 runner = CliRunner()
 
 
 def run(*args: object) -> tuple[int, str, str]:
-    result = runner.invoke(cli.main, [str(arg) for arg in args])
+    result = runner.invoke(main, [str(arg) for arg in args])
     return result.exit_code, result.stdout, " ".join(result.stderr.split())
 
 
@@ -388,10 +388,10 @@ def test_an_archive_s_name() -> None:
 
 
 def test_the_page_has_the_cards_of_today() -> None:
-    from bench.dataset_cards import table
+    from tools.dataset_cards import table
 
     page = Path(__file__).parents[1] / "docs" / "datasets.md"
-    assert table() in page.read_text("utf-8"), "run bench/dataset_cards.py and put its table into the page"
+    assert table() in page.read_text("utf-8"), "run tools/dataset_cards.py and put its table into the page"
 
 
 def test_own_cards_stand_beside_those_that_come_along(

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.common.chain import Chain
-from fedsigma.common.joining import Invitation, JoinError, SiteKeys
-from fedsigma.common.reading import ConfigError
-from fedsigma.server.centre import enrolment as module
-from fedsigma.server.centre.authority import AuthorityError, Issued, issue, new_authority
-from fedsigma.server.centre.control import ControlError, Node
-from fedsigma.server.centre.enrolment import Enrolment
-from fedsigma.server.centre.folder import CentreError, CentreFolder, ServerConfig
-from fedsigma.server.centre.nodes import NodeNames
-from fedsigma.server.centre.proxy import caddyfile, nginx_conf
+from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.ops.enrolment_files import Invitation, JoinError, SiteKeys
+from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.server.deployment import enrolment as module
+from fedsigma.server.deployment.certificates import AuthorityError, Issued, issue, new_authority
+from fedsigma.server.deployment.database import NodeNames
+from fedsigma.server.deployment.enrolment import Enrolment
+from fedsigma.server.deployment.flower_control import ControlError, Node
+from fedsigma.server.deployment.home import CentreError, CentreFolder, ServerConfig
+from fedsigma.server.deployment.proxy import caddyfile, nginx_conf
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.chain import Chain, ChainBroken, Head
+from fedsigma.common.utils.hash_chain import Chain, ChainBroken, Head
 
 
 def filled(folder: Path, lines: int = 5) -> Chain:

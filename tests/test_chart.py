@@ -9,9 +9,9 @@ import pytest
 import yaml
 from deploy_files import DEPLOY, FOLDERS, UID, parse, passes, process_of, tool
 
-from fedsigma.client.hospital.folder import Connection
-from fedsigma.client.policy import SitePolicy
-from fedsigma.common.reading import build, split_address
+from fedsigma.client.deployment.home import Connection
+from fedsigma.client.site.policy import SitePolicy
+from fedsigma.common.config.schema import build, split_address
 from fedsigma.server.dashboard.config import DashboardConfig
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk has no build for this machine")

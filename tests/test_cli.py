@@ -17,23 +17,23 @@ from PIL import Image
 from tiny_backbones import tiny_clip
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.client.applying import ApplyError, restore
-from fedsigma.client.ledger import Entry, Ledger
-from fedsigma.client.predicting import list_pictures, predict
-from fedsigma.common.artefact import save_shift
+from fedsigma.cli.main import COMMANDS, FAILED, exit_code, main
+from fedsigma.client.inference.batch import list_pictures, predict
+from fedsigma.client.inference.loaded_model import ApplyError, restore
+from fedsigma.client.site.privacy_ledger import Entry, Ledger
 from fedsigma.common.backbones import load_backbone, save_backbone
-from fedsigma.common.chain import Chain
-from fedsigma.common.config import SigmaConfig, StudyConfig
-from fedsigma.common.privacy import PrivacyConfig, Release, epsilon
+from fedsigma.common.config.study import SigmaConfig, StudyConfig
+from fedsigma.common.privacy.accounting import PrivacyConfig, Release, epsilon
+from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.utils.hash_chain import Chain
 
 CLASSES = ("round cell", "long cell", "spiky cell")
 runner = CliRunner()
 
 
 def run(*args: object) -> tuple[int, str, str]:
-    result = runner.invoke(cli.main, [str(a) for a in args])
+    result = runner.invoke(main, [str(a) for a in args])
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -94,9 +94,9 @@ def pictures(tmp_path: Path) -> Path:
 def test_help_lists_all_and_imports_nothing_heavy() -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(name in out for name in cli.COMMANDS)
+    assert all(name in out for name in COMMANDS)
     program = (
-        "import sys\nfrom fedsigma.cli import main\n"
+        "import sys\nfrom fedsigma.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'open_clip', 'flwr', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
@@ -247,7 +247,7 @@ def test_unexpected_error_is_one_line_unless_debugging(
     assert code == 1
     assert err == "Error: unexpected ZeroDivisionError: over there (FEDSIGMA_DEBUG=1 shows where)\n"
     monkeypatch.setenv("FEDSIGMA_DEBUG", "1")
-    result = runner.invoke(cli.main, ["inspect", "ViT-B-16"])
+    result = runner.invoke(main, ["inspect", "ViT-B-16"])
     assert isinstance(result.exception, ZeroDivisionError)
 
 
@@ -256,7 +256,7 @@ def test_a_library_s_value_error_is_unexpected() -> None:
         int("x")
         raise AssertionError
     except ValueError as error:
-        assert cli.exit_code(error) == cli.FAILED
+        assert exit_code(error) == FAILED
 
 
 # Backbones
@@ -423,10 +423,10 @@ def test_what_a_simulation_cannot_begin_with_is_told_before_flower_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr("fedsigma.server.simulate._superlink", None)  # so that none can be started
+    monkeypatch.setattr("fedsigma.server.simulation.simulate._superlink", None)  # so that none can be started
     (tmp_path / "file").write_text("")
-    result = runner.invoke(cli.main, ["study", "run", "demo", "--out", str(tmp_path / "file")])
+    result = runner.invoke(main, ["study", "run", "demo", "--out", str(tmp_path / "file")])
     assert result.exit_code == 3 and "is a file, a run needs a folder" in " ".join(result.stderr.split())
-    result = runner.invoke(cli.main, ["study", "evaluate", "demo", "nosuch@9"])
+    result = runner.invoke(main, ["study", "evaluate", "demo", "nosuch@9"])
     assert result.exit_code == 3 and "there is no model 'nosuch'" in " ".join(result.stderr.split())
     assert not (tmp_path / "runs").exists()

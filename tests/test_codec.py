@@ -11,8 +11,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common import quantise
-from fedsigma.common.codec import (
+from fedsigma.common.config.constants import CODECS
+from fedsigma.common.sigma.layout import Entry, Layout
+from fedsigma.common.wire import quantization
+from fedsigma.common.wire.codec import (
     HEADER_BYTES,
     LEVELS,
     SMALL_BITS,
@@ -23,8 +25,6 @@ from fedsigma.common.codec import (
     download_level,
     encode,
 )
-from fedsigma.common.names import CODECS
-from fedsigma.common.sigma.layout import Entry, Layout
 
 
 def layout_of(*blocks: int) -> Layout:
@@ -119,19 +119,22 @@ def test_small_keeps_to_its_size_whatever_the_values(spread: float) -> None:
 def test_rounding_is_unbiased_and_as_small_as_dither_makes_it() -> None:
     vector, total = changes(1), np.zeros(MANY.size)
     for seed in range(400):
-        total += quantise.unpack(quantise.pack(vector, MANY.blocks, seed, fraction=0.6), MANY.blocks) - vector
-    codes = np.frombuffer(quantise.pack(vector, MANY.blocks, 0, fraction=0.6), np.uint8, 40, 9)
+        total += (
+            quantization.unpack(quantization.pack(vector, MANY.blocks, seed, fraction=0.6), MANY.blocks)
+            - vector
+        )
+    codes = np.frombuffer(quantization.pack(vector, MANY.blocks, 0, fraction=0.6), np.uint8, 40, 9)
     steps = np.repeat(2.0 ** (codes / 8 - 27), MANY.blocks)
     # Each error is uniform over a step: variance step^2 / 12, so a mean of 400 is within five sigmas of zero.
     assert (np.abs(total / 400) < 5 * steps / np.sqrt(12 * 400)).all()
-    error = quantise.unpack(quantise.pack(vector, MANY.blocks, 7, fraction=0.6), MANY.blocks) - vector
+    error = quantization.unpack(quantization.pack(vector, MANY.blocks, 7, fraction=0.6), MANY.blocks) - vector
     assert np.square(error / steps).mean() == pytest.approx(1 / 12, rel=0.05)
 
 
 def test_dither_does_not_change_between_versions() -> None:
     # Of `openssl enc -chacha20` of zeros, with SHA-256 of "fedsigma dither" and 5 in 8 bytes as the key.
     known = [0.3079805430, 0.4076371596, -0.3360404060]
-    assert quantise._dither(5, 3).tolist() == pytest.approx(known, abs=1e-8)
+    assert quantization._dither(5, 3).tolist() == pytest.approx(known, abs=1e-8)
 
 
 def test_an_old_version_is_refused_by_name() -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.config import ConfigError, StudyConfig
-from fedsigma.server.cohorts import chances, cohort_size, draw_cohort, known_images
+from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.server.federation.site_sampling import chances, cohort_size, draw_cohort, known_images
 
 SIZES = st.lists(st.integers(1, 200), min_size=2, max_size=30)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common.config import (
+from fedsigma.common.config.study import (
     BASELINES,
     STRATEGIES,
     ConfigError,

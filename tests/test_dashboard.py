@@ -16,9 +16,9 @@ from browser import MISSING, Seen, chromium
 from dashboard_process import dashboard
 from synthetic_run import HOSTILE, write_synthetic_run
 
-from fedsigma.common.models import Shelf
-from fedsigma.common.models.manifest import Manifest
-from fedsigma.server.store import POOLED, RunFolder
+from fedsigma.common.registry import Shelf
+from fedsigma.common.registry.manifest import Manifest
+from fedsigma.server.runs.run_dir import POOLED, RunFolder
 
 if not MISSING:
     from playwright.sync_api import Browser, Page, expect

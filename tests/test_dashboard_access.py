@@ -27,9 +27,9 @@ from dashboard_door import (  # noqa: F401 - pytest looks for them here
 )
 from starlette.testclient import TestClient
 
-from fedsigma.server.dashboard.accounts import Accounts
-from fedsigma.server.dashboard.settings import AccessSettings
-from fedsigma.server.dashboard.signing_in import OneTimeLink
+from fedsigma.server.dashboard.auth.accounts import Accounts
+from fedsigma.server.dashboard.auth.login import OneTimeLink
+from fedsigma.server.dashboard.auth.settings import AccessSettings
 
 
 def test_nothing_passes_without_signing_in_but_health(visitor: TestClient) -> None:

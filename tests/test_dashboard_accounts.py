@@ -22,14 +22,14 @@ from dashboard_door import (  # noqa: F401 - pytest looks for them here
 )
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.common.reading import ConfigError
-from fedsigma.server.centre.folder import CentreFolder, ServerConfig
+from fedsigma.cli.main import main
+from fedsigma.common.config.schema import ConfigError
 from fedsigma.server.dashboard import needs
-from fedsigma.server.dashboard.accounts import Accounts, AccountsError
+from fedsigma.server.dashboard.auth.accounts import Accounts, AccountsError
+from fedsigma.server.dashboard.auth.passwords import check_password
+from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.needs import check_installed
-from fedsigma.server.dashboard.passwords import check_password
-from fedsigma.server.dashboard.settings import AccessSettings
+from fedsigma.server.deployment.home import CentreFolder, ServerConfig
 
 
 def test_the_file_is_its_owners_alone_and_signs_nobody_in(accounts: Accounts, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def centre(tmp_path: Path) -> CentreFolder:
 
 
 def command(centre: CentreFolder, *args: str, input: str | None = None) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.main, ["users", *args, "-f", str(centre.path)], input=input)
+    result = CliRunner().invoke(main, ["users", *args, "-f", str(centre.path)], input=input)
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -12,19 +12,19 @@ from dashboard_door import ACCESS, FROM_US, HTML, PASSWORD, QUICK, client, sign_
 from starlette.testclient import TestClient
 from synthetic_run import write_synthetic_run
 
-from fedsigma.common.processes import free_ports
-from fedsigma.server.centre.control import Node, Run
-from fedsigma.server.centre.folder import CentreFolder, ServerConfig
-from fedsigma.server.centre.log import CentreLog
-from fedsigma.server.centre.registry import NodeKey, Registry, Site, Submission
-from fedsigma.server.dashboard.access import guarded
-from fedsigma.server.dashboard.accounts import Accounts
-from fedsigma.server.dashboard.centre_pages import centre_routes
+from fedsigma.common.ops.supervisor import free_ports
+from fedsigma.server.dashboard.app import CENTRE_PAGES
+from fedsigma.server.dashboard.auth.accounts import Accounts
+from fedsigma.server.dashboard.auth.middleware import guarded
 from fedsigma.server.dashboard.config import DashboardConfig
-from fedsigma.server.dashboard.library import Library
-from fedsigma.server.dashboard.pages import Desk, make_pages
-from fedsigma.server.dashboard.serving import CENTRE_PAGES
-from fedsigma.server.dashboard.submissions import SuperLinkWatch
+from fedsigma.server.dashboard.pages.coordinator import centre_routes
+from fedsigma.server.dashboard.pages.routes import Desk, make_pages
+from fedsigma.server.dashboard.pages.run_index import Library
+from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
+from fedsigma.server.deployment.audit_log import CentreLog
+from fedsigma.server.deployment.flower_control import Node, Run
+from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from fedsigma.server.deployment.registry import NodeKey, Registry, Site, Submission
 
 NOON = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
 

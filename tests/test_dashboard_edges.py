@@ -36,11 +36,11 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from fedsigma.common.chain import ChainBroken
-from fedsigma.server.dashboard.accounts import Accounts
-from fedsigma.server.dashboard.attempts import Attempts
-from fedsigma.server.dashboard.places import local_path
-from fedsigma.server.dashboard.settings import AccessSettings
+from fedsigma.common.utils.hash_chain import ChainBroken
+from fedsigma.server.dashboard.auth.accounts import Accounts
+from fedsigma.server.dashboard.auth.rate_limit import Attempts
+from fedsigma.server.dashboard.auth.settings import AccessSettings
+from fedsigma.server.dashboard.auth.urls import local_path
 
 STRANGE = ["//", "//health", "/health/..", "/health/../", "/health/%2e%2e/", "/health/%2E./act"]
 STRANGE += ["/login/../act", "/login/..%2fact", "/login//..//act", "/.//act", "/./act", "/static//a"]

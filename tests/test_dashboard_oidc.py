@@ -26,10 +26,10 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 from werkzeug.serving import make_server
 
-from fedsigma.common.reading import ConfigError
-from fedsigma.server.dashboard.accounts import Accounts
-from fedsigma.server.dashboard.oidc import OidcSettings, Provider
-from fedsigma.server.dashboard.settings import AccessSettings
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.server.dashboard.auth.accounts import Accounts
+from fedsigma.server.dashboard.auth.oidc import OidcSettings, Provider
+from fedsigma.server.dashboard.auth.settings import AccessSettings
 
 PEOPLE = (
     oidc_provider_mock.User(

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedsigma.common.data import DataError, Pictures, Record, Report, check, open_source
-from fedsigma.common.data.check import KINDS
+from fedsigma.common.data.validation import KINDS
 
 
 def site(folder: Path) -> Path:

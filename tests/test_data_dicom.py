@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.sequence import Sequence  # noqa: E402
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid  # noqa: E402
 
-from fedsigma.common.data.dicom import render  # noqa: E402
+from fedsigma.common.data.sources.dicom import render  # noqa: E402
 
 RAMP = np.array([[0, 100], [200, 400]], np.int16)
 

@@ -22,12 +22,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_doctor import enrol
 
-from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.client.hospital.services import node_process
-from fedsigma.common.reading import build
-from fedsigma.server.centre.authority import new_authority
-from fedsigma.server.centre.folder import CentreFolder
+from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.services import node_process
+from fedsigma.common.config.schema import build
 from fedsigma.server.dashboard.config import DashboardConfig
+from fedsigma.server.deployment.certificates import new_authority
+from fedsigma.server.deployment.home import CentreFolder
 
 DOCKERFILE = DEPLOY / "images" / "Dockerfile"
 IMAGES_EXTRAS = ("dicom", "biomedclip", "dashboard")

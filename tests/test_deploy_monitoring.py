@@ -18,8 +18,8 @@ from synthetic_run import write_synthetic_run
 from test_deploy import YAMLLINT
 from test_prometheus import read
 
-from fedsigma.server.dashboard.metrics import RunCollector
-from fedsigma.server.store import RunFolder
+from fedsigma.server.dashboard.pages.prometheus import RunCollector
+from fedsigma.server.runs.run_dir import RunFolder
 
 PROMETHEUS = DEPLOY / "prometheus"
 DASHBOARD = DEPLOY / "grafana" / "fedsigma.json"

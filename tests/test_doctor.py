@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.client.hospital.doctor import Finding, examine
-from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.common.joining import Invitation
-from fedsigma.server.centre.authority import Issued, issue, new_authority
+from fedsigma.cli.main import main
+from fedsigma.client.deployment.diagnostics import Finding, examine
+from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.common.ops.enrolment_files import Invitation
+from fedsigma.server.deployment.certificates import Issued, issue, new_authority
 
 OWN = {"node", "worker"}
 
@@ -175,7 +175,7 @@ def test_a_dry_round_on_the_sites_own_images(
     assert found["images"].ok and found["backbone starter"].ok
     assert found["dry round"].ok and "a step on 3 images" in found["dry round"].seen
     file.write_text(rules.replace("  starter: starter", "  other: local-dir:/nowhere"))
-    result = CliRunner().invoke(cli.main, ["site", "doctor", "-f", str(site.path), "--offline", "--json"])
+    result = CliRunner().invoke(main, ["site", "doctor", "-f", str(site.path), "--offline", "--json"])
     assert result.exit_code == 4
     told = {one["check"]: one for one in json.loads(result.stdout)}
     assert "cannot be loaded" in told["backbone other"]["seen"]

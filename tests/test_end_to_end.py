@@ -10,16 +10,16 @@ from fake_grid import FakeGrid
 from flwr.app import Context, RecordDict
 from tiny_backbones import tiny_clip
 
-from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
-from fedsigma.client.applying import ApplyError, restore
-from fedsigma.client.ledger import Ledger
-from fedsigma.client.personal import PersonalError
+from fedsigma.client.inference.loaded_model import ApplyError, restore
+from fedsigma.client.site import site as client_site
+from fedsigma.client.site.personal_state import PersonalError
+from fedsigma.client.site.privacy_ledger import Ledger
 from fedsigma.common.backbones import save_backbone
-from fedsigma.common.learner import split_of
 from fedsigma.common.sigma import Layout
+from fedsigma.common.training.trainer import split_of
 from fedsigma.server.app import app as server
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
 
 STUDY = """
 name: tiny

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.client.applying import restore
-from fedsigma.common.artefact import save_shift
+from fedsigma.cli.main import main
+from fedsigma.client.inference.loaded_model import restore
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.config import SigmaConfig
-from fedsigma.common.explain import Explainer, ExplainError, Phrases, head_changes, whole
-from fedsigma.common.explain.whole import explainer
-from fedsigma.common.explain.words import projection
-from fedsigma.common.learner import SigmaLearner
+from fedsigma.common.config.study import SigmaConfig
+from fedsigma.common.explain import Explainer, ExplainError, Phrases, head_changes, report
+from fedsigma.common.explain.report import explainer
+from fedsigma.common.explain.text_directions import projection
+from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Basis, Selection, SigmaModel, find_layout
+from fedsigma.common.training.trainer import SigmaLearner
 
 WIDTH, HEADS, JOINT, PHRASES = 32, 4, 16, 40
 
@@ -111,11 +111,11 @@ def test_a_head_writes_what_its_slices_of_the_whole_matrices_do() -> None:
     model, texts = tiny(), features()
     basis = basis_of(model)
     shift = 0.3 * torch.randn(basis.layout.size, generator=torch.Generator().manual_seed(5))
-    whole = {}
+    report = {}
     for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
         for name, d in (("before", 0.0), ("after", shift[entry.offset : entry.offset + entry.size])):
             place = entry.tower, entry.layer, entry.part, name
-            whole[place] = ((triple.u * (triple.s + d)) @ triple.vh).double()
+            report[place] = ((triple.u * (triple.s + d)) @ triple.vh).double()
     unit = nn.functional.normalize(texts.double() - texts.double().mean(0), dim=1)
     phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
     found = Explainer(model, basis, phrases, texts).explain(shift, heads=3, words=PHRASES)
@@ -124,7 +124,7 @@ def test_a_head_writes_what_its_slices_of_the_whole_matrices_do() -> None:
         cut = slice(where, where + WIDTH // HEADS)
         reads = unit @ projection(model, one.change.tower).double()
         before, after = (
-            (reads @ whole[*place, "o", name][:, cut] @ whole[*place, "v", name][cut]).square().sum(1)
+            (reads @ report[*place, "o", name][:, cut] @ report[*place, "v", name][cut]).square().sum(1)
             for name in ("before", "after")
         )
         gain = (after - before) / before.mean()
@@ -151,7 +151,7 @@ def test_the_learner_reads_the_descriptions_once(monkeypatch: pytest.MonkeyPatch
     shift = np.random.default_rng(0).normal(scale=0.1, size=learner.layout.size).astype(np.float32)
     rows = learner.explain(shift, heads=3, words=2)
     assert len(rows) == 3 and all(len(row["gained"]) == 2 for row in rows)
-    monkeypatch.setattr(whole, "_text_features", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr(report, "_text_features", lambda *a: pytest.fail("read again"))
     assert learner.explain(-shift, heads=3) != rows and learner.explain(shift, heads=3, words=2) == rows
 
 
@@ -207,14 +207,14 @@ def test_the_command_explains_a_run_and_leaves_the_model_as_it_was(tmp_path: Pat
         round=1,
     )
     words = ["explain", str(tmp_path), "--heads", "3", "--words", "2"]
-    done = CliRunner().invoke(cli.main, [*words, "--json"])
+    done = CliRunner().invoke(main, [*words, "--json"])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.output)
     assert len(rows) == 3 and all(len(row["gained"]) == len(row["lost"]) == 2 for row in rows)
     assert 0 < sum(row["share"] for row in rows) < 1
     own = tmp_path / "own.yaml"
     own.write_text("[a round cell, a long cell, a dark cell]")
-    told = CliRunner().invoke(cli.main, [*words, "--phrases", str(own), "--template", "a photo of {}"]).output
+    told = CliRunner().invoke(main, [*words, "--phrases", str(own), "--template", "a photo of {}"]).output
     assert "% of the heads' change" in told and "cell" in told
     restored = restore(tmp_path)
     explainer(restored.backbone, restored.sigma, Phrases(("one", "two"), ("own", "own"))).explain(2 * shift)

@@ -12,9 +12,9 @@ from fake_learner import LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa:
 from flwr.app import Message
 from test_rounds import events, run
 
-from fedsigma.common import protocol
-from fedsigma.common.codec import decode
 from fedsigma.common.explain import ExplainError
+from fedsigma.common.wire import records
+from fedsigma.common.wire.codec import decode
 from fedsigma.server.report import write_report
 
 pytestmark = pytest.mark.usefixtures("fake_method")
@@ -44,10 +44,10 @@ def unwilling(*nodes: int) -> Tamper:
     """Sites that do not let their shifts be explained."""
 
     def answer(node: int, task: Message, reply: Message) -> Message:
-        if node not in nodes or task.metadata.message_type != protocol.HELLO:
+        if node not in nodes or task.metadata.message_type != records.HELLO:
             return reply
-        said = protocol.from_content(protocol.HelloReply, reply.content)
-        return Message(protocol.to_content(replace(said, explained=False)), reply_to=task)
+        said = records.from_content(records.HelloReply, reply.content)
+        return Message(records.to_content(replace(said, explained=False)), reply_to=task)
 
     return answer
 

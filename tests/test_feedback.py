@@ -11,10 +11,10 @@ from fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from flwr.app import Context, Message, RecordDict
 from test_rounds import run, shift_of
 
-from fedsigma.client.feedback import Feedback
-from fedsigma.common.codec import decode
-from fedsigma.common.protocol import TrainTask, from_content
+from fedsigma.client.site.error_feedback import Feedback
 from fedsigma.common.sigma import Layout
+from fedsigma.common.wire.codec import decode
+from fedsigma.common.wire.records import TrainTask, from_content
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 LOST = np.arange(LAYOUT.size, dtype=np.float32)

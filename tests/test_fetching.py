@@ -20,11 +20,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.common.cards import Archive, CardError, card, cards, downloading, unpacking
-from fedsigma.common.cards.downloading import DownloadError, download
-from fedsigma.common.cards.fetching import RECORD, DigestError, fetch, fetched
-from fedsigma.common.cards.unpacking import ArchiveError, Limits, unpack
+from fedsigma.cli.main import main
+from fedsigma.common.data.catalog import (
+    Archive,
+    CardError,
+    card,
+    cards,
+    extract,
+)
+from fedsigma.common.data.catalog import (
+    download as downloading,
+)
+from fedsigma.common.data.catalog.download import DownloadError, download
+from fedsigma.common.data.catalog.extract import ArchiveError, Limits, unpack
+from fedsigma.common.data.catalog.fetch import RECORD, DigestError, fetch, fetched
 
 runner = CliRunner()
 
@@ -230,7 +239,7 @@ def test_a_download_outlives_a_full_disk(
 
     one = shelf.put("set.zip", zipped({"images/a.png": b"1"}))
     with monkeypatch.context() as changed, pytest.raises(ArchiveError, match="No space left"):
-        changed.setattr(unpacking, "_copy", full)
+        changed.setattr(extract, "_copy", full)
         fetch(one, tmp_path)
     assert fetch(one, tmp_path).content == ("images",) and len(shelf.ranges) == 1
 
@@ -348,15 +357,15 @@ def test_the_command_asks_first(shelf: Shelf, tmp_path: Path, monkeypatch: pytes
     one = shelf.put("DTD.zip", zipped({"images/a.jpg": b"1"}))
     monkeypatch.setitem(cards(), "dtd", replace(card("dtd"), archives=(one,)))
     folder = tmp_path / "dtd"
-    result = runner.invoke(cli.main, ["data", "fetch", "dtd", str(folder)], input="n\n")
+    result = runner.invoke(main, ["data", "fetch", "dtd", str(folder)], input="n\n")
     assert result.exit_code == 3 and not shelf.ranges and not folder.exists()
     assert "nobody states a checksum" in result.stdout and "Licence: for research" in result.stdout
     assert "give --yes once the licence is read" in " ".join(result.stderr.split())
-    assert runner.invoke(cli.main, ["data", "fetch", "dtd", str(folder)]).exit_code == 3  # nobody answers
+    assert runner.invoke(main, ["data", "fetch", "dtd", str(folder)]).exit_code == 3  # nobody answers
     (tmp_path / "file").write_text("")
-    result = runner.invoke(cli.main, ["data", "fetch", "dtd", str(tmp_path / "file"), "--yes"])
+    result = runner.invoke(main, ["data", "fetch", "dtd", str(tmp_path / "file"), "--yes"])
     assert result.exit_code == 3 and "is a file, and a set needs a folder" in " ".join(result.stderr.split())
-    result = runner.invoke(cli.main, ["data", "fetch", "dtd", str(folder), "--yes"])
+    result = runner.invoke(main, ["data", "fetch", "dtd", str(folder), "--yes"])
     assert result.exit_code == 0, result.stderr
     said = " ".join(result.stdout.split())
     assert "checked by nothing" in said and fetched(folder)["DTD.zip"].sha256 in said
@@ -366,7 +375,7 @@ def test_the_command_asks_first(shelf: Shelf, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(
         cards(), "dtd", replace(card("dtd"), archives=(replace(one, sha256="0" * 64, stated_by="x"),))
     )
-    result = runner.invoke(cli.main, ["data", "fetch", "dtd", str(tmp_path / "again"), "--yes"])
+    result = runner.invoke(main, ["data", "fetch", "dtd", str(tmp_path / "again"), "--yes"])
     assert result.exit_code == 3 and "404" in result.stderr
-    result = runner.invoke(cli.main, ["data", "fetch", "ucf101", str(folder), "--yes"])
+    result = runner.invoke(main, ["data", "fetch", "ucf101", str(folder), "--yes"])
     assert result.exit_code == 3 and "no archive that can be fetched" in " ".join(result.stderr.split())

@@ -18,7 +18,7 @@ from test_end_to_end import GUARDED, STUDY, check_guarded
 from tiny_backbones import tiny_clip
 
 from fedsigma.common.backbones import save_backbone
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,7 +34,7 @@ def study(tmp_path: Path) -> Path:
 def command(tmp_path: Path, study: Path, *, resume: bool = False) -> dict[str, Any]:
     """A call of run_simulation in a process of its own: Flower and Ray leave threads behind."""
     call = (
-        "import sys, pathlib; from fedsigma.server.simulate import run_simulation;"
+        "import sys, pathlib; from fedsigma.server.simulation.simulate import run_simulation;"
         "sys.exit(run_simulation(sys.argv[1], out=pathlib.Path(sys.argv[2]), resume=sys.argv[3] == '1'))"
     )
     arguments = [sys.executable, "-c", call, str(study), str(tmp_path / "out"), str(int(resume))]

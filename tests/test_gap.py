@@ -11,7 +11,7 @@ import torch
 from bench.gap.__main__ import main
 from bench.gap.rounds import _divergence, by_images, in_turns, site_offsets
 from bench.gap.ways import Server, Way
-from fedsigma.common.config import StudyConfig
+from fedsigma.common.config.study import StudyConfig
 
 
 def test_offsets_are_logs_of_raised_shares() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from synthetic_run import synthetic_layout, synthetic_shift, write_synthetic_run
 
 from fedsigma.common.sigma import Entry, Layout
-from fedsigma.server.heat import heats_of, to_towers
-from fedsigma.server.report.content import gather
+from fedsigma.server.report.data import gather
+from fedsigma.server.runs.shift_magnitude import heats_of, to_towers
 
 
 def entry(part: str, tower: str, layer: int, offset: int, size: int) -> Entry:

@@ -13,7 +13,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedsigma.common.joining import Invitation, JoinError, SiteKeys, check_site_name, fingerprint
+from fedsigma.common.ops.enrolment_files import (
+    Invitation,
+    JoinError,
+    SiteKeys,
+    check_site_name,
+    fingerprint,
+)
 
 NOW = datetime.datetime(2026, 5, 1, tzinfo=datetime.UTC)
 WORD, OTHER_WORD = "ab" * 32, "cd" * 32

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fedsigma.server.centre.control import Run
-from fedsigma.server.centre.folder import CentreFolder, ServerConfig
-from fedsigma.server.centre.keeper import MOST_TRIES, look
-from fedsigma.server.centre.studies import Studies
-from fedsigma.server.store import RunFolder
+from fedsigma.server.deployment.auto_resume import MOST_TRIES, look
+from fedsigma.server.deployment.flower_control import Run
+from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from fedsigma.server.deployment.studies import Studies
+from fedsigma.server.runs.run_dir import RunFolder
 
 FAILED = "finished:failed"
 
@@ -102,7 +102,7 @@ def test_a_run_that_dies_without_a_further_round_is_left(studies: Studies, contr
 def test_who_watches_a_run_that_died_watches_what_goes_on_with_it(
     studies: Studies, control: FakeControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsigma.server.centre.studies.POLL_S", 0.01)
+    monkeypatch.setattr("fedsigma.server.deployment.studies.POLL_S", 0.01)
     studies.submit("demo")
     begin(control.started[0], "0")
     seen = []

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsigma.client import ledger as module
-from fedsigma.client.ledger import Entry, Ledger, LedgerDamaged, PrivacyBudgetSpent
-from fedsigma.common.privacy import PrivacyConfig, Release, epsilon
+from fedsigma.client.site import privacy_ledger as module
+from fedsigma.client.site.privacy_ledger import Entry, Ledger, LedgerDamaged, PrivacyBudgetSpent
+from fedsigma.common.privacy.accounting import PrivacyConfig, Release, epsilon
 
 PRIVACY = PrivacyConfig(level="image", noise_multiplier=2.0, epsilon=4.0)
 ONE = Release(rate=0.25, noise_multiplier=2.0, steps=2)

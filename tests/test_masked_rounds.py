@@ -14,10 +14,10 @@ from fake_learner import LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa:
 from flwr.app import Context, Error, Message, RecordDict
 from test_rounds import events, out, run, shift_of
 
-from fedsigma.client import site
-from fedsigma.common.config import ConfigError, StudyConfig
-from fedsigma.common.privacy import PrivacyConfig
-from fedsigma.common.protocol import MaskedReply, TrainTask, from_content, to_content
+from fedsigma.client.site import site
+from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.privacy.accounting import PrivacyConfig
+from fedsigma.common.wire.records import MaskedReply, TrainTask, from_content, to_content
 from fedsigma.server.app import NoModel
 
 pytestmark = pytest.mark.usefixtures("fake_method")

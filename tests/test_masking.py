@@ -11,8 +11,16 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common import masking
-from fedsigma.common.masking import MaskingError, Place, check_members, mask, scale_for, sum_of, to_integers
+from fedsigma.common.privacy import secure_aggregation
+from fedsigma.common.privacy.secure_aggregation import (
+    MaskingError,
+    Place,
+    check_members,
+    mask,
+    scale_for,
+    sum_of,
+    to_integers,
+)
 
 NAMES = ("east", "north", "south", "west")
 IDENTITIES = {name: Ed25519PrivateKey.generate() for name in NAMES}
@@ -25,7 +33,9 @@ def own(name: str) -> bytes:
 
 
 def place(*names: str, run: int = 7, round: int = 1, attempt: int = 0) -> Place:
-    members = tuple(masking.sign(IDENTITIES[n], run=run, name=n, key=own(n)) for n in names or NAMES)
+    members = tuple(
+        secure_aggregation.sign(IDENTITIES[n], run=run, name=n, key=own(n)) for n in names or NAMES
+    )
     return Place(run=run, round=round, attempt=attempt, members=members, bound=16.0, most_examples=64)
 
 
@@ -100,9 +110,11 @@ def test_all_but_one_of_the_others_together_cannot_unmask() -> None:
     where, secret = place(), np.arange(5000, dtype=np.uint32)
     sent = masked(secret, where, "east")
     for name in ("north", "south"):  # what these two can compute of east's masks
-        sent = sent - masking._stream(KEYS[name], own("east"), where.info, secret.size)
+        sent = sent - secure_aggregation._stream(KEYS[name], own("east"), where.info, secret.size)
     assert np.count_nonzero(sent == secret) < 5
-    np.testing.assert_array_equal(sent - masking._stream(KEYS["west"], own("east"), where.info, 5000), secret)
+    np.testing.assert_array_equal(
+        sent - secure_aggregation._stream(KEYS["west"], own("east"), where.info, 5000), secret
+    )
 
 
 def test_a_sum_without_one_site_is_noise() -> None:

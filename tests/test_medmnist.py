@@ -10,9 +10,9 @@ import pytest
 from medmnist_files import npz
 from typer.testing import CliRunner
 
-from fedsigma import cli
+from fedsigma.cli.main import main
 from fedsigma.common.data import DataError, few_shot, open_source
-from fedsigma.common.data.medmnist import SIZES, medmnist_archive
+from fedsigma.common.data.sources.medmnist import SIZES, medmnist_archive
 
 runner = CliRunner()
 
@@ -79,10 +79,10 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 def test_its_archive_and_checksum_are_the_package_s(tmp_path: Path) -> None:
     one = medmnist_archive("octmnist", 64)
     assert one.name == "octmnist_64.npz" and one.md5 == "e229e9440236b774d9f0dfef9d07bdaf" and not one.unpack
-    result = runner.invoke(cli.main, ["data", "fetch", "medmnist:octmnist:64", str(tmp_path)], input="n\n")
+    result = runner.invoke(main, ["data", "fetch", "medmnist:octmnist:64", str(tmp_path)], input="n\n")
     assert "octmnist_64.npz" in result.stdout and "checksum stated by the package medmnist" in result.stdout
     assert "Licence: CC BY 4.0. Page: https://medmnist.com/" in result.stdout
-    result = runner.invoke(cli.main, ["data", "fetch", "medmnist:octmnist:64:1", str(tmp_path)])
+    result = runner.invoke(main, ["data", "fetch", "medmnist:octmnist:64:1", str(tmp_path)])
     assert result.exit_code == 3 and "write medmnist:NAME or" in " ".join(result.stderr.split())
 
 

@@ -41,16 +41,16 @@ from bench.methods.studies import SETS, find_study
 from bench.methods.tables import combine, front, markdown, verdicts
 from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
 from bench.tune import validation_sites
-from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
+from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import Backbone, assemble, build_model, load_backbone, save_backbone
-from fedsigma.common.backbones.tokens import tokenizer_for
-from fedsigma.common.config import ConfigError, StudyConfig, TrainingConfig
+from fedsigma.common.backbones.tokenizer import tokenizer_for
+from fedsigma.common.config.study import ConfigError, StudyConfig, TrainingConfig
 from fedsigma.common.data import Example
-from fedsigma.common.training import TrainingError, accumulate_gradient, evaluate
+from fedsigma.common.training.loop import TrainingError, accumulate_gradient, evaluate
 from fedsigma.server.app import app as server
-from fedsigma.server.averaging import make_averaging
-from fedsigma.server.store import RunFolder
+from fedsigma.server.federation.aggregation import make_averaging
+from fedsigma.server.runs.run_dir import RunFolder
 
 CLASSES = ("neutrophil", "lymphocyte", "monocyte", "eosinophil")
 PROMPTS = tuple(f"a photo of a {name}." for name in CLASSES)

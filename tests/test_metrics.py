@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common.metrics import Predictions, score
-from fedsigma.server.replies import counted
+from fedsigma.common.training.metrics import Predictions, score
+from fedsigma.server.federation.validation import counted
 
 
 def predictions(rows: list[list[float]], labels: list[int]) -> Predictions:

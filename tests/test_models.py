@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from fedsigma.client import models_cli
-from fedsigma.common.artefact import SavedSigma, load_shift, to_bytes
-from fedsigma.common.models import Manifest, ModelError, Shelf, SiteRow, Version, shelf_folder
-from fedsigma.common.models.arithmetic import Term, combine, publish_combination
-from fedsigma.common.models.comparing import compare
-from fedsigma.common.models.publishing import publish
+from fedsigma.cli import models
+from fedsigma.common.registry import Manifest, ModelError, Shelf, SiteRow, Version, shelf_folder
+from fedsigma.common.registry.compare import compare
+from fedsigma.common.registry.publish import publish
+from fedsigma.common.registry.shift_file import SavedSigma, load_shift, to_bytes
+from fedsigma.common.registry.task_arithmetic import Term, combine, publish_combination
 from fedsigma.common.sigma import Entry, Fingerprint, Layout
 
 SIZES = (("image", "q", 4), ("image", "mlp", 3), ("text", "v", 5))
@@ -104,7 +104,7 @@ def test_a_changed_file_is_refused(shelf: Shelf, tmp_path: Path, file: str) -> N
     with pytest.raises(ModelError):
         shelf.find("demo")
     assert len(shelf.check()) == 1
-    done = CliRunner().invoke(models_cli.app, ["models", "verify", "--shelf", str(shelf.path)])
+    done = CliRunner().invoke(models.app, ["models", "verify", "--shelf", str(shelf.path)])
     assert done.exit_code == 4
 
 
@@ -192,7 +192,7 @@ def test_the_commands(shelf: Shelf, tmp_path: Path) -> None:
     add(shelf, tmp_path / "run", 1)
 
     def run(*words: str) -> str:
-        done = CliRunner().invoke(models_cli.app, ["models", *words, "--shelf", str(shelf.path)])
+        done = CliRunner().invoke(models.app, ["models", *words, "--shelf", str(shelf.path)])
         assert done.exit_code == 0, done.output
         return done.output
 
@@ -229,8 +229,8 @@ def test_a_shift_of_which_a_part_is_at_the_sites_is_not_combined(shelf: Shelf, t
 
 def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path: Path) -> None:
     """With the bundled backbone: factor 0 is zero-shot, bit for bit, and 1 the version."""
-    from fedsigma.client.applying import restore
-    from fedsigma.client.curves import curve
+    from fedsigma.client.inference.interpolation import curve
+    from fedsigma.client.inference.loaded_model import restore
     from fedsigma.common.backbones import load_backbone
     from fedsigma.common.data import open_source
     from fedsigma.common.sigma import Selection, SigmaModel

@@ -21,24 +21,24 @@ from published import stand_in
 from tiny_backbones import tiny_clip
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.client import site as client_site
-from fedsigma.common import learner as learning
+from fedsigma.cli.main import main
+from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import save_backbone
-from fedsigma.common.cards import Protocol, card, cards
-from fedsigma.common.config import ConfigError, StudyConfig
+from fedsigma.common.config.study import ConfigError, StudyConfig
 from fedsigma.common.data import PictureError, open_source
-from fedsigma.common.learner import Judged, Learned
-from fedsigma.server import streaming
+from fedsigma.common.data.catalog import Protocol, card, cards
+from fedsigma.common.training import trainer as learning
+from fedsigma.common.training.trainer import Judged, Learned
+from fedsigma.server.federation import streaming
 from fedsigma.server.paper import sets
-from fedsigma.server.paper.pictures import LazyExamples
-from fedsigma.server.paper.rendering import blocks_of, flat, markdown
+from fedsigma.server.paper.cell import Score
+from fedsigma.server.paper.lazy_images import LazyExamples
+from fedsigma.server.paper.markdown import blocks_of, flat, markdown
 from fedsigma.server.paper.results import key_of
-from fedsigma.server.paper.running import Score
+from fedsigma.server.paper.runner import share_of
 from fedsigma.server.paper.sets import PublishedSet, TableSets, find_sets, published_on
-from fedsigma.server.paper.studies import read_overrides, steps_of, study_of
+from fedsigma.server.paper.study_builder import read_overrides, steps_of, study_of
 from fedsigma.server.paper.tables import CENTRAL, TABLES, Cell, Setting, settings_of
-from fedsigma.server.paper.work import share_of
 
 runner = CliRunner()
 BIOMEDICAL = [one.name for one in cards().values() if one.domain == "biomedical"]
@@ -86,7 +86,7 @@ def stand_ins(root: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], *, 
 
 
 def paper(*args: object) -> tuple[int, str, str]:
-    result = runner.invoke(cli.main, ["bench", "paper", *(str(arg) for arg in args)])
+    result = runner.invoke(main, ["bench", "paper", *(str(arg) for arg in args)])
     return result.exit_code, result.stdout, " ".join(result.stderr.split())
 
 

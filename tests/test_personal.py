@@ -16,16 +16,16 @@ from test_masked_rounds import drop
 from test_rounds import events, run, shift_of
 from test_training import task as tiny_task
 
-from fedsigma.client.personal import PersonalError, PersonalPart, read_personal
-from fedsigma.common import learner as learning
-from fedsigma.common.codec import decode
-from fedsigma.common.config import ConfigError, PersonalConfig, StudyConfig
-from fedsigma.common.learner import split_of
-from fedsigma.common.messages import TrainReply, TrainTask
-from fedsigma.common.protocol import from_content
+from fedsigma.client.site.personal_state import PersonalError, PersonalPart, read_personal
+from fedsigma.common.config.study import ConfigError, PersonalConfig, StudyConfig
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, LayoutError, Split
+from fedsigma.common.training import trainer as learning
+from fedsigma.common.training.trainer import split_of
+from fedsigma.common.wire.codec import decode
+from fedsigma.common.wire.messages import TrainReply, TrainTask
+from fedsigma.common.wire.records import from_content
 from fedsigma.server.report import write_report
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("fake_method", "two_entries")
 SHARED, OWN = 4, SIZE - 4

@@ -13,15 +13,15 @@ from finished_run import CLASSES, make_run
 from PIL import Image
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.client.applying import ApplyError, located
-from fedsigma.client.predicting import list_pictures
+from fedsigma.cli.main import main
+from fedsigma.client.inference.batch import list_pictures
+from fedsigma.client.inference.loaded_model import ApplyError, located
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset  # noqa: E402
 from test_data_dicom import make  # noqa: E402
 
-from fedsigma.common.data.dicom import Slices  # noqa: E402
+from fedsigma.common.data.sources.dicom import Slices  # noqa: E402
 
 # The processor may compute in bfloat16, whose sums depend on the size of the batch.
 ROUNDING = 1e-3
@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 
 def predicted(run: Path, folder: Path, *options: str, code: int = 0) -> list[dict[str, str]]:
     out = folder.parent / "out.csv"
-    done = CliRunner().invoke(cli.main, ["predict", str(run), str(folder), "--out", str(out), *options])
+    done = CliRunner().invoke(main, ["predict", str(run), str(folder), "--out", str(out), *options])
     assert done.exit_code == code, done.output
     return list(csv.DictReader(out.open()))
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_judged(run: Path, folder: 
     odd = make(noise(0), SeriesInstanceUID="1.2.3", NumberOfFrames=-2)
     save(odd, folder / "a" / "odd.dcm")
     out = folder.parent / "out.csv"
-    done = CliRunner().invoke(cli.main, ["predict", str(run), str(folder), "--out", str(out), "--series"])
+    done = CliRunner().invoke(main, ["predict", str(run), str(folder), "--out", str(out), "--series"])
     assert done.exit_code == 4
     for name in ("broken", "short", "odd"):
         assert f"Could not read a/{name}.dcm" in done.output
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_judged(run: Path, folder: 
 
 def test_without_pydicom_the_extra_is_named(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    done = CliRunner().invoke(cli.main, ["predict", str(run), str(folder), "--out", str(folder / "x.csv")])
+    done = CliRunner().invoke(main, ["predict", str(run), str(folder), "--out", str(folder / "x.csv")])
     assert done.exit_code == 3 and "pip install fedsigma[dicom]" in done.output
 
 
@@ -159,7 +159,7 @@ def test_only_pictures_and_dicom_are_listed(folder: Path, tmp_path: Path) -> Non
 def test_a_version_of_the_registry_is_found_by_its_name(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsigma.common.models import Manifest, Shelf
+    from fedsigma.common.registry import Manifest, Shelf
 
     monkeypatch.setenv("FEDSIGMA_MODELS", str(tmp_path / "models"))
     draft = Manifest(
@@ -178,5 +178,5 @@ def test_a_version_of_the_registry_is_found_by_its_name(
     version = Shelf(tmp_path / "models").add(draft, {"sigma.safetensors": content})
     assert located(Path("cells@1")) == version.path
     assert located(run) == run and located(Path("a@b/c")) == Path("a@b/c")
-    done = CliRunner().invoke(cli.main, ["predict", "cells@2", ".", "--out", str(tmp_path / "x.csv")])
+    done = CliRunner().invoke(main, ["predict", "cells@2", ".", "--out", str(tmp_path / "x.csv")])
     assert done.exit_code == 3 and "has no version '2'" in done.output

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common.config import ConfigError, StudyConfig
-from fedsigma.common.noise import Randomness, clip, noisy_mean, shared_noise
-from fedsigma.common.privacy import (
+from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.privacy.accounting import (
     PrivacyConfig,
     Release,
     epsilon,
@@ -19,7 +18,8 @@ from fedsigma.common.privacy import (
     releases_within,
     sampling_rate,
 )
-from fedsigma.server.budget import check_budget, plan
+from fedsigma.common.privacy.noise import Randomness, clip, noisy_mean, shared_noise
+from fedsigma.server.federation.privacy_plan import check_budget, plan
 
 STUDY = """
 name: hidden

@@ -15,13 +15,19 @@ from tiny import timm_clip, tiny_clip
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsigma.common import private
-from fedsigma.common.noise import Randomness
-from fedsigma.common.privacy import PrivacyConfig
-from fedsigma.common.private import PrivateGradient, by_the_loop, clipped, example_gradients, separable
-from fedsigma.common.recipe import Recipe
+from fedsigma.common.config.training import Recipe
+from fedsigma.common.privacy.accounting import PrivacyConfig
+from fedsigma.common.privacy.noise import Randomness
 from fedsigma.common.sigma import NotSeparable, Selection, SigmaModel
-from fedsigma.common.training import Task, TrainingError, fit, train
+from fedsigma.common.training import dp_sgd
+from fedsigma.common.training.dp_sgd import (
+    PrivateGradient,
+    by_the_loop,
+    clipped,
+    example_gradients,
+    separable,
+)
+from fedsigma.common.training.loop import Task, TrainingError, fit, train
 
 RECIPE = Recipe(learning_rate=0.03, batch_size=6, augment="none", precision="float32")
 IMAGE = PrivacyConfig(level="image", noise_multiplier=1.0, clip_norm=0.5)
@@ -234,6 +240,6 @@ def test_two_calls_with_one_seed_differ(tmp_path: Path) -> None:
 
 
 def test_the_log_says_which_way_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with patch.object(private, "example_gradients", side_effect=NotSeparable("of a reason")):
+    with patch.object(dp_sgd, "example_gradients", side_effect=NotSeparable("of a reason")):
         assert not separable(task(tmp_path))
     assert "of a reason" in caplog.text

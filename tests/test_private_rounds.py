@@ -14,12 +14,12 @@ from flwr.app import Message
 from test_rounds import audit_of, events, out, run, shift_of
 
 from fedsigma.client import app as client_app
-from fedsigma.client.ledger import Ledger
-from fedsigma.common.codec import encode
-from fedsigma.common.noise import Randomness
-from fedsigma.common.privacy import Release, epsilon
-from fedsigma.common.protocol import TrainReply, TrainTask, from_content, to_content
-from fedsigma.common.reading import ConfigError
+from fedsigma.client.site.privacy_ledger import Ledger
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.privacy.accounting import Release, epsilon
+from fedsigma.common.privacy.noise import Randomness
+from fedsigma.common.wire.codec import encode
+from fedsigma.common.wire.records import TrainReply, TrainTask, from_content, to_content
 from fedsigma.server.app import NoModel
 from fedsigma.server.report import write_report
 
@@ -96,7 +96,7 @@ def test_a_site_whose_budget_is_spent_is_left_out_and_the_others_go_on(
             raise client_spent("spent")
         return original(self, entry, privacy, **more)
 
-    from fedsigma.client.ledger import PrivacyBudgetSpent as client_spent
+    from fedsigma.client.site.privacy_ledger import PrivacyBudgetSpent as client_spent
 
     monkeypatch.setattr(Ledger, "spend", spend)
     for name, text in (("open", IMAGE), ("masked", IMAGE.replace(*MASKED))):

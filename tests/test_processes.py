@@ -15,14 +15,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsigma.common import processes
-from fedsigma.common.processes import Process, ProcessError, restart, running, states, stop, supervise
-from fedsigma.common.supervisor import _Unfailing
+from fedsigma.common.ops import supervisor as processes
+from fedsigma.common.ops.supervisor import (
+    Process,
+    ProcessError,
+    restart,
+    running,
+    states,
+    stop,
+    supervise,
+)
+from fedsigma.common.ops.supervisord import _Unfailing
 
 SUPERVISE = """
 import sys
 from pathlib import Path
-from fedsigma.common.processes import Process, supervise
+from fedsigma.common.ops.supervisor import Process, supervise
 folder = Path(sys.argv[1])
 code = "import os, time; open('seen', 'a').write(os.environ['WORD'] + chr(10)); time.sleep(600)"
 word = {"WORD": "50% of 'it', yes"}
@@ -162,7 +170,7 @@ time.sleep(60)
 
 
 def test_a_proxy_whose_master_is_killed_leaves_no_worker_that_holds_its_port() -> None:
-    command = [sys.executable, "-m", "fedsigma.server.centre.proxy_process", sys.executable, "-c", MASTER]
+    command = [sys.executable, "-m", "fedsigma.server.deployment.proxy_process", sys.executable, "-c", MASTER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as whole:
         assert whole.stdout is not None
         worker = int(whole.stdout.readline())
@@ -173,7 +181,7 @@ def test_a_proxy_whose_master_is_killed_leaves_no_worker_that_holds_its_port() -
 
 
 def test_a_killed_guard_takes_the_proxy_with_it() -> None:
-    command = [sys.executable, "-m", "fedsigma.server.centre.proxy_process", "sleep", "60"]
+    command = [sys.executable, "-m", "fedsigma.server.deployment.proxy_process", "sleep", "60"]
     with subprocess.Popen(command) as whole:
         children = Path(f"/proc/{whole.pid}/task/{whole.pid}/children")
         wait_for(lambda: children.read_text().split())

@@ -16,9 +16,14 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from synthetic_run import DOWNLOAD, HOSTILE, UPLOAD, write_synthetic_run
 
 from fedsigma import __version__
-from fedsigma.server.dashboard.metrics import RunCollector, RunFigures, SiteFigures, metrics_page
-from fedsigma.server.overview import Overview, find_runs, overview
-from fedsigma.server.store import RunFolder
+from fedsigma.server.dashboard.pages.prometheus import (
+    RunCollector,
+    RunFigures,
+    SiteFigures,
+    metrics_page,
+)
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.summary import Overview, find_runs, overview
 
 SITES = ["north", "east", "south", "west"]
 LABELS = ("study", "run", "site", "status", "state")

@@ -8,9 +8,9 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common import protocol
-from fedsigma.common.config import StudyConfig, TrainingConfig
-from fedsigma.common.protocol import (
+from fedsigma.common.config.study import StudyConfig, TrainingConfig
+from fedsigma.common.wire import records
+from fedsigma.common.wire.records import (
     EvaluateReply,
     EvaluateTask,
     Evaluation,
@@ -45,8 +45,8 @@ TASK = TrainTask(
 )
 REPLY = TrainReply(change=b"abc", examples=4, steps=20, loss=0.5, evaluation=SCORES, class_counts=(1, 3))
 MESSAGES = [
-    Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint="{}"),
-    HelloReply(protocol=protocol.PROTOCOL, site="north", fingerprint="{}", version="0.1.0", sites=4),
+    Hello(protocol=records.PROTOCOL, setup=SETUP, fingerprint="{}"),
+    HelloReply(protocol=records.PROTOCOL, site="north", fingerprint="{}", version="0.1.0", sites=4),
     TASK,
     REPLY,
     EvaluateTask(setup=SETUP, round=3, shifts=(b"1", b"2")),
@@ -125,13 +125,13 @@ def test_only_messages_can_be_sent() -> None:
     with pytest.raises(ProtocolError, match="must not be sent"):
         to_content({"loss": 1.0})
     with pytest.raises(ProtocolError, match="at most"):
-        to_content(dataclasses.replace(REPLY, change=b"\0" * protocol.MAX_REPLY_BYTES))
+        to_content(dataclasses.replace(REPLY, change=b"\0" * records.MAX_REPLY_BYTES))
 
 
 @pytest.mark.parametrize("name", ["", "pooled", "a\nb", "x" * 81])
 def test_a_site_name_is_short_and_printable(name: str) -> None:
     with pytest.raises(ProtocolError):
-        HelloReply(protocol=protocol.PROTOCOL, site=name, fingerprint="{}", version="0.1.0")
+        HelloReply(protocol=records.PROTOCOL, site=name, fingerprint="{}", version="0.1.0")
 
 
 @pytest.mark.parametrize("version", ["", "0.1.0\n", "0\u202e1", "1" * 65])

@@ -17,8 +17,8 @@ from test_end_to_end import STUDY
 from tiny_backbones import tiny_clip
 
 from fedsigma.common.backbones import save_backbone
-from fedsigma.common.processes import free_ports
-from fedsigma.server.store import RunFolder
+from fedsigma.common.ops.supervisor import free_ports
+from fedsigma.server.runs.run_dir import RunFolder
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'fedsigma[simulation]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -69,7 +69,7 @@ def test_a_simulation_uses_the_nodes_of_a_ray_cluster(tmp_path: Path) -> None:
         stack.enter_context(node(*head, audit=audits[0], cache=tmp_path / "cache"))
         stack.enter_context(node(f"--address={address}", audit=audits[1], cache=tmp_path / "cache"))
         call = (
-            "import sys, pathlib; from fedsigma.server.simulate import run_simulation;"
+            "import sys, pathlib; from fedsigma.server.simulation.simulate import run_simulation;"
             "sys.exit(run_simulation(sys.argv[1], out=pathlib.Path(sys.argv[2])))"
         )
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "RAY_ADDRESS": address}

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fedsigma.client.applying import Restored
-from fedsigma.client.relevance import Relevance, _cells, draw, relevance, relevance_of
-from fedsigma.common.artefact import SavedSigma
+from fedsigma.client.inference.attribution import Relevance, _cells, draw, relevance, relevance_of
+from fedsigma.client.inference.loaded_model import Restored
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.config import StudyConfig
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.registry.shift_file import SavedSigma
 from fedsigma.common.sigma import Selection, SigmaModel
 
 STUDY = "name: s\nbackbone: starter\nclasses: [neutrophil, lymphocyte, monocyte]\n"

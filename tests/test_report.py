@@ -14,12 +14,12 @@ from rich.console import Console
 from synthetic_run import HOSTILE, LONG_CLASSES, write_synthetic_run
 from typer.testing import CliRunner
 
-from fedsigma.server import holding
-from fedsigma.server.cli import app
+from fedsigma.cli.study import app
 from fedsigma.server.report import summary_table, write_report
-from fedsigma.server.report.content import gather
-from fedsigma.server.report.words import amount, duration, percent, points, round_list, shorten
-from fedsigma.server.store import RunFolder, StoreError
+from fedsigma.server.report.data import gather
+from fedsigma.server.report.formatting import amount, duration, percent, points, round_list, shorten
+from fedsigma.server.runs import lock
+from fedsigma.server.runs.run_dir import RunFolder, StoreError
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -269,7 +269,7 @@ def test_the_commands_list_runs_and_write_reports(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_is_called_running_and_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holding, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
     runner, folder = CliRunner(), write_synthetic_run(tmp_path / "runs" / "one", rounds=4, finished=2)
     told = Page(write_report(folder).read_text()).text
     assert "Interrupted" in told and "interrupted" in runner.invoke(app, ["runs", str(tmp_path)]).stdout

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedsigma.client.hospital import cli as site_cli
-from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.common.chain import Chain
-from fedsigma.common.joining import Invitation, JoinError
-from fedsigma.server.centre.authority import AuthorityError, Issued, issue, new_authority
-from fedsigma.server.centre.folder import CentreError, CentreFolder, ServerConfig
-from fedsigma.server.centre.rotation import begin_authority, renew_certificates, switch_authority
+from fedsigma.cli import site as site_cli
+from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.common.ops.enrolment_files import Invitation, JoinError
+from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.server.deployment.certificates import AuthorityError, Issued, issue, new_authority
+from fedsigma.server.deployment.home import CentreError, CentreFolder, ServerConfig
+from fedsigma.server.deployment.rotation import begin_authority, renew_certificates, switch_authority
 
 HOST = "fl.example.org"
 

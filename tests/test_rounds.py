@@ -16,21 +16,21 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedsigma import __version__
 from fedsigma.client.app import app as client
-from fedsigma.common import protocol
-from fedsigma.common.chain import Chain, ChainBroken
-from fedsigma.common.codec import decode, encode
-from fedsigma.common.config import StudyConfig
-from fedsigma.common.reading import ConfigError
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.sigma import Layout
-from fedsigma.server import holding
-from fedsigma.server import strategy as strategy_of
+from fedsigma.common.utils.hash_chain import Chain, ChainBroken
+from fedsigma.common.wire import records
+from fedsigma.common.wire.codec import decode, encode
 from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
-from fedsigma.server.drift import mean_change
-from fedsigma.server.overview import overview
-from fedsigma.server.roster import TooFewSites, WrongSiteCount
-from fedsigma.server.store import RunFolder, StoreError
-from fedsigma.server.vectors import Vectors, VectorsError
+from fedsigma.server.federation import rounds as strategy_of
+from fedsigma.server.federation.drift import mean_change
+from fedsigma.server.federation.site_manager import TooFewSites, WrongSiteCount
+from fedsigma.server.federation.vectors import Vectors, VectorsError
+from fedsigma.server.runs import lock
+from fedsigma.server.runs.run_dir import RunFolder, StoreError
+from fedsigma.server.runs.summary import overview
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 
@@ -155,9 +155,9 @@ def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
         return reply
 
     def spoilt(task: Message, reply: Message) -> Message:
-        sent = protocol.from_content(protocol.TrainReply, reply.content)
+        sent = records.from_content(records.TrainReply, reply.content)
         long = encode(np.full(LAYOUT.size, 1e6, np.float32), LAYOUT, level="exact", seed=0)
-        return Message(protocol.to_content(replace(sent, change=long)), reply_to=task)
+        return Message(records.to_content(replace(sent, change=long)), reply_to=task)
 
     study = STUDY.replace("[zero_shot, local_only, pooled]", "[]")
     folder = run(tmp_path, study, rounds=2, tamper=watch)
@@ -187,7 +187,7 @@ def test_each_rounds_heat_is_that_of_its_model(tmp_path: Path) -> None:
 def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holding, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
     states = []
 
     def watch(node: int, task: Message, reply: Message) -> Message:
@@ -204,8 +204,8 @@ def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
 
 def test_a_site_of_another_version_is_refused_by_its_version_whatever_it_answers(tmp_path: Path) -> None:
     def older(node: int, task: Message, reply: Message) -> Message:
-        if node == 103 and task.metadata.message_type == protocol.HELLO:
-            values = dict(reply.content.config_records["fedsigma"]) | {"protocol": protocol.PROTOCOL - 1}
+        if node == 103 and task.metadata.message_type == records.HELLO:
+            values = dict(reply.content.config_records["fedsigma"]) | {"protocol": records.PROTOCOL - 1}
             del values["version"]
             return Message(RecordDict({"fedsigma": ConfigRecord(values)}), reply_to=task)
         return reply
@@ -213,7 +213,7 @@ def test_a_site_of_another_version_is_refused_by_its_version_whatever_it_answers
     folder = run(tmp_path, rounds=1, tamper=older)
     (refused,) = events(folder, "site_refused")
     assert refused["site"] == "node 103"
-    words = f"speaks version {protocol.PROTOCOL - 1} of the messages, the server {protocol.PROTOCOL}"
+    words = f"speaks version {records.PROTOCOL - 1} of the messages, the server {records.PROTOCOL}"
     assert words in refused["reason"]
     assert {e["version"] for e in events(folder, "site_ready")} == {__version__}
 
@@ -403,15 +403,15 @@ def test_a_foreign_fingerprint_is_refused_on_both_sides_with_the_reason(
     assert "backbone weights differ" in refused[0]["reason"]
     assert "jiangxi" not in folder.read_summary()["sites"]
     # The site compares by itself: a server with another backbone is noticed there.
-    from fedsigma.common.config import StudyConfig
+    from fedsigma.common.config.study import StudyConfig
 
-    setup = protocol.Setup.of(StudyConfig.from_yaml(STUDY))
-    hello = protocol.Hello(protocol=protocol.PROTOCOL, setup=setup, fingerprint=other)
+    setup = records.Setup.of(StudyConfig.from_yaml(STUDY))
+    hello = records.Hello(protocol=records.PROTOCOL, setup=setup, fingerprint=other)
     grid = run.grid  # type: ignore[attr-defined]
     grid.tamper = None
-    message = Message(protocol.to_content(hello), dst_node_id=103, message_type=protocol.HELLO)
+    message = Message(records.to_content(hello), dst_node_id=103, message_type=records.HELLO)
     (reply,) = grid.send_and_receive([message])
-    assert protocol.from_content(protocol.HelloReply, reply.content).problem == "fingerprint"
+    assert records.from_content(records.HelloReply, reply.content).problem == "fingerprint"
     assert "takes no part in study 'fake': the backbone weights differ" in caplog.text
 
 

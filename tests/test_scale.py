@@ -18,9 +18,10 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.codec import encode
-from fedsigma.common.config import MEANS, StudyConfig
-from fedsigma.common.protocol import (
+from fedsigma.common.config.study import MEANS, StudyConfig
+from fedsigma.common.sigma import Split
+from fedsigma.common.wire.codec import encode
+from fedsigma.common.wire.records import (
     HELLO,
     PROTOCOL,
     Evaluation,
@@ -28,16 +29,15 @@ from fedsigma.common.protocol import (
     TrainReply,
     to_content,
 )
-from fedsigma.common.sigma import Split
-from fedsigma.server import streaming
-from fedsigma.server.averaging import ARRAY, make_averaging
-from fedsigma.server.drift import mean_change
-from fedsigma.server.exchange import Exchange
-from fedsigma.server.replies import Accepted
-from fedsigma.server.roster import Roster
-from fedsigma.server.store import RunFolder
-from fedsigma.server.strategy import SigmaStrategy
-from fedsigma.server.vectors import Vectors, VectorsError
+from fedsigma.server.federation import streaming
+from fedsigma.server.federation.aggregation import ARRAY, make_averaging
+from fedsigma.server.federation.drift import mean_change
+from fedsigma.server.federation.messenger import Exchange
+from fedsigma.server.federation.rounds import SigmaStrategy
+from fedsigma.server.federation.site_manager import Roster
+from fedsigma.server.federation.validation import Accepted
+from fedsigma.server.federation.vectors import Vectors, VectorsError
+from fedsigma.server.runs.run_dir import RunFolder
 
 STUDY = """
 name: scale
@@ -124,7 +124,7 @@ def test_one_by_one_gives_what_flowers_strategy_makes_of_all_at_once(
         FedAvg, "aggregate_train", lambda self, n, r: told.append(len(r)) or plain(self, n, r)
     )
     one = rounds(tmp_path / "one", ManySites(changes), f"strategy: {strategy}", count=2)
-    monkeypatch.setattr("fedsigma.server.strategy.MEANS", ())
+    monkeypatch.setattr("fedsigma.server.federation.rounds.MEANS", ())
     every = rounds(tmp_path / "all", ManySites(changes), f"strategy: {strategy}", count=2)
     assert told == [1, 1, 9, 9]
     np.testing.assert_allclose(shift(one), shift(every), rtol=3e-7)

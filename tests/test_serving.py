@@ -32,11 +32,11 @@ from test_data_dicom import make
 from test_predicting import frames_of, noise, save
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.client.applying import Restored, restore
-from fedsigma.client.calibrating import Calibration
-from fedsigma.client.predicting import predict
-from fedsigma.server.centre.authority import issue, new_authority
+from fedsigma.cli.main import main
+from fedsigma.client.inference.batch import predict
+from fedsigma.client.inference.calibration import Calibration
+from fedsigma.client.inference.loaded_model import Restored, restore
+from fedsigma.server.deployment.certificates import issue, new_authority
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "openapi.json"
 # The processor may compute in bfloat16, whose sums depend on the size of the batch.
@@ -158,7 +158,7 @@ def test_the_service_does_what_its_document_says(case: schemathesis.Case, client
 
 
 def call(*words: object) -> tuple[int, str]:
-    done = CliRunner().invoke(cli.main, ["serve", *map(str, words)])
+    done = CliRunner().invoke(main, ["serve", *map(str, words)])
     return done.exit_code, done.output
 
 
@@ -183,7 +183,7 @@ def test_the_command_serves_with_tls_and_a_token_and_ends_with_0(run: Path, tmp_
     (tmp_path / "token").write_text("0123456789abcdef\n")
     words = ["--token-file", tmp_path / "token", "--certificate", chain, "--key", key, "--port", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from fedsigma.cli import main; main()", "serve", run, *words],
+        [sys.executable, "-c", "from fedsigma.cli.main import main; main()", "serve", run, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

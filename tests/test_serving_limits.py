@@ -30,11 +30,11 @@ from starlette.requests import Request
 from test_data_dicom import make
 from test_predicting import frames_of, noise
 
-from fedsigma.client.applying import ApplyError, Restored, restore
-from fedsigma.client.judging import Judge
+from fedsigma.client.inference.loaded_model import ApplyError, Restored, restore
+from fedsigma.client.inference.predictor import Judge
+from fedsigma.client.serving.errors import Problem
 from fedsigma.client.serving.images import decode
-from fedsigma.client.serving.problems import Problem
-from fedsigma.client.serving.settings import Limits, ServeError, is_loopback, read_token
+from fedsigma.client.serving.limits import Limits, ServeError, is_loopback, read_token
 from fedsigma.client.serving.uploads import received
 
 PIXELS = 90_000

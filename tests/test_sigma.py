@@ -14,7 +14,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from tiny import outputs, pictures, timm_clip, tiny_clip, words
 
 from fedsigma.common.sigma import Basis, Layout, LayoutError, Selection, SigmaModel, find_layout
-from fedsigma.common.sigma.adapter import SigmaParametrization
+from fedsigma.common.sigma.model import SigmaParametrization
 
 
 def adapted(tmp_path: Path, seed: int = 0, **selection: object) -> SigmaModel:

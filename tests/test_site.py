@@ -17,19 +17,21 @@ from flwr.app import Message
 from numpy import zeros
 
 from fedsigma import __version__
-from fedsigma.client import site as client_site
 from fedsigma.client.app import app as client
-from fedsigma.client.identity import new_identity
-from fedsigma.client.ledger import Ledger
-from fedsigma.client.site import SitePolicy
-from fedsigma.common import masking, protocol, sites
-from fedsigma.common.chain import Chain
-from fedsigma.common.codec import encode
-from fedsigma.common.config import PrivacyConfig, StudyConfig, TrainingConfig
-from fedsigma.common.data import Record, SiteData
-from fedsigma.common.masking import Member
-from fedsigma.common.privacy import Release, epsilon
-from fedsigma.common.protocol import (
+from fedsigma.client.site import site as client_site
+from fedsigma.client.site.identity import new_identity
+from fedsigma.client.site.privacy_ledger import Ledger
+from fedsigma.client.site.site import SitePolicy
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import PrivacyConfig, StudyConfig, TrainingConfig
+from fedsigma.common.data import Record, SiteData, site_data
+from fedsigma.common.privacy import secure_aggregation
+from fedsigma.common.privacy.accounting import Release, epsilon
+from fedsigma.common.privacy.secure_aggregation import Member
+from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.wire import records as protocol
+from fedsigma.common.wire.codec import encode
+from fedsigma.common.wire.records import (
     EvaluateReply,
     EvaluateTask,
     Hello,
@@ -38,7 +40,6 @@ from fedsigma.common.protocol import (
     TrainReply,
     TrainTask,
 )
-from fedsigma.common.reading import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 
@@ -75,7 +76,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return "source"
 
     monkeypatch.setattr("fedsigma.common.data.open_source", open_source)
-    monkeypatch.setattr(sites, "usable_records", lambda source, **options: ["record"])
+    monkeypatch.setattr(site_data, "usable_records", lambda source, **options: ["record"])
 
     def send(task: object, kind: str = "train", policy: str = POLICY, *, run_id: int = 1) -> Message:
         client_site._kept.clear()
@@ -179,10 +180,12 @@ def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any,
     said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO, policy).content)
     own = Member(name="barcelona", key=said.mask_key, signature=said.mask_signature)
     key = X25519PrivateKey.generate().public_key().public_bytes_raw()
-    other = masking.sign(north, run=1, name="north", key=key)
-    place = masking.Place(run=1, round=1, attempt=0, members=(own, other), bound=1.0, most_examples=1)
+    other = secure_aggregation.sign(north, run=1, name="north", key=key)
+    place = secure_aggregation.Place(
+        run=1, round=1, attempt=0, members=(own, other), bound=1.0, most_examples=1
+    )
     everyone = {"barcelona": bytes.fromhex(mine), "north": bytes.fromhex(known)}
-    masking.check_members(place, everyone, me="barcelona", key=own.key)
+    secure_aggregation.check_members(place, everyone, me="barcelona", key=own.key)
     assert ask(TASK, "train", policy).error.reason == "NotMasked"
     masked = dataclasses.replace(TASK, cohort=2, members=(own, other), bound=16.0, most_examples=100)
     assert ask(masked, "train", policy).has_content()
@@ -287,8 +290,10 @@ def test_the_split_of_a_site_is_its_own_and_not_a_studys(
         return ["record"]
 
     monkeypatch.setattr("fedsigma.common.data.open_source", lambda spec, **options: "source")
-    monkeypatch.setattr(sites, "usable_records", usable)
-    monkeypatch.setattr(sites, "load_site", lambda *args, **options: SiteData(name="s", train=[], test=[]))
+    monkeypatch.setattr(site_data, "usable_records", usable)
+    monkeypatch.setattr(
+        site_data, "load_site", lambda *args, **options: SiteData(name="s", train=[], test=[])
+    )
     client_site._kept.clear()
     site = client_site.open_site({"site-config": str(file)}, SETUP, run="run-1")
     for seed in (1, 2):
@@ -298,7 +303,7 @@ def test_the_split_of_a_site_is_its_own_and_not_a_studys(
 
 def test_what_is_cut_off_at_most_examples_is_of_all_classes() -> None:
     records = [Record(key=f"{label}{n}", label=label, split="train") for label in "abc" for n in range(4)]
-    kept = sites._of_each_class(records)[:5]
+    kept = site_data._of_each_class(records)[:5]
     assert [record.label for record in kept] == ["a", "b", "c", "a", "b"]
 
 

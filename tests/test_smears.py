@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedsigma.common.data import DataError, check, few_shot, open_source, partition, site_table
-from fedsigma.common.data.smear_drawing import CELL_TYPES, draw_smear
-from fedsigma.common.data.smears import LABORATORIES, draw_picture
+from fedsigma.common.data.synthetic.blood_smears import LABORATORIES, draw_picture
+from fedsigma.common.data.synthetic.drawing import CELL_TYPES, draw_smear
 
 Array = NDArray[np.float64]
 CLASSES = list(CELL_TYPES)

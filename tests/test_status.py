@@ -25,18 +25,18 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from test_doctor import by_name, enrol
 from typer.testing import CliRunner
 
-from fedsigma import cli
-from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.common.processes import Process
-from fedsigma.server.centre.authority import issue, new_authority
-from fedsigma.server.centre.cli import PROCESSES
-from fedsigma.server.centre.folder import CentreFolder
+from fedsigma.cli.main import main
+from fedsigma.cli.server import PROCESSES
+from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.common.ops.supervisor import Process
+from fedsigma.server.deployment.certificates import issue, new_authority
+from fedsigma.server.deployment.home import CentreFolder
 
 runner = CliRunner()
 
 
 def run(*args: object) -> tuple[int, str, str]:
-    result = runner.invoke(cli.main, [str(a) for a in args])
+    result = runner.invoke(main, [str(a) for a in args])
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -92,7 +92,7 @@ def test_a_process_that_is_not_there_is_named(
     command: str, site: SiteFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where it is not refused, nothing must take this process's place.
-    monkeypatch.setattr("fedsigma.client.hospital.cli.supervise", lambda processes, folder: None)
+    monkeypatch.setattr("fedsigma.cli.site.supervise", lambda processes, folder: None)
     code, _, err = run("site", command, "--folder", site.path, "--only", "superlink")
     assert code == 3 and "there are node and worker" in err
 
@@ -118,7 +118,7 @@ def test_the_worker_can_be_told_where_the_node_is(site: SiteFolder, monkeypatch:
     """Where an address is known only when the worker starts, as in Kubernetes."""
     started = []
     monkeypatch.setattr(Process, "replace_this", lambda self, folder: started.append(list(self.command)))
-    monkeypatch.setattr("fedsigma.client.hospital.cli.supervise", lambda processes, folder: None)
+    monkeypatch.setattr("fedsigma.cli.site.supervise", lambda processes, folder: None)
     up = ["site", "up", "--folder", site.path]
     monkeypatch.setenv("FEDSIGMA_NODE", "10.0.0.7:9101")
     assert run(*up, "--only", "worker")[0] == 0 and "10.0.0.7:9101" in started[0]

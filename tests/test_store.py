@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_run import synthetic_layout, synthetic_shift, write_synthetic_run
 
-from fedsigma.common.artefact import ArtefactError
-from fedsigma.server import holding
-from fedsigma.server.overview import find_runs, overview
-from fedsigma.server.store import METRIC_COLUMNS, POOLED, RunFolder, StoreError
+from fedsigma.common.registry.shift_file import ArtefactError
+from fedsigma.server.runs import lock
+from fedsigma.server.runs.run_dir import METRIC_COLUMNS, POOLED, RunFolder, StoreError
+from fedsigma.server.runs.summary import find_runs, overview
 
 STUDY = "name: small\nfederation: {rounds: 3}\n"
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
@@ -218,7 +218,7 @@ def test_a_line_that_is_no_heat_is_left_out(folder: RunFolder) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
 with RunFolder.open(Path(sys.argv[1])).hold():
     print("held", flush=True)
     sys.stdin.read()
@@ -228,7 +228,7 @@ with RunFolder.open(Path(sys.argv[1])).hold():
 def test_a_folder_is_held_by_one_process_until_it_dies(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holding, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
     folder.event("run_start")
     assert not folder.held and not (folder.path / "run.lock").exists()  # asking changes nothing
     command = [sys.executable, "-c", HOLDER, str(folder.path)]
@@ -254,7 +254,7 @@ def test_a_reader_does_not_keep_a_writer_out(folder: RunFolder, monkeypatch: pyt
     with (folder.path / "run.lock").open("rb") as reader:
         fcntl.flock(reader, fcntl.LOCK_SH)
         # The writer finds the lock taken, and the reader lets go before it looks again.
-        monkeypatch.setattr(holding.time, "sleep", lambda seconds: fcntl.flock(reader, fcntl.LOCK_UN))
+        monkeypatch.setattr(lock.time, "sleep", lambda seconds: fcntl.flock(reader, fcntl.LOCK_UN))
         with folder.hold():
             assert folder.held
 
@@ -265,7 +265,7 @@ def test_without_locks_a_run_goes_on_and_is_thought_alive(
     def none(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(holding.fcntl, "flock", none)
+    monkeypatch.setattr(lock.fcntl, "flock", none)
     assert not folder.held  # no run ever began here
     with folder.hold():
         folder.event("run_start")

@@ -16,15 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.methods.federation import _Strategy
-from fedsigma.common.config import STRATEGIES, ConfigError, StudyConfig
-from fedsigma.common.protocol import PROTOCOL, Evaluation, HelloReply, to_content
-from fedsigma.server import roster as roster_of
-from fedsigma.server.averaging import StateError, make_averaging, restore_state, save_state, set_step
-from fedsigma.server.drift import drift, mean_change
-from fedsigma.server.exchange import Answer, attribute, in_order
-from fedsigma.server.replies import Accepted, pool
-from fedsigma.server.roster import Roster
-from fedsigma.server.store import RunFolder
+from fedsigma.common.config.study import STRATEGIES, ConfigError, StudyConfig
+from fedsigma.common.wire.records import PROTOCOL, Evaluation, HelloReply, to_content
+from fedsigma.server.federation import site_manager as roster_of
+from fedsigma.server.federation.aggregation import (
+    StateError,
+    make_averaging,
+    restore_state,
+    save_state,
+    set_step,
+)
+from fedsigma.server.federation.drift import drift, mean_change
+from fedsigma.server.federation.messenger import Answer, attribute, in_order
+from fedsigma.server.federation.site_manager import Roster
+from fedsigma.server.federation.validation import Accepted, pool
+from fedsigma.server.runs.run_dir import RunFolder
 
 NAN = math.nan
 

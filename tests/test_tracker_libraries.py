@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from test_store import STUDY as SMALL
 
-from fedsigma.common.config import load_study
-from fedsigma.common.processes import free_ports
-from fedsigma.server.store import POOLED, RunFolder
+from fedsigma.common.config.study import load_study
+from fedsigma.common.ops.supervisor import free_ports
+from fedsigma.server.runs.run_dir import POOLED, RunFolder
 from fedsigma.server.trackers import Tracking, choose_trackers
 
 HOSTILE = "Klinik am Süd/Tor <b>"
@@ -180,7 +180,7 @@ def test_tensorboard_reads_all_rounds_of_a_resumed_run(
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: the extra dev has it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr("fedsigma.server.trackers.tracking.PATIENCE_S", 60.0)
+    monkeypatch.setattr("fedsigma.server.trackers.callback.PATIENCE_S", 60.0)
     folder = track(tmp_path / "run", "tensorboard", rounds=(1,), end=False)
     track(folder.path, "", rounds=(2,), end=True)
     assert failures(folder) == []
@@ -225,7 +225,7 @@ def wandb_records(path: Path) -> list[Any]:
 def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunFolder], list[Path]]:
     pytest.importorskip("wandb", reason="wandb is not installed: the extra dev has it")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr("fedsigma.server.trackers.tracking.PATIENCE_S", 60.0)
+    monkeypatch.setattr("fedsigma.server.trackers.callback.PATIENCE_S", 60.0)
     import wandb
 
     def files(folder: RunFolder) -> list[Path]:

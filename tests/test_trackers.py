@@ -18,14 +18,14 @@ from test_keeper import FAILED, FakeControl, begin, control, studies  # noqa: F4
 from test_rounds import events, run
 from test_store import STUDY as SMALL
 
-from fedsigma.common.config import load_study
-from fedsigma.server.centre.keeper import look
-from fedsigma.server.centre.studies import Studies
-from fedsigma.server.roster import WrongSiteCount
-from fedsigma.server.store import POOLED, RunFolder
-from fedsigma.server.trackers import TrackerError, Tracking, choice, courier, parse_trackers, tracking
+from fedsigma.common.config.study import load_study
+from fedsigma.server.deployment.auto_resume import look
+from fedsigma.server.deployment.studies import Studies
+from fedsigma.server.federation.site_manager import WrongSiteCount
+from fedsigma.server.runs.run_dir import POOLED, RunFolder
+from fedsigma.server.trackers import TrackerError, Tracking, callback, config, parse_trackers, worker
 from fedsigma.server.trackers.base import TrackedRun
-from fedsigma.server.trackers.names import final_figures, parameters, row_metrics, safe
+from fedsigma.server.trackers.metric_names import final_figures, parameters, row_metrics, safe
 
 
 class Heard:
@@ -66,8 +66,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put trackers in place of the libraries'; nothing has to be installed for them."""
 
     def put(**trackers: Any) -> None:
-        monkeypatch.setattr(tracking, "open_tracker", lambda name: trackers[name])
-        monkeypatch.setattr(choice, "_check", lambda name: None)
+        monkeypatch.setattr(callback, "open_tracker", lambda name: trackers[name])
+        monkeypatch.setattr(config, "_check", lambda name: None)
         monkeypatch.setenv("FEDSIGMA_TRACKERS", ",".join(trackers))
 
     return put
@@ -202,7 +202,7 @@ def test_a_tracker_that_hangs_holds_back_neither_the_run_nor_another_tracker(
     tmp_path: Path, use: Callable, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = Heard()
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(callback, "PATIENCE_S", 0.3)
     use(mlflow=hanging, wandb=sound)
     folder = run(tmp_path)
     (noted,) = events(folder, "tracker_failed")
@@ -215,8 +215,8 @@ def test_a_tracker_that_hangs_holds_back_neither_the_run_nor_another_tracker(
 def test_what_waits_is_bounded(
     folder: RunFolder, use: Callable, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(courier, "MOST_WAITING", 5)
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(worker, "MOST_WAITING", 5)
+    monkeypatch.setattr(callback, "PATIENCE_S", 0.1)
     use(mlflow=hanging)
     following = follow(folder, "mlflow")
     put, waited = queue.Queue.put, []
@@ -318,9 +318,9 @@ def test_an_unknown_tracker_is_refused_with_the_known_ones(text: str, words: str
 
 
 def test_trackers_come_from_the_run_and_from_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_check", lambda name: None)
+    monkeypatch.setattr(config, "_check", lambda name: None)
     monkeypatch.setenv("FEDSIGMA_TRACKERS", "wandb+sigma, mlflow")
-    named = choice.choose_trackers("tensorboard,mlflow+sigma")
+    named = config.choose_trackers("tensorboard,mlflow+sigma")
     assert {(one.name, one.sigma) for one in named} == {
         ("wandb", True),
         ("mlflow", True),
@@ -328,18 +328,18 @@ def test_trackers_come_from_the_run_and_from_the_server(monkeypatch: pytest.Monk
     }
     monkeypatch.setenv("FEDSIGMA_TRACKERS", "wandbb")
     with pytest.raises(TrackerError, match="FEDSIGMA_TRACKERS is 'wandbb'"):
-        choice.choose_trackers("")
+        config.choose_trackers("")
 
 
 def test_what_a_tracker_lacks_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDSIGMA_TRACKERS", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(config, "find_spec", lambda name: object())
     with pytest.raises(TrackerError, match="mlflow needs MLFLOW_TRACKING_URI in the server's environment"):
-        choice.choose_trackers("mlflow")
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+        config.choose_trackers("mlflow")
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
     with pytest.raises(TrackerError, match=r"not installed: pip install 'fedsigma\[wandb\]'"):
-        choice.choose_trackers("wandb")
+        config.choose_trackers("wandb")
 
 
 def test_a_centre_passes_the_trackers_on(studies: Studies, control: FakeControl) -> None:  # noqa: F811

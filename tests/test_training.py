@@ -16,10 +16,9 @@ from tiny import timm_clip, tiny_clip
 from torch import Tensor, nn
 
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.prompts import Prompts, unit
-from fedsigma.common.recipe import Recipe
+from fedsigma.common.config.training import Recipe
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import (
+from fedsigma.common.training.loop import (
     AUGMENTERS,
     Task,
     TrainingError,
@@ -29,6 +28,7 @@ from fedsigma.common.training import (
     fit,
     train,
 )
+from fedsigma.common.training.prompts import Prompts, unit
 
 PROMPTS = ("a photo of a red one.", "a photo of a green one.", "a photo of a blue one, seen from far.")
 

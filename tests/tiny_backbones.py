@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedsigma.common.backbones import Backbone, Preprocessing, assemble, build_model
-from fedsigma.common.backbones.tokens import tokenizer_for
+from fedsigma.common.backbones.tokenizer import tokenizer_for
 
 CLIP_CFG: dict[str, Any] = {
     "embed_dim": 16,

@@ -35,12 +35,12 @@ from bench.methods.cells import Cells, recipe_of
 from bench.methods.federation import study_sites
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.config import StudyConfig, load_study
+from fedsigma.common.config.schema import nearest
+from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data import Record, Source, open_source, partition
-from fedsigma.common.metrics import Predictions
-from fedsigma.common.reading import nearest
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import Example, Task, evaluate
+from fedsigma.common.training.loop import Example, Task, evaluate
+from fedsigma.common.training.metrics import Predictions
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")
 TAILS = (0.25,)

@@ -11,9 +11,9 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from fedsigma.common.config import StudyConfig, load_study
-from fedsigma.server.inprocess import InProcessGrid
-from fedsigma.server.store import RunFolder
+from fedsigma.common.config.study import StudyConfig, load_study
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.simulation.in_process import InProcessGrid
 
 __all__ = ["by_product", "product_recipe", "with_recipe"]
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.gap.ways import Server, Way, direction_factors, image_tower, matrices
-from fedsigma.common.config import StudyConfig
-from fedsigma.common.learner import seed_for
-from fedsigma.common.recipe import cosine
-from fedsigma.common.training import (
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.config.training import cosine
+from fedsigma.common.training.loop import (
     Example,
     Task,
     augmenter,
@@ -23,7 +22,8 @@ from fedsigma.common.training import (
     train,
     training_attention,
 )
-from fedsigma.server.cohorts import draw_cohort
+from fedsigma.common.training.trainer import seed_for
+from fedsigma.server.federation.site_sampling import draw_cohort
 
 __all__ = ["Outcome", "Site", "by_images", "federate", "in_turns", "pooled", "site_offsets"]
 

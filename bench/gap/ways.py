@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsigma.common.recipe import cosine
+from fedsigma.common.config.training import cosine
 from fedsigma.common.sigma import Layout
 
 __all__ = ["Server", "Way", "direction_factors", "image_tower", "matrices"]

@@ -11,7 +11,7 @@ from bench.methods.method import Method
 from bench.methods.sigma import Sigma, ZeroShot
 from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.config import StudyConfig
+from fedsigma.common.config.study import StudyConfig
 
 __all__ = ["CANDIDATES", "Candidate", "Setting", "with_setting"]
 

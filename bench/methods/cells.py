@@ -19,8 +19,8 @@ from bench.methods.federation import accuracy, federate, study_sites
 from bench.methods.studies import find_study
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.config import StudyConfig
-from fedsigma.common.training import Example, TrainingError, computes_bfloat16
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.training.loop import Example, TrainingError, computes_bfloat16
 
 __all__ = ["MOST_RATES", "Cell", "Cells", "Plan", "grid", "recipe_of"]
 

@@ -17,13 +17,21 @@ from flwr.supercore.task_identity import TaskIdentity  # a Message needs one out
 
 from bench.methods.method import Method, Place, Rule, Vector
 from bench.methods.tuning import State
-from fedsigma.common.config import StudyConfig
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data import SiteData
-from fedsigma.common.learner import seed_for
-from fedsigma.common.metrics import Predictions
-from fedsigma.common.sites import load_sites
-from fedsigma.common.training import Example
-from fedsigma.server.averaging import ARRAY, EXAMPLES, LOSS, begin_round, make_averaging, proximal, set_step
+from fedsigma.common.data.site_data import load_sites
+from fedsigma.common.training.loop import Example
+from fedsigma.common.training.metrics import Predictions
+from fedsigma.common.training.trainer import seed_for
+from fedsigma.server.federation.aggregation import (
+    ARRAY,
+    EXAMPLES,
+    LOSS,
+    begin_round,
+    make_averaging,
+    proximal,
+    set_step,
+)
 
 __all__ = ["Run", "accuracy", "federate", "study_sites"]
 

@@ -12,8 +12,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from fedsigma.common.prompts import unit
-from fedsigma.common.training import Task
+from fedsigma.common.training.loop import Task
+from fedsigma.common.training.prompts import unit
 
 __all__ = ["FrozenImages"]
 

@@ -13,10 +13,10 @@ from bench.methods.frozen import FrozenImages
 from bench.methods.method import FLOAT, Place, Trained, Tuned
 from bench.methods.tuning import State, Tuning
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.learner import seed_for
-from fedsigma.common.prompts import Prompts, unit
-from fedsigma.common.recipe import Recipe
-from fedsigma.common.training import Example, autocast
+from fedsigma.common.config.training import Recipe
+from fedsigma.common.training.loop import Example, autocast
+from fedsigma.common.training.prompts import Prompts, unit
+from fedsigma.common.training.trainer import seed_for
 
 __all__ = ["FedClip", "LinearProbe", "PromptFL", "TipAdapter", "TipAdapterF"]
 

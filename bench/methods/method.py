@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.methods.tuning import State, Tuning
-from fedsigma.common import training
-from fedsigma.common.metrics import Predictions
-from fedsigma.common.recipe import Recipe
-from fedsigma.common.training import Example, Task
+from fedsigma.common.config.training import Recipe
+from fedsigma.common.training import loop
+from fedsigma.common.training.loop import Example, Task
+from fedsigma.common.training.metrics import Predictions
 
 __all__ = ["FLOAT", "Method", "Place", "Rule", "Trained", "Tuned", "Upload", "Vector", "values"]
 
@@ -111,7 +111,7 @@ class Tuned:
     def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
         """See `Method.train`."""
         self._load(state)
-        result = training.train(
+        result = loop.train(
             self.task,
             examples,
             recipe,
@@ -151,7 +151,7 @@ class Tuned:
     def evaluate(self, state: State, examples: Sequence[Example]) -> Predictions:
         """See `Method.evaluate`."""
         self._load(state)
-        return training.evaluate(self.task, examples)
+        return loop.evaluate(self.task, examples)
 
     def _load(self, state: State) -> None:
         self._tuning.load(state)

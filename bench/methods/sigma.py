@@ -11,14 +11,14 @@ from flwr.app import RecordDict
 
 from bench.methods.method import FLOAT, Place, Trained, Tuned, Upload
 from bench.methods.tuning import State
-from fedsigma.client.feedback import Feedback
+from fedsigma.client.site.error_feedback import Feedback
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.codec import decode, download_level, encode
-from fedsigma.common.config import StudyConfig
-from fedsigma.common.learner import seed_for
-from fedsigma.common.recipe import Recipe
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.config.training import Recipe
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training import Example, Task
+from fedsigma.common.training.loop import Example, Task
+from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.wire.codec import decode, download_level, encode
 
 __all__ = ["Sigma", "ZeroShot"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fedsigma.common.config import DataConfig, StudyConfig, load_study
+from fedsigma.common.config.study import DataConfig, StudyConfig, load_study
 
 __all__ = ["REAL", "SETS", "find_study"]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from bench.methods.method import Tuned, Vector
 from bench.methods.tuning import State, Tuning
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.learner import seed_for
-from fedsigma.common.names import TOWERS
-from fedsigma.common.prompts import Prompts
+from fedsigma.common.config.constants import TOWERS
 from fedsigma.common.sigma import Entry, Selection, find_layout
-from fedsigma.common.training import Task
+from fedsigma.common.training.loop import Task
+from fedsigma.common.training.prompts import Prompts
+from fedsigma.common.training.trainer import seed_for
 
 __all__ = ["FullTuning", "LayerNorms", "Lora", "LoraProducts"]
 

@@ -13,9 +13,15 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp
 
 from fedsigma import __version__
-from fedsigma.client.serving.answers import NOTICE, Health, ModelInfo, Predictions
+from fedsigma.client.serving.errors import (
+    Problem,
+    ProblemDetails,
+    Quiet,
+    answer_problems,
+    documented,
+)
 from fedsigma.client.serving.images import MEDIA_TYPES
-from fedsigma.client.serving.problems import Problem, ProblemDetails, Quiet, answer_problems, documented
+from fedsigma.client.serving.schemas import NOTICE, Health, ModelInfo, Predictions
 from fedsigma.client.serving.service import Service
 from fedsigma.client.serving.uploads import FIELD, received
 

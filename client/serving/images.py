@@ -12,12 +12,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from fedsigma.client.judging import prepared
-from fedsigma.client.serving.problems import Problem
-from fedsigma.client.serving.settings import Limits
+from fedsigma.client.inference.predictor import prepared
+from fedsigma.client.serving.errors import Problem
+from fedsigma.client.serving.limits import Limits
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.data.dicom import Slices
 from fedsigma.common.data.records import to_rgb
+from fedsigma.common.data.sources.dicom import Slices
 
 __all__ = ["MEDIA_TYPES", "decode", "restrain"]
 

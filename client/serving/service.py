@@ -13,10 +13,14 @@ from pathlib import Path
 from torch import Tensor
 
 from fedsigma import __version__
-from fedsigma.client.applying import Restored, located
-from fedsigma.client.calibrating import Calibration
-from fedsigma.client.judging import Judge
-from fedsigma.client.serving.answers import (
+from fedsigma.client.inference.calibration import Calibration
+from fedsigma.client.inference.loaded_model import Restored, located
+from fedsigma.client.inference.predictor import Judge
+from fedsigma.client.serving.batching import Batcher, Full
+from fedsigma.client.serving.errors import Problem
+from fedsigma.client.serving.images import decode
+from fedsigma.client.serving.limits import Limits
+from fedsigma.client.serving.schemas import (
     NOTICE,
     CalibrationInfo,
     Judgement,
@@ -24,10 +28,6 @@ from fedsigma.client.serving.answers import (
     ModelInfo,
     Predictions,
 )
-from fedsigma.client.serving.batching import Batcher, Full
-from fedsigma.client.serving.images import decode
-from fedsigma.client.serving.problems import Problem
-from fedsigma.client.serving.settings import Limits
 
 __all__ = ["Service", "describe"]
 
@@ -137,7 +137,7 @@ def describe(
     Raises:
         ModelError: it is a version of the registry that was changed.
     """
-    from fedsigma.common.models.manifest import MANIFEST, Manifest, digest_of
+    from fedsigma.common.registry.manifest import MANIFEST, Manifest, digest_of
 
     place = located(path)
     study, file = restored.study, place / "sigma.safetensors" if place.is_dir() else place

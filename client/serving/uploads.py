@@ -9,8 +9,8 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from fedsigma.client.serving.problems import Problem
-from fedsigma.client.serving.settings import Limits
+from fedsigma.client.serving.errors import Problem
+from fedsigma.client.serving.limits import Limits
 
 __all__ = ["FIELD", "received"]
 

@@ -6,11 +6,17 @@
 
 from __future__ import annotations
 
-from fedsigma.common.backbones.folder import export_merged, open_folder, save_backbone
-from fedsigma.common.backbones.hub import convert, fetch
+from fedsigma.common.backbones.build import (
+    Backbone,
+    Preprocessing,
+    assemble,
+    build_model,
+    count_model,
+)
+from fedsigma.common.backbones.bundle import export_merged, open_folder, save_backbone
+from fedsigma.common.backbones.download import convert, fetch
 from fedsigma.common.backbones.load import count_backbone, load_backbone, starter_folder
-from fedsigma.common.backbones.model import Backbone, Preprocessing, assemble, build_model, count_model
-from fedsigma.common.backbones.names import BackboneError, BackboneName, parse_name
+from fedsigma.common.backbones.spec import BackboneError, BackboneName, parse_name
 
 __all__ = [
     "Backbone",

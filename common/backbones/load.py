@@ -9,9 +9,7 @@ from pathlib import Path
 import open_clip
 from torch import nn
 
-from fedsigma.common.backbones.folder import MANIFEST, WEIGHTS, open_folder, read_config, sha256
-from fedsigma.common.backbones.hub import Recipe, assemble_recipe, download, explained, recipe, tags_of
-from fedsigma.common.backbones.model import (
+from fedsigma.common.backbones.build import (
     Backbone,
     Preprocessing,
     assemble,
@@ -21,8 +19,17 @@ from fedsigma.common.backbones.model import (
     fill_from_file,
     image_size,
 )
-from fedsigma.common.backbones.names import BackboneError, BackboneName, parse_name
-from fedsigma.common.backbones.tokens import LaterTokenizer, tokenizer_for
+from fedsigma.common.backbones.bundle import MANIFEST, WEIGHTS, open_folder, read_config, sha256
+from fedsigma.common.backbones.download import (
+    Recipe,
+    assemble_recipe,
+    download,
+    explained,
+    recipe,
+    tags_of,
+)
+from fedsigma.common.backbones.spec import BackboneError, BackboneName, parse_name
+from fedsigma.common.backbones.tokenizer import LaterTokenizer, tokenizer_for
 
 
 def load_backbone(name: str, *, weights: bool = True) -> Backbone:
@@ -111,15 +118,16 @@ def starter_folder() -> Path:
     Raises:
         BackboneError: it is nowhere.
     """
-    beside = Path(__file__).resolve().parent.parent / "starter"
+    beside = Path(__file__).resolve().parent / "starter"
     places = [beside]
     for entry in sys.path:
         root = Path(entry or ".")
-        places += [root / "fedsigma" / "common" / "starter", root / "common" / "starter"]
+        below = Path("common", "backbones", "starter")
+        places += [root / "fedsigma" / below, root / below]
     for place in places:
         if (place / MANIFEST).is_file() and (place / WEIGHTS).is_file():
             return place
     raise BackboneError(
         f"the starter backbone is not installed (looked in {beside} and in the installed packages): "
-        "install the fedsigma wheel, or run `python -m bench.starter.package` in a checkout"
+        "install the fedsigma wheel, or run `python -m tools.starter.package` in a checkout"
     )

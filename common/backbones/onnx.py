@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsigma.common.backbones.model import Backbone
+from fedsigma.common.backbones.build import Backbone
 
 __all__ = ["OnnxError", "export_onnx"]
 

@@ -1,7 +1,7 @@
 """What an adaptation changed, in words: which heads, and towards and away from which descriptions."""
 
 from fedsigma.common.explain.heads import ExplainError, HeadChange, head_changes
-from fedsigma.common.explain.words import Explainer, HeadWords, Phrases
+from fedsigma.common.explain.text_directions import Explainer, HeadWords, Phrases
 
 __all__ = [
     "ExplainError",

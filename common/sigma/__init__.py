@@ -1,11 +1,11 @@
 """The method: adapt a CLIP model by its singular values alone. Needs torch and safetensors only."""
 
-from fedsigma.common.sigma.adapter import SigmaModel, default_cache_dir
+from fedsigma.common.sigma.architectures import FAMILIES, Family, Slot, find_layout
 from fedsigma.common.sigma.basis import Basis, BasisError, Fingerprint, cached_basis
-from fedsigma.common.sigma.families import FAMILIES, Family, Slot, find_layout
 from fedsigma.common.sigma.layout import PARTS, TOWERS, Entry, Layout, LayoutError, Selection
-from fedsigma.common.sigma.personal import Split
-from fedsigma.common.sigma.separation import NotSeparable, Separation
+from fedsigma.common.sigma.model import SigmaModel, default_cache_dir
+from fedsigma.common.sigma.partition import Split
+from fedsigma.common.sigma.per_sample import NotSeparable, Separation
 
 __all__ = [
     "FAMILIES",

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from fedsigma.common.names import PARTS, THIRDS, TOWERS
+from fedsigma.common.config.constants import PARTS, THIRDS, TOWERS
 
 
 class LayoutError(ValueError):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from fedsigma.server.centre.folder import CentreFolder, ServerConfig
-from fedsigma.server.centre.proxy import caddyfile, nginx_conf
+from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from fedsigma.server.deployment.proxy import caddyfile, nginx_conf
 
 EXAMPLE = ServerConfig(name="Example centre", address="fl.example.org:443", proxy="none")
 FOLDER = "/var/lib/fedsigma/centre"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fedsigma.server.dashboard.cli import dashboard
+from fedsigma.cli.dashboard import dashboard
 
 if __name__ == "__main__":
     dashboard(Path(sys.argv[1]))

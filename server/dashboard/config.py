@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
-from fedsigma.common.reading import ConfigError, build, read_yaml, split_address
-from fedsigma.server.dashboard.settings import AccessSettings
+from fedsigma.common.config.schema import ConfigError, build, read_yaml, split_address
+from fedsigma.server.dashboard.auth.settings import AccessSettings
 
 __all__ = ["DashboardConfig"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from fedsigma.server.dashboard.passwords import AccountsError
+from fedsigma.server.dashboard.auth.passwords import AccountsError
 
 __all__ = ["check_installed"]
 

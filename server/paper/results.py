@@ -13,8 +13,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from fedsigma import __version__
-from fedsigma.common.config import ConfigError, DataConfig, StudyConfig
-from fedsigma.server.paper.running import Finished, Score
+from fedsigma.common.config.study import ConfigError, DataConfig, StudyConfig
+from fedsigma.server.paper.cell import Finished, Score
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
 

@@ -10,9 +10,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.cards import CardError, DatasetCard, Protocol, Protocols, card, cards
-from fedsigma.common.cards.checking import differences
 from fedsigma.common.data import DataError, Record, Source, halves, open_source
+from fedsigma.common.data.catalog import CardError, DatasetCard, Protocol, Protocols, card, cards
+from fedsigma.common.data.sources.verify import differences
 from fedsigma.server.paper.tables import PaperTable
 
 __all__ = ["UNPUBLISHED", "PublishedSet", "TableSets", "find_sets", "published_on"]

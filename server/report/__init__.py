@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedsigma.server.report.terminal import summary_table
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
 
 __all__ = ["summary_table", "write_report"]
 
@@ -16,8 +16,8 @@ def write_report(folder: RunFolder) -> Path:
     Returns the path of the report. An older report is replaced.
     """
     # matplotlib is slow to import; a run asks for its report once, at its end.
-    from fedsigma.common.files import write_atomic
-    from fedsigma.server.report.content import gather
+    from fedsigma.common.utils.files import write_atomic
+    from fedsigma.server.report.data import gather
     from fedsigma.server.report.page import render
 
     write_atomic(folder.report_path, render(gather(folder)).encode("utf-8", "replace"))

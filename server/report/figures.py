@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedsigma.server.report.content import Content
-from fedsigma.server.report.words import METHODS, amount, percent, shorten
+from fedsigma.server.report.data import Content
+from fedsigma.server.report.formatting import METHODS, amount, percent, shorten
 
 __all__ = ["accuracy_figure", "bytes_figure", "heat_figure", "sites_figure"]
 

@@ -12,11 +12,19 @@ from markupsafe import Markup
 
 from fedsigma import __version__
 from fedsigma.server.report import figures, tables
-from fedsigma.server.report.content import Content
-from fedsigma.server.report.facts import Fact, counted, lead, pairs, study_facts
+from fedsigma.server.report.data import Content
+from fedsigma.server.report.formatting import (
+    METHODS,
+    amount,
+    decimal,
+    duration,
+    moment,
+    percent,
+    points,
+)
 from fedsigma.server.report.style import STYLE
+from fedsigma.server.report.summary_text import Fact, counted, lead, pairs, study_facts
 from fedsigma.server.report.template import TEMPLATE
-from fedsigma.server.report.words import METHODS, amount, decimal, duration, moment, percent, points
 
 __all__ = ["render"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.heat import Heat
-from fedsigma.server.report.content import Content
-from fedsigma.server.report.words import METHODS, NOTHING, amount, decimal, percent, points
+from fedsigma.server.report.data import Content
+from fedsigma.server.report.formatting import METHODS, NOTHING, amount, decimal, percent, points
+from fedsigma.server.runs.shift_magnitude import Heat
 
 __all__ = [
     "Grid",

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedsigma.server.report.words import METHODS, percent, points, shorten
+from fedsigma.server.report.formatting import METHODS, percent, points, shorten
 
 __all__ = ["summary_table"]
 

@@ -1,8 +1,8 @@
 """Experiment trackers: MLflow, TensorBoard and Weights & Biases are told what a run writes, if asked for."""
 
 from fedsigma.server.trackers.base import TrackedRun, Tracker
-from fedsigma.server.trackers.choice import Choice, TrackerError, choose_trackers, parse_trackers
-from fedsigma.server.trackers.tracking import Tracking
+from fedsigma.server.trackers.callback import Tracking
+from fedsigma.server.trackers.config import Choice, TrackerError, choose_trackers, parse_trackers
 
 __all__ = [
     "Choice",

@@ -24,10 +24,10 @@ from safetensors.numpy import load_file, save_file
 
 from deployment.network import CENTRE
 from deployment.parts import BIN, SITES, STUDY, Deployment, reached, wait_for
-from fedsigma.common.chain import Chain
-from fedsigma.common.processes import call
-from fedsigma.server.centre.authority import issue
-from fedsigma.server.store import RunFolder
+from fedsigma.common.ops.supervisor import call
+from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.server.deployment.certificates import issue
+from fedsigma.server.runs.run_dir import RunFolder
 
 ROUNDS = 3
 HIT = "north"
@@ -238,7 +238,7 @@ def _come_back(deployment: Deployment) -> None:
 
 def _other_backbone(deployment: Deployment) -> None:
     from fedsigma.common.backbones import starter_folder
-    from fedsigma.common.backbones.folder import sha256
+    from fedsigma.common.backbones.bundle import sha256
 
     place = deployment.centre.path.parent / "other-backbone"
     if not place.exists():

@@ -18,13 +18,13 @@ from typing import Any
 from flwr.cli.build import build_fab_from_disk
 
 from deployment.network import CENTRE, Network, may_make_namespaces
-from fedsigma.client.hospital.bundles import Bundles
-from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.common.processes import ProcessError, free_ports, running, states, stop
-from fedsigma.server.bundle import write_app
-from fedsigma.server.centre.enrolment import Enrolment
-from fedsigma.server.centre.folder import CentreFolder, ServerConfig
-from fedsigma.server.store import RunFolder
+from fedsigma.client.deployment.bundle_approval import Bundles
+from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.common.ops.supervisor import ProcessError, free_ports, running, states, stop
+from fedsigma.server.deployment.enrolment import Enrolment
+from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.simulation.app_bundle import write_app
 
 SITES = ("east", "north", "south")
 STUDY = """\

@@ -10,9 +10,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fedsigma.client.hospital.folder import SiteFolder
-from fedsigma.client.hospital.services import site_processes
-from fedsigma.common.processes import Process, supervise
+from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.services import site_processes
+from fedsigma.common.ops.supervisor import Process, supervise
 
 
 def placed(process: Process, folder: Path, namespace: str) -> Process:

@@ -12,7 +12,7 @@ from browser import MISSING
 
 from deployment.network import CENTRE
 from deployment.parts import BIN, SITES, STUDY, Deployment, missing, wait_for
-from fedsigma.common.chain import Chain
+from fedsigma.common.utils.hash_chain import Chain
 from fedsigma.server.dashboard.config import DashboardConfig
 
 WHY = missing() or MISSING

@@ -17,7 +17,7 @@ from deployment.faults import (
     study_with_fault,
 )
 from deployment.parts import Deployment, missing, wait_for
-from fedsigma.server.store import RunFolder
+from fedsigma.server.runs.run_dir import RunFolder
 
 pytestmark = [
     pytest.mark.slow,

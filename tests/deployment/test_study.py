@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 from deployment.network import CENTRE
 from deployment.parts import SITES, STUDY, Deployment, missing, reached, wait_for
-from fedsigma.common.chain import Chain
-from fedsigma.server.simulate import run_simulation
-from fedsigma.server.store import RunFolder
+from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.simulation.simulate import run_simulation
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,0 +1,88 @@
+"""The doctor's checks of backbones, images, and a dry round on three of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from fedsigma.client.deployment.diagnostics import Problem
+from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.site.policy import SitePolicy
+
+__all__ = ["checks"]
+
+DRY_IMAGES = 3
+
+
+def checks(site: SiteFolder, policy: SitePolicy) -> dict[str, Callable[[], str]]:
+    """Each backbone that site.yaml allows, the GPU, the images, and a dry round with the first backbone."""
+    found: dict[str, Callable[[], str]] = {"gpu": lambda: _gpu(policy)}
+    for name, place in policy.backbones.items():
+        found[f"backbone {name}"] = lambda place=place: _backbone(place)  # type: ignore[misc]
+    found["images"] = lambda: _images(site, policy)
+    found["dry round"] = lambda: _dry_round(site, policy)
+    return found
+
+
+def _gpu(policy: SitePolicy) -> str:
+    if policy.gpus == "none":
+        return "none wanted"
+    import torch
+
+    if not torch.cuda.is_available():
+        if policy.gpus != "auto":
+            raise Problem(f"site.yaml names GPUs {policy.gpus}, and torch finds none", "look at the driver")
+        return f"none found: training on {policy.cpus or os.cpu_count()} processors"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()}: {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+
+
+def _backbone(place: str) -> str:
+    from fedsigma.common.config.study import SigmaConfig
+    from fedsigma.common.training.trainer import open_learner
+
+    try:
+        learner = open_learner(place, SigmaConfig(), ("one", "two"), ("one", "two"))
+    except (ValueError, OSError) as error:
+        raise Problem(
+            f"{place} cannot be loaded: {error}", "docs/backbones.md: how weights get to a site"
+        ) from None
+    return f"{learner.layout.size} singular values; weights {learner.fingerprint.weights[:12]}"
+
+
+def _images(site: SiteFolder, policy: SitePolicy) -> str:
+    from fedsigma.common.data import check, open_source
+
+    try:
+        source = open_source(policy.source, base=site.path, **policy.options)
+        classes = sorted({record.label for record in source.records if record.label is not None})
+        report = check(source, classes=classes)
+    except (ValueError, OSError) as error:
+        raise Problem(f"the images cannot be opened: {error}", "correct `source` in site.yaml") from None
+    if not report.ok:
+        raise Problem(report.headline(), f"fedsigma data check {policy.source}")
+    return report.headline()
+
+
+def _dry_round(site: SiteFolder, policy: SitePolicy) -> str:
+    """Train a step on three images, and judge them; nothing of it is kept or sent."""
+    import numpy as np
+
+    from fedsigma.common.config.study import SigmaConfig, TrainingConfig
+    from fedsigma.common.data import load_examples, open_source
+    from fedsigma.common.training.trainer import open_learner
+
+    source = open_source(policy.source, base=site.path, **policy.options)
+    records = [record for record in source.records if record.label is not None][:DRY_IMAGES]
+    if not records or not policy.backbones:
+        raise Problem(
+            "no labelled image, or no backbone allowed", "correct `source` and `backbones` in site.yaml"
+        )
+    classes = tuple(sorted({str(record.label) for record in source.records if record.label is not None}))
+    learner = open_learner(next(iter(policy.backbones.values())), SigmaConfig(), classes, classes)
+    examples = load_examples(source, records, classes, side=learner.side)
+    zero = np.zeros(learner.layout.size, np.float32)
+    recipe = TrainingConfig(batch_size=len(examples))
+    done = learner.train(zero, examples, recipe, first_step=0, steps=1, total_steps=1, seed=0)
+    learner.evaluate(done.shift, examples)
+    return f"a step on {len(examples)} images, loss {done.loss:.2f}"

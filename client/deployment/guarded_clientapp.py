@@ -1,0 +1,79 @@
+"""What a site's worker runs instead of `flwr-clientapp`: the same, for approved bundles only.
+
+Flower installs and runs whatever bundle the server names. Here the bundle's SHA-256 must be in site.yaml;
+any other is kept for people to look at and answered with an error. And whatever else fails before or outside
+FedSigma's own code, the server learns the kind of the error and never its text, which may hold paths.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["BundleNotApproved", "main", "refuse"]
+
+
+class BundleNotApproved(PermissionError):
+    """The bundle's digest is not in site.yaml."""
+
+
+def main() -> None:
+    """Run one ClientApp under guard; the environment variable FEDSIGMA_SITE names site.yaml."""
+    # Flower's own modules, changed in this process alone; `tests/deployment` notices if they move.
+    import flwr.supernode.runtime.run_clientapp as flower
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+    site_yaml = Path(os.environ["FEDSIGMA_SITE"])
+    install, push_output, error = flower.install_from_fab, flower.push_task_output, flower.Error
+
+    def guarded(bundle: bytes, *args: Any, **options: Any) -> Any:
+        refuse(bundle, site_yaml)
+        return install(bundle, *args, **options)
+
+    def quiet_output(*args: Any, **options: Any) -> Any:
+        if options.get("details"):
+            options["details"] = _kind(str(options["details"]))
+        return push_output(*args, **options)
+
+    def quiet_error(code: int, reason: str | None = None) -> Any:
+        return error(code, _kind(reason or ""))
+
+    flower.install_from_fab = guarded  # type: ignore[assignment]
+    flower.push_task_output = quiet_output
+    flower.Error = quiet_error  # type: ignore[misc, assignment]
+    flwr_clientapp()
+
+
+def refuse(bundle: bytes, site_yaml: Path) -> None:
+    """Refuse a bundle that the site has not approved: keep it, and write that down.
+
+    Raises:
+        BundleNotApproved: its digest is not in site.yaml.
+    """
+    from fedsigma.client.deployment.bundle_approval import Bundles, digest_of
+    from fedsigma.client.site.audit_log import AuditLog
+    from fedsigma.client.site.policy import SitePolicy
+
+    policy, digest = SitePolicy.read(site_yaml), digest_of(bundle)
+    if digest in policy.bundles:
+        return
+    Bundles(site_yaml.parent).keep(bundle)
+    log = AuditLog(site_yaml.parent / Path(policy.audit).expanduser())
+    log.record({"message": "bundle", "bundle": digest}, {"error": BundleNotApproved.__name__})
+    print(
+        f"FedSigma: bundle {digest} is not approved here: `fedsigma site approve` shows it", file=sys.stderr
+    )
+    raise BundleNotApproved(digest)
+
+
+def _kind(reason: str) -> str:
+    """The type's name of an error that Flower describes as <class 'module.Name'>:<'text'>."""
+    found = re.match(r"<class '(?:\w+\.)*(\w+)'>", reason)
+    return found[1] if found else "ClientAppError"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Judging a folder of pictures and DICOM files with a finished model, into a CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from fedsigma.client.inference.loaded_model import ApplyError, Restored
+from fedsigma.client.inference.predictor import Judge, Prediction, prepared
+from fedsigma.common.data import PictureError, Pictures, Record
+from fedsigma.common.data.sources.dicom import Slices, is_dicom
+from fedsigma.common.data.sources.folder import SUFFIXES
+from fedsigma.common.utils.files import write_atomic
+
+__all__ = ["View", "list_pictures", "predict", "views", "write_csv"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One picture as the model sees it: all of a file, or one frame of a DICOM file.
+
+    Fields: file, its path in the folder; frame, counted from 0; series, the SeriesInstanceUID or empty;
+    image, uint8 (3, image_size, image_size).
+    """
+
+    file: str
+    frame: int
+    series: str
+    image: Tensor
+
+
+def list_pictures(folder: Path) -> list[str]:
+    """The picture and DICOM files in a folder and below it, as paths inside it, sorted; no hidden ones.
+
+    Raises:
+        ApplyError: no folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise ApplyError(f"there is no folder {folder}")
+    found = []
+    for base, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        here = Path(base)
+        found += [
+            (here / n).relative_to(folder).as_posix()
+            for n in names
+            if not n.startswith(".") and (_is_picture(n) or is_dicom(here / n))
+        ]
+    if not found:
+        raise ApplyError(
+            f"no picture in {folder}: expected DICOM, or files ending in {', '.join(sorted(SUFFIXES))}"
+        )
+    return sorted(found)
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+def views(restored: Restored, folder: Path, names: Sequence[str], unreadable: list[str]) -> Iterator[View]:
+    """The pictures that can be read, frame by frame; the others are added to `unreadable`, one line each.
+
+    A file of which one frame cannot be read is left out as a whole.
+
+    Raises:
+        DataError: there is DICOM, and pydicom is not installed.
+    """
+    for name in names:
+        try:
+            found = list(_of_file(restored, folder, name))
+        except PictureError as error:
+            unreadable.append(str(error))
+        else:
+            yield from found
+
+
+def _of_file(restored: Restored, folder: Path, name: str) -> Iterator[View]:
+    slices = None if _is_picture(name) else Slices.read(folder / name, name)
+
+    def opened(frame: int) -> Image.Image:
+        return slices.image(frame) if slices else Image.open(folder / name)
+
+    for frame in range(slices.frames if slices else 1):
+        source = Pictures([], lambda _, f=frame: opened(f))  # type: ignore[misc]
+        image = prepared(restored.backbone, source.image(Record(key=name)))
+        yield View(file=name, frame=frame, series=slices.series if slices else "", image=image)
+
+
+class _Means:
+    """Sums of the probabilities of what is judged together."""
+
+    def __init__(self, *, by_series: bool) -> None:
+        self._by_series = by_series
+        self._found: dict[tuple[str, str], tuple[View, int, Tensor]] = {}
+
+    def add(self, view: View, probabilities: Tensor) -> None:
+        key = ("series", view.series) if self._by_series and view.series else ("file", view.file)
+        first, images, total = self._found.get(key, (view, 0, torch.zeros(len(probabilities))))
+        self._found[key] = first, images + 1, total + probabilities
+
+    def predictions(self, judge: Judge) -> list[Prediction]:
+        found = []
+        for first, images, total in self._found.values():
+            mean = tuple((total / images).tolist())
+            one = Prediction(file=first.file, probabilities=mean, prediction=judge.name(mean), images=images)
+            found.append(replace(one, series=first.series) if self._by_series else one)
+        return found
+
+
+def predict(
+    restored: Restored,
+    folder: Path,
+    out: Path,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    temperature: float = 1.0,
+    least: float = 0.0,
+    by_series: bool = False,
+) -> list[str]:
+    """Judge every picture and DICOM file of a folder and write a CSV, see `write_csv`.
+
+    Returns one line for each file that could not be read.
+
+    Args:
+        restored: the model.
+        folder: of pictures.
+        out: the CSV, which appears only when it is complete.
+        batch_size: pictures at a time.
+        progress: whether to show it.
+        temperature: of the probabilities, from a calibration; 1 leaves them as they are.
+        least: below this probability of its first class a picture is not judged: its prediction is empty.
+        by_series: one row for each DICOM series, with the mean of its images' probabilities, in place of one
+            for each file with the mean of its frames'.
+
+    Raises:
+        ApplyError: there is nothing to judge.
+        DataError: there is DICOM, and pydicom is not installed.
+    """
+    judge = Judge(restored, temperature=temperature, least=least)
+    names, unreadable, means = list_pictures(folder), list[str](), _Means(by_series=by_series)
+    batch: list[View] = []
+
+    def flush() -> None:
+        if batch:
+            found = judge.probabilities(torch.stack([view.image for view in batch]))
+            for view, row in zip(batch, found, strict=True):
+                means.add(view, row)
+            batch.clear()
+
+    with restored.sigma.frozen():
+        for name in track(names, "judging", disable=not progress):
+            for view in views(restored, folder, [name], unreadable):
+                batch.append(view)
+                if len(batch) == batch_size:
+                    flush()
+        flush()
+    found = means.predictions(judge)
+    if not found:
+        raise ApplyError(f"none of the {len(names)} pictures in {folder} can be read: {unreadable[0]}")
+    write_csv(out, judge.classes, found, by_series=by_series)
+    return unreadable
+
+
+def write_csv(
+    path: Path, classes: Sequence[str], predictions: Sequence[Prediction], *, by_series: bool = False
+) -> None:
+    """Write predictions as a table: file, prediction (empty: abstained), and a probability for each class.
+
+    By series, the columns series and images (how many were judged) follow the file, the series' first.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    extra = ["series", "images"] if by_series else []
+    writer.writerow(["file", *extra, "prediction", *(f"probability_{name}" for name in classes)])
+    for one in predictions:
+        numbers = [f"{p:.6f}" for p in one.probabilities]
+        group = [one.series, one.images] if by_series else []
+        writer.writerow([one.file, *group, one.prediction or "", *numbers])
+    write_atomic(path, text.getvalue().encode())

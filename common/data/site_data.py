@@ -1,0 +1,164 @@
+"""From a data section to the images of one site: the few-shot training part and the test part."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedsigma.common.config.schema import build
+from fedsigma.common.config.study import ConfigError, DataConfig, StudyConfig
+
+if TYPE_CHECKING:
+    from fedsigma.common.data import Example, Record, SiteData, Source
+
+__all__ = ["NoImages", "check_pictures", "load_site", "load_sites", "simulated_sites", "usable_records"]
+
+
+class NoImages(ValueError):
+    """A site has no image to train on."""
+
+
+def usable_records(
+    source: Source, *, classes: tuple[str, ...], test_share: float, on_problem: str, seed: int
+) -> list[Record]:
+    """Return a source's records with a class of the study, each in the train or the test part.
+
+    Pictures are not decoded here: a damaged one shows when it is loaded.
+
+    Raises:
+        DataError: there are problems and on_problem is 'stop', or nothing is usable.
+    """
+    from fedsigma.common.data import check, split_groups
+
+    report = check(source, classes=classes, pictures=False)
+    return list(split_groups(report.settle(on_problem), test_share=test_share, seed=seed))
+
+
+def check_pictures(data_json: str, classes: tuple[str, ...], seed: int) -> str:
+    """Decode every picture of a simulation once; return the problems as one report, empty if there are none.
+
+    Raises:
+        DataError: there are problems and the data section's on_problem is 'stop', or nothing is usable.
+    """
+    from fedsigma.common.data import check
+
+    data = build(DataConfig, json.loads(data_json), where="the data section")
+    source, _ = simulated_sites(data_json, classes, seed)
+    report = check(source, classes=classes)
+    report.settle(data.on_problem)
+    return "" if report.ok else report.table()
+
+
+@lru_cache(maxsize=2)
+def simulated_sites(
+    data_json: str, classes: tuple[str, ...], seed: int
+) -> tuple[Source, dict[str, list[Record]]]:
+    """Open a simulation's source and divide it: site name -> its records, in the order of the partition.
+
+    Args:
+        data_json: the study's data section as JSON (text, so that equal sections share the cache).
+        classes: the classes of the study; images of others are left out.
+        seed: the study's seed.
+
+    Raises:
+        DataError: the data cannot be read or divided, or have problems and on_problem is 'stop'.
+    """
+    from fedsigma.common.data import open_source, partition
+
+    data = build(DataConfig, json.loads(data_json), where="the data section")
+    source = open_source(data.source, **data.options)
+    records = usable_records(
+        source, classes=classes, test_share=data.test_share, on_problem=data.on_problem, seed=seed
+    )
+    return source, dict(partition(records, data.sites_by, seed))
+
+
+def load_sites(study: StudyConfig, *, side: int) -> dict[str, SiteData]:
+    """The images of every site of a simulation, by name. Units: side in pixels.
+
+    Raises:
+        ConfigError: the study has no data section.
+        NoImages, DataError: as `load_site` and `simulated_sites`.
+    """
+    from fedsigma.common.wire.records import Setup
+
+    if study.data is None:
+        raise ConfigError(f"study '{study.name}' has no data section, so its images are at its sites")
+    source, parts = simulated_sites(Setup.of(study).data, study.classes, study.seed)
+    return {
+        name: load_site(
+            source,
+            records,
+            name=name,
+            classes=study.classes,
+            shots=study.shots,
+            seed=study.seed,
+            side=side,
+            on_problem=study.data.on_problem,
+        )
+        for name, records in parts.items()
+    }
+
+
+def load_site(
+    source: Source,
+    records: list[Record],
+    *,
+    name: str,
+    classes: tuple[str, ...],
+    shots: int,
+    seed: int,
+    side: int,
+    on_problem: str = "stop",
+    max_examples: int | None = None,
+) -> SiteData:
+    """Draw a site's few training images and load them and its test images.
+
+    Units: side in pixels. on_problem: 'skip' leaves out pictures that cannot be decoded.
+
+    Raises:
+        NoImages: the site has no training image of any class.
+        DataError: a picture cannot be decoded and on_problem is 'stop'.
+    """
+    from fedsigma.common.data import SiteData, few_shot
+
+    chosen = few_shot(records, shots=shots, classes=list(classes), seed=seed)
+    if max_examples is not None and len(chosen) > max_examples:
+        chosen = _of_each_class(chosen)[:max_examples]
+    if not chosen:
+        raise NoImages(f"site '{name}' has no training image of the study's classes")
+    test = [record for record in records if record.split == "test"]
+    return SiteData(
+        name=name,
+        train=_load(source, chosen, classes, side, on_problem),
+        test=_load(source, test, classes, side, on_problem),
+    )
+
+
+def _of_each_class(records: list[Record]) -> list[Record]:
+    """The same records, class by class in turns, so that what is cut off is of all classes."""
+    seen, turns = Counter[str | None](), []
+    for record in records:
+        turns.append(seen[record.label])
+        seen[record.label] += 1
+    return [records[i] for i in sorted(range(len(records)), key=lambda i: turns[i])]
+
+
+def _load(
+    source: Source, records: list[Record], classes: tuple[str, ...], side: int, on_problem: str
+) -> list[Example]:
+    from fedsigma.common.data import PictureError, load_examples
+
+    try:
+        return load_examples(source, records, classes, side=side)
+    except PictureError:
+        if on_problem == "stop":
+            raise
+    found: list[Example] = []
+    for record in records:
+        with contextlib.suppress(PictureError):
+            found += load_examples(source, [record], classes, side=side)
+    return found

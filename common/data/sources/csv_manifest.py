@@ -1,0 +1,102 @@
+"""A CSV manifest: one row per picture, with its path, label and, where known, split, group and site."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from fedsigma.common.data.records import DataError, Pictures, Problem, Record, read_split, read_text
+from fedsigma.common.data.sources.registry import register_source
+
+__all__ = ["COLUMNS", "column_names", "open_manifest", "read_manifest"]
+
+COLUMNS = ("path", "label", "split", "group", "site")
+
+
+@register_source("csv")
+def open_manifest(path: Path, *, columns: Mapping[str, str] | None = None) -> Pictures:
+    """Open a CSV file with the columns path, label and, optionally, split, group and site.
+
+    Args:
+        path: the manifest; relative paths in it start from its folder.
+        columns: other names of the columns, such as `{label: diagnosis}`.
+
+    Raises:
+        DataError: it is not a readable CSV file, or lacks a column.
+    """
+    records, problems = read_manifest(path, columns)
+    return Pictures(records, lambda key: Image.open(path.parent / key), problems)
+
+
+def column_names(columns: Mapping[str, str] | None, known: tuple[str, ...]) -> dict[str, str]:
+    """Return the name that each known column has in this file.
+
+    Raises:
+        DataError: `columns` names a column that is not known.
+    """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise DataError(f"the option columns is {columns!r}, expected a table such as {{label: diagnosis}}")
+    for name in columns or {}:
+        if name not in known:
+            raise DataError(f"the option columns names {name!r}: known are {', '.join(known)}")
+    return {name: str((columns or {}).get(name, name)) for name in known}
+
+
+def read_manifest(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Record], list[Problem]]:
+    """Read a manifest's rows; rows that say too little become problems, not errors.
+
+    Raises:
+        DataError: it is not a readable CSV file, or lacks a column.
+    """
+    names = column_names(columns, COLUMNS)
+    records, problems = [], []
+    for number, row in _rows(path, names):
+        where = f"{path.name} row {number}"
+        if None in row:
+            detail = "has more cells than the header: put text with a comma in quotes"
+            problems.append(Problem(kind="unreadable row", where=where, detail=detail))
+            continue
+        cells = {name: read_text(row.get(names[name])) for name in COLUMNS}
+        key = cells["path"]
+        if key is None:
+            problems.append(Problem(kind="missing file", where=where, detail="names no file"))
+            continue
+        try:
+            split = read_split(cells["split"])
+        except DataError as error:
+            problems.append(Problem(kind="unknown split", where=f"{where} ({key})", detail=str(error)))
+            continue
+        records.append(
+            Record(key=key, label=cells["label"], site=cells["site"], group=cells["group"], split=split)
+        )
+    if not records and not problems:
+        raise DataError(f"the manifest {path} has a header and no rows")
+    return records, problems
+
+
+def _rows(path: Path, names: Mapping[str, str]) -> Iterator[tuple[int, dict[str | None, str]]]:
+    """Give each row of a CSV file with its line number; `;` and tab also separate cells."""
+    try:
+        # utf-8-sig, since spreadsheets write a byte-order mark.
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            header = stream.readline()
+            stream.seek(0)
+            delimiter = max(",;\t", key=header.count)
+            reader = csv.DictReader(stream, delimiter=delimiter)
+            present = [name.strip() for name in reader.fieldnames or []]
+            for name in ("path", "label"):
+                if names[name] not in present:
+                    raise DataError(
+                        f"the manifest {path} lacks the column '{names[name]}', has {', '.join(present)}; "
+                        "rename it or name yours by the option columns"
+                    )
+            reader.fieldnames = present
+            for row in reader:
+                yield reader.line_num, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"the manifest {path} is not UTF-8 text: save it as 'CSV UTF-8'") from error
+    except (csv.Error, OSError) as error:
+        raise DataError(f"the manifest {path} cannot be read: {error}") from error

@@ -1,0 +1,156 @@
+"""Published data sets by their cards and official splits: `coop:NAME:FOLDER`."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from fedsigma.common.data.catalog import DatasetCard, card, prompt_of, same_name
+from fedsigma.common.data.records import DataError, Pictures, Record
+from fedsigma.common.data.sources.imagenet import read_numbered, read_wordnet, told_apart
+from fedsigma.common.data.sources.official_splits import Row, read_lists, read_split_file
+from fedsigma.common.data.sources.registry import register_source
+
+__all__ = ["SITES", "images_folder", "open_card", "open_coop", "read_rows"]
+
+SITES = "sites.csv"
+"""In the folder of a set: where each image was taken, for who knows it."""
+
+
+@register_source("coop")
+def open_coop(name: str, path: Path) -> Pictures:
+    """Open a published set: its official split, and the class names that go into prompts.
+
+    No published split says where an image was taken. Who knows it writes a file sites.csv with the columns
+    path, below the folder of the images, and site.
+
+    Args:
+        name: of the card, such as btmri; `fedsigma data cards` lists them.
+        path: the set's folder, as its card says.
+
+    Returns:
+        A source whose `classes` are in the order of the set's own label numbers.
+
+    Raises:
+        ConfigError: there is no such card.
+        DataError: the folder, or its split file, is not of the form that the card says.
+    """
+    return open_card(card(name), path)
+
+
+def open_card(chosen: DatasetCard, path: Path) -> Pictures:
+    """Open the set of a card, as `open_coop`.
+
+    Raises:
+        DataError: as `open_coop`.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path} is a file, expected the folder of {chosen.title}")
+    root = images_folder(chosen, path)
+    records, classes = _read(chosen, path, root)
+    records = _with_sites(path / SITES, records)
+    return Pictures(records, lambda key: Image.open(root / key), classes=tuple(classes))
+
+
+def _with_sites(file: Path, records: list[Record]) -> list[Record]:
+    """The records with the sites that a file names; as they are where there is no such file."""
+    if not file.is_file():
+        return records
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = csv.DictReader(stream)
+            if not {"path", "site"} <= set(rows.fieldnames or ()):
+                raise DataError(f"{file} has the columns {rows.fieldnames}, expected path and site")
+            homes = {row["path"]: row["site"] for row in rows if row["site"]}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} cannot be read ({error}): expected a CSV file in UTF-8") from error
+    return [replace(record, site=homes.get(record.key)) for record in records]
+
+
+def images_folder(chosen: DatasetCard, path: Path) -> Path:
+    """The folder that the paths of a split start from; the set's own where the inner one is not there."""
+    inner = path / chosen.layout.images
+    return inner if inner.is_dir() else path
+
+
+def read_rows(chosen: DatasetCard, path: Path) -> list[Row]:
+    """The rows of the split of a set that has split files.
+
+    Raises:
+        DataError: as `read_split_file` and `read_lists`, or the split is empty.
+    """
+    layout = chosen.layout
+    rows = read_lists(path) if layout.kind == "lists" else read_split_file(path / layout.split)
+    if not rows:
+        raise DataError(f"the split of {chosen.title} names no image")
+    return rows
+
+
+def _read(chosen: DatasetCard, path: Path, root: Path) -> tuple[list[Record], list[str]]:
+    match chosen.layout.kind:
+        case "imagenet":
+            return read_wordnet(path, root, {"train": "train", "test": "val"})
+        case "wordnet":
+            return read_wordnet(path, root, {"test": "."})
+        case "numbered":
+            return read_numbered(path, root)
+    rows = read_rows(chosen, path)
+    names = class_names(chosen, rows)
+    folders = _Folders(root)
+    records = [
+        Record(
+            key=(folders.find(row.path.parent) / row.path.name).as_posix(),
+            label=names[row.number],
+            split=row.split,
+        )
+        for row in rows
+    ]
+    return records, list(names.values())
+
+
+def class_names(chosen: DatasetCard, rows: Sequence[Row]) -> dict[int, str]:
+    """Label number -> name as prompt, in the order of the numbers.
+
+    Names are spelt as on the card where it has the class, else as in the split file.
+
+    Raises:
+        DataError: a number has two names.
+    """
+    written: dict[int, str] = {}
+    for row in rows:
+        first = written.setdefault(row.number, row.name)
+        if first != row.name and same_name(first) != same_name(row.name):
+            raise DataError(
+                f"the label {row.number} is called '{first}' and '{row.name}': the split file is damaged"
+            )
+    spelling = {same_name(name): name for name in chosen.class_names}
+    numbers = sorted(written)
+    prompts = [spelling.get(same_name(written[number]), prompt_of(written[number])) for number in numbers]
+    return dict(zip(numbers, told_apart(prompts, [f"label {number}" for number in numbers]), strict=True))
+
+
+class _Folders:
+    """Finds the folders that a split file names, whose case, blanks, '_' or '-' may be others on disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._found: dict[PurePosixPath, PurePosixPath] = {PurePosixPath(): PurePosixPath()}
+
+    def find(self, wanted: PurePosixPath) -> PurePosixPath:
+        """The folder as it is called on disk; as wanted where there is none, or more than one alike."""
+        if wanted not in self._found:
+            above = self.find(wanted.parent)
+            self._found[wanted] = above / self._name(self.root / above, wanted.name)
+        return self._found[wanted]
+
+    def _name(self, above: Path, wanted: str) -> str:
+        if (above / wanted).is_dir() or not above.is_dir():
+            return wanted
+        alike = [
+            one.name for one in above.iterdir() if same_name(one.name) == same_name(wanted) and one.is_dir()
+        ]
+        return alike[0] if len(alike) == 1 else wanted

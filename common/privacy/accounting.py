@@ -1,0 +1,150 @@
+"""Differential privacy: what a study asks for, and what it costs.
+
+Whose presence is hidden depends on the level: one image, one group of images (a patient), or one site. Two
+data sets are neighbours if one of these is replaced by one that adds nothing (zero-out neighbours: Kairouz et
+al. 2021, arXiv:2103.00039, section 2), so the number of images is not a secret. Epsilon comes from the
+library dp-accounting.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+from fedsigma.common.config.constants import PRIVACY_LEVELS
+from fedsigma.common.config.schema import ConfigError, check_choice, check_number
+
+__all__ = ["PrivacyConfig", "Release", "epsilon", "noise_for", "releases_within", "sampling_rate"]
+
+# Above this an epsilon means nothing, and the tight bound takes minutes: the quick one will do.
+_TIGHT_BELOW = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """What a study demands of training, or of the mean.
+
+    Fields: level, `none`, or whose presence is hidden: `image`, `group` (all images of one group of the data
+    source, such as a patient) or `site`; noise_multiplier, the noise's standard deviation over the clipping
+    norm; clip_norm, the longest gradient of an image or group, or change of a site, that counts in full (L2);
+    delta, and epsilon, the budget: what would spend more is refused.
+    """
+
+    section: ClassVar[str] = "privacy"
+
+    level: str = "none"
+    noise_multiplier: float = 1.0
+    clip_norm: float = 1.0
+    delta: float = 1e-5
+    epsilon: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_choice("privacy.level", self.level, PRIVACY_LEVELS)
+        check_number("privacy.noise_multiplier", self.noise_multiplier, low=1e-3, high=1e6)
+        check_number("privacy.clip_norm", self.clip_norm, low=1e-9, high=1e9)
+        check_number("privacy.delta", self.delta, low=1e-15, high=0.1)
+        check_number("privacy.epsilon", self.epsilon, low=1e-3, high=1e9)
+
+    @property
+    def in_training(self) -> bool:
+        """Whether sites clip and add noise in each step of training."""
+        return self.level in ("image", "group")
+
+    @property
+    def of_sites(self) -> bool:
+        """Whether whole changes are clipped, and noise is added to their mean."""
+        return self.level == "site"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Noisy sums of clipped vectors: `steps` of them, each of a Poisson sample at `rate` (1: of all)."""
+
+    rate: float
+    noise_multiplier: float
+    steps: int
+
+
+def sampling_rate(examples: int, batch_size: int) -> float:
+    """The probability with which each image or group is in a step's sample: batch_size images are expected.
+
+    With fewer images than that every step takes all.
+    """
+    return min(1.0, batch_size / examples)
+
+
+def epsilon(releases: Iterable[Release], delta: float) -> float:
+    """The epsilon of all these releases together, at this delta; 0 for none.
+
+    The tighter of two upper bounds: Renyi divergences (Mironov 2017, arXiv:1702.07476), and up to 20 the
+    privacy loss distribution (Doroshenko et al. 2022, arXiv:2207.04380).
+    """
+    counts: Counter[tuple[float, float]] = Counter()
+    for one in releases:
+        counts[one.rate, one.noise_multiplier] += one.steps
+    return _epsilon(tuple(sorted((*key, steps) for key, steps in counts.items() if steps)), delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(groups: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    if not groups:
+        return 0.0
+    from dp_accounting import (
+        ComposedDpEvent,
+        GaussianDpEvent,
+        NeighboringRelation,
+        PoissonSampledDpEvent,
+        SelfComposedDpEvent,
+    )
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    # It warns of orders that it leaves out, which only loosens the bound.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    event = ComposedDpEvent(
+        [
+            SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
+            for rate, noise, steps in groups
+        ]
+    )
+    zero_out = NeighboringRelation.REPLACE_SPECIAL
+    quick = float(RdpAccountant(neighboring_relation=zero_out).compose(event).get_epsilon(delta))
+    if quick > _TIGHT_BELOW:
+        return quick
+    tight = float(PLDAccountant(neighboring_relation=zero_out).compose(event).get_epsilon(delta))
+    return min(quick, tight)
+
+
+def noise_for(target: float, *, delta: float, rate: float, steps: int) -> float:
+    """The least noise multiplier, rounded up to a hundredth, with which so many steps stay within a target.
+
+    Raises:
+        ConfigError: none up to a million does.
+    """
+    low, high = 0, 1
+    while _spent(high, delta, rate, steps) > target:
+        low, high = high, 2 * high
+        if high > 10**8:
+            raise ConfigError(f"no noise multiplier keeps {steps} steps within epsilon {target:g}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _spent(middle, delta, rate, steps) > target else (low, middle)
+    return high / 100
+
+
+def _spent(hundredths: int, delta: float, rate: float, steps: int) -> float:
+    return epsilon([Release(rate=rate, noise_multiplier=hundredths / 100, steps=steps)], delta)
+
+
+def releases_within(target: float, one: Release, *, delta: float, most: int) -> int:
+    """How many releases like this one stay within a target together, at most `most`."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        many = Release(rate=one.rate, noise_multiplier=one.noise_multiplier, steps=one.steps * middle)
+        low, high = (middle, high) if epsilon([many], delta) <= target else (low, middle)
+    return low

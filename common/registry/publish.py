@@ -1,0 +1,81 @@
+"""A finished run becomes a version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.registry.manifest import Manifest, SiteRow, method_rows
+from fedsigma.common.registry.model_card import write_card
+from fedsigma.common.registry.shift_file import SavedSigma, load_shift
+from fedsigma.common.registry.store import Shelf, Version
+
+__all__ = ["draft_of", "load", "publish", "put"]
+
+
+def publish(
+    shelf: Shelf, run: Path, summary: Mapping[str, Any], *, named: Collection[str], private: str = ""
+) -> Version:
+    """Make a version of a run's model.
+
+    Args:
+        shelf: where to.
+        run: the run's folder.
+        summary: its results.
+        named: the sites whose names may stand in it.
+        private: what differential privacy bounds, in words; empty for nothing.
+
+    Raises:
+        ArtefactError: the run has no model, or it is damaged.
+        ModelError: the study's name does not do for a model.
+    """
+    saved = load_shift(run)
+    per_site = summary.get("federated", {}).get("per_site", {})
+    # By accuracy, so that the order tells nothing of those that are not named.
+    order = sorted(summary.get("sites", []), key=lambda site: per_site.get(site, math.inf))
+    sites = tuple(SiteRow(name=s if s in named else "", accuracy=per_site.get(s)) for s in order)
+    draft = replace(draft_of(saved, made="trained"), results=method_rows(summary), sites=sites)
+    return put(shelf, draft, (run / "sigma.safetensors").read_bytes(), saved.study_yaml, private=private)
+
+
+def draft_of(saved: SavedSigma, *, made: str) -> Manifest:
+    """The manifest of a shift, without results and sites."""
+    study = StudyConfig.from_yaml(saved.study_yaml, where="the shift's study")
+    fingerprint = json.loads(saved.fingerprint_json)
+    return Manifest(
+        name=study.name,
+        version=0,
+        created="",
+        made=made,
+        backbone=study.backbone,
+        weights=str(fingerprint.get("weights", "")),
+        layout=str(fingerprint.get("layout", "")),
+        study=hashlib.sha256(saved.study_yaml.encode()).hexdigest(),
+        classes=study.classes,
+        rounds=saved.round,
+    )
+
+
+def load(version: Version) -> SavedSigma:
+    """The shift of a version.
+
+    Raises:
+        ArtefactError: it does not read; a verified version's does.
+    """
+    return load_shift(version.path)
+
+
+def put(shelf: Shelf, draft: Manifest, sigma: bytes, study_yaml: str, *, private: str = "") -> Version:
+    """Add a version with its study and its card."""
+    files = {
+        "sigma.safetensors": sigma,
+        "study.yaml": study_yaml.encode(),
+        "card.md": write_card(draft, study=study_yaml, private=private).encode(),
+    }
+    return shelf.add(draft, files)

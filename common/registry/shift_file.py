@@ -1,0 +1,170 @@
+"""The file that keeps a sigma shift: one safetensors file with its layout, fingerprint and study.
+
+The file holds one float32 tensor named `shift`; everything needed to apply it later (which weights it
+belongs to, which backbone it was trained on, which study made it) lies in the file's metadata as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedsigma.common.utils.files import write_atomic
+
+__all__ = ["ArtefactError", "SavedSigma", "load_shift", "save_shift", "to_bytes"]
+
+FORMAT = "fedsigma-shift-1"
+_TEXTS = ("layout", "fingerprint", "study")
+
+
+class ArtefactError(ValueError):
+    """A sigma file is missing, damaged, or not one of ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSigma:
+    """What a sigma file holds.
+
+    run is the key by which the sites find their personal values of this run; empty if they have none.
+
+    Shapes: shift (layout size,) float32.
+    """
+
+    shift: Tensor
+    layout_json: str
+    fingerprint_json: str
+    study_yaml: str
+    round: int
+    run: str = ""
+
+
+def save_shift(
+    path: Path,
+    shift: Tensor | np.ndarray,
+    *,
+    layout_json: str,
+    fingerprint_json: str,
+    study_yaml: str,
+    round: int,
+    run: str = "",
+) -> None:
+    """Write a sigma shift and all that is needed to apply it, atomically.
+
+    Shapes: shift (layout size,), any floating type; stored as float32.
+
+    Raises:
+        ArtefactError: the shift is not one-dimensional, is empty, or holds a value that is not finite.
+    """
+    write_atomic(
+        Path(path),
+        to_bytes(
+            SavedSigma(
+                shift=torch.as_tensor(shift),
+                layout_json=layout_json,
+                fingerprint_json=fingerprint_json,
+                study_yaml=study_yaml,
+                round=round,
+                run=run,
+            )
+        ),
+    )
+
+
+def to_bytes(saved: SavedSigma) -> bytes:
+    """The content of a sigma file.
+
+    Raises:
+        ArtefactError: the shift is not one-dimensional, is empty, or holds a value that is not finite.
+    """
+    tensor = saved.shift.detach().to("cpu", torch.float32).contiguous()
+    _check(tensor, "the shift to save")
+    metadata = {
+        "format": FORMAT,
+        "layout": saved.layout_json,
+        "fingerprint": saved.fingerprint_json,
+        "study": saved.study_yaml,
+        "round": str(int(saved.round)),
+    }
+    if saved.run:
+        metadata["run"] = saved.run
+    metadata["sha256"] = _digest(tensor, metadata)
+    return save({"shift": tensor}, metadata=metadata)
+
+
+def load_shift(path: Path) -> SavedSigma:
+    """Read a sigma file, or the `sigma.safetensors` inside a run folder.
+
+    Raises:
+        ArtefactError: there is no such file, it is damaged, or it is not a sigma file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "sigma.safetensors"
+    if not path.is_file():
+        raise ArtefactError(f"no sigma file at {path}: name a run folder or its sigma.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or list(file.keys()) != ["shift"]:
+                raise ArtefactError(
+                    f"{path} is a safetensors file but not a sigma file "
+                    f"(format {metadata.get('format')!r}, expected {FORMAT!r}): name the one a run wrote"
+                )
+            shift = file.get_tensor("shift")
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} cannot be read ({error}): copy it again from the run folder") from error
+    _check(shift, str(path))
+    told = metadata.pop("sha256", "")
+    # Files of before there was a digest have none.
+    if told and told != _digest(shift, metadata):
+        raise ArtefactError(f"{path} was changed or damaged since it was written: copy it again")
+    run = metadata.get("run", "")
+    return SavedSigma(shift=shift, round=_round(path, metadata), run=run, **_texts(path, metadata))
+
+
+def _digest(shift: Tensor, metadata: dict[str, str]) -> str:
+    """SHA-256 of all that a file says; it finds damage, and no one who can write a file is kept from it."""
+    whole = hashlib.sha256(shift.numpy().tobytes())
+    for key, text in sorted(metadata.items()):
+        whole.update(f"{len(key)}:{key}{len(text.encode())}:{text}".encode())
+    return whole.hexdigest()
+
+
+def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    missing = [key for key in _TEXTS if key not in metadata]
+    if missing:
+        raise ArtefactError(f"{path} lacks {', '.join(missing)} in its metadata: it cannot be applied safely")
+    for key in ("layout", "fingerprint"):
+        try:
+            json.loads(metadata[key])
+        except json.JSONDecodeError as error:
+            raise ArtefactError(f"{path}: its {key} is not valid JSON ({error})") from error
+    return {
+        "layout_json": metadata["layout"],
+        "fingerprint_json": metadata["fingerprint"],
+        "study_yaml": metadata["study"],
+    }
+
+
+def _round(path: Path, metadata: dict[str, str]) -> int:
+    text = metadata.get("round", "")
+    if not text.isdecimal():
+        raise ArtefactError(f"{path}: its round is {text!r}, expected a whole number")
+    return int(text)
+
+
+def _check(shift: Tensor, what: str) -> None:
+    if shift.ndim != 1 or shift.numel() == 0 or shift.dtype != torch.float32:
+        raise ArtefactError(
+            f"{what} has shape {tuple(shift.shape)} and type {shift.dtype}, expected a float32 vector"
+        )
+    if not bool(torch.isfinite(shift).all()):
+        raise ArtefactError(f"{what} holds values that are not finite: the training that made it diverged")

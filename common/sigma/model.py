@@ -1,0 +1,270 @@
+"""The adapter: W(d) = W0 + U diag(d) V^T on a model's own modules, by `torch.nn.utils.parametrize`."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fedsigma.common.sigma.architectures import find_layout
+from fedsigma.common.sigma.autograd import Block, Factored, Shifted, autocast_dtype, cheaper_factored
+from fedsigma.common.sigma.basis import Basis, Progress, cached_basis
+from fedsigma.common.sigma.layout import Entry, LayoutError, Selection
+from fedsigma.common.sigma.per_sample import Refused, Separation, plain_linear
+
+
+def default_cache_dir() -> Path:
+    """Where bases are cached: $FEDSIGMA_CACHE, or else the user's cache directory."""
+    if chosen := os.environ.get("FEDSIGMA_CACHE"):
+        return Path(chosen)
+    import platformdirs  # here, so that the method itself needs torch and safetensors only
+
+    return Path(platformdirs.user_cache_dir("fedsigma")) / "bases"
+
+
+class SigmaParametrization(nn.Module):
+    """Adds the shift's matrix to one (perhaps packed) weight.
+
+    The flat shift belongs to the SigmaModel and is not registered here, so that the wrapped model's
+    parameters and state stay its own.
+    """
+
+    u0: Tensor
+    s0: Tensor
+    vh0: Tensor
+
+    def __init__(self, entries: list[Entry], basis: Basis, shift: nn.Parameter) -> None:
+        super().__init__()
+        self.entries = entries
+        self.start, self.stop = entries[0].offset, entries[-1].offset + entries[-1].size
+        self._shift = (shift,)
+        self._accumulating = False
+        self.separated = False
+        """Whether the layer computes with parts of the weight, and must not use the whole."""
+        self._shared: dict[str, tuple[Tensor, Tensor]] = {}
+        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
+        for i, entry in enumerate(entries):
+            triple = basis.triples[number[entry.key]]
+            self.register_buffer(f"u{i}", triple.u, persistent=False)
+            self.register_buffer(f"s{i}", triple.s, persistent=False)
+            self.register_buffer(f"vh{i}", triple.vh, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The adapted weight, of the shape of `weight`; in `SigmaModel.separating` a stand-in for it."""
+        if self.separated:
+            return Refused.apply(weight, self.values)
+        return self._once("weight", partial(self._adapted, weight))
+
+    def accumulate(self, owner: nn.Module) -> None:
+        """From here on compute what is adapted once, as a leaf on which gradients accumulate.
+
+        Args:
+            owner: the module whose weight this is. If it is a plain linear layer that costs less factored
+                than dense, its forward pass is until `release` the factored one.
+        """
+        self._accumulating = True
+        if plain_linear(owner) and self.factored(owner):
+            owner.__dict__["forward"] = partial(self._linear, owner.bias)
+
+    def factored(self, owner: nn.Linear) -> bool:
+        """Whether a linear layer costs less by U and V^T than by the dense weight."""
+        rows, columns = owner.out_features, owner.in_features
+        return [e.rows for e in self.entries] == [(0, rows)] and cheaper_factored(rows, columns)
+
+    def release(self, owner: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """End `accumulate`: what was adapted, and the gradient accumulated on it where there is one."""
+        owner.__dict__.pop("forward", None)
+        shared, self._shared, self._cast, self._accumulating = self._shared, {}, {}, False
+        return [(value, leaf.grad) for value, leaf in shared.values() if leaf.grad is not None]
+
+    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        if not self._accumulating:
+            return compute()
+        if name not in self._shared:
+            with torch.enable_grad():
+                value = compute()
+            self._shared[name] = value, value.detach().requires_grad_()
+        return self._shared[name][1]
+
+    def _adapted(self, weight: Tensor) -> Tensor:
+        return Shifted.apply(weight, self.values, self.blocks)
+
+    @property
+    def values(self) -> Tensor:
+        """The shift's part for this weight."""
+        return self._shift[0][self.start : self.stop]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The adapted row blocks, as `Shifted` takes them."""
+        return [
+            (
+                entry.rows,
+                (entry.offset - self.start, entry.offset - self.start + entry.size),
+                getattr(self, f"u{i}"),
+                getattr(self, f"vh{i}"),
+            )
+            for i, entry in enumerate(self.entries)
+        ]
+
+    def _linear(self, bias: Tensor | None, x: Tensor) -> Tensor:
+        s = self._once("s", lambda: self.s0 + self.values)
+        dtype = autocast_dtype(x)
+        if dtype not in self._cast:
+            self._cast[dtype] = self.u0.to(dtype), self.vh0.to(dtype)
+        return Factored.apply(x, s, *self._cast[dtype], bias)
+
+
+def _owner(model: nn.Module, weight: str) -> tuple[nn.Module, str]:
+    path, _, name = weight.rpartition(".")
+    return model.get_submodule(path), name
+
+
+class SigmaModel:
+    """An open_clip model whose only trainable tensor is the flat sigma shift.
+
+    Attributes:
+        model: the wrapped model; its forward code is untouched and its other parameters are frozen.
+        shift: the one trainable parameter, float32 (layout.size,).
+        layout: what each value belongs to.
+        fingerprint: of the backbone and its basis.
+        basis: the frozen singular vectors, memory-mapped where they come from the cache.
+    """
+
+    def __init__(self, model: nn.Module, basis: Basis) -> None:
+        self.model, self.layout, self.fingerprint = model, basis.layout, basis.fingerprint
+        self.basis = basis
+        device = next(model.parameters()).device
+        model.requires_grad_(False)
+        self.shift = nn.Parameter(torch.zeros(self.layout.size, device=device))
+        by_weight: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.layout.entries:
+            by_weight[entry.weight].append(entry)
+        self._weights = list(by_weight)
+        self._adapted: list[tuple[nn.Module, SigmaParametrization]] = []
+        for weight, entries in by_weight.items():
+            module, name = _owner(model, weight)
+            parametrization = SigmaParametrization(entries, basis, self.shift).to(device)
+            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+            self._adapted.append((module, parametrization))
+
+    @classmethod
+    def adapt(
+        cls,
+        model: nn.Module,
+        selection: Selection | None = None,
+        *,
+        cache_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> SigmaModel:
+        """Adapt a plain open_clip model in place.
+
+        Args:
+            model: loaded by open_clip, float32.
+            selection: what to adapt; everything by default.
+            cache_dir: where bases are cached; the user's cache directory by default.
+            progress: called with (done, all) while a basis is computed.
+
+        Raises:
+            LayoutError: the model or the selection has nothing to adapt, or the model is adapted already.
+            BasisError: the cached basis is damaged.
+        """
+        if any(parametrize.is_parametrized(m) for m in model.modules()):
+            raise LayoutError("this model is adapted already: load the backbone anew or merge it first")
+        layout = find_layout(model, selection)
+        return cls(model, cached_basis(model, layout, cache_dir or default_cache_dir(), progress=progress))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors: the shift alone."""
+        return [self.shift]
+
+    def get_shift(self) -> Tensor:
+        """A copy of the shift, float32 (layout.size,) on the CPU."""
+        return self.shift.detach().to("cpu", torch.float32).clone()
+
+    def set_shift(self, shift: Tensor) -> None:
+        """Replace the shift.
+
+        Raises:
+            LayoutError: wrong length, or a value that is not finite.
+        """
+        if shift.shape != self.shift.shape:
+            raise LayoutError(
+                f"the shift has {tuple(shift.shape)} values, this layout has {self.layout.size}: "
+                "it belongs to another backbone or selection"
+            )
+        if not torch.isfinite(shift).all():
+            raise LayoutError("the shift has a value that is not finite: it cannot be applied")
+        with torch.no_grad():
+            self.shift.copy_(shift)
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """Inference at the plain model's cost: each adapted weight is computed once, no gradients."""
+        with torch.no_grad(), parametrize.cached():
+            yield self.model
+
+    @contextmanager
+    def accumulating(self) -> Iterator[nn.Module]:
+        """Any number of forward and backward passes for which each adapted weight is computed once.
+
+        Gradients accumulate on the adapted weights and are added to the shift's when the block ends. So a
+        batch can go through the model in parts, without the activations of all being held at once, and the
+        gradient is that of the whole. If the block raises, the shift's gradient stays as it was.
+
+        Linear layers much longer than wide, or the reverse, are computed factored meanwhile: their outputs
+        differ from those outside of the block by rounding.
+        """
+        for module, parametrization in self._adapted:
+            parametrization.accumulate(module)
+        try:
+            yield self.model
+        finally:
+            pairs = [
+                pair for module, parametrization in self._adapted for pair in parametrization.release(module)
+            ]
+        if pairs:
+            torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
+
+    @contextmanager
+    def separating(self) -> Iterator[Separation]:
+        """Forward and backward passes that give the shift's gradient of each example by itself.
+
+        See `Separation` for how to go about it. The shift's own gradient is left alone.
+        """
+        separation = Separation(self._adapted, self.layout.size, self.shift.device)
+        try:
+            yield separation
+        finally:
+            separation.end()
+
+    def to(self, device: torch.device | str) -> SigmaModel:
+        """Move the model, its basis and the shift."""
+        self.model.to(device)
+        self.shift.data = self.shift.data.to(device)
+        return self
+
+    def merge(self) -> nn.Module:
+        """Fold the shift into the weights and return the plain model; this object is then spent."""
+        with torch.no_grad():
+            for weight in self._weights:
+                module, name = _owner(self.model, weight)
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        self._weights, self._adapted = [], []
+        return self.model
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and return the model with its pretrained weights."""
+        for weight in self._weights:
+            module, name = _owner(self.model, weight)
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        self._weights, self._adapted = [], []
+        return self.model

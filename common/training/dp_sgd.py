@@ -1,0 +1,206 @@
+"""Differentially private training: DP-SGD on the sigma shift, which hides an image or a group of images.
+
+Each step takes a Poisson sample, clips what each image or group adds, and adds Gaussian noise to the sum
+(Abadi et al. 2016, arXiv:1607.00133, algorithm 1). Whatever the optimiser does afterwards costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedsigma.common.config.training import Recipe
+from fedsigma.common.privacy.accounting import PrivacyConfig, sampling_rate
+from fedsigma.common.privacy.noise import Randomness
+from fedsigma.common.sigma import NotSeparable
+from fedsigma.common.training.loop import (
+    Example,
+    Task,
+    TrainingError,
+    accumulate_gradient,
+    augmenter,
+    autocast,
+    training_attention,
+)
+
+__all__ = ["PrivateGradient", "clipped", "example_gradients", "units_of"]
+
+log = logging.getLogger("fedsigma.private")
+# Rounding in bfloat16 moves a gradient by a few hundredths of its length; mixed-up examples by its whole.
+_SAME = 0.2
+
+
+def units_of(examples: Sequence[Example], level: str) -> list[list[int]]:
+    """The examples that are hidden together, as lists of their numbers: each by itself, or each group.
+
+    Raises:
+        TrainingError: groups are asked for, and an example has none: nobody knows whose it is.
+    """
+    if level == "image":
+        return [[i] for i in range(len(examples))]
+    groups: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        group = getattr(example, "group", None)
+        if group is None:
+            raise TrainingError(
+                "privacy.level is 'group', and a picture has no group: give the data source's group column,"
+                " or hide single pictures with level: image"
+            )
+        groups.setdefault(group, []).append(i)
+    return list(groups.values())
+
+
+def clipped(gradients: Tensor, norm: float) -> Tensor:
+    """The sum of gradients (n, values), each shortened to a length of at most `norm`: (values,), float32.
+
+    One that is not finite counts as zero, so that no input can lift the bound; nor can rounding, for which a
+    millionth is kept back.
+    """
+    lengths = gradients.norm(dim=1)
+    norm *= 1 - 1e-6
+    factors = (norm / lengths.clamp_min(norm)).nan_to_num(0.0, 0.0, 0.0)
+    finite = torch.isfinite(lengths)
+    return factors[finite] @ gradients[finite]
+
+
+def example_gradients(
+    task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto"
+) -> Iterator[Tensor]:
+    """The gradient of each example's cross-entropy by the task's shift, `task.micro_batch` at a time.
+
+    Both towers count: each example has prompts of its own in the text tower, since the features of shared
+    ones would mix what the examples do to it. So the text tower costs as much as for images times classes
+    prompts.
+
+    Args:
+        task: whose shift is trained.
+        images: uint8 (n, 3, size, size).
+        labels: class numbers (n,).
+        precision: "auto", "float32" or "bfloat16".
+
+    Yields:
+        (m, shift size) float32, in the order of the images.
+
+    Raises:
+        NotSeparable: the model does not allow it; `by_the_loop` does for any.
+    """
+    model, device = task.backbone.model, task.device
+    with (
+        task.sigma.separating() as separation,
+        training_attention(model, precision, device, separation.project),
+    ):
+        for part, truth in zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True):
+            separation.start(len(part))
+            with autocast(precision, device):
+                image, text = task.image_features(part), task.text_features(len(part))
+                logits = task.logits(image, text) if text.ndim == 2 else task.own_logits(image, text)
+            F.cross_entropy(logits, truth.to(device), reduction="sum").backward()
+            yield separation.gradients()
+
+
+def by_the_loop(task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto") -> Iterator[Tensor]:
+    """As `example_gradients`, with one backward pass an example: slow, and right for any model."""
+    shift = task.sigma.shift
+    kept, shift.grad = shift.grad, None
+    try:
+        for image, label in zip(images, labels, strict=True):
+            accumulate_gradient(task, image[None], label[None], precision=precision)
+            yield torch.zeros_like(shift)[None] if shift.grad is None else shift.grad[None]
+            shift.grad = None
+    finally:
+        shift.grad = kept
+
+
+def separable(task: Task, *, precision: str = "auto") -> bool:
+    """Whether `example_gradients` gives what the loop gives, tried on two pictures of noise.
+
+    On noise, and not on a site's pictures: how long a site takes must not depend on them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, task.size, task.size), generator=generator).to(torch.uint8)
+    labels = torch.tensor([0, 1])
+    try:
+        fast = torch.cat(list(example_gradients(task, images, labels, precision=precision)))
+    except NotSeparable as reason:
+        log.warning("private training of this backbone takes one pass an example: %s", reason)
+        return False
+    slow = torch.cat(list(by_the_loop(task, images, labels, precision=precision)))
+    apart = ((fast - slow).norm(dim=1) / slow.norm(dim=1).clamp_min(1e-12)).max().item()
+    if not apart < _SAME:
+        log.warning("private training of this backbone takes one pass an example: %.2f apart", apart)
+    return apart < _SAME
+
+
+class PrivateGradient:
+    """One private step's gradient after another, for `train`.
+
+    Args:
+        task: whose shift is trained.
+        examples: of the site.
+        recipe: its batch_size is the number of images that a sample has on average.
+        privacy: level `image` or `group`.
+        randomness: of samples and noise; secret and never repeated by default.
+
+    Raises:
+        TrainingError: see `units_of`, or no example.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        examples: Sequence[Example],
+        recipe: Recipe,
+        privacy: PrivacyConfig,
+        randomness: Randomness | None = None,
+    ) -> None:
+        if not examples:
+            raise TrainingError("no training example: the site has no labelled image of the study's classes")
+        self._task, self._examples, self._recipe, self._privacy = task, examples, recipe, privacy
+        self._augment = augmenter(task, recipe)
+        self.units = units_of(examples, privacy.level)
+        self.rate = sampling_rate(len(examples), recipe.batch_size)
+        self._random = randomness or Randomness()
+        if recipe.precision not in task.separable:
+            task.separable[recipe.precision] = separable(task, precision=recipe.precision)
+        self._gradients = example_gradients if task.separable[recipe.precision] else by_the_loop
+
+    def __call__(self) -> float:
+        """Set the shift's gradient to the noisy mean of the clipped ones; the loss stays untold (nan)."""
+        shift, privacy = self._task.sigma.shift, self._privacy
+        chosen = [self.units[i] for i in self._random.sample(len(self.units), self.rate)]
+        total = self._sum(chosen).to(torch.float64).cpu()
+        noise = torch.from_numpy(self._random.normal(shift.numel()))
+        total += privacy.noise_multiplier * privacy.clip_norm * noise
+        # By what is expected to be drawn, not by what was: that number is a secret, too.
+        shift.grad = (total / (self.rate * len(self.units))).to(shift)
+        return math.nan
+
+    def _sum(self, units: Sequence[Sequence[int]]) -> Tensor:
+        """The sum of each unit's clipped gradient, which is the mean of its images'."""
+        task = self._task
+        total = torch.zeros_like(task.sigma.shift, requires_grad=False)
+        numbers = [i for unit in units for i in unit]
+        if not numbers:
+            return total
+        images = torch.stack([self._augment(self._examples[i].image) for i in numbers])
+        labels = torch.tensor([self._examples[i].label for i in numbers])
+        owners = torch.tensor([owner for owner, unit in enumerate(units) for _ in unit], device=task.device)
+        shares = torch.tensor([1 / len(unit) for unit in units for _ in unit], device=task.device)
+        carried, start = torch.zeros(1, len(total), device=task.device), 0
+        for rows in self._gradients(task, images, labels, precision=self._recipe.precision):
+            stop = start + len(rows)
+            owner = owners[start:stop] - owners[start]
+            sums = torch.zeros(int(owner[-1]) + 1, len(total), device=task.device)
+            sums.index_add_(0, owner, rows * shares[start:stop, None])
+            sums[0] += carried[0]
+            # The last unit may have images in the next part, too.
+            open_unit = stop < len(owners) and owners[stop] == owners[stop - 1]
+            whole = len(sums) - int(open_unit)
+            total += clipped(sums[:whole], self._privacy.clip_norm)
+            carried, start = (sums[-1:] if open_unit else torch.zeros_like(carried)), stop
+        return total

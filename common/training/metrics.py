@@ -1,0 +1,111 @@
+"""Metrics of a classification, named as the field names them; computed by torchmetrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_auroc,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+)
+
+from fedsigma.common.config.constants import METRICS
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities (n, classes) and true labels (n,) of n images.
+
+    Raises:
+        ValueError: shapes that do not fit, or a label outside the classes.
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.probabilities.ndim != 2 or self.labels.shape != self.probabilities.shape[:1]:
+            raise ValueError(
+                f"probabilities {tuple(self.probabilities.shape)} and labels {tuple(self.labels.shape)} "
+                "do not fit: expected (n, classes) and (n,)"
+            )
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.classes:
+            raise ValueError(f"a label lies outside 0..{self.classes - 1}")
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.probabilities.shape[1]
+
+    @staticmethod
+    def join(parts: Sequence[Predictions]) -> Predictions:
+        """The pooled predictions of several sites."""
+        return Predictions(torch.cat([p.probabilities for p in parts]), torch.cat([p.labels for p in parts]))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of one set of images; a metric that is not defined there is None.
+
+    accuracy, balanced_accuracy (mean recall), f1 (macro) and auroc (macro, one against the rest) are in
+    0..1 and taken over the classes that occur; auroc needs two. ece is the expected calibration error of
+    the largest probability in 15 bins. confusion is (classes, classes): rows true, columns predicted.
+    """
+
+    examples: int
+    accuracy: float | None
+    balanced_accuracy: float | None
+    auroc: float | None
+    f1: float | None
+    ece: float | None
+    confusion: Tensor
+
+    def scalars(self) -> dict[str, float]:
+        """The defined metrics by name, and `examples`."""
+        found = {name: value for name in METRICS if (value := getattr(self, name)) is not None}
+        return {**found, "examples": float(self.examples)}
+
+
+def _mean(values: Tensor, chosen: Tensor) -> float | None:
+    kept = values[chosen]
+    mean = float(kept.mean()) if len(kept) else math.nan
+    return None if math.isnan(mean) else mean
+
+
+def score(predictions: Predictions) -> Scores:
+    """All metrics of a set of predictions."""
+    p, y, k = predictions.probabilities.float(), predictions.labels, predictions.classes
+    if not len(y):
+        return Scores(0, None, None, None, None, None, torch.zeros(k, k, dtype=torch.long))
+    if k == 1:
+        return Scores(len(y), 1.0, 1.0, None, 1.0, float(1 - p.mean()), torch.tensor([[len(y)]]))
+    confusion = multiclass_confusion_matrix(p, y, k)
+    present = confusion.sum(1) > 0
+    recall = multiclass_accuracy(p, y, k, average=None)
+    f1 = multiclass_f1_score(p, y, k, average=None)
+    # A class that never occurs, or the only one that does, has no curve.
+    auroc = None
+    if int(present.sum()) > 1:
+        curves = [
+            multiclass_auroc(torch.stack([1 - p[:, c], p[:, c]], 1), (y == c).long(), 2, average=None)[1]
+            for c in present.nonzero().flatten().tolist()
+        ]
+        auroc = float(torch.stack(curves).mean())
+    return Scores(
+        examples=len(y),
+        accuracy=float((p.argmax(1) == y).float().mean()),
+        balanced_accuracy=_mean(recall, present),
+        auroc=auroc,
+        f1=_mean(f1, present),
+        ece=float(multiclass_calibration_error(p, y, k, n_bins=ECE_BINS, norm="l1")),
+        confusion=confusion,
+    )

@@ -1,0 +1,242 @@
+"""What a site and the server do with a model: train a sigma shift on images, and judge one.
+
+A `Learner` holds one backbone with its basis, for one list of classes. Building one takes seconds, so each
+process keeps those it has built; the shift is handed in and out, and nothing of a call stays behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsigma.common.config.study import PersonalConfig, PrivacyConfig, SigmaConfig, TrainingConfig
+from fedsigma.common.training.memory import give_back
+
+if TYPE_CHECKING:
+    from fedsigma.common.explain import Explainer
+    from fedsigma.common.sigma import Fingerprint, Layout, SigmaModel, Split
+
+__all__ = ["Judged", "Learned", "Learner", "open_learner", "seed_for"]
+
+Vector = NDArray[np.float32]
+NO_PRIVACY = PrivacyConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What training gave. Shapes: shift (layout size,) float32. loss: mean cross-entropy of the steps,
+    nan where training is private."""
+
+    shift: Vector
+    loss: float
+    steps: int
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """How a shift did: the scalar metrics by name, and `examples`, their number.
+
+    confusion: images by true class (rows) and predicted class (columns), row by row.
+    """
+
+    scores: dict[str, float]
+    confusion: tuple[int, ...]
+
+
+class Learner(Protocol):
+    """The seam between the federation and the method."""
+
+    layout: Layout
+    fingerprint: Fingerprint
+
+    def split(self, personal: PersonalConfig | None) -> Split:
+        """Which values of the layout are shared where these are personal."""
+        ...
+
+    parameters: int
+    """How many values the backbone has, as it came."""
+
+    side: int
+    """Images are loaded with their shorter side at most this long, in pixels."""
+
+    def train(
+        self,
+        shift: Vector,
+        examples: Sequence[Any],
+        recipe: TrainingConfig,
+        *,
+        first_step: int,
+        steps: int,
+        total_steps: int,
+        seed: int,
+        privacy: PrivacyConfig = NO_PRIVACY,
+    ) -> Learned:
+        """Train from `shift` on these examples; first_step and total_steps place it in the schedule.
+
+        Where privacy is to be kept in training, nothing of what is returned depends on them otherwise than
+        through noise, but their number.
+        """
+        ...
+
+    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> Judged:
+        """Judge `shift` on these examples."""
+        ...
+
+    def explain(self, shift: Vector, *, heads: int = 8, words: int = 5) -> list[dict[str, Any]]:
+        """What a shift changed, in words: a row for each of the heads that changed most.
+
+        The first takes the text tower's time for all descriptions, each further one next to none.
+
+        Raises:
+            ExplainError: it cannot be told by heads.
+        """
+        ...
+
+
+class SigmaLearner:
+    """The learner of the real method."""
+
+    def __init__(
+        self, backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
+    ) -> None:
+        # torch and open_clip take seconds to import; a server that only reads settings need not pay.
+        from fedsigma.common.backbones import load_backbone
+        from fedsigma.common.sigma import Selection, SigmaModel
+        from fedsigma.common.training.loop import Task
+
+        loaded = load_backbone(backbone)
+        self.parameters = sum(weight.numel() for weight in loaded.model.parameters())
+        selection = Selection(towers=sigma.towers, layers=sigma.layers, parts=sigma.parts)
+        self.sigma = SigmaModel.adapt(loaded.model, selection)
+        self.task = Task(loaded, self.sigma, prompts)
+        self.layout: Layout = self.sigma.layout
+        self.fingerprint: Fingerprint = self.sigma.fingerprint
+        self._splits: dict[PersonalConfig | None, Split] = {}
+        self._explainer: Explainer | None = None
+        # Room for random crops without keeping full-size images in memory.
+        self.side = loaded.image_size * 3 // 2
+        give_back()  # the random weights that the loaded ones took the place of
+
+    def train(
+        self,
+        shift: Vector,
+        examples: Sequence[Any],
+        recipe: TrainingConfig,
+        *,
+        first_step: int,
+        steps: int,
+        total_steps: int,
+        seed: int,
+        privacy: PrivacyConfig = NO_PRIVACY,
+    ) -> Learned:
+        """See `Learner.train`."""
+        from fedsigma.common.training.dp_sgd import PrivateGradient
+        from fedsigma.common.training.loop import train
+
+        self._set(shift)
+        gradient = PrivateGradient(self.task, examples, recipe, privacy) if privacy.in_training else None
+        result = train(
+            self.task,
+            list(examples),
+            recipe,
+            first_step=first_step,
+            steps=steps,
+            total_steps=total_steps,
+            seed=seed,
+            gradient=gradient,
+        )
+        trained = self.sigma.get_shift().detach().cpu().numpy().astype(np.float32)
+        give_back()
+        return Learned(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
+
+    def split(self, personal: PersonalConfig | None) -> Split:
+        """See `Learner.split`."""
+        if personal not in self._splits:
+            self._splits[personal] = split_of(self.sigma, personal)
+        return self._splits[personal]
+
+    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> Judged:
+        """See `Learner.evaluate`."""
+        from fedsigma.common.training.loop import evaluate
+        from fedsigma.common.training.metrics import score
+
+        self._set(shift)
+        found = score(evaluate(self.task, list(examples)))
+        give_back()
+        scores = found.scalars()
+        if "accuracy" in scores:
+            # torch counts in float32; right answers over images is a fraction that float64 holds better.
+            scores["accuracy"] = round(scores["accuracy"] * len(examples)) / len(examples)
+        return Judged(scores=scores, confusion=tuple(found.confusion.flatten().tolist()))
+
+    def explain(self, shift: Vector, *, heads: int = 8, words: int = 5) -> list[dict[str, Any]]:
+        """See `Learner.explain`."""
+        import torch
+
+        from fedsigma.common.explain import Phrases
+        from fedsigma.common.explain.report import explainer, to_rows
+
+        if self._explainer is None:
+            self._explainer = explainer(self.task.backbone, self.sigma, Phrases.bundled())
+        return to_rows(self._explainer.explain(torch.from_numpy(shift), heads=heads, words=words))
+
+    def _set(self, shift: Vector) -> None:
+        import torch
+
+        self.sigma.set_shift(torch.from_numpy(np.array(shift, dtype=np.float32)))
+
+
+def split_of(sigma: SigmaModel, personal: PersonalConfig | None) -> Split:
+    """Which values of an adapted model's shift are shared where these are personal.
+
+    Raises:
+        LayoutError: all or nothing of what is adapted is personal.
+    """
+    from fedsigma.common.sigma import LayoutError, Selection, Split, find_layout
+
+    if personal is None:
+        return Split(sigma.layout)
+    chosen = Selection(towers=personal.towers, layers=personal.layers, parts=personal.parts)
+    try:
+        return Split(sigma.layout, frozenset(entry.key for entry in find_layout(sigma.model, chosen).entries))
+    except LayoutError as error:
+        raise LayoutError(f"personal is {personal}: {error}") from error
+
+
+@lru_cache(maxsize=2)
+def _built(
+    build: Callable[..., Learner],
+    backbone: str,
+    sigma: SigmaConfig,
+    classes: tuple[str, ...],
+    prompts: tuple[str, ...],
+) -> Learner:
+    return build(backbone, sigma, classes, prompts)
+
+
+builder: Callable[..., Learner] = SigmaLearner
+"""Builds a learner from backbone, selection, classes and prompts; tests put a small one here."""
+
+
+def open_learner(
+    backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
+) -> Learner:
+    """Return the learner for this backbone and these classes, building it at most once per process."""
+    return _built(builder, backbone, sigma, classes, prompts)
+
+
+def seed_for(seed: int, *place: str | int) -> int:
+    """Derive the seed of one piece of work, such as a site's training in one round, from the study's.
+
+    Sites must not share a seed (they would draw the same augmentations), and a resumed run must draw what
+    the interrupted one would have drawn.
+    """
+    text = ":".join(str(part) for part in (seed, *place))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,190 @@
+"""A sigma shift as bytes on the wire, and back.
+
+A coded shift is a fixed header and a payload. The header says which coding level made the payload, how many
+values it holds and for which layout, and carries a checksum over everything else, so that decoding is total:
+any bytes give either the shift or a `CodecError`, and no more memory is used than for one shift.
+
+Header, little endian, 52 bytes: magic `FSIG`, version (1 byte), level (1 byte), two zero bytes, number of
+values (4), length of the payload (4), layout digest (32), CRC-32 of all bytes but itself (4).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsigma.common.config.constants import CODECS
+from fedsigma.common.wire import quantization
+
+if TYPE_CHECKING:
+    from fedsigma.common.sigma import Layout
+
+__all__ = ["HEADER_BYTES", "MAX_VALUES", "CodecError", "decode", "download_level", "encode"]
+
+MAGIC = b"FSIG"
+VERSION = 3
+# Far above any backbone's layout (about 100,000 values); bounds the memory that a header can ask for.
+MAX_VALUES = 1_000_000
+_HEADER = struct.Struct("<4sBBHII32s")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+
+Vector = NDArray[np.float32]
+Blocks = tuple[int, ...]
+
+
+class CodecError(ValueError):
+    """Bytes are not a coded sigma shift of the expected layout, or a shift cannot be coded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One way of coding: pack turns float32 values into a payload, unpack turns it back.
+
+    blocks are the numbers of values of the layout's matrices. unpack raises `QuantiseError` for a payload
+    that it cannot read. download is the level in which the server sends the shift itself where the sites
+    send their changes in this one: a change may be coarser, for what it lacks comes with the next one.
+    """
+
+    number: int
+    pack: Callable[[Vector, Blocks, int], bytes]
+    unpack: Callable[[bytes, Blocks], Vector]
+    download: str
+
+
+def download_level(level: str) -> str:
+    """The level of the server's own messages in a study whose sites code in `level`."""
+    return LEVELS[level].download
+
+
+def encode(shift: NDArray[np.floating], layout: Layout, *, level: str = "exact", seed: int = 0) -> bytes:
+    """Code a sigma shift, or a change of one.
+
+    Shapes: shift (layout size,), any floating type.
+
+    Args:
+        shift: the values.
+        layout: which matrices they belong to.
+        level: one of `CODECS`.
+        seed: of the rounding, for the levels that round at random; each message should have its own.
+
+    Raises:
+        CodecError: the level is not known, the shift is not of this layout, or a value cannot be coded.
+    """
+    if level not in LEVELS:
+        raise CodecError(f"codec level '{level}' is not known: known are {', '.join(LEVELS)}")
+    vector = np.ascontiguousarray(shift, dtype=np.float32)
+    if vector.shape != (layout.size,) or vector.size > MAX_VALUES:
+        raise CodecError(f"a shift of shape {vector.shape} cannot be coded, expected ({layout.size},)")
+    if not bool(np.isfinite(vector).all()):
+        raise CodecError("the shift holds a value that is not finite: lower the learning rate")
+    known = LEVELS[level]
+    try:
+        payload = known.pack(vector, layout.blocks, seed)
+    except quantization.QuantiseError as error:
+        raise CodecError(str(error)) from error
+    digest = bytes.fromhex(layout.digest)
+    header = _HEADER.pack(MAGIC, VERSION, known.number, 0, vector.size, len(payload), digest)
+    return header + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) + payload
+
+
+def decode(data: bytes, layout: Layout, *, level: str | None = None) -> Vector:
+    """Decode a sigma shift of a known layout.
+
+    Shapes: returns (layout size,), float32, writable.
+
+    Args:
+        data: the coded shift.
+        layout: what it must be of.
+        level: the only coding level to accept; None accepts every known one.
+
+    Raises:
+        CodecError: the bytes are cut, damaged, of another version, level, layout or length.
+    """
+    number, payload = _payload(data, layout)
+    name = next((name for name, known in LEVELS.items() if known.number == number), None)
+    if name is None or level not in (None, name):
+        raise CodecError(
+            f"the coding level {number} is not '{level}'" if level else f"unknown level {number}"
+        )
+    try:
+        vector = LEVELS[name].unpack(payload, layout.blocks)
+    except quantization.QuantiseError as error:
+        raise CodecError(str(error)) from error
+    if not bool(np.isfinite(vector).all()):
+        raise CodecError("the shift holds a value that is not finite")
+    return vector
+
+
+def _payload(data: bytes, layout: Layout) -> tuple[int, bytes]:
+    """The level's number and the payload of a message whose header is in order."""
+    if not isinstance(data, bytes) or len(data) < HEADER_BYTES:
+        raise CodecError("the coded shift is shorter than its header")
+    magic, version, number, reserved, values, length, digest = _HEADER.unpack_from(data)
+    if magic != MAGIC or reserved != 0:
+        raise CodecError("these bytes are not a coded shift")
+    if version != VERSION:
+        raise CodecError(
+            f"the shift is coded in version {version}, this FedSigma reads version {VERSION}:"
+            " both sides must run the same FedSigma"
+        )
+    payload = data[HEADER_BYTES:]
+    if len(payload) != length:
+        raise CodecError(f"the payload has {len(payload)} bytes, its header says {length}")
+    (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
+    if checksum != zlib.crc32(payload, zlib.crc32(data[: _HEADER.size])):
+        raise CodecError("the checksum does not fit: the bytes were damaged on the way")
+    if digest.hex() != layout.digest:
+        raise CodecError(
+            f"the shift is of layout {digest.hex()[:12]}, this study has {layout.digest[:12]}:"
+            " the backbone or the selection of weights differs"
+        )
+    if values != layout.size:
+        raise CodecError(f"the shift has {values} values, this study's layout has {layout.size}")
+    return number, payload
+
+
+def _pack_exact(vector: Vector, blocks: Blocks, seed: int) -> bytes:
+    return vector.astype("<f4").tobytes()
+
+
+def _unpack_exact(payload: bytes, blocks: Blocks) -> Vector:
+    values = sum(blocks)
+    if len(payload) != 4 * values:
+        raise quantization.QuantiseError(
+            f"the payload has {len(payload)} bytes, {values} float32 values take {4 * values}"
+        )
+    # A copy in native byte order: frombuffer's view is read-only.
+    return np.frombuffer(payload, dtype="<f4").astype(np.float32)
+
+
+def _pack_small(vector: Vector, blocks: Blocks, seed: int) -> bytes:
+    most = int(vector.size * SMALL_BITS / 8) + SMALL_ROOM
+    return quantization.pack(vector, blocks, seed, fraction=SMALL_STEP, most_bytes=most)
+
+
+SMALL_BITS = 2.78
+"""Bits a value that the integers of the level small take at most; steps grow until they fit."""
+SMALL_ROOM = 64
+"""Bytes beside that, which matter for the shortest layouts only."""
+SMALL_STEP = 0.4
+"""Its step, as a share of a matrix's root mean square, where that fits."""
+
+LEVELS: dict[str, Level] = {
+    "exact": Level(number=1, pack=_pack_exact, unpack=_unpack_exact, download="exact"),
+    "half": Level(
+        number=2,
+        pack=lambda vector, blocks, seed: quantization.pack_half(vector, blocks),
+        unpack=quantization.unpack_half,
+        download="half",
+    ),
+    "int8": Level(number=3, pack=quantization.pack, unpack=quantization.unpack, download="int8"),
+    "small": Level(number=4, pack=_pack_small, unpack=quantization.unpack, download="int8"),
+}
+assert tuple(LEVELS) == CODECS

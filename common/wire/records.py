@@ -1,0 +1,252 @@
+"""The messages between server and site, and the only place that knows how they lie in Flower's records.
+
+Each message is a small frozen dataclass of `messages`. `to_content` turns one into a Flower record and
+`from_content` turns a record back, or raises `ProtocolError`: the fields must be exactly those of the
+dataclass, each of its type and within its bounds. So a reply can carry nothing but what its dataclass names,
+whoever built it.
+"""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.wire.messages import (
+    LOSS_UNIT,
+    MASKED_COUNTS,
+    PROBLEMS,
+    EvaluateReply,
+    EvaluateTask,
+    Evaluation,
+    Hello,
+    HelloReply,
+    MaskedReply,
+    ProtocolError,
+    Setup,
+    TrainReply,
+    TrainTask,
+)
+
+__all__ = [
+    "HELLO",
+    "LOSS_UNIT",
+    "MASKED_COUNTS",
+    "MAX_REPLY_BYTES",
+    "PROBLEMS",
+    "PROTOCOL",
+    "EvaluateReply",
+    "EvaluateTask",
+    "Evaluation",
+    "Hello",
+    "HelloReply",
+    "MaskedReply",
+    "ProtocolError",
+    "Setup",
+    "TrainReply",
+    "TrainTask",
+    "fields_of",
+    "from_content",
+    "spoken_version",
+    "to_content",
+    "wire_bytes",
+]
+
+PROTOCOL = 8
+"""Version of the messages; both sides must have the same."""
+
+HELLO = "query.hello"
+"""Flower's message type of the handshake; training and evaluation use Flower's own types."""
+
+MAX_REPLY_BYTES = 4 * 1024 * 1024 + 65_536
+"""The most a reply may hold: the longest layout that is coded, and room for the rest."""
+
+MAX_TASK_BYTES = 15 * 1024 * 1024
+MAX_TEXT = 65_536
+
+_RECORD = "fedsigma"
+_KIND = "kind"
+
+T = TypeVar("T")
+
+
+_MESSAGES: dict[type, int] = {
+    Hello: MAX_TASK_BYTES,
+    HelloReply: MAX_REPLY_BYTES,
+    TrainTask: MAX_TASK_BYTES,
+    TrainReply: MAX_REPLY_BYTES,
+    MaskedReply: MAX_REPLY_BYTES,
+    EvaluateTask: MAX_TASK_BYTES,
+    EvaluateReply: MAX_REPLY_BYTES,
+}
+
+
+def to_content(message: object) -> RecordDict:
+    """Put a message into a Flower record.
+
+    Raises:
+        ProtocolError: it is not one of this module's messages, a value is not allowed, or it is too large.
+    """
+    if type(message) not in _MESSAGES:
+        raise ProtocolError(f"{type(message).__name__} is not a message: it must not be sent")
+    values = {_KIND: type(message).__name__, **_flatten(message)}
+    content = RecordDict({_RECORD: ConfigRecord(values)})
+    # Reading it back proves that the receiver will accept it, and that nothing but its fields went in.
+    from_content(type(message), content)
+    return content
+
+
+def from_content(cls: type[T], content: RecordDict) -> T:
+    """Read a message of an expected kind from a Flower record.
+
+    Raises:
+        ProtocolError: the record is of another kind, lacks a field or has one too many, or a value is not of
+            its field's type or bounds, or it is too large.
+    """
+    # Not by content.config_records, which Flower builds anew each time it is asked for.
+    if set(content.keys()) != {_RECORD} or not isinstance(content[_RECORD], ConfigRecord):
+        raise ProtocolError(f"the message holds other records than '{_RECORD}'")
+    values = fields_of(content)
+    size = wire_bytes(content)
+    if size > _MESSAGES[cls]:
+        raise ProtocolError(f"the message has {size} bytes, at most {_MESSAGES[cls]} are allowed")
+    kind = values.pop(_KIND, None)
+    if kind != cls.__name__:
+        raise ProtocolError(f"the message is not a {cls.__name__}")
+    message = _build(cls, values, "")
+    if values:
+        raise ProtocolError(f"the message has {len(values)} fields that a {cls.__name__} does not have")
+    return message
+
+
+def spoken_version(content: RecordDict) -> int | None:
+    """The version of the messages that an answer to the handshake names, if any; the rest may be anything."""
+    record = content.config_records.get(_RECORD)
+    version = None if record is None else record.get("protocol")
+    return version if type(version) is int else None
+
+
+def wire_bytes(content: RecordDict) -> int:
+    """Return the size of a message: its keys, texts and bytes, and 8 bytes a number (Flower adds framing)."""
+    return sum(
+        len(key) + _bytes_of(value)
+        for record in content.values()
+        if isinstance(record, ConfigRecord)
+        for key, value in record.items()
+    )
+
+
+def _bytes_of(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(_bytes_of(item) for item in value)
+    if isinstance(value, bytes):
+        return len(value)
+    return len(value.encode()) if isinstance(value, str) else 8
+
+
+class _Field(NamedTuple):
+    """A field of a message: its type; X, where that is tuple[X, ...]; and whether either is a dataclass."""
+
+    name: str
+    hint: Any
+    item: Any
+    nested: bool
+
+
+_FIELDS: dict[Any, tuple[_Field, ...]] = {}
+
+
+def _fields(cls: Any) -> tuple[_Field, ...]:
+    """The fields of a dataclass; to find them out takes longer than to read a message."""
+    if cls not in _FIELDS:
+        hints = typing.get_type_hints(cls)
+        hints.pop("section", None)
+        items = {name: _item_type(hint) for name, hint in hints.items()}
+        _FIELDS[cls] = tuple(
+            _Field(name, hint, items[name], is_dataclass(items[name] or hint)) for name, hint in hints.items()
+        )
+    return _FIELDS[cls]
+
+
+def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
+    """Lay the fields of a message, and of the dataclasses in it, side by side as `part.field`."""
+    flat: dict[str, Any] = {}
+    for name, _, item, nested in _fields(type(message)):
+        key, value = f"{prefix}{name}", getattr(message, name)
+        if nested and item is None:
+            flat |= _flatten(value, f"{key}.")
+        elif nested:
+            for part in fields(item):
+                flat[f"{key}.{part.name}"] = [getattr(one, part.name) for one in value]
+        else:
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
+    """Take the fields of a dataclass out of `values`."""
+    found: dict[str, Any] = {}
+    for name, hint, item, nested in _fields(cls):
+        key = f"{prefix}{name}"
+        if nested and item is None:
+            found[name] = _build(hint, values, f"{key}.")
+        elif nested:
+            found[name] = _build_many(item, values, f"{key}.")
+        elif item is not None:
+            found[name] = tuple(_scalar(key, item, one) for one in _list(key, values))
+        else:
+            found[name] = _scalar(key, hint, _take(key, values))
+    try:
+        return cls(**found)
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def _build_many(cls: type, values: dict[str, Any], prefix: str) -> tuple[Any, ...]:
+    columns = {item.name: _list(f"{prefix}{item.name}", values) for item in fields(cls)}
+    if len({len(column) for column in columns.values()}) != 1:
+        raise ProtocolError(f"the columns of '{prefix}' differ in length")
+    rows = zip(*columns.values(), strict=True)
+    return tuple(_build(cls, dict(zip(columns, row, strict=True)), "") for row in rows)
+
+
+def _take(key: str, values: dict[str, Any]) -> Any:
+    if key not in values:
+        raise ProtocolError(f"the message lacks '{key}'")
+    return values.pop(key)
+
+
+def _list(key: str, values: dict[str, Any]) -> list[Any]:
+    value = _take(key, values)
+    if not isinstance(value, list):
+        raise ProtocolError(f"'{key}' is not a list")
+    return value
+
+
+def _scalar(key: str, hint: Any, value: Any) -> Any:
+    # `is`, not isinstance: True is an int to Python, and a whole number would pass for a float.
+    if type(value) is not hint:
+        raise ProtocolError(f"'{key}' is of type {type(value).__name__}, expected {hint.__name__}")
+    if hint is str and len(value) > MAX_TEXT:
+        raise ProtocolError(f"'{key}' has {len(value)} characters, at most {MAX_TEXT} are allowed")
+    return value
+
+
+def fields_of(content: RecordDict) -> dict[str, Any]:
+    """Return the fields of a message as they lie on the wire, for the site's audit log.
+
+    Raises:
+        KeyError: it is not a message of this module's.
+    """
+    record = content[_RECORD]
+    if not isinstance(record, ConfigRecord):
+        raise KeyError(_RECORD)
+    return dict(record)
+
+
+def _item_type(hint: Any) -> Any:
+    """Return X for a field of type tuple[X, ...], else None."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None

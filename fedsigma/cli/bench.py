@@ -1,0 +1,255 @@
+"""The command `fedsigma bench`: the tables of CLIP-SVD's paper, in one place and federated."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from fedsigma.common.utils.console import PROBLEMS
+from fedsigma.server.paper import NO_END, ROUNDS
+
+if TYPE_CHECKING:
+    from fedsigma.server.paper.runner import Outcome, Recipe
+    from fedsigma.server.paper.sets import TableSets
+    from fedsigma.server.paper.tables import PaperTable
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True)
+bench_app = typer.Typer(no_args_is_help=True, help="Run the tables of the paper: paper.")
+app.add_typer(bench_app, name="bench")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `bench` a group of its own."""
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Keep `paper` a command of its own."""
+
+
+@bench_app.command()
+def paper(
+    table: Annotated[str, typer.Option(help="Which; --table list says which there are.")],
+    data: Annotated[
+        Path,
+        typer.Option(envvar="FEDSIGMA_DATA", help="The folder with the sets, each in a folder of its own."),
+    ] = Path(),
+    out: Annotated[Path, typer.Option(help="Results database, run folders, tables.")] = Path("paper"),
+    datasets: Annotated[
+        str, typer.Option(help="Sets by commas, also medmnist:NAME:SIZE; default: the table's that are here.")
+    ] = "",
+    setting: Annotated[
+        str, typer.Option(help="By commas: central, iid, dirichlet-ALPHA, disjoint, natural.")
+    ] = "central,iid,dirichlet-0.5,dirichlet-0.1",
+    sites: Annotated[str, typer.Option(help="Numbers of sites by commas, 2 to 10000.")] = "10",
+    participation: Annotated[str, typer.Option(help="Shares of the sites in a round, by commas.")] = "1",
+    pooled: Annotated[bool, typer.Option(help="Also train each division's images in one place.")] = False,
+    shots: Annotated[str, typer.Option(help="Images a class, by commas; few-shot tables.")] = "1,2,4,8,16",
+    seeds: Annotated[str, typer.Option(help="By commas.")] = "1,2,3",
+    rounds: Annotated[int, typer.Option(min=1, help="Most rounds of a federated run.")] = ROUNDS,
+    most_steps: Annotated[
+        int, typer.Option(min=1, help="Cut longer runs to so many steps a site, to try things out.")
+    ] = NO_END,
+    backbone: Annotated[str, typer.Option(help="Other than that of the sets' cards.")] = "",
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of all studies: federation.codec=small.")
+    ] = None,
+    share: Annotated[str, typer.Option(help="Run one share of the cells: 2/4, of four machines.")] = "1/1",
+    show: Annotated[bool, typer.Option(help="Print what is there, run nothing.")] = False,
+    allow_differences: Annotated[
+        bool, typer.Option(help="Take sets that are not as their cards say; the table says so.")
+    ] = False,
+    database: Annotated[
+        str, typer.Option(help="An URL of SQLAlchemy's.", show_default="OUT/results.sqlite")
+    ] = "",
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Train and judge all cells of a table; print it in the paper's form, with mean and spread over seeds.
+
+    A finished cell is kept in the results database; the same command goes on where it was interrupted.
+    Nothing is downloaded.
+
+    Exit code 0: the table is whole; 3: bad input, or no set is here; 4: it has gaps, which it names; 130:
+    interrupted.
+
+    Example: fedsigma bench paper --table fewshot-biomedical --data sets --setting central,dirichlet-0.1
+    """
+    from fedsigma.server.paper.results import Results
+    from fedsigma.server.paper.runner import Recipe, share_of, work
+    from fedsigma.server.paper.sets import find_sets
+    from fedsigma.server.paper.study_builder import read_overrides
+    from fedsigma.server.paper.tables import cells_of, settings_of
+
+    chosen = _table(table)
+    settings = settings_of(
+        _words(setting),
+        sites=_whole("sites", sites),
+        participation=_shares(participation),
+        pooled=pooled,
+    )
+    numbers, draws = _whole("shots", shots), _whole("seeds", seeds)
+    recipe = Recipe(
+        backbone=backbone, rounds=rounds, most_steps=most_steps, overrides=read_overrides(change or [])
+    )
+    sets = find_sets(chosen, data.expanduser(), _words(datasets))
+    _say_missing(sets)
+    _check_differences(sets, allow_differences)
+    names = [one.name for one in sets.judged]
+    cells = list(cells_of(chosen, names, settings=settings, shots=numbers, seeds=draws))
+    own = share_of(cells, share)
+    by_name = {one.name: one for one in sets.found}
+    recipe.check(cells, by_name)
+    for option, folder in (("out", out), ("json", as_json.parent if as_json else out)):
+        _make(option, folder)
+    results = Results(database or (out / "results.sqlite").resolve())
+    run = set() if show else own
+    try:
+        outcome = work(cells, by_name, results, recipe, out.resolve() / "runs", run=run)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on; with --show it prints what is done.", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        results.close()
+    _write(table, sets, recipe, outcome, out, as_json)
+    if outcome.done < len(cells):
+        raise typer.Exit(PROBLEMS)
+
+
+def _make(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--{option}: {folder} cannot be made a folder ({error.strerror}): name another place"
+        ) from error
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _whole(name: str, text: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"--{name} is '{text}', expected whole numbers above 0 by commas")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        found = [float(word) for word in _words(text)]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"--participation is '{text}', expected shares by commas, as 1,0.1")
+    return found
+
+
+def _table(name: str) -> PaperTable:
+    from fedsigma.common.config.schema import nearest
+    from fedsigma.server.paper.tables import TABLES
+
+    if name == "list":
+        for one, table in TABLES.items():
+            typer.echo(f"{one:<26} {table.title}")
+        raise typer.Exit
+    if name not in TABLES:
+        raise ValueError(f"there is no table '{name}'{nearest(name, TABLES)}")
+    return TABLES[name]
+
+
+def _say_missing(sets: TableSets) -> None:
+    """Name the sets that are not here.
+
+    Raises:
+        CardError: none is, or the one that training is on is not, or nothing to judge it on.
+    """
+    from fedsigma.common.data.catalog import CardError
+
+    for name, reason in sets.missing.items():
+        typer.echo(f"Left out: {name}: {reason}", err=True)
+    if not (sets.trained and sets.judged):
+        raise CardError("no set of this table is here, or not the one to train on: see --data")
+
+
+def _check_differences(sets: TableSets, allowed: bool) -> None:
+    """Say what is otherwise than on the cards.
+
+    Raises:
+        CardError: something is, and that was not allowed.
+    """
+    from fedsigma.common.data.catalog import CardError
+
+    for one in sets.found:
+        for line in one.differs:
+            typer.echo(f"{one.name}: {line}", err=True)
+    if any(one.differs for one in sets.found) and not allowed:
+        raise CardError(
+            "these are not the published sets, so figures on them are not the paper's: mend them, or take"
+            " them as they are by --allow-differences"
+        )
+
+
+def _write(
+    name: str, sets: TableSets, recipe: Recipe, outcome: Outcome, out: Path, as_json: Path | None
+) -> None:
+    """Print the table and write it as Markdown, CSV and JSON."""
+    from fedsigma.common.utils.files import write_atomic
+    from fedsigma.server.paper.markdown import blocks_of, flat, markdown
+
+    blocks = blocks_of(sets.table, outcome.cells, [one.name for one in sets.judged], sets.averaged)
+    entries = flat(blocks)
+    text = markdown(sets.table, blocks, notes=_notes(sets, recipe, outcome))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(entries[0]))
+    writer.writeheader()
+    writer.writerows(entry | {"seeds": " ".join(map(repr, entry["seeds"]))} for entry in entries)  # type: ignore[call-overload]
+    write_atomic(out / f"{name}.md", text.encode())
+    write_atomic(out / f"{name}.csv", stream.getvalue().encode())
+    if as_json:
+        content = {"table": name, "cells": len(outcome.cells), "done": outcome.done, "entries": entries}
+        write_atomic(as_json, (json.dumps(content, indent=2) + "\n").encode())
+    Console().print(Markdown(text))
+    typer.echo(f"{outcome.done} of {len(outcome.cells)} cells. Table: {out / name}.md")
+
+
+def _notes(sets: TableSets, recipe: Recipe, outcome: Outcome) -> list[str]:
+    """What a reader must know to read the table."""
+    from fedsigma.server.paper.sets import published_on
+
+    table, found, averaged = sets.table, sets.found, sets.averaged
+    backbones = sorted({study.backbone for study in outcome.studies.values()})
+    notes = [f"Accuracy on the test part in per cent, mean ± standard deviation over seeds. Backbone: "
+             f"{', '.join(backbones)}."]  # fmt: skip
+    own = sorted({one.backbone for one in found})
+    if changed := recipe.changed():
+        notes.append(f"With settings that are not the table's own: {', '.join(changed)}.")
+    if table.published and backbones == own and not changed:
+        told = ", ".join(f"{column} {value:.2f}" for column, value in table.published.items())
+        notes.append(f"Published average, central: {told} (CLIP-SVD's README).")
+        if set(averaged) != published_on(table):
+            notes.append(
+                f"It is over other sets than the average here ({', '.join(averaged)}), so not to be compared."
+            )
+    elif table.published and backbones != own:
+        notes.append(f"Not the paper's backbone ({', '.join(own)}), so not the paper's figures.")
+    if plain := [one.name for one in sets.trained if not one.publishes(table.protocol)]:
+        outside = "" if set(plain) & set(averaged) else " and in no average"
+        notes.append(
+            "No published configuration of this protocol, so with that of few-shot, or its commonest where"
+            f" there is none{outside}: {', '.join(plain)}."
+        )
+    notes += [f"{one.name} differs from its card: {'; '.join(one.differs)}." for one in found if one.differs]
+    if sets.missing:
+        notes.append(f"Not here, so in no average: {', '.join(sets.missing)}.")
+    return notes + [f"Failed: {where}: {reason}" for where, reason in outcome.failures.items()]

@@ -1,0 +1,348 @@
+"""The commands of a site: look at backbones, bring them over, use a finished study.
+
+Nothing heavy is imported until a command runs, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedsigma.common.utils.console import PROBLEMS
+
+if TYPE_CHECKING:
+    from fedsigma.common.backbones import Backbone
+
+__all__ = ["app"]
+
+
+app = typer.Typer(no_args_is_help=True, help="Commands for a site.")
+backbone_app = typer.Typer(no_args_is_help=True, help="Bring a backbone to a machine without internet.")
+app.add_typer(backbone_app, name="backbone")
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a sigma.safetensors, or NAME@N.")]
+Place = Annotated[
+    str | None,
+    typer.Option("--backbone", help="Where the study's backbone lies here, such as local-dir:DIR."),
+]
+
+
+Personal = Annotated[
+    Path | None,
+    typer.Option("--personal", help="The site's own values, of a study that leaves some at the sites."),
+]
+
+
+@app.command()
+def identity(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Where the private key goes; site.yaml names it.")
+    ],
+) -> None:
+    """Make the key by which other sites know this one, for studies that mask what sites send.
+
+    The private key stays in FILE, readable by its owner alone. The public key is printed: give it to the
+    other sites by a way that the server does not control; they write it into their site.yaml under peers.
+
+    Exit code 3: FILE exists.
+    """
+    from fedsigma.client.site.identity import new_identity
+
+    typer.echo(new_identity(file))
+
+
+@app.command()
+def budget(
+    file: Annotated[Path, typer.Argument(metavar="SITE_YAML", help="The site's rules.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> None:
+    """Say what private studies have spent of this site's images, by study and of all together.
+
+    Example: fedsigma budget site.yaml
+
+    Exit code 3: SITE_YAML or the ledger cannot be read.
+    """
+    from fedsigma.client.site.privacy_ledger import Ledger
+    from fedsigma.client.site.site import SitePolicy
+    from fedsigma.common.privacy.accounting import epsilon
+
+    policy = SitePolicy.read(file)
+    entries = Ledger(file.resolve().parent / Path(policy.ledger).expanduser()).entries()
+    studies = {
+        study: epsilon([e.release for e in entries if e.study == study], policy.delta)
+        for study in sorted({e.study for e in entries})
+    }
+    total = epsilon([e.release for e in entries], policy.delta)
+    if as_json:
+        values = {"studies": studies, "all": total, "budget": policy.epsilon, "delta": policy.delta}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    for study, spent in studies.items():
+        typer.echo(f"{study}: epsilon {spent:.2f}")
+    allowed = "no budget of the site's own" if policy.epsilon is None else f"budget {policy.epsilon:g}"
+    typer.echo(f"all studies: epsilon {total:.2f} at delta {policy.delta:g}; {allowed}")
+
+
+@app.command()
+def inspect(
+    name: Annotated[
+        str, typer.Argument(help="A backbone: starter, ViT-B-16, ViT-B-16/openai, local-dir:DIR, ...")
+    ],
+    towers: Annotated[str, typer.Option(help="Towers to adapt, by commas.")] = "image,text",
+    layers: Annotated[str, typer.Option(help="all, top, middle, bottom, or numbers by commas.")] = "all",
+    parts: Annotated[str, typer.Option(help="Parts of a layer, by commas.")] = "q,k,v,o,mlp",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Count what a study would train on a backbone. Needs no weights and no download.
+
+    Example: fedsigma inspect ViT-B-16 --towers image --parts q,v
+    """
+    from fedsigma.common.backbones import count_backbone
+    from fedsigma.common.sigma import Selection, find_layout
+
+    selection = Selection(towers=_words(towers), layers=_layers(layers), parts=_words(parts))
+    model = count_backbone(name)
+    layout = find_layout(model, selection)
+    total = sum(p.numel() for p in model.parameters())
+    rows = [
+        {
+            "tower": tower,
+            "part": part,
+            "matrices": len(chosen),
+            "sigma_values": sum(e.size for e in chosen),
+        }
+        for tower in selection.towers
+        for part in selection.parts
+        if (chosen := [e for e in layout.entries if e.tower == tower and e.part == part])
+    ]
+    summary = {
+        "backbone": name,
+        "sigma_values": layout.size,
+        "backbone_parameters": total,
+        "share": layout.size / total,
+        "bytes_per_upload": 4 * layout.size,
+        "layout_digest": layout.digest,
+        "parts": rows,
+    }
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        _print_counts(summary, rows)
+
+
+def _print_counts(summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tower", "part", title=f"sigma values of {summary['backbone']}", title_justify="left")
+    for head in ("matrices", "sigma values"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(row["tower"], row["part"], f"{row['matrices']:,}", f"{row['sigma_values']:,}")
+    table.add_section()
+    table.add_row("all", "", f"{sum(r['matrices'] for r in rows):,}", f"{summary['sigma_values']:,}")
+    Console().print(table)
+    typer.echo(
+        f"{summary['sigma_values']:,} of {summary['backbone_parameters']:,} parameters are trained "
+        f"({100 * summary['share']:.4f}%); "
+        f"one upload is {summary['bytes_per_upload'] / 1000:,.0f} kB as float32."
+    )
+
+
+@backbone_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="ARCH/TAG, hf-hub:org/name, or local-dir:DIR to adopt one.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+) -> None:
+    """Download a backbone, on a connected machine, into one folder to carry to the sites.
+
+    Example: fedsigma backbone fetch ViT-B-16/openai clip-b16
+    """
+    from fedsigma.common.backbones import fetch as fetch_backbone
+
+    _written(fetch_backbone(name, folder), folder)
+
+
+@backbone_app.command()
+def convert(
+    torch_file: Annotated[Path, typer.Argument(help="A torch checkpoint (.pt, .pth, .bin) of tensors.")],
+    architecture: Annotated[
+        str, typer.Argument(help="ARCH, ARCH/TAG, hf-hub:org/name, or local-dir:DIR with its configuration.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+) -> None:
+    """Turn a torch file into a folder of safetensors. No code in the file is run.
+
+    Example: fedsigma backbone convert model.pt ViT-B-16/laion2b_s34b_b88k clip-b16
+    """
+    from fedsigma.common.backbones import convert as convert_file
+
+    _written(convert_file(torch_file, architecture, folder), folder)
+
+
+def _written(backbone: Backbone, folder: Path) -> None:
+    size = sum(p.stat().st_size for p in folder.iterdir())
+    notes = json.loads((folder / "fedsigma_backbone.json").read_text("utf-8"))["notes"]
+    typer.echo(f"Wrote {folder} ({size / 1e6:,.1f} MB), checked by loading it again.")
+    typer.echo(
+        f"Pictures: {backbone.image_size} pixels, {backbone.interpolation}, {backbone.resize_mode} side; "
+        f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}."
+    )
+    for note in notes:
+        typer.echo(f"Note: {note}.")
+    typer.echo(f"At a site, name it local-dir:{folder} (or wherever the folder is copied to).")
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{v:.4g}" for v in values)
+
+
+@app.command()
+def predict(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(help="Of pictures or DICOM; folders inside it are read too.")],
+    out: Annotated[Path, typer.Option(help="The CSV file to write.")],
+    backbone: Place = None,
+    personal: Personal = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
+    maps: Annotated[
+        Path | None, typer.Option(help="A folder for PNGs of what drove each judgement, beside zero-shot's.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A file of `fedsigma calibrate`: probabilities are scaled.", exists=True),
+    ] = None,
+    abstain_below: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Leave the prediction empty below this probability.")
+    ] = 0.0,
+    series: Annotated[
+        bool, typer.Option("--series", help="Judge each DICOM series as a whole: the mean of its images.")
+    ] = False,
+    most_maps: Annotated[int, typer.Option(min=1, help="At most so many of them.")] = 20,
+) -> None:
+    """Judge a folder of pictures or DICOM files with a finished study. For research, not for clinical use.
+
+    Writes a CSV: file, prediction, and a probability for each class. The backbone's fingerprint is compared
+    with the study's first. Exit code 4 if some pictures could not be read.
+
+    Example: fedsigma predict runs/demo pictures --out predictions.csv
+    """
+    from fedsigma.client.inference.batch import predict as judge
+    from fedsigma.client.inference.calibration import Calibration
+    from fedsigma.client.inference.loaded_model import restore
+
+    restored = restore(run, backbone, personal)
+    known = Calibration.read_for(restored, calibration)
+    unreadable = judge(
+        restored,
+        folder,
+        out,
+        batch_size=batch_size,
+        progress=True,
+        temperature=known.temperature if known else 1.0,
+        least=abstain_below,
+        by_series=series,
+    )
+    typer.echo(f"Wrote {out}.")
+    if maps is not None:
+        from fedsigma.client.inference.attribution import write_maps
+
+        typer.echo(f"Wrote {write_maps(restored, folder, maps, most=most_maps)} maps into {maps}.")
+    if unreadable:
+        for line in unreadable:
+            typer.echo(f"Could not read {line}", err=True)
+        raise typer.Exit(PROBLEMS)
+
+
+@app.command()
+def calibrate(
+    run: Run,
+    data: Annotated[str, typer.Option(help="Labelled images: folder:PATH, csv:PATH, parquet:PATH or demo.")],
+    out: Annotated[Path, typer.Option(help="The file to write, JSON.")],
+    backbone: Place = None,
+    personal: Personal = None,
+) -> None:
+    """Fit how sure the model says it is, on labelled images of your own that it was not trained on.
+
+    Changes no judgement. Exit code 3: too few images have one of the study's classes.
+
+    Example: fedsigma calibrate runs/demo --data folder:labelled --out calibration.json
+    """
+    from fedsigma.client.inference.calibration import calibrate as fit
+    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.common.data import open_source
+
+    found = fit(restore(run, backbone, personal), open_source(data))
+    found.write(out)
+    typer.echo(f"Temperature {found.temperature:.3f}, fitted on {found.images} images.")
+    typer.echo(f"Expected calibration error there {found.before:.3f} before, {found.after:.3f} after.")
+    typer.echo(f"Wrote {out}.")
+
+
+@app.command()
+def explain(
+    run: Run,
+    phrases: Annotated[
+        Path | None,
+        typer.Option(help="YAML: your own descriptions, a list or a mapping of kinds to lists.", exists=True),
+    ] = None,
+    template: Annotated[str, typer.Option(help="Into which each description is put.")] = "{}",
+    heads: Annotated[int, typer.Option(min=1, help="How many heads.")] = 8,
+    words: Annotated[int, typer.Option(min=1, help="How many descriptions of each.")] = 5,
+    backbone: Place = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> None:
+    """Say in words what a finished study changed: which attention heads, and what they write more of.
+
+    Needs no image. docs/explain.md has the formulas, and what such words are worth.
+
+    Example: fedsigma explain runs/demo --template "a photo of {}"
+    """
+    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.common.explain import Phrases
+    from fedsigma.common.explain.report import explainer, in_words, to_rows
+
+    corpus = Phrases.parse(phrases.read_text(encoding="utf-8")) if phrases else Phrases.bundled()
+    restored = restore(run, backbone)
+    explains = explainer(restored.backbone, restored.sigma, corpus, template=template)
+    found = explains.explain(restored.sigma.get_shift().cpu(), heads=heads, words=words)
+    typer.echo(json.dumps(to_rows(found), indent=2) if as_json else in_words(found))
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    backbone: Place = None,
+    personal: Personal = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write image.onnx and text.onnx, too.")] = False,
+) -> None:
+    """Merge a finished study's shift into its backbone: a plain open_clip folder, with no extra cost in use.
+
+    Example: fedsigma export runs/demo --out adapted-clip
+    """
+    from fedsigma.client.inference.loaded_model import export as write_merged
+    from fedsigma.client.inference.loaded_model import restore
+
+    folder = write_merged(restore(run, backbone, personal), out, onnx=onnx)
+    typer.echo(f"Wrote {folder}.")
+    if onnx:
+        typer.echo("image.onnx and text.onnx give the same features as torch, to 1e-3 at most.")
+    typer.echo(f"With open_clip: open_clip.create_model_and_transforms('local-dir:{folder}')")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _layers(text: str) -> str | tuple[int, ...]:
+    words = _words(text)
+    numbers = [word for word in words if word.isdecimal()]
+    if not numbers:
+        return text.strip()
+    if len(numbers) != len(words):
+        raise typer.BadParameter(f"{text!r}: expected all, top, middle, bottom, or numbers such as 0,1,2")
+    return tuple(int(word) for word in numbers)

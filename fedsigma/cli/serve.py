@@ -1,0 +1,151 @@
+"""The command `fedsigma serve`: inference by HTTP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedsigma.client.serving.limits import Limits
+    from fedsigma.client.serving.service import Service
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `serve` a command of its own."""
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="A run folder, a sigma.safetensors, or NAME@N."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file with a token that requests must carry.", exists=True)
+    ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Let everyone who reaches the address use it without a token.")
+    ] = False,
+    certificate: Annotated[Path | None, typer.Option(help="For TLS: the chain, PEM.", exists=True)] = None,
+    key: Annotated[Path | None, typer.Option(help="For TLS: the key, PEM.", exists=True)] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the study's backbone lies here, such as local-dir:DIR.")
+    ] = None,
+    personal: Annotated[
+        Path | None, typer.Option(help="The site's own values, of a study that leaves some at the sites.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A file of `fedsigma calibrate`.", exists=True)
+    ] = None,
+    abstain_below: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Name no class below this probability.")
+    ] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images judged together at most.")] = 32,
+    wait_ms: Annotated[float, typer.Option(min=0, help="A batch waits so long for images being read.")] = 5.0,
+    queue: Annotated[int, typer.Option(min=1, help="Images that wait at most.")] = 256,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of a request.")] = 64,
+    max_mb: Annotated[float, typer.Option(min=0.001, help="MB of a request.")] = 32.0,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Million pixels of an image.")] = 25.0,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 32,
+    per_client: Annotated[int, typer.Option(min=1, help="Of them from one address.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
+    openapi: Annotated[
+        Path | None, typer.Option(help="Write the OpenAPI document here, and serve nothing.")
+    ] = None,
+) -> None:
+    """Serve a finished model by HTTP until Ctrl-C or SIGTERM. For research, not for clinical use.
+
+    POST /v1/predict judges images (PNG, JPEG, TIFF, DICOM), GET /v1/model says what is served, /health and
+    /ready how it is, /openapi.json how to call it. Nothing of a request is logged.
+    docs/serve.md has the rest.
+
+    Exit code 0: stopped; 3: the model, the address, the token or the certificate cannot be used.
+
+    Example: fedsigma serve white-cells@3 --token-file token
+    """
+    _need_extra()
+    if openapi is not None:
+        _write_document(openapi)
+        return
+    if model is None:
+        raise typer.BadParameter("name a MODEL, or --openapi FILE")
+    from fedsigma.client.serving.app import asgi
+    from fedsigma.client.serving.images import restrain
+    from fedsigma.client.serving.limits import Limits, check_exposure, read_token
+    from fedsigma.common.ops.web import check_tls, listening, run, server
+
+    limits = Limits(
+        body_bytes=int(max_mb * 1e6),
+        images=max_images,
+        pixels=int(max_megapixels * 1e6),
+        requests=max_requests,
+        per_client=per_client,
+        waiting=queue,
+        batch=batch_size,
+        wait_s=wait_ms / 1000,
+        timeout_s=timeout,
+    )
+    token = read_token(token_file) if token_file else None
+    check_exposure(host, token=token is not None, open_to_all=open_to_all)
+    check_tls(certificate, key)
+    restrain(limits.pixels)
+    service = _service(model, backbone, personal, calibration, abstain_below, limits, token)
+    with listening(host, port, remedy="name a free one with --host and --port") as place:
+        scheme, name = "https" if certificate else "http", f"[{host}]" if ":" in host else host
+        address = f"{scheme}://{name}:{place.getsockname()[1]}"
+        run(
+            server(asgi(service), grace_s=limits.grace_s, certificate=certificate, key=key),
+            place,
+            lambda: typer.echo(f"Serving {service.info.model} on {address}. {service.info.notice}"),
+        )
+    typer.echo("Stopped.")
+
+
+def _service(
+    model: Path,
+    backbone: str | None,
+    personal: Path | None,
+    calibration: Path | None,
+    least: float,
+    limits: Limits,
+    token: str | None,
+) -> Service:
+    from fedsigma.client.inference.calibration import Calibration
+    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.client.inference.predictor import Judge
+    from fedsigma.client.serving.service import Service, describe
+
+    restored = restore(model, backbone, personal)
+    known = Calibration.read_for(restored, calibration)
+    info = describe(model, restored, known, least, limits)
+    restored.sigma.merge()
+    judge = Judge(restored, temperature=known.temperature if known else 1.0, least=least)
+    return Service(judge, info, limits, token=token)
+
+
+def _write_document(path: Path) -> None:
+    from fedsigma.client.serving.app import openapi_document
+    from fedsigma.common.utils.files import write_atomic
+
+    write_atomic(path, (json.dumps(openapi_document(), indent=2) + "\n").encode())
+    typer.echo(f"Wrote {path}.")
+
+
+def _need_extra() -> None:
+    from importlib.util import find_spec
+
+    from fedsigma.client.serving.limits import ServeError
+
+    missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if find_spec(name) is None]
+    if missing:
+        raise ServeError(f"{', '.join(missing)} is not installed: pip install 'fedsigma[serve]'")

@@ -1,0 +1,357 @@
+"""The commands of a coordinating centre: make it, run it, and let sites in and out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedsigma.common.config.schema import from_here, split_address
+from fedsigma.common.ops.enrolment_files import SiteKeys, fingerprint
+from fedsigma.common.ops.health import SERVING, health_of, web_health_of
+from fedsigma.common.ops.supervisor import (
+    Process,
+    ProcessError,
+    restart,
+    running,
+    states,
+    stop,
+    supervise,
+)
+from fedsigma.common.utils.console import PROBLEMS
+from fedsigma.common.utils.printing import print_table
+from fedsigma.server.deployment.certificates import Issued, check_pair
+from fedsigma.server.deployment.enrolment import Enrolment
+from fedsigma.server.deployment.home import CentreError, CentreFolder, ServerConfig
+from fedsigma.server.deployment.proxy import write_proxy_files
+from fedsigma.server.deployment.services import centre_processes
+
+__all__ = ["app"]
+
+PROCESSES = ("superlink", "worker", "keeper", "proxy", "dashboard")
+
+app = typer.Typer(no_args_is_help=True)
+server_app = typer.Typer(no_args_is_help=True, help="Run a coordinating centre.")
+app.add_typer(server_app, name="server")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `server` a group of its own."""
+
+
+Folder = Annotated[
+    Path,
+    typer.Option("--folder", "-f", envvar="FEDSIGMA_CENTRE", help="The centre's folder."),
+]
+
+
+@server_app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    address: Annotated[str, typer.Option(help="HOST:PORT by which sites reach this centre.")],
+    name: Annotated[str, typer.Option(help="The centre's name, as invitations say it.")] = "FedSigma centre",
+    listen: Annotated[
+        str | None, typer.Option(help="Where the proxy listens.", show_default="0.0.0.0, address's port")
+    ] = None,
+    superlink: Annotated[
+        str, typer.Option(help="Where Flower's SuperLink listens; no site may reach it.")
+    ] = ServerConfig.superlink,
+    health: Annotated[
+        str | None, typer.Option(help="Where the SuperLink says its health.", show_default="the next port")
+    ] = None,
+    worker_health: Annotated[
+        str | None, typer.Option(help="Where the worker says its health.", show_default="the port after")
+    ] = None,
+    proxy: Annotated[str, typer.Option(help="nginx, caddy, or none: it runs by itself.")] = "nginx",
+    certificate: Annotated[
+        Path | None, typer.Option(help="Your own certificate (chain) for the address, PEM.", exists=True)
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key, PEM.", exists=True)] = None,
+    trust: Annotated[
+        Path | None, typer.Option(help="The authority that signed it, PEM: sites trust it.", exists=True)
+    ] = None,
+    if_new: Annotated[
+        bool, typer.Option("--if-new", help="Where the folder is a centre's already, change nothing.")
+    ] = False,
+) -> None:
+    """Make a centre: authority and certificates, secrets, database, proxy files.
+
+    Exit code 3: the folder is not empty, or a value does not do.
+    """
+    if if_new and (folder / "server.yaml").is_file():
+        typer.echo(f"{CentreFolder(folder).path} holds a centre already; nothing was changed.")
+        return
+    if (certificate is None) != (key is None) or (certificate is None) != (trust is None):
+        raise CentreError("--certificate, --key and --trust belong together: give all three or none")
+    host, port = address.rpartition(":")[::2]
+    config = ServerConfig(
+        name=name,
+        address=address,
+        listen=listen or f"0.0.0.0:{port}",
+        superlink=superlink,
+        health=health or _next_to(superlink, 1),
+        worker_health=worker_health or _next_to(superlink, 2),
+        proxy=proxy,
+    )
+    own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
+    if own is not None:
+        check_pair(own)
+    made = CentreFolder.create(folder, config, own=own, trust=trust.read_bytes() if trust else b"")
+    write_proxy_files(made)
+    typer.echo(f"Made the centre in {made.path}. It answers at {address} once it runs:")
+    typer.echo(f"  fedsigma server up --folder {made.path}")
+    typer.echo(f"  fedsigma server invite SITE --folder {made.path}")
+    typer.echo(f"Keep {made.tls('ca.key')} safe: whoever has it can pretend to be {host}.")
+
+
+@server_app.command()
+def up(
+    folder: Folder,
+    only: Annotated[
+        str | None, typer.Option(help=f"One process in the foreground: {', '.join(PROCESSES)}.")
+    ] = None,
+) -> None:
+    """Run the centre in the foreground until Ctrl-C or SIGTERM: SuperLink, worker, keeper, proxy, supervised.
+
+    The dashboard, too, where there is a dashboard.yaml in the folder.
+
+    With --only, this becomes that one process, for systemd or a container to supervise.
+
+    Exit code 0: stopped; 3: it runs already, or a program is not installed.
+    """
+    centre = CentreFolder(folder)
+    processes = _chosen(centre, only)
+    # In containers, only the proxy's own sees the folder of these files.
+    if only in (None, "proxy"):
+        write_proxy_files(centre)
+    if only is None:
+        supervise(processes, centre.path)
+    processes[0].replace_this(centre.path)
+
+
+@server_app.command()
+def down(folder: Folder) -> None:
+    """Stop a centre that `up` runs."""
+    stop(CentreFolder(folder).path)
+
+
+@server_app.command()
+def status(
+    folder: Folder,
+    only: Annotated[
+        str | None,
+        typer.Option(help=f"One process: {', '.join(PROCESSES)}."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say how each process is; the proxy, by asking for the SuperLink's health through it.
+
+    Exit code 0: all serve, or the one asked for; 4: one does not.
+    """
+    centre = CentreFolder(folder)
+    known = {s.name: s for s in states(centre.path)} if running(centre.path) else {}
+    rows = []
+    for process in _chosen(centre, only):
+        state = known.get(process.name)
+        rows.append(
+            {
+                "process": process.name,
+                "state": state.state.lower() if state else "not supervised here",
+                "health": _health(centre, process),
+                "pid": state.pid if state else 0,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        print_table(("process", "state", "health", "pid"), rows)
+    if any(row["health"] not in ("", SERVING) for row in rows):
+        raise typer.Exit(PROBLEMS)
+
+
+@server_app.command()
+def invite(
+    site: Annotated[str, typer.Argument(help="The site's name: letters, digits, '.', '_', '-'.")],
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option(help="The invitation's file.", show_default="SITE.join.json")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, max=365, help="How long it is valid.")] = 14,
+    note: Annotated[str, typer.Option(help="Whom to call there.")] = "",
+) -> None:
+    """Write an invitation for a site, to be handed over by a way that both sides trust.
+
+    Exit code 3: the site has joined, or the file exists.
+    """
+    path = out or Path(f"{site}.join.json")
+    invitation = Enrolment(CentreFolder(folder)).invite(site, path, days=days, note=note)
+    typer.echo(f"Wrote {path}, valid until {invitation.expires}. It holds a secret: send it to no one else.")
+    typer.echo(f"Read aloud at the telephone: {fingerprint(invitation.certificates, invitation.word)}")
+    typer.echo(f"The site answers with a file of keys: fedsigma server admit {site}.keys.json")
+
+
+@server_app.command()
+def admit(
+    file: Annotated[Path, typer.Argument(metavar="KEYS", help="The file of keys that the site sent.")],
+    folder: Folder,
+) -> None:
+    """Let a site in with the keys it sent; or a joined site's new node key beside its old one.
+
+    Exit code 3: the keys do not belong to the site's invitation, or the centre does not run.
+    """
+    keys = SiteKeys.read(file)
+    added = Enrolment(CentreFolder(folder)).admit(keys)
+    typer.echo(f"Site '{keys.site}' is in, as node {added.node_id}.")
+    typer.echo(f"Compare at the telephone: {fingerprint(keys.node_key, keys.identity)}")
+
+
+@server_app.command()
+def sites(
+    folder: Folder,
+    keys: Annotated[
+        bool, typer.Option(help="Print the identities, as site.yaml's `peers` has them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the sites: invited, joined or revoked, and whether their node is online."""
+    from fedsigma.server.deployment.flower_control import Control, ControlError
+
+    centre = CentreFolder(folder)
+    found = Enrolment(centre).sites()
+    if keys:
+        typer.echo("peers:")
+        for site in (s for s in found if s.identity):
+            typer.echo(f'  {site.name}: "{site.identity}"')
+        return
+    try:
+        nodes = Control(centre).nodes()
+    except ControlError as error:
+        typer.echo(f"Whether sites are online is not known: {error}", err=True)
+        nodes = {}
+    rows = []
+    for site in found:
+        current = site.keys[-1] if site.keys else None
+        node = nodes.get(current.node_id) if current else None
+        rows.append(
+            {
+                "site": site.name,
+                "state": site.state,
+                "node": current.node_id if current else "",
+                "online": node.status if node else "",
+                "last seen": node.last_seen if node else "",
+                "note": site.note,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        print_table(("site", "state", "node", "online", "last seen", "note"), rows)
+
+
+@server_app.command()
+def revoke(site: Annotated[str, typer.Argument(help="The site.")], folder: Folder) -> None:
+    """Shut a site out at once, with all its keys; other sites go on."""
+    for key in Enrolment(CentreFolder(folder)).revoke(site):
+        typer.echo(f"Node {key.node_id} of site '{site}' is shut out.")
+
+
+@server_app.command()
+def rotate(
+    what: Annotated[str, typer.Argument(help="certificate, keys (sites' old node keys) or authority.")],
+    folder: Folder,
+    switch: Annotated[bool, typer.Option("--switch", help="authority: have the next one sign.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="authority: the file for sites.", show_default="trust.pem")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="certificate: your own new one (chain), PEM.", exists=True)
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key, PEM.", exists=True)] = None,
+) -> None:
+    """Replace the server's certificates, sites' old node keys, or the authority that sites trust.
+
+    certificate: needs nothing of sites, and runs go on. keys: shuts out old node keys of sites whose new one
+    has been seen. authority: writes a file that sites take with `fedsigma site trust`; once all have,
+    --switch.
+
+    Exit code 3: a file does not do, or a step is missing.
+    """
+    from fedsigma.server.deployment import rotation
+
+    if (certificate is None) != (key is None):
+        raise CentreError("--certificate and --key belong together: give both or none")
+    centre = CentreFolder(folder)
+    if what == "keys":
+        for old in Enrolment(centre).retire():
+            typer.echo(f"The old node key of site '{old.site}' is shut out.")
+    elif what == "certificate":
+        own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
+        rotation.renew_certificates(centre, own)
+        typer.echo("New certificates are in place.")
+        _restart(centre, "superlink", "proxy")
+    elif what == "authority" and not switch:
+        path = out or Path("trust.pem")
+        text = rotation.begin_authority(centre, path)
+        typer.echo(f"Give {path} to every site: fedsigma site trust {path.name}")
+        typer.echo(f"Read aloud at the telephone: {fingerprint(text)}")
+        typer.echo("When all have it: fedsigma server rotate authority --switch")
+    elif what == "authority":
+        rotation.switch_authority(centre)
+        typer.echo("The new authority signs; sites that do not trust it are shut out.")
+        _restart(centre, "superlink", "worker", "proxy")
+    else:
+        raise CentreError(f"'{what}' cannot be rotated: certificate, keys or authority")
+
+
+def _restart(centre: CentreFolder, *processes: str) -> None:
+    for process in processes if running(centre.path) else ():
+        try:
+            restart(centre.path, process)
+            typer.echo(f"Restarted {process}.")
+        except ProcessError as error:
+            typer.echo(f"{error}: restart it by hand", err=True)
+
+
+def _chosen(centre: CentreFolder, only: str | None) -> list[Process]:
+    """All processes of a centre, or the one of this name."""
+    processes = centre_processes(centre)
+    chosen = [process for process in processes if only in (None, process.name)]
+    if not chosen and only == "dashboard":
+        raise CentreError(f"there is no dashboard without {centre.path / 'dashboard.yaml'}: write one")
+    if not chosen:
+        raise CentreError(f"no process '{only}': there are {', '.join(p.name for p in processes)}")
+    return chosen
+
+
+def _health(centre: CentreFolder, process: Process) -> str:
+    if process.name == "dashboard":
+        return _dashboard_health(centre)
+    if process.name != "proxy":
+        return health_of(process.health) if process.health else ""
+    name, _ = split_address(centre.config.address, where="address")
+    return health_of(
+        from_here(centre.config.listen, where="listen"),
+        certificates=centre.tls("sites.crt").read_bytes(),
+        name=name,
+    )
+
+
+def _dashboard_health(centre: CentreFolder) -> str:
+    """By the certificate that dashboard.yaml names, or without TLS where a proxy in front ends it."""
+    from fedsigma.server.dashboard.config import DashboardConfig
+
+    try:
+        config = DashboardConfig.read(centre.path)
+        certificate = Path(config.certificate).read_bytes() if config.certificate else None
+        return web_health_of(from_here(config.listen, where="listen"), certificate=certificate)
+    except (ValueError, OSError) as error:
+        # The health of the others is still to be said.
+        return f"not known ({error})"
+
+
+def _next_to(address: str, step: int) -> str:
+    _, port = address.rpartition(":")[::2]
+    return f"127.0.0.1:{int(port) + step}" if port.isdecimal() else address

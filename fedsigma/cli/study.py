@@ -1,0 +1,222 @@
+"""The commands of the coordinating centre: list the runs, write a report."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedsigma.cli.study_cli import Tracker, add_commands
+from fedsigma.server.report.formatting import NOTHING, moment, percent
+from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.summary import Overview, find_runs, overview, runs_folder
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Look at the runs of a server.")
+
+_STATES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow"}
+
+
+@app.command()
+def runs(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(help="Where the run folders are.", show_default="$FEDSIGMA_RUNS, or ~/fedsigma-runs"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the runs in a directory, the newest last.
+
+    A run is running, finished, failed, or interrupted: it can be gone on with by resume=true.
+    """
+    directory = directory or runs_folder()
+    found = [overview(RunFolder.open(path)) for path in find_runs(directory)]
+    found.sort(key=lambda run: (run.started or 0.0, run.path))
+    if as_json:
+        typer.echo(json.dumps([run.to_dict() for run in found], indent=2))
+    elif found:
+        Console().print(_table(found, directory))
+    else:
+        typer.echo(f"No runs in {directory}.")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write the report of a run, finished or not, and print where it is."""
+    from fedsigma.server.report import write_report
+
+    typer.echo(str(write_report(RunFolder.open(run))))
+
+
+study_app = typer.Typer(no_args_is_help=True, help="Run or check a study.")
+app.add_typer(study_app, name="study")
+add_commands(study_app)
+
+StudyArgument = Annotated[
+    str, typer.Argument(help="A study that comes with FedSigma (demo), or the path of a study file.")
+]
+
+
+@study_app.command("run")
+def study_run(
+    study: StudyArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: as the study says.")] = 0,
+    seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: as the study says.")] = -1,
+    resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,
+    cpus_per_site: Annotated[int, typer.Option(min=1, help="Processors for one site at a time.")] = 1,
+    tracker: Tracker = None,
+) -> None:
+    """Simulate a study with all its sites on this machine, then print its results and its report's path.
+
+    Exit code 0: the run completed; 1: it failed; 3: the study cannot be used; 130: interrupted.
+    """
+    from fedsigma.common.config.study import load_study
+    from fedsigma.server.report import summary_table
+    from fedsigma.server.simulation.simulate import run_simulation
+
+    config = load_study(study)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    number = seed if seed >= 0 else config.seed
+    folder = (out or runs_folder() / f"{config.name}-{stamp}-s{number}").expanduser().resolve()
+    if resume:
+        with RunFolder.open(folder).hold():  # it is free: said now, not after Flower has started
+            pass
+    try:
+        code = run_simulation(
+            study,
+            out=folder,
+            rounds=rounds,
+            seed=seed,
+            resume=resume,
+            cpus_per_site=cpus_per_site,
+            trackers=",".join(tracker or ()),
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. To go on: the same command with --resume --out {folder}", err=True)
+        raise typer.Exit(130) from None
+    if code:
+        raise typer.Exit(code)
+    run = RunFolder.open(folder)
+    if config.data is not None and config.data.source.startswith("demo"):
+        typer.echo("\nThe pictures of this study are synthetic: drawn by a program, not taken from patients.")
+    Console().print(summary_table(run.read_summary()))
+    typer.echo(f"Report: {run.report_path}")
+
+
+@study_app.command("evaluate")
+def study_evaluate(
+    study: StudyArgument,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="NAME@N, or a path.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
+    ] = None,
+    centre: Annotated[
+        Path | None, typer.Option(help="Submit it to the sites of the centre in this folder, and wait.")
+    ] = None,
+) -> None:
+    """Have every site of a study evaluate versions of models, without training; zero-shot beside them.
+
+    Exit code 0: done; 1: the run failed; 3: a version is missing or does not fit the study.
+
+    Example: fedsigma study evaluate demo demo@1 demo@2
+    """
+    from dataclasses import replace
+
+    from fedsigma.cli.study_cli import wait_for_run
+    from fedsigma.common.config.study import load_study
+
+    paths = [str(Path(one).expanduser().resolve()) if Path(one).exists() else one for one in models]
+    config = replace(load_study(study), judge=tuple(paths), baselines=("zero_shot",), personal=None)
+    with tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
+        file = Path(folder) / "study.yaml"
+        file.write_text(config.to_yaml(), encoding="utf-8")
+        if centre is None:
+            study_run(str(file), out=out)
+            return
+        wait_for_run(centre, str(file))
+
+
+@study_app.command("check")
+def study_check(study: StudyArgument) -> None:
+    """Read a study file, open its data and say what would run, without training."""
+    from fedsigma.common.config.study import load_study
+    from fedsigma.common.data import open_source, site_table
+
+    config = load_study(study)
+    typer.echo(config.to_yaml())
+    if config.data is not None:
+        for row in site_table(open_source(config.data.source, **config.data.options).records):
+            typer.echo(f"{row.site or '-'}: {row.label}: {row.train} train, {row.test} test")
+
+
+@study_app.command("privacy")
+def study_privacy(
+    study: StudyArgument,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images of a site.", show_default="shots times classes"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> None:
+    """Reckon what a private study will spend, before it runs. The fewer images, the more.
+
+    Example: fedsigma study privacy my-study.yaml --images 64
+
+    Exit code 3: the study has no section privacy, or cannot be used.
+    """
+    from dataclasses import asdict
+
+    from fedsigma.common.config.study import load_study
+    from fedsigma.server.federation.privacy_plan import plan
+
+    config = load_study(study)
+    number = images or config.max_examples_per_site
+    with Console(stderr=True).status("reckoning"):
+        found = plan(config, images=number)
+    if as_json:
+        typer.echo(json.dumps({"images": number, **asdict(found)}, indent=2))
+        return
+    privacy = config.privacy
+    whose = "each site" if privacy.of_sites else f"each {privacy.level}, of {number} images at a site"
+    typer.echo(
+        f"Hides {whose}: noise multiplier {privacy.noise_multiplier:g}, delta {privacy.delta:g};"
+        f" a round is {found.release.steps} steps at a sampling rate of {found.release.rate:.3g}."
+    )
+    for rounds, spent in found.spent.items():
+        typer.echo(f"  after {rounds:>4} rounds  epsilon {spent:8.2f}")
+    for target, noise in found.noise_for.items():
+        typer.echo(
+            f"  all {found.rounds} rounds within epsilon {target:g} need a noise multiplier of {noise:g}"
+        )
+    typer.echo(f"The budget, epsilon {privacy.epsilon:g}, allows {found.within} of {found.rounds} rounds.")
+
+
+def _table(found: list[Overview], directory: Path) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in ("Run", "Study", "State"):
+        table.add_column(head, overflow="fold")
+    for head in ("Rounds", "Accuracy"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("Started", no_wrap=True)
+    for run in found:
+        planned = run.rounds_planned if run.rounds_planned is not None else NOTHING
+        table.add_row(
+            escape(str(Path(run.path).relative_to(directory)) if Path(run.path) != directory else run.path),
+            escape(run.study),
+            f"[{_STATES.get(run.state, 'default')}]{run.state}[/]",
+            f"{run.rounds_done}/{planned}",
+            percent(run.federated_accuracy),
+            moment(run.started),
+        )
+    return table

@@ -1,0 +1,161 @@
+"""What the dashboard can show: the runs of a folder of simulations, or those of a centre."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsigma.common.registry import Shelf, shelf_folder
+from fedsigma.server.dashboard.pages.prometheus import NEWEST, RunFigures
+from fedsigma.server.runs.summary import Overview, find_runs, overview
+from fedsigma.server.runs.tail import FollowedRun
+
+if TYPE_CHECKING:
+    from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
+    from fedsigma.server.deployment.home import CentreFolder
+    from fedsigma.server.deployment.registry import Registry
+
+__all__ = ["Library", "RunLine", "UnknownRun"]
+
+MOST_OPEN = 32
+"""How many runs are kept parsed; the one that was looked at longest ago goes first."""
+LISTED_S = 1.0
+"""How long a list of the run folders counts; what is in them is looked at every time."""
+
+
+class UnknownRun(LookupError):
+    """There is no such run here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLine:
+    """A run in the list.
+
+    key: its folder's path below the library's, which is its address in the pages. For a study that was
+    submitted and has not begun (`begun`) there is no folder yet; `run_id` is Flower's number of it.
+    """
+
+    key: str
+    overview: Overview
+    run_id: str = ""
+    begun: bool = True
+
+    @property
+    def open(self) -> bool:
+        """Whether it may still change by itself."""
+        return self.overview.state in ("running", "queued")
+
+
+class Library:
+    """The runs below one folder.
+
+    Args:
+        runs: the folder that holds the run folders.
+        centre: the centre whose runs they are; None for simulations.
+        watch: what the centre's SuperLink says of runs; None where nobody asks it.
+    """
+
+    def __init__(
+        self, runs: Path, *, centre: CentreFolder | None = None, watch: SuperLinkWatch | None = None
+    ) -> None:
+        self.runs = runs
+        self.centre = centre
+        self._watch = watch
+        self.shelf = Shelf(centre.path / "models" if centre else shelf_folder(runs))
+        self._lock = threading.Lock()
+        self._listed: tuple[float, list[Path]] = (-LISTED_S, [])
+        self._overviews: dict[Path, tuple[tuple[int, ...], Overview]] = {}
+        self._open: OrderedDict[Path, FollowedRun] = OrderedDict()
+        self._figures: dict[str, tuple[tuple[int, ...], RunFigures]] = {}
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The database of the centre, opened once."""
+        from fedsigma.server.deployment.registry import Registry
+
+        assert self.centre is not None
+        return Registry(self.centre.path / "centre.db")
+
+    def lines(self) -> list[RunLine]:
+        """All runs, the newest first."""
+        found = self._lines(self._paths())
+        return sorted(found, key=lambda line: (line.overview.started or 0.0, line.key), reverse=True)
+
+    def line(self, key: str) -> RunLine:
+        """One run of the list; the others are not looked at.
+
+        Raises:
+            UnknownRun: there is none of this key.
+        """
+        for line in self._lines([path for path in self._paths() if self.key(path) == key]):
+            if line.key == key:
+                return line
+        raise UnknownRun(key)
+
+    def _lines(self, paths: list[Path]) -> list[RunLine]:
+        """These runs, and what a centre has that has not begun."""
+        found = [RunLine(key=self.key(path), overview=self._overview(path)) for path in paths]
+        if self.centre is None:
+            return found
+        from fedsigma.server.dashboard.pages.superlink_watch import with_submissions
+
+        return with_submissions(self.registry, found, self._watch)
+
+    def run(self, key: str) -> FollowedRun:
+        """The files of a run, as far as they were parsed before.
+
+        Raises:
+            UnknownRun: there is none of this key; keys are looked up, never joined to a path.
+        """
+        path = {self.key(path): path for path in self._paths()}.get(key)
+        if path is None:
+            raise UnknownRun(key)
+        with self._lock:
+            found = self._open.setdefault(path, FollowedRun(path))
+            self._open.move_to_end(path)
+            while len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+            return found
+
+    def key(self, path: Path) -> str:
+        """The address of a run folder."""
+        return path.relative_to(self.runs).as_posix() if path != self.runs else path.name
+
+    def figures(self, *, newest: int = NEWEST) -> list[RunFigures]:
+        """What metrics tell of each run; of the runs after the newest ones, their overview alone."""
+        found = []
+        for number, line in enumerate(self.lines()):
+            if number >= newest or not line.begun:
+                found.append(RunFigures(overview=line.overview))
+                continue
+            # Those that change are kept parsed; of those that ended, what was counted once is enough.
+            folder = self.run(line.key) if line.open else FollowedRun(Path(line.overview.path))
+            state = folder.state
+            known = self._figures.get(line.key)
+            if known is None or known[0] != state or known[1].overview != line.overview:
+                made = RunFigures.of(line.overview, rows=folder.rounds(), events=folder.events())
+                known = self._figures[line.key] = (state, made)
+            found.append(known[1])
+        return found
+
+    def _paths(self) -> list[Path]:
+        with self._lock:
+            listed, paths = self._listed
+            if time.monotonic() - listed > LISTED_S:
+                paths = find_runs(self.runs) if self.runs.is_dir() else []
+                self._listed = time.monotonic(), paths
+            return paths
+
+    def _overview(self, path: Path) -> Overview:
+        folder = FollowedRun(path)
+        state = folder.state
+        known = self._overviews.get(path)
+        # A run that dies changes no file, so one that has not ended is asked about every time.
+        if known is None or known[0] != state or known[1].state not in ("finished", "failed"):
+            known = self._overviews[path] = (state, overview(folder))
+        return known[1]

@@ -1,0 +1,175 @@
+"""The centre's folder: one place for what its server needs, made by `fedsigma server init`.
+
+server.yaml      names, addresses, limits; may be edited
+tls/             authority and certificates; ca.key is the one file to keep off-line where that is possible
+secrets/         what Flower's processes know each other by
+proxy/           nginx.conf and Caddyfile, made from server.yaml
+state.db         Flower's database
+centre.db        sites, invitations, keys, studies
+dashboard.db     who may see the dashboard
+studies/ runs/   what was submitted, and what came of it
+audit.jsonl      who took part, what was accepted or refused
+logs/            of the processes
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from fedsigma.common.config.schema import (
+    ConfigError,
+    build,
+    check_choice,
+    check_printable,
+    from_here,
+    read_yaml,
+    split_address,
+    write_yaml,
+)
+from fedsigma.common.utils.files import write_secret, write_whole
+from fedsigma.server.deployment.certificates import Issued, issue, new_authority
+
+__all__ = ["CentreError", "CentreFolder", "ServerConfig"]
+
+PROXIES = ("nginx", "caddy", "none")
+
+
+class CentreError(ValueError):
+    """The centre's folder is missing, taken or damaged, or a command does not fit its state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What server.yaml says.
+
+    Fields: name, of the centre, as certificates and invitations say it; address, HOST:PORT by which sites
+    reach the proxy; listen, where the proxy listens; superlink, where Flower's SuperLink listens, which no
+    site may reach; health, of the SuperLink (gRPC), and worker_health, of the process that runs studies;
+    proxy, which one `fedsigma server up` starts (`none`: it runs by itself, with a file from proxy/); names,
+    host names and addresses in the SuperLink's certificate; largest_message, in MiB.
+    """
+
+    section: ClassVar[str] = ""
+
+    name: str
+    address: str
+    listen: str = "0.0.0.0:443"
+    superlink: str = "127.0.0.1:8000"
+    health: str = "127.0.0.1:8001"
+    worker_health: str = "127.0.0.1:8002"
+    proxy: str = "nginx"
+    names: tuple[str, ...] = field(default=("localhost", "127.0.0.1", "superlink"))
+    largest_message: int = 16
+
+    def __post_init__(self) -> None:
+        check_printable("name", self.name)
+        for key in ("address", "listen", "superlink", "health", "worker_health"):
+            split_address(getattr(self, key), where=key)
+        check_choice("proxy", self.proxy, PROXIES)
+        if not 1 <= self.largest_message <= 1024:
+            raise ConfigError(f"largest_message is {self.largest_message}, expected 1 to 1024 MiB")
+        if not self.names:
+            raise ConfigError("names is empty, expected at least the host of superlink")
+
+
+class CentreFolder:
+    """The centre's folder, opened.
+
+    Raises:
+        CentreError: there is no server.yaml.
+        ConfigError: server.yaml does not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().resolve()
+        file = self.path / "server.yaml"
+        if not file.is_file():
+            raise CentreError(f"{self.path} holds no server.yaml: make a centre with `fedsigma server init`")
+        self.config = build(
+            ServerConfig, read_yaml(file.read_text(encoding="utf-8"), where=str(file)), where=str(file)
+        )
+
+    @classmethod
+    def create(
+        cls, path: Path, config: ServerConfig, *, own: Issued | None, trust: bytes = b""
+    ) -> CentreFolder:
+        """Make a new centre.
+
+        Args:
+            path: a new or empty folder.
+            config: for server.yaml.
+            own: the certificate for `address` if it is not to be made here.
+            trust: PEM certificates that sites trust, where `own` is given.
+
+        Raises:
+            CentreError: the folder is not empty.
+        """
+        path = path.expanduser().resolve()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CentreError(f"{path} is not an empty folder: name a new one; nothing was changed")
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+        for name in ("tls", "secrets", "proxy", "studies", "runs", "logs", "flwr"):
+            (path / name).mkdir(mode=0o700)
+        write_secret(path / "secrets" / "superexec.secret", secrets.token_bytes(32))
+        (path / "server.yaml").write_text(write_yaml(config), encoding="utf-8")
+        folder = cls(path)
+        authority = new_authority(f"{config.name} FedSigma authority")
+        authority.write(folder.tls("ca.crt"), folder.tls("ca.key"))
+        folder.issue_inner()
+        if own is None:
+            folder.issue_outer()
+        else:
+            own.write(folder.tls("outer.crt"), folder.tls("outer.key"))
+        folder.tls("sites.crt").write_bytes(trust or authority.certificate)
+        folder.write_flower_config()
+        return folder
+
+    def tls(self, name: str) -> Path:
+        """The path of a file among the certificates."""
+        return self.path / "tls" / name
+
+    @property
+    def secret(self) -> Path:
+        """The file of the secret that Flower's processes here share."""
+        return self.path / "secrets" / "superexec.secret"
+
+    def authority(self) -> Issued:
+        """The authority of this centre.
+
+        Raises:
+            CentreError: its key is not here.
+        """
+        try:
+            return Issued(self.tls("ca.crt").read_bytes(), self.tls("ca.key").read_bytes())
+        except FileNotFoundError as error:
+            raise CentreError(
+                f"{error.filename} is not there: put the authority's key back for the time of this command"
+            ) from None
+
+    def issue_inner(self) -> None:
+        """Make a new certificate for the SuperLink, which the proxy and the centre's own commands verify."""
+        host, _ = split_address(self.config.superlink, where="superlink")
+        names = dict.fromkeys([*self.config.names, *([host] if host not in ("0.0.0.0", "::") else [])])
+        issue(self.authority(), list(names)).write(self.tls("inner.crt"), self.tls("inner.key"))
+
+    def issue_outer(self) -> None:
+        """Make a new certificate for the address that sites reach."""
+        host, _ = split_address(self.config.address, where="address")
+        issue(self.authority(), [host]).write(self.tls("outer.crt"), self.tls("outer.key"))
+
+    @property
+    def control(self) -> str:
+        """HOST:PORT at which this machine reaches the SuperLink."""
+        return from_here(self.config.superlink, where="superlink")
+
+    def write_flower_config(self) -> None:
+        """Write how the `flwr` command reaches the SuperLink, into a Flower home of this centre's own."""
+        lines = ["[superlink]", 'default = "centre"', "", "[superlink.centre]"]
+        lines += [f'address = "{self.control}"', f'root-certificates = "{self.tls("ca.crt")}"']
+        file, text = self.path / "flwr" / "config.toml", "\n".join(lines) + "\n"
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write_whole(file, text.encode())

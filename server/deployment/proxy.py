@@ -1,0 +1,139 @@
+"""The reverse proxy in front of the SuperLink: sites reach Flower's Fleet interface and nothing else.
+
+TLS and node keys do not guard Flower's Control interface, which lies on the same port: whoever reaches it can
+start a run, and a run is code at every site. So nobody but this machine may reach the SuperLink's port, and
+the proxy passes on no other path. The one exception is gRPC's health check, which answers alive or not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedsigma.common.config.schema import split_address
+from fedsigma.server.deployment.home import CentreFolder
+
+__all__ = ["caddyfile", "nginx_conf", "write_proxy_files"]
+
+_NGINX = """\
+# Made by fedsigma from server.yaml; changes here are lost at the next `fedsigma server up`.
+daemon off;
+pid {run}/nginx.pid;
+error_log stderr warn;
+worker_processes auto;
+events {{ worker_connections 1024; }}
+http {{
+  # A node asks about once a second: what goes well is not written down.
+  map $status $worth_a_line {{ ~^[23] 0; default 1; }}
+  access_log /dev/stdout combined if=$worth_a_line;
+  server_tokens off;
+  client_body_temp_path {run}/body;
+  proxy_temp_path {run}/proxy;
+  fastcgi_temp_path {run}/fastcgi;
+  uwsgi_temp_path {run}/uwsgi;
+  scgi_temp_path {run}/scgi;
+  # One site may open so many connections, and ask so often; a node asks about once a second.
+  limit_conn_zone $binary_remote_addr zone=sites:1m;
+  limit_req_zone $binary_remote_addr zone=asks:1m rate=50r/s;
+  server {{
+    listen {listen} ssl http2;
+    ssl_certificate {tls}/outer.crt;
+    ssl_certificate_key {tls}/outer.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    client_max_body_size {megabytes}m;
+    client_body_timeout 60s;
+    limit_conn sites 64;
+    limit_req zone=asks burst=200 nodelay;
+    location /v1/fleet/ {{
+      proxy_pass https://{superlink};
+      proxy_ssl_trusted_certificate {tls}/ca.crt;
+      proxy_ssl_verify on;
+      proxy_ssl_name {inner};
+      proxy_ssl_server_name on;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host $host;
+      proxy_connect_timeout 5s;
+      proxy_read_timeout 120s;
+      # Passed on as it comes: what sites send is on no disk of the proxy's.
+      proxy_request_buffering off;
+      proxy_max_temp_file_size 0;
+    }}
+    location = /grpc.health.v1.Health/Check {{
+      grpc_pass grpc://{health};
+    }}
+    location / {{ return 404; }}
+  }}
+}}
+"""
+
+_CADDY = """\
+# Made by fedsigma from server.yaml; changes here are lost at the next `fedsigma server up`.
+{{
+	admin off
+	auto_https off
+	storage file_system {run}/caddy
+	log {{
+		output stdout
+	}}
+}}
+https://{host}:{port} {{
+	bind {bind}
+	tls {tls}/outer.crt {tls}/outer.key
+	request_body {{
+		max_size {megabytes}MB
+	}}
+	handle /v1/fleet/* {{
+		reverse_proxy https://{superlink} {{
+			transport http {{
+				tls_trusted_ca_certs {tls}/ca.crt
+				tls_server_name {inner}
+				read_timeout 120s
+			}}
+		}}
+	}}
+	handle /grpc.health.v1.Health/Check {{
+		reverse_proxy h2c://{health}
+	}}
+	handle {{
+		respond 404
+	}}
+}}
+"""
+
+
+def nginx_conf(folder: CentreFolder) -> str:
+    """The nginx configuration, for nginx 1.18 and newer."""
+    return _NGINX.format(**_values(folder))
+
+
+def caddyfile(folder: CentreFolder) -> str:
+    """The same for Caddy 2."""
+    return _CADDY.format(**_values(folder))
+
+
+def write_proxy_files(folder: CentreFolder) -> Path:
+    """Write both files into proxy/ and make the folders that they name; returns proxy/."""
+    place = folder.path / "proxy"
+    for name in ("run", "run/body"):
+        (place / name).mkdir(exist_ok=True)
+    (place / "nginx.conf").write_text(nginx_conf(folder), encoding="utf-8")
+    (place / "Caddyfile").write_text(caddyfile(folder), encoding="utf-8")
+    return place
+
+
+def _values(folder: CentreFolder) -> dict[str, str]:
+    config = folder.config
+    host, _ = split_address(config.address, where="address")
+    bind, port = split_address(config.listen, where="listen")
+    return {
+        "run": str(folder.path / "proxy" / "run"),
+        "tls": str(folder.path / "tls"),
+        "listen": config.listen,
+        "host": host,
+        "bind": bind,
+        "port": str(port),
+        "superlink": folder.control,
+        "inner": config.names[0],
+        "health": config.health,
+        "megabytes": str(config.largest_message),
+    }

@@ -1,0 +1,59 @@
+"""The proxy as one process that ends whole.
+
+nginx's workers go on when their master is killed, and hold its port, so that no new master could start. Here
+whatever ends the master ends its workers, and whatever ends this process ends the master. And nginx opens
+its output by name, which a journal's socket or another user's pipe refuses: here it is a pipe of its own, and
+what comes through it goes to this process's output, to be kept and rotated by whoever supervises it.
+
+Arguments: the proxy's command.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from types import FrameType
+
+from fedsigma.common.ops.lifeline import end_with_parent
+
+__all__ = ["main"]
+
+
+def main(command: list[str]) -> int:
+    """Run the proxy to its end; returns its exit code."""
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
+    assert child.stdout is not None
+    pump = threading.Thread(target=_pass_output, args=(child.stdout.fileno(),), daemon=True)
+    pump.start()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, pass_on)
+    code = child.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    pump.join(timeout=5)
+    return code if code >= 0 else 128 - code
+
+
+def _pass_output(source: int) -> None:
+    while chunk := os.read(source, 65536):
+        # A reader that has gone must not stop the proxy.
+        with suppress(OSError):
+            os.write(sys.stdout.fileno(), chunk)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

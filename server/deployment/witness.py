@@ -1,0 +1,63 @@
+"""The centre's own record of a run: who took part, and what was accepted or refused, in its audit log.
+
+A line about an answer has the digest that the site's log has for it, so the two logs can be compared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsigma.server.deployment.audit_log import CentreLog
+
+__all__ = ["Witness"]
+
+KINDS = frozenset(
+    {
+        "run_start",
+        "site_ready",
+        "site_refused",
+        "reply_accepted",
+        "reply_rejected",
+        "evaluation_accepted",
+        "site_late",
+        "site_failed",
+        "site_spent",
+        "masked_sum_rejected",
+        "checkpoint_damaged",
+        "run_interrupted",
+        "run_end",
+    }
+)
+_FIELDS = ("round", "site", "reason", "bytes", "sha256", "ok", "file", "resume")
+
+
+class Witness:
+    """Writes the events of one run into the centre's audit log.
+
+    Args:
+        path: of the centre's folder.
+        study, run: its name, and the run's number.
+    """
+
+    def __init__(self, path: Path, *, study: str, run: str) -> None:
+        self._log = CentreLog(path)
+        self._about = {"study": study, "run": run}
+
+    @classmethod
+    def of_this_process(cls, *, study: str, run: str) -> Witness | None:
+        """That of the centre whose `fedsigma server up` started this process; None in a simulation."""
+        folder = os.environ.get("FEDSIGMA_CENTRE", "")
+        return cls(Path(folder), study=study, run=run) if folder else None
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Write down an event of the run folder, if it is one that counts.
+
+        Raises:
+            OSError, ChainBroken: it cannot be written; the run must not go on without it.
+        """
+        if event["kind"] in KINDS:
+            told = {name: event[name] for name in _FIELDS if name in event}
+            self._log.note(event["kind"], **self._about, **told)

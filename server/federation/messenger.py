@@ -1,0 +1,142 @@
+"""Sending tasks to sites and attributing what comes back: the server's wrapper around Flower's messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsigma.common.wire.digest import digest
+from fedsigma.common.wire.records import fields_of, to_content, wire_bytes
+from fedsigma.server.federation.streaming import StreamingGrid
+
+__all__ = ["Answer", "Exchange", "attribute", "in_order"]
+
+T = TypeVar("T")
+
+# What Flower's own error codes mean for the people who read the events.
+_FLOWER_ERRORS = {
+    2: "the site's app failed",
+    3: "the site could not be reached in time",
+    5: "the site went away",
+    8: "the site's process ended",
+}
+_TYPE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,79}")
+# A message that nobody fetched is forgotten this long after the server stopped waiting for it.
+GRACE_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back from one site: a record, or the reason why not, or nothing in time.
+
+    bytes_down is the size of the task that was sent, bytes_up that of the reply, 0 if there was none. traces
+    is what the site's own log says of the reply, bytes and sha256. late: no reply of any kind came in time.
+    """
+
+    node: int
+    bytes_down: int
+    content: RecordDict | None = None
+    failure: str = ""
+    late: bool = False
+    bytes_up: int = 0
+    traces: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing came for want of the way to the site, or its machine, and not by its own word."""
+        return self.late or self.failure in (_FLOWER_ERRORS[3], _FLOWER_ERRORS[5], _FLOWER_ERRORS[8])
+
+    def emptied(self) -> Answer:
+        """The same without the record, which is most of it, once that is read."""
+        return replace(self, content=None)
+
+
+class Exchange:
+    """Asks the sites that are online."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = StreamingGrid(grid)
+
+    def online(self) -> set[int]:
+        """Return the node ids of the sites that are connected now."""
+        return set(self.grid.get_node_ids())
+
+    def messages(
+        self, tasks: Mapping[int, object], *, kind: str, timeout: float, group: str = ""
+    ) -> dict[int, Message]:
+        """Build the messages that carry each site its task. Units: timeout in seconds.
+
+        Sites with the same task share one record, so that a task lies in memory once.
+        """
+        contents = {id(task): to_content(task) for task in _once(tasks.values())}
+        ttl = timeout + GRACE_S
+        return {
+            node: Message(contents[id(task)], dst_node_id=node, message_type=kind, ttl=ttl, group_id=group)
+            for node, task in tasks.items()
+        }
+
+    def ask(
+        self, tasks: Mapping[int, object], *, kind: str, timeout: float, group: str = ""
+    ) -> Iterator[Answer]:
+        """Send each site its task; the answers as they come, for at most `timeout` seconds."""
+        return self.send(self.messages(tasks, kind=kind, timeout=timeout, group=group), timeout=timeout)
+
+    def send(self, sent: Mapping[int, Message], *, timeout: float) -> Iterator[Answer]:
+        """Send each site its message; the answers as they come, for at most `timeout` seconds."""
+        return attribute(sent, self.grid.send_and_receive(list(sent.values()), timeout=timeout))
+
+
+def attribute(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[Answer]:
+    """Say of each reply which site it is of, as they come, and in the end which sites sent none.
+
+    An error that Flower itself makes, for a site that went away, does not say which site it is about: its
+    sender is the server. What it replies to does. A second reply of one site is ignored.
+    """
+    by_message = {message.metadata.message_id: node for node, message in sent.items()}
+    contents = {node: message.content for node, message in sent.items()}
+    sizes = {id(content): wire_bytes(content) for content in _once(contents.values())}
+    waiting = {node: sizes[id(content)] for node, content in contents.items()}
+    for reply in replies:
+        node = by_message.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+        if node in waiting:
+            yield _answer(node, waiting.pop(node), reply)
+        del reply  # the loop would hold it while the next one is waited for
+    for node, down in waiting.items():
+        yield Answer(node=node, bytes_down=down, late=True)
+
+
+def in_order(nodes: Iterable[int], answers: Iterable[Answer]) -> dict[int, Answer]:
+    """All answers by node, in the order of `nodes`, so that what follows does not depend on who was first."""
+    found = {answer.node: answer for answer in answers}
+    return {node: found[node] for node in nodes}
+
+
+def _once(things: Iterable[T]) -> Iterable[T]:
+    """Each thing once, told apart by identity: tasks hold lists and cannot be compared quickly."""
+    return {id(thing): thing for thing in things}.values()
+
+
+def _answer(node: int, down: int, reply: Message) -> Answer:
+    if reply.has_content():
+        content = reply.content
+        traces = _traces(content)
+        return Answer(
+            node=node, bytes_down=down, content=content, bytes_up=wire_bytes(content), traces=traces
+        )
+    known = _FLOWER_ERRORS.get(reply.error.code, "")
+    # FedSigma's sites tell a type's name. Any other text was not written by us, so it is not repeated.
+    kind = reply.error.reason if _TYPE_NAME.fullmatch(reply.error.reason or "") else ""
+    told = f"{known}: {kind}" if known and kind else known or kind
+    return Answer(node=node, bytes_down=down, failure=told or f"error {reply.error.code}")
+
+
+def _traces(content: RecordDict) -> dict[str, Any]:
+    try:
+        return digest(fields_of(content))
+    except (KeyError, TypeError):  # not a record of ours, which is rejected
+        return {"bytes": wire_bytes(content)}

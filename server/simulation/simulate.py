@@ -1,0 +1,252 @@
+"""Run a study as a simulation on this machine: Flower's own `flwr run`, with its traps taken care of.
+
+`flwr run` keeps a SuperLink running for good, installs the app's dependencies into an environment of its
+own, starts two sites unless told otherwise, and ends with 0 even when the run failed. Here each simulation
+has a SuperLink, a port and a home folder of its own, which are gone afterwards, and the true end of the run
+decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
+from fedsigma.common.ops.supervisor import flower_environment, free_ports
+from fedsigma.common.wire.records import Setup
+from fedsigma.server.evaluation.model_versions import find_version
+from fedsigma.server.runs.run_dir import check_free
+from fedsigma.server.runs.summary import runs_folder
+from fedsigma.server.simulation.app_bundle import write_app
+from fedsigma.server.trackers import choose_trackers
+
+__all__ = ["SimulationError", "run_simulation"]
+
+COMPLETED = "finished:completed"
+START_S = 120.0
+"""How long the SuperLink may take to start; on a busy machine, much longer than Flower itself waits."""
+
+
+class SimulationError(RuntimeError):
+    """Flower could not start the simulation."""
+
+
+def run_simulation(
+    study: str,
+    *,
+    out: Path | None = None,
+    rounds: int = 0,
+    seed: int = -1,
+    resume: bool = False,
+    cpus_per_site: int = 1,
+    trackers: str = "",
+) -> int:
+    """Run a study with all its sites on this machine, showing Flower's log as it comes.
+
+    Args:
+        study: the name of a study that comes with FedSigma, or the path of a study file.
+        out: the run folder; None makes one under `runs_folder()`.
+        rounds, seed: instead of the study's own (0 and -1: the study's own).
+        resume: go on with the interrupted run in `out`.
+        cpus_per_site: processors for one site at a time; as many sites work at once as fit.
+        trackers: names of experiment trackers, by commas, besides those of FEDSIGMA_TRACKERS.
+
+    Returns:
+        0 if the run completed, else 1.
+
+    Raises:
+        ConfigError: the study does not read, or is not for a simulation, or a tracker cannot be used.
+        ModelError: there is no such version as the study wants judged.
+        StoreError: `out` is no place for a run.
+        SimulationError: Flower did not start.
+        KeyboardInterrupt: by Ctrl-C or SIGTERM; nothing is left running, and the run can be resumed.
+    """
+    config = load_study(study)
+    sites = _count_sites(config)
+    choose_trackers(trackers)
+    place = out.expanduser().resolve() if out else None
+    if place and not resume:
+        check_free(place)
+    for reference in config.judge:
+        find_version(reference, place.parent if place else runs_folder())
+    with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
+        home = Path(folder)
+        (home / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        values = {"study": str(home / "study.yaml"), "resume": resume, "rounds": rounds, "seed": seed}
+        values |= {"out": str(place or ""), "trackers": trackers}
+        environment = _environment(home)
+        with _superlink(home, environment):
+            run = _flwr_run(home, environment, values, sites=sites, cpus=cpus_per_site)
+            status = _status(run, home, environment)
+    if status != COMPLETED:
+        print(f"FedSigma: the run ended as {status}: see its log above and events.jsonl", file=sys.stderr)
+    return 0 if status == COMPLETED else 1
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end a simulation as Ctrl-C does, so that no SuperLink is left running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _count_sites(study: StudyConfig) -> int:
+    from fedsigma.common.data.site_data import simulated_sites
+
+    setup = Setup.of(study)
+    if not setup.data:
+        raise ConfigError(
+            f"study '{study.name}' has no data section, so it is for real sites: a simulation needs one"
+        )
+    return len(simulated_sites(setup.data, setup.classes, setup.seed)[1])
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Return the environment of every process of this simulation."""
+    api, control = free_ports(2)
+    # Without PYTHONUNBUFFERED, which is among them, the log of a run comes in blocks, long after the event.
+    return {
+        **os.environ,
+        **flower_environment(home / "flwr"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(api),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(control),
+    }
+
+
+@contextmanager
+def _superlink(home: Path, environment: dict[str, str]) -> Iterator[None]:
+    """Run a SuperLink of our own, as `flwr run` would start it, and end it with all that it started."""
+    port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
+    control = environment["FLWR_LOCAL_CONTROL_API_PORT"]
+    log = home / "superlink.log"
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--control-api-address", f"127.0.0.1:{control}", "--host", "127.0.0.1", "--port", port]
+    command += ["--database", str(home / "state.db")]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=home, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(process, port, log)
+        yield
+    finally:
+        _end(process)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    raise SimulationError(f"flower-superlink did not start within {START_S:g} s:\n{tail}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and all that it started.
+
+    Flower gives its children sessions of their own, so a signal to one group does not reach them all; and
+    once their parent is gone, nothing tells whose they were.
+    """
+    import psutil
+
+    left = []
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        left = [parent, *parent.children(recursive=True)]
+    for end, patience in ((psutil.Process.terminate, 10.0), (psutil.Process.kill, 5.0)):
+        for one in left:
+            with suppress(psutil.NoSuchProcess):
+                end(one)
+        left = psutil.wait_procs(left, timeout=patience)[1]
+    process.wait()
+
+
+def _flwr_run(
+    home: Path, environment: dict[str, str], values: dict[str, object], *, sites: int, cpus: int
+) -> str:
+    """Start the run, show its log until it ends, and return its id."""
+    app = _checkout() or write_app(home / "app")
+    # JSON's texts, numbers and booleans are TOML's, too.
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+    federation = f"num-supernodes={sites} client-resources-num-cpus={cpus} client-resources-num-gpus=0"
+    command = ["flwr", "run", str(app), "--stream", "--run-config", config]
+    command += ["--federation-config", federation]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+    found = re.search(r"run[ _-]?(?:id)?[^0-9]{0,4}(\d{6,})", "".join(lines), re.IGNORECASE)
+    if found is None:
+        raise SimulationError("`flwr run` did not start the run: see its message above")
+    return found.group(1)
+
+
+def _checkout() -> Path | None:
+    """This checkout, whose own code a simulation runs; None for an installed package."""
+    folder = Path(__file__).resolve().parents[2]
+    if (folder / "pyproject.toml").is_file() and (folder / "fedsigma" / "serverapp.py").is_file():
+        return folder
+    return None
+
+
+def _status(run: str, home: Path, environment: dict[str, str]) -> str:
+    """Ask Flower how the run ended; the end of the log may come a moment before the end of the run."""
+    status = "unknown"
+    for _ in range(30):
+        done = subprocess.run(
+            ["flwr", "ls", "--run-id", run, "--format", "json"],
+            env=environment,
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        try:
+            status = str(json.loads(done.stdout)["runs"][0]["status"])
+        except (ValueError, KeyError, IndexError, TypeError):
+            status = "unknown"
+        if status.startswith("finished"):
+            return status
+        time.sleep(1)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run_simulation(sys.argv[1] if len(sys.argv) > 1 else "demo"))
