@@ -1,6 +1,6 @@
 """One hostile or broken site among four: what it costs the others, and what stops it.
 
-    python bench/attacks.py --out out/attacks --json out/attacks.json
+    python -m bench.attacks --out out/attacks --json out/attacks.json
 
 The demonstration study on the starter backbone, driven in one process by the real ServerApp and ClientApp;
 the fourth site (west) is hostile. Accuracy is that of the others' test images, in per cent. Columns:
@@ -19,18 +19,13 @@ import json
 import os
 import statistics
 import struct
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
-from fake_grid import FakeGrid
 from flwr.app import Context, Message, RecordDict
 
 from fedsigma.client.app import app as client
@@ -41,6 +36,7 @@ from fedsigma.common.training.trainer import open_learner
 from fedsigma.common.wire.codec import decode, encode
 from fedsigma.server.app import app as server
 from fedsigma.server.runs.run_dir import RunFolder
+from tests.helpers.fake_grid import FakeGrid
 
 HOSTILE, NODE = "west", 103
 DEFENCES: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """Attention with its gradient: FedSigma's batched products against torch's fused kernel, on the processor.
 
-    python bench/attention.py --json out/attention.json
+    python -m bench.attention --json out/attention.json
 
 Each row is one layer's self-attention, forward and back, of packed queries, keys and values with random
 values: milliseconds of both, run in turns, and the relative error of each one's gradient against float32's.
@@ -12,12 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

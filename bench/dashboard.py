@@ -1,6 +1,6 @@
 """How long the dashboard takes to open: 100 runs of 200 rounds and 50 sites, in a real browser.
 
-    python bench/dashboard.py [--runs 100] [--rounds 200] [--sites 50] [--json FILE]
+    python -m bench.dashboard [--runs 100] [--rounds 200] [--sites 50] [--json FILE]
 
 Writes the runs (invented figures in the shape of real ones), starts `fedsigma dashboard` anew for each
 repetition, and opens in Debian's Chromium the list of all runs, and the page of one run that nobody has
@@ -22,14 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from browser import MISSING, chromium
-from dashboard_process import dashboard
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from synthetic_run import write_synthetic_run
+
+from tests.helpers.browser import MISSING, chromium
+from tests.helpers.dashboard_process import dashboard
+from tests.helpers.synthetic_run import write_synthetic_run
 
 # Functions, since pages allow no text to be run as a script.
 _DRAWN = """() => window.echarts && ['curves', 'part', 'heat', 'drift', 'bytes']

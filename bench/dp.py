@@ -1,7 +1,7 @@
 """What differential privacy costs: a private step against a plain one, and accuracy against epsilon.
 
-    python bench/dp.py --json out/dp.json
-    python bench/dp.py --data DIR --out out/dp --json out/dp.json
+    python -m bench.dp --json out/dp.json
+    python -m bench.dp --data DIR --out out/dp --json out/dp.json
 
 The step: CLIP ViT-B/16 with random weights, batch 32, 8 classes, as in bench/step.py. A plain and a private
 step of both towers, and of the image tower alone, are made in turns in one process. Beside them stands Opacus
@@ -19,12 +19,9 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """What is lost when something fails: one study for each fault, across real processes in network namespaces.
 
-    sudo python bench/faults.py --json out/faults.json
+    sudo python -m bench.faults --json out/faults.json
 
 A centre (SuperLink, worker, keeper, nginx) and three sites over TLS, each place a network namespace of its
 own; a site's worker reaches nothing but its node. While the sites work on round 2 of 3, one thing is broken.
@@ -26,10 +26,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from safetensors.numpy import load_file
 
-from deployment.faults import (
+from tests.deployment.faults import (
     FAULTS,
     HIT,
     Outcome,
@@ -39,9 +38,8 @@ from deployment.faults import (
     study_file,
     study_with_fault,
 )
-from deployment.network import may_make_namespaces
-from deployment.parts import SITES, Deployment, deployed, missing, wait_for
-from safetensors.numpy import load_file
+from tests.deployment.network import may_make_namespaces
+from tests.deployment.parts import SITES, Deployment, deployed, missing, wait_for
 
 TOLERANCE = 5e-5
 """Of a shift whose largest values are about 0.06: sums of floats depend on the order of replies."""

@@ -1,6 +1,6 @@
 """Feed the reader of coded shifts with hostile bytes: each must give a shift or a `CodecError`.
 
-    python bench/fuzz_wire.py --inputs 200000 --json out/fuzz.json
+    python -m bench.fuzz_wire --inputs 200000 --json out/fuzz.json
 
 Four kinds in equal numbers, drawn by hypothesis: any bytes; any payload, often of a right length, behind a
 right header and checksum; any integers, well compressed, behind right step codes; and valid messages with a
@@ -14,13 +14,10 @@ import argparse
 import collections
 import json
 import struct
-import sys
 import time
 import tracemalloc
 import zlib
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import zstandard

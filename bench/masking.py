@@ -1,6 +1,6 @@
 """What masked sums cost: bytes, seconds and exactness, against sending each change openly.
 
-    python bench/masking.py --out out/masking --json out/masking.json
+    python -m bench.masking --out out/masking --json out/masking.json
 
 First for CLIP ViT-B/16's 92,160 values by the number of sites: the bytes of one reply, seconds at a site to
 make its masks and at the server to sum (medians of five), and the largest error of the weighted mean of
@@ -15,20 +15,15 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from fake_grid import FakeGrid
 from flwr.app import Context, RecordDict
 
 from fedsigma.client.app import app as client
@@ -37,6 +32,7 @@ from fedsigma.common.privacy import secure_aggregation
 from fedsigma.common.wire.records import MASKED_COUNTS, MaskedReply, to_content, wire_bytes
 from fedsigma.server.app import app as server
 from fedsigma.server.runs.run_dir import RunFolder
+from tests.helpers.fake_grid import FakeGrid
 
 VALUES, SHOTS, BOUND = 92_160, 64, 16.0
 WIDTHS = (10, 13, 10, 15, 10)

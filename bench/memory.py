@@ -1,6 +1,6 @@
 """What each further Ray actor of a simulation takes of a machine's memory, beside the first.
 
-    python bench/memory.py --out out/memory --json out/memory.json
+    python -m bench.memory --out out/memory --json out/memory.json
 
 Actors are started one after another. Each is a Ray actor that loads CLIP ViT-B/16 as a site does (folder,
 verified, sigma of both towers, basis from the cache) and trains one step of a batch of 32. The weights are
@@ -29,8 +29,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 

@@ -1,6 +1,6 @@
 """Keeping some of the shift at the sites, against sharing all of it, on the two studies of real images.
 
-    python bench/personal.py --data DIR --out out/personal --json out/personal.json
+    python -m bench.personal --data DIR --out out/personal --json out/personal.json
 
 DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet`. Each study runs by `flwr run` with its own recipe
 and no baselines: with nothing personal, with the text tower, with the bottom third of the image tower
@@ -15,12 +15,9 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedsigma.common.config.study import PersonalConfig, StudyConfig, load_study
 from fedsigma.server.runs.run_dir import RunFolder

@@ -1,6 +1,6 @@
 """The studies on real images, and the synthetic one: four methods side by side, several seeds.
 
-    python bench/real_studies.py --data DIR --out out/real --json out/real.json --markdown out/real.md
+    python -m bench.real_studies --data DIR --out out/real --json out/real.json --markdown out/real.md
 
 DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet` (columns image, label, site, group, split). Each
 study and seed is one real run by `flwr run`, kept in its own folder under --out; a finished run is not
@@ -14,12 +14,9 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedsigma.server.runs.run_dir import RunFolder
 from fedsigma.server.simulation.simulate import run_simulation

@@ -1,6 +1,6 @@
 """What a round costs the server by the number of sites: its own seconds, its memory and its disk.
 
-    python bench/scale.py --out out/scale --json out/scale.json --figure out/scale.png
+    python -m bench.scale --out out/scale --json out/scale.json --figure out/scale.png
 
 The server's side of a study is real: handshake, tasks, checks, averaging, drift, events and rows, checkpoint.
 The sites are not. `RecordedGrid` stands in for Flower's and hands out recorded uploads: changes of CLIP
@@ -29,8 +29,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -192,7 +190,7 @@ def peak_mb() -> float:
 
 def child(out: Path, **what: Any) -> dict[str, Any]:
     """`measure` in a process of its own."""
-    call = [sys.executable, __file__, "--out", str(out), "--measure", json.dumps(what)]
+    call = [sys.executable, "-m", "bench.scale", "--out", str(out), "--measure", json.dumps(what)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])

@@ -1,7 +1,7 @@
 """Judging with a finished model against plain open_clip on the same batch, in process and by HTTP.
 
-    python bench/serve.py --json out/serve.json
-    python bench/serve.py --architecture ViT-B-16 --json out/serve-b16.json
+    python -m bench.serve --json out/serve.json
+    python -m bench.serve --architecture ViT-B-16 --json out/serve-b16.json
 
 Plain is what anyone would write: the merged model, loaded by open_clip from the folder of `fedsigma export`,
 encode_image and a softmax of the similarities to text features that were computed once. Ours is the judge
@@ -22,7 +22,6 @@ import argparse
 import io
 import json
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -31,8 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 import numpy as np

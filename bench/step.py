@@ -1,6 +1,6 @@
 """One training step of sigma against the paper's published form, and evaluation against plain open_clip.
 
-    python bench/step.py --json out/step.json
+    python -m bench.step --json out/step.json
 
 CLIP ViT-B/16 with random weights (time and memory do not depend on their values), batch 32, 8 classes,
 both towers. The paper's form, written here as the baseline: each weight as two dense layers U and V with
@@ -26,8 +26,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import open_clip
 import torch

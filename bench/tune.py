@@ -1,6 +1,6 @@
 """Try recipes on validation images taken from the training part; the test part is never read.
 
-    python bench/tune.py --data DIR --study white-cells-four-labs --try learning_rate=0.01,augment=microscopy
+    python -m bench.tune --data DIR --study white-cells-four-labs --try learning_rate=0.01,augment=microscopy
 
 Each --try is one recipe: fields of the training section, `rounds`, and `server_learning_rate` and
 `server_momentum` as FedAvgM has them. The rest of a site's training images (those the few-shot draw left
@@ -12,13 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """What an upload costs at each coding level: bytes, error and accuracy, beside what other methods send.
 
-    python bench/wire.py --data DIR --out out/wire --json out/wire.json
+    python -m bench.wire --data DIR --out out/wire --json out/wire.json
 
 DIR holds `wbc_labs.parquet` and `ham10000_sites.parquet`. Three measurements:
 
@@ -24,8 +24,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import zstandard

@@ -1,6 +1,6 @@
 """The cards of published data sets as the table of docs/datasets.md.
 
-    python tools/dataset_cards.py --json out/dataset_cards.json
+    python -m tools.dataset_cards --json out/dataset_cards.json
 
 Sizes, licences and addresses are the cards'; nothing is measured, and nothing is downloaded.
 """
@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedsigma.common.config.schema import plain
 from fedsigma.common.data.catalog import DatasetCard, cards

@@ -1,6 +1,6 @@
 """Lay parquet files of labelled images out as published sets lie on disk, for `fedsigma bench paper`.
 
-    python tools/paper_sets.py --data DIR --out SETS
+    python -m tools.paper_sets --data DIR --out SETS
 
 DIR holds files with the columns image, label, split and, for some, site. Samples of five published
 biomedical sets become folders with split files as their cards say. The samples are smaller than the sets, and
@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow.parquet as pq
 from rich.progress import track

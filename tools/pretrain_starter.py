@@ -1,6 +1,6 @@
 """Pre-train the bundled starter backbone on the pre-training sets and procedural drawings.
 
-    python tools/pretrain_starter.py --data DIR --out out/starter --steps 1600 --cooldown 600
+    python -m tools.pretrain_starter --data DIR --out out/starter --steps 1600 --cooldown 600
 
 The image tower is XCiT-nano (El-Nouby et al. 2021, arXiv:2106.09681): its convolutional stem and local
 mixing learn from few pictures what a plain ViT of twice the size does not in the same time (`--tower vit`
@@ -15,12 +15,9 @@ import argparse
 import copy
 import json
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import open_clip
 import torch

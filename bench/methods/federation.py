@@ -1,7 +1,7 @@
 """Rounds of any method in this process, without Flower's processes but with its averaging strategies.
 
-For sigma this gives what a simulation by `flwr run` gives (`tests/test_methods.py`): the draw of images, the
-seeds, the schedule, the coding and the order of averaging are the product's.
+For sigma this gives what a simulation by `flwr run` gives (`tests/integration/test_methods_bench.py`): the
+draw of images, the seeds, the schedule, the coding and the order of averaging are the product's.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import httpx
-from browser import Seen, chromium
 from playwright.sync_api import Browser, Page, expect
+
+from tests.helpers.browser import Seen, chromium
 
 PATIENCE_MS = 240_000
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deployment.parts import Deployment, deployed
+from tests.deployment.parts import Deployment, deployed
 
 
 @pytest.fixture(scope="package")

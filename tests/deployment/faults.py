@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from deployment.network import CENTRE
-from deployment.parts import BIN, SITES, STUDY, Deployment, reached, wait_for
 from fedsigma.common.ops.supervisor import call
 from fedsigma.common.utils.hash_chain import Chain
 from fedsigma.server.deployment.certificates import issue
 from fedsigma.server.runs.run_dir import RunFolder
+from tests.deployment.network import CENTRE
+from tests.deployment.parts import BIN, SITES, STUDY, Deployment, reached, wait_for
 
 ROUNDS = 3
 HIT = "north"

@@ -17,7 +17,6 @@ from typing import Any
 
 from flwr.cli.build import build_fab_from_disk
 
-from deployment.network import CENTRE, Network, may_make_namespaces
 from fedsigma.client.deployment.bundle_approval import Bundles
 from fedsigma.client.deployment.home import SiteFolder
 from fedsigma.common.ops.supervisor import ProcessError, free_ports, running, states, stop
@@ -25,6 +24,7 @@ from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.home import CentreFolder, ServerConfig
 from fedsigma.server.runs.run_dir import RunFolder
 from fedsigma.server.simulation.app_bundle import write_app
+from tests.deployment.network import CENTRE, Network, may_make_namespaces
 
 SITES = ("east", "north", "south")
 STUDY = """\

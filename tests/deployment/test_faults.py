@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deployment.faults import (
+from fedsigma.server.runs.run_dir import RunFolder
+from tests.deployment.faults import (
     FAULTS,
     HIT,
     Fault,
@@ -16,8 +17,7 @@ from deployment.faults import (
     study_file,
     study_with_fault,
 )
-from deployment.parts import Deployment, missing, wait_for
-from fedsigma.server.runs.run_dir import RunFolder
+from tests.deployment.parts import Deployment, missing, wait_for
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from deployment.network import CENTRE
-from deployment.parts import SITES, STUDY, Deployment, missing, reached, wait_for
 from fedsigma.common.utils.hash_chain import Chain
 from fedsigma.server.runs.run_dir import RunFolder
 from fedsigma.server.simulation.simulate import run_simulation
+from tests.deployment.network import CENTRE
+from tests.deployment.parts import SITES, STUDY, Deployment, missing, reached, wait_for
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,0 +1,312 @@
+"""Users of the dashboard, their passwords and sessions, and the commands for them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from argon2 import PasswordHasher
+from typer.testing import CliRunner
+
+from fedsigma.cli.main import main
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.server.dashboard import needs
+from fedsigma.server.dashboard.auth.accounts import Accounts, AccountsError
+from fedsigma.server.dashboard.auth.passwords import check_password
+from fedsigma.server.dashboard.auth.settings import AccessSettings
+from fedsigma.server.dashboard.needs import check_installed
+from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from tests.helpers.dashboard_door import (
+    ACCESS,
+    ORIGIN,
+    PASSWORD,
+    QUICK,
+    Clock,
+)
+
+
+def test_the_file_is_its_owners_alone_and_signs_nobody_in(accounts: Accounts, tmp_path: Path) -> None:
+    token, program = accounts.open("anna"), accounts.add_token("prometheus")
+    user = accounts.find(token)
+    assert user is not None
+    files = sorted(tmp_path.glob("dashboard.db*"))
+    assert files
+    for file in files:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        for secret in (token, program, PASSWORD, user.csrf):
+            assert secret.encode() not in file.read_bytes()
+    rows = sqlite3.connect(tmp_path / "dashboard.db").execute("SELECT hash FROM users").fetchall()
+    assert all(row[0].startswith("$argon2id$") for row in rows)
+
+
+def test_a_file_that_all_could_read_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "dashboard.db").touch(mode=0o644)
+    Accounts(tmp_path / "dashboard.db", hasher=QUICK).close()
+    assert stat.S_IMODE((tmp_path / "dashboard.db").stat().st_mode) == 0o600
+
+
+NAME = "long.enough.a.name"
+SHORT_OR_LONG = ["", "short", "x" * 11, "long " * 26]
+GUESSED = ["a" * 20, "abcabcabcabcabc", "abababababab1", "123456789012", "210987654321", NAME, NAME.upper()]
+
+
+@pytest.mark.parametrize("password", [*SHORT_OR_LONG, *GUESSED, "fedsigmafedsigma"])
+def test_a_password_that_would_be_guessed_is_refused(password: str) -> None:
+    with pytest.raises(AccountsError):
+        check_password(password, name=NAME)
+
+
+@pytest.mark.parametrize("password", ["tooshort", *GUESSED[:5]])
+def test_a_password_is_not_told(password: str) -> None:
+    with pytest.raises(AccountsError) as error:
+        check_password(password, name="anna")
+    assert password not in str(error.value)
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "ﾊﾟｽﾜｰﾄﾞは長いほど良い", "x1" * 5 + "yz", "all small letters"])
+def test_length_counts_and_kinds_of_characters_do_not(password: str) -> None:
+    check_password(password, name="anna")
+
+
+@pytest.mark.parametrize("name", ["", "Anna", "-anna", "an na", "anna\n", "a" * 65, "аnna"])
+def test_names_that_could_be_taken_for_others_are_refused(accounts: Accounts, name: str) -> None:
+    with pytest.raises(AccountsError, match="expected 1 to 64"):
+        accounts.add(name, role="viewer", password=PASSWORD)
+    with pytest.raises(AccountsError, match="expected 1 to 64"):
+        accounts.add_token(name)
+
+
+def test_a_password_is_the_same_from_every_keyboard(accounts: Accounts) -> None:
+    accounts.add("zoe", role="viewer", password="zo\u00eb ist zu lang")
+    assert accounts.verify("zoe", "zoe\u0308 ist zu lang")
+    assert not accounts.verify("zoe", "zoe ist zu lang")
+
+
+def test_a_name_that_nobody_has_costs_as_much(tmp_path: Path) -> None:
+    verified = []
+
+    class Counting(PasswordHasher):
+        def verify(self, hash: Any, password: Any) -> Any:
+            verified.append(hash)
+            return super().verify(hash, password)
+
+    hasher = Counting(time_cost=1, memory_cost=8, parallelism=1)
+    accounts = Accounts(tmp_path / "d.db", hasher=hasher)
+    accounts.add("anna", role="viewer", password=PASSWORD)
+    accounts.add("gone", role="viewer", password=PASSWORD)
+    accounts.change("gone", disabled=True)
+    for name, expected in [("anna", True), ("nobody", False), ("gone", False)]:
+        verified.clear()
+        assert accounts.verify(name, PASSWORD) is expected
+        assert len(verified) == 1
+        assert verified[0].startswith("$argon2id$v=19$m=8,t=1,p=1$")
+    accounts.close()
+
+
+def test_an_older_hash_is_renewed_when_its_user_signs_in(tmp_path: Path) -> None:
+    path = tmp_path / "d.db"
+    Accounts(path, hasher=QUICK).add("anna", role="viewer", password=PASSWORD)
+    accounts = Accounts(path, hasher=PasswordHasher(time_cost=2, memory_cost=16, parallelism=1))
+    assert not accounts.verify("anna", "wrong")
+    kept = sqlite3.connect(path).execute("SELECT hash FROM users").fetchone()[0]
+    assert ",t=1," in kept
+    assert accounts.verify("anna", PASSWORD)
+    kept = sqlite3.connect(path).execute("SELECT hash FROM users").fetchone()[0]
+    assert "m=16,t=2," in kept
+    assert accounts.verify("anna", PASSWORD)
+
+
+@pytest.mark.parametrize(
+    "change", [{"role": "viewer"}, {"password": "another long one"}, {"disabled": True}, None]
+)
+def test_who_is_changed_or_removed_is_signed_out(accounts: Accounts, change: dict[str, Any] | None) -> None:
+    mine, other = accounts.open("anna"), accounts.open("vera")
+    elsewhere = accounts.open("anna", way="oidc", role="viewer")
+    if change is None:
+        accounts.remove("anna")
+    else:
+        accounts.change("anna", **change)
+    assert accounts.find(mine) is None
+    assert accounts.find(other) is not None
+    # Who signed in at a provider under the same name is another person.
+    assert accounts.find(elsewhere) is not None
+
+
+def test_a_name_that_is_given_again_is_another_user(accounts: Accounts) -> None:
+    token = accounts.open("anna")
+    accounts.remove("anna")
+    accounts.add("anna", role="viewer", password=PASSWORD)
+    assert accounts.find(token) is None
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed()
+    monkeypatch.setattr(needs, "find_spec", lambda name: None if name == "limits" else object())
+    with pytest.raises(AccountsError, match=r"limits is not installed: pip install 'fedsigma\[dashboard\]'"):
+        check_installed()
+
+
+def test_a_disabled_user_gets_in_again_when_enabled(accounts: Accounts) -> None:
+    accounts.change("anna", disabled=True)
+    assert not accounts.verify("anna", PASSWORD)
+    with pytest.raises(AccountsError, match="disabled"):
+        accounts.open("anna")
+    accounts.change("anna", disabled=False)
+    assert accounts.verify("anna", PASSWORD)
+
+
+def test_a_session_ends_by_itself(accounts: Accounts, clock: Clock) -> None:
+    idle = accounts.open("anna")
+    clock.now += 30 * 60 - 1
+    assert accounts.find(idle) is not None
+    clock.now += 30 * 60
+    assert accounts.find(idle) is None
+    clock.now -= 30 * 60
+    assert accounts.find(idle) is None, "what ended came back"
+    busy = accounts.open("anna")
+    for _ in range(12 * 3):
+        assert accounts.find(busy) is not None
+        clock.now += 20 * 60
+    assert accounts.find(busy) is None
+
+
+def test_a_page_that_renews_itself_is_nobody(accounts: Accounts, clock: Clock) -> None:
+    token = accounts.open("anna")
+    for _ in range(3):
+        assert accounts.find(token, used=False) is not None
+        clock.now += 10 * 60
+    assert accounts.find(token, used=False) is None
+
+
+def test_sessions_that_ended_do_not_pile_up(accounts: Accounts, clock: Clock, tmp_path: Path) -> None:
+    for _ in range(3):
+        accounts.open("anna")
+        clock.now += 3600
+    accounts.open("anna")
+    assert sqlite3.connect(tmp_path / "dashboard.db").execute("SELECT count(*) FROM sessions").fetchone() == (
+        1,
+    )
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_threads_take_turns(tmp_path: Path, in_memory: bool) -> None:
+    accounts = Accounts(None if in_memory else tmp_path / "d.db", hasher=QUICK, idle=1e-6 + 100)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(15):
+                token = accounts.open("local", way="link", role="viewer")
+                assert accounts.find(token) is not None
+                accounts.end(token)
+                assert accounts.find(token) is None
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    accounts.close()
+
+
+HERE = "http://127.0.0.1:8050"
+BAD_ORIGINS = ["fl.example.org", "http://fl.example.org", "https://fl.example.org/", "https://FL.example.org"]
+BAD_ORIGINS += ["https://fl.example.org:443", "http://127.0.0.1:80", "https://me@fl.example.org"]
+BAD_ORIGINS += ["ftp://fl.example.org", "https://fl.example.org:99999", "https://", ""]
+
+
+@pytest.mark.parametrize("origins", [(), *((bad,) for bad in BAD_ORIGINS), ("https://a.org", HERE)])
+def test_an_address_without_tls_or_of_another_form_is_refused(origins: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"access\.origins"):
+        AccessSettings(origins=origins)
+
+
+def test_settings_are_bounded() -> None:
+    for proxy in ("*", "proxy.example.org", "10.0.0.1/8"):
+        with pytest.raises(ConfigError, match=r"access\.proxies"):
+            AccessSettings(origins=(ORIGIN,), proxies=(proxy,))
+    with pytest.raises(ConfigError, match="per_name"):
+        AccessSettings(origins=(ORIGIN,), per_name=0)
+    assert ACCESS.secure
+
+
+@pytest.fixture
+def centre(tmp_path: Path) -> CentreFolder:
+    config = ServerConfig(name="Centre", address="fl.example.org:443")
+    return CentreFolder.create(tmp_path / "centre", config, own=None)
+
+
+def command(centre: CentreFolder, *args: str, input: str | None = None) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["users", *args, "-f", str(centre.path)], input=input)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_users_by_command(centre: CentreFolder) -> None:
+    assert command(centre, "list")[1].startswith("Nobody may sign in yet")
+    typed = f"{PASSWORD}\n{PASSWORD}\n"
+    assert command(centre, "add", "anna", "--role", "operator", input=typed)[0] == 0
+    assert command(centre, "add", "vera", "--password-stdin", input=f"{PASSWORD}\n")[0] == 0
+    code, out, _ = command(centre, "token", "prometheus")
+    assert code == 0
+    token = out.splitlines()[0]
+    assert command(centre, "password", "vera", "--password-stdin", input="another long one\n")[0] == 0
+    assert command(centre, "change", "vera", "--disable")[0] == 0
+    rows = json.loads(command(centre, "list", "--json")[1])
+    assert [(row["name"], row["role"], row["state"]) for row in rows] == [
+        ("anna", "operator", "enabled"),
+        ("prometheus", "metrics", "enabled"),
+        ("vera", "viewer", "disabled"),
+    ]
+    assert "prometheus" in command(centre, "list")[1]
+    assert command(centre, "remove", "vera")[0] == 0
+    assert command(centre, "remove", "prometheus")[0] == 0
+    accounts = Accounts(centre.path / "dashboard.db")
+    assert accounts.verify("anna", PASSWORD)
+    assert accounts.token_name(token) is None
+    text = (centre.path / "audit.jsonl").read_text()
+    assert [json.loads(line)["kind"] for line in text.splitlines()] == [
+        "user_added",
+        "user_added",
+        "token_added",
+        "user_changed",
+        "user_changed",
+        "user_removed",
+        "token_removed",
+    ]
+    for secret in (PASSWORD, "another long one", token):
+        assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("args", "typed", "says"),
+    [
+        (["add", "Anna", "--password-stdin"], PASSWORD, "small letters"),
+        (["add", "anna", "--role", "boss", "--password-stdin"], PASSWORD, "viewer or operator"),
+        (["add", "anna", "--password-stdin"], "short", "12 to 128"),
+        (["password", "nobody", "--password-stdin"], PASSWORD, "no user 'nobody'"),
+        (["remove", "nobody"], None, "no user 'nobody'"),
+        (["change", "nobody"], None, "nothing to change"),
+    ],
+)
+def test_a_command_that_does_not_do_says_why(
+    centre: CentreFolder, args: list[str], typed: str | None, says: str
+) -> None:
+    code, _, error = command(centre, *args, input=typed)
+    assert code == 3
+    assert says in error
+    assert not (centre.path / "audit.jsonl").exists()
+
+
+def test_a_name_is_given_once(centre: CentreFolder) -> None:
+    assert command(centre, "token", "anna")[0] == 0
+    code, _, error = command(centre, "add", "anna", "--password-stdin", input=PASSWORD)
+    assert code == 3
+    assert "is there already" in error

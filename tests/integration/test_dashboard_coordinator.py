@@ -1,0 +1,202 @@
+"""A centre's pages without its processes: what waits or did not begin, who was heard of, who may act."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from fedsigma.common.ops.supervisor import free_ports
+from fedsigma.server.dashboard.app import CENTRE_PAGES
+from fedsigma.server.dashboard.auth.accounts import Accounts
+from fedsigma.server.dashboard.auth.middleware import guarded
+from fedsigma.server.dashboard.config import DashboardConfig
+from fedsigma.server.dashboard.pages.coordinator import centre_routes
+from fedsigma.server.dashboard.pages.routes import Desk, make_pages
+from fedsigma.server.dashboard.pages.run_index import Library
+from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
+from fedsigma.server.deployment.audit_log import CentreLog
+from fedsigma.server.deployment.flower_control import Node, Run
+from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from fedsigma.server.deployment.registry import NodeKey, Registry, Site, Submission
+from tests.helpers.dashboard_door import ACCESS, FROM_US, HTML, PASSWORD, QUICK, client, sign_in
+from tests.helpers.synthetic_run import write_synthetic_run
+
+NOON = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
+
+
+class Told:
+    """Stands for the centre's Control, which asks a SuperLink; here nobody is there to be asked."""
+
+    def nodes(self) -> dict[str, Node]:
+        return {"7": Node("7", "online", "2026-03-01T11:00:00+00:00")}
+
+    def runs(self) -> dict[str, Run]:
+        return {"1": Run("1", "pending"), "2": Run("2", "finished:failed")}
+
+
+@pytest.fixture
+def centre(tmp_path: Path) -> CentreFolder:
+    ports = free_ports(4)
+    config = ServerConfig(
+        name="Tests", address=f"127.0.0.1:{ports[0]}", superlink=f"127.0.0.1:{ports[1]}", proxy="none"
+    )
+    found = CentreFolder.create(tmp_path / "centre", config, own=None)
+    registry = Registry(found.path / "centre.db")
+    with registry.session() as session:
+        session.add(Site(name="north", invited_at=NOON))
+        session.add(Site(name="annex", invited_at=NOON, note="<i>new</i>"))
+        session.flush()
+        session.add(NodeKey(node_id="7", site="north", public_key="k", added_at=NOON))
+        for number, name in enumerate(("waits", "died", "ran"), start=1):
+            session.add(
+                Submission(
+                    run_id=str(number),
+                    study=name,
+                    digest="0" * 64,
+                    folder=str(found.path / "runs" / name),
+                    submitted_at=NOON + datetime.timedelta(minutes=number),
+                )
+            )
+    run = write_synthetic_run(found.path / "runs" / "ran", name="ran", rounds=2, finished=1, troubles=False)
+    run.event("site_ready", site="north", version="9.9.9")
+    return found
+
+
+@pytest.fixture
+def watch(centre: CentreFolder) -> SuperLinkWatch:
+    found = SuperLinkWatch(centre, control=Told())  # type: ignore[arg-type]
+    found.nodes, found.runs, found.problem = Told().nodes(), Told().runs(), ""
+    return found
+
+
+@pytest.fixture
+def browsers(centre: CentreFolder, watch: SuperLinkWatch) -> dict[str, TestClient]:
+    """Two people who are signed in, and one who is not."""
+    accounts = Accounts(None, hasher=QUICK)
+    desk = Desk(Library(centre.path / "runs", centre=centre, watch=watch), CENTRE_PAGES)
+    pages = make_pages(desk, centre_routes(desk, centre, watch))
+    app = guarded(pages, accounts=accounts, settings=ACCESS, log=CentreLog(centre.path))
+    found = {"nobody": client(app)}
+    for name, role in (("olga", "operator"), ("vera", "viewer")):
+        accounts.add(name, role=role, password=PASSWORD)
+        found[name] = client(app)
+        sign_in(found[name], name)
+    return found
+
+
+def page(browser: TestClient, path: str) -> str:
+    answer = browser.get(path, headers=HTML)
+    assert answer.status_code == 200, answer.text
+    return answer.text
+
+
+def send(browser: TestClient, path: str, **fields: str) -> Any:
+    csrf = re.search(r'name="csrf" value="([^"]+)"', page(browser, "/"))
+    assert csrf
+    return browser.post(path, data={"csrf": csrf[1], **fields}, headers={**FROM_US, **HTML})
+
+
+def states(text: str) -> dict[str, str]:
+    rows = re.findall(r"<tr data-words.*?</tr>", text, re.DOTALL)
+    return {
+        re.search(r"<small>(.*?)</small>", row)[1]: re.search(r'class="state (\w+)"', row)[1]  # type: ignore[index]
+        for row in rows
+    }
+
+
+def test_studies_that_have_not_begun_are_in_the_list(browsers: dict[str, TestClient]) -> None:
+    text = page(browsers["vera"], "/")
+    assert states(text) == {"ran": "interrupted", "died": "failed", "waits": "queued"}
+    assert "it did not begin: finished:failed" in text
+    assert 'href="/runs/ran"' in text and 'href="/runs/waits"' not in text
+    assert "/stop/waits" not in text and "/stop/waits" in page(browsers["olga"], "/")
+
+
+def test_as_long_as_the_superlink_does_not_answer_a_study_waits(
+    browsers: dict[str, TestClient], watch: SuperLinkWatch
+) -> None:
+    watch.problem = "it does not answer"
+    assert states(page(browsers["vera"], "/"))["died"] == "queued"
+    assert "is not known: it does not answer" in page(browsers["vera"], "/sites")
+
+
+def test_sites_are_told_with_contact_and_version(browsers: dict[str, TestClient]) -> None:
+    text = page(browsers["vera"], "/sites")
+    rows = {row[0]: row[1:] for row in re.findall(r"<tr>" + r"<t[hd][^>]*>(.*?)</t[hd]>" * 6 + "</tr>", text)}
+    state, node, contact, version, _ = rows["north"]
+    assert (state, node, version) == ("joined", "online", "9.9.9")
+    # It was heard of by the run just now, long after the SuperLink saw its node.
+    assert contact > "2026-03-01 11:00"
+    assert rows["annex"][:2] == ("invited", "–") and rows["annex"][4] == "&lt;i&gt;new&lt;/i&gt;"
+
+
+def test_only_operators_act_and_only_from_the_pages(browsers: dict[str, TestClient]) -> None:
+    for path in ("/stop/ran", "/resume/ran", "/start"):
+        assert send(browsers["vera"], path).status_code == 403
+        assert browsers["nobody"].post(path, headers=FROM_US).status_code == 401
+        assert browsers["olga"].post(path, headers=FROM_US).status_code == 403  # without the word
+    assert browsers["vera"].get("/start", headers=HTML).status_code == 403
+    assert "Start a study" in page(browsers["olga"], "/start")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "no study was named"),
+        ({"bundled": "nothing"}, "no study &#39;nothing&#39; comes with FedSigma"),
+        ({"text": "rounds: ["}, "cannot be read"),
+        ({"bundled": "demo", "rounds": "many"}, "expected a whole number"),
+        ({"bundled": "demo"}, "does not answer: is `fedsigma server up` running?"),
+    ],
+)
+def test_what_cannot_be_started_says_why_and_stays(
+    browsers: dict[str, TestClient], fields: dict[str, str], told: str
+) -> None:
+    answer = send(
+        browsers["olga"], "/start", **({"rounds": "0", "seed": "-1", "text": "", "bundled": ""} | fields)
+    )
+    assert answer.status_code == 400 and told in answer.text
+    for value in fields.values():
+        assert value in answer.text
+    assert str(Path.home()) not in answer.text
+
+
+def test_a_run_that_is_not_there_is_not_stopped(browsers: dict[str, TestClient]) -> None:
+    assert send(browsers["olga"], "/stop/nowhere").status_code == 404
+
+
+def test_the_audit_log_is_verified_and_shown(browsers: dict[str, TestClient], centre: CentreFolder) -> None:
+    text = page(browsers["vera"], "/audit")
+    assert "none was changed or removed" in text and "dashboard signed in" in text
+    file = centre.path / "audit.jsonl"
+    file.write_text(file.read_text().replace("vera", "anna"))
+    text = page(browsers["vera"], "/audit")
+    assert "does not verify" in text and "none was changed" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("listen: here", "expected HOST:PORT"),
+        ("certificate: a.pem", "belong together"),
+        ("access: {origins: ['http://fl.example.org']}", "expected https"),
+        ("access: {origins: ['https://fl.example.org']}", "neither a certificate nor a proxy"),
+        ("lisen: 127.0.0.1:1", "did you mean 'listen'"),
+    ],
+)
+def test_settings_that_do_not_do_say_so(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "dashboard.yaml").write_text(text + "\n")
+    with pytest.raises(ValueError, match=re.escape(told)):
+        DashboardConfig.read(tmp_path)
+
+
+def test_paths_in_the_settings_are_beside_them(tmp_path: Path) -> None:
+    text = "certificate: a.pem\nkey: /b/key.pem\naccess: {origins: ['https://fl.example.org']}\n"
+    (tmp_path / "dashboard.yaml").write_text(text)
+    found = DashboardConfig.read(tmp_path)
+    assert (found.certificate, found.key) == (str(tmp_path / "a.pem"), "/b/key.pem")

@@ -1,0 +1,247 @@
+"""Whole private studies, by the real apps."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from fedsigma.client import app as client_app
+from fedsigma.client.site.privacy_ledger import Ledger
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.privacy.accounting import Release, epsilon
+from fedsigma.common.privacy.noise import Randomness
+from fedsigma.common.wire.codec import encode
+from fedsigma.common.wire.records import TrainReply, TrainTask, from_content, to_content
+from fedsigma.server.app import NoModel
+from fedsigma.server.report import write_report
+from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
+from tests.integration.test_rounds import audit_of, events, out, run, shift_of
+
+pytestmark = pytest.mark.usefixtures("fake_method")
+PLAIN = STUDY.replace("[zero_shot, local_only, pooled]", "[]")
+IMAGE = PLAIN + "privacy: {level: image, noise_multiplier: 4.0, clip_norm: 1.0, epsilon: 50}\n"
+SITE = PLAIN + "privacy: {level: site, noise_multiplier: 8.0, clip_norm: 0.1, epsilon: 4}\n"
+MASKED = ("rounds:", "masking: true, rounds:")
+# barcelona has 2 images, of which a batch of 32 takes all.
+ROUND = Release(rate=1.0, noise_multiplier=4.0, steps=5)
+
+
+def ledger(tmp_path: Path, site: str = "barcelona") -> Ledger:
+    (file,) = (tmp_path / "audit" / "privacy").glob(f"{site}-*.jsonl")
+    return Ledger(file)
+
+
+def test_every_round_is_entered_at_each_site_and_told(tmp_path: Path) -> None:
+    folder = run(tmp_path, IMAGE)
+    for site in NAMES:
+        assert [e.round for e in ledger(tmp_path, site).entries()] == [1, 2, 3]
+    rows = {(r["round"], r["site"]): r for r in folder.rounds()}
+    for round in (1, 2, 3):
+        expected = epsilon([ROUND] * round, 1e-5)
+        assert rows[round, "barcelona"]["epsilon"] == pytest.approx(expected)
+        assert rows[round, "pooled"]["epsilon"] == pytest.approx(expected)
+        assert rows[round, "barcelona"]["loss"] is None and rows[round, "pooled"]["loss"] is None
+    assert "epsilon" in write_report(folder).read_text()
+
+
+@pytest.mark.parametrize(("study", "told"), [(IMAGE, True), (SITE, False)])
+def test_drift_is_told_of_noisy_changes_only(study: str, told: bool, tmp_path: Path) -> None:
+    rows = [row for row in run(tmp_path, study).rounds() if row["status"] == "accepted" and row["round"] <= 3]
+    assert len(rows) == 12
+    for row in rows:
+        assert (row["change_norm"] is not None, row["shift_norm"] is not None) == (told, told)
+        assert told or row["change_cosine"] is None
+
+
+def test_it_is_entered_before_training_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any, **more: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(client_app, "_work", crash)
+    with pytest.raises(NoModel):
+        run(tmp_path, IMAGE)
+    assert len(ledger(tmp_path).entries()) == 3
+
+
+def test_when_budgets_are_spent_the_study_ends_with_the_model_it_has(tmp_path: Path) -> None:
+    two = epsilon([ROUND] * 2, 1e-5)
+    study = IMAGE.replace("epsilon: 50", f"epsilon: {two + 0.01:.3f}").replace("rounds: 3", "rounds: 6")
+    folder = run(tmp_path, study)
+    assert {e["site"] for e in events(folder, "site_spent")} == set(NAMES)
+    assert {e["round"] for e in events(folder, "site_spent")} == {3}
+    assert events(folder, "site_failed") == []
+    assert events(folder, "budgets_spent")[0]["round"] == 4
+    assert events(folder, "run_end")[-1]["ok"] is True
+    assert folder.load_sigma().round == 2
+    assert folder.read_summary()["federated"]["accuracy"] is not None
+    assert "privacy budget spent: no more training" in write_report(folder).read_text()
+    asked = [kind for node, kind in run.grid.asked if node == 100]  # type: ignore[attr-defined]
+    assert asked == ["query.hello", "train", "train", "train", "evaluate"]
+
+
+def test_a_site_whose_budget_is_spent_is_left_out_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One site had another run before; the study's budget counts it."""
+    original = Ledger.spend
+
+    def spend(self: Ledger, entry: Any, privacy: Any, **more: Any) -> float:
+        if "bccd" in self.path.name and entry.round == 2:
+            raise client_spent("spent")
+        return original(self, entry, privacy, **more)
+
+    from fedsigma.client.site.privacy_ledger import PrivacyBudgetSpent as client_spent
+
+    monkeypatch.setattr(Ledger, "spend", spend)
+    for name, text in (("open", IMAGE), ("masked", IMAGE.replace(*MASKED))):
+        folder = run(tmp_path, text, out=name)
+        assert [e["site"] for e in events(folder, "site_spent")] == ["bccd"]
+        third = [r for r in folder.rounds() if r["round"] == 3]
+        assert sorted(r["site"] for r in third) == ["barcelona", "cellavision", "jiangxi", "pooled"]
+        final = [r["site"] for r in folder.rounds() if r["round"] == 4]
+        assert set(final) == {*NAMES, "pooled"}
+
+
+def test_an_interrupted_study_goes_on_with_what_it_has_spent(tmp_path: Path) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(node: int, task: Message, reply: Message) -> Message:
+        training = node == 103 and task.metadata.message_type == "train"
+        if training and from_content(TrainTask, task.content).round == 3:
+            raise Stop
+        return reply
+
+    with pytest.raises(Stop):
+        run(tmp_path, IMAGE, tamper=stop)
+    folder = run(tmp_path, IMAGE, resume=True)
+    # The third round was trained twice, so it was paid for twice.
+    assert [e.round for e in ledger(tmp_path).entries()] == [1, 2, 3, 3]
+    last = next(r for r in folder.rounds() if r["round"] == 3 and r["site"] == "barcelona")
+    assert last["epsilon"] == pytest.approx(epsilon([ROUND] * 4, 1e-5))
+
+
+def test_a_round_masked_for_a_second_cohort_is_paid_once(tmp_path: Path) -> None:
+    from tests.integration.test_masked_rounds import drop
+
+    run(tmp_path, IMAGE.replace(*MASKED), tamper=drop(102, 2))
+    assert [e.round for e in ledger(tmp_path).entries()] == [1, 2, 3]
+
+
+def test_a_site_that_tells_its_loss_does_not_add_noise_and_does_not_count(tmp_path: Path) -> None:
+    def tell(node: int, task: Message, reply: Message) -> Message:
+        if node == 101 and task.metadata.message_type == "train":
+            reply.content.config_records["fedsigma"]["loss"] = 0.5
+        return reply
+
+    folder = run(tmp_path, IMAGE, tamper=tell)
+    assert {e["site"] for e in events(folder, "reply_rejected")} == {"bccd"}
+    assert "does not add noise" in events(folder, "reply_rejected")[0]["reason"]
+
+
+def test_an_untold_loss_is_refused_where_nothing_is_hidden(tmp_path: Path) -> None:
+    def hide(node: int, task: Message, reply: Message) -> Message:
+        if node == 101 and task.metadata.message_type == "train":
+            reply.content.config_records["fedsigma"]["loss"] = math.nan
+        return reply
+
+    folder = run(tmp_path, PLAIN, tamper=hide)
+    assert events(folder, "reply_rejected")[0]["reason"] == "the loss is not a number"
+
+
+def moved(tmp_path: Path, study: str, size: float, name: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """The model of one round in which a site sends a change of this size, without the noise."""
+    monkeypatch.setattr(Randomness, "normal", lambda self, count: np.zeros(count))
+
+    def tamper(node: int, task: Message, reply: Message) -> Message:
+        if node == 103 and task.metadata.message_type == "train" and reply.has_content():
+            told = from_content(TrainReply, reply.content)
+            change = np.full(LAYOUT.size, size, np.float32)
+            values = {**told.__dict__, "change": encode(change, LAYOUT, level="exact")}
+            return Message(to_content(TrainReply(**values)), reply_to=task)
+        return reply
+
+    return shift_of(run(tmp_path, study, out=name, rounds=1, tamper=tamper))
+
+
+def test_one_site_moves_the_model_by_its_share_of_the_norm_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none, large, huge = (
+        moved(tmp_path, SITE, size, f"out{size}", monkeypatch) for size in (0.0, 1.0, 1000.0)
+    )
+    assert np.linalg.norm(large - none) == pytest.approx(0.1 / 4, rel=1e-4)
+    np.testing.assert_allclose(huge, large, atol=1e-6)
+
+
+def test_what_hides_sites_is_entered_at_each_site_too(tmp_path: Path) -> None:
+    run(tmp_path, SITE)
+    entries = ledger(tmp_path).entries()
+    assert [(e.round, e.level, e.release.rate, e.release.steps) for e in entries] == [
+        (number, "site", 1.0, 1) for number in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize("study", [SITE, PLAIN.replace(*MASKED)])
+def test_training_alone_is_refused_where_changes_are_hidden(study: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'local_only', which would show each site's own change"):
+        run(tmp_path, study.replace("baselines: []", "baselines: [local_only]"))
+
+
+def test_where_sites_are_hidden_no_length_decides_what_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the round's median, whether a long change counts would depend on the other sites'."""
+    study = SITE.replace("rounds:", "norm_bound: 0.5, rounds:")
+    for size in (0.0, 1000.0):
+        moved(tmp_path, study, size, f"out{size}", monkeypatch)
+        folder = out(tmp_path, f"out{size}")
+        assert not events(folder, "reply_rejected")
+        assert len(events(folder, "round_end")[0]["sites"]) == 4
+
+
+@pytest.mark.parametrize("masking", [False, True])
+def test_the_noise_that_hides_sites_is_in_the_model(
+    masking: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change of the first round over many runs: its spread is that of the noise."""
+    study = SITE.replace(*MASKED) if masking else SITE
+    found = [shift_of(run(tmp_path, study, out=f"out{k}", rounds=1)) for k in range(25)]
+    deviation = np.stack(found).std(0, ddof=1).mean()
+    assert deviation == pytest.approx(8.0 * 0.1 / 4, rel=0.25)
+
+
+def test_sites_under_masks_are_counted_alike_and_tell_nothing_of_their_images(tmp_path: Path) -> None:
+    folder = run(tmp_path, SITE.replace(*MASKED))
+    pooled = next(r for r in folder.rounds() if r["round"] == 1 and r["site"] == "pooled")
+    assert (pooled["examples"], pooled["test_examples"]) == (4, 0)
+    assert pooled["loss"] is None and pooled["accuracy"] is None
+    spent = epsilon([Release(rate=1.0, noise_multiplier=8.0, steps=1)], 1e-5)
+    assert pooled["epsilon"] == pytest.approx(spent)
+    assert [e.level for e in ledger(tmp_path).entries()] == ["site"] * 3
+
+
+def test_a_study_of_hidden_sites_that_would_spend_too_much_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"raise privacy\.noise_multiplier to"):
+        run(tmp_path, SITE.replace("noise_multiplier: 8.0", "noise_multiplier: 0.5"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_baseline_trained_alone_is_private_too(tmp_path: Path) -> None:
+    folder = run(tmp_path, IMAGE.replace("baselines: []", "baselines: [local_only, pooled]"))
+    assert [e.mode for e in ledger(tmp_path).entries()] == ["round"] * 3 + ["local"]
+    assert "local_only" in folder.read_summary()
+
+
+def test_the_site_says_what_was_asked_of_it(tmp_path: Path) -> None:
+    run(tmp_path, IMAGE)
+    audit = (audit_of(tmp_path) / "barcelona.jsonl").read_text().splitlines()
+    trained = [json.loads(line) for line in audit if '"TrainTask"' in line]
+    assert all(line["left"]["fields"]["loss"] == "nan" for line in trained) and len(trained) == 3
+    assert out(tmp_path).read_summary()["rounds"] == 3

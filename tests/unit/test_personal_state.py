@@ -1,0 +1,317 @@
+"""Personal parts: what of the shift stays at a site, through rounds, restarts and repeats."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsigma.client.site.personal_state import PersonalError, PersonalPart, read_personal
+from fedsigma.common.config.study import ConfigError, PersonalConfig, StudyConfig
+from fedsigma.common.sigma import Entry, Fingerprint, Layout, LayoutError, Split
+from fedsigma.common.training import trainer as learning
+from fedsigma.common.training.trainer import split_of
+from fedsigma.common.wire.codec import decode
+from fedsigma.common.wire.messages import TrainReply, TrainTask
+from fedsigma.common.wire.records import from_content
+from fedsigma.server.report import write_report
+from fedsigma.server.runs.run_dir import RunFolder
+from tests.helpers.fake_learner import NAMES, SIZE, STUDY, FakeLearner, fake_method  # noqa: F401
+from tests.integration.test_masked_rounds import drop
+from tests.integration.test_rounds import events, run, shift_of
+from tests.unit.test_training import task as tiny_task
+
+pytestmark = pytest.mark.usefixtures("fake_method", "two_entries")
+SHARED, OWN = 4, SIZE - 4
+LAYOUT = Layout(
+    (
+        Entry(weight="w", part="q", tower="image", layer=0, offset=0, size=SHARED, rows=(0, SHARED)),
+        Entry(weight="w", part="v", tower="text", layer=0, offset=SHARED, size=OWN, rows=(SHARED, SIZE)),
+    )
+)
+FINGERPRINT = Fingerprint("a" * 64, LAYOUT.digest, ((1.0, 2.0), (1.0, 2.0)))
+PLAIN = STUDY.replace("[zero_shot, local_only, pooled]", "[zero_shot]")
+STUDY_OWN = PLAIN + "personal: {towers: [text]}\n"
+SPLIT = Split(LAYOUT, frozenset({LAYOUT.entries[1].key}))
+
+
+class TwoEntries(FakeLearner):
+    layout = LAYOUT
+    fingerprint = FINGERPRINT
+
+
+@pytest.fixture
+def two_entries(fake_method: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(learning, "builder", TwoEntries)
+
+
+def part(folder: Path, run: str = "0" * 16, split: Split = SPLIT) -> PersonalPart:
+    return PersonalPart(folder, study="fake", run=run, split=split, fingerprint=FINGERPRINT)
+
+
+def kept(tmp_path: Path, key: str, site: str = "bccd") -> PersonalPart:
+    return part(tmp_path / "audit" / "personal" / site, key)
+
+
+# --- the split ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=2, max_size=8))
+def test_gather_and_scatter_are_inverse(entries: list[tuple[int, bool]]) -> None:
+    if len({own for _, own in entries}) == 1:
+        entries = [(entries[0][0], not entries[0][1]), *entries[1:]]
+    made, offset = [], 0
+    for number, (size, _) in enumerate(entries):
+        made.append(Entry(str(number), "q", "image", number, offset, size, (0, size)))
+        offset += size
+    full = Layout(tuple(made))
+    own = frozenset(e.key for e, (_, is_own) in zip(made, entries, strict=True) if is_own)
+    split, shift = Split(full, own), np.arange(1, offset + 1, dtype=np.float32)
+    assert split.shared.size + split.personal_size == offset
+    assert np.array_equal(split.scatter(split.gather(shift), split.personal(shift)), shift)
+    for entry in split.shared.entries:
+        before = next(e for e in made if e.key == entry.key)
+        values = split.gather(shift)[entry.offset : entry.offset + entry.size]
+        assert np.array_equal(values, shift[before.offset : before.offset + before.size])
+    assert split.scatter(split.gather(shift)).sum() == split.gather(shift).sum()
+
+
+def test_without_a_personal_part_the_layout_is_as_it_was() -> None:
+    split = Split(LAYOUT)
+    assert split.shared is LAYOUT and split.personal_size == 0
+
+
+def test_all_or_nothing_cannot_be_personal() -> None:
+    with pytest.raises(LayoutError, match="so nothing is shared"):
+        Split(LAYOUT, frozenset(e.key for e in LAYOUT.entries))
+    with pytest.raises(LayoutError, match="nothing that sigma adapts"):
+        Split(LAYOUT, frozenset({"elsewhere"}))
+
+
+@pytest.mark.parametrize(
+    ("personal", "picked"),
+    [
+        (PersonalConfig(towers=("text",)), lambda e: e.tower == "text"),
+        (PersonalConfig(parts=("mlp",)), lambda e: e.part == "mlp"),
+        (PersonalConfig(towers=("image",), layers=(1,)), lambda e: e.tower == "image" and e.layer == 1),
+        (PersonalConfig(layers="top"), lambda e: (e.tower, e.layer) == ("text", 2)),
+    ],
+)
+def test_what_a_section_picks_of_a_real_model(personal: PersonalConfig, picked: Any, tmp_path: Path) -> None:
+    sigma = tiny_task(tmp_path).sigma
+    split = split_of(sigma, personal)
+    own = sum(e.size for e in sigma.layout.entries if picked(e))
+    assert split.personal_size == own > 0
+    assert {e.key for e in split.shared.entries} == {e.key for e in sigma.layout.entries if not picked(e)}
+
+
+# --- whole studies ------------------------------------------------------------------------------------
+
+
+def test_no_personal_value_leaves_a_site(tmp_path: Path) -> None:
+    sent: list[bytes] = []
+
+    def watch(node: int, task: Message, reply: Message) -> Message:
+        if task.metadata.message_type == "train":
+            sent.append(from_content(TrainReply, reply.content).change)
+            assert len(from_content(TrainTask, task.content).shift) == len(sent[-1])
+        return reply
+
+    folder = run(tmp_path, STUDY_OWN, tamper=watch)
+    assert all(decode(one, SPLIT.shared).size == SHARED for one in sent) and len(sent) == 12
+    final = [kept(tmp_path, folder.key, site).now() for site in NAMES]
+    assert all(np.abs(values).min() > 0.01 for values in final)
+    assert len({values.tobytes() for values in final}) == len(NAMES)
+    for values in final:
+        assert not any(values.tobytes() in one for one in sent)
+    assert not shift_of(folder)[SHARED:].any() and shift_of(folder)[:SHARED].any()
+
+
+def test_the_shared_part_is_what_it_would_be_with_everything_shared(tmp_path: Path) -> None:
+    """The fake sites move each value by itself, so that keeping some at home must not change the others."""
+    open_, own = run(tmp_path, PLAIN, out="open"), run(tmp_path, STUDY_OWN, out="own")
+    np.testing.assert_allclose(shift_of(own)[:SHARED], shift_of(open_)[:SHARED], rtol=1e-6)
+
+
+def test_it_is_judged_with_the_sites_own_values_and_without(tmp_path: Path) -> None:
+    folder = run(tmp_path, STUDY_OWN)
+    summary = folder.read_summary()
+    both, alone = summary["federated"]["accuracy"], summary["shared_only"]["accuracy"]
+    assert both > alone > summary["zero_shot"]["accuracy"]
+    for site in NAMES:
+        own = SPLIT.scatter(shift_of(folder)[:SHARED], kept(tmp_path, folder.key, site).now())
+        found = TwoEntries("fake", None, None, None).evaluate(own, _tests(site)).scores["accuracy"]
+        assert summary["federated"]["per_site"][site] == pytest.approx(found)
+    assert "Shared part only" in write_report(folder).read_text()
+    assert "shared_only" not in run(tmp_path, PLAIN, out="open").read_summary()
+
+
+def _tests(site: str) -> list[Any]:
+    from tests.helpers.fake_learner import load
+
+    return load("source", [site], name=site).test
+
+
+def test_rounds_are_judged_with_the_sites_own_values(tmp_path: Path) -> None:
+    folder = run(tmp_path, STUDY_OWN)
+    rows = {(r["round"], r["site"]): r["accuracy"] for r in folder.rounds()}
+    summary = folder.read_summary()
+    assert rows[1, "bccd"] == summary["zero_shot"]["per_site"]["bccd"]
+    assert rows[4, "bccd"] == summary["federated"]["per_site"]["bccd"]
+    assert rows[2, "jiangxi"] < rows[3, "jiangxi"] < rows[4, "jiangxi"]
+
+
+def test_an_interrupted_study_finds_the_personal_values_again(tmp_path: Path) -> None:
+    whole = run(tmp_path, STUDY_OWN, out="whole")
+
+    class Stop(BaseException):
+        pass
+
+    def stop(node: int, task: Message, reply: Message) -> Message:
+        if task.metadata.message_type == "train" and from_content(TrainTask, task.content).round == 3:
+            raise Stop
+        return reply
+
+    with pytest.raises(Stop):
+        run(tmp_path, STUDY_OWN, out="cut", tamper=stop)
+    cut = run(tmp_path, STUDY_OWN, out="cut", resume=True)
+    np.testing.assert_array_equal(shift_of(cut), shift_of(whole))
+    for site in NAMES:
+        np.testing.assert_array_equal(
+            kept(tmp_path, cut.key, site).now(), kept(tmp_path, whole.key, site).now()
+        )
+
+
+def test_another_run_begins_without_them(tmp_path: Path) -> None:
+    first, second = run(tmp_path, STUDY_OWN, out="a"), run(tmp_path, STUDY_OWN, out="b")
+    assert first.key != second.key
+    np.testing.assert_array_equal(shift_of(first), shift_of(second))
+
+
+def test_under_masks_the_values_are_kept_once_a_round(tmp_path: Path) -> None:
+    masked = STUDY_OWN.replace("rounds:", "masking: true, rounds:")
+    folder = run(tmp_path, masked, tamper=drop(102, 2))
+    plain = run(tmp_path, STUDY_OWN, out="plain", tamper=drop(102, 2))
+    assert len(events(folder, "masked_again")) == 1
+    for site in NAMES:
+        np.testing.assert_allclose(
+            kept(tmp_path, folder.key, site).now(), kept(tmp_path, plain.key, site).now(), atol=1e-4
+        )
+
+
+def test_a_damaged_file_stops_the_site_and_its_path_stays_there(tmp_path: Path) -> None:
+    def damage(node: int, task: Message, reply: Message) -> Message:
+        if node == 101 and task.metadata.message_type == "train":
+            (file,) = (tmp_path / "audit" / "personal" / "bccd").glob("*.safetensors")
+            file.write_bytes(file.read_bytes()[:-3])
+        return reply
+
+    folder = run(tmp_path, STUDY_OWN, tamper=damage)
+    failed = events(folder, "site_failed")
+    assert {(e["site"], e["reason"]) for e in failed} == {("bccd", "PersonalError")}
+
+
+# --- the file -----------------------------------------------------------------------------------------
+
+
+def values(*numbers: float) -> np.ndarray:
+    return np.array(numbers, dtype=np.float32)
+
+
+def test_a_round_that_is_asked_for_again_starts_where_it_started(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = part(tmp_path)
+    assert not one.now().any() and not one.start(1).any()
+    one.keep(values(0, 0), values(1, 2), round=1)
+    one.keep(values(1, 2), values(3, 4), round=2)
+    again = part(tmp_path)
+    assert again.start(2).tolist() == [1, 2]
+    assert again.start(3).tolist() == again.now().tolist() == [3, 4]
+    assert again.start(1).tolist() == [0, 0]
+    again.keep(values(3, 4), values(5, 6), round=5)
+    with caplog.at_level(logging.WARNING):
+        assert again.start(3).tolist() == [5, 6]
+    assert "those after round 5" in caplog.text
+    assert not part(tmp_path, "1" * 16).now().any()
+
+
+@pytest.mark.parametrize(
+    ("split", "fingerprint", "words"),
+    [
+        (Split(LAYOUT, frozenset({LAYOUT.entries[0].key})), FINGERPRINT, "other parts personal"),
+        (SPLIT, Fingerprint("b" * 64, LAYOUT.digest, ((1.0, 2.0),)), "another backbone"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(
+    split: Split, fingerprint: Fingerprint, words: str, tmp_path: Path
+) -> None:
+    part(tmp_path).keep(values(0, 0), values(1, 2), round=1)
+    other = PersonalPart(tmp_path, study="fake", run="0" * 16, split=split, fingerprint=fingerprint)
+    with pytest.raises(PersonalError, match=words):
+        other.now()
+
+
+def test_a_file_of_another_study_or_run_is_refused(tmp_path: Path) -> None:
+    one = part(tmp_path)
+    one.keep(values(0, 0), values(1, 2), round=1)
+    other = part(tmp_path, "1" * 16)
+    one.path.rename(other.path)
+    with pytest.raises(PersonalError, match=r"values of run '0000.*this one's run is '1111"):
+        other.now()
+    with pytest.raises(PersonalError, match="values of study 'fake', this one's study is 'else'"):
+        read_personal(other.path, SPLIT, FINGERPRINT, study="else", run="0" * 16)
+
+
+def test_a_study_s_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+    one = PersonalPart(tmp_path, study="../../x", run="0" * 16, split=SPLIT, fingerprint=FINGERPRINT)
+    assert one.path.parent == tmp_path and ".." not in one.path.name
+
+
+def test_a_run_folder_that_was_moved_is_known_by_its_key(tmp_path: Path) -> None:
+    folder = run(tmp_path, STUDY_OWN)
+    key = folder.key
+    moved = folder.path.rename(tmp_path / "moved")
+    assert RunFolder.open(moved).key == key
+    assert run(tmp_path, STUDY_OWN).key != key
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    part(tmp_path).keep(values(0, 0), values(1, np.nan), round=1)
+    with pytest.raises(PersonalError, match="finite values"):
+        part(tmp_path).now()
+
+
+# --- settings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (STUDY + "personal: {towers: [text]}\n", "local_only', which would send"),
+        (PLAIN + "personal: {towers: [eyes]}\n", "personal.towers is 'eyes'"),
+        (PLAIN + "personal: {layer: top}\n", "did you mean 'layers'"),
+        (PLAIN + "personal: {layers: all}\n", r"personal is .towers: .image, text.*all that sigma adapts"),
+        (
+            PLAIN + "sigma: {towers: [image]}\npersonal: {towers: [text]}\n",
+            r"personal is .towers: .text.*nothing of what sigma adapts",
+        ),
+        (PLAIN + "personal: text\n", "personal is 'text', expected keys and values"),
+    ],
+)
+def test_a_wrong_section_is_named(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        StudyConfig.from_yaml(text)
+
+
+def test_a_study_reads_back_as_written() -> None:
+    for text in (PLAIN, STUDY_OWN):
+        study = StudyConfig.from_yaml(text)
+        assert StudyConfig.from_yaml(study.to_yaml()) == study
+    assert "personal" not in StudyConfig.from_yaml(PLAIN).to_yaml()

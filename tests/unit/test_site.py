@@ -1,0 +1,320 @@
+"""A real site: its site.yaml bounds what it does, whatever a message asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from flwr.app import Message
+from numpy import zeros
+
+from fedsigma import __version__
+from fedsigma.client.app import app as client
+from fedsigma.client.site import site as client_site
+from fedsigma.client.site.identity import new_identity
+from fedsigma.client.site.privacy_ledger import Ledger
+from fedsigma.client.site.site import SitePolicy
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import PrivacyConfig, StudyConfig, TrainingConfig
+from fedsigma.common.data import Record, SiteData, site_data
+from fedsigma.common.privacy import secure_aggregation
+from fedsigma.common.privacy.accounting import Release, epsilon
+from fedsigma.common.privacy.secure_aggregation import Member
+from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.wire import records as protocol
+from fedsigma.common.wire.codec import encode
+from fedsigma.common.wire.records import (
+    EvaluateReply,
+    EvaluateTask,
+    Hello,
+    HelloReply,
+    Setup,
+    TrainReply,
+    TrainTask,
+)
+from tests.helpers.fake_grid import FakeGrid
+from tests.helpers.fake_learner import FINGERPRINT, LAYOUT, STUDY, fake_method  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("fake_method")
+
+POLICY = """
+name: barcelona
+source: folder:images
+studies: [fake]
+backbones: {fake: local-dir:/models/fake}
+max_local_steps: 10
+"""
+SETUP = Setup.of(StudyConfig.from_yaml(STUDY))
+TASK = TrainTask(
+    setup=SETUP,
+    recipe=TrainingConfig(),
+    mode="round",
+    round=1,
+    cohort=3,
+    first_step=0,
+    steps=5,
+    total_steps=15,
+    codec="exact",
+    evaluate=True,
+    shift=encode(zeros(LAYOUT.size), LAYOUT),
+)
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Send one task to a real site with this policy, and return its reply."""
+    opened = []
+
+    def open_source(spec: str, **options: Any) -> Any:
+        opened.append((spec, options["base"]))
+        return "source"
+
+    monkeypatch.setattr("fedsigma.common.data.open_source", open_source)
+    monkeypatch.setattr(site_data, "usable_records", lambda source, **options: ["record"])
+
+    def send(task: object, kind: str = "train", policy: str = POLICY, *, run_id: int = 1) -> Message:
+        client_site._kept.clear()
+        file = tmp_path / "site.yaml"
+        file.write_text(policy)
+        grid = FakeGrid(client, 1, node_config={"site-config": str(file)}, run_id=run_id)
+        message = Message(protocol.to_content(task), dst_node_id=100, message_type=kind)
+        return grid.send_and_receive([message])[0]
+
+    send.opened = opened  # type: ignore[attr-defined]
+    return send
+
+
+def test_a_real_site_uses_its_own_images_name_and_backbone(ask: Any, tmp_path: Path) -> None:
+    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    reply = protocol.from_content(HelloReply, ask(hello, protocol.HELLO).content)
+    assert (reply.site, reply.sites, reply.problem) == ("barcelona", 0, "")
+    # The message's data section names the demonstration set; a real site never opens it.
+    reply = protocol.from_content(TrainReply, ask(TASK).content)
+    assert ask.opened == [("folder:images", tmp_path)]
+    assert reply.class_counts == ()
+    assert (tmp_path / "audit.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"steps": 11}, "TooManySteps"),
+        ({"cohort": 1}, "CohortTooSmall"),
+        ({"mode": "local", "cohort": 1}, "CohortTooSmall"),
+        ({"setup": dataclasses.replace(SETUP, study="other")}, "StudyNotAllowed"),
+        ({"setup": dataclasses.replace(SETUP, backbone="hf-hub:evil/model")}, "BackboneNotAllowed"),
+        ({"shift": b"\0" * 100}, "CodecError"),
+    ],
+)
+def test_what_goes_beyond_the_policy_is_refused(ask: Any, tmp_path: Path, change: dict, reason: str) -> None:
+    reply = ask(dataclasses.replace(TASK, **change))
+    assert reply.has_error() and reply.error.reason == reason
+    assert reason in (tmp_path / "audit.jsonl").read_text()
+
+
+def test_class_counts_are_told_only_where_the_policy_says_so(ask: Any) -> None:
+    told = ask(TASK, policy=POLICY + "tell_class_counts: true\n")
+    assert protocol.from_content(TrainReply, told.content).class_counts == (1, 1)
+
+
+def test_confusion_matrices_are_told_only_where_the_policy_says_so(ask: Any) -> None:
+    task = EvaluateTask(setup=SETUP, round=1, shifts=(TASK.shift, TASK.shift))
+    quiet = protocol.from_content(EvaluateReply, ask(task, "evaluate").content)
+    assert len(quiet.evaluations) == 2 and quiet.confusions == ()
+    told = protocol.from_content(
+        EvaluateReply, ask(task, "evaluate", POLICY + "tell_confusion: true\n").content
+    )
+    assert len(told.confusions) == 2 * 4
+    assert sum(told.confusions[:4]) == told.evaluations[0].test_examples
+
+
+def test_a_node_without_site_yaml_or_partition_says_nothing(ask: Any, tmp_path: Path) -> None:
+    grid = FakeGrid(client, 1)
+    grid.contexts[100].node_config.clear()
+    message = Message(protocol.to_content(TASK), dst_node_id=100, message_type="train")
+    (reply,) = grid.send_and_receive([message])
+    assert reply.error.reason == "ConfigError"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: x", "'source', 'studies' is missing"),
+        (POLICY + "max_steps: 1", "did you mean 'max_local_steps'?"),
+        (POLICY + "min_cohort: 0", "min_cohort is 0"),
+        (POLICY.replace("barcelona", "pooled"), "not 'pooled'"),
+        (POLICY.replace("local-dir:/models/fake", "3"), "backbones says 'fake' is 3"),
+    ],
+)
+def test_a_site_yaml_is_read_strictly(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
+        SitePolicy.read(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SitePolicy.read(tmp_path / "missing.yaml")
+
+
+def test_an_identity_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
+    public = new_identity(tmp_path / "identity.pem")
+    assert re.fullmatch("[0-9a-f]{64}", public)
+    assert (tmp_path / "identity.pem").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileExistsError, match="an identity is not replaced, name another file"):
+        new_identity(tmp_path / "identity.pem")
+    with pytest.raises(FileNotFoundError, match="is not a folder: make it first"):
+        new_identity(tmp_path / "none" / "identity.pem")
+
+
+def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any, tmp_path: Path) -> None:
+    mine = new_identity(tmp_path / "identity.pem")
+    north = Ed25519PrivateKey.generate()
+    known = north.public_key().public_bytes_raw().hex()
+    policy = POLICY + f"identity: identity.pem\npeers: {{north: '{known}'}}\nrequire_masking: true\n"
+    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO, policy).content)
+    own = Member(name="barcelona", key=said.mask_key, signature=said.mask_signature)
+    key = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    other = secure_aggregation.sign(north, run=1, name="north", key=key)
+    place = secure_aggregation.Place(
+        run=1, round=1, attempt=0, members=(own, other), bound=1.0, most_examples=1
+    )
+    everyone = {"barcelona": bytes.fromhex(mine), "north": bytes.fromhex(known)}
+    secure_aggregation.check_members(place, everyone, me="barcelona", key=own.key)
+    assert ask(TASK, "train", policy).error.reason == "NotMasked"
+    masked = dataclasses.replace(TASK, cohort=2, members=(own, other), bound=16.0, most_examples=100)
+    assert ask(masked, "train", policy).has_content()
+    # In another run the site has another key: the cohort names one that is not its own.
+    assert ask(masked, "train", policy, run_id=2).error.reason == "MaskingError"
+    (kept,) = (tmp_path / "personal" / "masks").glob("*-1.masks")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    kept.write_bytes(kept.read_bytes()[:40])
+    assert ask(masked, "train", policy).error.reason == "MaskFileDamaged"
+
+
+def test_without_an_identity_a_site_offers_no_key(ask: Any) -> None:
+    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO).content)
+    assert (said.mask_key, said.mask_signature) == (b"", b"")
+
+
+@pytest.mark.parametrize(("line", "explained"), [("", False), ("explained: true\n", True)])
+def test_a_site_says_whether_its_shift_may_be_explained(ask: Any, line: str, explained: bool) -> None:
+    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO, POLICY + line).content)
+    assert (said.explained, said.version) == (explained, __version__)
+
+
+def test_a_peers_key_that_is_none_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(POLICY + "peers: {north: abc}\n")
+    with pytest.raises(ConfigError, match="peers says 'north' is 'abc', expected 64 hex digits"):
+        SitePolicy.read(file)
+
+
+def hiding(level: str, noise: float = 4.0, epsilon: float = 1e6) -> TrainTask:
+    asked = PrivacyConfig(level=level, noise_multiplier=noise, epsilon=epsilon)
+    return dataclasses.replace(TASK, privacy=asked)
+
+
+@pytest.mark.parametrize(
+    ("policy", "level", "reason"),
+    [
+        ("none", "none", ""),
+        ("none", "image", ""),
+        ("image", "none", "NotPrivate"),
+        ("image", "site", "NotPrivate"),
+        ("image", "image", ""),
+        ("image", "group", ""),
+        ("group", "image", "NotPrivate"),
+    ],
+)
+def test_training_must_hide_what_the_site_demands(ask: Any, policy: str, level: str, reason: str) -> None:
+    reply = ask(hiding(level), policy=f"{POLICY}privacy: {policy}\n")
+    assert reply.has_error() == bool(reason)
+    assert not reason or reply.error.reason == reason
+
+
+def test_the_sites_own_budget_holds_whatever_the_server_says(ask: Any, tmp_path: Path) -> None:
+    policy = POLICY.replace("[fake]", "['*']") + "privacy: image\nepsilon: 5\nledger: deep/spent.jsonl\n"
+    one = Release(rate=1.0, noise_multiplier=4.0, steps=5)
+    allowed = next(n for n in range(1, 99) if epsilon([one] * (n + 1), 1e-5) > 5)
+    told = []
+    for number in range(allowed + 1):
+        # Another study each time, with a budget of its own that allows anything.
+        setup = dataclasses.replace(SETUP, study=f"study-{number}")
+        told.append(ask(dataclasses.replace(hiding("image"), setup=setup), policy=policy))
+    assert [reply.has_error() for reply in told] == [False] * allowed + [True]
+    assert told[-1].error.reason == "PrivacyBudgetSpent"
+    assert len(Ledger(tmp_path / "deep" / "spent.jsonl").entries()) == allowed
+    reply = protocol.from_content(TrainReply, told[0].content)
+    assert reply.epsilon == epsilon([one], 1e-5) and math.isnan(reply.loss)
+
+
+def test_class_counts_stay_untold_where_training_is_private(ask: Any) -> None:
+    policy = POLICY + "tell_class_counts: true\n"
+    assert protocol.from_content(TrainReply, ask(TASK, policy=policy).content).class_counts == (1, 1)
+    assert protocol.from_content(TrainReply, ask(hiding("image"), policy=policy).content).class_counts == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("privacy: site", "privacy is 'site'"),
+        ("epsilon: 3", "epsilon is 3, and privacy 'none' lets studies train"),
+        ("privacy: image\nepsilon: 0", "epsilon is 0"),
+        ("delta: 0", "delta is 0"),
+    ],
+)
+def test_a_wrong_privacy_in_site_yaml_is_named(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(f"{POLICY}{line}\n")
+    with pytest.raises(ConfigError, match=words):
+        SitePolicy.read(tmp_path / "site.yaml")
+
+
+def test_the_split_of_a_site_is_its_own_and_not_a_studys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one study trained on must not be what another is judged on, by another seed."""
+    file = tmp_path / "site.yaml"
+    file.write_text(POLICY)
+    seeds = []
+
+    def usable(source: object, **options: Any) -> list[str]:
+        seeds.append(options["seed"])
+        return ["record"]
+
+    monkeypatch.setattr("fedsigma.common.data.open_source", lambda spec, **options: "source")
+    monkeypatch.setattr(site_data, "usable_records", usable)
+    monkeypatch.setattr(
+        site_data, "load_site", lambda *args, **options: SiteData(name="s", train=[], test=[])
+    )
+    client_site._kept.clear()
+    site = client_site.open_site({"site-config": str(file)}, SETUP, run="run-1")
+    for seed in (1, 2):
+        site.images(dataclasses.replace(SETUP, seed=seed), side=8)
+    assert len(seeds) == 2 and len(set(seeds)) == 1
+
+
+def test_what_is_cut_off_at_most_examples_is_of_all_classes() -> None:
+    records = [Record(key=f"{label}{n}", label=label, split="train") for label in "abc" for n in range(4)]
+    kept = site_data._of_each_class(records)[:5]
+    assert [record.label for record in kept] == ["a", "b", "c", "a", "b"]
+
+
+def test_a_site_judges_so_many_models_of_a_study_and_no_more(ask: Any, tmp_path: Path) -> None:
+    policy = POLICY + "max_judged: 5\n"
+    shift = encode(zeros(LAYOUT.size), LAYOUT)
+    two = EvaluateTask(setup=SETUP, round=1, shifts=(shift, shift))
+    for run_id in (1, 2):  # over all runs
+        assert ask(two, "evaluate", policy, run_id=run_id).has_content()
+    assert ask(two, "evaluate", policy, run_id=3).error.reason == "TooManyJudged"
+    assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).has_content()
+    assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).error.reason == "TooManyJudged"
+    assert ask(dataclasses.replace(TASK, evaluate=False), "train", policy).has_content()
+    assert [line["models"] for line in Chain(tmp_path / "judged.jsonl").lines()] == [2, 2, 1]
