@@ -32,7 +32,7 @@ from typing import Any
 
 import psutil
 
-from fedsigma.common.utils.printing import print_table
+from fedsigma.common.utils.console import print_table
 
 ARCHITECTURE, CLASSES, MOST_SHARE = "ViT-B-16", ("a", "b", "c", "d"), 0.4
 HEADS = ("actors", "state", "sum", "further", "files", "private")

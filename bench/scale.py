@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from fedsigma.common.config.constants import CODECS
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.sigma import Fingerprint, Layout, Split
-from fedsigma.common.utils.printing import print_table
+from fedsigma.common.utils.console import print_table
 from fedsigma.common.wire.codec import VERSION, encode
 from fedsigma.common.wire.records import (
     HELLO,

@@ -18,8 +18,8 @@ from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
 from fedsigma.common.data import site_data
 from fedsigma.common.training.trainer import Learner, open_learner
 from fedsigma.common.wire.records import Evaluation, Setup
+from fedsigma.server.deployment.audit_log import Witness
 from fedsigma.server.deployment.database import NodeNames
-from fedsigma.server.deployment.witness import Witness
 from fedsigma.server.evaluation.baselines import Baselines, result
 from fedsigma.server.evaluation.model_versions import judge_versions
 from fedsigma.server.federation import checkpoint

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.methods.catalogue import CANDIDATES, Setting
-from fedsigma.common.utils.printing import print_table
+from fedsigma.common.utils.console import print_table
 
 __all__ = ["SIGMA", "Rows", "combine", "front", "markdown", "print_search", "verdicts"]
 

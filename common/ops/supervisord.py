@@ -6,6 +6,8 @@ watches and that hold their ports. Arguments: those of supervisord.
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
@@ -13,9 +15,7 @@ from typing import Any, TextIO
 from supervisor import supervisord
 from supervisor.options import ServerOptions
 
-from fedsigma.common.ops.lifeline import end_with_parent
-
-__all__ = ["main"]
+__all__ = ["end_with_parent", "main"]
 
 
 class _Options(ServerOptions):
@@ -60,3 +60,15 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its parent ends; it holds over an exec.
+
+    Only Linux can; elsewhere nothing happens, and a killed parent leaves its children.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -6,23 +6,23 @@ process keeps those it has built; the shift is handed in and out, and nothing of
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.config.study import PersonalConfig, PrivacyConfig, SigmaConfig, TrainingConfig
-from fedsigma.common.training.memory import give_back
 
 if TYPE_CHECKING:
     from fedsigma.common.explain import Explainer
     from fedsigma.common.sigma import Fingerprint, Layout, SigmaModel, Split
 
-__all__ = ["Judged", "Learned", "Learner", "open_learner", "seed_for"]
+__all__ = ["Judged", "Learned", "Learner", "give_back", "open_learner", "seed_for"]
 
 Vector = NDArray[np.float32]
 NO_PRIVACY = PrivacyConfig()
@@ -240,3 +240,21 @@ def seed_for(seed: int, *place: str | int) -> int:
     """
     text = ":".join(str(part) for part in (seed, *place))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def give_back() -> None:
+    """Return to the system what has been freed, where the C library can do so (glibc).
+
+    glibc keeps freed blocks of up to 32 MB for later, which after a training step are gigabytes. A site that
+    waits for the next round, or a simulation's actor whose turn it is not, does not need them.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no C library to ask, as on Windows
+        return None

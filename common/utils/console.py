@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["BAD_INPUT", "FAILED", "PROBLEMS"]
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["BAD_INPUT", "FAILED", "PROBLEMS", "print_table"]
 
 FAILED = 1
 """Something unexpected happened, or what was waited for did not end well."""
@@ -10,3 +16,13 @@ BAD_INPUT = 3
 """The input, or what it names, cannot be used."""
 PROBLEMS = 4
 """A check ran, and found problems."""
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print these columns of the rows; long cells are folded, not cut."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row[head]) for head in heads))
+    Console().print(table)

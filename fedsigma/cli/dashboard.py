@@ -38,7 +38,7 @@ def dashboard(
 
     Example: fedsigma dashboard runs
     """
-    from fedsigma.server.dashboard.needs import check_installed
+    from fedsigma.server.dashboard.config import check_installed
 
     check_installed()
     from fedsigma.server.dashboard.app import centre_app, serve

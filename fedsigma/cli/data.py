@@ -114,7 +114,7 @@ def list_cards(
     """
     from fedsigma.common.config.schema import plain
     from fedsigma.common.data.catalog import card, card_text, cards
-    from fedsigma.common.utils.printing import print_table
+    from fedsigma.common.utils.console import print_table
 
     if name:
         typer.echo(json.dumps(plain(card(name)), indent=2) if as_json else card_text(name).rstrip())

@@ -42,7 +42,7 @@ COMMANDS = {
     "server": (_CENTRE, "Run a coordinating centre: init, up, invite, admit, sites, revoke."),
     "dashboard": ("fedsigma.cli.dashboard", "Show runs in a browser: of simulations, or of a centre."),
     "users": (
-        "fedsigma.cli.users_cli",
+        "fedsigma.cli.users",
         "Say who may see a centre's dashboard: add, password, change, remove, list, token.",
     ),
     "bench": ("fedsigma.cli.bench", "Run the tables of CLIP-SVD's paper, also federated: paper."),

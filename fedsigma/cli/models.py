@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedsigma.common.utils.console import PROBLEMS
-from fedsigma.common.utils.printing import print_table
+from fedsigma.common.utils.console import PROBLEMS, print_table
 
 if TYPE_CHECKING:
     from fedsigma.common.registry import Shelf

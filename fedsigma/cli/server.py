@@ -279,7 +279,7 @@ def rotate(
 
     Exit code 3: a file does not do, or a step is missing.
     """
-    from fedsigma.server.deployment import rotation
+    from fedsigma.server.deployment import certificate_rotation
 
     if (certificate is None) != (key is None):
         raise CentreError("--certificate and --key belong together: give both or none")
@@ -289,17 +289,17 @@ def rotate(
             typer.echo(f"The old node key of site '{old.site}' is shut out.")
     elif what == "certificate":
         own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
-        rotation.renew_certificates(centre, own)
+        certificate_rotation.renew_certificates(centre, own)
         typer.echo("New certificates are in place.")
         _restart(centre, "superlink", "proxy")
     elif what == "authority" and not switch:
         path = out or Path("trust.pem")
-        text = rotation.begin_authority(centre, path)
+        text = certificate_rotation.begin_authority(centre, path)
         typer.echo(f"Give {path} to every site: fedsigma site trust {path.name}")
         typer.echo(f"Read aloud at the telephone: {fingerprint(text)}")
         typer.echo("When all have it: fedsigma server rotate authority --switch")
     elif what == "authority":
-        rotation.switch_authority(centre)
+        certificate_rotation.switch_authority(centre)
         typer.echo("The new authority signs; sites that do not trust it are shut out.")
         _restart(centre, "superlink", "worker", "proxy")
     else:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
 from fedsigma.common.config.schema import ConfigError, build, read_yaml, split_address
+from fedsigma.server.dashboard.auth.passwords import AccountsError
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 
-__all__ = ["DashboardConfig"]
+__all__ = ["DashboardConfig", "check_installed"]
 
 FILE = "dashboard.yaml"
 
@@ -58,3 +60,27 @@ class DashboardConfig:
             return found
         certificate, key = (str(folder / Path(name).expanduser()) for name in (found.certificate, found.key))
         return replace(found, certificate=certificate, key=key)
+
+
+_MODULES = (
+    "starlette",
+    "uvicorn",
+    "argon2",
+    "limits",
+    "authlib",
+    "httpx",
+    "python_multipart",
+    "itsdangerous",
+    "prometheus_client",
+)
+
+
+def check_installed() -> None:
+    """Find out before anything of the dashboard is imported.
+
+    Raises:
+        AccountsError: a package of the extra is not there.
+    """
+    for name in _MODULES:
+        if find_spec(name) is None:
+            raise AccountsError(f"{name} is not installed: pip install 'fedsigma[dashboard]'")

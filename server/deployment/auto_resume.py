@@ -13,9 +13,9 @@ from datetime import UTC
 from pathlib import Path
 
 from fedsigma.common.utils.hash_chain import ChainBroken
+from fedsigma.server.deployment.database import Submission
 from fedsigma.server.deployment.flower_control import ControlError
 from fedsigma.server.deployment.home import CentreError, CentreFolder
-from fedsigma.server.deployment.registry import Submission
 from fedsigma.server.deployment.studies import Studies, Submitted
 from fedsigma.server.runs.run_dir import RunFolder
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from fedsigma.common.ops.enrolment_files import Invitation, JoinError, SiteKeys, check_site_name
 from fedsigma.server.deployment.audit_log import CentreLog
-from fedsigma.server.deployment.flower_control import Control
-from fedsigma.server.deployment.home import CentreError, CentreFolder
-from fedsigma.server.deployment.registry import (
+from fedsigma.server.deployment.database import (
     ACTIVE,
     RETIRING,
     REVOKED,
@@ -19,6 +17,8 @@ from fedsigma.server.deployment.registry import (
     Site,
     now,
 )
+from fedsigma.server.deployment.flower_control import Control
+from fedsigma.server.deployment.home import CentreError, CentreFolder
 
 __all__ = ["Enrolment"]
 

@@ -18,7 +18,7 @@ import threading
 from contextlib import suppress
 from types import FrameType
 
-from fedsigma.common.ops.lifeline import end_with_parent
+from fedsigma.common.ops.supervisord import end_with_parent
 
 __all__ = ["main"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.server.deployment.audit_log import CentreLog
+from fedsigma.server.deployment.database import Registry, Submission, now
 from fedsigma.server.deployment.flower_control import Control, ControlError, Run
 from fedsigma.server.deployment.home import CentreError, CentreFolder
-from fedsigma.server.deployment.registry import Registry, Submission, now
 from fedsigma.server.federation.privacy_plan import check_budget
 from fedsigma.server.runs.run_dir import RunFolder
 from fedsigma.server.simulation.app_bundle import write_app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fedsigma.common.config.schema import check_number, nearest
 from fedsigma.common.config.study import STEPS, ConfigError, StudyConfig
 from fedsigma.common.config.training import cosine
 from fedsigma.common.utils.files import write_atomic
+from fedsigma.server.federation.validation import Accepted, inner, length_of
 
 __all__ = [
     "ARRAY",
@@ -26,7 +27,9 @@ __all__ = [
     "LOSS",
     "StateError",
     "begin_round",
+    "drift",
     "make_averaging",
+    "mean_change",
     "proximal",
     "restore_state",
     "save_state",
@@ -209,3 +212,42 @@ def _state(averaging: Any) -> dict[str, NDArray[Any]]:
         first, second = averaging.m_t[ARRAY], averaging.v_t[ARRAY]
         return {"first": np.ascontiguousarray(first), "second": np.ascontiguousarray(second)}
     return {}
+
+
+Vector = NDArray[np.float32]
+
+
+def mean_change(accepted: Mapping[int, Accepted], changes: Mapping[int, Vector]) -> NDArray[np.float64]:
+    """The weighted mean of the changes of the accepted replies (layout size,), at least one.
+
+    Added up in float64 and in the order of `accepted`, so that its last bit does not depend on who was first.
+    One change is in memory at a time.
+    """
+    total: NDArray[np.float64] | None = None
+    for node, one in accepted.items():
+        change = changes[node]
+        if total is None:
+            total, part = np.zeros((2, change.size))
+        total += np.multiply(change, one.weight, out=part, dtype=np.float64)
+    assert total is not None
+    return total / sum(one.weight for one in accepted.values())
+
+
+def drift(
+    accepted: Mapping[int, Accepted], changes: Mapping[int, Vector], mean: NDArray[np.float64]
+) -> dict[int, dict[str, float]]:
+    """The drift of each accepted reply of a round, by the names of its columns in rounds.csv.
+
+    A change, or a mean of them, that is zero has no direction: `change_cosine` is then absent.
+
+    Shapes: mean, that of `mean_change`, (layout size,).
+    """
+    length = length_of(mean)
+    found = {}
+    for node, one in accepted.items():
+        found[node] = {"change_norm": one.change_norm, "shift_norm": one.shift_norm}
+        if lengths := one.change_norm * length:
+            cosine = inner(changes[node], mean) / lengths
+            # Rounding may take it a little past 1.
+            found[node]["change_cosine"] = float(np.clip(cosine, -1.0, 1.0))
+    return found

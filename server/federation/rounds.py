@@ -34,17 +34,17 @@ from fedsigma.server.federation.aggregation import (
     EXAMPLES,
     LOSS,
     begin_round,
+    drift,
+    mean_change,
     proximal,
     set_step,
 )
-from fedsigma.server.federation.drift import drift, mean_change
 from fedsigma.server.federation.messenger import Answer, attribute
 from fedsigma.server.federation.privacy_plan import spent_of_sites
 from fedsigma.server.federation.site_manager import BUDGET_SPENT, Roster
 from fedsigma.server.federation.site_sampling import draw_cohort, known_images
-from fedsigma.server.federation.updates import Count, gather
+from fedsigma.server.federation.updates import Count, Vectors, gather
 from fedsigma.server.federation.validation import Accepted, Rejected, check_norm, length_of, pool
-from fedsigma.server.federation.vectors import Vectors
 from fedsigma.server.runs.run_dir import POOLED
 
 if TYPE_CHECKING:

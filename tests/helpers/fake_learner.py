@@ -18,7 +18,7 @@ from fedsigma.common.data import site_data
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, Split
 from fedsigma.common.training import trainer as learning
 from fedsigma.common.training.trainer import Judged, Learned
-from fedsigma.server.federation import streaming
+from fedsigma.server.federation import messenger
 
 SIZE = 6
 NAMES = ("barcelona", "bccd", "cellavision", "jiangxi")
@@ -115,7 +115,7 @@ def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(site_data, "simulated_sites", parts)
     monkeypatch.setattr(site_data, "load_site", load)
     monkeypatch.setattr(site_data, "check_pictures", lambda *place: "")
-    monkeypatch.setattr(streaming, "time", HurriedTime())
+    monkeypatch.setattr(messenger, "time", HurriedTime())
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))
     client_site._kept.clear()

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.server.dashboard import needs
+from fedsigma.server.dashboard import config as dashboard_config
 from fedsigma.server.dashboard.auth.accounts import Accounts, AccountsError
 from fedsigma.server.dashboard.auth.passwords import check_password
 from fedsigma.server.dashboard.auth.settings import AccessSettings
-from fedsigma.server.dashboard.needs import check_installed
+from fedsigma.server.dashboard.config import check_installed
 from fedsigma.server.deployment.home import CentreFolder, ServerConfig
 from tests.helpers.dashboard_door import (
     ACCESS,
@@ -146,7 +146,7 @@ def test_a_name_that_is_given_again_is_another_user(accounts: Accounts) -> None:
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_installed()
-    monkeypatch.setattr(needs, "find_spec", lambda name: None if name == "limits" else object())
+    monkeypatch.setattr(dashboard_config, "find_spec", lambda name: None if name == "limits" else object())
     with pytest.raises(AccountsError, match=r"limits is not installed: pip install 'fedsigma\[dashboard\]'"):
         check_installed()
 

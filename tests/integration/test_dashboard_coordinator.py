@@ -20,9 +20,9 @@ from fedsigma.server.dashboard.pages.routes import Desk, make_pages
 from fedsigma.server.dashboard.pages.run_index import Library
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
 from fedsigma.server.deployment.audit_log import CentreLog
+from fedsigma.server.deployment.database import NodeKey, Registry, Site, Submission
 from fedsigma.server.deployment.flower_control import Node, Run
 from fedsigma.server.deployment.home import CentreFolder, ServerConfig
-from fedsigma.server.deployment.registry import NodeKey, Registry, Site, Submission
 from tests.helpers.dashboard_door import ACCESS, FROM_US, HTML, PASSWORD, QUICK, client, sign_in
 from tests.helpers.synthetic_run import write_synthetic_run
 

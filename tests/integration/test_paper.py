@@ -25,7 +25,7 @@ from fedsigma.common.data import PictureError, open_source
 from fedsigma.common.data.catalog import Protocol, card, cards
 from fedsigma.common.training import trainer as learning
 from fedsigma.common.training.trainer import Judged, Learned
-from fedsigma.server.federation import streaming
+from fedsigma.server.federation import messenger
 from fedsigma.server.paper import sets
 from fedsigma.server.paper.cell import Score
 from fedsigma.server.paper.lazy_images import LazyExamples
@@ -70,7 +70,7 @@ class PictureLearner(FakeLearner):
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(learning, "builder", PictureLearner)
-    monkeypatch.setattr(streaming, "time", HurriedTime())
+    monkeypatch.setattr(messenger, "time", HurriedTime())
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     client_site._kept.clear()
     PictureLearner.made = []
@@ -483,7 +483,7 @@ def test_the_real_method_learns_a_published_set_in_one_place_and_among_sites(
     """Classes that differ in colour: a tiny random CLIP is at chance, and is not after training."""
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
-    monkeypatch.setattr(streaming, "time", HurriedTime())
+    monkeypatch.setattr(messenger, "time", HurriedTime())
     client_site._kept.clear()
     stand_ins(tmp_path, monkeypatch, ["btmri"], train=4)
     colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (230, 230, 20)]

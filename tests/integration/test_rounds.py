@@ -23,9 +23,9 @@ from fedsigma.common.wire.codec import decode, encode
 from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
 from fedsigma.server.federation import rounds as strategy_of
-from fedsigma.server.federation.drift import mean_change
+from fedsigma.server.federation.aggregation import mean_change
 from fedsigma.server.federation.site_manager import TooFewSites, WrongSiteCount
-from fedsigma.server.federation.vectors import Vectors, VectorsError
+from fedsigma.server.federation.updates import Vectors, VectorsError
 from fedsigma.server.runs import lock
 from fedsigma.server.runs.run_dir import RunFolder, StoreError
 from fedsigma.server.runs.summary import overview

@@ -27,14 +27,13 @@ from fedsigma.common.wire.records import (
     TrainReply,
     to_content,
 )
-from fedsigma.server.federation import streaming
-from fedsigma.server.federation.aggregation import ARRAY, make_averaging
-from fedsigma.server.federation.drift import mean_change
+from fedsigma.server.federation import messenger
+from fedsigma.server.federation.aggregation import ARRAY, make_averaging, mean_change
 from fedsigma.server.federation.messenger import Exchange
 from fedsigma.server.federation.rounds import SigmaStrategy
 from fedsigma.server.federation.site_manager import Roster
+from fedsigma.server.federation.updates import Vectors, VectorsError
 from fedsigma.server.federation.validation import Accepted
-from fedsigma.server.federation.vectors import Vectors, VectorsError
 from fedsigma.server.runs.run_dir import RunFolder
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.fake_learner import FINGERPRINT, LAYOUT, HurriedTime
@@ -82,7 +81,7 @@ class ManySites(FakeGrid):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "time", HurriedTime())
+    monkeypatch.setattr(messenger, "time", HurriedTime())
 
 
 def rounds(path: Path, grid: FakeGrid, more: str = "strategy: fedavg", count: int = 1) -> SigmaStrategy:
@@ -110,7 +109,7 @@ def test_of_many_sites_no_more_replies_are_held_than_are_pulled_at_once(tmp_path
     grid = ManySites(random_changes(200))
     ours = rounds(tmp_path / "run", grid, count=2)
     assert sum(row["status"] == "accepted" for row in ours.folder.rounds()) == 2 * 200
-    assert 0 < grid.most <= streaming.AT_ONCE + 1  # and the one at hand
+    assert 0 < grid.most <= messenger.AT_ONCE + 1  # and the one at hand
 
 
 @pytest.mark.parametrize("strategy", MEANS)
@@ -216,9 +215,9 @@ def test_a_reply_that_came_in_time_counts_however_long_those_before_it_take() ->
         kind="train",
         timeout=5,
     )
-    clock = streaming.time
+    clock = messenger.time
     taken = 0
-    for _ in streaming.StreamingGrid(grid).send_and_receive(messages.values(), timeout=5):
+    for _ in messenger.StreamingGrid(grid).send_and_receive(messages.values(), timeout=5):
         taken += 1
         clock.skipped += 1.0  # type: ignore[attr-defined]
     assert taken == 100
@@ -248,11 +247,11 @@ def test_messages_are_pushed_again_if_the_superlink_was_started_anew_meanwhile(
                 raise ObjectPushError("id", 1, "session")
             return super().push_messages(messages)
 
-    monkeypatch.setattr(streaming.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(messenger.time, "sleep", lambda seconds: None)
     grid = Anew(lambda message, context: Message(RecordDict(), reply_to=message), 2)
     messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in (100, 101)]
     if ends:
-        assert len(list(streaming.StreamingGrid(grid).send_and_receive(messages))) == 2
+        assert len(list(messenger.StreamingGrid(grid).send_and_receive(messages))) == 2
     else:
         with pytest.raises(ObjectPushError):
-            streaming.StreamingGrid(grid).send_and_receive(messages)
+            messenger.StreamingGrid(grid).send_and_receive(messages)

@@ -19,12 +19,13 @@ from fedsigma.common.wire.records import PROTOCOL, Evaluation, HelloReply, to_co
 from fedsigma.server.federation import site_manager as roster_of
 from fedsigma.server.federation.aggregation import (
     StateError,
+    drift,
     make_averaging,
+    mean_change,
     restore_state,
     save_state,
     set_step,
 )
-from fedsigma.server.federation.drift import drift, mean_change
 from fedsigma.server.federation.messenger import Answer, attribute, in_order
 from fedsigma.server.federation.site_manager import Roster
 from fedsigma.server.federation.validation import Accepted, pool

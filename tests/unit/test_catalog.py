@@ -30,7 +30,7 @@ from fedsigma.common.data.site_data import simulated_sites
 from fedsigma.common.data.sources.official_splits import read_split_file
 from fedsigma.common.data.sources.published import open_card
 from fedsigma.common.data.sources.verify import differences
-from fedsigma.common.utils.paths import UnsafePath, inside
+from fedsigma.common.utils.files import UnsafePath, inside
 from tests.helpers.published import class_names_file, names_of, stand_in, wordnet_ids, write
 
 NAMES = list(cards())

@@ -12,9 +12,13 @@ from fedsigma.cli import site as site_cli
 from fedsigma.client.deployment.home import SiteFolder
 from fedsigma.common.ops.enrolment_files import Invitation, JoinError
 from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.server.deployment.certificate_rotation import (
+    begin_authority,
+    renew_certificates,
+    switch_authority,
+)
 from fedsigma.server.deployment.certificates import AuthorityError, Issued, issue, new_authority
 from fedsigma.server.deployment.home import CentreError, CentreFolder, ServerConfig
-from fedsigma.server.deployment.rotation import begin_authority, renew_certificates, switch_authority
 
 HOST = "fl.example.org"
 

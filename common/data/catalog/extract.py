@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from fedsigma.common.data.catalog.card import CardError
-from fedsigma.common.utils.paths import UnsafePath, inside
+from fedsigma.common.utils.files import UnsafePath, inside
 
 __all__ = ["ArchiveError", "Limits", "NoPlace", "unpack"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fedsigma.common.data.records import SPLITS, DataError
-from fedsigma.common.utils.paths import UnsafePath, inside
+from fedsigma.common.utils.files import UnsafePath, inside
 
 __all__ = ["Row", "read_lists", "read_split_file"]
 

@@ -24,7 +24,7 @@ from sqlalchemy import QueuePool, create_engine, delete, event, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fedsigma.server.dashboard.auth.passwords import AccountsError, check_name, check_password, plain
-from fedsigma.server.deployment.registry import careful, now
+from fedsigma.server.deployment.database import careful, now
 
 if TYPE_CHECKING:
     from argon2 import PasswordHasher

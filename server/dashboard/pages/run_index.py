@@ -17,8 +17,8 @@ from fedsigma.server.runs.tail import FollowedRun
 
 if TYPE_CHECKING:
     from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
+    from fedsigma.server.deployment.database import Registry
     from fedsigma.server.deployment.home import CentreFolder
-    from fedsigma.server.deployment.registry import Registry
 
 __all__ = ["Library", "RunLine", "UnknownRun"]
 
@@ -76,7 +76,7 @@ class Library:
     @cached_property
     def registry(self) -> Registry:
         """The database of the centre, opened once."""
-        from fedsigma.server.deployment.registry import Registry
+        from fedsigma.server.deployment.database import Registry
 
         assert self.centre is not None
         return Registry(self.centre.path / "centre.db")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsigma.server.dashboard.pages.run_index import RunLine
+from fedsigma.server.deployment.database import Registry, Site, Submission
 from fedsigma.server.deployment.flower_control import Control, ControlError, Node, Run
 from fedsigma.server.deployment.home import CentreFolder
-from fedsigma.server.deployment.registry import Registry, Site, Submission
 from fedsigma.server.runs.summary import Overview, contacts
 
 __all__ = ["SiteLine", "SuperLinkWatch", "newest_submissions", "site_lines", "with_submissions"]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fedsigma.common.utils.printing import print_table
+from fedsigma.common.utils.console import print_table
 from fedsigma.server.dashboard.auth.accounts import METRICS, ROLES, VIEWER, Accounts, AccountsError
 from fedsigma.server.deployment.audit_log import CentreLog
 from fedsigma.server.deployment.home import CentreFolder
