@@ -36,8 +36,8 @@ $(STAMP): pyproject.toml
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# In a checkout server/, client/ and common/ lie beside fedsigma/; mypy does not run the path shim that
-# joins them, so it is shown the layout of the installed package.
+# In a checkout server/, client/ and common/ stand beside fedsigma/. mypy and import-linter do not run the path
+# shim that joins them, so they are shown the layout of the installed package.
 TYPES := build/types/fedsigma
 
 lint: $(STAMP)
@@ -47,6 +47,7 @@ lint: $(STAMP)
 	ln -s $(wildcard $(CURDIR)/fedsigma/*.py) $(CURDIR)/fedsigma/py.typed $(CURDIR)/fedsigma/cli $(TYPES)/
 	ln -s $(CURDIR)/server $(CURDIR)/client $(CURDIR)/common $(TYPES)/
 	cd build/types && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fedsigma
+	cd build/types && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache
 
 demo: $(STAMP)
 	$(BIN)/fedsigma study run demo

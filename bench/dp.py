@@ -29,9 +29,10 @@ from torch.nn import functional as F
 
 from bench import step as plain_step
 from fedsigma.common.config.constants import PARTS
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.config.training import Recipe
-from fedsigma.common.privacy.accounting import PrivacyConfig, noise_for, sampling_rate
+from fedsigma.common.privacy.accounting import noise_for, sampling_rate
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.training.dp_sgd import PrivateGradient
 from fedsigma.common.training.loop import Gradient, Task, autocast, batch_gradient

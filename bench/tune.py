@@ -22,8 +22,10 @@ from torch import Tensor
 
 from fedsigma.common.backbones import build_model, load_backbone
 from fedsigma.common.config.study import StudyConfig, load_study
-from fedsigma.common.data import Example, Record, Source, few_shot, load_examples
-from fedsigma.common.data.site_data import simulated_sites
+from fedsigma.common.data.loading import Example, load_examples
+from fedsigma.common.data.records import Record, Source
+from fedsigma.common.data.sampling import few_shot
+from fedsigma.common.data.sources.site_data import simulated_sites
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.training.loop import Task, evaluate, train
 from fedsigma.common.training.metrics import Predictions, score

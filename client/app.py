@@ -13,11 +13,11 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from fedsigma import __version__
 from fedsigma.client.site.audit_log import AuditLog
 from fedsigma.client.site.error_feedback import Feedback
 from fedsigma.client.site.secure_aggregation import SITE_COUNTS, Masker, counts_of
 from fedsigma.client.site.site import Site, SiteCountDiffers, open_site
+from fedsigma.common import __version__
 from fedsigma.common.privacy.accounting import Release, sampling_rate
 from fedsigma.common.privacy.noise import shared_noise
 from fedsigma.common.training.trainer import Judged, Learned, Learner, seed_for
@@ -36,7 +36,7 @@ from fedsigma.common.wire.records import (
 )
 
 if TYPE_CHECKING:
-    from fedsigma.common.data import SiteData
+    from fedsigma.common.data.loading import SiteData
 
 __all__ = ["app"]
 

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedsigma.common.config.schema import named
 from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
-from fedsigma.common.data import site_data
+from fedsigma.common.data.sources import site_data
 from fedsigma.common.training.trainer import Learner, open_learner
 from fedsigma.common.wire.records import Evaluation, Setup
 from fedsigma.server.deployment.audit_log import Witness

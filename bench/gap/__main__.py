@@ -37,7 +37,9 @@ from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.schema import nearest
 from fedsigma.common.config.study import StudyConfig, load_study
-from fedsigma.common.data import Record, Source, open_source, partition
+from fedsigma.common.data.partition import partition
+from fedsigma.common.data.records import Record, Source
+from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.training.loop import Example, Task, evaluate
 from fedsigma.common.training.metrics import Predictions

@@ -18,8 +18,8 @@ from flwr.supercore.task_identity import TaskIdentity  # a Message needs one out
 from bench.methods.method import Method, Place, Rule, Vector
 from bench.methods.tuning import State
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.data import SiteData
-from fedsigma.common.data.site_data import load_sites
+from fedsigma.common.data.loading import SiteData
+from fedsigma.common.data.sources.site_data import load_sites
 from fedsigma.common.training.loop import Example
 from fedsigma.common.training.metrics import Predictions
 from fedsigma.common.training.trainer import seed_for

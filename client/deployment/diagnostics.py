@@ -9,40 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from fedsigma.client.deployment import diagnostics_local, diagnostics_network
+from fedsigma.client.deployment.findings import Finding, Problem
 from fedsigma.client.deployment.home import SiteFolder
 from fedsigma.client.site.policy import SitePolicy
 
-__all__ = ["Finding", "Problem", "examine"]
+__all__ = ["examine"]
 
 LEAST_DISK_GB, LEAST_MEMORY_GB = 2.0, 2.0
 PARTS = ("node", "worker")
 SECRETS = ("node/node.key", "node/superexec.secret", "worker/superexec.secret", "worker/identity.pem")
-
-
-class Problem(Exception):
-    """What is wrong, and what to do.
-
-    Args:
-        what: in one sentence.
-        todo: the next step.
-    """
-
-    def __init__(self, what: str, todo: str) -> None:
-        super().__init__(what)
-        self.what, self.todo = what, todo
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check: its name, whether all is well, what was seen, and what to do if it is not."""
-
-    check: str
-    ok: bool
-    seen: str
-    todo: str = ""
 
 
 def examine(
@@ -56,8 +34,6 @@ def examine(
         deep: also load the backbones, read every picture and train a step on three.
         only: `node` or `worker`, to check what that one needs and sees; None for both.
     """
-    from fedsigma.client.deployment import diagnostics_local, diagnostics_network
-
     try:
         site = SiteFolder(path)
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from fedsigma.client.deployment.diagnostics import Problem
+from fedsigma.client.deployment.findings import Problem
 from fedsigma.client.deployment.home import SiteFolder
 from fedsigma.client.site.policy import SitePolicy
 
@@ -51,7 +51,8 @@ def _backbone(place: str) -> str:
 
 
 def _images(site: SiteFolder, policy: SitePolicy) -> str:
-    from fedsigma.common.data import check, open_source
+    from fedsigma.common.data.sources.registry import open_source
+    from fedsigma.common.data.validation import check
 
     try:
         source = open_source(policy.source, base=site.path, **policy.options)
@@ -69,7 +70,8 @@ def _dry_round(site: SiteFolder, policy: SitePolicy) -> str:
     import numpy as np
 
     from fedsigma.common.config.study import SigmaConfig, TrainingConfig
-    from fedsigma.common.data import load_examples, open_source
+    from fedsigma.common.data.loading import load_examples
+    from fedsigma.common.data.sources.registry import open_source
     from fedsigma.common.training.trainer import open_learner
 
     source = open_source(policy.source, base=site.path, **policy.options)

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
-from fedsigma.client.deployment.diagnostics import Problem
+from fedsigma.client.deployment.findings import Problem
 from fedsigma.client.deployment.home import SiteFolder
 from fedsigma.client.deployment.node_status import Standing, standing_of
 from fedsigma.common.ops.health import SERVING, health_of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsigma.client.inference.loaded_model import ApplyError, Restored
 from fedsigma.client.inference.predictor import Judge, Prediction, prepared
-from fedsigma.common.data import PictureError, Pictures, Record
+from fedsigma.common.data.records import PictureError, Pictures, Record
 from fedsigma.common.data.sources.dicom import Slices, is_dicom
 from fedsigma.common.data.sources.folder import SUFFIXES
 from fedsigma.common.utils.files import write_atomic

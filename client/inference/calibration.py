@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsigma.client.inference.loaded_model import ApplyError, Restored, labelled, to_judge
-from fedsigma.common.data import Source
+from fedsigma.common.data.records import Source
 from fedsigma.common.training.loop import evaluate
 from fedsigma.common.training.metrics import Predictions, score
 from fedsigma.common.utils.files import write_whole

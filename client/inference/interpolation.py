@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedsigma.client.inference.loaded_model import Restored, labelled, to_judge
-from fedsigma.common.data import Source
+from fedsigma.common.data.records import Source
 from fedsigma.common.registry import ModelError
 from fedsigma.common.registry.shift_file import SavedSigma
 from fedsigma.common.registry.task_arithmetic import combine

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedsigma.common.backbones import Backbone
-    from fedsigma.common.data import Example, Record, Source
+    from fedsigma.common.data.loading import Example
+    from fedsigma.common.data.records import Record, Source
     from fedsigma.common.sigma import SigmaModel
     from fedsigma.common.training.loop import Task
 
@@ -124,7 +125,7 @@ def to_judge(restored: Restored, source: Source, records: Sequence[Record]) -> t
     Raises:
         PictureError: an image cannot be decoded.
     """
-    from fedsigma.common.data import load_examples
+    from fedsigma.common.data.loading import load_examples
     from fedsigma.common.training.loop import Task
 
     side = restored.backbone.image_size * 3 // 2

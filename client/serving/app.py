@@ -12,7 +12,6 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp
 
-from fedsigma import __version__
 from fedsigma.client.serving.errors import (
     Problem,
     ProblemDetails,
@@ -24,6 +23,7 @@ from fedsigma.client.serving.images import MEDIA_TYPES
 from fedsigma.client.serving.schemas import NOTICE, Health, ModelInfo, Predictions
 from fedsigma.client.serving.service import Service
 from fedsigma.client.serving.uploads import FIELD, received
+from fedsigma.common import __version__
 
 __all__ = ["asgi", "create_app", "openapi_document"]
 

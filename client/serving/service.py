@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedsigma import __version__
 from fedsigma.client.inference.calibration import Calibration
 from fedsigma.client.inference.loaded_model import Restored, located
 from fedsigma.client.inference.predictor import Judge
@@ -28,6 +27,7 @@ from fedsigma.client.serving.schemas import (
     ModelInfo,
     Predictions,
 )
+from fedsigma.common import __version__
 
 __all__ = ["Service", "describe"]
 

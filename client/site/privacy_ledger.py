@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsigma.common.privacy.accounting import PrivacyConfig, Release, epsilon
+from fedsigma.common.config.privacy import PrivacyConfig
+from fedsigma.common.privacy.accounting import Release, epsilon
 from fedsigma.common.utils.hash_chain import Chain, ChainBroken
 
 __all__ = ["Entry", "Ledger", "LedgerDamaged", "PrivacyBudgetSpent"]

@@ -21,14 +21,14 @@ from fedsigma.client.site.policy import SitePolicy
 from fedsigma.client.site.privacy_ledger import Entry, Ledger
 from fedsigma.common.config.constants import PRIVACY_LEVELS
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.data import site_data as data_of
+from fedsigma.common.data.sources import site_data as data_of
 from fedsigma.common.privacy.accounting import Release
 from fedsigma.common.training.trainer import Learner, open_learner, seed_for
 from fedsigma.common.utils.hash_chain import Chain
 from fedsigma.common.wire.records import Setup, TrainTask
 
 if TYPE_CHECKING:
-    from fedsigma.common.data import SiteData
+    from fedsigma.common.data.loading import SiteData
 
 __all__ = [
     "BackboneNotAllowed",
@@ -250,7 +250,7 @@ def _load(site: Site, setup: Setup, side: int) -> SiteData:
         records, data = parts[site.name], setup.data_config
         on_problem = data.on_problem if data else "stop"
     else:
-        from fedsigma.common.data import open_source
+        from fedsigma.common.data.sources.registry import open_source
 
         policy, on_problem = site.policy, site.policy.on_problem
         source = open_source(policy.source, base=site.base, **policy.options)

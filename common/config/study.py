@@ -23,6 +23,7 @@ from fedsigma.common.config.constants import (
     THIRDS,
     TOWERS,
 )
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import (
     ConfigError,
     build,
@@ -35,7 +36,6 @@ from fedsigma.common.config.schema import (
     write_yaml,
 )
 from fedsigma.common.config.training import Recipe
-from fedsigma.common.privacy.accounting import PrivacyConfig
 
 __all__ = [
     "BASELINES",

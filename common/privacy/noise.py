@@ -14,7 +14,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
-from fedsigma.common.privacy.accounting import PrivacyConfig
+from fedsigma.common.config.privacy import PrivacyConfig
 
 __all__ = ["Randomness", "clip", "noisy_mean", "shared_noise"]
 

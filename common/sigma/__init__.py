@@ -1,11 +1,12 @@
 """The method: adapt a CLIP model by its singular values alone. Needs torch and safetensors only."""
 
 from fedsigma.common.sigma.architectures import FAMILIES, Family, Slot, find_layout
+from fedsigma.common.sigma.autograd import NotSeparable
 from fedsigma.common.sigma.basis import Basis, BasisError, Fingerprint, cached_basis
 from fedsigma.common.sigma.layout import PARTS, TOWERS, Entry, Layout, LayoutError, Selection
 from fedsigma.common.sigma.model import SigmaModel, default_cache_dir
 from fedsigma.common.sigma.partition import Split
-from fedsigma.common.sigma.per_sample import NotSeparable, Separation
+from fedsigma.common.sigma.per_sample import Separation
 
 __all__ = [
     "FAMILIES",

@@ -156,3 +156,21 @@ class Separated(torch.autograd.Function):
         b = torch.cat([grad[:, low:high] @ u for (low, high), _, u, _ in ctx.blocks], 1)
         of_x = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return of_x, None, by_example(a, b, ctx.examples), None, None, None
+
+
+class NotSeparable(RuntimeError):
+    """A model whose examples' gradients cannot be told apart in one backward pass."""
+
+
+class Refused(torch.autograd.Function):
+    """A weight of which the shape and dtype may be asked (open_clip does), but not the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, shift: Tensor) -> Tensor:
+        """The weight as it is, without the shift: whatever is computed from it does not count."""
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        """Raises NotSeparable: a gradient of the whole weight is no example's own."""
+        raise NotSeparable("a layer computes with its adapted weight in a way of its own")

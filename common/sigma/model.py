@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedsigma.common.sigma.architectures import find_layout
-from fedsigma.common.sigma.autograd import Block, Factored, Shifted, autocast_dtype, cheaper_factored
 from fedsigma.common.sigma.basis import Basis, Progress, cached_basis
 from fedsigma.common.sigma.layout import Entry, LayoutError, Selection
-from fedsigma.common.sigma.per_sample import Refused, Separation, plain_linear
+from fedsigma.common.sigma.parametrization import SigmaParametrization
+from fedsigma.common.sigma.per_sample import Separation
 
 
 def default_cache_dir() -> Path:
@@ -27,100 +26,6 @@ def default_cache_dir() -> Path:
     import platformdirs  # here, so that the method itself needs torch and safetensors only
 
     return Path(platformdirs.user_cache_dir("fedsigma")) / "bases"
-
-
-class SigmaParametrization(nn.Module):
-    """Adds the shift's matrix to one (perhaps packed) weight.
-
-    The flat shift belongs to the SigmaModel and is not registered here, so that the wrapped model's
-    parameters and state stay its own.
-    """
-
-    u0: Tensor
-    s0: Tensor
-    vh0: Tensor
-
-    def __init__(self, entries: list[Entry], basis: Basis, shift: nn.Parameter) -> None:
-        super().__init__()
-        self.entries = entries
-        self.start, self.stop = entries[0].offset, entries[-1].offset + entries[-1].size
-        self._shift = (shift,)
-        self._accumulating = False
-        self.separated = False
-        """Whether the layer computes with parts of the weight, and must not use the whole."""
-        self._shared: dict[str, tuple[Tensor, Tensor]] = {}
-        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
-        for i, entry in enumerate(entries):
-            triple = basis.triples[number[entry.key]]
-            self.register_buffer(f"u{i}", triple.u, persistent=False)
-            self.register_buffer(f"s{i}", triple.s, persistent=False)
-            self.register_buffer(f"vh{i}", triple.vh, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The adapted weight, of the shape of `weight`; in `SigmaModel.separating` a stand-in for it."""
-        if self.separated:
-            return Refused.apply(weight, self.values)
-        return self._once("weight", partial(self._adapted, weight))
-
-    def accumulate(self, owner: nn.Module) -> None:
-        """From here on compute what is adapted once, as a leaf on which gradients accumulate.
-
-        Args:
-            owner: the module whose weight this is. If it is a plain linear layer that costs less factored
-                than dense, its forward pass is until `release` the factored one.
-        """
-        self._accumulating = True
-        if plain_linear(owner) and self.factored(owner):
-            owner.__dict__["forward"] = partial(self._linear, owner.bias)
-
-    def factored(self, owner: nn.Linear) -> bool:
-        """Whether a linear layer costs less by U and V^T than by the dense weight."""
-        rows, columns = owner.out_features, owner.in_features
-        return [e.rows for e in self.entries] == [(0, rows)] and cheaper_factored(rows, columns)
-
-    def release(self, owner: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """End `accumulate`: what was adapted, and the gradient accumulated on it where there is one."""
-        owner.__dict__.pop("forward", None)
-        shared, self._shared, self._cast, self._accumulating = self._shared, {}, {}, False
-        return [(value, leaf.grad) for value, leaf in shared.values() if leaf.grad is not None]
-
-    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        if not self._accumulating:
-            return compute()
-        if name not in self._shared:
-            with torch.enable_grad():
-                value = compute()
-            self._shared[name] = value, value.detach().requires_grad_()
-        return self._shared[name][1]
-
-    def _adapted(self, weight: Tensor) -> Tensor:
-        return Shifted.apply(weight, self.values, self.blocks)
-
-    @property
-    def values(self) -> Tensor:
-        """The shift's part for this weight."""
-        return self._shift[0][self.start : self.stop]
-
-    @property
-    def blocks(self) -> list[Block]:
-        """The adapted row blocks, as `Shifted` takes them."""
-        return [
-            (
-                entry.rows,
-                (entry.offset - self.start, entry.offset - self.start + entry.size),
-                getattr(self, f"u{i}"),
-                getattr(self, f"vh{i}"),
-            )
-            for i, entry in enumerate(self.entries)
-        ]
-
-    def _linear(self, bias: Tensor | None, x: Tensor) -> Tensor:
-        s = self._once("s", lambda: self.s0 + self.values)
-        dtype = autocast_dtype(x)
-        if dtype not in self._cast:
-            self._cast[dtype] = self.u0.to(dtype), self.vh0.to(dtype)
-        return Factored.apply(x, s, *self._cast[dtype], bias)
 
 
 def _owner(model: nn.Module, weight: str) -> tuple[nn.Module, str]:

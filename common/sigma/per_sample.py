@@ -9,39 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsigma.common.sigma.autograd import Block, Factored, Separated, Shifted, autocast_dtype
-
-if TYPE_CHECKING:
-    from fedsigma.common.sigma.model import SigmaParametrization
-
-
-class NotSeparable(RuntimeError):
-    """A model whose examples' gradients cannot be told apart in one backward pass."""
-
-
-def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is torch's linear layer, or computes as it does."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-class Refused(torch.autograd.Function):
-    """A weight of which the shape and dtype may be asked (open_clip does), but not the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, shift: Tensor) -> Tensor:
-        """The weight as it is, without the shift: whatever is computed from it does not count."""
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        """Raises NotSeparable: a gradient of the whole weight is no example's own."""
-        raise NotSeparable("a layer computes with its adapted weight in a way of its own")
+from fedsigma.common.sigma.autograd import Block, Factored, NotSeparable, Separated, Shifted, autocast_dtype
+from fedsigma.common.sigma.parametrization import SigmaParametrization, plain_linear
 
 
 class Separation:

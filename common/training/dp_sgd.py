@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.training import Recipe
-from fedsigma.common.privacy.accounting import PrivacyConfig, sampling_rate
+from fedsigma.common.privacy.accounting import sampling_rate
 from fedsigma.common.privacy.noise import Randomness
 from fedsigma.common.sigma import NotSeparable
 from fedsigma.common.training.loop import (

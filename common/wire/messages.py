@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from fedsigma.common.config.constants import METRICS
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import build
 from fedsigma.common.config.study import (
     DataConfig,
@@ -21,7 +22,6 @@ from fedsigma.common.config.study import (
     StudyConfig,
     TrainingConfig,
 )
-from fedsigma.common.privacy.accounting import PrivacyConfig
 from fedsigma.common.privacy.secure_aggregation import Member
 
 __all__ = [

@@ -62,8 +62,8 @@ def check(
             raise CardError(f"--classes has no use here: the card has them; for a source write coop:{spec}")
         _check_card(cards()[name], Path(place).expanduser(), as_json)
         return
-    from fedsigma.common.data import check as check_source
-    from fedsigma.common.data import known_sources, open_source
+    from fedsigma.common.data.sources.registry import known_sources, open_source
+    from fedsigma.common.data.validation import check as check_source
 
     if name not in known_sources() and not Path(spec).exists():
         raise CardError(

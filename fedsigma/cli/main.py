@@ -10,7 +10,7 @@ import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fedsigma import __version__
+from fedsigma.common import __version__
 from fedsigma.common.utils.console import BAD_INPUT, FAILED
 
 __all__ = ["main"]
@@ -145,3 +145,7 @@ def fedsigma(
     Studies are run with Flower: flwr run . --run-config 'study="demo"'. This command prepares them (inspect,
     backbone, data) and uses what they leave (runs, report, predict, export).
     """
+
+
+if __name__ == "__main__":
+    main()

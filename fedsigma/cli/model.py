@@ -273,7 +273,7 @@ def calibrate(
     """
     from fedsigma.client.inference.calibration import calibrate as fit
     from fedsigma.client.inference.loaded_model import restore
-    from fedsigma.common.data import open_source
+    from fedsigma.common.data.sources.registry import open_source
 
     found = fit(restore(run, backbone, personal), open_source(data))
     found.write(out)

@@ -167,7 +167,7 @@ def curve(
     """
     from fedsigma.client.inference.interpolation import curve as judge
     from fedsigma.client.inference.loaded_model import restore
-    from fedsigma.common.data import open_source
+    from fedsigma.common.data.sources.registry import open_source
     from fedsigma.common.registry.publish import load
 
     place = _open(shelf)

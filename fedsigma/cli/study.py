@@ -161,7 +161,8 @@ def study_evaluate(
 def study_check(study: StudyArgument) -> None:
     """Read a study file, open its data and say what would run, without training."""
     from fedsigma.common.config.study import load_study
-    from fedsigma.common.data import open_source, site_table
+    from fedsigma.common.data.records import site_table
+    from fedsigma.common.data.sources.registry import open_source
 
     config = load_study(study)
     typer.echo(config.to_yaml())

@@ -44,7 +44,7 @@ def centre_processes(folder: CentreFolder) -> list[Process]:
         Process(name="keeper", command=keeper, environment=environment, after=3),
     ]
     if (folder.path / "dashboard.yaml").is_file():
-        dashboard = [sys.executable, "-P", "-m", "fedsigma.server.dashboard", str(folder.path)]
+        dashboard = [sys.executable, "-P", "-m", "fedsigma.cli.main", "dashboard", str(folder.path)]
         found.append(Process(name="dashboard", command=dashboard, environment=environment, after=5))
     if config.proxy == "nginx":
         command = [*_WHOLE, "nginx", "-c", str(place / "nginx.conf"), "-p", str(place / "run")]

@@ -210,7 +210,7 @@ class Baselines:
 
     def pooled(self, learner: Learner) -> dict[str, Any]:
         """Train on all sites' images in this process, for all sites' steps together; a simulation only."""
-        from fedsigma.common.data.site_data import load_sites
+        from fedsigma.common.data.sources.site_data import load_sites
 
         study = self.study
         if study.data is None:

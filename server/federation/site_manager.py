@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.privacy.secure_aggregation import Member
@@ -21,7 +21,6 @@ from fedsigma.common.wire.records import (
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint
-    from fedsigma.server.deployment.database import NodeNames
     from fedsigma.server.federation.messenger import Answer, Exchange
     from fedsigma.server.runs.run_dir import RunFolder
 
@@ -47,6 +46,14 @@ class WrongSiteCount(RuntimeError):
     """A simulation was started with another number of sites than its study has."""
 
 
+class NodeDirectory(Protocol):
+    """Knows which site each node belongs to."""
+
+    def problem(self, node: int, name: str) -> str:
+        """Why this node cannot be the site of this name; empty if it can."""
+        ...
+
+
 class Roster:
     """The sites that have shown the study's fingerprint, by node id."""
 
@@ -56,7 +63,7 @@ class Roster:
         folder: RunFolder,
         study: StudyConfig,
         fingerprint: Fingerprint,
-        nodes: NodeNames | None = None,
+        nodes: NodeDirectory | None = None,
     ) -> None:
         self.names: dict[int, str] = {}
         self.members: dict[int, Member] = {}

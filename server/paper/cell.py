@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.numpy import save as to_bytes
 
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.data import Example, few_shot, load_examples
-from fedsigma.common.data.site_data import NoImages, load_sites, simulated_sites
+from fedsigma.common.data.loading import Example, load_examples
+from fedsigma.common.data.sampling import few_shot
+from fedsigma.common.data.sources.site_data import NoImages, load_sites, simulated_sites
 from fedsigma.common.training.trainer import Learner, open_learner
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.common.wire.records import Setup

@@ -10,7 +10,8 @@ from typing import overload
 
 from torch import Tensor
 
-from fedsigma.common.data import Example, Record, Source, load_examples
+from fedsigma.common.data.loading import Example, load_examples
+from fedsigma.common.data.records import Record, Source
 
 __all__ = ["LazyExample", "LazyExamples"]
 

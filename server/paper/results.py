@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from fedsigma import __version__
+from fedsigma.common import __version__
 from fedsigma.common.config.study import ConfigError, DataConfig, StudyConfig
 from fedsigma.server.paper.cell import Finished, Score
 from fedsigma.server.paper.sets import PublishedSet

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedsigma.common.config.schema import named
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.data import DataError
-from fedsigma.common.data.site_data import NoImages
+from fedsigma.common.data.records import DataError
+from fedsigma.common.data.sources.site_data import NoImages
 from fedsigma.common.training.loop import TrainingError
 from fedsigma.server.app import NoModel
 from fedsigma.server.federation.site_manager import TooFewSites

@@ -10,8 +10,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.data import DataError, Record, Source, halves, open_source
 from fedsigma.common.data.catalog import CardError, DatasetCard, Protocol, Protocols, card, cards
+from fedsigma.common.data.records import DataError, Record, Source
+from fedsigma.common.data.sampling import halves
+from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.data.sources.verify import differences
 from fedsigma.server.paper.tables import PaperTable
 

@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fedsigma import __version__
+from fedsigma.common import __version__
 from fedsigma.server.report import figures, tables
 from fedsigma.server.report.data import Content
 from fedsigma.server.report.formatting import (

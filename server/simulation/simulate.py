@@ -113,7 +113,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _count_sites(study: StudyConfig) -> int:
-    from fedsigma.common.data.site_data import simulated_sites
+    from fedsigma.common.data.sources.site_data import simulated_sites
 
     setup = Setup.of(study)
     if not setup.data:

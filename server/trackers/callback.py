@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fedsigma import __version__
+from fedsigma.common import __version__
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.runs.run_dir import RunFolder, StoreError

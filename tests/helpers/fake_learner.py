@@ -14,7 +14,7 @@ import pytest
 
 from fedsigma.client.site import site as client_site
 from fedsigma.common.config.study import PrivacyConfig
-from fedsigma.common.data import site_data
+from fedsigma.common.data.sources import site_data
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, Split
 from fedsigma.common.training import trainer as learning
 from fedsigma.common.training.trainer import Judged, Learned

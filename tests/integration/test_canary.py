@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.training import Recipe
-from fedsigma.common.privacy.accounting import PrivacyConfig, Release, epsilon
+from fedsigma.common.privacy.accounting import Release, epsilon
 from fedsigma.common.privacy.noise import Randomness
 from fedsigma.common.training.dp_sgd import PrivateGradient
 from fedsigma.common.training.loop import Task, evaluate, train

@@ -21,8 +21,9 @@ from fedsigma.client.inference.batch import list_pictures, predict
 from fedsigma.client.inference.loaded_model import ApplyError, restore
 from fedsigma.client.site.privacy_ledger import Entry, Ledger
 from fedsigma.common.backbones import load_backbone, save_backbone
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import SigmaConfig, StudyConfig
-from fedsigma.common.privacy.accounting import PrivacyConfig, Release, epsilon
+from fedsigma.common.privacy.accounting import Release, epsilon
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.utils.hash_chain import Chain

@@ -12,8 +12,8 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedsigma.client.site import site
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import ConfigError, StudyConfig
-from fedsigma.common.privacy.accounting import PrivacyConfig
 from fedsigma.common.wire.records import MaskedReply, TrainTask, from_content, to_content
 from fedsigma.server.app import NoModel
 from tests.helpers.fake_grid import FakeGrid

@@ -44,7 +44,7 @@ from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import Backbone, assemble, build_model, load_backbone, save_backbone
 from fedsigma.common.backbones.tokenizer import tokenizer_for
 from fedsigma.common.config.study import ConfigError, StudyConfig, TrainingConfig
-from fedsigma.common.data import Example
+from fedsigma.common.data.loading import Example
 from fedsigma.common.training.loop import TrainingError, accumulate_gradient, evaluate
 from fedsigma.server.app import app as server
 from fedsigma.server.federation.aggregation import make_averaging

@@ -21,8 +21,9 @@ from fedsigma.cli.main import main
 from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import save_backbone
 from fedsigma.common.config.study import ConfigError, StudyConfig
-from fedsigma.common.data import PictureError, open_source
 from fedsigma.common.data.catalog import Protocol, card, cards
+from fedsigma.common.data.records import PictureError
+from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.training import trainer as learning
 from fedsigma.common.training.trainer import Judged, Learned
 from fedsigma.server.federation import messenger

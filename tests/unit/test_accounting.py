@@ -9,15 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import ConfigError, StudyConfig
-from fedsigma.common.privacy.accounting import (
-    PrivacyConfig,
-    Release,
-    epsilon,
-    noise_for,
-    releases_within,
-    sampling_rate,
-)
+from fedsigma.common.privacy.accounting import Release, epsilon, noise_for, releases_within, sampling_rate
 from fedsigma.common.privacy.noise import Randomness, clip, noisy_mean, shared_noise
 from fedsigma.server.federation.privacy_plan import check_budget, plan
 

@@ -7,9 +7,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedsigma.common.data import DataError, check, few_shot, open_source, partition, site_table
+from fedsigma.common.data.partition import partition
+from fedsigma.common.data.records import DataError, site_table
+from fedsigma.common.data.sampling import few_shot
+from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.data.synthetic.blood_smears import LABORATORIES, draw_picture
 from fedsigma.common.data.synthetic.drawing import CELL_TYPES, draw_smear
+from fedsigma.common.data.validation import check
 
 Array = NDArray[np.float64]
 CLASSES = list(CELL_TYPES)

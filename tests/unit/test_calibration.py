@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.client.inference.calibration import Calibration, fit_temperature, scaled
 from fedsigma.client.inference.loaded_model import ApplyError
-from fedsigma.common.data import open_source
+from fedsigma.common.data.sources.registry import open_source
 from tests.helpers.finished_run import make_run
 
 

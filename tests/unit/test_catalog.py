@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.common.config.schema import ConfigError, build, read_yaml
 from fedsigma.common.config.study import StudyConfig, load_study
-from fedsigma.common.data import DataError, Record, check, few_shot, halves, open_source
 from fedsigma.common.data.catalog import (
     Archive,
     CardError,
@@ -26,10 +25,14 @@ from fedsigma.common.data.catalog import (
     same_name,
 )
 from fedsigma.common.data.catalog.card import Protocol
-from fedsigma.common.data.site_data import simulated_sites
+from fedsigma.common.data.records import DataError, Record
+from fedsigma.common.data.sampling import few_shot, halves
 from fedsigma.common.data.sources.official_splits import read_split_file
 from fedsigma.common.data.sources.published import open_card
+from fedsigma.common.data.sources.registry import open_source
+from fedsigma.common.data.sources.site_data import simulated_sites
 from fedsigma.common.data.sources.verify import differences
+from fedsigma.common.data.validation import check
 from fedsigma.common.utils.files import UnsafePath, inside
 from tests.helpers.published import class_names_file, names_of, stand_in, wordnet_ids, write
 

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsigma.common.data import DataError, PictureError, UnsupportedPicture, check, open_source, split_groups
+from fedsigma.common.data.records import DataError, PictureError, UnsupportedPicture
+from fedsigma.common.data.sampling import split_groups
+from fedsigma.common.data.sources.registry import open_source
+from fedsigma.common.data.validation import check
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common.data import DataError, Record, few_shot, partition, site_table, split_groups
-from fedsigma.common.data.sampling import group_of
+from fedsigma.common.data.partition import partition
+from fedsigma.common.data.records import DataError, Record, site_table
+from fedsigma.common.data.sampling import few_shot, group_of, split_groups
 
 CLASSES = ["a", "b", "c"]
 

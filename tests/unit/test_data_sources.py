@@ -12,17 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fedsigma.common.data import (
-    DataError,
-    MissingPicture,
-    PictureError,
-    Record,
-    known_sources,
-    load_examples,
-    open_source,
-    register_source,
-)
-from fedsigma.common.data.records import to_rgb
+from fedsigma.common.data.loading import load_examples
+from fedsigma.common.data.records import DataError, MissingPicture, PictureError, Record, to_rgb
+from fedsigma.common.data.sources.registry import known_sources, open_source, register_source
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (6, 4)) -> Path:

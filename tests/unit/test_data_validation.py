@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fedsigma.common.data import DataError, Pictures, Record, Report, check, open_source
-from fedsigma.common.data.validation import KINDS
+from fedsigma.common.data.records import DataError, Pictures, Record
+from fedsigma.common.data.sources.registry import open_source
+from fedsigma.common.data.validation import KINDS, Report, check
 
 
 def site(folder: Path) -> Path:

@@ -16,7 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.client.deployment.diagnostics import Finding, examine
+from fedsigma.client.deployment.diagnostics import examine
+from fedsigma.client.deployment.findings import Finding
 from fedsigma.client.deployment.home import SiteFolder
 from fedsigma.common.ops.enrolment_files import Invitation
 from fedsigma.server.deployment.certificates import Issued, issue, new_authority

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.training import Recipe
-from fedsigma.common.privacy.accounting import PrivacyConfig
 from fedsigma.common.privacy.noise import Randomness
 from fedsigma.common.sigma import NotSeparable, Selection, SigmaModel
 from fedsigma.common.training import dp_sgd

@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.common.data import DataError, few_shot, open_source
+from fedsigma.common.data.records import DataError
+from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.medmnist import SIZES, medmnist_archive
+from fedsigma.common.data.sources.registry import open_source
 from tests.helpers.medmnist_files import npz
 
 runner = CliRunner()

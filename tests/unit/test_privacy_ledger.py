@@ -11,7 +11,8 @@ import pytest
 
 from fedsigma.client.site import privacy_ledger as module
 from fedsigma.client.site.privacy_ledger import Entry, Ledger, LedgerDamaged, PrivacyBudgetSpent
-from fedsigma.common.privacy.accounting import PrivacyConfig, Release, epsilon
+from fedsigma.common.config.privacy import PrivacyConfig
+from fedsigma.common.privacy.accounting import Release, epsilon
 
 PRIVACY = PrivacyConfig(level="image", noise_multiplier=2.0, epsilon=4.0)
 ONE = Release(rate=0.25, noise_multiplier=2.0, steps=2)

@@ -232,7 +232,7 @@ def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path
     from fedsigma.client.inference.interpolation import curve
     from fedsigma.client.inference.loaded_model import restore
     from fedsigma.common.backbones import load_backbone
-    from fedsigma.common.data import open_source
+    from fedsigma.common.data.sources.registry import open_source
     from fedsigma.common.sigma import Selection, SigmaModel
 
     study = "name: demo\nbackbone: starter\nclasses: [neutrophil, lymphocyte]\n"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
 from fedsigma.common.sigma import Basis, Layout, LayoutError, Selection, SigmaModel, find_layout
-from fedsigma.common.sigma.model import SigmaParametrization
+from fedsigma.common.sigma.parametrization import SigmaParametrization
 from tests.helpers.tiny import outputs, pictures, timm_clip, tiny_clip, words
 
 

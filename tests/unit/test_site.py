@@ -22,7 +22,9 @@ from fedsigma.client.site.privacy_ledger import Ledger
 from fedsigma.client.site.site import SitePolicy
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import PrivacyConfig, StudyConfig, TrainingConfig
-from fedsigma.common.data import Record, SiteData, site_data
+from fedsigma.common.data.loading import SiteData
+from fedsigma.common.data.records import Record
+from fedsigma.common.data.sources import site_data
 from fedsigma.common.privacy import secure_aggregation
 from fedsigma.common.privacy.accounting import Release, epsilon
 from fedsigma.common.privacy.secure_aggregation import Member
@@ -75,7 +77,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         opened.append((spec, options["base"]))
         return "source"
 
-    monkeypatch.setattr("fedsigma.common.data.open_source", open_source)
+    monkeypatch.setattr("fedsigma.common.data.sources.registry.open_source", open_source)
     monkeypatch.setattr(site_data, "usable_records", lambda source, **options: ["record"])
 
     def send(task: object, kind: str = "train", policy: str = POLICY, *, run_id: int = 1) -> Message:
@@ -289,7 +291,7 @@ def test_the_split_of_a_site_is_its_own_and_not_a_studys(
         seeds.append(options["seed"])
         return ["record"]
 
-    monkeypatch.setattr("fedsigma.common.data.open_source", lambda spec, **options: "source")
+    monkeypatch.setattr("fedsigma.common.data.sources.registry.open_source", lambda spec, **options: "source")
     monkeypatch.setattr(site_data, "usable_records", usable)
     monkeypatch.setattr(
         site_data, "load_site", lambda *args, **options: SiteData(name="s", train=[], test=[])

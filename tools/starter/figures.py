@@ -19,7 +19,10 @@ import torch
 
 from fedsigma.common.backbones import Backbone, build_model
 from fedsigma.common.config.training import Recipe
-from fedsigma.common.data import Source, few_shot, load_examples, open_source
+from fedsigma.common.data.loading import load_examples
+from fedsigma.common.data.records import Source
+from fedsigma.common.data.sampling import few_shot
+from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.loop import Task, evaluate, train
 from fedsigma.common.training.metrics import score

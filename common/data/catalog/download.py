@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fedsigma import __version__
+from fedsigma.common import __version__
 from fedsigma.common.data.catalog.card import CardError
 from fedsigma.common.utils.files import write_atomic
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ __all__ = ["known_sources", "open_source", "register_source"]
 
 Opener = Callable[..., Pictures]
 _SOURCES: dict[str, Opener] = {}
+_BUILT_IN = {
+    "coop": "fedsigma.common.data.sources.published",
+    "csv": "fedsigma.common.data.sources.csv_manifest",
+    "demo": "fedsigma.common.data.synthetic.blood_smears",
+    "dicom": "fedsigma.common.data.sources.dicom",
+    "folder": "fedsigma.common.data.sources.folder",
+    "medmnist": "fedsigma.common.data.sources.medmnist",
+    "parquet": "fedsigma.common.data.sources.parquet",
+}
+"""The modules that register the sources that come with FedSigma, imported when one is first asked for."""
 _FOR_EACH = ("labels", "parts", "half")
 """The options that every source has."""
 
@@ -31,7 +42,8 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
     """
 
     def add(opener: Opener) -> Opener:
-        if name in _SOURCES:
+        built_in = _BUILT_IN.get(name, opener.__module__) != opener.__module__
+        if name in _SOURCES or built_in:
             raise DataError(f"a data source named '{name}' is registered already: choose another name")
         _SOURCES[name] = opener
         return opener
@@ -41,7 +53,7 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
 
 def known_sources() -> list[str]:
     """Names of the registered kinds of source."""
-    return sorted(_SOURCES)
+    return sorted(_SOURCES.keys() | _BUILT_IN)
 
 
 def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Source:
@@ -60,6 +72,8 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
             that can be read.
     """
     kind, _, place = spec.partition(":")
+    if kind in _BUILT_IN and kind not in _SOURCES:
+        import_module(_BUILT_IN[kind])
     if kind not in _SOURCES:
         raise DataError(
             f"the data source {spec!r} is of no known kind: write KIND:PATH with one of "

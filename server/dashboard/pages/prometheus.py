@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from fedsigma import __version__
+from fedsigma.common import __version__
 from fedsigma.server.runs.run_dir import POOLED
 from fedsigma.server.runs.summary import Overview, contacts
 

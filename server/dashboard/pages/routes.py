@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fedsigma import __version__
+from fedsigma.common import __version__
 from fedsigma.server.dashboard.pages.compare import compare_view
 from fedsigma.server.dashboard.pages.prometheus import RunCollector, metrics_page
 from fedsigma.server.dashboard.pages.run_index import Library, RunLine, UnknownRun

@@ -5,20 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedsigma.common.registry import Shelf, shelf_folder
 from fedsigma.server.dashboard.pages.prometheus import NEWEST, RunFigures
+from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, utc_seconds
+from fedsigma.server.deployment.database import Registry, Submission
+from fedsigma.server.deployment.home import CentreFolder
 from fedsigma.server.runs.summary import Overview, find_runs, overview
 from fedsigma.server.runs.tail import FollowedRun
-
-if TYPE_CHECKING:
-    from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
-    from fedsigma.server.deployment.database import Registry
-    from fedsigma.server.deployment.home import CentreFolder
 
 __all__ = ["Library", "RunLine", "UnknownRun"]
 
@@ -76,8 +74,6 @@ class Library:
     @cached_property
     def registry(self) -> Registry:
         """The database of the centre, opened once."""
-        from fedsigma.server.deployment.database import Registry
-
         assert self.centre is not None
         return Registry(self.centre.path / "centre.db")
 
@@ -102,8 +98,6 @@ class Library:
         found = [RunLine(key=self.key(path), overview=self._overview(path)) for path in paths]
         if self.centre is None:
             return found
-        from fedsigma.server.dashboard.pages.superlink_watch import with_submissions
-
         return with_submissions(self.registry, found, self._watch)
 
     def run(self, key: str) -> FollowedRun:
@@ -159,3 +153,40 @@ class Library:
         if known is None or known[0] != state or known[1].state not in ("finished", "failed"):
             known = self._overviews[path] = (state, overview(folder))
         return known[1]
+
+
+def newest_submissions(registry: Registry) -> dict[Path, Submission]:
+    """The last submission of each run folder."""
+    found: dict[Path, Submission] = {}
+    for one in registry.submissions():
+        found.setdefault(Path(one.folder), one)
+    return found
+
+
+def with_submissions(
+    registry: Registry, lines: Sequence[RunLine], watch: SuperLinkWatch | None = None
+) -> list[RunLine]:
+    """Give each run its number at the SuperLink, and add the studies that have not begun."""
+    made = newest_submissions(registry)
+    found = [
+        replace(line, run_id=made.pop(path).run_id) if (path := Path(line.overview.path)) in made else line
+        for line in lines
+    ]
+    return found + [_waiting(path, one, watch) for path, one in made.items() if not path.exists()]
+
+
+def _waiting(path: Path, one: Submission, watch: SuperLinkWatch | None) -> RunLine:
+    ended = watch.ended(one.run_id) if watch else ""
+    about = Overview(
+        path=str(path),
+        study=one.study,
+        state="failed" if ended else "queued",
+        reason=f"it did not begin: {ended}" if ended else "",
+        rounds_done=0,
+        rounds_planned=None,
+        sites=0,
+        federated_accuracy=None,
+        started=utc_seconds(one.submitted_at),
+        seconds=None,
+    )
+    return RunLine(key=path.name, overview=about, run_id=one.run_id, begun=False)

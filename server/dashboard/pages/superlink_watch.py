@@ -5,17 +5,15 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.dashboard.pages.run_index import RunLine
-from fedsigma.server.deployment.database import Registry, Site, Submission
+from fedsigma.server.deployment.database import Registry, Site
 from fedsigma.server.deployment.flower_control import Control, ControlError, Node, Run
 from fedsigma.server.deployment.home import CentreFolder
-from fedsigma.server.runs.summary import Overview, contacts
+from fedsigma.server.runs.summary import contacts
 
-__all__ = ["SiteLine", "SuperLinkWatch", "newest_submissions", "site_lines", "with_submissions"]
+__all__ = ["SiteLine", "SuperLinkWatch", "site_lines"]
 
 ASK_EVERY_S = 30.0
 
@@ -77,43 +75,6 @@ class SuperLinkWatch:
             self._asked.clear()
 
 
-def newest_submissions(registry: Registry) -> dict[Path, Submission]:
-    """The last submission of each run folder."""
-    found: dict[Path, Submission] = {}
-    for one in registry.submissions():
-        found.setdefault(Path(one.folder), one)
-    return found
-
-
-def with_submissions(
-    registry: Registry, lines: Sequence[RunLine], watch: SuperLinkWatch | None = None
-) -> list[RunLine]:
-    """Give each run its number at the SuperLink, and add the studies that have not begun."""
-    made = newest_submissions(registry)
-    found = [
-        replace(line, run_id=made.pop(path).run_id) if (path := Path(line.overview.path)) in made else line
-        for line in lines
-    ]
-    return found + [_waiting(path, one, watch) for path, one in made.items() if not path.exists()]
-
-
-def _waiting(path: Path, one: Submission, watch: SuperLinkWatch | None) -> RunLine:
-    ended = watch.ended(one.run_id) if watch else ""
-    about = Overview(
-        path=str(path),
-        study=one.study,
-        state="failed" if ended else "queued",
-        reason=f"it did not begin: {ended}" if ended else "",
-        rounds_done=0,
-        rounds_planned=None,
-        sites=0,
-        federated_accuracy=None,
-        started=_seconds(one.submitted_at),
-        seconds=None,
-    )
-    return RunLine(key=path.name, overview=about, run_id=one.run_id, begun=False)
-
-
 def site_lines(
     registry: Registry, watch: SuperLinkWatch | None, events: Sequence[dict[str, Any]]
 ) -> list[SiteLine]:
@@ -152,11 +113,12 @@ def _site(site: Site, nodes: dict[str, Node], heard: float | None, version: str)
 
 def _parsed(text: str) -> float | None:
     try:
-        return _seconds(datetime.datetime.fromisoformat(text))
+        return utc_seconds(datetime.datetime.fromisoformat(text))
     except ValueError:
         return None
 
 
-def _seconds(moment: datetime.datetime) -> float:
+def utc_seconds(moment: datetime.datetime) -> float:
+    """Seconds since 1970 of a time of the database."""
     # SQLite gives back times without their zone; all are in UTC.
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()

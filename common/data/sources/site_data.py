@@ -12,7 +12,8 @@ from fedsigma.common.config.schema import build
 from fedsigma.common.config.study import ConfigError, DataConfig, StudyConfig
 
 if TYPE_CHECKING:
-    from fedsigma.common.data import Example, Record, SiteData, Source
+    from fedsigma.common.data.loading import Example, SiteData
+    from fedsigma.common.data.records import Record, Source
 
 __all__ = ["NoImages", "check_pictures", "load_site", "load_sites", "simulated_sites", "usable_records"]
 
@@ -31,7 +32,8 @@ def usable_records(
     Raises:
         DataError: there are problems and on_problem is 'stop', or nothing is usable.
     """
-    from fedsigma.common.data import check, split_groups
+    from fedsigma.common.data.sampling import split_groups
+    from fedsigma.common.data.validation import check
 
     report = check(source, classes=classes, pictures=False)
     return list(split_groups(report.settle(on_problem), test_share=test_share, seed=seed))
@@ -43,7 +45,7 @@ def check_pictures(data_json: str, classes: tuple[str, ...], seed: int) -> str:
     Raises:
         DataError: there are problems and the data section's on_problem is 'stop', or nothing is usable.
     """
-    from fedsigma.common.data import check
+    from fedsigma.common.data.validation import check
 
     data = build(DataConfig, json.loads(data_json), where="the data section")
     source, _ = simulated_sites(data_json, classes, seed)
@@ -66,7 +68,8 @@ def simulated_sites(
     Raises:
         DataError: the data cannot be read or divided, or have problems and on_problem is 'stop'.
     """
-    from fedsigma.common.data import open_source, partition
+    from fedsigma.common.data.partition import partition
+    from fedsigma.common.data.sources.registry import open_source
 
     data = build(DataConfig, json.loads(data_json), where="the data section")
     source = open_source(data.source, **data.options)
@@ -123,7 +126,8 @@ def load_site(
         NoImages: the site has no training image of any class.
         DataError: a picture cannot be decoded and on_problem is 'stop'.
     """
-    from fedsigma.common.data import SiteData, few_shot
+    from fedsigma.common.data.loading import SiteData
+    from fedsigma.common.data.sampling import few_shot
 
     chosen = few_shot(records, shots=shots, classes=list(classes), seed=seed)
     if max_examples is not None and len(chosen) > max_examples:
@@ -150,7 +154,8 @@ def _of_each_class(records: list[Record]) -> list[Record]:
 def _load(
     source: Source, records: list[Record], classes: tuple[str, ...], side: int, on_problem: str
 ) -> list[Example]:
-    from fedsigma.common.data import PictureError, load_examples
+    from fedsigma.common.data.loading import load_examples
+    from fedsigma.common.data.records import PictureError
 
     try:
         return load_examples(source, records, classes, side=side)

@@ -1,0 +1,30 @@
+"""What a check of a site found: all is well, or a problem with its next step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Finding", "Problem"]
+
+
+class Problem(Exception):
+    """What is wrong, and what to do.
+
+    Args:
+        what: in one sentence.
+        todo: the next step.
+    """
+
+    def __init__(self, what: str, todo: str) -> None:
+        super().__init__(what)
+        self.what, self.todo = what, todo
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether all is well, what was seen, and what to do if it is not."""
+
+    check: str
+    ok: bool
+    seen: str
+    todo: str = ""
