@@ -32,10 +32,10 @@ from fedsigma.client.app import app as client
 from fedsigma.client.site import site as client_site
 from fedsigma.common.config.study import load_study
 from fedsigma.common.sigma import Layout
-from fedsigma.common.training.trainer import open_learner
+from fedsigma.common.training.trainer import open_trainer
 from fedsigma.common.wire.codec import decode, encode
 from fedsigma.server.app import app as server
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
 
 HOSTILE, NODE = "west", 103
@@ -142,7 +142,7 @@ def run(attack: str, change: Change, defence: str, rounds: int, out: Path) -> tu
         file = out / f"{folder.name}.yaml"
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(study.to_yaml(), encoding="utf-8")
-        layout = open_learner(study.backbone, study.sigma, study.classes, study.prompts).layout
+        layout = open_trainer(study.backbone, study.sigma, study.classes, study.prompts).layout
         kind = "query.hello" if attack == "wrong fingerprint" else "train"
 
         def tamper(node: int, task: Message, reply: Message) -> Message | None:
@@ -159,9 +159,9 @@ def run(attack: str, change: Change, defence: str, rounds: int, out: Path) -> tu
         config: dict[str, Any] = {"study": str(file), "out": str(folder), "resume": False}
         context = Context(1, 1, {}, RecordDict(), config | {"seed": -1, "rounds": 0})
         server(FakeGrid(client, 4, tamper=tamper), context)
-    kept = RunFolder.open(folder)
+    kept = RunDir.open(folder)
     per_site = kept.read_summary()["federated"]["per_site"]
-    told = [e for e in kept.events() if e["kind"] in ("reply_rejected", "site_refused", "site_late")]
+    told = [e for e in kept.events() if e["kind"] in ("reply_rejected", "site_refused", "site_timed_out")]
     reasons = [e.get("reason", "no reply in time") for e in told if e["site"] == HOSTILE]
     honest = [value for site, value in per_site.items() if site != HOSTILE]
     return statistics.mean(honest), reasons

@@ -31,12 +31,12 @@ from bench import step as plain_step
 from fedsigma.common.config.constants import PARTS
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import StudyConfig, load_study
-from fedsigma.common.config.training import Recipe
-from fedsigma.common.privacy.accounting import noise_for, sampling_rate
+from fedsigma.common.config.training import TrainingConfig
+from fedsigma.common.privacy.accounting import calibrate_noise_multiplier, sampling_rate
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training.dp_sgd import PrivateGradient
-from fedsigma.common.training.loop import Gradient, Task, autocast, batch_gradient
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.common.training.dp_sgd import DPSGDGradient
+from fedsigma.common.training.loop import ClipClassifier, Gradient, autocast, batch_gradient
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
 
 STUDY, ALL, SECOND_SMALLEST, DELTA = "white-cells-four-labs", 125, 149, 1e-5
@@ -91,18 +91,18 @@ def pictures(count: int) -> list[Picture]:
 
 def steps(size: int, precision: str, towers: tuple[str, ...]) -> dict[str, plain_step.Step]:
     """A plain and a private step of a model of their own each, noise and optimiser included."""
-    recipe = Recipe(batch_size=size, augment="none", precision=precision)
+    recipe = TrainingConfig(batch_size=size, augment="none", precision=precision)
     found = {}
     for form in ("plain", "private"):
         model, _ = plain_step.build()
         sigma = SigmaModel.adapt(model, Selection(towers=towers))
-        task = Task(plain_step.backbone(model), sigma, plain_step.PROMPTS, device="cpu")
+        task = ClipClassifier(plain_step.backbone(model), sigma, plain_step.PROMPTS, device="cpu")
         examples = pictures(size)
         # With as many examples as the batch has on average, each is taken in every step.
         gradient: Gradient = (
             batch_gradient(task, examples, recipe, seed=1)
             if form == "plain"
-            else PrivateGradient(task, examples, recipe, PRIVACY)
+            else DPSGDGradient(task, examples, recipe, PRIVACY)
         )
         found[form] = plain_step.stepper(sigma.parameters(), lambda *_, g=gradient: g())
     return found
@@ -122,7 +122,7 @@ def opacus_step(size: int, precision: str) -> plain_step.Step | None:
             if isinstance(child, plain_step.FactoredLinear):
                 setattr(module, name, ScaledLinear(child))
     with torch.no_grad():
-        text = plain_step.Prompts(plain_step.backbone(model), plain_step.PROMPTS).features()
+        text = plain_step.PromptEncoder(plain_step.backbone(model), plain_step.PROMPTS).features()
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in (plain_step.OPENAI_DATASET_MEAN, plain_step.OPENAI_DATASET_STD)
     )
@@ -187,7 +187,9 @@ def private_study(level: str, target: float, parts: tuple[str, ...]) -> StudyCon
         return study
     steps, rounds = study.training.local_steps, study.federation.rounds
     rate = 1.0 if level == "site" else sampling_rate(SECOND_SMALLEST, study.training.batch_size)
-    noise = noise_for(target, delta=DELTA, rate=rate, steps=rounds * (1 if level == "site" else steps))
+    noise = calibrate_noise_multiplier(
+        target, delta=DELTA, rate=rate, steps=rounds * (1 if level == "site" else steps)
+    )
     return replace(
         study,
         privacy=PrivacyConfig(
@@ -206,7 +208,7 @@ def run(level: str, target: float, parts: tuple[str, ...], seed: int, out: Path)
         code = run_simulation(str(file), out=folder, seed=seed, resume=(folder / "study.yaml").exists())
         if code:
             raise SystemExit(f"level {level}, epsilon {target:g}, seed {seed}: ended with code {code}")
-    return dict(RunFolder.open(folder).read_summary()["federated"]["confusion"]["metrics"])
+    return dict(RunDir.open(folder).read_summary()["federated"]["confusion"]["metrics"])
 
 
 def compare_accuracy(seeds: list[int], parts: tuple[str, ...], out: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     sudo python -m bench.faults --json out/faults.json
 
-A centre (SuperLink, worker, keeper, nginx) and three sites over TLS, each place a network namespace of its
+A server (SuperLink, worker, keeper, nginx) and three sites over TLS, each place a network namespace of its
 own; a site's worker reaches nothing but its node. While the sites work on round 2 of 3, one thing is broken.
 The table says what was lost, whether the run completed, and by how much its shift differs from the
 undisturbed study's (meaningful where nothing was lost). The undisturbed study also counts the bytes that

@@ -29,9 +29,9 @@ from flwr.app import Context, RecordDict
 from fedsigma.client.app import app as client
 from fedsigma.common.config.study import load_study
 from fedsigma.common.privacy import secure_aggregation
-from fedsigma.common.wire.records import MASKED_COUNTS, MaskedReply, to_content, wire_bytes
+from fedsigma.common.wire.records import MASKED_COUNTS, MaskedReply, to_record, wire_bytes
 from fedsigma.server.app import app as server
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
 
 VALUES, SHOTS, BOUND = 92_160, 64, 16.0
@@ -48,7 +48,9 @@ def seconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def cohort(sites: int) -> tuple[secure_aggregation.Place, dict[str, X25519PrivateKey], dict[str, bytes]]:
+def cohort(
+    sites: int,
+) -> tuple[secure_aggregation.MaskContext, dict[str, X25519PrivateKey], dict[str, bytes]]:
     """So many sites with new keys: their place, private keys and identities."""
     names = [f"site-{number:04}" for number in range(sites)]
     keys = {name: X25519PrivateKey.generate() for name in names}
@@ -59,7 +61,7 @@ def cohort(sites: int) -> tuple[secure_aggregation.Place, dict[str, X25519Privat
     )
     public = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
     return (
-        secure_aggregation.Place(
+        secure_aggregation.MaskContext(
             run=1, round=1, attempt=0, members=members, bound=BOUND, most_examples=SHOTS
         ),
         keys,
@@ -85,13 +87,13 @@ def measure(sites: int) -> dict[str, float]:
         return secure_aggregation.mask(whole, place, me=name, private=keys[name])
 
     parts = [one(number) for number in range(sites)]
-    mean = secure_aggregation.sum_of(parts) / place.scale / weights.sum()
+    mean = secure_aggregation.unmask_sum(parts) / place.scale / weights.sum()
     exact = weights @ values / weights.sum()
     reply = MaskedReply(masked=bytes(4 * (VALUES + len(MASKED_COUNTS))), steps=2)
     return {
-        "bytes": wire_bytes(to_content(reply)),
+        "bytes": wire_bytes(to_record(reply)),
         "site_seconds": seconds(lambda: one(0)),
-        "server_seconds": seconds(lambda: secure_aggregation.sum_of(parts)),
+        "server_seconds": seconds(lambda: secure_aggregation.unmask_sum(parts)),
         "largest_error": float(np.abs(mean - exact).max()),
         "relative_error": float(np.linalg.norm(mean - exact) / np.linalg.norm(exact)),
     }
@@ -110,13 +112,13 @@ def study(out: Path, rounds: int, masked: bool) -> dict[str, Any]:
     if not (folder / "summary.json").exists():
         config: dict[str, Any] = {"study": str(file), "out": str(folder), "resume": False}
         server(FakeGrid(client, 4), Context(1, 1, {}, RecordDict(), config | {"seed": -1, "rounds": 0}))
-    kept = RunFolder.open(folder)
+    kept = RunDir.open(folder)
     summary = kept.read_summary()
     return {
         "accuracy": summary["federated"]["accuracy"],
         "bytes": summary["bytes_up_per_site_round"],
         "seconds": summary["seconds"],
-        "shift": kept.load_sigma().shift.numpy(),
+        "shift": kept.load_shift().shift.numpy(),
     }
 
 

@@ -45,7 +45,7 @@ def prepare(out: Path) -> Path:
 
     from fedsigma.common.backbones import load_backbone, save_backbone
     from fedsigma.common.sigma import Basis, Fingerprint, find_layout
-    from fedsigma.common.sigma.basis import Triple, cache_path, weights_digest
+    from fedsigma.common.sigma.basis import SVD, cache_path, weights_digest
 
     folder = out / "backbone"
     if not folder.exists():
@@ -59,7 +59,7 @@ def prepare(out: Path) -> Path:
         for entry in layout.entries:
             rows, columns = entry.rows[1] - entry.rows[0], model.get_parameter(entry.weight).shape[1]
             shapes = ((rows, entry.size), (entry.size,), (entry.size, columns))
-            triples.append(Triple(*(torch.randn(shape) for shape in shapes)))
+            triples.append(SVD(*(torch.randn(shape) for shape in shapes)))
         Basis(layout, tuple(triples), Fingerprint.of(weights, layout, triples)).save(path)
     return folder
 
@@ -75,23 +75,23 @@ class Site:
     def load(self, backbone: str) -> None:
         """Build the learner as a site does."""
         from fedsigma.common.config.study import SigmaConfig
-        from fedsigma.common.training.trainer import open_learner
+        from fedsigma.common.training.trainer import open_trainer
 
-        self.learner = open_learner(backbone, SigmaConfig(), CLASSES, tuple(f"a {c}." for c in CLASSES))
+        self.learner = open_trainer(backbone, SigmaConfig(), CLASSES, tuple(f"a {c}." for c in CLASSES))
 
     def train(self) -> int:
         """One step on 32 random images; returns how many were made."""
         import numpy as np
         import torch
 
-        from fedsigma.common.config.study import TrainingConfig
+        from fedsigma.common.config.study import LocalTrainingConfig
 
         side = 224
         images = torch.randint(0, 256, (32, 3, side, side), dtype=torch.uint8)
         examples = [SimpleNamespace(image=image, label=i % len(CLASSES)) for i, image in enumerate(images)]
         shift = np.zeros(self.learner.layout.size, np.float32)
         done = self.learner.train(
-            shift, examples, TrainingConfig(), first_step=0, steps=1, total_steps=1, seed=0
+            shift, examples, LocalTrainingConfig(), first_step=0, steps=1, total_steps=1, seed=0
         )
         return done.steps
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsigma.common.config.study import PersonalConfig, StudyConfig, load_study
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")
@@ -44,7 +44,7 @@ def summary(study: StudyConfig, setting: str, seed: int, out: Path) -> dict[str,
         code = run_simulation(str(file), out=folder, seed=seed, resume=(folder / "study.yaml").exists())
         if code:
             raise SystemExit(f"{study.name}, {setting}, seed {seed}: the run ended with code {code}")
-    return RunFolder.open(folder).read_summary()
+    return RunDir.open(folder).read_summary()
 
 
 def row(study: str, setting: str, seeds: list[int], out: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites", "demo")
@@ -29,12 +29,12 @@ TITLES = ("zero-shot", "local only, at home", "local only, everywhere", "pooled"
 def run(study: str, seed: int, out: Path, rounds: int | None) -> dict[str, Any]:
     """The summary of one study and seed, run now unless it was before."""
     folder = out / f"{study}-s{seed}"
-    if not (folder / "summary.json").exists() or "pooled" not in RunFolder.open(folder).read_summary():
+    if not (folder / "summary.json").exists() or "pooled" not in RunDir.open(folder).read_summary():
         begun = (folder / "study.yaml").exists()
         code = run_simulation(study, out=folder, seed=seed, rounds=rounds or 0, resume=begun)
         if code:
             raise SystemExit(f"study {study}, seed {seed}: the run ended with code {code}, see {folder}")
-    return RunFolder.open(folder).read_summary()
+    return RunDir.open(folder).read_summary()
 
 
 def values(summary: dict[str, Any], method: str) -> tuple[float, dict[str, float]]:

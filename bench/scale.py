@@ -38,16 +38,16 @@ from numpy.typing import NDArray
 
 from fedsigma.common.config.constants import CODECS
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.sigma import Fingerprint, Layout, Split
+from fedsigma.common.sigma import Fingerprint, Layout, ParameterPartition
 from fedsigma.common.utils.console import print_table
 from fedsigma.common.wire.codec import VERSION, encode
 from fedsigma.common.wire.records import (
-    HELLO,
+    HANDSHAKE,
     PROTOCOL,
     Evaluation,
-    HelloReply,
+    HandshakeReply,
     TrainReply,
-    to_content,
+    to_record,
 )
 
 ARCHITECTURE = "ViT-B-16"
@@ -112,17 +112,17 @@ class RecordedGrid(Grid):
 
     def _reply(self, task: Message) -> RecordDict:
         number = task.metadata.dst_node_id - 100
-        if task.metadata.message_type == HELLO:
+        if task.metadata.message_type == HANDSHAKE:
             name, version = f"site-{number:05}", "0"
-            return to_content(
-                HelloReply(protocol=PROTOCOL, site=name, fingerprint=self._hello, version=version)
+            return to_record(
+                HandshakeReply(protocol=PROTOCOL, site=name, fingerprint=self._hello, version=version)
             )
         found = Evaluation(
             accuracy=0.75, balanced_accuracy=0.7, auroc=0.8, f1=0.7, ece=0.1, test_examples=100
         )
-        return to_content(
+        return to_record(
             TrainReply(
-                change=self.uploads[number % len(self.uploads)].read_bytes(),
+                update=self.uploads[number % len(self.uploads)].read_bytes(),
                 examples=1 + number % 32,
                 steps=5,
                 loss=1.0,
@@ -154,20 +154,20 @@ def record(out: Path, codecs: Iterable[str], count: int) -> None:
 def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, uploads: int) -> dict[str, Any]:
     """So many rounds in this process: the server's seconds of the quickest and its peak memory."""
     from fedsigma.server.federation.aggregation import ARRAY, make_averaging
-    from fedsigma.server.federation.messenger import Exchange
+    from fedsigma.server.federation.messenger import Messenger
     from fedsigma.server.federation.rounds import SigmaStrategy
-    from fedsigma.server.federation.site_manager import Roster
-    from fedsigma.server.runs.run_dir import RunFolder
+    from fedsigma.server.federation.site_manager import SiteManager
+    from fedsigma.server.runs.run_dir import RunDir
 
     layout = Layout.from_json((out / "layout.json").read_text(encoding="utf-8"))
     fingerprint = Fingerprint("a" * 64, layout.digest, ((1.0,),) * len(layout.entries))
     study = StudyConfig.from_yaml(STUDY.format(rounds=rounds, strategy=strategy, codec=codec))
-    folder = RunFolder.create(out / f"run-{os.getpid()}", study.to_yaml())
+    folder = RunDir.create(out / f"run-{os.getpid()}", study.to_yaml())
     grid = RecordedGrid(sites, [upload(out, codec, number) for number in range(uploads)], fingerprint)
-    exchange = Exchange(grid)
-    roster = Roster(exchange, folder, study, fingerprint)
-    roster.wait()
-    ours = SigmaStrategy(make_averaging(study), roster, split=Split(layout))
+    exchange = Messenger(grid)
+    roster = SiteManager(exchange, folder, study, fingerprint)
+    roster.wait_for_sites()
+    ours = SigmaStrategy(make_averaging(study), roster, split=ParameterPartition(layout))
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     took = []
     for ours.done in range(rounds):

@@ -39,8 +39,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.client.inference.loaded_model import Restored, export, restore
-from fedsigma.client.inference.predictor import Judge
+from fedsigma.client.inference.loaded_model import LoadedModel, export, load_model
+from fedsigma.client.inference.predictor import Predictor
 from fedsigma.client.serving.app import asgi
 from fedsigma.client.serving.limits import Limits
 from fedsigma.client.serving.service import Service, describe
@@ -54,7 +54,7 @@ CLASSES = ["neutrophil", "lymphocyte", "monocyte", "eosinophil"]
 CPU = torch.device("cpu")
 
 
-def finished(folder: Path, architecture: str | None) -> Restored:
+def finished(folder: Path, architecture: str | None) -> LoadedModel:
     """A finished model with a random shift, on the starter or on an architecture with random weights."""
     name = "starter"
     if architecture:
@@ -73,7 +73,7 @@ def finished(folder: Path, architecture: str | None) -> Restored:
         "sigma: {towers: [image], parts: [q, v]}\n",
         round=1,
     )
-    return restore(folder / "sigma.safetensors")
+    return load_model(folder / "sigma.safetensors")
 
 
 def plain_judge(folder: Path, prompts: list[str]) -> tuple[Callable[[Tensor], Tensor], Any]:
@@ -126,7 +126,7 @@ def png(seed: int, side: int) -> bytes:
 
 
 @contextmanager
-def serving(judge: Judge, restored: Restored, path: Path, batch: int) -> Iterator[str]:
+def serving(judge: Predictor, restored: LoadedModel, path: Path, batch: int) -> Iterator[str]:
     """The address of a real server on this machine."""
     limits = Limits(batch=batch, per_client=1000, requests=1000, waiting=4096, timeout_s=600)
     service = Service(judge, describe(path, restored, None, 0.0, limits), limits)
@@ -167,7 +167,7 @@ def measure(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts = list(restored.study.prompts)
     merged = export(restored, folder / "merged")  # folds the shift into the model, which is then served
     plain, preprocess = plain_judge(merged, prompts)
-    judge = Judge(restored, precision=a.precision)
+    judge = Predictor(restored, precision=a.precision)
     side = restored.backbone.image_size
     files = [png(seed, side) for seed in range(a.images)]
     pictures = [Image.open(io.BytesIO(content)) for content in files[: a.batch]]

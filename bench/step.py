@@ -35,15 +35,15 @@ from torch.nn import functional as F
 
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.sigma import Basis, SigmaModel, cached_basis, default_cache_dir, find_layout
-from fedsigma.common.sigma.basis import Triple
+from fedsigma.common.sigma.basis import SVD
 from fedsigma.common.training.loop import (
-    Task,
+    ClipClassifier,
     accumulate_gradient,
     autocast,
     computes_bfloat16,
     training_attention,
 )
-from fedsigma.common.training.prompts import Prompts
+from fedsigma.common.training.prompts import PromptEncoder
 
 CLASSES = [
     "neutrophil",
@@ -67,7 +67,7 @@ Step = Callable[[Tensor, Tensor], float]
 class FactoredLinear(nn.Module):
     """The paper's form of a linear layer: y = U (s * (V^T x)) + b."""
 
-    def __init__(self, triple: Triple, bias: Tensor | None) -> None:
+    def __init__(self, triple: SVD, bias: Tensor | None) -> None:
         super().__init__()
         self.u = nn.Parameter(triple.u.clone(), requires_grad=False)
         self.vh = nn.Parameter(triple.vh.clone(), requires_grad=False)
@@ -82,7 +82,7 @@ class FactoredLinear(nn.Module):
 class FactoredAttention(nn.Module):
     """Multi-head attention with separate factored q, k, v and o; called as open_clip calls its own."""
 
-    def __init__(self, plain: nn.MultiheadAttention, triples: list[Triple]) -> None:
+    def __init__(self, plain: nn.MultiheadAttention, triples: list[SVD]) -> None:
         super().__init__()
         biases = [*plain.in_proj_bias.detach().chunk(3), plain.out_proj.bias.detach()]
         self.heads = plain.num_heads
@@ -100,7 +100,7 @@ class FactoredAttention(nn.Module):
 
 def papers_form(model: nn.Module, basis: Basis) -> nn.Module:
     """Replace each adapted layer of a plain CLIP by the paper's form."""
-    triples: dict[str, list[Triple]] = {}
+    triples: dict[str, list[SVD]] = {}
     for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
         triples.setdefault(entry.weight.partition("resblocks.")[0] + str(entry.layer), []).append(triple)
     model.requires_grad_(False)
@@ -129,7 +129,7 @@ def build() -> tuple[nn.Module, Basis]:
 
 
 def backbone(model: nn.Module) -> Backbone:
-    """What `Prompts` needs to know of a model."""
+    """What `PromptEncoder` needs to know of a model."""
     tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
     return Backbone(
         name=ARCHITECTURE,
@@ -160,14 +160,14 @@ def sigmas_step(precision: str, micro_batch: int | None = None) -> Step:
     """FedSigma's own step, as a site makes it."""
     model, basis = build()
     sigma = SigmaModel(model, basis)
-    task = Task(backbone(model), sigma, PROMPTS, device="cpu", micro_batch=micro_batch)
+    task = ClipClassifier(backbone(model), sigma, PROMPTS, device="cpu", micro_batch=micro_batch)
     return stepper(sigma.parameters(), partial(accumulate_gradient, task, precision=precision))
 
 
 def papers_step(precision: str) -> Step:
     """The published form's step: the whole batch and the uncut prompts in one pass."""
     model = papers_form(*build())
-    prompts = Prompts(backbone(model), PROMPTS, cut=False)
+    prompts = PromptEncoder(backbone(model), PROMPTS, cut=False)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
 
     def gradient(images: Tensor, labels: Tensor) -> float:
@@ -300,7 +300,7 @@ def sweep(precision: str, size: int, rounds: int) -> dict[int, float]:
     """Median seconds of a step of ours by micro-batch: 1, 2, 4 and so on up to the whole batch."""
     sizes = [2**n for n in range(size.bit_length()) if 2**n < size] + [size]
     model, basis = build()
-    task = Task(backbone(model), SigmaModel(model, basis), PROMPTS, device="cpu")
+    task = ClipClassifier(backbone(model), SigmaModel(model, basis), PROMPTS, device="cpu")
     times: dict[int, list[float]] = {s: [] for s in sizes}
     data = batch(size)
     for number in range(rounds + 1):

@@ -27,10 +27,10 @@ from fedsigma.common.data.records import Record, Source
 from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.site_data import simulated_sites
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training.loop import Task, evaluate, train
+from fedsigma.common.training.loop import ClipClassifier, evaluate, train
 from fedsigma.common.training.metrics import Predictions, score
-from fedsigma.common.training.trainer import seed_for
-from fedsigma.common.wire.records import Setup
+from fedsigma.common.training.trainer import derive_seed
+from fedsigma.common.wire.records import StudySpec
 
 Sites = dict[str, tuple[list[Example], list[Example]]]
 
@@ -49,7 +49,7 @@ def validation_sites(
         most: validation images a class and site.
         divided: a source and its records by site, in place of the study's sites.
     """
-    source, parts = divided or simulated_sites(Setup.of(study).data, study.classes, study.seed)
+    source, parts = divided or simulated_sites(StudySpec.of(study).data, study.classes, study.seed)
     sites: Sites = {}
     for name, found in parts.items():
         records = [r for r in found if r.split == "train"]
@@ -62,7 +62,7 @@ def validation_sites(
     return sites
 
 
-def judge(task: Task, shift: Tensor, sites: Sites) -> dict[str, Predictions]:
+def judge(task: ClipClassifier, shift: Tensor, sites: Sites) -> dict[str, Predictions]:
     """Predictions of a shift on every site's validation images."""
     task.sigma.set_shift(shift)
     return {name: evaluate(task, held) for name, (_, held) in sites.items() if held}
@@ -88,7 +88,7 @@ class Server:
 
 
 def compare(
-    task: Task, sites: Sites, study: StudyConfig, methods: set[str], server: Server
+    task: ClipClassifier, sites: Sites, study: StudyConfig, methods: set[str], server: Server
 ) -> dict[str, float]:
     """Accuracy of the methods under the study's recipe."""
     recipe, steps, rounds = study.training, study.training.local_steps, study.federation.rounds
@@ -103,7 +103,7 @@ def compare(
             first_step=first,
             steps=count,
             total_steps=of,
-            seed=seed_for(study.seed, name),
+            seed=derive_seed(study.seed, name),
         )
         return task.sigma.get_shift()
 
@@ -164,7 +164,7 @@ def main() -> None:
         backbone = replace(backbone, model=model)
     s = base.sigma
     sigma = SigmaModel.adapt(backbone.model, Selection(towers=s.towers, layers=s.layers, parts=s.parts))
-    task = Task(backbone, sigma, base.prompts)
+    task = ClipClassifier(backbone, sigma, base.prompts)
     for text in a.tries or [""]:
         wanted, started, found = parse(text), time.time(), []
         rounds = wanted.pop("rounds", base.federation.rounds)

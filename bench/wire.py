@@ -34,12 +34,12 @@ from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.constants import CODECS
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.sigma import Layout, SigmaModel
-from fedsigma.common.training.loop import Task, train
-from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.training.loop import ClipClassifier, train
+from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire import quantization
 from fedsigma.common.wire.codec import SMALL_STEP, decode, encode
-from fedsigma.common.wire.records import Evaluation, TrainReply, to_content, wire_bytes
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.common.wire.records import Evaluation, TrainReply, to_record, wire_bytes
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")
@@ -58,7 +58,7 @@ def trained_changes(weights: str | None, rounds: int) -> tuple[Layout, list[np.n
     study = load_study(STUDIES[0])
     backbone = load_backbone(weights) if weights else step.backbone(step.build()[0])
     sigma = SigmaModel.adapt(backbone.model)
-    task = Task(backbone, sigma, study.prompts)
+    task = ClipClassifier(backbone, sigma, study.prompts)
     sites = validation_sites(study, backbone.image_size * 3 // 2, 1)
     examples, steps = next(iter(sites.values()))[0], study.training.local_steps
     shift, changes = np.zeros(sigma.layout.size, np.float32), []
@@ -70,7 +70,7 @@ def trained_changes(weights: str | None, rounds: int) -> tuple[Layout, list[np.n
             first_step=number * steps,
             steps=steps,
             total_steps=rounds * steps,
-            seed=seed_for(study.seed, "wire", number),
+            seed=derive_seed(study.seed, "wire", number),
         )
         before, shift = shift, sigma.get_shift().detach().numpy().copy()
         changes.append(shift - before)
@@ -81,7 +81,7 @@ def trained_changes(weights: str | None, rounds: int) -> tuple[Layout, list[np.n
 def reply_bytes(coded: bytes) -> int:
     """The size of the reply with this coded change, as the site hands it to Flower."""
     scores = Evaluation(accuracy=0.5, balanced_accuracy=0.5, auroc=0.5, f1=0.5, ece=0.1, test_examples=100)
-    return wire_bytes(to_content(TrainReply(change=coded, examples=64, steps=2, loss=1.0, evaluation=scores)))
+    return wire_bytes(to_record(TrainReply(update=coded, examples=64, steps=2, loss=1.0, evaluation=scores)))
 
 
 def measure(layout: Layout, changes: list[np.ndarray]) -> dict[str, dict[str, float]]:
@@ -133,7 +133,7 @@ def accuracy(study: StudyConfig, level: str, seed: int, out: Path) -> float:
         code = run_simulation(str(file), out=folder, seed=seed, resume=(folder / "study.yaml").exists())
         if code:
             raise SystemExit(f"{study.name}, {level}, seed {seed}: the run ended with code {code}")
-    return float(RunFolder.open(folder).read_summary()["federated"]["accuracy"])
+    return float(RunDir.open(folder).read_summary()["federated"]["accuracy"])
 
 
 def drops(levels: list[str], seeds: list[int], out: Path, studies: list[str]) -> dict[str, Any]:

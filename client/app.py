@@ -14,22 +14,22 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from fedsigma.client.site.audit_log import AuditLog
-from fedsigma.client.site.error_feedback import Feedback
-from fedsigma.client.site.secure_aggregation import SITE_COUNTS, Masker, counts_of
+from fedsigma.client.site.error_feedback import ErrorFeedback
+from fedsigma.client.site.secure_aggregation import SITE_COUNTS, SecureAggregationClient, counts_of
 from fedsigma.client.site.site import Site, SiteCountDiffers, open_site
 from fedsigma.common import __version__
-from fedsigma.common.privacy.accounting import Release, sampling_rate
+from fedsigma.common.privacy.accounting import PrivacyEvent, sampling_rate
 from fedsigma.common.privacy.noise import shared_noise
-from fedsigma.common.training.trainer import Judged, Learned, Learner, seed_for
-from fedsigma.common.utils.hash_chain import ChainBroken
+from fedsigma.common.training.trainer import EvalOutput, Trainer, TrainOutput, derive_seed
+from fedsigma.common.utils.hash_chain import LogTampered
 from fedsigma.common.wire import records
 from fedsigma.common.wire.codec import decode, encode
 from fedsigma.common.wire.records import (
     EvaluateReply,
     EvaluateTask,
     Evaluation,
-    Hello,
-    HelloReply,
+    HandshakeReply,
+    HandshakeRequest,
     MaskedReply,
     TrainReply,
     TrainTask,
@@ -47,13 +47,13 @@ SITE_ERROR = 100
 """Code of the error reply of a site whose handler failed; its reason is the exception's type, no more."""
 
 Vector = NDArray[np.float32]
-Task = TypeVar("Task", Hello, TrainTask, EvaluateTask)
+Task = TypeVar("Task", HandshakeRequest, TrainTask, EvaluateTask)
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Say who this site is and what it computes with."""
-    return _answer(message, context, Hello, partial(_hello, context=context))
+    return _answer(message, context, HandshakeRequest, partial(_hello, context=context))
 
 
 @app.train()
@@ -80,17 +80,17 @@ def _answer(
     asked: dict[str, Any] = {"message": kind.__name__, "run": str(context.run_id)}
     try:
         _use_one_thread_per_cpu(context)
-        task = records.from_content(kind, message.content)
-        asked |= {"study": task.setup.study, "round": getattr(task, "round", 0)}
+        task = records.from_record(kind, message.content)
+        asked |= {"study": task.study.name, "round": getattr(task, "round", 0)}
         asked |= {"mode": task.mode} if isinstance(task, TrainTask) else {}
         try:
-            site = open_site(context.node_config, task.setup, run=f"run-{context.run_id}")
+            site = open_site(context.node_config, task.study, run=f"run-{context.run_id}")
         except SiteCountDiffers as error:
             # Only a simulation gets here, before it is known which site this is.
             name = f"partition {context.node_config['partition-id']}"
             reply = _no_part(name, "site-count", sites=error.sites)
-            return Message(records.to_content(reply), reply_to=message)
-        content = records.to_content(handler(site, task))
+            return Message(records.to_record(reply), reply_to=message)
+        content = records.to_record(handler(site, task))
         AuditLog(site.audit_path).record(asked, records.fields_of(content))
         return Message(content, reply_to=message)
     except Exception as error:
@@ -103,45 +103,45 @@ def _recorded(site: Site, asked: dict[str, Any], error: Exception) -> str:
     """Write down the type that the server is to be told; what cannot be written down is not told."""
     try:
         AuditLog(site.audit_path).record(asked, {"error": type(error).__name__})
-    except (OSError, ChainBroken) as failure:
+    except (OSError, LogTampered) as failure:
         log.exception("the audit log at %s cannot be written", site.audit_path)
         return type(failure).__name__
     return type(error).__name__
 
 
-def _hello(site: Site, task: Hello, *, context: Context) -> HelloReply:
+def _hello(site: Site, task: HandshakeRequest, *, context: Context) -> HandshakeReply:
     from fedsigma.common.sigma import Fingerprint
 
-    site.allow_study(task.setup)
+    site.check_study(task.study)
     if task.protocol != records.PROTOCOL:
         log.error("the server speaks protocol %s, this site %s", task.protocol, records.PROTOCOL)
         return _no_part(site.name, "protocol", sites=site.sites)
-    mine = site.learner(task.setup).fingerprint
+    mine = site.trainer(task.study).fingerprint
     # The server compares, too, and decides; this is how the site's own people learn why.
     difference = Fingerprint.from_json(task.fingerprint).compare(mine)
     if difference:
-        log.error("this site takes no part in study '%s': %s", task.setup.study, difference)
+        log.error("this site takes no part in study '%s': %s", task.study.name, difference)
     member = None
     if site.has_identity:
-        masker = Masker(site, task.setup.study, run=context.run_id)
+        masker = SecureAggregationClient(site, task.study.name, run=context.run_id)
         with masker.held():
             member = masker.member()
-    return HelloReply(
+    return HandshakeReply(
         protocol=records.PROTOCOL,
         site=site.name,
         fingerprint=mine.to_json(),
         version=__version__,
         sites=site.sites,
         problem="fingerprint" if difference else "",
-        named=site.policy.named_in_models,
-        explained=site.policy.explained,
+        allow_attribution=site.policy.allow_attribution,
+        allow_explanation=site.policy.allow_explanation,
         mask_key=member.key if member else b"",
         mask_signature=member.signature if member else b"",
     )
 
 
-def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
-    return HelloReply(
+def _no_part(name: str, problem: str, *, sites: int) -> HandshakeReply:
+    return HandshakeReply(
         protocol=records.PROTOCOL,
         site=name,
         fingerprint="",
@@ -152,18 +152,18 @@ def _no_part(name: str, problem: str, *, sites: int) -> HelloReply:
 
 
 def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | MaskedReply:
-    site.allow_task(task)
+    site.check_task(task)
     if task.members:
-        masker = Masker(site, task.setup.study, run=context.run_id)
+        masker = SecureAggregationClient(site, task.study.name, run=context.run_id)
         with masker.held():  # from what was answered before to the answer
             return _train_masked(site, task, masker, context)
-    learner = site.learner(task.setup)
-    images = site.images(task.setup, side=learner.side)
+    learner = site.trainer(task.study)
+    images = site.images(task.study, side=learner.side)
     _spend_of_site(site, task, context)
     epsilon = _spend(site, task, images, context)
     before, learned, change = _work(site, task, learner, images)
     return TrainReply(
-        change=_coded(site, task, learner, change, Feedback(context.state)),
+        update=_coded(site, task, learner, change, ErrorFeedback(context.state)),
         examples=learned.examples,
         steps=learned.steps,
         loss=learned.loss,
@@ -173,15 +173,17 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
     )
 
 
-def _train_masked(site: Site, task: TrainTask, masker: Masker, context: Context) -> MaskedReply:
+def _train_masked(
+    site: Site, task: TrainTask, masker: SecureAggregationClient, context: Context
+) -> MaskedReply:
     """As `_train`, with a reply of which the server can read the cohort's sum only."""
-    masker.allow(task)
+    masker.check_task(task)
     if (answered := masker.answered(task)) is not None:
         return answered
     _spend_of_site(site, task, context)  # each cohort that is answered gets noise of its own, so each counts
     if (known := masker.trained()) is None:
-        learner = site.learner(task.setup)
-        images = site.images(task.setup, side=learner.side)
+        learner = site.trainer(task.study)
+        images = site.images(task.study, side=learner.side)
         _spend(site, task, images, context)
         before, learned, change = _work(site, task, learner, images)
         counts = counts_of(
@@ -200,37 +202,37 @@ def _train_masked(site: Site, task: TrainTask, masker: Masker, context: Context)
 def _spend_of_site(site: Site, task: TrainTask, context: Context) -> None:
     """Where whole sites are hidden, enter an answer into the ledger, whoever adds the noise."""
     if task.privacy.of_sites:
-        release = Release(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
-        site.spend(task, release, run=str(context.run_id))
+        release = PrivacyEvent(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
+        site.charge_privacy(task, release, run=str(context.run_id))
 
 
 def _spend(site: Site, task: TrainTask, images: SiteData, context: Context) -> float:
     """Have private training entered into the site's ledger before it starts: what has been spent so far."""
     if not task.privacy.in_training:
         return 0.0
-    release = Release(
+    release = PrivacyEvent(
         rate=sampling_rate(len(images.train), task.recipe.batch_size),
         noise_multiplier=task.privacy.noise_multiplier,
         steps=task.steps,
     )
-    return site.spend(task, release, run=str(context.run_id))
+    return site.charge_privacy(task, release, run=str(context.run_id))
 
 
 def _work(
-    site: Site, task: TrainTask, learner: Learner, images: SiteData
-) -> tuple[Evaluation, Learned, Vector]:
+    site: Site, task: TrainTask, learner: Trainer, images: SiteData
+) -> tuple[Evaluation, TrainOutput, Vector]:
     """Judge the incoming shift and train it: the evaluation, what training gave, and the change.
 
     Where some of the shift is personal, the site's own values are judged and trained with the shared ones,
     and stay: the change is that of the shared ones.
     """
-    split = learner.split(task.setup.personal_config)
-    personal = site.personal(task.setup, learner, run=task.run)
+    split = learner.split(task.study.personal_config)
+    personal = site.personal(task.study, learner, run=task.run)
     own = personal.start(task.round if task.mode == "round" else 1)
     shift = split.scatter(decode(task.shift, split.shared), own)
     test = images.test if task.evaluate else []
     if test:
-        site.judge(task.setup, 1)
+        site.charge_evaluation(task.study, 1)
     before = _told(_judge(learner, shift, test), test)
     learned = learner.train(
         shift,
@@ -239,7 +241,7 @@ def _work(
         first_step=task.first_step,
         steps=task.steps,
         total_steps=task.total_steps,
-        seed=seed_for(task.setup.seed, site.name, task.mode, task.round),
+        seed=derive_seed(task.study.seed, site.name, task.mode, task.round),
         privacy=task.privacy,
     )
     if split.personal_size and task.mode == "round":
@@ -247,48 +249,48 @@ def _work(
     return before, learned, split.gather(learned.shift - shift)
 
 
-def _coded(site: Site, task: TrainTask, learner: Learner, change: Vector, feedback: Feedback) -> bytes:
+def _coded(site: Site, task: TrainTask, learner: Trainer, change: Vector, feedback: ErrorFeedback) -> bytes:
     """Code a change together with what coding lost of the last one, and remember what it loses now."""
-    layout = learner.split(task.setup.personal_config).shared
-    seed = seed_for(task.setup.seed, site.name, task.mode, task.round, "codec")
+    layout = learner.split(task.study.personal_config).shared
+    seed = derive_seed(task.study.seed, site.name, task.mode, task.round, "codec")
     if task.mode == "round":
-        change = change + feedback.lost(layout, before=task.round)
+        change = change + feedback.residual(layout, before=task.round)
     data = encode(change, layout, level=task.codec, seed=seed)
     if task.mode == "round":
-        feedback.keep(change - decode(data, layout), layout, round=task.round)
+        feedback.store(change - decode(data, layout), layout, round=task.round)
     return data
 
 
 def _class_counts(site: Site, task: TrainTask, examples: list[Any]) -> tuple[int, ...]:
-    if not site.policy.tell_class_counts or task.privacy.in_training:
+    if not site.policy.share_class_counts or task.privacy.in_training:
         return ()
     labels = [example.label for example in examples]
-    return tuple(labels.count(index) for index in range(len(task.setup.classes)))
+    return tuple(labels.count(index) for index in range(len(task.study.classes)))
 
 
 def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
-    site.allow_study(task.setup)
-    learner = site.learner(task.setup)
-    images = site.images(task.setup, side=learner.side)
-    split = learner.split(task.setup.personal_config)
-    own = site.personal(task.setup, learner, run=task.run).now() if task.personal else None
+    site.check_study(task.study)
+    learner = site.trainer(task.study)
+    images = site.images(task.study, side=learner.side)
+    split = learner.split(task.study.personal_config)
+    own = site.personal(task.study, learner, run=task.run).now() if task.personal else None
     shifts = [split.scatter(decode(data, split.shared), own) for data in task.shifts]
     if images.test:
-        site.judge(task.setup, len(shifts))
+        site.charge_evaluation(task.study, len(shifts))
     judged = [_judge(learner, shift, images.test) for shift in shifts]
     counts = tuple(count for one in judged for count in one.confusion)
     return EvaluateReply(
         evaluations=tuple(_told(one, images.test) for one in judged),
-        confusions=counts if site.policy.tell_confusion else (),
+        confusions=counts if site.policy.share_confusion else (),
     )
 
 
-def _judge(learner: Learner, shift: Vector, examples: list[Any]) -> Judged:
+def _judge(learner: Trainer, shift: Vector, examples: list[Any]) -> EvalOutput:
     """Evaluate a shift; without test images, nothing is known."""
-    return learner.evaluate(shift, examples) if examples else Judged(scores={}, confusion=())
+    return learner.evaluate(shift, examples) if examples else EvalOutput(scores={}, confusion=())
 
 
-def _told(judged: Judged, examples: list[Any]) -> Evaluation:
+def _told(judged: EvalOutput, examples: list[Any]) -> Evaluation:
     return Evaluation.of(judged.scores, len(examples))
 
 

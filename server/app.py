@@ -13,28 +13,28 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedsigma.common.config.schema import named
+from fedsigma.common.config.schema import flatten
 from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
 from fedsigma.common.data.sources import site_data
-from fedsigma.common.training.trainer import Learner, open_learner
-from fedsigma.common.wire.records import Evaluation, Setup
-from fedsigma.server.deployment.audit_log import Witness
+from fedsigma.common.training.trainer import Trainer, open_trainer
+from fedsigma.common.wire.records import Evaluation, StudySpec
+from fedsigma.server.deployment.audit_log import RunAuditor
 from fedsigma.server.deployment.database import NodeNames
 from fedsigma.server.evaluation.baselines import Baselines, result
-from fedsigma.server.evaluation.model_versions import judge_versions
+from fedsigma.server.evaluation.model_versions import evaluate_versions
 from fedsigma.server.federation import checkpoint
 from fedsigma.server.federation.aggregation import ARRAY, make_averaging
-from fedsigma.server.federation.messenger import Exchange
+from fedsigma.server.federation.messenger import Messenger
 from fedsigma.server.federation.privacy_plan import check_budget
 from fedsigma.server.federation.rounds import BudgetsSpent, SigmaStrategy
-from fedsigma.server.federation.site_manager import Roster
-from fedsigma.server.federation.validation import SiteResult
-from fedsigma.server.runs.run_dir import POOLED, RunFolder
+from fedsigma.server.federation.site_manager import SiteManager
+from fedsigma.server.federation.validation import SiteEvaluation
+from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
 from fedsigma.server.runs.summary import runs_folder
-from fedsigma.server.trackers import Choice, Tracking, choose_trackers
+from fedsigma.server.trackers import TrackerChoice, Tracking, choose_trackers
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Split
+    from fedsigma.common.sigma import ParameterPartition
 
 __all__ = ["app", "run_rounds"]
 
@@ -57,36 +57,36 @@ def main(grid: Grid, context: Context) -> None:
     averaging = make_averaging(study)
     trackers = choose_trackers(str(config.get("trackers", "")))
     folder, resumed = _folder(config, study)
-    with folder.hold():
+    with folder.lock():
         print(f"FedSigma: study '{study.name}', run folder {folder.path}", flush=True)
         _run(grid, folder, study, averaging, trackers, run=str(context.run_id), resumed=resumed)
 
 
 def _run(
     grid: Grid,
-    folder: RunFolder,
+    folder: RunDir,
     study: StudyConfig,
     averaging: FedAvg,
-    trackers: Sequence[Choice],
+    trackers: Sequence[TrackerChoice],
     *,
     run: str,
     resumed: bool,
 ) -> None:
     """Run a study in its folder, and have the folder say how it ended."""
-    if witness := Witness.of_this_process(study=study.name, run=run):
+    if witness := RunAuditor.from_environment(study=study.name, run=run):
         folder.listen(witness)
     tracking = Tracking(folder, trackers, study=study, run=run)
-    folder.event("run_start", study=study.name, run=run, resume=resumed)
+    folder.log_event("run_start", study=study.name, run=run, resume=resumed)
     try:
         summary = _work(grid, folder, study, averaging, resumed=resumed)
-        folder.event("run_end", ok=True, reason="")
+        folder.log_event("run_end", ok=True, reason="")
     except Exception as error:
-        folder.event("run_end", ok=False, reason=str(error) or type(error).__name__)
+        folder.log_event("run_end", ok=False, reason=str(error) or type(error).__name__)
         _report(folder, {})
         raise
     except BaseException as ended:
         # Stopped, or the process around this one died. The run has not ended: it can be gone on with.
-        folder.event("run_interrupted", by=type(ended).__name__)
+        folder.log_event("run_interrupted", by=type(ended).__name__)
         raise
     else:
         _report(folder, summary)
@@ -95,26 +95,26 @@ def _run(
 
 
 def _work(
-    grid: Grid, folder: RunFolder, study: StudyConfig, averaging: FedAvg, *, resumed: bool
+    grid: Grid, folder: RunDir, study: StudyConfig, averaging: FedAvg, *, resumed: bool
 ) -> dict[str, Any]:
     """Find the sites, train with them or judge versions, and return the summary."""
     started = time.monotonic()
     _check_pictures(folder, study)
-    learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
+    learner = open_trainer(study.backbone, study.sigma, study.classes, study.prompts)
     split = learner.split(study.personal)
-    folder.event("model_ready", parameters=learner.parameters, values=split.shared.size)
+    folder.log_event("model_ready", parameters=learner.parameters, values=split.shared.size)
     shift, done = _zero(split), 0
     if resumed:
         shift, done = checkpoint.latest(
             folder, averaging, study=study, split=split, fingerprint=learner.fingerprint
         )
-    exchange = Exchange(grid)
-    nodes = None if study.data else NodeNames.of_this_process()
-    roster = Roster(exchange, folder, study, learner.fingerprint, nodes)
-    roster.wait()
+    exchange = Messenger(grid)
+    nodes = None if study.data else NodeNames.from_environment()
+    roster = SiteManager(exchange, folder, study, learner.fingerprint, nodes)
+    roster.wait_for_sites()
     baselines = Baselines(exchange, roster, folder, study, split)
-    if study.judge:
-        summary = judge_versions(folder, study, baselines, learner)
+    if study.evaluate_versions:
+        summary = evaluate_versions(folder, study, baselines, learner)
         _write(folder, summary, started)
         return summary
     strategy = SigmaStrategy(averaging, roster, split=split, done=done)
@@ -132,18 +132,18 @@ def _study(config: Mapping[str, Any]) -> StudyConfig:
     return study.replaced(rounds=rounds if rounds > 0 else None, seed=seed if seed >= 0 else None)
 
 
-def _folder(config: Mapping[str, Any], study: StudyConfig) -> tuple[RunFolder, bool]:
+def _folder(config: Mapping[str, Any], study: StudyConfig) -> tuple[RunDir, bool]:
     """Open the run folder, a new one or the one to go on with."""
     out = str(config.get("out", ""))
     if bool(config.get("resume", False)):
         if not out:
             raise ConfigError('resume=true needs out="PATH", the run folder to go on with')
-        folder = RunFolder.open(Path(out).expanduser().resolve())
+        folder = RunDir.open(Path(out).expanduser().resolve())
         _same_study(study, StudyConfig.from_yaml(folder.study_yaml, where=str(folder.path)), folder.path)
         return folder, True
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     path = Path(out).expanduser() if out else runs_folder() / f"{study.name}-{stamp}-s{study.seed}"
-    return RunFolder.create(path.resolve(), study.to_yaml()), False
+    return RunDir.create(path.resolve(), study.to_yaml()), False
 
 
 def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
@@ -154,7 +154,7 @@ def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
     """
     # Waiting times do not shape the result, and may be why the run was interrupted.
     free = {f"federation.{name}" for name in ("round_timeout_s", "wait_for_sites_s", "min_sites")}
-    mine, theirs = (dict(named(asdict(one))) for one in (now, then))
+    mine, theirs = (dict(flatten(asdict(one))) for one in (now, then))
     if different := sorted(
         key for key in mine.keys() | theirs.keys() if key not in free and mine.get(key) != theirs.get(key)
     ):
@@ -164,15 +164,15 @@ def _same_study(now: StudyConfig, then: StudyConfig, path: Path) -> None:
         )
 
 
-def _check_pictures(folder: RunFolder, study: StudyConfig) -> None:
+def _check_pictures(folder: RunDir, study: StudyConfig) -> None:
     """Name everything wrong with a simulation's data before training starts."""
-    setup = Setup.of(study)
+    setup = StudySpec.of(study)
     if setup.data and (problems := site_data.check_pictures(setup.data, setup.classes, setup.seed)):
         print(problems, flush=True)
-        folder.event("data_problems", report=problems)
+        folder.log_event("data_problems", report=problems)
 
 
-def _zero(split: Split) -> np.ndarray:
+def _zero(split: ParameterPartition) -> np.ndarray:
     return np.zeros(split.shared.size, dtype=np.float32)
 
 
@@ -195,7 +195,7 @@ def run_rounds(strategy: SigmaStrategy, shift: np.ndarray) -> np.ndarray:
         )
     except BudgetsSpent as spent:
         print(f"FedSigma: {spent}", flush=True)
-        strategy.folder.event("budgets_spent", round=spent.round)
+        strategy.folder.log_event("budgets_exhausted", round=spent.round)
         if strategy.models or strategy.done:
             return strategy.model
     if strategy.models == 0:
@@ -209,10 +209,10 @@ def run_rounds(strategy: SigmaStrategy, shift: np.ndarray) -> np.ndarray:
 
 
 def _results(
-    folder: RunFolder,
+    folder: RunDir,
     study: StudyConfig,
     baselines: Baselines,
-    learner: Learner,
+    learner: Trainer,
     shift: np.ndarray,
     started: float,
 ) -> dict[str, Any]:
@@ -222,29 +222,29 @@ def _results(
     wanted, judged = {"shared_only": shift}, {}
     if "zero_shot" in study.baselines:
         judged["zero_shot"] = _first_round(folder)
-        if set(baselines.roster.present().values()) - set(judged["zero_shot"]):
+        if set(baselines.roster.available().values()) - set(judged["zero_shot"]):
             # A site failed in the first round; asking all again here costs no further message.
             wanted["zero_shot"] = _zero(split)
     # What a site uses is the shared values with its own; without a personal part the two are the same.
     if not split.personal_size:
-        judged |= baselines.judge(wanted, round=last)
+        judged |= baselines.evaluate(wanted, round=last)
         judged["federated"] = judged.pop("shared_only")
     else:
-        judged |= baselines.judge({"federated": shift}, round=last, personal=True)
-        judged |= baselines.judge(wanted, round=last)
+        judged |= baselines.evaluate({"federated": shift}, round=last, personal=True)
+        judged |= baselines.evaluate(wanted, round=last)
     if not judged["federated"]:
         raise NoModel("no site could evaluate the final model")
     for site, one in judged["federated"].items():
-        folder.round_row(last, site, one.evaluation.metrics(), 0, 0, "accepted")
+        folder.log_round(last, site, one.evaluation.metrics(), 0, 0, "accepted")
     final = result(judged["federated"])
-    folder.round_row(last, POOLED, final["metrics"], 0, 0, "pooled")
+    folder.log_round(last, ALL_SITES, final["metrics"], 0, 0, "pooled")
 
     summary: dict[str, Any] = {"study": study.name, "rounds": study.federation.rounds}
     summary |= {"sites": sorted(judged["federated"]), "classes": list(study.classes), **_traffic(folder)}
     if "zero_shot" in judged:
         summary["zero_shot"] = result(judged["zero_shot"])
         pooled = summary["zero_shot"]["metrics"]
-        folder.event("baseline", method="zero_shot", site=POOLED, metrics=pooled)
+        folder.log_event("baseline", method="zero_shot", site=ALL_SITES, metrics=pooled)
     summary["federated"] = final
     if "shared_only" in judged:
         summary["shared_only"] = result(judged["shared_only"])
@@ -260,22 +260,22 @@ def _results(
     return summary
 
 
-def _first_round(folder: RunFolder) -> dict[str, SiteResult]:
+def _first_round(folder: RunDir) -> dict[str, SiteEvaluation]:
     """Return the sites' evaluations of the zero shift, which every site tells in round 1."""
     found = {}
     for row in folder.rounds():
         if row["round"] == 1 and row["status"] == "accepted" and row["test_examples"]:
             told = {name: value for name, value in row.items() if value is not None}
-            found[row["site"]] = SiteResult(evaluation=Evaluation.of(told, row["test_examples"]))
+            found[row["site"]] = SiteEvaluation(evaluation=Evaluation.of(told, row["test_examples"]))
     return found
 
 
-def _write(folder: RunFolder, summary: dict[str, Any], started: float) -> None:
+def _write(folder: RunDir, summary: dict[str, Any], started: float) -> None:
     summary["seconds"] = round(time.monotonic() - started, 1)
     folder.summary(summary)
 
 
-def _traffic(folder: RunFolder) -> dict[str, int]:
+def _traffic(folder: RunDir) -> dict[str, int]:
     """Return the bytes of one site's exchange in one round, both ways: the mean over accepted replies."""
     rows = [row for row in folder.rounds() if row["status"] == "accepted" and row["bytes_up"]]
     count = max(1, len(rows))
@@ -285,7 +285,7 @@ def _traffic(folder: RunFolder) -> dict[str, int]:
     }
 
 
-def _report(folder: RunFolder, summary: dict[str, Any]) -> None:
+def _report(folder: RunDir, summary: dict[str, Any]) -> None:
     """Write the report and say where everything is. A report that fails does not undo the run."""
     for method in ("zero_shot", "local_only", "pooled", "shared_only", "federated"):
         if method in summary:
@@ -301,9 +301,9 @@ def _report(folder: RunFolder, summary: dict[str, Any]) -> None:
 
 
 def _explain(
-    folder: RunFolder,
-    split: Split,
-    learner: Learner,
+    folder: RunDir,
+    split: ParameterPartition,
+    learner: Trainer,
     shift: np.ndarray,
     own: Iterable[tuple[str, np.ndarray]],
     summary: dict[str, Any],
@@ -323,21 +323,21 @@ def _explain(
     folder.summary(summary)
 
 
-def _publish(folder: RunFolder, study: StudyConfig, summary: dict[str, Any], named: set[str]) -> None:
+def _publish(folder: RunDir, study: StudyConfig, summary: dict[str, Any], named: set[str]) -> None:
     """Make the run's model a version of the registry. One that cannot be made does not undo the run."""
-    from fedsigma.common.registry import Shelf, shelf_folder
+    from fedsigma.common.registry import ModelRegistry, registry_folder
     from fedsigma.common.registry.publish import publish
 
     try:
-        shelf = Shelf(shelf_folder(folder.path.parent))
+        shelf = ModelRegistry(registry_folder(folder.path.parent))
         made = publish(shelf, folder.path, summary, named=named, private=_private(folder, study))
-        folder.event("published", model=made.manifest.reference, folder=str(made.path))
+        folder.log_event("published", model=made.manifest.reference, folder=str(made.path))
         print(f"FedSigma: model {made.manifest.reference} in {made.path}", flush=True)
     except Exception as error:
         print(f"FedSigma: the model was not registered: {error}", flush=True)
 
 
-def _private(folder: RunFolder, study: StudyConfig) -> str:
+def _private(folder: RunDir, study: StudyConfig) -> str:
     """What differential privacy bounds, in words; empty for nothing."""
     if study.privacy.level == "none":
         return ""

@@ -14,7 +14,7 @@ settings.load_profile("fedsigma")
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where tests run in several processes, keep together what shares something that is slow to make.
 
-    That is a file, and all of `deployment`, whose tests share one centre with its sites.
+    That is a file, and all of `deployment`, whose tests share one server with its sites.
     """
     from xdist.scheduler import LoadFileScheduling
 

@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fedsigma.common.config.schema import plain
+from fedsigma.common.config.schema import to_plain
 from fedsigma.common.data.catalog import DatasetCard, cards
 from fedsigma.common.utils.files import write_atomic
 
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     print(table())
     if args.json:
-        write_atomic(args.json, json.dumps([plain(one) for one in cards().values()], indent=2).encode())
+        write_atomic(args.json, json.dumps([to_plain(one) for one in cards().values()], indent=2).encode())
 
 
 if __name__ == "__main__":

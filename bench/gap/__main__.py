@@ -35,13 +35,13 @@ from bench.methods.cells import Cells, recipe_of
 from bench.methods.federation import study_sites
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.config.schema import nearest
+from fedsigma.common.config.schema import did_you_mean
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data.partition import partition
 from fedsigma.common.data.records import Record, Source
 from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training.loop import Example, Task, evaluate
+from fedsigma.common.training.loop import ClipClassifier, Example, evaluate
 from fedsigma.common.training.metrics import Predictions
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")
@@ -142,11 +142,11 @@ class Bench:
 
 
 @lru_cache(maxsize=1)
-def task_for(name: str) -> Task:
+def task_for(name: str) -> ClipClassifier:
     """The backbone under the adapter, with a study's prompts."""
     study = load_study(name)
     backbone = load_backbone(study.backbone)
-    return Task(backbone, SigmaModel.adapt(backbone.model, Selection()), study.prompts)
+    return ClipClassifier(backbone, SigmaModel.adapt(backbone.model, Selection()), study.prompts)
 
 
 _images: dict[str, Sites] = {}
@@ -173,7 +173,7 @@ def images(study: StudyConfig, part: str, side: int) -> Sites:
     return _images[key]
 
 
-def judge(task: Task, shift: Tensor, held: Sequence[Example]) -> dict[str, Any]:
+def judge(task: ClipClassifier, shift: Tensor, held: Sequence[Example]) -> dict[str, Any]:
     """Accuracy over all images, and its mean over the classes."""
     task.sigma.set_shift(shift)
     found: Predictions = evaluate(task, held)
@@ -209,7 +209,7 @@ def rows(validate: Sequence[str], rates: Sequence[float]) -> list[tuple[str, str
         elif name in WAYS:
             found.append((name, "way", asdict(WAYS[name])))
         else:
-            raise SystemExit(f"'{name}' is no way{nearest(name, ['pooled', 'product', *WAYS])}")
+            raise SystemExit(f"'{name}' is no way{did_you_mean(name, ['pooled', 'product', *WAYS])}")
     return found
 
 

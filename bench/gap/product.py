@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 from fedsigma.common.config.study import StudyConfig, load_study
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.in_process import InProcessGrid
 
 __all__ = ["by_product", "product_recipe", "with_recipe"]
@@ -47,6 +47,6 @@ def by_product(study: StudyConfig, *, steps: int, sites: int) -> dict[str, Any]:
         config |= {"resume": False, "rounds": 0, "seed": -1}
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
         server(InProcessGrid(client, sites), context)
-        summary = RunFolder.open(place / "run").read_summary()["federated"]
+        summary = RunDir.open(place / "run").read_summary()["federated"]
     balanced = summary["confusion"]["metrics"]["balanced_accuracy"]
     return {"accuracy": round(summary["accuracy"], 5), "balanced": round(balanced, 5)}

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from bench.gap.ways import Server, Way, direction_factors, image_tower, matrices
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.config.training import cosine
+from fedsigma.common.config.training import cosine_decay
 from fedsigma.common.training.loop import (
+    ClipClassifier,
     Example,
-    Task,
     augmenter,
     autocast,
     endless_batches,
@@ -22,8 +22,8 @@ from fedsigma.common.training.loop import (
     train,
     training_attention,
 )
-from fedsigma.common.training.trainer import seed_for
-from fedsigma.server.federation.site_sampling import draw_cohort
+from fedsigma.common.training.trainer import derive_seed
+from fedsigma.server.federation.site_sampling import sample_sites
 
 __all__ = ["Outcome", "Site", "by_images", "federate", "in_turns", "pooled", "site_offsets"]
 
@@ -59,7 +59,7 @@ def site_offsets(counts: Tensor, adjust: float, pseudo: float) -> Tensor:
     return (adjust * (raised / raised.sum()).log()).float()
 
 
-def make_site(task: Task, name: str, examples: Sequence[Example], way: Way) -> Site:
+def make_site(task: ClipClassifier, name: str, examples: Sequence[Example], way: Way) -> Site:
     """A site under a candidate's loss; the zero-shot model's answers are computed once."""
     counts = torch.bincount(torch.tensor([e.label for e in examples]), minlength=task.classes)
     lacks = counts == 0
@@ -125,7 +125,9 @@ def _divergence(teacher: Tensor, logits: Tensor, among: Tensor) -> Tensor:
     return torch.where(among.sum(1) > 1, found, 0.0)
 
 
-def add_gradient(task: Task, batch: Batch, way: Way, precision: str, first: Tensor | None = None) -> float:
+def add_gradient(
+    task: ClipClassifier, batch: Batch, way: Way, precision: str, first: Tensor | None = None
+) -> float:
     """As `training.accumulate_gradient`, of the weighted sum of a candidate's losses."""
     total, start = 0.0, 0
     with task.sigma.accumulating(), training_attention(task.backbone.model, precision, task.device):
@@ -145,7 +147,7 @@ def add_gradient(task: Task, batch: Batch, way: Way, precision: str, first: Tens
     return total
 
 
-def first_logits(task: Task, batch: Batch, precision: str) -> Tensor:
+def first_logits(task: ClipClassifier, batch: Batch, precision: str) -> Tensor:
     """The logits of a batch under the task's shift, without gradients."""
     with torch.no_grad(), autocast(precision, task.device):
         return task.logits(task.image_features(batch.images), task.text_features())
@@ -174,7 +176,7 @@ def by_images(images: Mapping[str, int], study: StudyConfig, *, turns: int, size
     study = replace(study, federation=federation)
     ready, found = dict(enumerate(images)), []
     for number in range(1, turns * count // size + 1):
-        drawn = draw_cohort(ready, study, round=number, images=images)
+        drawn = sample_sites(ready, study, round=number, images=images)
         weights = torch.tensor([images[name] * drawn.factors[i] for i, name in drawn.sites.items()])
         found.append((list(drawn.sites), weights / weights.sum()))
     return found
@@ -189,7 +191,7 @@ class Federation:
         way: the candidate.
     """
 
-    def __init__(self, task: Task, study: StudyConfig, way: Way) -> None:
+    def __init__(self, task: ClipClassifier, study: StudyConfig, way: Way) -> None:
         self.task, self.study, self.way = task, study, way
         self.total = study.training.local_steps * study.federation.rounds
         self.rounds = 0
@@ -216,7 +218,7 @@ class Federation:
             images = {site.name: len(site.examples) for site in sites}
             cohorts = by_images(images, self.study, turns=turns, size=size)
         else:
-            cohorts = in_turns(weights, turns=turns, size=size, seed=seed_for(self.study.seed, "turns"))
+            cohorts = in_turns(weights, turns=turns, size=size, seed=derive_seed(self.study.seed, "turns"))
         self.rounds = len(cohorts)
         for number, (cohort, share) in enumerate(cohorts, start=1):
             asked = [sites[i] for i in cohort]
@@ -236,10 +238,10 @@ class Federation:
 
     def _rate(self, number: int) -> float:
         done = 0.0 if self.way.flat else (number - 1) / self.rounds
-        return self.way.rate * cosine(done)
+        return self.way.rate * cosine_decay(done)
 
     def _seed(self, site: Site, number: int) -> int:
-        return seed_for(self.study.seed, site.name, "round", number) + (number - 1) * self.way.steps
+        return derive_seed(self.study.seed, site.name, "round", number) + (number - 1) * self.way.steps
 
     def _one_gradient(self, shift: Tensor, sites: Sequence[Site], weights: Tensor, number: int) -> Tensor:
         """The sites' mean change where each makes one plain step: linear, so all images go in one pass."""
@@ -266,7 +268,7 @@ class Federation:
         if way.optimiser == "sgd":
             return self._descend(shift, site, number)
         self.task.sigma.set_shift(shift)
-        seed = seed_for(self.study.seed, site.name, "round", number)
+        seed = derive_seed(self.study.seed, site.name, "round", number)
         first = (number - 1) * self.total // self.rounds
         where = {"first_step": first, "steps": steps, "total_steps": self.total, "seed": seed}
         gradient = self._adjusted(shift, site, number) if way.changes_loss else None
@@ -311,7 +313,7 @@ class Federation:
 
 
 def federate(
-    task: Task,
+    task: ClipClassifier,
     study: StudyConfig,
     sites: Mapping[str, Sequence[Example]],
     way: Way,
@@ -323,11 +325,16 @@ def federate(
 
 
 def pooled(
-    task: Task, study: StudyConfig, examples: Sequence[Example], rate: float, sites: int, name: str = "pooled"
+    task: ClipClassifier,
+    study: StudyConfig,
+    examples: Sequence[Example],
+    rate: float,
+    sites: int,
+    name: str = "pooled",
 ) -> Tensor:
     """All images in one place, for the steps of so many sites one after the other."""
     task.sigma.set_shift(torch.zeros(task.sigma.layout.size))
     steps = study.training.local_steps * study.federation.rounds * sites
     recipe = replace(study.training, learning_rate=rate)
-    train(task, examples, recipe, steps=steps, total_steps=steps, seed=seed_for(study.seed, name))
+    train(task, examples, recipe, steps=steps, total_steps=steps, seed=derive_seed(study.seed, name))
     return task.sigma.get_shift()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsigma.common.config.training import cosine
+from fedsigma.common.config.training import cosine_decay
 from fedsigma.common.sigma import Layout
 
 __all__ = ["Server", "Way", "direction_factors", "image_tower", "matrices"]
@@ -108,7 +108,7 @@ class Server:
     def step(self, mean: Tensor, number: int, rounds: int) -> Tensor:
         """The change of the model in round `number` from 1, given the sites' mean change (values,)."""
         way = self.way
-        fade = cosine((number - 1) / rounds) if way.flat else 1.0
+        fade = cosine_decay((number - 1) / rounds) if way.flat else 1.0
         first = self.state.get("first", torch.zeros_like(mean))
         if way.server in ("momentum", "matrix"):
             first = self.state["first"] = way.beta1 * first + mean

@@ -22,7 +22,7 @@ from fedsigma.common.data.loading import SiteData
 from fedsigma.common.data.sources.site_data import load_sites
 from fedsigma.common.training.loop import Example
 from fedsigma.common.training.metrics import Predictions
-from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.training.trainer import derive_seed
 from fedsigma.server.federation.aggregation import (
     ARRAY,
     EXAMPLES,
@@ -100,7 +100,7 @@ def federate(method: Method, sites: Mapping[str, Sequence[Example]], study: Stud
                 first_step=(number - 1) * steps,
                 steps=steps,
                 total_steps=rounds * steps,
-                seed=seed_for(study.seed, site, "round", number),
+                seed=derive_seed(study.seed, site, "round", number),
             )
             trained = method.train(state, examples, recipe, place)
             upload = method.upload(state, trained.state, place)

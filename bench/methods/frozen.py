@@ -12,8 +12,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from fedsigma.common.training.loop import Task
-from fedsigma.common.training.prompts import unit
+from fedsigma.common.training.loop import ClipClassifier
+from fedsigma.common.training.prompts import l2_normalize
 
 __all__ = ["FrozenImages"]
 
@@ -23,15 +23,15 @@ _Key = tuple[str, bool, bytes]
 _known: OrderedDict[_Key, Tensor] = OrderedDict()
 
 
-class FrozenImages(Task):
-    """As `Task`, with the image tower's output remembered by the backbone's digest and the batch's pixels.
+class FrozenImages(ClipClassifier):
+    """A `ClipClassifier` that caches the image tower's output by backbone digest and pixels.
 
     A backbone without a digest (one that came from no file) is not remembered.
     """
 
     def image_features(self, images: Tensor) -> Tensor:
         """As `Task.image_features`."""
-        return unit(self.encoded(images))
+        return l2_normalize(self.encoded(images))
 
     def encoded(self, images: Tensor) -> Tensor:
         """What the image tower gives (n, embedding) for uint8 pictures (n, 3, size, size), float32."""

@@ -13,10 +13,10 @@ from bench.methods.frozen import FrozenImages
 from bench.methods.method import FLOAT, Place, Trained, Tuned
 from bench.methods.tuning import State, Tuning
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.config.training import Recipe
+from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.training.loop import Example, autocast
-from fedsigma.common.training.prompts import Prompts, unit
-from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
+from fedsigma.common.training.trainer import derive_seed
 
 __all__ = ["FedClip", "LinearProbe", "PromptFL", "TipAdapter", "TipAdapterF"]
 
@@ -49,7 +49,7 @@ class PromptFL(Tuned):
             raise ValueError(
                 f"{backbone.name}: a class's name does not fit behind {CONTEXT} words of context"
             )
-        generator = torch.Generator().manual_seed(seed_for(seed, "context"))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "context"))
         context = 0.02 * torch.randn(CONTEXT, table.embedding_dim, generator=generator)
         tuning = Tuning(backbone.model, {"context": context}, towers=["text"])
         super().__init__(FrozenImages(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ class _AttentionTask(_Head):
         x = self.encoded(images)
         with torch.autocast(self.device.type, enabled=False):
             weights = self._linear("second", torch.tanh(self._linear("first", x))).softmax(-1)
-            return unit(weights * x)
+            return l2_normalize(weights * x)
 
 
 class FedClip(Tuned):
@@ -95,7 +95,7 @@ class FedClip(Tuned):
         width = _text_features(backbone, prompts).shape[1]
         start: State = {}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(seed, "adapter"))
+            torch.manual_seed(derive_seed(seed, "adapter"))
             for name in ("first", "second"):
                 layer = nn.Linear(width, width)
                 start |= {f"{name}.{kind}": tensor.detach() for kind, tensor in layer.named_parameters()}
@@ -121,7 +121,7 @@ class LinearProbe(Tuned):
 
 def _text_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
     with torch.no_grad():
-        return Prompts(backbone, prompts).features()
+        return PromptEncoder(backbone, prompts).features()
 
 
 class _CacheTask(_Head):
@@ -176,7 +176,9 @@ class TipAdapter(Tuned):
         """A feature, and a label as one 32-bit number, an image."""
         return FLOAT * examples * (self._width + 1)
 
-    def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
+    ) -> Trained:
         """Nothing: the cache is what it is."""
         return Trained(state=state, loss=0.0)
 
@@ -188,7 +190,9 @@ class TipAdapter(Tuned):
 class TipAdapterF(TipAdapter):
     """As `TipAdapter`, with the keys of the joined cache trained further by the sites, and averaged."""
 
-    def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
+    ) -> Trained:
         """See `Method.train`."""
         return Tuned.train(self, state, examples, recipe, place)
 

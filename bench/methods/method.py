@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.methods.tuning import State, Tuning
-from fedsigma.common.config.training import Recipe
+from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.training import loop
-from fedsigma.common.training.loop import Example, Task
+from fedsigma.common.training.loop import ClipClassifier, Example
 from fedsigma.common.training.metrics import Predictions
 
 __all__ = ["FLOAT", "Method", "Place", "Rule", "Trained", "Tuned", "Upload", "Vector", "values"]
@@ -57,7 +57,7 @@ class Upload:
 class Method(Protocol):
     """A way to adapt a backbone to the classes of a study, at sites that share what they train."""
 
-    task: Task
+    task: ClipClassifier
 
     def initial(self, sites: Mapping[str, Sequence[Example]]) -> State:
         """The state before the first round; `sites` are their training images."""
@@ -67,7 +67,9 @@ class Method(Protocol):
         """Bytes that a site with so many training images sends once, before the first round."""
         ...
 
-    def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
+    ) -> Trained:
         """Make a site's local steps of one round."""
         ...
 
@@ -96,7 +98,7 @@ class Tuned:
         tuning: holds the trained tensors.
     """
 
-    def __init__(self, task: Task, tuning: Tuning) -> None:
+    def __init__(self, task: ClipClassifier, tuning: Tuning) -> None:
         self.task, self._tuning = task, tuning
         self._start = tuning.state()
 
@@ -108,7 +110,9 @@ class Tuned:
         """See `Method.bytes_before`."""
         return 0
 
-    def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
+    ) -> Trained:
         """See `Method.train`."""
         self._load(state)
         result = loop.train(

@@ -11,13 +11,13 @@ from flwr.app import RecordDict
 
 from bench.methods.method import FLOAT, Place, Trained, Tuned, Upload
 from bench.methods.tuning import State
-from fedsigma.client.site.error_feedback import Feedback
+from fedsigma.client.site.error_feedback import ErrorFeedback
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.config.training import Recipe
+from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.training.loop import Example, Task
-from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.training.loop import ClipClassifier, Example
+from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire.codec import decode, download_level, encode
 
 __all__ = ["Sigma", "ZeroShot"]
@@ -38,28 +38,30 @@ class Sigma(Tuned):
         chosen = study.sigma
         selection = Selection(towers=chosen.towers, layers=chosen.layers, parts=chosen.parts)
         self._sigma = SigmaModel.adapt(backbone.model, selection)
-        self.task = Task(backbone, self._sigma, study.prompts)
+        self.task = ClipClassifier(backbone, self._sigma, study.prompts)
         self._start, self._study, self._codec = self._state(), study, codec
-        self._lost: dict[str, Feedback] = {}
+        self._lost: dict[str, ErrorFeedback] = {}
 
     def initial(self, sites: Mapping[str, Sequence[Example]]) -> State:
         """Zero: the pretrained values. What coding lost at the sites in an earlier study is forgotten."""
-        self._lost = defaultdict(lambda: Feedback(RecordDict()))
+        self._lost = defaultdict(lambda: ErrorFeedback(RecordDict()))
         return self._start
 
-    def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
+    ) -> Trained:
         """See `Method.train`."""
         return super().train(self._received(state, place), examples, recipe, place)
 
     def upload(self, start: State, trained: State, place: Place) -> Upload:
         """Code the change, with what coding lost of this site's last one, as `client.app` does."""
         layout, feedback = self._sigma.layout, self._lost[place.site]
-        seed = seed_for(self._study.seed, place.site, "round", place.round, "codec")
+        seed = derive_seed(self._study.seed, place.site, "round", place.round, "codec")
         change = (trained[SHIFT] - self._received(start, place)[SHIFT]).numpy()
-        change = change + feedback.lost(layout, before=place.round)
+        change = change + feedback.residual(layout, before=place.round)
         data = encode(change, layout, level=self._codec, seed=seed)
         arrived = decode(data, layout)
-        feedback.keep(change - arrived, layout, round=place.round)
+        feedback.store(change - arrived, layout, round=place.round)
         # In float64, as the server adds it, so that the mean is rounded once.
         whole = start[SHIFT].double() + torch.from_numpy(arrived)
         return Upload(state={SHIFT: whole}, bytes=len(data))
@@ -71,7 +73,7 @@ class Sigma(Tuned):
     def _received(self, state: State, place: Place) -> State:
         """The state as a site gets it."""
         layout, level = self._sigma.layout, download_level(self._codec)
-        seed = seed_for(self._study.seed, "pooled", "round", place.round, "codec")
+        seed = derive_seed(self._study.seed, "pooled", "round", place.round, "codec")
         data = encode(state[SHIFT].numpy().astype(np.float32), layout, level=level, seed=seed)
         return {SHIFT: torch.from_numpy(decode(data, layout))}
 
@@ -85,7 +87,9 @@ class Sigma(Tuned):
 class ZeroShot(Sigma):
     """No training and nothing sent: the backbone as it came."""
 
-    def train(self, state: State, examples: Sequence[Example], recipe: Recipe, place: Place) -> Trained:
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
+    ) -> Trained:
         """Nothing."""
         return Trained(state=state, loss=0.0)
 

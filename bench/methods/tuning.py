@@ -20,7 +20,7 @@ Weights = Callable[[Mapping[str, Tensor]], State]
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tower that is trained; what `Task` asks of a layout's entries."""
+    """A tower that is trained; what `ClipClassifier` asks of a layout's entries."""
 
     tower: str
 
@@ -42,7 +42,7 @@ class _InPlace(nn.Module):
 
 
 class Tuning:
-    """Stands where `Task` has its `SigmaModel`: one vector, `shift`, that holds all trained tensors.
+    """Takes the place of `ClipClassifier`'s `SigmaModel`: one vector, `shift`, holds all trained tensors.
 
     So `training.train` and `training.evaluate` serve every method, and batches, augmentation, schedule,
     optimiser and precision are the same by construction.

@@ -14,9 +14,9 @@ from bench.methods.tuning import State, Tuning
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.constants import TOWERS
 from fedsigma.common.sigma import Entry, Selection, find_layout
-from fedsigma.common.training.loop import Task
-from fedsigma.common.training.prompts import Prompts
-from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.training.loop import ClipClassifier
+from fedsigma.common.training.prompts import PromptEncoder
+from fedsigma.common.training.trainer import derive_seed
 
 __all__ = ["FullTuning", "LayerNorms", "Lora", "LoraProducts"]
 
@@ -32,7 +32,7 @@ class _Weights(Tuned):
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...], wanted: Callable[[str], bool]) -> None:
         tuning = Tuning(backbone.model, _trained(backbone, wanted), weights=dict, towers=TOWERS)
-        super().__init__(Task(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
+        super().__init__(ClipClassifier(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
 
 
 class FullTuning(_Weights):
@@ -44,7 +44,7 @@ class FullTuning(_Weights):
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...]) -> None:
         super().__init__(backbone, prompts, lambda name: name not in ("logit_scale", "logit_bias"))
         # Prompts that are cut have the tower's positions replaced, and here these are trained.
-        self.task.prompts = Prompts(backbone, prompts, cut=False)
+        self.task.prompts = PromptEncoder(backbone, prompts, cut=False)
 
 
 class LayerNorms(_Weights):
@@ -78,7 +78,7 @@ class Lora(Tuned):
         parameters = dict(backbone.model.named_parameters())
         frozen = {entry.weight: parameters[entry.weight].detach() for entry in self._entries}
         self._columns = {name: weight.shape[1] for name, weight in frozen.items()}
-        generator = torch.Generator().manual_seed(seed_for(seed, "lora"))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "lora"))
         start: State = {}
         for entry in self._entries:
             columns = self._columns[entry.weight]
@@ -93,7 +93,7 @@ class Lora(Tuned):
             return {name: _changed(frozen[name], found) for name, found in blocks.items()}
 
         tuning = Tuning(backbone.model, start, weights=weights, towers=TOWERS)
-        super().__init__(Task(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
+        super().__init__(ClipClassifier(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
 
     def _product(self, tensors: Mapping[str, Tensor], entry: Entry) -> Tensor:
         return self._scale * tensors[f"{entry.key}.B"] @ tensors[f"{entry.key}.A"]

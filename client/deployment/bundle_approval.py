@@ -19,7 +19,7 @@ from fedsigma.client.site.policy import SitePolicy
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.utils.files import write_whole
 
-__all__ = ["BundleError", "Bundles", "difference", "digest_of"]
+__all__ = ["BundleApprovals", "BundleError", "difference", "digest_of"]
 
 MOST_PENDING, LARGEST_FILE = 20, 2 << 20
 
@@ -33,7 +33,7 @@ def digest_of(bundle: bytes) -> str:
     return hashlib.sha256(bundle).hexdigest()
 
 
-class Bundles:
+class BundleApprovals:
     """The bundles of a site.
 
     Args:

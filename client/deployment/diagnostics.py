@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedsigma.client.deployment import diagnostics_local, diagnostics_network
 from fedsigma.client.deployment.findings import Finding, Problem
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.site.policy import SitePolicy
 
 __all__ = ["examine"]
@@ -30,16 +30,16 @@ def examine(
 
     Args:
         path: of the site's folder.
-        offline: leave out what needs the centre.
+        offline: leave out what needs the server.
         deep: also load the backbones, read every picture and train a step on three.
         only: `node` or `worker`, to check what that one needs and sees; None for both.
     """
     try:
-        site = SiteFolder(path)
+        site = SiteHome(path)
     except ValueError as error:
         yield Finding("folder", False, str(error), "fedsigma site enrol INVITATION --folder FOLDER")
         return
-    yield Finding("folder", True, f"site '{site.connection.site}' of {site.connection.centre}")
+    yield Finding("folder", True, f"site '{site.connection.site}' of {site.connection.server_name}")
     policy: SitePolicy | None = None
     if only != "node":
         try:
@@ -75,7 +75,7 @@ def _made(checks: dict[str, Callable[[], str]], *, needed: str = "") -> Iterator
             yield Finding(name, False, f"{type(error).__name__}: {error}", "see the message")
 
 
-def _secrets(site: SiteFolder, parts: tuple[str, ...]) -> str:
+def _secrets(site: SiteHome, parts: tuple[str, ...]) -> str:
     for name in (name for name in SECRETS if name.split("/")[0] in parts):
         file = site.path / name
         if not file.is_file():

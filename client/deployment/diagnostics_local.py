@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from fedsigma.client.deployment.findings import Problem
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.site.policy import SitePolicy
 
 __all__ = ["checks"]
@@ -14,7 +14,7 @@ __all__ = ["checks"]
 DRY_IMAGES = 3
 
 
-def checks(site: SiteFolder, policy: SitePolicy) -> dict[str, Callable[[], str]]:
+def checks(site: SiteHome, policy: SitePolicy) -> dict[str, Callable[[], str]]:
     """Each backbone that site.yaml allows, the GPU, the images, and a dry round with the first backbone."""
     found: dict[str, Callable[[], str]] = {"gpu": lambda: _gpu(policy)}
     for name, place in policy.backbones.items():
@@ -39,10 +39,10 @@ def _gpu(policy: SitePolicy) -> str:
 
 def _backbone(place: str) -> str:
     from fedsigma.common.config.study import SigmaConfig
-    from fedsigma.common.training.trainer import open_learner
+    from fedsigma.common.training.trainer import open_trainer
 
     try:
-        learner = open_learner(place, SigmaConfig(), ("one", "two"), ("one", "two"))
+        learner = open_trainer(place, SigmaConfig(), ("one", "two"), ("one", "two"))
     except (ValueError, OSError) as error:
         raise Problem(
             f"{place} cannot be loaded: {error}", "docs/backbones.md: how weights get to a site"
@@ -50,7 +50,7 @@ def _backbone(place: str) -> str:
     return f"{learner.layout.size} singular values; weights {learner.fingerprint.weights[:12]}"
 
 
-def _images(site: SiteFolder, policy: SitePolicy) -> str:
+def _images(site: SiteHome, policy: SitePolicy) -> str:
     from fedsigma.common.data.sources.registry import open_source
     from fedsigma.common.data.validation import check
 
@@ -65,14 +65,14 @@ def _images(site: SiteFolder, policy: SitePolicy) -> str:
     return report.headline()
 
 
-def _dry_round(site: SiteFolder, policy: SitePolicy) -> str:
+def _dry_round(site: SiteHome, policy: SitePolicy) -> str:
     """Train a step on three images, and judge them; nothing of it is kept or sent."""
     import numpy as np
 
-    from fedsigma.common.config.study import SigmaConfig, TrainingConfig
+    from fedsigma.common.config.study import LocalTrainingConfig, SigmaConfig
     from fedsigma.common.data.loading import load_examples
     from fedsigma.common.data.sources.registry import open_source
-    from fedsigma.common.training.trainer import open_learner
+    from fedsigma.common.training.trainer import open_trainer
 
     source = open_source(policy.source, base=site.path, **policy.options)
     records = [record for record in source.records if record.label is not None][:DRY_IMAGES]
@@ -81,10 +81,10 @@ def _dry_round(site: SiteFolder, policy: SitePolicy) -> str:
             "no labelled image, or no backbone allowed", "correct `source` and `backbones` in site.yaml"
         )
     classes = tuple(sorted({str(record.label) for record in source.records if record.label is not None}))
-    learner = open_learner(next(iter(policy.backbones.values())), SigmaConfig(), classes, classes)
+    learner = open_trainer(next(iter(policy.backbones.values())), SigmaConfig(), classes, classes)
     examples = load_examples(source, records, classes, side=learner.side)
     zero = np.zeros(learner.layout.size, np.float32)
-    recipe = TrainingConfig(batch_size=len(examples))
+    recipe = LocalTrainingConfig(batch_size=len(examples))
     done = learner.train(zero, examples, recipe, first_step=0, steps=1, total_steps=1, seed=0)
     learner.evaluate(done.shift, examples)
     return f"a step on {len(examples)} images, loss {done.loss:.2f}"

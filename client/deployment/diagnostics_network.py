@@ -1,4 +1,4 @@
-"""The doctor's checks of certificates, the way to the centre, clocks, and Flower's processes."""
+"""The doctor's checks of certificates, the way to the server, clocks, and Flower's processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import httpx
 from cryptography import x509
 
 from fedsigma.client.deployment.findings import Problem
-from fedsigma.client.deployment.home import SiteFolder
-from fedsigma.client.deployment.node_status import Standing, standing_of
+from fedsigma.client.deployment.home import SiteHome
+from fedsigma.client.deployment.node_status import NodeStatus, node_status
 from fedsigma.common.ops.health import SERVING, health_of
 
 __all__ = ["checks", "own_checks"]
@@ -25,19 +25,19 @@ SOON = datetime.timedelta(days=30)
 MOST_AHEAD_S, MOST_BEHIND_S = 3.0, 240.0
 
 
-def checks(site: SiteFolder) -> dict[str, Callable[[], str]]:
-    """What needs the centre, in the order in which one depends on the other."""
+def checks(site: SiteHome) -> dict[str, Callable[[], str]]:
+    """What needs the server, in the order in which one depends on the other."""
     return {
         "certificates": lambda: _certificates(site),
         "connection": lambda: _connection(site),
         "path": lambda: _path(site),
         "clock": lambda: _clock(site),
-        "centre": lambda: _centre(site),
+        "server": lambda: _server(site),
         "key": lambda: _key(site),
     }
 
 
-def own_checks(site: SiteFolder) -> dict[str, Callable[[], str]]:
+def own_checks(site: SiteHome) -> dict[str, Callable[[], str]]:
     """The site's own two processes."""
     connection = site.connection
     return {
@@ -46,95 +46,95 @@ def own_checks(site: SiteFolder) -> dict[str, Callable[[], str]]:
     }
 
 
-def _certificates(site: SiteFolder) -> str:
+def _certificates(site: SiteHome) -> str:
     file = site.path / "node" / "sites.crt"
     found = x509.load_pem_x509_certificates(file.read_bytes())
     end = max(one.not_valid_after_utc for one in found)
     now = datetime.datetime.now(datetime.UTC)
     if end <= now:
         raise Problem(
-            f"what this site trusts expired on {end:%Y-%m-%d}", "ask the centre for its new certificate"
+            f"what this site trusts expired on {end:%Y-%m-%d}", "ask the server for its new certificate"
         )
     if end - now < SOON:
         raise Problem(
-            f"what this site trusts expires on {end:%Y-%m-%d}", "ask the centre for its new certificate"
+            f"what this site trusts expires on {end:%Y-%m-%d}", "ask the server for its new certificate"
         )
     return f"trusted until {end:%Y-%m-%d}"
 
 
-def _connection(site: SiteFolder) -> str:
+def _connection(site: SiteHome) -> str:
     try:
         answer = _get(site, "/")
     except httpx.ConnectError as error:
         if "CERTIFICATE" in str(error).upper():
             raise Problem(
-                f"the certificate of {site.connection.server} is not one that this site trusts: {error}",
-                "if a firewall opens TLS here, have it leave this address out; else ask the centre",
+                f"the certificate of {site.connection.address} is not one that this site trusts: {error}",
+                "if a firewall opens TLS here, have it leave this address out; else ask the server",
             ) from None
         raise Problem(
-            f"{site.connection.server} cannot be reached: {error}",
+            f"{site.connection.address} cannot be reached: {error}",
             "have the firewall allow outbound TCP to this address and port; HTTPS_PROXY names a proxy",
         ) from None
     except httpx.TimeoutException:
         raise Problem(
-            f"{site.connection.server} did not answer in {TIMEOUT_S:g} s",
+            f"{site.connection.address} did not answer in {TIMEOUT_S:g} s",
             "have the firewall allow outbound TCP to this address and port; HTTPS_PROXY names a proxy",
         ) from None
-    return f"{site.connection.server} answers over TLS ({answer.http_version})"
+    return f"{site.connection.address} answers over TLS ({answer.http_version})"
 
 
-def _path(site: SiteFolder) -> str:
+def _path(site: SiteHome) -> str:
     fleet = _post(site, "/v1/fleet/pull-messages").status_code
     if fleet in (404, 502, 503, 504):
         raise Problem(
-            f"the Fleet path answers {fleet}", "the centre's SuperLink is down, or its proxy is not ours"
+            f"the Fleet path answers {fleet}", "the server's SuperLink is down, or its proxy is not ours"
         )
     control = _post(site, "/v1/control/list-runs").status_code
     if control != 404:
         raise Problem(
-            f"the centre's Control path is open ({control}): whoever reaches it can start code here",
-            "stop the node (fedsigma site down), and tell the centre",
+            f"the server's Control path is open ({control}): whoever reaches it can start code here",
+            "stop the node (fedsigma site down), and tell the server",
         )
     return "the Fleet path is open, and the Control path is not"
 
 
-def _clock(site: SiteFolder) -> str:
+def _clock(site: SiteHome) -> str:
     text = _get(site, "/").headers.get("date", "")
     if not text:
-        raise Problem("the centre's answer has no date", "compare the clocks by hand")
+        raise Problem("the server's answer has no date", "compare the clocks by hand")
     ahead = (datetime.datetime.now(datetime.UTC) - email.utils.parsedate_to_datetime(text)).total_seconds()
     # The date is cut to the second, so up to one second ahead is none.
     ahead -= 0.5
     if ahead > MOST_AHEAD_S or ahead < -MOST_BEHIND_S:
         where = "ahead of" if ahead > 0 else "behind"
         raise Problem(
-            f"this clock is {abs(ahead):.0f} s {where} the centre's", "set it by NTP: Flower refuses the node"
+            f"this clock is {abs(ahead):.0f} s {where} the server's", "set it by NTP: Flower refuses the node"
         )
-    return f"{abs(ahead):.0f} s from the centre's"
+    return f"{abs(ahead):.0f} s from the server's"
 
 
-def _centre(site: SiteFolder) -> str:
+def _server(site: SiteHome) -> str:
     health = health_of(
-        site.connection.server,
+        site.connection.address,
         timeout_s=TIMEOUT_S,
         certificates=(site.path / "node" / "sites.crt").read_bytes(),
     )
     if health != SERVING:
-        raise Problem(f"the SuperLink's health: {health}", "ask the centre: fedsigma server status")
+        raise Problem(f"the SuperLink's health: {health}", "ask the server: fedsigma server status")
     return "the SuperLink is serving"
 
 
-def _key(site: SiteFolder) -> str:
+def _key(site: SiteHome) -> str:
     node = site.path / "node"
-    standing = standing_of(site.connection.server, node / "node.key", node / "sites.crt")
-    if standing is Standing.SIGNATURE_REFUSED:
-        raise Problem("the centre does not take this node's signature", "look at the clock; else enrol anew")
-    if standing is Standing.NOT_LET_IN:
+    standing = node_status(site.connection.address, node / "node.key", node / "sites.crt")
+    if standing is NodeStatus.SIGNATURE_REFUSED:
+        raise Problem("the server does not take this node's signature", "look at the clock; else enrol anew")
+    if standing is NodeStatus.NOT_LET_IN:
         raise Problem(
-            "the centre does not let this node's key in: it was not admitted yet, or is shut out",
-            "send the file of keys to the centre (fedsigma server admit), or ask it why",
+            "the server does not let this node's key in: it was not admitted yet, or is shut out",
+            "send the file of keys to the server (fedsigma server admit), or ask it why",
         )
-    return "the centre lets this node in"
+    return "the server lets this node in"
 
 
 def _process(address: str, name: str) -> str:
@@ -146,12 +146,12 @@ def _process(address: str, name: str) -> str:
     return "serving"
 
 
-def _get(site: SiteFolder, path: str) -> httpx.Response:
-    return _client(site.path / "node" / "sites.crt").get(f"https://{site.connection.server}{path}")
+def _get(site: SiteHome, path: str) -> httpx.Response:
+    return _client(site.path / "node" / "sites.crt").get(f"https://{site.connection.address}{path}")
 
 
-def _post(site: SiteFolder, path: str) -> httpx.Response:
-    return _client(site.path / "node" / "sites.crt").post(f"https://{site.connection.server}{path}")
+def _post(site: SiteHome, path: str) -> httpx.Response:
+    return _client(site.path / "node" / "sites.crt").post(f"https://{site.connection.address}{path}")
 
 
 @lru_cache(maxsize=2)

@@ -53,14 +53,14 @@ def refuse(bundle: bytes, site_yaml: Path) -> None:
     Raises:
         BundleNotApproved: its digest is not in site.yaml.
     """
-    from fedsigma.client.deployment.bundle_approval import Bundles, digest_of
+    from fedsigma.client.deployment.bundle_approval import BundleApprovals, digest_of
     from fedsigma.client.site.audit_log import AuditLog
     from fedsigma.client.site.policy import SitePolicy
 
     policy, digest = SitePolicy.read(site_yaml), digest_of(bundle)
     if digest in policy.bundles:
         return
-    Bundles(site_yaml.parent).keep(bundle)
+    BundleApprovals(site_yaml.parent).keep(bundle)
     log = AuditLog(site_yaml.parent / Path(policy.audit).expanduser())
     log.record({"message": "bundle", "bundle": digest}, {"error": BundleNotApproved.__name__})
     print(

@@ -1,8 +1,8 @@
 """A site's folder: what a hospital keeps to take part, made by `fedsigma site enrol`.
 
     site.yaml        the site's own rules; written once, then the site's to edit
-    connection.yaml  which centre, and where the site's own processes find each other
-    node/            of the process that talks to the centre: node.key, sites.crt, the shared secret
+    connection.yaml  which server, and where the site's own processes find each other
+    node/            of the process that talks to the server: node.key, sites.crt, the shared secret
     worker/          of the process that sees images: identity.pem, the shared secret, approved and pending
                      bundles, audit log, ledger, personal values
     logs/            of both
@@ -26,13 +26,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from fedsigma.client.site.identity import new_identity, read_identity
 from fedsigma.client.site.policy import SitePolicy
 from fedsigma.common.config.schema import ConfigError, build, read_yaml, split_address, write_yaml
-from fedsigma.common.ops.enrolment_files import Invitation, JoinError, SiteKeys
+from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, SiteKeys
 from fedsigma.common.utils.files import write_secret, write_whole
 
-__all__ = ["Connection", "SiteFolder", "Trust"]
+__all__ = ["Connection", "SiteHome", "Trust"]
 
 _SITE_YAML = """\
-# The rules of this site. Nothing that the centre sends can widen them; docs/federation.md explains each.
+# The rules of this site. Nothing that the server sends can widen them; docs/federation.md explains each.
 name: {name}
 
 # Where the images are: folder:PATH, csv:PATH, parquet:PATH or dicom:PATH. Try it: fedsigma data check
@@ -52,14 +52,14 @@ bundles: []
 max_local_steps: 1000
 max_examples: 10000
 max_rounds: 1000
-max_judged: 10000
+max_evaluations: 10000
 
 # The fewest sites that must be averaged together, and what may be told beside the average.
 min_cohort: 2
-tell_class_counts: false
-tell_confusion: false
-named_in_models: false
-explained: false
+share_class_counts: false
+share_confusion: false
+allow_attribution: false
+allow_explanation: false
 
 # Processors for training (null: all), and which GPUs: auto, none, or numbers such as "0,1".
 cpus: null
@@ -84,23 +84,23 @@ personal: worker/personal
 class Connection:
     """What connection.yaml says.
 
-    Fields: site, centre, server (HOST:PORT) from the invitation; node, HOST:PORT where the node serves the
-    worker, which must not be reachable from outside; listen, where it listens for that (empty: the same);
+    Fields: site, server_name, address (HOST:PORT) from the invitation; node, HOST:PORT where the node serves
+    the worker, which must not be reachable from outside; listen, where it listens for that (empty: the same);
     node_health and worker_health, their gRPC health services (empty: none).
     """
 
     section: ClassVar[str] = ""
 
     site: str
-    centre: str
-    server: str
+    server_name: str
+    address: str
     node: str = "127.0.0.1:9101"
     listen: str = ""
     node_health: str = "127.0.0.1:9102"
     worker_health: str = "127.0.0.1:9103"
 
     def __post_init__(self) -> None:
-        for key in ("server", "node", "listen", "node_health", "worker_health"):
+        for key in ("address", "node", "listen", "node_health", "worker_health"):
             if value := getattr(self, key):
                 split_address(value, where=key)
 
@@ -113,7 +113,7 @@ class Trust:
     subjects: tuple[str, ...]
 
 
-class SiteFolder:
+class SiteHome:
     """A site's folder, opened.
 
     Raises:
@@ -125,12 +125,14 @@ class SiteFolder:
         self.path = path.expanduser().resolve()
         file = self.path / "connection.yaml"
         if not file.is_file():
-            raise JoinError(f"{self.path} holds no connection.yaml: join a centre with `fedsigma site enrol`")
+            raise EnrolmentFileError(
+                f"{self.path} holds no connection.yaml: join a server with `fedsigma site enrol`"
+            )
         values = read_yaml(file.read_text(encoding="utf-8"), where=str(file))
         self.connection = build(Connection, values, where=str(file))
 
     @classmethod
-    def enrol(cls, path: Path, invitation: Invitation) -> tuple[SiteFolder, SiteKeys]:
+    def enrol(cls, path: Path, invitation: Invitation) -> tuple[SiteHome, SiteKeys]:
         """Make a site's folder and keys from an invitation.
 
         A folder that has a site.yaml already keeps it: a hospital may write its rules first.
@@ -141,7 +143,9 @@ class SiteFolder:
         invitation.check(now=_now())
         path = path.expanduser().resolve()
         if (path / "connection.yaml").exists():
-            raise JoinError(f"{path} belongs to a site already: renew its keys with `fedsigma site rotate`")
+            raise EnrolmentFileError(
+                f"{path} belongs to a site already: renew its keys with `fedsigma site rotate`"
+            )
         for name in (
             "",
             "node",
@@ -161,7 +165,9 @@ class SiteFolder:
             new_identity(path / "worker" / "identity.pem")
         if not (path / "site.yaml").exists():
             (path / "site.yaml").write_text(_SITE_YAML.format(name=invitation.site), encoding="utf-8")
-        connection = Connection(site=invitation.site, centre=invitation.centre, server=invitation.server)
+        connection = Connection(
+            site=invitation.site, server_name=invitation.server_name, address=invitation.address
+        )
         node_key = _new_node_key(path / "node")
         keys = SiteKeys.sign(
             site=invitation.site,
@@ -175,7 +181,7 @@ class SiteFolder:
         return cls(path), keys
 
     def rotate(self) -> SiteKeys:
-        """Make a new node key beside the one in use; `switch` takes it into use once the centre knows it."""
+        """Make a new node key beside the one in use; `switch` takes it into use once the server knows it."""
         node_key = _new_node_key(self.path / "node", name="next.key")
         identity = read_identity(self.path / "worker" / "identity.pem")
         site = self.connection.site
@@ -191,14 +197,14 @@ class SiteFolder:
         """
         node = self.path / "node"
         if not (node / "next.key").exists():
-            raise JoinError(f"{node} holds no next.key: make one with `fedsigma site rotate`")
+            raise EnrolmentFileError(f"{node} holds no next.key: make one with `fedsigma site rotate`")
         for old, new in (("node", "old"), ("next", "node")):
             for suffix in ("key", "pub"):
                 (node / f"{old}.{suffix}").replace(node / f"{new}.{suffix}")
 
     @staticmethod
     def read_trust(file: Path) -> Trust:
-        """Read the certificates that the centre sent.
+        """Read the certificates that the server sent.
 
         Raises:
             JoinError: there is none, or none that is valid now.
@@ -207,9 +213,11 @@ class SiteFolder:
             text = file.read_text(encoding="ascii")
             found = x509.load_pem_x509_certificates(text.encode())
         except (OSError, ValueError) as error:
-            raise JoinError(f"{file} holds no certificates: {error}") from None
+            raise EnrolmentFileError(f"{file} holds no certificates: {error}") from None
         if not any(one.not_valid_before_utc <= _now() < one.not_valid_after_utc for one in found):
-            raise JoinError(f"{file} holds no certificate that is valid now: ask the centre for a new file")
+            raise EnrolmentFileError(
+                f"{file} holds no certificate that is valid now: ask the server for a new file"
+            )
         ends = [f"{one.subject.rfc4514_string()}, until {one.not_valid_after_utc:%Y-%m-%d}" for one in found]
         return Trust(text, tuple(ends))
 
@@ -228,7 +236,7 @@ class SiteFolder:
         found = SitePolicy.read(self.path / "site.yaml")
         if found.name != self.connection.site:
             raise ConfigError(
-                f"{self.path / 'site.yaml'}: name is '{found.name}', and the centre knows this site as"
+                f"{self.path / 'site.yaml'}: name is '{found.name}', and the server knows this site as"
                 f" '{self.connection.site}'"
             )
         return found

@@ -9,10 +9,10 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-__all__ = ["Standing", "standing_of"]
+__all__ = ["NodeStatus", "node_status"]
 
 
-class Standing(Enum):
+class NodeStatus(Enum):
     """How a SuperLink takes a node's key."""
 
     LET_IN = "let in"
@@ -20,10 +20,10 @@ class Standing(Enum):
     SIGNATURE_REFUSED = "signature refused"
 
 
-_MEANING = {400: Standing.LET_IN, 401: Standing.SIGNATURE_REFUSED, 412: Standing.NOT_LET_IN}
+_MEANING = {400: NodeStatus.LET_IN, 401: NodeStatus.SIGNATURE_REFUSED, 412: NodeStatus.NOT_LET_IN}
 
 
-def standing_of(server: str, key: Path, trust: Path) -> Standing:
+def node_status(server: str, key: Path, trust: Path) -> NodeStatus:
     """Ask a SuperLink how it takes a node's key; nothing changes there.
 
     Asks to activate the node with a heartbeat of zero seconds. The SuperLink looks at the signature and at
@@ -53,4 +53,4 @@ def standing_of(server: str, key: Path, trust: Path) -> Standing:
         return _MEANING[error.response.status_code]
     finally:
         client.close()
-    return Standing.LET_IN
+    return NodeStatus.LET_IN

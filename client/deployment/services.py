@@ -1,4 +1,4 @@
-"""The processes of a site: the node, which talks to the centre, and the worker, which sees the images."""
+"""The processes of a site: the node, which talks to the server, and the worker, which sees the images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.config.schema import split_address
 from fedsigma.common.ops.flower_process import flower_command
 from fedsigma.common.ops.supervisor import Process, flower_environment
@@ -30,7 +30,7 @@ sys.exit("FedSigma: {name} does not run at a site")
 """
 
 
-def site_processes(folder: SiteFolder) -> list[Process]:
+def site_processes(folder: SiteHome) -> list[Process]:
     """The two processes of a site, in the order of starting.
 
     Raises:
@@ -39,11 +39,11 @@ def site_processes(folder: SiteFolder) -> list[Process]:
     return [node_process(folder), worker_process(folder)]
 
 
-def node_process(folder: SiteFolder) -> Process:
-    """The node: holds the key to the centre, sees no image, and needs one way out."""
+def node_process(folder: SiteHome) -> Process:
+    """The node: holds the key to the server, sees no image, and needs one way out."""
     here, connection = folder.path / "node", folder.connection
     host, port = split_address(connection.listen or connection.node, where="listen")
-    command = flower_command("flower-supernode", "--superlink", connection.server)
+    command = flower_command("flower-supernode", "--superlink", connection.address)
     command += ["--root-certificates", str(here / "sites.crt")]
     command += ["--auth-supernode-private-key", str(here / "node.key")]
     command += ["--isolation", "process", "--host", host, "--port", str(port)]
@@ -57,7 +57,7 @@ def node_process(folder: SiteFolder) -> Process:
     )
 
 
-def worker_process(folder: SiteFolder) -> Process:
+def worker_process(folder: SiteHome) -> Process:
     """The worker: sees images, runs approved bundles, and reaches nothing but the node."""
     here, connection, policy = folder.path / "worker", folder.connection, folder.policy()
     command = flower_command("flower-superexec", "--insecure", "--runtime-api-address", connection.node)

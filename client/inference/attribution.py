@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsigma.client.inference.batch import list_pictures, views
-from fedsigma.client.inference.loaded_model import ApplyError, Restored
-from fedsigma.common.training.prompts import Prompts, unit
+from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError
+from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
 
 __all__ = ["Relevance", "draw", "relevance", "relevance_of", "write_maps"]
 
@@ -62,7 +62,7 @@ def relevance(lead: Callable[[Tensor], Tensor], picture: Tensor, *, steps: int =
     try:
         from captum.attr import IntegratedGradients
     except ImportError:
-        raise ApplyError("captum is not installed: pip install 'fedsigma[explain]'") from None
+        raise ModelLoadError("captum is not installed: pip install 'fedsigma[explain]'") from None
     pixels = picture.float()[None]
     baseline = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels)
     found: Tensor = IntegratedGradients(lead).attribute(
@@ -71,7 +71,7 @@ def relevance(lead: Callable[[Tensor], Tensor], picture: Tensor, *, steps: int =
     return found[0].sum(0).detach()
 
 
-def relevance_of(restored: Restored, pictures: Iterable[Tensor]) -> Iterator[Relevance]:
+def relevance_of(restored: LoadedModel, pictures: Iterable[Tensor]) -> Iterator[Relevance]:
     """The maps of pictures by the adapted model and, for the same class, by the pretrained one.
 
     Shapes: pictures, each uint8 (3, side, side) as the model sees it.
@@ -133,7 +133,7 @@ def draw(found: Relevance, path: Path, *, title: str = "") -> None:
     figure.savefig(path, dpi=110)
 
 
-def write_maps(restored: Restored, folder: Path, out: Path, *, most: int) -> int:
+def write_maps(restored: LoadedModel, folder: Path, out: Path, *, most: int) -> int:
     """Draw the maps of the first pictures of a folder that can be read, of several frames the first.
 
     Returns how many were drawn.
@@ -150,11 +150,11 @@ def write_maps(restored: Restored, folder: Path, out: Path, *, most: int) -> int
     return len(first)
 
 
-def _logits(restored: Restored, text: Tensor, pixels: Tensor) -> Tensor:
+def _logits(restored: LoadedModel, text: Tensor, pixels: Tensor) -> Tensor:
     backbone = restored.backbone
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.mean, backbone.std))
     model: Any = backbone.model
-    features = unit(model.encode_image((pixels / 255 - mean) / std))
+    features = l2_normalize(model.encode_image((pixels / 255 - mean) / std))
     return backbone.logit_scale * features @ text.T
 
 
@@ -163,10 +163,10 @@ def _lead(logits: Tensor, best: int) -> Tensor:
     return logits[:, best] - others
 
 
-def _text_features(restored: Restored, shift: Tensor) -> Tensor:
+def _text_features(restored: LoadedModel, shift: Tensor) -> Tensor:
     restored.sigma.set_shift(shift)
     with torch.no_grad():
-        return Prompts(restored.backbone, list(restored.study.prompts)).features()
+        return PromptEncoder(restored.backbone, list(restored.study.prompts)).features()
 
 
 def _cells(pixels: Tensor) -> NDArray[np.float32]:

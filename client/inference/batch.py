@@ -14,8 +14,8 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from fedsigma.client.inference.loaded_model import ApplyError, Restored
-from fedsigma.client.inference.predictor import Judge, Prediction, prepared
+from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError
+from fedsigma.client.inference.predictor import Prediction, Predictor, prepared
 from fedsigma.common.data.records import PictureError, Pictures, Record
 from fedsigma.common.data.sources.dicom import Slices, is_dicom
 from fedsigma.common.data.sources.folder import SUFFIXES
@@ -45,7 +45,7 @@ def list_pictures(folder: Path) -> list[str]:
         ApplyError: no folder, or no picture in it.
     """
     if not folder.is_dir():
-        raise ApplyError(f"there is no folder {folder}")
+        raise ModelLoadError(f"there is no folder {folder}")
     found = []
     for base, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -56,7 +56,7 @@ def list_pictures(folder: Path) -> list[str]:
             if not n.startswith(".") and (_is_picture(n) or is_dicom(here / n))
         ]
     if not found:
-        raise ApplyError(
+        raise ModelLoadError(
             f"no picture in {folder}: expected DICOM, or files ending in {', '.join(sorted(SUFFIXES))}"
         )
     return sorted(found)
@@ -66,7 +66,7 @@ def _is_picture(name: str) -> bool:
     return Path(name).suffix.lower() in SUFFIXES
 
 
-def views(restored: Restored, folder: Path, names: Sequence[str], unreadable: list[str]) -> Iterator[View]:
+def views(restored: LoadedModel, folder: Path, names: Sequence[str], unreadable: list[str]) -> Iterator[View]:
     """The pictures that can be read, frame by frame; the others are added to `unreadable`, one line each.
 
     A file of which one frame cannot be read is left out as a whole.
@@ -83,7 +83,7 @@ def views(restored: Restored, folder: Path, names: Sequence[str], unreadable: li
             yield from found
 
 
-def _of_file(restored: Restored, folder: Path, name: str) -> Iterator[View]:
+def _of_file(restored: LoadedModel, folder: Path, name: str) -> Iterator[View]:
     slices = None if _is_picture(name) else Slices.read(folder / name, name)
 
     def opened(frame: int) -> Image.Image:
@@ -107,7 +107,7 @@ class _Means:
         first, images, total = self._found.get(key, (view, 0, torch.zeros(len(probabilities))))
         self._found[key] = first, images + 1, total + probabilities
 
-    def predictions(self, judge: Judge) -> list[Prediction]:
+    def predictions(self, judge: Predictor) -> list[Prediction]:
         found = []
         for first, images, total in self._found.values():
             mean = tuple((total / images).tolist())
@@ -117,7 +117,7 @@ class _Means:
 
 
 def predict(
-    restored: Restored,
+    restored: LoadedModel,
     folder: Path,
     out: Path,
     *,
@@ -146,7 +146,7 @@ def predict(
         ApplyError: there is nothing to judge.
         DataError: there is DICOM, and pydicom is not installed.
     """
-    judge = Judge(restored, temperature=temperature, least=least)
+    judge = Predictor(restored, temperature=temperature, least=least)
     names, unreadable, means = list_pictures(folder), list[str](), _Means(by_series=by_series)
     batch: list[View] = []
 
@@ -166,7 +166,7 @@ def predict(
         flush()
     found = means.predictions(judge)
     if not found:
-        raise ApplyError(f"none of the {len(names)} pictures in {folder} can be read: {unreadable[0]}")
+        raise ModelLoadError(f"none of the {len(names)} pictures in {folder} can be read: {unreadable[0]}")
     write_csv(out, judge.classes, found, by_series=by_series)
     return unreadable
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.client.inference.loaded_model import ApplyError, Restored, labelled, to_judge
+from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError, labelled, to_judge
 from fedsigma.common.data.records import Source
 from fedsigma.common.training.loop import evaluate
 from fedsigma.common.training.metrics import Predictions, score
@@ -47,7 +47,7 @@ class Calibration:
         write_whole(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode())
 
     @classmethod
-    def read_for(cls, restored: Restored, path: Path | None) -> Calibration | None:
+    def read_for(cls, restored: LoadedModel, path: Path | None) -> Calibration | None:
         """Read the calibration of a model, where a file is named.
 
         Raises:
@@ -72,12 +72,14 @@ class Calibration:
                 raise ValueError(f"expected format {FORMAT}")
             found = cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ApplyError(f"{path} is no calibration ({error}): use `fedsigma calibrate`") from None
+            raise ModelLoadError(f"{path} is no calibration ({error}): use `fedsigma calibrate`") from None
         if not 0 < found.temperature < 1e4:
-            raise ApplyError(f"{path}: the temperature is {found.temperature}, expected a positive number")
+            raise ModelLoadError(
+                f"{path}: the temperature is {found.temperature}, expected a positive number"
+            )
         return found
 
-    def check(self, restored: Restored) -> None:
+    def check(self, restored: LoadedModel) -> None:
         """Refuse a model that it was not fitted for.
 
         Raises:
@@ -85,7 +87,7 @@ class Calibration:
         """
         saved = restored.saved
         if (self.study, self.round) != (restored.study.name, saved.round):
-            raise ApplyError(
+            raise ModelLoadError(
                 f"the calibration belongs to study '{self.study}' after round {self.round}, and the model is"
                 f" '{restored.study.name}' after round {saved.round}: calibrate again"
             )
@@ -116,7 +118,7 @@ def scaled(probabilities: Tensor, temperature: float) -> Tensor:
     return (probabilities.double().clamp_min(1e-12).log() / temperature).softmax(1).to(probabilities.dtype)
 
 
-def calibrate(restored: Restored, source: Source) -> Calibration:
+def calibrate(restored: LoadedModel, source: Source) -> Calibration:
     """Fit the temperature of a model on labelled images that it was not trained on.
 
     Raises:
@@ -124,7 +126,7 @@ def calibrate(restored: Restored, source: Source) -> Calibration:
     """
     records = labelled(restored, source)
     if len(records) < LEAST_IMAGES:
-        raise ApplyError(
+        raise ModelLoadError(
             f"{len(records)} images there have one of the classes {', '.join(restored.study.classes)}:"
             f" at least {LEAST_IMAGES} are needed to fit a temperature"
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedsigma.client.inference.loaded_model import Restored, labelled, to_judge
+from fedsigma.client.inference.loaded_model import LoadedModel, labelled, to_judge
 from fedsigma.common.data.records import Source
 from fedsigma.common.registry import ModelError
-from fedsigma.common.registry.shift_file import SavedSigma
+from fedsigma.common.registry.shift_file import SavedShift
 from fedsigma.common.registry.task_arithmetic import combine
 from fedsigma.common.training.loop import evaluate
 from fedsigma.common.training.metrics import score
@@ -25,7 +25,7 @@ class Point:
 
 
 def curve(
-    restored: Restored, other: SavedSigma | None, source: Source, factors: Sequence[float]
+    restored: LoadedModel, other: SavedShift | None, source: Source, factors: Sequence[float]
 ) -> Iterator[Point]:
     """Judge (1 - t) a + t b for each factor t; without `other`, t a: 0 is the pretrained model.
 

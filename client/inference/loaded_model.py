@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.registry.shift_file import SavedSigma, load_shift
+from fedsigma.common.registry.shift_file import SavedShift, load_shift
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from fedsigma.common.data.loading import Example
     from fedsigma.common.data.records import Record, Source
     from fedsigma.common.sigma import SigmaModel
-    from fedsigma.common.training.loop import Task
+    from fedsigma.common.training.loop import ClipClassifier
 
 __all__ = [
-    "ApplyError",
-    "Restored",
+    "LoadedModel",
+    "ModelLoadError",
     "export",
     "labelled",
+    "load_model",
     "located",
-    "restore",
     "to_judge",
 ]
 
 
-class ApplyError(ValueError):
+class ModelLoadError(ValueError):
     """A sigma shift that does not belong to this backbone, or pictures that cannot be judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restored:
+class LoadedModel:
     """A study's result, put back on its backbone.
 
     own_round: the round after which the site's own values on top are; None without such values.
     """
 
-    saved: SavedSigma
+    saved: SavedShift
     study: StudyConfig
     backbone: Backbone
     sigma: SigmaModel
@@ -56,13 +56,13 @@ def located(model: Path) -> Path:
     """
     if "@" not in model.name or model.parent != Path() or model.exists():
         return model
-    from fedsigma.common.registry import Shelf, shelf_folder
+    from fedsigma.common.registry import ModelRegistry, registry_folder
     from fedsigma.common.utils.files import runs_folder
 
-    return Shelf(shelf_folder(runs_folder())).find(model.name).path
+    return ModelRegistry(registry_folder(runs_folder())).find(model.name).path
 
 
-def restore(path: Path, backbone: str | None = None, personal: Path | None = None) -> Restored:
+def load_model(path: Path, backbone: str | None = None, personal: Path | None = None) -> LoadedModel:
     """Load a sigma file (or a run folder), its backbone, and set the shift, having compared fingerprints.
 
     Args:
@@ -87,7 +87,7 @@ def restore(path: Path, backbone: str | None = None, personal: Path | None = Non
     if problem is None and saved.shift.numel() != sigma.layout.size:
         problem = f"it has {saved.shift.numel()} values, this layout {sigma.layout.size}"
     if problem:
-        raise ApplyError(
+        raise ModelLoadError(
             f"the sigma shift in {path} was not trained on {loaded.name}: {problem}. The study's backbone is "
             f"{study.backbone!r}; name where it lies here with --backbone"
         )
@@ -95,45 +95,47 @@ def restore(path: Path, backbone: str | None = None, personal: Path | None = Non
     if personal is not None:
         shift, own_round = _with_personal(saved, study, sigma, personal)
     sigma.set_shift(shift)
-    return Restored(saved=saved, study=study, backbone=loaded, sigma=sigma, own_round=own_round)
+    return LoadedModel(saved=saved, study=study, backbone=loaded, sigma=sigma, own_round=own_round)
 
 
 def _with_personal(
-    saved: SavedSigma, study: StudyConfig, sigma: SigmaModel, file: Path
+    saved: SavedShift, study: StudyConfig, sigma: SigmaModel, file: Path
 ) -> tuple[Tensor, int]:
     """The shared values with a site's own, as a whole shift, and the round after which those are."""
     import torch
 
     from fedsigma.client.site.personal_state import read_personal
-    from fedsigma.common.training.trainer import split_of
+    from fedsigma.common.training.trainer import parameter_partition
 
     if study.personal is None:
-        raise ApplyError(f"study '{study.name}' keeps nothing at the sites: leave --personal out")
-    split = split_of(sigma, study.personal)
+        raise ModelLoadError(f"study '{study.name}' keeps nothing at the sites: leave --personal out")
+    split = parameter_partition(sigma, study.personal)
     last, _, own = read_personal(file, split, sigma.fingerprint, study=study.name, run=saved.run)
     return torch.from_numpy(split.scatter(split.gather(saved.shift.numpy()), own)), last
 
 
-def labelled(restored: Restored, source: Source) -> list[Record]:
+def labelled(restored: LoadedModel, source: Source) -> list[Record]:
     """The images of a source that have one of the study's classes; others are left out."""
     return [record for record in source.records if record.label in restored.study.classes]
 
 
-def to_judge(restored: Restored, source: Source, records: Sequence[Record]) -> tuple[Task, list[Example]]:
+def to_judge(
+    restored: LoadedModel, source: Source, records: Sequence[Record]
+) -> tuple[ClipClassifier, list[Example]]:
     """What evaluation takes: the model with its prompts, and the labelled images, decoded.
 
     Raises:
         PictureError: an image cannot be decoded.
     """
     from fedsigma.common.data.loading import load_examples
-    from fedsigma.common.training.loop import Task
+    from fedsigma.common.training.loop import ClipClassifier
 
     side = restored.backbone.image_size * 3 // 2
     examples = load_examples(source, records, list(restored.study.classes), side=side)
-    return Task(restored.backbone, restored.sigma, list(restored.study.prompts)), examples
+    return ClipClassifier(restored.backbone, restored.sigma, list(restored.study.prompts)), examples
 
 
-def export(restored: Restored, folder: Path, *, onnx: bool = False) -> Path:
+def export(restored: LoadedModel, folder: Path, *, onnx: bool = False) -> Path:
     """Write the adapted model as a plain open_clip folder, and both towers as ONNX files if wanted.
 
     Raises:

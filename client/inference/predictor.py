@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from fedsigma.client.inference.calibration import scaled
-from fedsigma.client.inference.loaded_model import ApplyError, Restored
+from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.data.loading import to_tensor
-from fedsigma.common.training.loop import Task, autocast, fit
+from fedsigma.common.training.loop import ClipClassifier, autocast, resize_image
 
-__all__ = ["Judge", "Prediction", "prepared"]
+__all__ = ["Prediction", "Predictor", "prepared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class Prediction:
 
 def prepared(backbone: Backbone, picture: Image.Image) -> Tensor:
     """An RGB picture as the model sees it in evaluation, uint8 (3, image_size, image_size)."""
-    return fit(to_tensor(picture, side=backbone.image_size * 3 // 2), backbone)
+    return resize_image(to_tensor(picture, side=backbone.image_size * 3 // 2), backbone)
 
 
-class Judge:
+class Predictor:
     """A finished model with its text features, which are computed once.
 
     Args:
@@ -53,7 +53,7 @@ class Judge:
 
     def __init__(
         self,
-        restored: Restored,
+        restored: LoadedModel,
         *,
         temperature: float = 1.0,
         least: float = 0.0,
@@ -62,7 +62,7 @@ class Judge:
         self.backbone, self.classes = restored.backbone, tuple(restored.study.classes)
         self.temperature, self.least = temperature, least
         self._precision = precision
-        self._task = Task(restored.backbone, restored.sigma, list(restored.study.prompts))
+        self._task = ClipClassifier(restored.backbone, restored.sigma, list(restored.study.prompts))
         with restored.sigma.frozen(), autocast(precision, self._task.device):
             self._text = self._task.text_features().detach()
 
@@ -76,7 +76,9 @@ class Judge:
             logits = self._task.logits(self._task.image_features(images), self._text)
             found = logits.softmax(1).cpu()
         if not bool(torch.isfinite(found).all()):
-            raise ApplyError("no finite probability comes out: the shift has diverged, take another version")
+            raise ModelLoadError(
+                "no finite probability comes out: the shift has diverged, take another version"
+            )
         return found if self.temperature == 1 else scaled(found, self.temperature)
 
     def name(self, probabilities: Sequence[float]) -> str | None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fedsigma.client.inference.calibration import Calibration
-from fedsigma.client.inference.loaded_model import Restored, located
-from fedsigma.client.inference.predictor import Judge
+from fedsigma.client.inference.loaded_model import LoadedModel, located
+from fedsigma.client.inference.predictor import Predictor
 from fedsigma.client.serving.batching import Batcher, Full
 from fedsigma.client.serving.errors import Problem
 from fedsigma.client.serving.images import decode
@@ -42,7 +42,9 @@ class Service:
         token: which requests must carry; None: none.
     """
 
-    def __init__(self, judge: Judge, info: ModelInfo, limits: Limits, *, token: str | None = None) -> None:
+    def __init__(
+        self, judge: Predictor, info: ModelInfo, limits: Limits, *, token: str | None = None
+    ) -> None:
         self.judge, self.info, self.limits, self.token = judge, info, limits, token
         self.batcher = Batcher(
             judge.probabilities, batch=limits.batch, wait_s=limits.wait_s, waiting=limits.waiting
@@ -123,7 +125,7 @@ class Service:
 
 
 def describe(
-    path: Path, restored: Restored, calibration: Calibration | None, least: float, limits: Limits
+    path: Path, restored: LoadedModel, calibration: Calibration | None, least: float, limits: Limits
 ) -> ModelInfo:
     """What a service says of its model.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.common.wire.digest import describe
 
 __all__ = ["AuditLog"]
@@ -21,7 +21,7 @@ class AuditLog:
     """Appends to one site's log."""
 
     def __init__(self, path: Path) -> None:
-        self._log = Chain(path)
+        self._log = HashChainedLog(path)
 
     def record(self, asked: Mapping[str, Any], left: Mapping[str, Any]) -> None:
         """Write down what was asked and what is about to leave, and make sure that it is on the disk.

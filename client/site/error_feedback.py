@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["Feedback"]
+__all__ = ["ErrorFeedback"]
 
 Vector = NDArray[np.float32]
 _RECORD = "fedsigma.feedback"
 
 
-class Feedback:
+class ErrorFeedback:
     """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) between rounds.
 
     Coding a change coarsely loses some of it. What is lost is added to the site's next change, so that over
@@ -31,7 +31,7 @@ class Feedback:
     def __init__(self, state: RecordDict) -> None:
         self._state = state
 
-    def lost(self, layout: Layout, *, before: int) -> Vector:
+    def residual(self, layout: Layout, *, before: int) -> Vector:
         """What coding lost in the last round that this site took part in (layout size,).
 
         Zeros if there is none. A round that is asked for again gets zeros, too: its first reply did not
@@ -42,7 +42,7 @@ class Feedback:
             return np.zeros(layout.size, np.float32)
         return np.frombuffer(cast(bytes, kept["lost"]), "<f4").astype(np.float32)
 
-    def keep(self, lost: Vector, layout: Layout, *, round: int) -> None:
+    def store(self, lost: Vector, layout: Layout, *, round: int) -> None:
         """Keep what coding lost in a round."""
         if not lost.any():
             self._state.pop(_RECORD, None)

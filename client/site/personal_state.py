@@ -15,9 +15,9 @@ from safetensors.numpy import save
 from fedsigma.common.utils.files import write_atomic
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Fingerprint, Split
+    from fedsigma.common.sigma import Fingerprint, ParameterPartition
 
-__all__ = ["FORMAT", "PersonalError", "PersonalPart", "read_personal", "safe_name"]
+__all__ = ["FORMAT", "PersonalError", "PersonalState", "read_personal", "safe_name"]
 
 FORMAT = "fedsigma-personal-1"
 Vector = NDArray[np.float32]
@@ -29,7 +29,7 @@ class PersonalError(ValueError):
 
 
 def read_personal(
-    path: Path, split: Split, fingerprint: Fingerprint, *, study: str, run: str
+    path: Path, split: ParameterPartition, fingerprint: Fingerprint, *, study: str, run: str
 ) -> tuple[int, Vector, Vector]:
     """Read a file of personal values.
 
@@ -82,7 +82,7 @@ def _weights(fingerprint: Fingerprint) -> str:
     return hashlib.sha256(fingerprint.weights.encode()).hexdigest()
 
 
-class PersonalPart:
+class PersonalState:
     """The personal values of one site in one run of a study.
 
     The values before the last round are kept beside those after it: a round that is asked for again starts
@@ -96,7 +96,9 @@ class PersonalPart:
         fingerprint: of the site's backbone.
     """
 
-    def __init__(self, folder: Path, *, study: str, run: str, split: Split, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self, folder: Path, *, study: str, run: str, split: ParameterPartition, fingerprint: Fingerprint
+    ) -> None:
         self.path = folder / f"{safe_name(study)}-{run}.safetensors"
         self._study, self._run = study, run
         self._split, self._fingerprint = split, fingerprint

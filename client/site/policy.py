@@ -28,12 +28,12 @@ class SitePolicy:
     damaged image or unknown label stops the site's work or is skipped; studies that may be
     run here (`*`: any); backbones, the study's name of each allowed backbone and where it lies here;
     max_local_steps of one task; max_examples, the most training images used; max_rounds of a study;
-    max_judged, how many models of a study are judged here on the test images, over all its runs;
+    max_evaluations, how many models of a study are judged here on the test images, over all its runs;
     min_cohort, the fewest sites whose shifts must be averaged together (2 or more also refuses training
-    alone); tell_class_counts, whether the number of training images of each class may be told;
-    tell_confusion, whether the final models' confusion matrices may be, which count the test images of each
-    class; named_in_models, whether finished models name this site; explained, whether the server may say in
-    words what this site's own last shift changed; audit, the audit log's file.
+    alone); share_class_counts, whether the number of training images of each class may be told;
+    share_confusion, whether the final models' confusion matrices may be, which count the test images of each
+    class; allow_attribution, whether finished models name this site; allow_explanation, whether the server
+    may say in words what this site's own last shift changed; audit, the audit log's file.
 
     For masked sums: identity, the file of the site's Ed25519 private key (PEM); peers, the public key of each
     site of the study (64 hex digits), copied from the study's list and never from the server;
@@ -62,12 +62,12 @@ class SitePolicy:
     max_local_steps: int = 1000
     max_examples: int = 10_000
     max_rounds: int = 1000
-    max_judged: int = 10_000
+    max_evaluations: int = 10_000
     min_cohort: int = 2
-    tell_class_counts: bool = False
-    tell_confusion: bool = False
-    named_in_models: bool = False
-    explained: bool = False
+    share_class_counts: bool = False
+    share_confusion: bool = False
+    allow_attribution: bool = False
+    allow_explanation: bool = False
     audit: str = "audit.jsonl"
     identity: str = ""
     peers: dict[str, str] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class SitePolicy:
         check_number("max_local_steps", self.max_local_steps, low=1)
         check_number("max_examples", self.max_examples, low=1)
         check_number("max_rounds", self.max_rounds, low=1)
-        check_number("max_judged", self.max_judged, low=1)
+        check_number("max_evaluations", self.max_evaluations, low=1)
         if self.cpus is not None:
             check_number("cpus", self.cpus, low=1)
         if not re.fullmatch(r"auto|none|[0-9]+(,[0-9]+)*", self.gpus):

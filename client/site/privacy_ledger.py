@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.privacy.accounting import Release, epsilon
-from fedsigma.common.utils.hash_chain import Chain, ChainBroken
+from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
+from fedsigma.common.utils.hash_chain import HashChainedLog, LogTampered
 
-__all__ = ["Entry", "Ledger", "LedgerDamaged", "PrivacyBudgetSpent"]
+__all__ = ["Entry", "LedgerDamaged", "PrivacyBudgetSpent", "PrivacyLedger"]
 
 
 # The server sees the names of these types and nothing else.
@@ -37,10 +37,10 @@ class Entry:
     round: int
     mode: str
     level: str
-    release: Release
+    release: PrivacyEvent
 
 
-class Ledger:
+class PrivacyLedger:
     """A site's privacy.jsonl, a chained log.
 
     Args:
@@ -49,7 +49,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._log = Chain(path)
+        self._log = HashChainedLog(path)
 
     def entries(self) -> list[Entry]:
         """Everything released so far.
@@ -60,7 +60,7 @@ class Ledger:
         with _damage(self.path):
             return [_entry(values) for values in self._log.lines()]
 
-    def spend(self, entry: Entry, privacy: PrivacyConfig, *, budget: float | None, delta: float) -> float:
+    def charge(self, entry: Entry, privacy: PrivacyConfig, *, budget: float | None, delta: float) -> float:
         """Write down a release if the budgets allow it.
 
         Args:
@@ -99,8 +99,8 @@ def _damage(path: Path) -> Iterator[None]:
     """Say what damage to the ledger means."""
     try:
         yield
-    except (ChainBroken, _NoEntry) as error:
-        what = error.what if isinstance(error, ChainBroken) else f"a line is no release: {error}"
+    except (LogTampered, _NoEntry) as error:
+        what = error.what if isinstance(error, LogTampered) else f"a line is no release: {error}"
         raise LedgerDamaged(
             f"{path} was changed or cut ({what}): put the file and its .head back from a backup; without it"
             " nobody knows what has been spent, and the site cannot train privately"
@@ -138,7 +138,7 @@ def _entry(values: dict[str, object]) -> Entry:
             round=int(str(values["round"])),
             mode=str(values["mode"]),
             level=str(values["level"]),
-            release=Release(rate=rate, noise_multiplier=noise, steps=steps),
+            release=PrivacyEvent(rate=rate, noise_multiplier=noise, steps=steps),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _NoEntry(error) from None

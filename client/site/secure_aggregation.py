@@ -25,15 +25,15 @@ from safetensors.numpy import save
 
 from fedsigma.client.site.personal_state import safe_name
 from fedsigma.common.privacy import secure_aggregation
-from fedsigma.common.privacy.secure_aggregation import Member, Place
+from fedsigma.common.privacy.secure_aggregation import MaskContext, Member
 from fedsigma.common.utils.files import write_secret
 from fedsigma.common.wire.digest import digest
-from fedsigma.common.wire.records import LOSS_UNIT, MaskedReply, TrainTask, fields_of, to_content
+from fedsigma.common.wire.records import LOSS_UNIT, MaskedReply, TrainTask, fields_of, to_record
 
 if TYPE_CHECKING:
     from fedsigma.client.site.site import Site
 
-__all__ = ["SITE_COUNTS", "MaskFileDamaged", "Masker", "TooManyCohorts", "counts_of"]
+__all__ = ["SITE_COUNTS", "MaskFileDamaged", "SecureAggregationClient", "TooManyCohorts", "counts_of"]
 
 KEEP_S = 60 * 24 * 3600
 """How long a run's file is kept after it was written last: a run may have to wait for other sites."""
@@ -65,7 +65,7 @@ class _Kept:
     counts: list[int] = field(default_factory=list)
 
 
-class Masker:
+class SecureAggregationClient:
     """One site's masks in one run. While it is held no other process of the site answers for the run.
 
     Args:
@@ -78,7 +78,7 @@ class Masker:
         self._site, self._run, self._study = site, run, safe_name(study)
         self.path = site.personal_path / "masks" / f"{self._study}-{run}.masks"
         self._kept: _Kept
-        self._place: Place
+        self._place: MaskContext
         """Of the task that was allowed last."""
 
     @contextmanager
@@ -106,7 +106,7 @@ class Masker:
             self._site.identity(), run=self._run, name=self._site.name, key=self._public()
         )
 
-    def allow(self, task: TrainTask) -> None:
+    def check_task(self, task: TrainTask) -> None:
         """Refuse a cohort that cannot be trusted, and a round that was answered for too many cohorts.
 
         Raises:
@@ -117,7 +117,7 @@ class Masker:
         kept, place = self._kept, self._place_of(task)
         self._place = place
         secure_aggregation.check_members(
-            place, self._site.peers(task.setup), me=self._site.name, key=self._public()
+            place, self._site.peers(task.study), me=self._site.name, key=self._public()
         )
         work = _digest(replace(task, members=(), cohort=1, attempt=0, bound=1.0, most_examples=1)).hex()
         if task.round == kept.round and place.info.hex() in kept.answered:
@@ -170,8 +170,8 @@ class Masker:
         self._write()
         return MaskedReply(masked=words.astype("<u4").tobytes(), steps=task.steps)
 
-    def _place_of(self, task: TrainTask) -> Place:
-        return Place(
+    def _place_of(self, task: TrainTask) -> MaskContext:
+        return MaskContext(
             run=self._run,
             round=task.round,
             attempt=task.attempt,
@@ -225,7 +225,7 @@ def _read(path: Path) -> _Kept:
 
 def _digest(task: TrainTask) -> bytes:
     """SHA-256 of all that a task says (32 bytes); the sites of a cohort get the same task."""
-    return bytes.fromhex(digest(fields_of(to_content(task)))["sha256"])
+    return bytes.fromhex(digest(fields_of(to_record(task)))["sha256"])
 
 
 def counts_of(*, examples: int, loss: float, test_examples: int, accuracy: float) -> list[int]:

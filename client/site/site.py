@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsigma.client.site.identity import NoIdentity, read_identity, simulated_identity
-from fedsigma.client.site.personal_state import PersonalPart, safe_name
+from fedsigma.client.site.personal_state import PersonalState, safe_name
 from fedsigma.client.site.policy import SitePolicy
-from fedsigma.client.site.privacy_ledger import Entry, Ledger
+from fedsigma.client.site.privacy_ledger import Entry, PrivacyLedger
 from fedsigma.common.config.constants import PRIVACY_LEVELS
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.data.sources import site_data as data_of
-from fedsigma.common.privacy.accounting import Release
-from fedsigma.common.training.trainer import Learner, open_learner, seed_for
-from fedsigma.common.utils.hash_chain import Chain
-from fedsigma.common.wire.records import Setup, TrainTask
+from fedsigma.common.privacy.accounting import PrivacyEvent
+from fedsigma.common.training.trainer import Trainer, derive_seed, open_trainer
+from fedsigma.common.utils.hash_chain import HashChainedLog
+from fedsigma.common.wire.records import StudySpec, TrainTask
 
 if TYPE_CHECKING:
     from fedsigma.common.data.loading import SiteData
@@ -40,7 +40,7 @@ __all__ = [
     "SiteCountDiffers",
     "SitePolicy",
     "StudyNotAllowed",
-    "TooManyJudged",
+    "TooManyEvaluations",
     "TooManyRounds",
     "TooManySteps",
     "open_site",
@@ -64,7 +64,7 @@ class TooManyRounds(ValueError):
     """The task belongs to a later round than the site's policy allows a study to have."""
 
 
-class TooManyJudged(ValueError):
+class TooManyEvaluations(ValueError):
     """More models of a study are to be judged on the site's test images than its policy allows."""
 
 
@@ -100,25 +100,25 @@ class Site:
     personal_path: Path
     sites: int = 0
 
-    def allow_study(self, setup: Setup) -> None:
+    def check_study(self, setup: StudySpec) -> None:
         """Refuse a study or backbone that the site's policy does not list.
 
         Raises:
             StudyNotAllowed, BackboneNotAllowed: it is not listed.
         """
-        if "*" not in self.policy.studies and setup.study not in self.policy.studies:
-            raise StudyNotAllowed(f"study '{setup.study}' is not in site.yaml's list of studies")
+        if "*" not in self.policy.studies and setup.name not in self.policy.studies:
+            raise StudyNotAllowed(f"study '{setup.name}' is not in site.yaml's list of studies")
         if not self.sites and setup.backbone not in self.policy.backbones:
             raise BackboneNotAllowed(f"backbone '{setup.backbone}' is not in site.yaml's list of backbones")
 
-    def allow_task(self, task: TrainTask) -> None:
+    def check_task(self, task: TrainTask) -> None:
         """Refuse a training task that goes beyond the site's policy.
 
         Raises:
             StudyNotAllowed, BackboneNotAllowed, TooManySteps, TooManyRounds, CohortTooSmall, NotMasked,
             NotPrivate: it goes beyond the policy.
         """
-        self.allow_study(task.setup)
+        self.check_study(task.study)
         if task.steps > self.policy.max_local_steps:
             raise TooManySteps(f"{task.steps} steps, site.yaml allows {self.policy.max_local_steps}")
         if task.round > self.policy.max_rounds:
@@ -138,17 +138,17 @@ class Site:
                 f" level is {task.privacy.level}"
             )
 
-    def personal(self, setup: Setup, learner: Learner, *, run: str) -> PersonalPart:
+    def personal(self, setup: StudySpec, learner: Trainer, *, run: str) -> PersonalState:
         """Return this site's own part of the shift in a run of a study."""
-        return PersonalPart(
+        return PersonalState(
             self.personal_path,
-            study=setup.study,
+            study=setup.name,
             run=run,
             split=learner.split(setup.personal_config),
             fingerprint=learner.fingerprint,
         )
 
-    def spend(self, task: TrainTask, release: Release, *, run: str) -> float:
+    def charge_privacy(self, task: TrainTask, release: PrivacyEvent, *, run: str) -> float:
         """Write down what is about to be released of this site's images.
 
         Returns:
@@ -159,7 +159,7 @@ class Site:
             LedgerDamaged: what was spent before is not known.
         """
         entry = Entry(
-            study=task.setup.study,
+            study=task.study.name,
             run=run,
             round=task.round,
             mode=task.mode,
@@ -169,28 +169,28 @@ class Site:
         policy, path = self.policy, self.ledger_path
         if self.sites:  # the images of a simulation are no patients of a site, so each study begins anew
             path = path.with_stem(f"{path.stem}-{task.run}")
-        return Ledger(path).spend(entry, task.privacy, budget=policy.epsilon, delta=policy.delta)
+        return PrivacyLedger(path).charge(entry, task.privacy, budget=policy.epsilon, delta=policy.delta)
 
-    def judge(self, setup: Setup, models: int) -> None:
+    def charge_evaluation(self, setup: StudySpec, models: int) -> None:
         """Write down that so many models are about to be judged on the site's test images.
 
         A score is a function of the images, and whoever may ask for any number of them, of models of their
         own choice, can learn what they like.
 
         Raises:
-            TooManyJudged: the site's policy allows fewer for this study; nothing is judged.
+            TooManyEvaluations: the site's policy allows fewer for this study; nothing is judged.
             ChainBroken: how many there were is not known.
         """
         if self.sites:
             return
-        with Chain(self.ledger_path.with_name("judged.jsonl")).opened() as log:
-            before = sum(int(line["models"]) for line in log.lines() if line["study"] == setup.study)
-            if before + models > self.policy.max_judged:
-                raise TooManyJudged(
-                    f"{before} models of study '{setup.study}' were judged here, site.yaml allows"
-                    f" {self.policy.max_judged}: {models} more are not"
+        with HashChainedLog(self.ledger_path.with_name("judged.jsonl")).opened() as log:
+            before = sum(int(line["models"]) for line in log.lines() if line["study"] == setup.name)
+            if before + models > self.policy.max_evaluations:
+                raise TooManyEvaluations(
+                    f"{before} models of study '{setup.name}' were judged here, site.yaml allows"
+                    f" {self.policy.max_evaluations}: {models} more are not"
                 )
-            log.append({"time": round(time.time(), 3), "study": setup.study, "models": models})
+            log.append({"time": round(time.time(), 3), "study": setup.name, "models": models})
 
     @property
     def has_identity(self) -> bool:
@@ -209,7 +209,7 @@ class Site:
             raise NoIdentity("site.yaml names no identity")
         return read_identity(self.base / Path(self.policy.identity).expanduser())
 
-    def peers(self, setup: Setup) -> dict[str, bytes]:
+    def peers(self, setup: StudySpec) -> dict[str, bytes]:
         """Return the public keys of the sites that this one knows, and its own."""
         own = {self.name: self.identity().public_key().public_bytes_raw()}
         if not self.sites:
@@ -217,12 +217,12 @@ class Site:
         _, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
         return {name: simulated_identity(name).public_key().public_bytes_raw() for name in parts}
 
-    def learner(self, setup: Setup) -> Learner:
+    def trainer(self, setup: StudySpec) -> Trainer:
         """Return the learner of this study, with the backbone from where it lies at this site."""
         backbone = setup.backbone if self.sites else self.policy.backbones[setup.backbone]
-        return open_learner(backbone, setup.sigma, setup.classes, setup.prompts)
+        return open_trainer(backbone, setup.sigma, setup.classes, setup.prompts)
 
-    def images(self, setup: Setup, *, side: int) -> SiteData:
+    def images(self, setup: StudySpec, *, side: int) -> SiteData:
         """Return the site's training and test images, kept between messages. Units: side in pixels."""
         key = self, setup, side
         if key not in _kept:
@@ -237,14 +237,14 @@ class Site:
 
 MOST_IMAGE_BYTES = 2**30
 """How much of decoded images a process keeps; a process of a simulation may work for a hundred sites."""
-_kept: dict[tuple[Site, Setup, int], SiteData] = {}
+_kept: dict[tuple[Site, StudySpec, int], SiteData] = {}
 
 
 def _bytes(images: SiteData) -> int:
     return sum(example.image.nbytes for part in (images.train, images.test) for example in part)
 
 
-def _load(site: Site, setup: Setup, side: int) -> SiteData:
+def _load(site: Site, setup: StudySpec, side: int) -> SiteData:
     if site.sites:
         source, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
         records, data = parts[site.name], setup.data_config
@@ -260,7 +260,7 @@ def _load(site: Site, setup: Setup, side: int) -> SiteData:
             test_share=policy.test_share,
             on_problem=policy.on_problem,
             # Not by the study's seed: another study's would make test images of those that were trained on.
-            seed=seed_for(0, site.name, "split", 0),
+            seed=derive_seed(0, site.name, "split", 0),
         )
     return data_of.load_site(
         source,
@@ -275,7 +275,7 @@ def _load(site: Site, setup: Setup, side: int) -> SiteData:
     )
 
 
-def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site:
+def open_site(node_config: Mapping[str, Any], setup: StudySpec, *, run: str) -> Site:
     """Find out which site this process is.
 
     A node with `site-config` (or the environment variable FEDSIGMA_SITE) is a real site; a node that has
@@ -314,9 +314,9 @@ def open_site(node_config: Mapping[str, Any], setup: Setup, *, run: str) -> Site
         min_cohort=1,
         max_cohorts=10,
         # The server of a simulation has these images itself.
-        tell_confusion=True,
-        named_in_models=True,
-        explained=True,
+        share_confusion=True,
+        allow_attribution=True,
+        allow_explanation=True,
     )
     folder, safe = _simulated_folder(run, name)
     return Site(

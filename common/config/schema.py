@@ -20,10 +20,10 @@ __all__ = [
     "check_number",
     "check_printable",
     "check_subset",
-    "from_here",
-    "named",
-    "nearest",
+    "did_you_mean",
+    "flatten",
     "read_yaml",
+    "resolve_relative",
     "split_address",
     "write_yaml",
 ]
@@ -49,7 +49,7 @@ class ConfigError(ValueError):
     """A study or site file holds something that is not allowed."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ": did you mean 'x'?" for the nearest known word, or the list of known words."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -66,7 +66,7 @@ def check_number(where: str, value: float, *, low: float = -math.inf, high: floa
 def check_choice(where: str, value: str, known: Iterable[str]) -> None:
     """Refuse a word that is not among the known ones."""
     if value not in known:
-        raise ConfigError(f"{where} is '{value}', which is not known{nearest(str(value), known)}")
+        raise ConfigError(f"{where} is '{value}', which is not known{did_you_mean(str(value), known)}")
 
 
 def check_printable(where: str, value: str) -> None:
@@ -86,16 +86,16 @@ def check_subset(where: str, values: tuple[str, ...], known: tuple[str, ...], *,
         raise ConfigError(f"{where} is empty, expected at least one of {', '.join(known)}")
 
 
-def named(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
     """Each of nested settings by its path, as federation.rounds, with its value."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from named(value, f"{where}{name}.")
+            yield from flatten(value, f"{where}{name}.")
         else:
             yield f"{where}{name}", value
 
 
-def from_here(address: str, *, where: str) -> str:
+def resolve_relative(address: str, *, where: str) -> str:
     """How this machine reaches what listens at HOST:PORT, which may be all of its addresses.
 
     Raises:
@@ -162,6 +162,8 @@ def read_yaml(text: str, *, where: str) -> dict[str, Any]:
 def build(cls: type[T], content: Mapping[str, Any], *, where: str) -> T:
     """Build a settings dataclass from plain values, refusing unknown keys and wrong types.
 
+    A class may have a table `renamed` from old keys to new ones, which the error then names.
+
     Raises:
         ConfigError: a key is unknown (the nearest known one is named) or missing, or a value is not allowed.
     """
@@ -172,8 +174,10 @@ def build(cls: type[T], content: Mapping[str, Any], *, where: str) -> T:
     values: dict[str, Any] = {}
     try:
         for key, value in content.items():
+            if key in (renamed := getattr(cls, "renamed", {})):
+                raise ConfigError(f"the key '{prefix}{key}' is now called '{prefix}{renamed[key]}'")
             if key not in known:
-                raise ConfigError(f"the key '{prefix}{key}' is not known{nearest(str(key), known)}")
+                raise ConfigError(f"the key '{prefix}{key}' is not known{did_you_mean(str(key), known)}")
             values[key] = _convert(f"{prefix}{key}", hints[key], value, where)
         return cls(**values)
     except ConfigError as error:
@@ -236,14 +240,14 @@ def _say(hint: Any) -> str:
 
 def write_yaml(settings: Any) -> str:
     """Write settings as YAML that `read_yaml` and `build` turn back into equal ones."""
-    return yaml.dump(plain(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(to_plain(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Turn settings into what YAML can hold: mappings, lists and scalars."""
     if is_dataclass(value) and not isinstance(value, type):
-        items = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        items = {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
         return {key: item for key, item in items.items() if item is not None or key not in _LEFT_OUT}
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -31,11 +31,11 @@ from fedsigma.common.config.schema import (
     check_number,
     check_printable,
     check_subset,
-    nearest,
+    did_you_mean,
     read_yaml,
     write_yaml,
 )
-from fedsigma.common.config.training import Recipe
+from fedsigma.common.config.training import TrainingConfig
 
 __all__ = [
     "BASELINES",
@@ -43,11 +43,11 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "FederationConfig",
+    "LocalTrainingConfig",
     "PersonalConfig",
     "PrivacyConfig",
     "SigmaConfig",
     "StudyConfig",
-    "TrainingConfig",
     "load_study",
     "study_names",
 ]
@@ -145,7 +145,7 @@ class PersonalConfig(SigmaConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(Recipe):
+class LocalTrainingConfig(TrainingConfig):
     """The checked recipe of local training. Lengths are steps; local_steps are a site's in one round."""
 
     section: ClassVar[str] = "training"
@@ -180,10 +180,10 @@ class FederationConfig:
     are drawn: `random`, or `by_images`, in proportion to their training images;
     min_sites, the fewest sites whose replies make a round count; round_timeout_s, how long one exchange may
     last; wait_for_sites_s, how long the server waits for min_sites to be there; evaluate_every, 1 to have
-    each round's incoming shift judged at the sites, n for the first round and each n-th after it (the final
-    shift is always judged); codec, how sites code what they send (one of `CODECS`); norm_bound, the largest
-    L2 norm of a shift that is accepted (null: none); norm_factor, how many times the median length of a
-    round's changes one may have, where three sites or more reply (null: any); masking, whether the server
+    each round's incoming shift evaluated at the sites, n for the first round and each n-th after it (the
+    final shift is always evaluated); codec, how sites code what they send (one of `CODECS`); norm_bound, the
+    largest L2 norm of a shift that is accepted (null: none); norm_factor, how many times the median length of
+    a round's changes one may have, where three sites or more reply (null: any); masking, whether the server
     learns the sum of the changes only; mask_bound, the largest magnitude of a changed value that the sum has
     room for; max_examples, the most examples a site counts for (null: none).
     """
@@ -251,7 +251,8 @@ class FederationConfig:
 class StudyConfig:
     """One federated experiment, as its study file says it.
 
-    judge: versions of models (NAME@N, or a path) that every site evaluates; nothing is trained then.
+    evaluate_versions: versions of models (NAME@N, or a path) that every site evaluates; nothing is trained
+    then.
     """
 
     section: ClassVar[str] = ""
@@ -264,11 +265,11 @@ class StudyConfig:
     shots: int = 16
     sigma: SigmaConfig = field(default_factory=SigmaConfig)
     personal: PersonalConfig | None = None
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: LocalTrainingConfig = field(default_factory=LocalTrainingConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     baselines: tuple[str, ...] = ("zero_shot",)
-    judge: tuple[str, ...] = ()
+    evaluate_versions: tuple[str, ...] = ()
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -287,7 +288,7 @@ class StudyConfig:
         check_number("shots", self.shots, low=1, high=100_000)
         check_number("seed", self.seed, low=0, high=2**31 - 1)
         check_subset("baselines", self.baselines, BASELINES, empty=True)
-        self._check_judge()
+        self._check_evaluate_versions()
         self._check_privacy()
         if self.personal is not None:
             self._check_personal(self.personal)
@@ -297,16 +298,20 @@ class StudyConfig:
                 " one place, which only a simulation has; leave 'pooled' out"
             )
 
-    def _check_judge(self) -> None:
-        for reference in self.judge:
-            check_printable("judge", reference)
-        if self.judge and self.personal is not None:
-            raise ConfigError("judge evaluates shared values, and the study has others: leave personal out")
-        if self.judge and (other := sorted(set(self.baselines) - {"zero_shot"})):
-            raise ConfigError(f"judge trains nothing, and baselines asks for '{other[0]}': leave it out")
+    def _check_evaluate_versions(self) -> None:
+        for reference in self.evaluate_versions:
+            check_printable("evaluate_versions", reference)
+        if self.evaluate_versions and self.personal is not None:
+            raise ConfigError(
+                "evaluate_versions evaluates shared values, and the study has others: leave personal out"
+            )
+        if self.evaluate_versions and (other := sorted(set(self.baselines) - {"zero_shot"})):
+            raise ConfigError(
+                f"evaluate_versions trains nothing, and baselines asks for '{other[0]}': leave it out"
+            )
 
     def _check_personal(self, own: PersonalConfig) -> None:
-        """Refuse what can be seen without a backbone; `Split` knows how many layers there are."""
+        """Check what needs no backbone; `ParameterPartition` checks the number of layers."""
         if "local_only" in self.baselines:
             raise ConfigError(
                 "baselines asks for 'local_only', which would send each site's personal values to the others:"
@@ -417,7 +422,7 @@ def load_study(name_or_path: str | Path) -> StudyConfig:
         study = StudyConfig.from_yaml(path.read_text(encoding="utf-8"), where=str(path))
         beside = path.resolve().parent
     else:
-        raise ConfigError(f"no study or file named '{name}'{nearest(name, study_names())}")
+        raise ConfigError(f"no study or file named '{name}'{did_you_mean(name, study_names())}")
     if study.data is None:
         return study
     base = Path(os.environ.get("FEDSIGMA_DATA") or beside).expanduser().resolve()

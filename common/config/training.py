@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 
-def cosine(done: float) -> float:
+def cosine_decay(done: float) -> float:
     """Half a cosine from 1 to 0, and 0 after that; done: the share of the way, from 0."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TrainingConfig:
     """How a site trains. The defaults are those of CLIP-SVD's biomedical runs.
 
     learning_rate, final_learning_rate: of the steps, at the start and the end of the whole study.
@@ -38,7 +38,7 @@ class Recipe:
     proximal: float = 0.0
     precision: str = "auto"
 
-    def rate(self, step: int, total_steps: int) -> float:
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The learning rate of step 0 <= step < total_steps of the study."""
         if self.optimiser == "sgd":
             return self.learning_rate
@@ -47,4 +47,4 @@ class Recipe:
         if self.schedule == "constant":
             return self.learning_rate
         done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine(done)
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine_decay(done)

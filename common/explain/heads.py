@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fedsigma.common.sigma.basis import Basis, Triple
+from fedsigma.common.sigma.basis import SVD, Basis
 from fedsigma.common.sigma.layout import Entry
 
 __all__ = ["ExplainError", "HeadChange", "Layer", "adapted_layers", "head_changes", "slices"]
@@ -41,8 +41,8 @@ class Layer:
     tower: str
     layer: int
     heads: int
-    value: tuple[Entry, Triple]
-    output: tuple[Entry, Triple]
+    value: tuple[Entry, SVD]
+    output: tuple[Entry, SVD]
 
     def rows(self, head: int) -> slice:
         """The rows of the value matrix, and the columns of the output matrix, that are a head's."""
@@ -92,7 +92,7 @@ def adapted_layers(model: nn.Module, basis: Basis) -> list[Layer]:
     Raises:
         ExplainError: there is none.
     """
-    parts: dict[tuple[str, int], dict[str, tuple[Entry, Triple]]] = {}
+    parts: dict[tuple[str, int], dict[str, tuple[Entry, SVD]]] = {}
     for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
         parts.setdefault((entry.tower, entry.layer), {})[entry.part] = (entry, triple)
     found = [
@@ -151,5 +151,5 @@ def slices(layer: Layer, head: int, shift: Tensor | None) -> tuple[Tensor, Tenso
     return writes, reads
 
 
-def _values(entry: Entry, triple: Triple, shift: Tensor | None) -> Tensor:
+def _values(entry: Entry, triple: SVD, shift: Tensor | None) -> Tensor:
     return triple.s.double() if shift is None else triple.s.double() + _of(entry, shift)

@@ -12,7 +12,7 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.explain.text_directions import Explainer, HeadWords, Phrases
 from fedsigma.common.sigma import SigmaModel
 
-__all__ = ["explainer", "in_words", "to_rows"]
+__all__ = ["explain_shift", "explainer", "to_rows"]
 
 BATCH = 64
 
@@ -65,7 +65,7 @@ def to_rows(found: Sequence[HeadWords]) -> list[dict[str, Any]]:
     ]
 
 
-def in_words(found: Sequence[HeadWords]) -> str:
+def explain_shift(found: Sequence[HeadWords]) -> str:
     """As text for people, who count from 1."""
     lines = []
     for one in found:

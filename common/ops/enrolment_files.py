@@ -1,8 +1,8 @@
-"""The two files by which a site joins a centre: the invitation, and the site's public keys in return.
+"""The two files by which a site joins a server: the invitation, and the site's public keys in return.
 
-    centre: invite  ->  hospital-1.join.json   server, its certificates, a secret word, an end date
+    server: invite  ->  hospital-1.join.json   server, its certificates, a secret word, an end date
     site:   enrol   ->  hospital-1.keys.json   two public keys, bound to that word and signed
-    centre: admit
+    server: admit
 
 Private keys are made at the site and never leave it. The invitation's word shows that the keys come from
 whoever was given the invitation; what it cannot show is that nobody exchanged both files on their way, so
@@ -26,14 +26,14 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurv
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-__all__ = ["Invitation", "JoinError", "SiteKeys", "check_site_name", "fingerprint", "write_json"]
+__all__ = ["EnrolmentFileError", "Invitation", "SiteKeys", "check_site_name", "fingerprint", "write_json"]
 
 _VERSION = 1
 _LARGEST = 1 << 20
 T = TypeVar("T", "Invitation", "SiteKeys")
 
 
-class JoinError(ValueError):
+class EnrolmentFileError(ValueError):
     """An invitation or a file of keys is damaged, too old, forged or of another kind."""
 
 
@@ -44,7 +44,7 @@ def check_site_name(name: str) -> None:
         JoinError: it is not letters, digits, `.`, `_` and `-`, or longer than 64, or a reserved word.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == "pooled":
-        raise JoinError(
+        raise EnrolmentFileError(
             f"the site's name is {name[:80]!r}, expected 1 to 64 letters, digits, '.', '_' or '-',"
             " beginning with a letter or digit, and not 'pooled'"
         )
@@ -52,16 +52,16 @@ def check_site_name(name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Invitation:
-    """What the centre gives a site.
+    """What the server gives a site.
 
-    Fields: site, its name; centre, the centre's; server, HOST:PORT that the site's node calls; certificates,
-    PEM of the authorities that it trusts; word, 64 hex digits that only the two know; expires, an ISO date
-    and time in UTC.
+    Fields: site, its name; server_name, that of the server; address, HOST:PORT that the site's node calls;
+    certificates, PEM of the authorities that it trusts; word, 64 hex digits that only the two know; expires,
+    an ISO date and time in UTC.
     """
 
     site: str
-    centre: str
-    server: str
+    server_name: str
+    address: str
     certificates: str
     word: str
     expires: str
@@ -74,13 +74,19 @@ class Invitation:
         """
         check_site_name(self.site)
         if not re.fullmatch("[0-9a-f]{64}", self.word):
-            raise JoinError("the invitation's word is no 64 hex digits: ask the centre for a new one")
+            raise EnrolmentFileError(
+                "the invitation's word is no 64 hex digits: ask the server for a new one"
+            )
         try:
             end = datetime.datetime.fromisoformat(self.expires)
         except ValueError:
-            raise JoinError(f"the invitation's end is {self.expires[:40]!r}, expected a date") from None
+            raise EnrolmentFileError(
+                f"the invitation's end is {self.expires[:40]!r}, expected a date"
+            ) from None
         if end.tzinfo is None or now >= end:
-            raise JoinError(f"the invitation expired on {self.expires}: ask the centre for a new one")
+            raise EnrolmentFileError(
+                f"the invitation expired on {self.expires}: ask the server for a new one"
+            )
 
     def write(self, path: Path) -> None:
         """Write the invitation."""
@@ -98,7 +104,7 @@ class Invitation:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteKeys:
-    """What a site gives the centre: public keys only.
+    """What a site gives the server: public keys only.
 
     Fields: site; node_key, by which its Flower node is known (OpenSSH, ECDSA P-384); identity, its Ed25519
     public key (64 hex digits), which other sites pin; made, when; proof, HMAC-SHA256 of the rest under the
@@ -139,22 +145,28 @@ class SiteKeys:
             node = load_ssh_public_key(self.node_key.encode())
             public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.identity))
         except (ValueError, UnsupportedAlgorithm):
-            raise JoinError("a key in the file is damaged: have the site make the file again") from None
+            raise EnrolmentFileError(
+                "a key in the file is damaged: have the site make the file again"
+            ) from None
         if not isinstance(node, EllipticCurvePublicKey) or not isinstance(node.curve, SECP384R1):
-            raise JoinError(
+            raise EnrolmentFileError(
                 "the node's key is not ECDSA P-384: have the site make it with `fedsigma site enrol`"
             )
         try:
             public.verify(base64.b64decode(self.signature), self._signed())
         except (InvalidSignature, ValueError):
-            raise JoinError("the file of keys is not signed by its own identity: it was changed") from None
+            raise EnrolmentFileError(
+                "the file of keys is not signed by its own identity: it was changed"
+            ) from None
         if word is not None and not hmac.compare_digest(self.proof, _proof(self, word)):
-            raise JoinError(
+            raise EnrolmentFileError(
                 f"the keys of '{self.site}' do not belong to its last invitation: send a new one with"
                 " `fedsigma server invite`"
             )
         if identity is not None and self.identity != identity:
-            raise JoinError(f"the keys of '{self.site}' are signed by another identity than the one known")
+            raise EnrolmentFileError(
+                f"the keys of '{self.site}' are signed by another identity than the one known"
+            )
 
     def write(self, path: Path) -> None:
         """Write the file of keys."""
@@ -196,17 +208,17 @@ def _read(cls: type[T], path: Path, kind: str) -> T:
             values = json.loads(file.read(_LARGEST))
         found, version = values.pop("fedsigma"), values.pop("version")
     except OSError as error:
-        raise JoinError(f"{path} cannot be read: {error.strerror}") from error
+        raise EnrolmentFileError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise JoinError(f"{path} is not {what}: ask for it again") from None
+        raise EnrolmentFileError(f"{path} is not {what}: ask for it again") from None
     if found != kind:
-        raise JoinError(f"{path} is a file of kind {found!r}, expected {what}")
+        raise EnrolmentFileError(f"{path} is a file of kind {found!r}, expected {what}")
     if version != _VERSION:
-        raise JoinError(
+        raise EnrolmentFileError(
             f"{path} is of version {version!r}, this FedSigma reads {_VERSION}: update the older side"
         )
     if set(values) != set(cls.__dataclass_fields__) or not all(isinstance(v, str) for v in values.values()):
-        raise JoinError(f"{path} has other fields than {what}: ask for it again")
+        raise EnrolmentFileError(f"{path} has other fields than {what}: ask for it again")
     return cls(**values)
 
 

@@ -1,4 +1,4 @@
-"""The long-running processes of a centre or a site: one of them in this process's place, or all, supervised.
+"""The long-running processes of a server or a site: one of them in this process's place, or all, supervised.
 
 Supervision is supervisord's: a process that ends is started again, after a pause that grows while it keeps
 failing; logs are rotated; ending the supervisor ends all of them in order. systemd or a container engine
@@ -126,7 +126,7 @@ def supervise(processes: Sequence[Process], folder: Path) -> None:
 
     Args:
         processes: to start.
-        folder: of the centre or site; logs go to its logs/.
+        folder: of the server or site; logs go to its logs/.
 
     Raises:
         ProcessError: they run already, or a program is not installed.

@@ -16,14 +16,14 @@ from functools import lru_cache
 
 from fedsigma.common.config.schema import ConfigError
 
-__all__ = ["Release", "epsilon", "noise_for", "releases_within", "sampling_rate"]
+__all__ = ["PrivacyEvent", "calibrate_noise_multiplier", "epsilon", "events_within", "sampling_rate"]
 
 # Above this an epsilon means nothing, and the tight bound takes minutes: the quick one will do.
 _TIGHT_BELOW = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Release:
+class PrivacyEvent:
     """Noisy sums of clipped vectors: `steps` of them, each of a Poisson sample at `rate` (1: of all)."""
 
     rate: float
@@ -39,7 +39,7 @@ def sampling_rate(examples: int, batch_size: int) -> float:
     return min(1.0, batch_size / examples)
 
 
-def epsilon(releases: Iterable[Release], delta: float) -> float:
+def epsilon(releases: Iterable[PrivacyEvent], delta: float) -> float:
     """The epsilon of all these releases together, at this delta; 0 for none.
 
     The tighter of two upper bounds: Renyi divergences (Mironov 2017, arXiv:1702.07476), and up to 20 the
@@ -81,7 +81,7 @@ def _epsilon(groups: tuple[tuple[float, float, int], ...], delta: float) -> floa
     return min(quick, tight)
 
 
-def noise_for(target: float, *, delta: float, rate: float, steps: int) -> float:
+def calibrate_noise_multiplier(target: float, *, delta: float, rate: float, steps: int) -> float:
     """The least noise multiplier, rounded up to a hundredth, with which so many steps stay within a target.
 
     Raises:
@@ -99,14 +99,14 @@ def noise_for(target: float, *, delta: float, rate: float, steps: int) -> float:
 
 
 def _spent(hundredths: int, delta: float, rate: float, steps: int) -> float:
-    return epsilon([Release(rate=rate, noise_multiplier=hundredths / 100, steps=steps)], delta)
+    return epsilon([PrivacyEvent(rate=rate, noise_multiplier=hundredths / 100, steps=steps)], delta)
 
 
-def releases_within(target: float, one: Release, *, delta: float, most: int) -> int:
+def events_within(target: float, one: PrivacyEvent, *, delta: float, most: int) -> int:
     """How many releases like this one stay within a target together, at most `most`."""
     low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
-        many = Release(rate=one.rate, noise_multiplier=one.noise_multiplier, steps=one.steps * middle)
+        many = PrivacyEvent(rate=one.rate, noise_multiplier=one.noise_multiplier, steps=one.steps * middle)
         low, high = (middle, high) if epsilon([many], delta) <= target else (low, middle)
     return low

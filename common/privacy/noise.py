@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from fedsigma.common.config.privacy import PrivacyConfig
 
-__all__ = ["Randomness", "clip", "noisy_mean", "shared_noise"]
+__all__ = ["SecureRandom", "clip", "noisy_mean", "shared_noise"]
 
 
-class Randomness:
+class SecureRandom:
     """A stream of random numbers.
 
     Args:
@@ -63,7 +63,7 @@ def clip(change: NDArray[np.floating], norm: float) -> NDArray[np.float64]:
 
 
 def noisy_mean(
-    changes: Iterable[NDArray[np.floating]], privacy: PrivacyConfig, randomness: Randomness | None = None
+    changes: Iterable[NDArray[np.floating]], privacy: PrivacyConfig, randomness: SecureRandom | None = None
 ) -> NDArray[np.float64]:
     """The mean of the sites' clipped changes, at least one, with noise that hides any one site (values,).
 
@@ -73,7 +73,7 @@ def noisy_mean(
     total, count = np.zeros(1), 0
     for change in changes:  # one by one: they may lie on disk
         total, count = total + clip(change, privacy.clip_norm), count + 1
-    total += (randomness or Randomness()).normal(total.size) * privacy.noise_multiplier * privacy.clip_norm
+    total += (randomness or SecureRandom()).normal(total.size) * privacy.noise_multiplier * privacy.clip_norm
     return total / count
 
 
@@ -82,7 +82,7 @@ def shared_noise(
     privacy: PrivacyConfig,
     *,
     sites: int,
-    randomness: Randomness | None = None,
+    randomness: SecureRandom | None = None,
 ) -> NDArray[np.float32]:
     """One site's clipped change with its share of the noise (values,).
 
@@ -90,5 +90,5 @@ def shared_noise(
     still hides a site, by sqrt((sites - k) / sites) of it.
     """
     deviation = privacy.noise_multiplier * privacy.clip_norm / math.sqrt(sites)
-    noise = (randomness or Randomness()).normal(np.size(change)) * deviation
+    noise = (randomness or SecureRandom()).normal(np.size(change)) * deviation
     return (clip(change, privacy.clip_norm) + noise).astype(np.float32)

@@ -27,15 +27,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 __all__ = [
+    "MaskContext",
     "MaskingError",
     "Member",
-    "Place",
     "check_members",
     "mask",
     "scale_for",
     "sign",
-    "sum_of",
     "to_integers",
+    "unmask_sum",
 ]
 
 _SIGN, _MASK = b"fedsigma mask key v1\0", b"fedsigma mask v2\0"
@@ -56,7 +56,7 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class MaskContext:
     """What one mask is for. Two masks of the same pair are equal only if all of this is.
 
     Under one mask two different vectors would give their difference away. So all that shapes what a site adds
@@ -102,7 +102,7 @@ def sign(identity: Ed25519PrivateKey, *, run: int, name: str, key: bytes) -> Mem
     return Member(name=name, key=key, signature=identity.sign(_signed(run, name, key)))
 
 
-def check_members(place: Place, identities: Mapping[str, bytes], *, me: str, key: bytes) -> None:
+def check_members(place: MaskContext, identities: Mapping[str, bytes], *, me: str, key: bytes) -> None:
     """Refuse a cohort whose keys are not those of known sites.
 
     Args:
@@ -160,7 +160,7 @@ def to_integers(values: NDArray[np.floating], *, weight: float, scale: float, bo
     return np.rint(x * weight * scale).astype(np.int64).astype(np.uint32)
 
 
-def mask(integers: Integers, place: Place, *, me: str, private: X25519PrivateKey) -> Integers:
+def mask(integers: Integers, place: MaskContext, *, me: str, private: X25519PrivateKey) -> Integers:
     """Add the stream shared with each site after this one in the cohort, and take off that of each before."""
     masked = integers.copy()
     for one in place.members:
@@ -181,7 +181,7 @@ def _stream(private: X25519PrivateKey, public: bytes, info: bytes, count: int) -
     return np.frombuffer(cipher.update(bytes(4 * count)), dtype="<u4").astype(np.uint32)
 
 
-def sum_of(masked: Iterable[Integers]) -> NDArray[np.int64]:
+def unmask_sum(masked: Iterable[Integers]) -> NDArray[np.int64]:
     """The sum of the integers of all sites of a cohort, in -2^31 .. 2^31 - 1: the masks cancel.
 
     Raises:

@@ -13,14 +13,14 @@ from typing import Any
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.registry.manifest import Manifest, SiteRow, method_rows
 from fedsigma.common.registry.model_card import write_card
-from fedsigma.common.registry.shift_file import SavedSigma, load_shift
-from fedsigma.common.registry.store import Shelf, Version
+from fedsigma.common.registry.shift_file import SavedShift, load_shift
+from fedsigma.common.registry.store import ModelRegistry, Version
 
 __all__ = ["draft_of", "load", "publish", "put"]
 
 
 def publish(
-    shelf: Shelf, run: Path, summary: Mapping[str, Any], *, named: Collection[str], private: str = ""
+    shelf: ModelRegistry, run: Path, summary: Mapping[str, Any], *, named: Collection[str], private: str = ""
 ) -> Version:
     """Make a version of a run's model.
 
@@ -44,7 +44,7 @@ def publish(
     return put(shelf, draft, (run / "sigma.safetensors").read_bytes(), saved.study_yaml, private=private)
 
 
-def draft_of(saved: SavedSigma, *, made: str) -> Manifest:
+def draft_of(saved: SavedShift, *, made: str) -> Manifest:
     """The manifest of a shift, without results and sites."""
     study = StudyConfig.from_yaml(saved.study_yaml, where="the shift's study")
     fingerprint = json.loads(saved.fingerprint_json)
@@ -62,7 +62,7 @@ def draft_of(saved: SavedSigma, *, made: str) -> Manifest:
     )
 
 
-def load(version: Version) -> SavedSigma:
+def load(version: Version) -> SavedShift:
     """The shift of a version.
 
     Raises:
@@ -71,7 +71,9 @@ def load(version: Version) -> SavedSigma:
     return load_shift(version.path)
 
 
-def put(shelf: Shelf, draft: Manifest, sigma: bytes, study_yaml: str, *, private: str = "") -> Version:
+def put(
+    shelf: ModelRegistry, draft: Manifest, sigma: bytes, study_yaml: str, *, private: str = ""
+) -> Version:
     """Add a version with its study and its card."""
     files = {
         "sigma.safetensors": sigma,

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from fedsigma.common.utils.files import write_atomic
 
-__all__ = ["ArtefactError", "SavedSigma", "load_shift", "save_shift", "to_bytes"]
+__all__ = ["SavedShift", "ShiftFileError", "load_shift", "save_shift", "to_bytes"]
 
 FORMAT = "fedsigma-shift-1"
 _TEXTS = ("layout", "fingerprint", "study")
 
 
-class ArtefactError(ValueError):
+class ShiftFileError(ValueError):
     """A sigma file is missing, damaged, or not one of ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedSigma:
+class SavedShift:
     """What a sigma file holds.
 
     run is the key by which the sites find their personal values of this run; empty if they have none.
@@ -66,7 +66,7 @@ def save_shift(
     write_atomic(
         Path(path),
         to_bytes(
-            SavedSigma(
+            SavedShift(
                 shift=torch.as_tensor(shift),
                 layout_json=layout_json,
                 fingerprint_json=fingerprint_json,
@@ -78,7 +78,7 @@ def save_shift(
     )
 
 
-def to_bytes(saved: SavedSigma) -> bytes:
+def to_bytes(saved: SavedShift) -> bytes:
     """The content of a sigma file.
 
     Raises:
@@ -99,7 +99,7 @@ def to_bytes(saved: SavedSigma) -> bytes:
     return save({"shift": tensor}, metadata=metadata)
 
 
-def load_shift(path: Path) -> SavedSigma:
+def load_shift(path: Path) -> SavedShift:
     """Read a sigma file, or the `sigma.safetensors` inside a run folder.
 
     Raises:
@@ -109,25 +109,25 @@ def load_shift(path: Path) -> SavedSigma:
     if path.is_dir():
         path = path / "sigma.safetensors"
     if not path.is_file():
-        raise ArtefactError(f"no sigma file at {path}: name a run folder or its sigma.safetensors")
+        raise ShiftFileError(f"no sigma file at {path}: name a run folder or its sigma.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or list(file.keys()) != ["shift"]:
-                raise ArtefactError(
+                raise ShiftFileError(
                     f"{path} is a safetensors file but not a sigma file "
                     f"(format {metadata.get('format')!r}, expected {FORMAT!r}): name the one a run wrote"
                 )
             shift = file.get_tensor("shift")
     except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} cannot be read ({error}): copy it again from the run folder") from error
+        raise ShiftFileError(f"{path} cannot be read ({error}): copy it again from the run folder") from error
     _check(shift, str(path))
     told = metadata.pop("sha256", "")
     # Files of before there was a digest have none.
     if told and told != _digest(shift, metadata):
-        raise ArtefactError(f"{path} was changed or damaged since it was written: copy it again")
+        raise ShiftFileError(f"{path} was changed or damaged since it was written: copy it again")
     run = metadata.get("run", "")
-    return SavedSigma(shift=shift, round=_round(path, metadata), run=run, **_texts(path, metadata))
+    return SavedShift(shift=shift, round=_round(path, metadata), run=run, **_texts(path, metadata))
 
 
 def _digest(shift: Tensor, metadata: dict[str, str]) -> str:
@@ -141,12 +141,14 @@ def _digest(shift: Tensor, metadata: dict[str, str]) -> str:
 def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:
     missing = [key for key in _TEXTS if key not in metadata]
     if missing:
-        raise ArtefactError(f"{path} lacks {', '.join(missing)} in its metadata: it cannot be applied safely")
+        raise ShiftFileError(
+            f"{path} lacks {', '.join(missing)} in its metadata: it cannot be applied safely"
+        )
     for key in ("layout", "fingerprint"):
         try:
             json.loads(metadata[key])
         except json.JSONDecodeError as error:
-            raise ArtefactError(f"{path}: its {key} is not valid JSON ({error})") from error
+            raise ShiftFileError(f"{path}: its {key} is not valid JSON ({error})") from error
     return {
         "layout_json": metadata["layout"],
         "fingerprint_json": metadata["fingerprint"],
@@ -157,14 +159,14 @@ def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:
 def _round(path: Path, metadata: dict[str, str]) -> int:
     text = metadata.get("round", "")
     if not text.isdecimal():
-        raise ArtefactError(f"{path}: its round is {text!r}, expected a whole number")
+        raise ShiftFileError(f"{path}: its round is {text!r}, expected a whole number")
     return int(text)
 
 
 def _check(shift: Tensor, what: str) -> None:
     if shift.ndim != 1 or shift.numel() == 0 or shift.dtype != torch.float32:
-        raise ArtefactError(
+        raise ShiftFileError(
             f"{what} has shape {tuple(shift.shape)} and type {shift.dtype}, expected a float32 vector"
         )
     if not bool(torch.isfinite(shift).all()):
-        raise ArtefactError(f"{what} holds values that are not finite: the training that made it diverged")
+        raise ShiftFileError(f"{what} holds values that are not finite: the training that made it diverged")

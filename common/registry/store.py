@@ -30,9 +30,9 @@ from fedsigma.common.registry.manifest import (
     digest_of,
 )
 from fedsigma.common.utils.files import write_whole
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.utils.hash_chain import HashChainedLog
 
-__all__ = ["Shelf", "Version", "shelf_folder"]
+__all__ = ["ModelRegistry", "Version", "registry_folder"]
 
 _LABEL = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
@@ -46,20 +46,20 @@ class Version:
     labels: tuple[str, ...] = ()
 
 
-def shelf_folder(runs: Path) -> Path:
-    """Where versions are kept: $FEDSIGMA_MODELS, else `models` of the centre, else beside the runs.
+def registry_folder(runs: Path) -> Path:
+    """Where versions are kept: $FEDSIGMA_MODELS, else `models` of the server, else beside the runs.
 
     Args:
         runs: where this machine's runs are.
     """
     if found := os.environ.get("FEDSIGMA_MODELS"):
         return Path(found).expanduser()
-    if centre := os.environ.get("FEDSIGMA_CENTRE"):
-        return Path(centre).expanduser() / "models"
+    if server := os.environ.get("FEDSIGMA_SERVER"):
+        return Path(server).expanduser() / "models"
     return runs / "models"
 
 
-class Shelf:
+class ModelRegistry:
     """The versions of one place.
 
     Args:
@@ -68,7 +68,7 @@ class Shelf:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._history = Chain(path / "history.jsonl")
+        self._history = HashChainedLog(path / "history.jsonl")
 
     @property
     def public_key(self) -> str:

@@ -12,21 +12,21 @@ from dataclasses import dataclass, replace
 
 from fedsigma.common.registry.manifest import Manifest, ModelError
 from fedsigma.common.registry.publish import draft_of, load, put
-from fedsigma.common.registry.shift_file import SavedSigma, to_bytes
-from fedsigma.common.registry.store import Shelf, Version
+from fedsigma.common.registry.shift_file import SavedShift, to_bytes
+from fedsigma.common.registry.store import ModelRegistry, Version
 
-__all__ = ["Term", "combine", "describe_terms", "publish_combination"]
+__all__ = ["WeightedVersion", "combine", "describe_terms", "publish_combination"]
 
 
 @dataclass(frozen=True)
-class Term:
+class WeightedVersion:
     """A version and its factor in a sum."""
 
     version: Version
     factor: float
 
 
-def combine(terms: Sequence[tuple[SavedSigma, float]]) -> SavedSigma:
+def combine(terms: Sequence[tuple[SavedShift, float]]) -> SavedShift:
     """The sum of shifts, each with its factor. What stands beside the shift is the first one's.
 
     Raises:
@@ -47,12 +47,12 @@ def combine(terms: Sequence[tuple[SavedSigma, float]]) -> SavedSigma:
     return replace(first, shift=total.float(), run="")
 
 
-def describe_terms(terms: Sequence[Term]) -> str:
+def describe_terms(terms: Sequence[WeightedVersion]) -> str:
     """The sum in words: `0.5 a@1 + 0.5 b@2`."""
     return " + ".join(f"{term.factor:g} {term.version.manifest.reference}" for term in terms)
 
 
-def publish_combination(shelf: Shelf, name: str, terms: Sequence[Term]) -> Version:
+def publish_combination(shelf: ModelRegistry, name: str, terms: Sequence[WeightedVersion]) -> Version:
     """Make a version of a sum; it has not been judged, so it has no results.
 
     Raises:

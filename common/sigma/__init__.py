@@ -1,30 +1,30 @@
 """The method: adapt a CLIP model by its singular values alone. Needs torch and safetensors only."""
 
-from fedsigma.common.sigma.architectures import FAMILIES, Family, Slot, find_layout
+from fedsigma.common.sigma.architectures import LAYER_SPECS, LayerSpec, WeightSpec, find_layout
 from fedsigma.common.sigma.autograd import NotSeparable
 from fedsigma.common.sigma.basis import Basis, BasisError, Fingerprint, cached_basis
 from fedsigma.common.sigma.layout import PARTS, TOWERS, Entry, Layout, LayoutError, Selection
 from fedsigma.common.sigma.model import SigmaModel, default_cache_dir
-from fedsigma.common.sigma.partition import Split
-from fedsigma.common.sigma.per_sample import Separation
+from fedsigma.common.sigma.partition import ParameterPartition
+from fedsigma.common.sigma.per_sample import PerSampleGradients
 
 __all__ = [
-    "FAMILIES",
+    "LAYER_SPECS",
     "PARTS",
     "TOWERS",
     "Basis",
     "BasisError",
     "Entry",
-    "Family",
     "Fingerprint",
+    "LayerSpec",
     "Layout",
     "LayoutError",
     "NotSeparable",
+    "ParameterPartition",
+    "PerSampleGradients",
     "Selection",
-    "Separation",
     "SigmaModel",
-    "Slot",
-    "Split",
+    "WeightSpec",
     "cached_basis",
     "default_cache_dir",
     "find_layout",

@@ -17,7 +17,7 @@ from fedsigma.common.sigma.layout import Entry, Layout, LayoutError, Selection
 
 
 @dataclass(frozen=True)
-class Slot:
+class WeightSpec:
     """A matrix of a layer: `block` number of `blocks` equal row blocks of the parameter at `path`."""
 
     part: str
@@ -26,23 +26,23 @@ class Slot:
     blocks: int = 1
 
 
-def packed(path: str) -> tuple[Slot, ...]:
+def packed(path: str) -> tuple[WeightSpec, ...]:
     """Query, key and value stacked in one parameter."""
-    return tuple(Slot(part, path, i, 3) for i, part in enumerate(("q", "k", "v")))
+    return tuple(WeightSpec(part, path, i, 3) for i, part in enumerate(("q", "k", "v")))
 
 
-def separate(q: str, k: str, v: str) -> tuple[Slot, ...]:
+def separate(q: str, k: str, v: str) -> tuple[WeightSpec, ...]:
     """Query, key and value as three parameters."""
-    return (Slot("q", q), Slot("k", k), Slot("v", v))
+    return (WeightSpec("q", q), WeightSpec("k", k), WeightSpec("v", v))
 
 
-def outputs(o: str, *mlp: str) -> tuple[Slot, ...]:
+def outputs(o: str, *mlp: str) -> tuple[WeightSpec, ...]:
     """The output projection and the dense layers of the mlp."""
-    return (Slot("o", o), *(Slot("mlp", path) for path in mlp))
+    return (WeightSpec("o", o), *(WeightSpec("mlp", path) for path in mlp))
 
 
 @dataclass(frozen=True)
-class Family:
+class LayerSpec:
     """One row: a module type by its import path, and its slots.
 
     Slots whose parameter a given layer lacks are left out, provided `optional` names their path: one
@@ -52,7 +52,7 @@ class Family:
     name: str
     module: str
     type_name: str
-    slots: tuple[Slot, ...]
+    slots: tuple[WeightSpec, ...]
     optional: frozenset[str] = frozenset()
 
     def type(self) -> type[nn.Module] | None:
@@ -66,7 +66,7 @@ class Family:
 _CLIP_MLP = outputs("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _TIMM_MLP = outputs("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 _EVA_SEPARATE = separate("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
-_EVA_GATED = (Slot("mlp", "mlp.fc1_g.weight"), Slot("mlp", "mlp.fc1_x.weight"))
+_EVA_GATED = (WeightSpec("mlp", "mlp.fc1_g.weight"), WeightSpec("mlp", "mlp.fc1_x.weight"))
 _BERT = (
     *separate("attention.self.query.weight", "attention.self.key.weight", "attention.self.value.weight"),
     *outputs("attention.output.dense.weight", "intermediate.dense.weight", "output.dense.weight"),
@@ -76,47 +76,47 @@ _EVA_OPTIONAL = frozenset(
     {"attn.qkv.weight", "mlp.fc1.weight", *(s.path for s in _EVA_SEPARATE + _EVA_GATED)}
 )
 
-FAMILIES: tuple[Family, ...] = (
-    Family(
+LAYER_SPECS: tuple[LayerSpec, ...] = (
+    LayerSpec(
         "open_clip transformer",
         "open_clip.transformer",
         "ResidualAttentionBlock",
         (*packed("attn.in_proj_weight"), *_CLIP_MLP),
     ),
-    Family(
+    LayerSpec(
         "open_clip transformer, scaled attention",
         "open_clip.transformer",
         "CustomResidualAttentionBlock",
         (*packed("attn.in_proj_weight"), *_CLIP_MLP),
     ),
-    Family(
+    LayerSpec(
         "timm ViT (also SigLIP)",
         "timm.models.vision_transformer",
         "Block",
         (*packed("attn.qkv.weight"), *_TIMM_MLP),
     ),
-    Family("XCiT", "timm.models.xcit", "XCABlock", (*packed("attn.qkv.weight"), *_TIMM_MLP)),
-    Family(
+    LayerSpec("XCiT", "timm.models.xcit", "XCABlock", (*packed("attn.qkv.weight"), *_TIMM_MLP)),
+    LayerSpec(
         "XCiT, class attention",
         "timm.models.xcit",
         "ClassAttentionBlock",
         (*separate("attn.q.weight", "attn.k.weight", "attn.v.weight"), *_TIMM_MLP),
     ),
-    Family("EVA", "timm.models.eva", "EvaBlock", _EVA, _EVA_OPTIONAL),
-    Family("EVA, norm after", "timm.models.eva", "EvaBlockPostNorm", _EVA, _EVA_OPTIONAL),
-    Family("BERT (BiomedCLIP)", "transformers.models.bert.modeling_bert", "BertLayer", _BERT),
-    Family("RoBERTa", "transformers.models.roberta.modeling_roberta", "RobertaLayer", _BERT),
-    Family(
+    LayerSpec("EVA", "timm.models.eva", "EvaBlock", _EVA, _EVA_OPTIONAL),
+    LayerSpec("EVA, norm after", "timm.models.eva", "EvaBlockPostNorm", _EVA, _EVA_OPTIONAL),
+    LayerSpec("BERT (BiomedCLIP)", "transformers.models.bert.modeling_bert", "BertLayer", _BERT),
+    LayerSpec("RoBERTa", "transformers.models.roberta.modeling_roberta", "RobertaLayer", _BERT),
+    LayerSpec(
         "FastViT attention (MobileCLIP)",
         "timm.models.fastvit",
         "AttentionBlock",
-        (*packed("token_mixer.qkv.weight"), Slot("o", "token_mixer.proj.weight")),
+        (*packed("token_mixer.qkv.weight"), WeightSpec("o", "token_mixer.proj.weight")),
     ),
-    Family(
+    LayerSpec(
         "attention pooling (ResNet)",
         "open_clip.modified_resnet",
         "AttentionPool2d",
-        (*separate("q_proj.weight", "k_proj.weight", "v_proj.weight"), Slot("o", "c_proj.weight")),
+        (*separate("q_proj.weight", "k_proj.weight", "v_proj.weight"), WeightSpec("o", "c_proj.weight")),
     ),
 )
 
@@ -134,9 +134,9 @@ def _parameter(module: nn.Module, path: str) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, str, int, Family]]:
+def layers(model: nn.Module) -> Iterator[tuple[str, str, int, LayerSpec]]:
     """Every layer of a known family: module name, tower, number within the tower, family."""
-    table = [(kind, family) for family in FAMILIES if (kind := family.type()) is not None]
+    table = [(kind, family) for family in LAYER_SPECS if (kind := family.type()) is not None]
     count = {"image": 0, "text": 0}
     for name, module in model.named_modules():
         for kind, family in table:
@@ -148,8 +148,8 @@ def layers(model: nn.Module) -> Iterator[tuple[str, str, int, Family]]:
 
 
 def _entries(
-    module: nn.Module, family: Family, wanted: Callable[[str], bool]
-) -> Iterator[tuple[Slot, tuple[int, int], int]]:
+    module: nn.Module, family: LayerSpec, wanted: Callable[[str], bool]
+) -> Iterator[tuple[WeightSpec, tuple[int, int], int]]:
     for slot in family.slots:
         weight = _parameter(module, slot.path)
         if weight is None:
@@ -174,7 +174,7 @@ def find_layout(model: nn.Module, selection: Selection | None = None) -> Layout:
     selection = selection or Selection()
     found = list(layers(model))
     if not found:
-        known = ", ".join(f.name for f in FAMILIES)
+        known = ", ".join(f.name for f in LAYER_SPECS)
         raise LayoutError(f"{type(model).__name__} has no layer of a known family; known: {known}")
     depth = {tower: sum(t == tower for _, t, _, _ in found) for tower in ("image", "text")}
     if not isinstance(selection.layers, str):

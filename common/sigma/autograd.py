@@ -31,7 +31,7 @@ def autocast_dtype(like: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 
-class Shifted(torch.autograd.Function):
+class DenseShift(torch.autograd.Function):
     """W0 with U diag(d) V^T added to row blocks.
 
     The derivative needs no dense matrix product with the data: dL/dd_k = u_k^T (dL/dW) v_k.
@@ -72,7 +72,7 @@ def by_example(left: Tensor, right: Tensor, examples: int) -> Tensor:
     return (left.float() * right).view(examples, -1, left.shape[-1]).sum(1)
 
 
-class Factored(torch.autograd.Function):
+class FactoredLinear(torch.autograd.Function):
     """y = (x V * s) U^T + bias, for x (..., columns), U (rows, k), s (k,), V^T (k, columns).
 
     With a = x V and b = (dL/dy) U: dL/ds_k = sum of a_k b_k over the tokens, and dL/dx = (b * s) V^T. Only a
@@ -112,12 +112,12 @@ class Factored(torch.autograd.Function):
         return of_x, of_s, None, None, None, of_each
 
 
-class Separated(torch.autograd.Function):
+class PerSampleLinear(torch.autograd.Function):
     """y = x W^T + bias with the dense adapted weight, and the gradient of its shift for each example.
 
     For a block of rows with U and V^T: a = x V, b = (dL/dy of these rows) U, and an example's gradient is the
-    sum of a b over its tokens, as in `Factored` (Goodfellow 2015, arXiv:1510.01799, has it for a dense weight
-    and its norm). Both are computed on the way back, so that x alone is kept.
+    sum of a b over its tokens, as in `FactoredLinear` (Goodfellow 2015, arXiv:1510.01799, has it for a dense
+    weight and its norm). Both are computed on the way back, so that x alone is kept.
     """
 
     @staticmethod
@@ -137,7 +137,7 @@ class Separated(torch.autograd.Function):
             x: (examples or a multiple of it, ..., columns), the examples one after another.
             weight: (rows, columns).
             each: (examples, values), whose gradient is asked for; its values are not used.
-            blocks: as of `Shifted`, U in the weight's dtype.
+            blocks: as of `DenseShift`, U in the weight's dtype.
             vh: the blocks' V^T one above the other (values, columns), in the weight's dtype.
             bias: (rows,).
         """

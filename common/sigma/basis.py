@@ -41,7 +41,7 @@ class BasisError(ValueError):
 
 
 @dataclass(frozen=True)
-class Triple:
+class SVD:
     """U (rows, size), s (size,), V^T (size, columns) of one matrix, float32."""
 
     u: Tensor
@@ -49,7 +49,7 @@ class Triple:
     vh: Tensor
 
 
-def decompose(weight: Tensor) -> Triple:
+def decompose(weight: Tensor) -> SVD:
     """Singular value decomposition of a matrix (rows, columns), on the CPU.
 
     Raises:
@@ -60,7 +60,7 @@ def decompose(weight: Tensor) -> Triple:
         raise BasisError("a weight is not finite: the backbone file is damaged, fetch it again")
     exact = matrix.numel() <= FLOAT64_ELEMENTS
     u, s, vh = torch.linalg.svd(matrix.double() if exact else matrix, full_matrices=False)
-    return Triple(*(t.float().contiguous() for t in (u, s, vh)))
+    return SVD(*(t.float().contiguous() for t in (u, s, vh)))
 
 
 def _signs(seed: str, length: int) -> Tensor:
@@ -76,7 +76,7 @@ def _levels(seed: str, length: int) -> Tensor:
     return (words[:, 0] * 256 + words[:, 1]) / 32767.5 - 1
 
 
-def sketch(entry: Entry, triple: Triple) -> tuple[float, ...]:
+def sketch(entry: Entry, triple: SVD) -> tuple[float, ...]:
     """Probes a^T U diag(w) V^T b with fixed random a, w, b.
 
     A joint sign flip of a pair (u, v) leaves every probe as it is; a rotation within a pair with
@@ -110,7 +110,7 @@ class Fingerprint:
     sketch: tuple[tuple[float, ...], ...]
 
     @classmethod
-    def of(cls, weights: str, layout: Layout, triples: Sequence[Triple]) -> Fingerprint:
+    def of(cls, weights: str, layout: Layout, triples: Sequence[SVD]) -> Fingerprint:
         """The fingerprint of a basis: of weights with this digest, one triple an entry of the layout."""
         rows = tuple(sketch(entry, triple) for entry, triple in zip(layout.entries, triples, strict=True))
         return cls(weights, layout.digest, rows)
@@ -164,7 +164,7 @@ class Fingerprint:
             if not all(abs(a - b) <= TOLERANCE * scale for a, b in zip(mine, theirs, strict=True)):
                 return (
                     f"the bases differ at entry {number}: the same weights were decomposed differently; "
-                    "copy the coordinating centre's basis file to the site"
+                    "copy the coordinating server's basis file to the site"
                 )
         return None
 
@@ -174,7 +174,7 @@ class Basis:
     """One triple an entry of the layout, in its order, and their fingerprint."""
 
     layout: Layout
-    triples: tuple[Triple, ...]
+    triples: tuple[SVD, ...]
     fingerprint: Fingerprint
 
     @classmethod
@@ -219,7 +219,7 @@ class Basis:
                 fingerprint = Fingerprint.from_json(metadata["fingerprint"])
                 get = file.get_tensor
                 triples = tuple(
-                    Triple(get(f"{i}.u"), get(f"{i}.s"), get(f"{i}.vh")) for i in range(len(layout.entries))
+                    SVD(get(f"{i}.u"), get(f"{i}.s"), get(f"{i}.vh")) for i in range(len(layout.entries))
                 )
         except (SafetensorError, KeyError, LayoutError, OSError) as error:
             raise BasisError(

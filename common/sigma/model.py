@@ -16,7 +16,7 @@ from fedsigma.common.sigma.architectures import find_layout
 from fedsigma.common.sigma.basis import Basis, Progress, cached_basis
 from fedsigma.common.sigma.layout import Entry, LayoutError, Selection
 from fedsigma.common.sigma.parametrization import SigmaParametrization
-from fedsigma.common.sigma.per_sample import Separation
+from fedsigma.common.sigma.per_sample import PerSampleGradients
 
 
 def default_cache_dir() -> Path:
@@ -140,12 +140,12 @@ class SigmaModel:
             torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
 
     @contextmanager
-    def separating(self) -> Iterator[Separation]:
+    def per_sample_gradients(self) -> Iterator[PerSampleGradients]:
         """Forward and backward passes that give the shift's gradient of each example by itself.
 
-        See `Separation` for how to go about it. The shift's own gradient is left alone.
+        See `PerSampleGradients` for how to go about it. The shift's own gradient is left alone.
         """
-        separation = Separation(self._adapted, self.layout.size, self.shift.device)
+        separation = PerSampleGradients(self._adapted, self.layout.size, self.shift.device)
         try:
             yield separation
         finally:

@@ -9,7 +9,14 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from fedsigma.common.sigma.autograd import Block, Factored, Refused, Shifted, autocast_dtype, cheaper_factored
+from fedsigma.common.sigma.autograd import (
+    Block,
+    DenseShift,
+    FactoredLinear,
+    Refused,
+    autocast_dtype,
+    cheaper_factored,
+)
 from fedsigma.common.sigma.basis import Basis
 from fedsigma.common.sigma.layout import Entry
 
@@ -50,7 +57,7 @@ class SigmaParametrization(nn.Module):
             self.register_buffer(f"vh{i}", triple.vh, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The adapted weight, of the shape of `weight`; in `SigmaModel.separating` a stand-in for it."""
+        """The adapted weight, of the shape of `weight`; a placeholder while gradients are per sample."""
         if self.separated:
             return Refused.apply(weight, self.values)
         return self._once("weight", partial(self._adapted, weight))
@@ -87,7 +94,7 @@ class SigmaParametrization(nn.Module):
         return self._shared[name][1]
 
     def _adapted(self, weight: Tensor) -> Tensor:
-        return Shifted.apply(weight, self.values, self.blocks)
+        return DenseShift.apply(weight, self.values, self.blocks)
 
     @property
     def values(self) -> Tensor:
@@ -96,7 +103,7 @@ class SigmaParametrization(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The adapted row blocks, as `Shifted` takes them."""
+        """The adapted row blocks, as `DenseShift` takes them."""
         return [
             (
                 entry.rows,
@@ -112,4 +119,4 @@ class SigmaParametrization(nn.Module):
         dtype = autocast_dtype(x)
         if dtype not in self._cast:
             self._cast[dtype] = self.u0.to(dtype), self.vh0.to(dtype)
-        return Factored.apply(x, s, *self._cast[dtype], bias)
+        return FactoredLinear.apply(x, s, *self._cast[dtype], bias)

@@ -13,7 +13,7 @@ from fedsigma.common.sigma.layout import Layout, LayoutError
 Vector = NDArray[np.float32]
 
 
-class Split:
+class ParameterPartition:
     """A layout, of which some entries are personal: never sent, a site's own.
 
     Args:

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsigma.common.sigma.autograd import Block, Factored, NotSeparable, Separated, Shifted, autocast_dtype
+from fedsigma.common.sigma.autograd import (
+    Block,
+    DenseShift,
+    FactoredLinear,
+    NotSeparable,
+    PerSampleLinear,
+    autocast_dtype,
+)
 from fedsigma.common.sigma.parametrization import SigmaParametrization, plain_linear
 
 
-class Separation:
-    """Adapted layers that tell the examples of a batch apart; made by `SigmaModel.separating`.
+class PerSampleGradients:
+    """Adapted layers that tell the examples of a batch apart; made by `SigmaModel.per_sample_gradients`.
 
     Before each forward pass `start` says how many examples it is of; after its backward pass `gradients`
     gives theirs. What goes into an adapted layer must hold the examples one after another in its first
@@ -95,9 +102,9 @@ class _Layer:
         with torch.autocast(x.device.type, enabled=False):
             if plain_linear(self._module) and self._sigma.factored(self._module):
                 s, u, vh = self._parts(dtype)
-                return Factored.apply(x, s, u, vh, bias, self.each)
+                return FactoredLinear.apply(x, s, u, vh, bias, self.each)
             weight, blocks, vh = self._whole(dtype)
-            return Separated.apply(x, weight, self.each, blocks, vh, bias)
+            return PerSampleLinear.apply(x, weight, self.each, blocks, vh, bias)
 
     def _parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         if dtype not in self._factored:
@@ -109,7 +116,7 @@ class _Layer:
         if dtype not in self._dense:
             blocks = self._sigma.blocks
             with torch.no_grad():
-                weight = Shifted.apply(self._original(), self._sigma.values, blocks).to(dtype)
+                weight = DenseShift.apply(self._original(), self._sigma.values, blocks).to(dtype)
             blocks = [(rows, values, u.to(dtype), vh) for rows, values, u, vh in blocks]
             self._dense[dtype] = weight, blocks, torch.cat([vh for _, _, _, vh in blocks]).to(dtype)
         return self._dense[dtype]

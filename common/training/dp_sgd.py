@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.config.training import Recipe
+from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.accounting import sampling_rate
-from fedsigma.common.privacy.noise import Randomness
+from fedsigma.common.privacy.noise import SecureRandom
 from fedsigma.common.sigma import NotSeparable
 from fedsigma.common.training.loop import (
+    ClipClassifier,
     Example,
-    Task,
     TrainingError,
     accumulate_gradient,
     augmenter,
@@ -29,14 +29,14 @@ from fedsigma.common.training.loop import (
     training_attention,
 )
 
-__all__ = ["PrivateGradient", "clipped", "example_gradients", "units_of"]
+__all__ = ["DPSGDGradient", "clipped_sum", "example_gradients", "privacy_units"]
 
 log = logging.getLogger("fedsigma.private")
 # Rounding in bfloat16 moves a gradient by a few hundredths of its length; mixed-up examples by its whole.
 _SAME = 0.2
 
 
-def units_of(examples: Sequence[Example], level: str) -> list[list[int]]:
+def privacy_units(examples: Sequence[Example], level: str) -> list[list[int]]:
     """The examples that are hidden together, as lists of their numbers: each by itself, or each group.
 
     Raises:
@@ -56,7 +56,7 @@ def units_of(examples: Sequence[Example], level: str) -> list[list[int]]:
     return list(groups.values())
 
 
-def clipped(gradients: Tensor, norm: float) -> Tensor:
+def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
     """The sum of gradients (n, values), each shortened to a length of at most `norm`: (values,), float32.
 
     One that is not finite counts as zero, so that no input can lift the bound; nor can rounding, for which a
@@ -70,7 +70,7 @@ def clipped(gradients: Tensor, norm: float) -> Tensor:
 
 
 def example_gradients(
-    task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto"
+    task: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
 ) -> Iterator[Tensor]:
     """The gradient of each example's cross-entropy by the task's shift, `task.micro_batch` at a time.
 
@@ -88,11 +88,11 @@ def example_gradients(
         (m, shift size) float32, in the order of the images.
 
     Raises:
-        NotSeparable: the model does not allow it; `by_the_loop` does for any.
+        NotSeparable: the model does not allow it; `gradients_one_by_one` does for any.
     """
     model, device = task.backbone.model, task.device
     with (
-        task.sigma.separating() as separation,
+        task.sigma.per_sample_gradients() as separation,
         training_attention(model, precision, device, separation.project),
     ):
         for part, truth in zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True):
@@ -104,7 +104,9 @@ def example_gradients(
             yield separation.gradients()
 
 
-def by_the_loop(task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto") -> Iterator[Tensor]:
+def gradients_one_by_one(
+    task: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
+) -> Iterator[Tensor]:
     """As `example_gradients`, with one backward pass an example: slow, and right for any model."""
     shift = task.sigma.shift
     kept, shift.grad = shift.grad, None
@@ -117,7 +119,7 @@ def by_the_loop(task: Task, images: Tensor, labels: Tensor, *, precision: str = 
         shift.grad = kept
 
 
-def separable(task: Task, *, precision: str = "auto") -> bool:
+def separable(task: ClipClassifier, *, precision: str = "auto") -> bool:
     """Whether `example_gradients` gives what the loop gives, tried on two pictures of noise.
 
     On noise, and not on a site's pictures: how long a site takes must not depend on them.
@@ -130,14 +132,14 @@ def separable(task: Task, *, precision: str = "auto") -> bool:
     except NotSeparable as reason:
         log.warning("private training of this backbone takes one pass an example: %s", reason)
         return False
-    slow = torch.cat(list(by_the_loop(task, images, labels, precision=precision)))
+    slow = torch.cat(list(gradients_one_by_one(task, images, labels, precision=precision)))
     apart = ((fast - slow).norm(dim=1) / slow.norm(dim=1).clamp_min(1e-12)).max().item()
     if not apart < _SAME:
         log.warning("private training of this backbone takes one pass an example: %.2f apart", apart)
     return apart < _SAME
 
 
-class PrivateGradient:
+class DPSGDGradient:
     """One private step's gradient after another, for `train`.
 
     Args:
@@ -148,27 +150,27 @@ class PrivateGradient:
         randomness: of samples and noise; secret and never repeated by default.
 
     Raises:
-        TrainingError: see `units_of`, or no example.
+        TrainingError: see `privacy_units`, or no example.
     """
 
     def __init__(
         self,
-        task: Task,
+        task: ClipClassifier,
         examples: Sequence[Example],
-        recipe: Recipe,
+        recipe: TrainingConfig,
         privacy: PrivacyConfig,
-        randomness: Randomness | None = None,
+        randomness: SecureRandom | None = None,
     ) -> None:
         if not examples:
             raise TrainingError("no training example: the site has no labelled image of the study's classes")
         self._task, self._examples, self._recipe, self._privacy = task, examples, recipe, privacy
         self._augment = augmenter(task, recipe)
-        self.units = units_of(examples, privacy.level)
+        self.units = privacy_units(examples, privacy.level)
         self.rate = sampling_rate(len(examples), recipe.batch_size)
-        self._random = randomness or Randomness()
+        self._random = randomness or SecureRandom()
         if recipe.precision not in task.separable:
             task.separable[recipe.precision] = separable(task, precision=recipe.precision)
-        self._gradients = example_gradients if task.separable[recipe.precision] else by_the_loop
+        self._gradients = example_gradients if task.separable[recipe.precision] else gradients_one_by_one
 
     def __call__(self) -> float:
         """Set the shift's gradient to the noisy mean of the clipped ones; the loss stays untold (nan)."""
@@ -202,6 +204,6 @@ class PrivateGradient:
             # The last unit may have images in the next part, too.
             open_unit = stop < len(owners) and owners[stop] == owners[stop - 1]
             whole = len(sums) - int(open_unit)
-            total += clipped(sums[:whole], self._privacy.clip_norm)
+            total += clipped_sum(sums[:whole], self._privacy.clip_norm)
             carried, start = (sums[-1:] if open_unit else torch.zeros_like(carried)), stop
         return total

@@ -18,11 +18,11 @@ from torchvision.transforms import v2
 
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.constants import AUGMENTATIONS, OPTIMISERS, PRECISIONS
-from fedsigma.common.config.training import Recipe
+from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.attention import Project, attention, packed
 from fedsigma.common.training.metrics import Predictions
-from fedsigma.common.training.prompts import Prompts, unit
+from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
 
 Augment = Callable[[Tensor], Tensor]
 
@@ -100,7 +100,7 @@ _OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = dict(
 AUGMENTERS = dict(zip(AUGMENTATIONS, _AUGMENTERS, strict=True))
 
 
-def fit(image: Tensor, backbone: Backbone) -> Tensor:
+def resize_image(image: Tensor, backbone: Backbone) -> Tensor:
     """Resize a uint8 picture (3, height, width) to (3, size, size) as the backbone's makers do."""
     size, mode = backbone.image_size, backbone.resize_mode
     how = v2.InterpolationMode(backbone.interpolation)
@@ -148,7 +148,7 @@ def training_attention(
     return attention(model, products=slow_kernel, project=project)
 
 
-class Task:
+class ClipClassifier:
     """A backbone with its adapter and the prompts of a study: what training and evaluation need.
 
     Args:
@@ -172,7 +172,7 @@ class Task:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.backbone, self.sigma = backbone, sigma.to(self.device)
         self._model: Any = backbone.model
-        self.prompts = Prompts(backbone, prompts)
+        self.prompts = PromptEncoder(backbone, prompts)
         self.size = backbone.image_size
         self.micro_batch = micro_batch or self._default_micro_batch()
         self._mean = torch.tensor(backbone.mean, device=self.device).view(3, 1, 1)
@@ -196,7 +196,7 @@ class Task:
     def text_features(self, copies: int | None = None) -> Tensor:
         """Unit text features (classes, embedding); computed once if the text tower is frozen.
 
-        With `copies`, and a text tower that is not frozen: (copies, classes, embedding), see `Prompts`.
+        With `copies`, and a text tower that is not frozen: (copies, classes, embedding), see `PromptEncoder`.
         """
         if not self._text_frozen:
             return self.prompts.features(copies)
@@ -210,11 +210,11 @@ class Task:
         x = (images.to(self.device).float() / 255 - self._mean) / self._std
         grad = torch.no_grad() if self._image_frozen else nullcontext()
         with grad:
-            return unit(self._model.encode_image(x))
+            return l2_normalize(self._model.encode_image(x))
 
     def fitted(self, example: Example) -> Tensor:
         """The picture as evaluation sees it, uint8 (3, size, size)."""
-        return fit(example.image, self.backbone)
+        return resize_image(example.image, self.backbone)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Cosine similarities times the backbone's logit scale (n, classes), in float32.
@@ -230,7 +230,7 @@ class Task:
             return self.backbone.logit_scale * (image_features[:, None] * text_features).sum(-1)
 
 
-def augmenter(task: Task, recipe: Recipe) -> Augment:
+def augmenter(task: ClipClassifier, recipe: TrainingConfig) -> Augment:
     """What training does to a picture (3, height, width) before the model sees it (3, size, size).
 
     Raises:
@@ -239,7 +239,7 @@ def augmenter(task: Task, recipe: Recipe) -> Augment:
     if recipe.augment not in AUGMENTATIONS:
         raise TrainingError(f"unknown augmentation {recipe.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
     build = AUGMENTERS[recipe.augment]
-    return build(task.size) if build else partial(fit, backbone=task.backbone)
+    return build(task.size) if build else partial(resize_image, backbone=task.backbone)
 
 
 def endless_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -251,7 +251,9 @@ def endless_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
             yield order[start : start + size]
 
 
-def accumulate_gradient(task: Task, images: Tensor, labels: Tensor, *, precision: str = "auto") -> float:
+def accumulate_gradient(
+    task: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
+) -> float:
     """Add the gradient of a batch's mean cross-entropy to that of the task's shift.
 
     The images go through the model `task.micro_batch` at a time, the prompts once: the gradient is that of
@@ -286,7 +288,9 @@ Gradient = Callable[[], float]
 """Adds the gradient of one step to that of the task's shift, and returns the step's loss."""
 
 
-def batch_gradient(task: Task, examples: Sequence[Example], recipe: Recipe, *, seed: int) -> Gradient:
+def batch_gradient(
+    task: ClipClassifier, examples: Sequence[Example], recipe: TrainingConfig, *, seed: int
+) -> Gradient:
     """The gradient of one batch after another: of epochs in new orders, augmented by torch's generator.
 
     Its calls raise:
@@ -311,9 +315,9 @@ def batch_gradient(task: Task, examples: Sequence[Example], recipe: Recipe, *, s
 
 
 def train(
-    task: Task,
+    task: ClipClassifier,
     examples: Sequence[Example],
-    recipe: Recipe,
+    recipe: TrainingConfig,
     *,
     first_step: int = 0,
     steps: int,
@@ -350,7 +354,7 @@ def train(
         torch.manual_seed(seed + first_step)
         for step in track(range(steps), "training", disable=not progress):
             for group in optimiser.param_groups:
-                group["lr"] = recipe.rate(first_step + step, total_steps)
+                group["lr"] = recipe.learning_rate_at(first_step + step, total_steps)
             optimiser.zero_grad(set_to_none=True)
             total += gradient()
             if recipe.proximal:
@@ -360,7 +364,7 @@ def train(
 
 
 def evaluate(
-    task: Task,
+    task: ClipClassifier,
     examples: Sequence[Example],
     *,
     batch_size: int = 64,

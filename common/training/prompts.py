@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedsigma.common.backbones import Backbone
 
 
-def unit(features: Tensor) -> Tensor:
+def l2_normalize(features: Tensor) -> Tensor:
     """Features (n, width) in float32, divided by their lengths (n, 1).
 
     Where a length is zero or overflows the result is not a number. torch's normalize gives zeros there, and
@@ -65,7 +65,7 @@ def _shortened(tower: Any, length: int) -> Iterator[None]:
         tower.attn_mask, tower.positional_embedding = mask, positions
 
 
-class Prompts:
+class PromptEncoder:
     """The prompts of a study, tokenised once.
 
     Args:
@@ -95,5 +95,5 @@ class Prompts:
         device = next(self._model.parameters()).device
         tokens = self.tokens.repeat(copies or 1, 1).to(device)
         with _shortened(_text_tower(self._model), self.length):
-            found = unit(self._model.encode_text(tokens))
+            found = l2_normalize(self._model.encode_text(tokens))
         return found if copies is None else found.view(copies, len(self.tokens), -1)

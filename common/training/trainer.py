@@ -1,6 +1,6 @@
 """What a site and the server do with a model: train a sigma shift on images, and judge one.
 
-A `Learner` holds one backbone with its basis, for one list of classes. Building one takes seconds, so each
+A `Trainer` holds one backbone with its basis, for one list of classes. Building one takes seconds, so each
 process keeps those it has built; the shift is handed in and out, and nothing of a call stays behind.
 """
 
@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsigma.common.config.study import PersonalConfig, PrivacyConfig, SigmaConfig, TrainingConfig
+from fedsigma.common.config.study import LocalTrainingConfig, PersonalConfig, PrivacyConfig, SigmaConfig
 
 if TYPE_CHECKING:
     from fedsigma.common.explain import Explainer
-    from fedsigma.common.sigma import Fingerprint, Layout, SigmaModel, Split
+    from fedsigma.common.sigma import Fingerprint, Layout, ParameterPartition, SigmaModel
 
-__all__ = ["Judged", "Learned", "Learner", "give_back", "open_learner", "seed_for"]
+__all__ = ["EvalOutput", "TrainOutput", "Trainer", "derive_seed", "open_trainer", "release_memory"]
 
 Vector = NDArray[np.float32]
 NO_PRIVACY = PrivacyConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learned:
+class TrainOutput:
     """What training gave. Shapes: shift (layout size,) float32. loss: mean cross-entropy of the steps,
     nan where training is private."""
 
@@ -40,7 +40,7 @@ class Learned:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class EvalOutput:
     """How a shift did: the scalar metrics by name, and `examples`, their number.
 
     confusion: images by true class (rows) and predicted class (columns), row by row.
@@ -50,13 +50,13 @@ class Judged:
     confusion: tuple[int, ...]
 
 
-class Learner(Protocol):
+class Trainer(Protocol):
     """The seam between the federation and the method."""
 
     layout: Layout
     fingerprint: Fingerprint
 
-    def split(self, personal: PersonalConfig | None) -> Split:
+    def split(self, personal: PersonalConfig | None) -> ParameterPartition:
         """Which values of the layout are shared where these are personal."""
         ...
 
@@ -70,14 +70,14 @@ class Learner(Protocol):
         self,
         shift: Vector,
         examples: Sequence[Any],
-        recipe: TrainingConfig,
+        recipe: LocalTrainingConfig,
         *,
         first_step: int,
         steps: int,
         total_steps: int,
         seed: int,
         privacy: PrivacyConfig = NO_PRIVACY,
-    ) -> Learned:
+    ) -> TrainOutput:
         """Train from `shift` on these examples; first_step and total_steps place it in the schedule.
 
         Where privacy is to be kept in training, nothing of what is returned depends on them otherwise than
@@ -85,7 +85,7 @@ class Learner(Protocol):
         """
         ...
 
-    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> Judged:
+    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> EvalOutput:
         """Judge `shift` on these examples."""
         ...
 
@@ -100,7 +100,7 @@ class Learner(Protocol):
         ...
 
 
-class SigmaLearner:
+class SigmaTrainer:
     """The learner of the real method."""
 
     def __init__(
@@ -109,39 +109,39 @@ class SigmaLearner:
         # torch and open_clip take seconds to import; a server that only reads settings need not pay.
         from fedsigma.common.backbones import load_backbone
         from fedsigma.common.sigma import Selection, SigmaModel
-        from fedsigma.common.training.loop import Task
+        from fedsigma.common.training.loop import ClipClassifier
 
         loaded = load_backbone(backbone)
         self.parameters = sum(weight.numel() for weight in loaded.model.parameters())
         selection = Selection(towers=sigma.towers, layers=sigma.layers, parts=sigma.parts)
         self.sigma = SigmaModel.adapt(loaded.model, selection)
-        self.task = Task(loaded, self.sigma, prompts)
+        self.task = ClipClassifier(loaded, self.sigma, prompts)
         self.layout: Layout = self.sigma.layout
         self.fingerprint: Fingerprint = self.sigma.fingerprint
-        self._splits: dict[PersonalConfig | None, Split] = {}
+        self._splits: dict[PersonalConfig | None, ParameterPartition] = {}
         self._explainer: Explainer | None = None
         # Room for random crops without keeping full-size images in memory.
         self.side = loaded.image_size * 3 // 2
-        give_back()  # the random weights that the loaded ones took the place of
+        release_memory()  # the random weights that the loaded ones took the place of
 
     def train(
         self,
         shift: Vector,
         examples: Sequence[Any],
-        recipe: TrainingConfig,
+        recipe: LocalTrainingConfig,
         *,
         first_step: int,
         steps: int,
         total_steps: int,
         seed: int,
         privacy: PrivacyConfig = NO_PRIVACY,
-    ) -> Learned:
+    ) -> TrainOutput:
         """See `Learner.train`."""
-        from fedsigma.common.training.dp_sgd import PrivateGradient
+        from fedsigma.common.training.dp_sgd import DPSGDGradient
         from fedsigma.common.training.loop import train
 
         self._set(shift)
-        gradient = PrivateGradient(self.task, examples, recipe, privacy) if privacy.in_training else None
+        gradient = DPSGDGradient(self.task, examples, recipe, privacy) if privacy.in_training else None
         result = train(
             self.task,
             list(examples),
@@ -153,28 +153,28 @@ class SigmaLearner:
             gradient=gradient,
         )
         trained = self.sigma.get_shift().detach().cpu().numpy().astype(np.float32)
-        give_back()
-        return Learned(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
+        release_memory()
+        return TrainOutput(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
 
-    def split(self, personal: PersonalConfig | None) -> Split:
+    def split(self, personal: PersonalConfig | None) -> ParameterPartition:
         """See `Learner.split`."""
         if personal not in self._splits:
-            self._splits[personal] = split_of(self.sigma, personal)
+            self._splits[personal] = parameter_partition(self.sigma, personal)
         return self._splits[personal]
 
-    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> Judged:
+    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> EvalOutput:
         """See `Learner.evaluate`."""
         from fedsigma.common.training.loop import evaluate
         from fedsigma.common.training.metrics import score
 
         self._set(shift)
         found = score(evaluate(self.task, list(examples)))
-        give_back()
+        release_memory()
         scores = found.scalars()
         if "accuracy" in scores:
             # torch counts in float32; right answers over images is a fraction that float64 holds better.
             scores["accuracy"] = round(scores["accuracy"] * len(examples)) / len(examples)
-        return Judged(scores=scores, confusion=tuple(found.confusion.flatten().tolist()))
+        return EvalOutput(scores=scores, confusion=tuple(found.confusion.flatten().tolist()))
 
     def explain(self, shift: Vector, *, heads: int = 8, words: int = 5) -> list[dict[str, Any]]:
         """See `Learner.explain`."""
@@ -193,46 +193,48 @@ class SigmaLearner:
         self.sigma.set_shift(torch.from_numpy(np.array(shift, dtype=np.float32)))
 
 
-def split_of(sigma: SigmaModel, personal: PersonalConfig | None) -> Split:
+def parameter_partition(sigma: SigmaModel, personal: PersonalConfig | None) -> ParameterPartition:
     """Which values of an adapted model's shift are shared where these are personal.
 
     Raises:
         LayoutError: all or nothing of what is adapted is personal.
     """
-    from fedsigma.common.sigma import LayoutError, Selection, Split, find_layout
+    from fedsigma.common.sigma import LayoutError, ParameterPartition, Selection, find_layout
 
     if personal is None:
-        return Split(sigma.layout)
+        return ParameterPartition(sigma.layout)
     chosen = Selection(towers=personal.towers, layers=personal.layers, parts=personal.parts)
     try:
-        return Split(sigma.layout, frozenset(entry.key for entry in find_layout(sigma.model, chosen).entries))
+        return ParameterPartition(
+            sigma.layout, frozenset(entry.key for entry in find_layout(sigma.model, chosen).entries)
+        )
     except LayoutError as error:
         raise LayoutError(f"personal is {personal}: {error}") from error
 
 
 @lru_cache(maxsize=2)
 def _built(
-    build: Callable[..., Learner],
+    build: Callable[..., Trainer],
     backbone: str,
     sigma: SigmaConfig,
     classes: tuple[str, ...],
     prompts: tuple[str, ...],
-) -> Learner:
+) -> Trainer:
     return build(backbone, sigma, classes, prompts)
 
 
-builder: Callable[..., Learner] = SigmaLearner
+builder: Callable[..., Trainer] = SigmaTrainer
 """Builds a learner from backbone, selection, classes and prompts; tests put a small one here."""
 
 
-def open_learner(
+def open_trainer(
     backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
-) -> Learner:
+) -> Trainer:
     """Return the learner for this backbone and these classes, building it at most once per process."""
     return _built(builder, backbone, sigma, classes, prompts)
 
 
-def seed_for(seed: int, *place: str | int) -> int:
+def derive_seed(seed: int, *place: str | int) -> int:
     """Derive the seed of one piece of work, such as a site's training in one round, from the study's.
 
     Sites must not share a seed (they would draw the same augmentations), and a resumed run must draw what
@@ -242,7 +244,7 @@ def seed_for(seed: int, *place: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Return to the system what has been freed, where the C library can do so (glibc).
 
     glibc keeps freed blocks of up to 32 MB for later, which after a training step are gigabytes. A site that

@@ -7,7 +7,7 @@ import re
 import secrets
 from pathlib import Path, PurePosixPath
 
-__all__ = ["UnsafePath", "inside", "runs_folder", "write_atomic", "write_secret", "write_whole"]
+__all__ = ["UnsafePath", "runs_folder", "safe_join", "write_atomic", "write_secret", "write_whole"]
 
 
 def runs_folder() -> Path:
@@ -49,7 +49,7 @@ class UnsafePath(ValueError):
     """A relative path may lead out of the folder that it starts from."""
 
 
-def inside(text: str) -> PurePosixPath:
+def safe_join(text: str) -> PurePosixPath:
     """Read a relative path that stays below the folder it starts from, whatever the system.
 
     Links are not looked at: what lies in the folder is its owner's choice.

@@ -19,13 +19,13 @@ from typing import IO, Any
 
 from fedsigma.common.utils.files import write_atomic
 
-__all__ = ["Chain", "ChainBroken", "Head", "OpenChain"]
+__all__ = ["HashChainedLog", "Head", "LogTampered", "OpenLog"]
 
 _HEAD = re.compile(r"([0-9]{1,15}):([0-9a-f]{64})")
 _BLOCK = 65536
 
 
-class ChainBroken(ValueError):
+class LogTampered(ValueError):
     """A line of a log does not follow from the one before it, or lines are missing at the end.
 
     Attributes:
@@ -60,7 +60,7 @@ class Head:
         return f"{self.lines}:{self.digest}"
 
 
-class Chain:
+class HashChainedLog:
     """A log file of JSON lines.
 
     Args:
@@ -72,12 +72,12 @@ class Chain:
         self.head_path = path.with_name(path.name + ".head")
 
     @contextmanager
-    def opened(self) -> Iterator[OpenChain]:
+    def opened(self) -> Iterator[OpenLog]:
         """The log, which no other process can write meanwhile."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield OpenChain(self, file)
+            yield OpenLog(self, file)
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Add a line, and make sure that it is on the disk.
@@ -122,15 +122,15 @@ class Chain:
                     raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError):
                 what = f"line {number} was changed, or a line before it was changed or removed"
-                raise ChainBroken(self.path, number, what) from None
+                raise LogTampered(self.path, number, what) from None
             found.append(values)
             digests.append(hashlib.sha256(line).hexdigest())
         for head in filter(None, (kept, noted)):
             if head.lines > len(found):
                 what = f"{head.lines - len(found)} lines were removed from the end, after line {len(found)}"
-                raise ChainBroken(self.path, len(found) + 1, what)
+                raise LogTampered(self.path, len(found) + 1, what)
             if head.lines and digests[head.lines] != head.digest:
-                raise ChainBroken(self.path, head.lines, f"line {head.lines} is not the one that was noted")
+                raise LogTampered(self.path, head.lines, f"line {head.lines} is not the one that was noted")
         return found, Head(len(found), digests[-1]) if found else Head(0)
 
     def _kept_head(self) -> Head | None:
@@ -139,13 +139,13 @@ class Chain:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ChainBroken(self.path, 1, f"its head {self.head_path.name} was changed: {error}") from None
+            raise LogTampered(self.path, 1, f"its head {self.head_path.name} was changed: {error}") from None
 
 
-class OpenChain:
+class OpenLog:
     """A log under its lock; made by `Chain.opened`."""
 
-    def __init__(self, chain: Chain, file: IO[bytes]) -> None:
+    def __init__(self, chain: HashChainedLog, file: IO[bytes]) -> None:
         self._chain, self._file = chain, file
 
     def lines(self) -> list[dict[str, Any]]:
@@ -179,7 +179,7 @@ class OpenChain:
         if head and head.lines >= count:
             # Going on would write a new head, and nobody could tell any more.
             what = f"its end was changed or removed: it has {count} lines, and its head notes {head.lines}"
-            raise ChainBroken(self._chain.path, count, what)
+            raise LogTampered(self._chain.path, count, what)
         return count
 
     def _keep(self, head: Head) -> None:

@@ -17,10 +17,10 @@ from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import build
 from fedsigma.common.config.study import (
     DataConfig,
+    LocalTrainingConfig,
     PersonalConfig,
     SigmaConfig,
     StudyConfig,
-    TrainingConfig,
 )
 from fedsigma.common.privacy.secure_aggregation import Member
 
@@ -31,11 +31,11 @@ __all__ = [
     "EvaluateReply",
     "EvaluateTask",
     "Evaluation",
-    "Hello",
-    "HelloReply",
+    "HandshakeReply",
+    "HandshakeRequest",
     "MaskedReply",
     "ProtocolError",
-    "Setup",
+    "StudySpec",
     "TrainReply",
     "TrainTask",
 ]
@@ -58,7 +58,7 @@ class ProtocolError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class StudySpec:
     """What a site needs to know of the study in every message; equal setups can share what was built.
 
     `layers` is SigmaConfig's layers as JSON. `personal` is the section personal as JSON, empty without one.
@@ -66,7 +66,7 @@ class Setup:
     it.
     """
 
-    study: str
+    name: str
     backbone: str
     towers: tuple[str, ...]
     layers: str
@@ -79,10 +79,10 @@ class Setup:
     personal: str = ""
 
     @classmethod
-    def of(cls, study: StudyConfig) -> Setup:
+    def of(cls, study: StudyConfig) -> StudySpec:
         """Take from a study what its sites need."""
         return cls(
-            study=study.name,
+            name=study.name,
             backbone=study.backbone,
             towers=study.sigma.towers,
             layers=json.dumps(study.sigma.layers),
@@ -152,19 +152,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hello:
+class HandshakeRequest:
     """The server asks who is there, and tells its own fingerprint so that the site can compare, too."""
 
     protocol: int
-    setup: Setup
+    study: StudySpec
     fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class HelloReply:
+class HandshakeReply:
     """A site says its name and fingerprint. version: of its FedSigma; sites: the study's number of sites in a
-    simulation, else 0; named, whether finished models may name it; explained, whether the server may say in
-    words what its own shift changed.
+    simulation, else 0; allow_attribution, whether finished models may name it; allow_explanation, whether the
+    server may say in words what its own shift changed.
 
     mask_key is its X25519 key for masks in this run, mask_signature its identity's signature of it; empty if
     it has no identity.
@@ -176,8 +176,8 @@ class HelloReply:
     version: str
     sites: int = 0
     problem: str = ""
-    named: bool = False
-    explained: bool = False
+    allow_attribution: bool = False
+    allow_explanation: bool = False
     mask_key: bytes = b""
     mask_signature: bytes = b""
 
@@ -207,8 +207,8 @@ class TrainTask:
     that a site counts for.
     """
 
-    setup: Setup
-    recipe: TrainingConfig
+    study: StudySpec
+    recipe: LocalTrainingConfig
     mode: str
     round: int
     cohort: int
@@ -245,7 +245,7 @@ class TrainReply:
     class_counts are the training images of each class; empty unless the site's policy lets it tell them.
     """
 
-    change: bytes
+    update: bytes
     examples: int
     steps: int
     loss: float
@@ -286,7 +286,7 @@ LOSS_UNIT = 1024
 class EvaluateTask:
     """Evaluate these shifts on the site's test images, each with the site's personal values if asked for."""
 
-    setup: Setup
+    study: StudySpec
     round: int
     shifts: tuple[bytes, ...]
     personal: bool = False

@@ -1,7 +1,7 @@
 """The messages between server and site, and the only place that knows how they lie in Flower's records.
 
-Each message is a small frozen dataclass of `messages`. `to_content` turns one into a Flower record and
-`from_content` turns a record back, or raises `ProtocolError`: the fields must be exactly those of the
+Each message is a small frozen dataclass of `messages`. `to_record` turns one into a Flower record and
+`from_record` turns a record back, or raises `ProtocolError`: the fields must be exactly those of the
 dataclass, each of its type and within its bounds. So a reply can carry nothing but what its dataclass names,
 whoever built it.
 """
@@ -22,17 +22,17 @@ from fedsigma.common.wire.messages import (
     EvaluateReply,
     EvaluateTask,
     Evaluation,
-    Hello,
-    HelloReply,
+    HandshakeReply,
+    HandshakeRequest,
     MaskedReply,
     ProtocolError,
-    Setup,
+    StudySpec,
     TrainReply,
     TrainTask,
 )
 
 __all__ = [
-    "HELLO",
+    "HANDSHAKE",
     "LOSS_UNIT",
     "MASKED_COUNTS",
     "MAX_REPLY_BYTES",
@@ -41,24 +41,24 @@ __all__ = [
     "EvaluateReply",
     "EvaluateTask",
     "Evaluation",
-    "Hello",
-    "HelloReply",
+    "HandshakeReply",
+    "HandshakeRequest",
     "MaskedReply",
     "ProtocolError",
-    "Setup",
+    "StudySpec",
     "TrainReply",
     "TrainTask",
     "fields_of",
-    "from_content",
+    "from_record",
     "spoken_version",
-    "to_content",
+    "to_record",
     "wire_bytes",
 ]
 
 PROTOCOL = 8
 """Version of the messages; both sides must have the same."""
 
-HELLO = "query.hello"
+HANDSHAKE = "query.hello"
 """Flower's message type of the handshake; training and evaluation use Flower's own types."""
 
 MAX_REPLY_BYTES = 4 * 1024 * 1024 + 65_536
@@ -74,8 +74,8 @@ T = TypeVar("T")
 
 
 _MESSAGES: dict[type, int] = {
-    Hello: MAX_TASK_BYTES,
-    HelloReply: MAX_REPLY_BYTES,
+    HandshakeRequest: MAX_TASK_BYTES,
+    HandshakeReply: MAX_REPLY_BYTES,
     TrainTask: MAX_TASK_BYTES,
     TrainReply: MAX_REPLY_BYTES,
     MaskedReply: MAX_REPLY_BYTES,
@@ -84,7 +84,7 @@ _MESSAGES: dict[type, int] = {
 }
 
 
-def to_content(message: object) -> RecordDict:
+def to_record(message: object) -> RecordDict:
     """Put a message into a Flower record.
 
     Raises:
@@ -95,11 +95,11 @@ def to_content(message: object) -> RecordDict:
     values = {_KIND: type(message).__name__, **_flatten(message)}
     content = RecordDict({_RECORD: ConfigRecord(values)})
     # Reading it back proves that the receiver will accept it, and that nothing but its fields went in.
-    from_content(type(message), content)
+    from_record(type(message), content)
     return content
 
 
-def from_content(cls: type[T], content: RecordDict) -> T:
+def from_record(cls: type[T], content: RecordDict) -> T:
     """Read a message of an expected kind from a Flower record.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command `fedsigma audit`: whether a log of a site or a centre is whole."""
+"""The command `fedsigma audit`: whether a log of a site or a server is whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.utils.console import PROBLEMS
-from fedsigma.common.utils.hash_chain import Chain, ChainBroken, Head
+from fedsigma.common.utils.hash_chain import HashChainedLog, Head, LogTampered
 
 __all__ = ["app"]
 
@@ -48,8 +48,8 @@ def verify(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     try:
-        lines, now = Chain(log).check(noted)
-    except ChainBroken as error:
+        lines, now = HashChainedLog(log).check(noted)
+    except LogTampered as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(PROBLEMS) from None
     typer.echo(f"{len(lines)} lines, all as they were written. Head: {now}")

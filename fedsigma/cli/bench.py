@@ -156,7 +156,7 @@ def _shares(text: str) -> list[float]:
 
 
 def _table(name: str) -> PaperTable:
-    from fedsigma.common.config.schema import nearest
+    from fedsigma.common.config.schema import did_you_mean
     from fedsigma.server.paper.tables import TABLES
 
     if name == "list":
@@ -164,7 +164,7 @@ def _table(name: str) -> PaperTable:
             typer.echo(f"{one:<26} {table.title}")
         raise typer.Exit
     if name not in TABLES:
-        raise ValueError(f"there is no table '{name}'{nearest(name, TABLES)}")
+        raise ValueError(f"there is no table '{name}'{did_you_mean(name, TABLES)}")
     return TABLES[name]
 
 

@@ -51,7 +51,7 @@ def check(
 
     Example: fedsigma data check btmri:data/BTMRI
     """
-    from fedsigma.common.config.schema import nearest
+    from fedsigma.common.config.schema import did_you_mean
     from fedsigma.common.data.catalog import CardError, cards
 
     name, _, place = spec.partition(":")
@@ -67,7 +67,8 @@ def check(
 
     if name not in known_sources() and not Path(spec).exists():
         raise CardError(
-            f"'{spec}' is no source of data and no card{nearest(name.lower(), [*known_sources(), *cards()])}"
+            f"'{spec}' is neither a data source nor a data set card"
+            f"{did_you_mean(name.lower(), [*known_sources(), *cards()])}"
             f" Write KIND:PATH with one of {', '.join(known_sources())}, or NAME:PATH of a card"
             " (fedsigma data cards)"
         )
@@ -112,15 +113,15 @@ def list_cards(
 
     Example: fedsigma data cards btmri
     """
-    from fedsigma.common.config.schema import plain
+    from fedsigma.common.config.schema import to_plain
     from fedsigma.common.data.catalog import card, card_text, cards
     from fedsigma.common.utils.console import print_table
 
     if name:
-        typer.echo(json.dumps(plain(card(name)), indent=2) if as_json else card_text(name).rstrip())
+        typer.echo(json.dumps(to_plain(card(name)), indent=2) if as_json else card_text(name).rstrip())
         return
     if as_json:
-        typer.echo(json.dumps([plain(one) for one in cards().values()], indent=2))
+        typer.echo(json.dumps([to_plain(one) for one in cards().values()], indent=2))
         return
     heads = ("name", "title", "classes", "train / val / test", "fetch")
     rows = [

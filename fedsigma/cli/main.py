@@ -16,7 +16,7 @@ from fedsigma.common.utils.console import BAD_INPUT, FAILED
 __all__ = ["main"]
 
 _CLIENT, _SERVER = "fedsigma.cli.model", "fedsigma.cli.study"
-_HOSPITAL, _CENTRE = "fedsigma.cli.site", "fedsigma.cli.server"
+_HOSPITAL, _SERVER = "fedsigma.cli.site", "fedsigma.cli.server"
 # Name -> (module with a typer `app`, one line of help): enough to print the list without importing torch.
 COMMANDS = {
     "inspect": (_CLIENT, "Count what a study would train on a backbone."),
@@ -28,7 +28,7 @@ COMMANDS = {
     "identity": (_CLIENT, "Make the key by which other sites know this one."),
     "audit": ("fedsigma.cli.audit", "Find what was changed in a log: verify."),
     "budget": (_CLIENT, "Say what private studies have spent of a site's images."),
-    "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a centre: submit, status, stop."),
+    "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a server: submit, status, stop."),
     "predict": (_CLIENT, "Judge a folder of pictures or DICOM files with a finished study."),
     "serve": ("fedsigma.cli.serve", "Judge images by HTTP with a finished study."),
     "calibrate": (_CLIENT, "Fit how sure a finished model says it is, on labelled images."),
@@ -39,11 +39,11 @@ COMMANDS = {
     ),
     "export": (_CLIENT, "Write a finished study's model as a plain open_clip folder."),
     "site": (_HOSPITAL, "Run a hospital's site: enrol, doctor, up, status, approve, rotate."),
-    "server": (_CENTRE, "Run a coordinating centre: init, up, invite, admit, sites, revoke."),
-    "dashboard": ("fedsigma.cli.dashboard", "Show runs in a browser: of simulations, or of a centre."),
+    "server": (_SERVER, "Run a coordinating server: init, up, invite, admit, sites, revoke."),
+    "dashboard": ("fedsigma.cli.dashboard", "Show runs in a browser: of simulations, or of a server."),
     "users": (
         "fedsigma.cli.users",
-        "Say who may see a centre's dashboard: add, password, change, remove, list, token.",
+        "Say who may see a server's dashboard: add, password, change, remove, list, token.",
     ),
     "bench": ("fedsigma.cli.bench", "Run the tables of CLIP-SVD's paper, also federated: paper."),
     "runs": (_SERVER, "List the runs in a folder."),

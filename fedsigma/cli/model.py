@@ -65,12 +65,12 @@ def budget(
 
     Exit code 3: SITE_YAML or the ledger cannot be read.
     """
-    from fedsigma.client.site.privacy_ledger import Ledger
+    from fedsigma.client.site.privacy_ledger import PrivacyLedger
     from fedsigma.client.site.site import SitePolicy
     from fedsigma.common.privacy.accounting import epsilon
 
     policy = SitePolicy.read(file)
-    entries = Ledger(file.resolve().parent / Path(policy.ledger).expanduser()).entries()
+    entries = PrivacyLedger(file.resolve().parent / Path(policy.ledger).expanduser()).entries()
     studies = {
         study: epsilon([e.release for e in entries if e.study == study], policy.delta)
         for study in sorted({e.study for e in entries})
@@ -232,9 +232,9 @@ def predict(
     """
     from fedsigma.client.inference.batch import predict as judge
     from fedsigma.client.inference.calibration import Calibration
-    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.client.inference.loaded_model import load_model
 
-    restored = restore(run, backbone, personal)
+    restored = load_model(run, backbone, personal)
     known = Calibration.read_for(restored, calibration)
     unreadable = judge(
         restored,
@@ -272,10 +272,10 @@ def calibrate(
     Example: fedsigma calibrate runs/demo --data folder:labelled --out calibration.json
     """
     from fedsigma.client.inference.calibration import calibrate as fit
-    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.data.sources.registry import open_source
 
-    found = fit(restore(run, backbone, personal), open_source(data))
+    found = fit(load_model(run, backbone, personal), open_source(data))
     found.write(out)
     typer.echo(f"Temperature {found.temperature:.3f}, fitted on {found.images} images.")
     typer.echo(f"Expected calibration error there {found.before:.3f} before, {found.after:.3f} after.")
@@ -301,15 +301,15 @@ def explain(
 
     Example: fedsigma explain runs/demo --template "a photo of {}"
     """
-    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.explain import Phrases
-    from fedsigma.common.explain.report import explainer, in_words, to_rows
+    from fedsigma.common.explain.report import explain_shift, explainer, to_rows
 
     corpus = Phrases.parse(phrases.read_text(encoding="utf-8")) if phrases else Phrases.bundled()
-    restored = restore(run, backbone)
+    restored = load_model(run, backbone)
     explains = explainer(restored.backbone, restored.sigma, corpus, template=template)
     found = explains.explain(restored.sigma.get_shift().cpu(), heads=heads, words=words)
-    typer.echo(json.dumps(to_rows(found), indent=2) if as_json else in_words(found))
+    typer.echo(json.dumps(to_rows(found), indent=2) if as_json else explain_shift(found))
 
 
 @app.command()
@@ -325,9 +325,9 @@ def export(
     Example: fedsigma export runs/demo --out adapted-clip
     """
     from fedsigma.client.inference.loaded_model import export as write_merged
-    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.client.inference.loaded_model import load_model
 
-    folder = write_merged(restore(run, backbone, personal), out, onnx=onnx)
+    folder = write_merged(load_model(run, backbone, personal), out, onnx=onnx)
     typer.echo(f"Wrote {folder}.")
     if onnx:
         typer.echo("image.onnx and text.onnx give the same features as torch, to 1e-3 at most.")

@@ -12,7 +12,7 @@ from rich.console import Console
 from fedsigma.common.utils.console import PROBLEMS, print_table
 
 if TYPE_CHECKING:
-    from fedsigma.common.registry import Shelf
+    from fedsigma.common.registry import ModelRegistry
 
 __all__ = ["app"]
 
@@ -139,10 +139,10 @@ def combine(
 
     Example: fedsigma models combine both white-cells@3=0.5 dermoscopy@1=0.5
     """
-    from fedsigma.common.registry.task_arithmetic import Term, publish_combination
+    from fedsigma.common.registry.task_arithmetic import WeightedVersion, publish_combination
 
     place = _open(shelf)
-    found = [Term(place.find(reference), factor) for reference, factor in map(_term, terms)]
+    found = [WeightedVersion(place.find(reference), factor) for reference, factor in map(_term, terms)]
     version = publish_combination(place, name, found)
     typer.echo(f"{version.manifest.reference} in {version.path}")
 
@@ -166,12 +166,12 @@ def curve(
     Example: fedsigma models curve white-cells@3 --data folder:cells
     """
     from fedsigma.client.inference.interpolation import curve as judge
-    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.data.sources.registry import open_source
     from fedsigma.common.registry.publish import load
 
     place = _open(shelf)
-    restored = restore(place.find(model).path, backbone)
+    restored = load_model(place.find(model).path, backbone)
     end = load(place.find(other)) if other else None
     points = list(judge(restored, end, open_source(data), _factors(factors)))
     if as_json:
@@ -199,10 +199,10 @@ def export(
     import shutil
 
     from fedsigma.client.inference.loaded_model import export as write_merged
-    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.client.inference.loaded_model import load_model
 
     version = _open(shelf).find(model)
-    folder = write_merged(restore(version.path, backbone), out, onnx=onnx)
+    folder = write_merged(load_model(version.path, backbone), out, onnx=onnx)
     for file in ("card.md", "manifest.json", "manifest.sig"):
         shutil.copyfile(version.path / file, folder / file)
     typer.echo(f"Wrote {folder}.")
@@ -242,11 +242,11 @@ def verify(
     typer.echo(f"{len(place.versions())} versions, all as {place.public_key or 'nobody'} signed them.")
 
 
-def _open(shelf: Path | None) -> Shelf:
-    from fedsigma.common.registry import Shelf, shelf_folder
+def _open(shelf: Path | None) -> ModelRegistry:
+    from fedsigma.common.registry import ModelRegistry, registry_folder
     from fedsigma.common.utils.files import runs_folder
 
-    return Shelf(shelf or shelf_folder(runs_folder()))
+    return ModelRegistry(shelf or registry_folder(runs_folder()))
 
 
 def _term(text: str) -> tuple[str, float]:

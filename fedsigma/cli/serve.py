@@ -121,15 +121,15 @@ def _service(
     token: str | None,
 ) -> Service:
     from fedsigma.client.inference.calibration import Calibration
-    from fedsigma.client.inference.loaded_model import restore
-    from fedsigma.client.inference.predictor import Judge
+    from fedsigma.client.inference.loaded_model import load_model
+    from fedsigma.client.inference.predictor import Predictor
     from fedsigma.client.serving.service import Service, describe
 
-    restored = restore(model, backbone, personal)
+    restored = load_model(model, backbone, personal)
     known = Calibration.read_for(restored, calibration)
     info = describe(model, restored, known, least, limits)
     restored.sigma.merge()
-    judge = Judge(restored, temperature=known.temperature if known else 1.0, least=least)
+    judge = Predictor(restored, temperature=known.temperature if known else 1.0, least=least)
     return Service(judge, info, limits, token=token)
 
 

@@ -1,4 +1,4 @@
-"""The commands of a coordinating centre: make it, run it, and let sites in and out."""
+"""The commands of a coordinating server: make it, run it, and let sites in and out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedsigma.common.config.schema import from_here, split_address
+from fedsigma.common.config.schema import resolve_relative, split_address
 from fedsigma.common.ops.enrolment_files import SiteKeys, fingerprint
 from fedsigma.common.ops.health import SERVING, health_of, web_health_of
 from fedsigma.common.ops.supervisor import (
@@ -24,16 +24,16 @@ from fedsigma.common.utils.console import PROBLEMS
 from fedsigma.common.utils.printing import print_table
 from fedsigma.server.deployment.certificates import Issued, check_pair
 from fedsigma.server.deployment.enrolment import Enrolment
-from fedsigma.server.deployment.home import CentreError, CentreFolder, ServerConfig
+from fedsigma.server.deployment.home import ServerConfig, ServerHome, ServerHomeError
 from fedsigma.server.deployment.proxy import write_proxy_files
-from fedsigma.server.deployment.services import centre_processes
+from fedsigma.server.deployment.services import server_processes
 
 __all__ = ["app"]
 
 PROCESSES = ("superlink", "worker", "keeper", "proxy", "dashboard")
 
 app = typer.Typer(no_args_is_help=True)
-server_app = typer.Typer(no_args_is_help=True, help="Run a coordinating centre.")
+server_app = typer.Typer(no_args_is_help=True, help="Run a coordinating server.")
 app.add_typer(server_app, name="server")
 
 
@@ -44,15 +44,15 @@ def _group() -> None:
 
 Folder = Annotated[
     Path,
-    typer.Option("--folder", "-f", envvar="FEDSIGMA_CENTRE", help="The centre's folder."),
+    typer.Option("--folder", "-f", envvar="FEDSIGMA_SERVER", help="The server's folder."),
 ]
 
 
 @server_app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
-    address: Annotated[str, typer.Option(help="HOST:PORT by which sites reach this centre.")],
-    name: Annotated[str, typer.Option(help="The centre's name, as invitations say it.")] = "FedSigma centre",
+    address: Annotated[str, typer.Option(help="HOST:PORT by which sites reach this server.")],
+    name: Annotated[str, typer.Option(help="The server's name, as invitations say it.")] = "FedSigma server",
     listen: Annotated[
         str | None, typer.Option(help="Where the proxy listens.", show_default="0.0.0.0, address's port")
     ] = None,
@@ -74,18 +74,18 @@ def init(
         Path | None, typer.Option(help="The authority that signed it, PEM: sites trust it.", exists=True)
     ] = None,
     if_new: Annotated[
-        bool, typer.Option("--if-new", help="Where the folder is a centre's already, change nothing.")
+        bool, typer.Option("--if-new", help="Where the folder is a server's already, change nothing.")
     ] = False,
 ) -> None:
-    """Make a centre: authority and certificates, secrets, database, proxy files.
+    """Make a server: authority and certificates, secrets, database, proxy files.
 
     Exit code 3: the folder is not empty, or a value does not do.
     """
     if if_new and (folder / "server.yaml").is_file():
-        typer.echo(f"{CentreFolder(folder).path} holds a centre already; nothing was changed.")
+        typer.echo(f"{ServerHome(folder).path} holds a server already; nothing was changed.")
         return
     if (certificate is None) != (key is None) or (certificate is None) != (trust is None):
-        raise CentreError("--certificate, --key and --trust belong together: give all three or none")
+        raise ServerHomeError("--certificate, --key and --trust belong together: give all three or none")
     host, port = address.rpartition(":")[::2]
     config = ServerConfig(
         name=name,
@@ -99,9 +99,9 @@ def init(
     own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
     if own is not None:
         check_pair(own)
-    made = CentreFolder.create(folder, config, own=own, trust=trust.read_bytes() if trust else b"")
+    made = ServerHome.create(folder, config, own=own, trust=trust.read_bytes() if trust else b"")
     write_proxy_files(made)
-    typer.echo(f"Made the centre in {made.path}. It answers at {address} once it runs:")
+    typer.echo(f"Made the server in {made.path}. It answers at {address} once it runs:")
     typer.echo(f"  fedsigma server up --folder {made.path}")
     typer.echo(f"  fedsigma server invite SITE --folder {made.path}")
     typer.echo(f"Keep {made.tls('ca.key')} safe: whoever has it can pretend to be {host}.")
@@ -114,7 +114,7 @@ def up(
         str | None, typer.Option(help=f"One process in the foreground: {', '.join(PROCESSES)}.")
     ] = None,
 ) -> None:
-    """Run the centre in the foreground until Ctrl-C or SIGTERM: SuperLink, worker, keeper, proxy, supervised.
+    """Run the server in the foreground until Ctrl-C or SIGTERM: SuperLink, worker, keeper, proxy, supervised.
 
     The dashboard, too, where there is a dashboard.yaml in the folder.
 
@@ -122,20 +122,20 @@ def up(
 
     Exit code 0: stopped; 3: it runs already, or a program is not installed.
     """
-    centre = CentreFolder(folder)
-    processes = _chosen(centre, only)
+    server = ServerHome(folder)
+    processes = _chosen(server, only)
     # In containers, only the proxy's own sees the folder of these files.
     if only in (None, "proxy"):
-        write_proxy_files(centre)
+        write_proxy_files(server)
     if only is None:
-        supervise(processes, centre.path)
-    processes[0].replace_this(centre.path)
+        supervise(processes, server.path)
+    processes[0].replace_this(server.path)
 
 
 @server_app.command()
 def down(folder: Folder) -> None:
-    """Stop a centre that `up` runs."""
-    stop(CentreFolder(folder).path)
+    """Stop a server that `up` runs."""
+    stop(ServerHome(folder).path)
 
 
 @server_app.command()
@@ -151,16 +151,16 @@ def status(
 
     Exit code 0: all serve, or the one asked for; 4: one does not.
     """
-    centre = CentreFolder(folder)
-    known = {s.name: s for s in states(centre.path)} if running(centre.path) else {}
+    server = ServerHome(folder)
+    known = {s.name: s for s in states(server.path)} if running(server.path) else {}
     rows = []
-    for process in _chosen(centre, only):
+    for process in _chosen(server, only):
         state = known.get(process.name)
         rows.append(
             {
                 "process": process.name,
                 "state": state.state.lower() if state else "not supervised here",
-                "health": _health(centre, process),
+                "health": _health(server, process),
                 "pid": state.pid if state else 0,
             }
         )
@@ -187,7 +187,7 @@ def invite(
     Exit code 3: the site has joined, or the file exists.
     """
     path = out or Path(f"{site}.join.json")
-    invitation = Enrolment(CentreFolder(folder)).invite(site, path, days=days, note=note)
+    invitation = Enrolment(ServerHome(folder)).invite(site, path, days=days, note=note)
     typer.echo(f"Wrote {path}, valid until {invitation.expires}. It holds a secret: send it to no one else.")
     typer.echo(f"Read aloud at the telephone: {fingerprint(invitation.certificates, invitation.word)}")
     typer.echo(f"The site answers with a file of keys: fedsigma server admit {site}.keys.json")
@@ -200,10 +200,10 @@ def admit(
 ) -> None:
     """Let a site in with the keys it sent; or a joined site's new node key beside its old one.
 
-    Exit code 3: the keys do not belong to the site's invitation, or the centre does not run.
+    Exit code 3: the keys do not belong to the site's invitation, or the server does not run.
     """
     keys = SiteKeys.read(file)
-    added = Enrolment(CentreFolder(folder)).admit(keys)
+    added = Enrolment(ServerHome(folder)).admit(keys)
     typer.echo(f"Site '{keys.site}' is in, as node {added.node_id}.")
     typer.echo(f"Compare at the telephone: {fingerprint(keys.node_key, keys.identity)}")
 
@@ -219,15 +219,15 @@ def sites(
     """List the sites: invited, joined or revoked, and whether their node is online."""
     from fedsigma.server.deployment.flower_control import Control, ControlError
 
-    centre = CentreFolder(folder)
-    found = Enrolment(centre).sites()
+    server = ServerHome(folder)
+    found = Enrolment(server).sites()
     if keys:
         typer.echo("peers:")
         for site in (s for s in found if s.identity):
             typer.echo(f'  {site.name}: "{site.identity}"')
         return
     try:
-        nodes = Control(centre).nodes()
+        nodes = Control(server).nodes()
     except ControlError as error:
         typer.echo(f"Whether sites are online is not known: {error}", err=True)
         nodes = {}
@@ -254,7 +254,7 @@ def sites(
 @server_app.command()
 def revoke(site: Annotated[str, typer.Argument(help="The site.")], folder: Folder) -> None:
     """Shut a site out at once, with all its keys; other sites go on."""
-    for key in Enrolment(CentreFolder(folder)).revoke(site):
+    for key in Enrolment(ServerHome(folder)).revoke(site):
         typer.echo(f"Node {key.node_id} of site '{site}' is shut out.")
 
 
@@ -282,71 +282,71 @@ def rotate(
     from fedsigma.server.deployment import certificate_rotation
 
     if (certificate is None) != (key is None):
-        raise CentreError("--certificate and --key belong together: give both or none")
-    centre = CentreFolder(folder)
+        raise ServerHomeError("--certificate and --key belong together: give both or none")
+    server = ServerHome(folder)
     if what == "keys":
-        for old in Enrolment(centre).retire():
+        for old in Enrolment(server).retire():
             typer.echo(f"The old node key of site '{old.site}' is shut out.")
     elif what == "certificate":
         own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
-        certificate_rotation.renew_certificates(centre, own)
+        certificate_rotation.renew_certificates(server, own)
         typer.echo("New certificates are in place.")
-        _restart(centre, "superlink", "proxy")
+        _restart(server, "superlink", "proxy")
     elif what == "authority" and not switch:
         path = out or Path("trust.pem")
-        text = certificate_rotation.begin_authority(centre, path)
+        text = certificate_rotation.begin_authority(server, path)
         typer.echo(f"Give {path} to every site: fedsigma site trust {path.name}")
         typer.echo(f"Read aloud at the telephone: {fingerprint(text)}")
         typer.echo("When all have it: fedsigma server rotate authority --switch")
     elif what == "authority":
-        certificate_rotation.switch_authority(centre)
+        certificate_rotation.switch_authority(server)
         typer.echo("The new authority signs; sites that do not trust it are shut out.")
-        _restart(centre, "superlink", "worker", "proxy")
+        _restart(server, "superlink", "worker", "proxy")
     else:
-        raise CentreError(f"'{what}' cannot be rotated: certificate, keys or authority")
+        raise ServerHomeError(f"'{what}' cannot be rotated: certificate, keys or authority")
 
 
-def _restart(centre: CentreFolder, *processes: str) -> None:
-    for process in processes if running(centre.path) else ():
+def _restart(server: ServerHome, *processes: str) -> None:
+    for process in processes if running(server.path) else ():
         try:
-            restart(centre.path, process)
+            restart(server.path, process)
             typer.echo(f"Restarted {process}.")
         except ProcessError as error:
             typer.echo(f"{error}: restart it by hand", err=True)
 
 
-def _chosen(centre: CentreFolder, only: str | None) -> list[Process]:
-    """All processes of a centre, or the one of this name."""
-    processes = centre_processes(centre)
+def _chosen(server: ServerHome, only: str | None) -> list[Process]:
+    """All processes of a server, or the one of this name."""
+    processes = server_processes(server)
     chosen = [process for process in processes if only in (None, process.name)]
     if not chosen and only == "dashboard":
-        raise CentreError(f"there is no dashboard without {centre.path / 'dashboard.yaml'}: write one")
+        raise ServerHomeError(f"there is no dashboard without {server.path / 'dashboard.yaml'}: write one")
     if not chosen:
-        raise CentreError(f"no process '{only}': there are {', '.join(p.name for p in processes)}")
+        raise ServerHomeError(f"no process '{only}': there are {', '.join(p.name for p in processes)}")
     return chosen
 
 
-def _health(centre: CentreFolder, process: Process) -> str:
+def _health(server: ServerHome, process: Process) -> str:
     if process.name == "dashboard":
-        return _dashboard_health(centre)
+        return _dashboard_health(server)
     if process.name != "proxy":
         return health_of(process.health) if process.health else ""
-    name, _ = split_address(centre.config.address, where="address")
+    name, _ = split_address(server.config.address, where="address")
     return health_of(
-        from_here(centre.config.listen, where="listen"),
-        certificates=centre.tls("sites.crt").read_bytes(),
+        resolve_relative(server.config.listen, where="listen"),
+        certificates=server.tls("sites.crt").read_bytes(),
         name=name,
     )
 
 
-def _dashboard_health(centre: CentreFolder) -> str:
+def _dashboard_health(server: ServerHome) -> str:
     """By the certificate that dashboard.yaml names, or without TLS where a proxy in front ends it."""
     from fedsigma.server.dashboard.config import DashboardConfig
 
     try:
-        config = DashboardConfig.read(centre.path)
+        config = DashboardConfig.read(server.path)
         certificate = Path(config.certificate).read_bytes() if config.certificate else None
-        return web_health_of(from_here(config.listen, where="listen"), certificate=certificate)
+        return web_health_of(resolve_relative(config.listen, where="listen"), certificate=certificate)
     except (ValueError, OSError) as error:
         # The health of the others is still to be said.
         return f"not known ({error})"

@@ -1,4 +1,4 @@
-"""The commands of a hospital's IT: join a centre, run the site, approve bundles."""
+"""The commands of a hospital's IT: join a server, run the site, approve bundles."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from fedsigma.client.deployment.bundle_approval import Bundles, difference, digest_of
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.bundle_approval import BundleApprovals, difference, digest_of
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.deployment.services import node_process, worker_process
-from fedsigma.common.ops.enrolment_files import Invitation, JoinError, fingerprint
+from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, fingerprint
 from fedsigma.common.ops.health import SERVING, health_of
 from fedsigma.common.ops.supervisor import restart, running, states, stop, supervise
 from fedsigma.common.utils.console import PROBLEMS
@@ -39,7 +39,7 @@ Folder = Annotated[
 
 @site_app.command()
 def enrol(
-    invitation: Annotated[Path, typer.Argument(metavar="INVITATION", help="The file from the centre.")],
+    invitation: Annotated[Path, typer.Argument(metavar="INVITATION", help="The file from the server.")],
     folder: Folder,
     out: Annotated[
         Path | None, typer.Option(help="The file of keys to send back.", show_default="SITE.keys.json")
@@ -50,11 +50,11 @@ def enrol(
     Exit code 3: the invitation is damaged or too old, or the folder belongs to a site already.
     """
     given = Invitation.read(invitation)
-    made, keys = SiteFolder.enrol(folder, given)
+    made, keys = SiteHome.enrol(folder, given)
     path = out or Path(f"{given.site}.keys.json")
     keys.write(path)
-    typer.echo(f"Made site '{given.site}' in {made.path}, for {given.centre} at {given.server}.")
-    typer.echo(f"The centre read this aloud: {fingerprint(given.certificates, given.word)}")
+    typer.echo(f"Made site '{given.site}' in {made.path}, for {given.server_name} at {given.address}.")
+    typer.echo(f"The server read this aloud: {fingerprint(given.certificates, given.word)}")
     typer.echo(f"Send {path} back, and read this aloud: {fingerprint(keys.node_key, keys.identity)}")
     typer.echo(f"Then write {made.path / 'site.yaml'}: what this site allows.")
 
@@ -78,8 +78,10 @@ def up(
     """
     _check_process(only)
     if node and only != "worker":
-        raise JoinError("--node goes with --only worker: for both processes, connection.yaml says it")
-    site = SiteFolder(folder)
+        raise EnrolmentFileError(
+            "--node goes with --only worker: for both processes, connection.yaml says it"
+        )
+    site = SiteHome(folder)
     if node:
         site.connection = replace(site.connection, node=node)
     if only == "node":
@@ -92,7 +94,7 @@ def up(
 @site_app.command()
 def down(folder: Folder) -> None:
     """Stop a site that `up` runs."""
-    stop(SiteFolder(folder).path)
+    stop(SiteHome(folder).path)
 
 
 @site_app.command()
@@ -108,7 +110,7 @@ def status(
     Exit code 0: both serve, or the one asked for; 4: one does not.
     """
     _check_process(only)
-    site = SiteFolder(folder)
+    site = SiteHome(folder)
     # Not from the processes themselves: to make the worker's would write its programs, and read site.yaml.
     health = {"node": site.connection.node_health, "worker": site.connection.worker_health}
     known = {s.name: s.state.lower() for s in states(site.path)} if running(site.path) else {}
@@ -133,14 +135,14 @@ def status(
 @site_app.command()
 def doctor(
     folder: Folder,
-    offline: Annotated[bool, typer.Option("--offline", help="Leave out what needs the centre.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Leave out what needs the server.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out backbones, images and training.")] = False,
     only: Annotated[
         str | None, typer.Option(help="What one process needs: node or worker, by its own user or container.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
 ) -> None:
-    """Check all that a study needs of this site: folder, keys, way to the centre, clock, backbone, images.
+    """Check all that a study needs of this site: folder, keys, way to the server, clock, backbone, images.
 
     Nothing that is found is sent anywhere.
 
@@ -178,8 +180,8 @@ def approve(
 
     Exit code 1: not approved; 3: there is no such bundle.
     """
-    site = SiteFolder(folder)
-    bundles = Bundles(site.path)
+    site = SiteHome(folder)
+    bundles = BundleApprovals(site.path)
     pending = bundles.pending()
     if digest is None and not pending:
         last = bundles.last_approved()
@@ -204,16 +206,16 @@ def rotate(
         Path | None, typer.Option(help="The file of keys to send.", show_default="SITE.keys.json")
     ] = None,
 ) -> None:
-    """Renew the node's key in two steps: make a new one and send it; once the centre has it, --switch.
+    """Renew the node's key in two steps: make a new one and send it; once the server has it, --switch.
 
-    Until the switch the old key goes on working, and the centre shuts it out afterwards.
+    Until the switch the old key goes on working, and the server shuts it out afterwards.
     """
-    site = SiteFolder(folder)
+    site = SiteHome(folder)
     if not switch:
         keys = site.rotate()
         path = out or Path(f"{keys.site}.keys.json")
         keys.write(path)
-        typer.echo(f"Send {path} to the centre. When it has let the key in: fedsigma site rotate --switch")
+        typer.echo(f"Send {path} to the server. When it has let the key in: fedsigma site rotate --switch")
         return
     site.switch()
     typer.echo("The new key is in use from the node's next start.")
@@ -224,19 +226,19 @@ def rotate(
 
 @site_app.command()
 def trust(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The certificates from the centre, PEM.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The certificates from the server, PEM.")],
     folder: Folder,
     yes: Annotated[bool, typer.Option("--yes", help="Trust them without being asked.")] = False,
 ) -> None:
-    """Trust the centre's next authority beside its present one; the file comes from the centre.
+    """Trust the server's next authority beside its present one; the file comes from the server.
 
     Exit code 1: not confirmed; 3: the file holds no certificate that is valid now.
     """
-    site = SiteFolder(folder)
+    site = SiteHome(folder)
     found = site.read_trust(file)
     for one in found.subjects:
         typer.echo(f"  {one}")
-    typer.echo(f"The centre reads this aloud: {fingerprint(found.text)}")
+    typer.echo(f"The server reads this aloud: {fingerprint(found.text)}")
     if not yes:
         typer.confirm("Trust them, and nothing else?", abort=True)
     site.trust(found)
@@ -248,4 +250,4 @@ def trust(
 
 def _check_process(name: str | None) -> None:
     if name not in (None, *PROCESSES):
-        raise JoinError(f"no process '{name}': there are {' and '.join(PROCESSES)}")
+        raise EnrolmentFileError(f"no process '{name}': there are {' and '.join(PROCESSES)}")

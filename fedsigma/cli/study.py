@@ -1,4 +1,4 @@
-"""The commands of the coordinating centre: list the runs, write a report."""
+"""The commands of the coordinating server: list the runs, write a report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsigma.common.utils.console import FAILED, print_table
-from fedsigma.server.report.formatting import NOTHING, moment, percent
-from fedsigma.server.runs.run_dir import RunFolder
-from fedsigma.server.runs.summary import Overview, find_runs, overview, runs_folder
+from fedsigma.server.report.formatting import NOTHING, format_percent, format_timestamp
+from fedsigma.server.runs.run_dir import RunDir
+from fedsigma.server.runs.summary import RunSummary, find_runs, runs_folder, summarize_run
 
 if TYPE_CHECKING:
     from fedsigma.server.deployment.studies import Studies, Submitted
@@ -41,7 +41,7 @@ def runs(
     A run is running, finished, failed, or interrupted: it can be gone on with by resume=true.
     """
     directory = directory or runs_folder()
-    found = [overview(RunFolder.open(path)) for path in find_runs(directory)]
+    found = [summarize_run(RunDir.open(path)) for path in find_runs(directory)]
     found.sort(key=lambda run: (run.started or 0.0, run.path))
     if as_json:
         typer.echo(json.dumps([run.to_dict() for run in found], indent=2))
@@ -56,14 +56,14 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the report of a run, finished or not, and print where it is."""
     from fedsigma.server.report import write_report
 
-    typer.echo(str(write_report(RunFolder.open(run))))
+    typer.echo(str(write_report(RunDir.open(run))))
 
 
 study_app = typer.Typer(no_args_is_help=True, help="Run or check a study.")
 app.add_typer(study_app, name="study")
 
 Folder = Annotated[
-    Path, typer.Option("--folder", "-f", envvar="FEDSIGMA_CENTRE", help="The centre's folder.")
+    Path, typer.Option("--folder", "-f", envvar="FEDSIGMA_SERVER", help="The server's folder.")
 ]
 Tracker = Annotated[
     list[str] | None,
@@ -101,7 +101,7 @@ def study_run(
     number = seed if seed >= 0 else config.seed
     folder = (out or runs_folder() / f"{config.name}-{stamp}-s{number}").expanduser().resolve()
     if resume:
-        with RunFolder.open(folder).hold():  # it is free: said now, not after Flower has started
+        with RunDir.open(folder).lock():  # it is free: said now, not after Flower has started
             pass
     try:
         code = run_simulation(
@@ -118,7 +118,7 @@ def study_run(
         raise typer.Exit(130) from None
     if code:
         raise typer.Exit(code)
-    run = RunFolder.open(folder)
+    run = RunDir.open(folder)
     if config.data is not None and config.data.source.startswith("demo"):
         typer.echo("\nThe pictures of this study are synthetic: drawn by a program, not taken from patients.")
     Console().print(summary_table(run.read_summary()))
@@ -132,8 +132,8 @@ def study_evaluate(
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
     ] = None,
-    centre: Annotated[
-        Path | None, typer.Option(help="Submit it to the sites of the centre in this folder, and wait.")
+    server: Annotated[
+        Path | None, typer.Option(help="Submit it to the sites of the server in this folder, and wait.")
     ] = None,
 ) -> None:
     """Have every site of a study evaluate versions of models, without training; zero-shot beside them.
@@ -147,14 +147,16 @@ def study_evaluate(
     from fedsigma.common.config.study import load_study
 
     paths = [str(Path(one).expanduser().resolve()) if Path(one).exists() else one for one in models]
-    config = replace(load_study(study), judge=tuple(paths), baselines=("zero_shot",), personal=None)
+    config = replace(
+        load_study(study), evaluate_versions=tuple(paths), baselines=("zero_shot",), personal=None
+    )
     with tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
         file = Path(folder) / "study.yaml"
         file.write_text(config.to_yaml(), encoding="utf-8")
-        if centre is None:
+        if server is None:
             study_run(str(file), out=out)
             return
-        wait_for_run(centre, str(file))
+        wait_for_run(server, str(file))
 
 
 @study_app.command("check")
@@ -204,16 +206,16 @@ def study_privacy(
         f"Hides {whose}: noise multiplier {privacy.noise_multiplier:g}, delta {privacy.delta:g};"
         f" a round is {found.release.steps} steps at a sampling rate of {found.release.rate:.3g}."
     )
-    for rounds, spent in found.spent.items():
+    for rounds, spent in found.epsilon_after.items():
         typer.echo(f"  after {rounds:>4} rounds  epsilon {spent:8.2f}")
-    for target, noise in found.noise_for.items():
+    for target, noise in found.noise_multiplier_for.items():
         typer.echo(
             f"  all {found.rounds} rounds within epsilon {target:g} need a noise multiplier of {noise:g}"
         )
     typer.echo(f"The budget, epsilon {privacy.epsilon:g}, allows {found.within} of {found.rounds} rounds.")
 
 
-def _table(found: list[Overview], directory: Path) -> Table:
+def _table(found: list[RunSummary], directory: Path) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for head in ("Run", "Study", "State"):
         table.add_column(head, overflow="fold")
@@ -227,8 +229,8 @@ def _table(found: list[Overview], directory: Path) -> Table:
             escape(run.study),
             f"[{_STATES.get(run.state, 'default')}]{run.state}[/]",
             f"{run.rounds_done}/{planned}",
-            percent(run.federated_accuracy),
-            moment(run.started),
+            format_percent(run.federated_accuracy),
+            format_timestamp(run.started),
         )
     return table
 
@@ -243,10 +245,10 @@ def submit(
     tracker: Tracker = None,
     wait: Annotated[bool, typer.Option(help="Wait for the end, and exit by it.")] = False,
 ) -> None:
-    """Check a study and hand it to the centre's sites.
+    """Check a study and hand it to the server's sites.
 
     Exit code 0: submitted, or with --wait completed; 1: with --wait, it ended otherwise; 3: the study does
-    not do, or was submitted before, or the centre does not run.
+    not do, or was submitted before, or the server does not run.
     """
     studies = _studies(folder)
     made = studies.submit(study, again=again, rounds=rounds, seed=seed, trackers=",".join(tracker or ()))
@@ -326,15 +328,15 @@ def logs(
     folder: Folder,
     follow: Annotated[bool, typer.Option("--follow", help="Go on printing until the run ends.")] = False,
 ) -> None:
-    """Print the log of a run at the centre. Sites' logs stay at the sites."""
+    """Print the log of a run at the server. Sites' logs stay at the sites."""
     raise typer.Exit(_studies(folder).logs(run, follow=follow))
 
 
 def _studies(folder: Path) -> Studies:
-    from fedsigma.server.deployment.home import CentreFolder
+    from fedsigma.server.deployment.home import ServerHome
     from fedsigma.server.deployment.studies import Studies
 
-    return Studies(CentreFolder(folder))
+    return Studies(ServerHome(folder))
 
 
 def _wait(studies: Studies, run: str) -> None:

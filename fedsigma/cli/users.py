@@ -1,4 +1,4 @@
-"""The commands for who may see a centre's dashboard: users, and programs that collect its metrics."""
+"""The commands for who may see a server's dashboard: users, and programs that collect its metrics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import typer
 
 from fedsigma.common.utils.console import print_table
 from fedsigma.server.dashboard.auth.accounts import METRICS, ROLES, VIEWER, Accounts, AccountsError
-from fedsigma.server.deployment.audit_log import CentreLog
-from fedsigma.server.deployment.home import CentreFolder
+from fedsigma.server.deployment.audit_log import ServerAuditLog
+from fedsigma.server.deployment.home import ServerHome
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True)
-users_app = typer.Typer(no_args_is_help=True, help="Say who may see a centre's dashboard.")
+users_app = typer.Typer(no_args_is_help=True, help="Say who may see a server's dashboard.")
 app.add_typer(users_app, name="users")
 
 
@@ -28,7 +28,7 @@ def _group() -> None:
 
 Folder = Annotated[
     Path,
-    typer.Option("--folder", "-f", envvar="FEDSIGMA_CENTRE", help="The centre's folder."),
+    typer.Option("--folder", "-f", envvar="FEDSIGMA_SERVER", help="The server's folder."),
 ]
 Name = Annotated[str, typer.Argument(help="The user: small letters, digits, '.', '_', '@', '-'.")]
 FromStdin = Annotated[
@@ -49,7 +49,7 @@ def add(
     """
     accounts, log = _opened(folder)
     accounts.add(name, role=role, password=_password(from_stdin))
-    log.note("user_added", user=name, role=role)
+    log.record("user_added", user=name, role=role)
     typer.echo(f"User '{name}' may sign in as {role}.")
 
 
@@ -61,7 +61,7 @@ def password(name: Name, folder: Folder, from_stdin: FromStdin = False) -> None:
     """
     accounts, log = _opened(folder)
     accounts.change(name, password=_password(from_stdin))
-    log.note("user_changed", user=name, changed=["password"])
+    log.record("user_changed", user=name, changed=["password"])
     typer.echo(f"User '{name}' has a new password, and was signed out everywhere.")
 
 
@@ -83,7 +83,9 @@ def change(
     accounts, log = _opened(folder)
     accounts.change(name, role=role, disabled=disable)
     changed = {"role": role, "disabled": disable}
-    log.note("user_changed", user=name, **{key: value for key, value in changed.items() if value is not None})
+    log.record(
+        "user_changed", user=name, **{key: value for key, value in changed.items() if value is not None}
+    )
     typer.echo(f"User '{name}' was changed, and was signed out everywhere.")
 
 
@@ -95,7 +97,7 @@ def remove(name: Name, folder: Folder) -> None:
     """
     accounts, log = _opened(folder)
     removed = accounts.remove(name)
-    log.note("token_removed" if removed.role == METRICS else "user_removed", user=name)
+    log.record("token_removed" if removed.role == METRICS else "user_removed", user=name)
     typer.echo(f"'{name}' gets in no more.")
 
 
@@ -133,14 +135,14 @@ def token(
     """
     accounts, log = _opened(folder)
     made = accounts.add_token(name)
-    log.note("token_added", user=name)
+    log.record("token_added", user=name)
     typer.echo(made)
     typer.echo("Keep it where the program reads it; it is not shown again.", err=True)
 
 
-def _opened(folder: Path) -> tuple[Accounts, CentreLog]:
-    centre = CentreFolder(folder)
-    return Accounts(centre.path / "dashboard.db"), CentreLog(centre.path)
+def _opened(folder: Path) -> tuple[Accounts, ServerAuditLog]:
+    server = ServerHome(folder)
+    return Accounts(server.path / "dashboard.db"), ServerAuditLog(server.path)
 
 
 def _password(from_stdin: bool) -> str:

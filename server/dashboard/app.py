@@ -19,17 +19,17 @@ from fedsigma.server.dashboard.auth.middleware import guarded
 from fedsigma.server.dashboard.auth.oidc import OidcSettings, Provider
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.config import DashboardConfig
-from fedsigma.server.dashboard.pages.coordinator import centre_routes
-from fedsigma.server.dashboard.pages.routes import Desk, make_pages
-from fedsigma.server.dashboard.pages.run_index import Library
+from fedsigma.server.dashboard.pages.coordinator import coordinator_routes
+from fedsigma.server.dashboard.pages.routes import DashboardContext, make_pages
+from fedsigma.server.dashboard.pages.run_index import RunIndex
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
-from fedsigma.server.deployment.audit_log import CentreLog
-from fedsigma.server.deployment.home import CentreFolder
+from fedsigma.server.deployment.audit_log import ServerAuditLog
+from fedsigma.server.deployment.home import ServerHome
 
-__all__ = ["centre_app", "runs_app", "serve"]
+__all__ = ["runs_app", "serve", "server_app"]
 
 PAGES = (("/", "Runs"), ("/compare", "Compare"), ("/models", "Models"))
-CENTRE_PAGES = (*PAGES, ("/sites", "Sites"), ("/audit", "Audit log"))
+SERVER_PAGES = (*PAGES, ("/sites", "Sites"), ("/audit", "Audit log"))
 STOP_S = 5
 LOCAL_S = 7 * 86400.0
 """How long the browser that had the link stays in; another would need the command to be started again."""
@@ -43,7 +43,7 @@ def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGI
         settings: how it is reached.
         link: the only way in.
     """
-    desk = Desk(Library(runs), PAGES)
+    desk = DashboardContext(RunIndex(runs), PAGES)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -56,16 +56,16 @@ def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGI
     )
 
 
-def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
-    """The dashboard of a centre, for its users.
+def server_app(server: ServerHome, config: DashboardConfig) -> ASGIApp:
+    """The dashboard of a server, for its users.
 
     Raises:
         ConfigError: oidc.yaml does not do.
     """
-    oidc = centre.path / "oidc.yaml"
-    watch = SuperLinkWatch(centre)
-    desk = Desk(Library(centre.path / "runs", centre=centre, watch=watch), CENTRE_PAGES)
-    routes: list[Route] = centre_routes(desk, centre, watch)
+    oidc = server.path / "oidc.yaml"
+    watch = SuperLinkWatch(server)
+    desk = DashboardContext(RunIndex(server.path / "runs", server=server, watch=watch), SERVER_PAGES)
+    routes: list[Route] = coordinator_routes(desk, server, watch)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -76,14 +76,14 @@ def centre_app(centre: CentreFolder, config: DashboardConfig) -> ASGIApp:
 
     return guarded(
         make_pages(desk, routes, lifespan=lifespan),
-        accounts=Accounts(centre.path / "dashboard.db"),
+        accounts=Accounts(server.path / "dashboard.db"),
         settings=config.access,
         oidc=Provider(OidcSettings.read(oidc), origin=config.access.origins[0]) if oidc.is_file() else None,
-        log=CentreLog(centre.path),
+        log=ServerAuditLog(server.path),
     )
 
 
-def _warm(desk: Desk) -> None:
+def _warm(desk: DashboardContext) -> None:
     """Read the list of runs and the newest of them before anybody asks; what fails is told to who does."""
 
     def look() -> None:

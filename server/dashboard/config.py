@@ -1,4 +1,4 @@
-"""How the dashboard of a centre is served: dashboard.yaml in the centre's folder."""
+"""How the dashboard of a server is served: dashboard.yaml in the server's folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DashboardConfig:
 
     @classmethod
     def read(cls, folder: Path) -> DashboardConfig:
-        """That of a centre's folder; what goes without saying where there is no such file.
+        """That of a server's folder; what goes without saying where there is no such file.
 
         Raises:
             ConfigError: it does not read, or holds what does not do.

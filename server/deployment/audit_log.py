@@ -1,4 +1,4 @@
-"""The centre's audit log: what was done with sites and studies, and what came of each run."""
+"""The server's audit log: what was done with sites and studies, and what came of each run."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.deployment.database import now
 
-__all__ = ["CentreLog", "Witness"]
+__all__ = ["RunAuditor", "ServerAuditLog"]
 
 
-class CentreLog:
-    """Appends to the audit log of a centre.
+class ServerAuditLog:
+    """Appends to the audit log of a server.
 
     Args:
-        path: of the centre's folder.
+        path: of the server's folder.
     """
 
     def __init__(self, path: Path) -> None:
-        self._chain = Chain(path / "audit.jsonl")
+        self._chain = HashChainedLog(path / "audit.jsonl")
 
-    def note(self, kind: str, **fields: object) -> None:
+    def record(self, kind: str, **fields: object) -> None:
         """Write a line, with the time.
 
         Raises:
@@ -40,9 +40,9 @@ KINDS = frozenset(
         "reply_accepted",
         "reply_rejected",
         "evaluation_accepted",
-        "site_late",
+        "site_timed_out",
         "site_failed",
-        "site_spent",
+        "site_budget_exhausted",
         "masked_sum_rejected",
         "checkpoint_damaged",
         "run_interrupted",
@@ -52,22 +52,22 @@ KINDS = frozenset(
 _FIELDS = ("round", "site", "reason", "bytes", "sha256", "ok", "file", "resume")
 
 
-class Witness:
-    """Writes the events of one run into the centre's audit log.
+class RunAuditor:
+    """Writes the events of one run into the server's audit log.
 
     Args:
-        path: of the centre's folder.
+        path: of the server's folder.
         study, run: its name, and the run's number.
     """
 
     def __init__(self, path: Path, *, study: str, run: str) -> None:
-        self._log = CentreLog(path)
+        self._log = ServerAuditLog(path)
         self._about = {"study": study, "run": run}
 
     @classmethod
-    def of_this_process(cls, *, study: str, run: str) -> Witness | None:
-        """That of the centre whose `fedsigma server up` started this process; None in a simulation."""
-        folder = os.environ.get("FEDSIGMA_CENTRE", "")
+    def from_environment(cls, *, study: str, run: str) -> RunAuditor | None:
+        """That of the server whose `fedsigma server up` started this process; None in a simulation."""
+        folder = os.environ.get("FEDSIGMA_SERVER", "")
         return cls(Path(folder), study=study, run=run) if folder else None
 
     def __call__(self, event: Mapping[str, Any]) -> None:
@@ -78,4 +78,4 @@ class Witness:
         """
         if event["kind"] in KINDS:
             told = {name: event[name] for name in _FIELDS if name in event}
-            self._log.note(event["kind"], **self._about, **told)
+            self._log.record(event["kind"], **self._about, **told)

@@ -12,14 +12,14 @@ import time
 from datetime import UTC
 from pathlib import Path
 
-from fedsigma.common.utils.hash_chain import ChainBroken
+from fedsigma.common.utils.hash_chain import LogTampered
 from fedsigma.server.deployment.database import Submission
 from fedsigma.server.deployment.flower_control import ControlError
-from fedsigma.server.deployment.home import CentreError, CentreFolder
+from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 from fedsigma.server.deployment.studies import Studies, Submitted
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 
-__all__ = ["MOST_TRIES", "look", "watch"]
+__all__ = ["MOST_TRIES", "resume_crashed_runs", "watch"]
 
 PERIOD_S = 10.0
 MOST_TRIES = 3
@@ -28,19 +28,19 @@ MOST_TRIES = 3
 log = logging.getLogger(__name__)
 
 
-def watch(folder: CentreFolder) -> None:
+def watch(folder: ServerHome) -> None:
     """Look every few seconds, for ever."""
     studies = Studies(folder)
     while True:
         try:
-            look(studies)
-        except (ControlError, CentreError, ChainBroken, OSError, ValueError) as error:
+            resume_crashed_runs(studies)
+        except (ControlError, ServerHomeError, LogTampered, OSError, ValueError) as error:
             # The SuperLink may be down; another look finds the same runs.
             log.warning("%s", error)
         time.sleep(PERIOD_S)
 
 
-def look(studies: Studies) -> list[Submission]:
+def resume_crashed_runs(studies: Studies) -> list[Submission]:
     """Go on with each run whose process died; returns the new submissions.
 
     Raises:
@@ -66,7 +66,7 @@ def look(studies: Studies) -> list[Submission]:
 
 def _tries(made: Submission, submitted: list[Submitted]) -> int:
     """How many runs of this folder began since its last finished round."""
-    events = RunFolder(Path(made.folder)).events()
+    events = RunDir(Path(made.folder)).events()
     last = max((e["time"] for e in events if e["kind"] == "round_end"), default=0.0)
     same = [one.submission for one in submitted if one.submission.folder == made.folder]
     return sum(one.submitted_at.replace(tzinfo=UTC).timestamp() >= int(last) for one in same)
@@ -74,4 +74,4 @@ def _tries(made: Submission, submitted: list[Submitted]) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    watch(CentreFolder(Path(sys.argv[1])))
+    watch(ServerHome(Path(sys.argv[1])))

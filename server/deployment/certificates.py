@@ -1,4 +1,4 @@
-"""The centre's certificate authority, and the certificates of its servers.
+"""The server's certificate authority, and the certificates of its servers.
 
 Sites are given the authority's certificate with their invitation and trust nothing else, so no public
 authority is needed, and a server's certificate can be replaced without telling any site.

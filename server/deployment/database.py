@@ -1,4 +1,4 @@
-"""Which site each node is, for the process that runs a study at a centre."""
+"""Which site each node is, for the process that runs a study at a server."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 from sqlalchemy import ForeignKey, create_engine, event, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
-__all__ = ["NodeKey", "NodeNames", "Registry", "Site", "Submission", "careful", "now"]
+__all__ = ["NodeKey", "NodeNames", "ServerDatabase", "Site", "Submission", "now", "set_sqlite_pragmas"]
 
 
 class NodeNames:
-    """The sites that a centre has let in, by node.
+    """The sites that a server has let in, by node.
 
     A node proves by its key that it is the one that was let in; what it calls itself, it could make up. So at
-    a centre the name in a site's answer has to be the one that belongs to its node.
+    a server the name in a site's answer has to be the one that belongs to its node.
 
     Args:
-        path: of the centre's folder.
+        path: of the server's folder.
     """
 
     def __init__(self, path: Path) -> None:
-        self._registry = Registry(path / "centre.db")
+        self._registry = ServerDatabase(path / "server.db")
 
     @classmethod
-    def of_this_process(cls) -> NodeNames | None:
-        """Those of the centre whose `fedsigma server up` started this process; None in a simulation."""
-        folder = os.environ.get("FEDSIGMA_CENTRE", "")
+    def from_environment(cls) -> NodeNames | None:
+        """Those of the server whose `fedsigma server up` started this process; None in a simulation."""
+        folder = os.environ.get("FEDSIGMA_SERVER", "")
         return cls(Path(folder)) if folder else None
 
     def problem(self, node: int, name: str) -> str:
@@ -40,7 +40,7 @@ class NodeNames:
         if known == name:
             return ""
         return (
-            f"its node belongs to site '{known}'" if known else "its node belongs to no site of this centre"
+            f"its node belongs to site '{known}'" if known else "its node belongs to no site of this server"
         )
 
 
@@ -96,8 +96,8 @@ class Submission(_Base):
     resumes: Mapped[str] = mapped_column(default="")
 
 
-class Registry:
-    """The database of one centre; made at first use.
+class ServerDatabase:
+    """The database of one server; made at first use.
 
     Args:
         path: of the SQLite file.
@@ -107,7 +107,7 @@ class Registry:
         url = os.environ.get("FEDSIGMA_DATABASE") or f"sqlite:///{path}"
         self._engine = create_engine(url)
         if url.startswith("sqlite"):
-            event.listen(self._engine, "connect", careful)
+            event.listen(self._engine, "connect", set_sqlite_pragmas)
         _Base.metadata.create_all(self._engine)
 
     @contextmanager
@@ -131,7 +131,7 @@ class Registry:
             return list(session.scalars(query if study is None else query.where(Submission.study == study)))
 
 
-def careful(connection: object, _: object) -> None:
+def set_sqlite_pragmas(connection: object, _: object) -> None:
     """Have SQLite check references, wait for other writers, and survive a power cut."""
     for pragma in ("foreign_keys = ON", "busy_timeout = 10000", "journal_mode = WAL", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")  # type: ignore[attr-defined]

@@ -6,36 +6,36 @@ import datetime
 import secrets
 from pathlib import Path
 
-from fedsigma.common.ops.enrolment_files import Invitation, JoinError, SiteKeys, check_site_name
-from fedsigma.server.deployment.audit_log import CentreLog
+from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, SiteKeys, check_site_name
+from fedsigma.server.deployment.audit_log import ServerAuditLog
 from fedsigma.server.deployment.database import (
     ACTIVE,
     RETIRING,
     REVOKED,
     NodeKey,
-    Registry,
+    ServerDatabase,
     Site,
     now,
 )
 from fedsigma.server.deployment.flower_control import Control
-from fedsigma.server.deployment.home import CentreError, CentreFolder
+from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 
 __all__ = ["Enrolment"]
 
 
 class Enrolment:
-    """What the centre does with its sites; each step is a line of the audit log.
+    """What the server does with its sites; each step is a line of the audit log.
 
     Args:
-        folder: the centre's.
+        folder: the server's.
         control: how its SuperLink is reached.
     """
 
-    def __init__(self, folder: CentreFolder, control: Control | None = None) -> None:
+    def __init__(self, folder: ServerHome, control: Control | None = None) -> None:
         self._folder = folder
         self._control = control or Control(folder)
-        self._registry = Registry(folder.path / "centre.db")
-        self._log = CentreLog(folder.path)
+        self._registry = ServerDatabase(folder.path / "server.db")
+        self._log = ServerAuditLog(folder.path)
 
     def invite(self, name: str, path: Path, *, days: int, note: str = "") -> Invitation:
         """Write an invitation; an earlier one of this site is void from now on.
@@ -44,11 +44,11 @@ class Enrolment:
             name: of the site.
             path: of a new file.
             days: how long the invitation is valid.
-            note: whom to call there, for the centre's own list.
+            note: whom to call there, for the server's own list.
 
         Raises:
             JoinError: the name does not do.
-            CentreError: the site has joined; its keys are replaced by `fedsigma site rotate`.
+            ServerError: the site has joined; its keys are replaced by `fedsigma site rotate`.
             FileExistsError: there is such a file.
         """
         check_site_name(name)
@@ -58,8 +58,8 @@ class Enrolment:
         word = secrets.token_hex(32)
         invitation = Invitation(
             site=name,
-            centre=self._folder.config.name,
-            server=self._folder.config.address,
+            server_name=self._folder.config.name,
+            address=self._folder.config.address,
             certificates=self._folder.tls("sites.crt").read_text(encoding="ascii"),
             word=word,
             expires=end.isoformat(),
@@ -70,13 +70,13 @@ class Enrolment:
                 site = Site(name=name, invited_at=now())
                 session.add(site)
             elif site.state == "joined":
-                raise CentreError(
+                raise ServerHomeError(
                     f"site '{name}' has joined: it replaces its keys by `fedsigma site rotate`, and"
                     " `fedsigma server revoke` shuts it out"
                 )
             site.word, site.expires, site.note = word, end.isoformat(), note or site.note
             invitation.write(path)
-        self._log.note("site_invited", site=name, expires=end.isoformat())
+        self._log.record("site_invited", site=name, expires=end.isoformat())
         return invitation
 
     def admit(self, keys: SiteKeys) -> NodeKey:
@@ -87,20 +87,22 @@ class Enrolment:
 
         Raises:
             JoinError: the keys do not belong to the site's invitation, or to its identity.
-            CentreError: the site was not invited, or is shut out.
+            ServerError: the site was not invited, or is shut out.
             ControlError: the SuperLink does not answer.
         """
         with self._registry.session() as session:
             site = session.get(Site, keys.site)
             if site is None:
-                raise CentreError(f"site '{keys.site}' was not invited: `fedsigma server invite {keys.site}`")
+                raise ServerHomeError(
+                    f"site '{keys.site}' was not invited: `fedsigma server invite {keys.site}`"
+                )
             renewed = site.state == "joined"
             if renewed:
                 keys.check(word=None, identity=site.identity)
             else:
                 self._check_first(site, keys)
             if any(key.public_key == keys.node_key for key in site.keys):
-                raise CentreError(f"site '{keys.site}' has joined with this key already")
+                raise ServerHomeError(f"site '{keys.site}' has joined with this key already")
             for key in site.keys:
                 if key.state == ACTIVE:
                     key.state = RETIRING
@@ -108,7 +110,7 @@ class Enrolment:
             added = NodeKey(node_id=node, site=site.name, public_key=keys.node_key, added_at=now())
             session.add(added)
             site.identity, site.word = keys.identity, ""
-        self._log.note("site_admitted", site=keys.site, node=node, identity=keys.identity, renewed=renewed)
+        self._log.record("site_admitted", site=keys.site, node=node, identity=keys.identity, renewed=renewed)
         return added
 
     def retire(self) -> list[NodeKey]:
@@ -126,25 +128,25 @@ class Enrolment:
                     self._shut_out(key)
                     done.append(key)
         for key in done:
-            self._log.note("key_retired", site=key.site, node=key.node_id)
+            self._log.record("key_retired", site=key.site, node=key.node_id)
         return done
 
     def revoke(self, name: str) -> list[NodeKey]:
         """Shut a site out, with all its keys; other sites are not touched.
 
         Raises:
-            CentreError: there is no such site.
+            ServerError: there is no such site.
             ControlError: the SuperLink does not answer; keys that it refused already stay shut out.
         """
         with self._registry.session() as session:
             site = session.get(Site, name)
             if site is None:
-                raise CentreError(f"there is no site '{name}': `fedsigma server sites` lists them")
+                raise ServerHomeError(f"there is no site '{name}': `fedsigma server sites` lists them")
             site.word = ""
             keys = [key for key in site.keys if key.state != REVOKED]
             for key in keys:
                 self._shut_out(key)
-        self._log.note("site_revoked", site=name, nodes=[key.node_id for key in keys])
+        self._log.record("site_revoked", site=name, nodes=[key.node_id for key in keys])
         return keys
 
     def sites(self) -> list[Site]:
@@ -157,11 +159,13 @@ class Enrolment:
 
     def _check_first(self, site: Site, keys: SiteKeys) -> None:
         if not site.word:
-            raise CentreError(
+            raise ServerHomeError(
                 f"site '{site.name}' has no open invitation: `fedsigma server invite {site.name}`"
             )
         if now() >= datetime.datetime.fromisoformat(site.expires):
-            raise JoinError(f"the invitation of '{site.name}' expired on {site.expires}: send a new one")
+            raise EnrolmentFileError(
+                f"the invitation of '{site.name}' expired on {site.expires}: send a new one"
+            )
         keys.check(word=site.word)
 
     def _shut_out(self, key: NodeKey) -> None:

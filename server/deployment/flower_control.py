@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsigma.common.ops.supervisor import flower_environment
-from fedsigma.server.deployment.home import CentreFolder
+from fedsigma.server.deployment.home import ServerHome
 
 __all__ = ["Control", "ControlError", "Node", "Run"]
 
-CONNECTION = "centre"
+CONNECTION = "server"
 TIMEOUT_S = 120
 
 
@@ -53,9 +53,9 @@ class Run:
 
 
 class Control:
-    """What the centre asks of its SuperLink."""
+    """What the server asks of its SuperLink."""
 
-    def __init__(self, folder: CentreFolder) -> None:
+    def __init__(self, folder: ServerHome) -> None:
         self._folder = folder
         self.environment = {**os.environ, **flower_environment(folder.path / "flwr")}
 

@@ -1,11 +1,11 @@
-"""The centre's folder: one place for what its server needs, made by `fedsigma server init`.
+"""The server's folder: one place for what its server needs, made by `fedsigma server init`.
 
 server.yaml      names, addresses, limits; may be edited
 tls/             authority and certificates; ca.key is the one file to keep off-line where that is possible
 secrets/         what Flower's processes know each other by
 proxy/           nginx.conf and Caddyfile, made from server.yaml
 state.db         Flower's database
-centre.db        sites, invitations, keys, studies
+server.db        sites, invitations, keys, studies
 dashboard.db     who may see the dashboard
 studies/ runs/   what was submitted, and what came of it
 audit.jsonl      who took part, what was accepted or refused
@@ -24,28 +24,28 @@ from fedsigma.common.config.schema import (
     build,
     check_choice,
     check_printable,
-    from_here,
     read_yaml,
+    resolve_relative,
     split_address,
     write_yaml,
 )
 from fedsigma.common.utils.files import write_secret, write_whole
 from fedsigma.server.deployment.certificates import Issued, issue, new_authority
 
-__all__ = ["CentreError", "CentreFolder", "ServerConfig"]
+__all__ = ["ServerConfig", "ServerHome", "ServerHomeError"]
 
 PROXIES = ("nginx", "caddy", "none")
 
 
-class CentreError(ValueError):
-    """The centre's folder is missing, taken or damaged, or a command does not fit its state."""
+class ServerHomeError(ValueError):
+    """The server's folder is missing, taken or damaged, or a command does not fit its state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """What server.yaml says.
 
-    Fields: name, of the centre, as certificates and invitations say it; address, HOST:PORT by which sites
+    Fields: name, of the server, as certificates and invitations say it; address, HOST:PORT by which sites
     reach the proxy; listen, where the proxy listens; superlink, where Flower's SuperLink listens, which no
     site may reach; health, of the SuperLink (gRPC), and worker_health, of the process that runs studies;
     proxy, which one `fedsigma server up` starts (`none`: it runs by itself, with a file from proxy/); names,
@@ -75,11 +75,11 @@ class ServerConfig:
             raise ConfigError("names is empty, expected at least the host of superlink")
 
 
-class CentreFolder:
-    """The centre's folder, opened.
+class ServerHome:
+    """The server's folder, opened.
 
     Raises:
-        CentreError: there is no server.yaml.
+        ServerError: there is no server.yaml.
         ConfigError: server.yaml does not read.
     """
 
@@ -87,7 +87,9 @@ class CentreFolder:
         self.path = path.expanduser().resolve()
         file = self.path / "server.yaml"
         if not file.is_file():
-            raise CentreError(f"{self.path} holds no server.yaml: make a centre with `fedsigma server init`")
+            raise ServerHomeError(
+                f"{self.path} holds no server.yaml: make a server with `fedsigma server init`"
+            )
         self.config = build(
             ServerConfig, read_yaml(file.read_text(encoding="utf-8"), where=str(file)), where=str(file)
         )
@@ -95,8 +97,8 @@ class CentreFolder:
     @classmethod
     def create(
         cls, path: Path, config: ServerConfig, *, own: Issued | None, trust: bytes = b""
-    ) -> CentreFolder:
-        """Make a new centre.
+    ) -> ServerHome:
+        """Make a new server.
 
         Args:
             path: a new or empty folder.
@@ -105,11 +107,11 @@ class CentreFolder:
             trust: PEM certificates that sites trust, where `own` is given.
 
         Raises:
-            CentreError: the folder is not empty.
+            ServerError: the folder is not empty.
         """
         path = path.expanduser().resolve()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise CentreError(f"{path} is not an empty folder: name a new one; nothing was changed")
+            raise ServerHomeError(f"{path} is not an empty folder: name a new one; nothing was changed")
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
         for name in ("tls", "secrets", "proxy", "studies", "runs", "logs", "flwr"):
@@ -138,20 +140,20 @@ class CentreFolder:
         return self.path / "secrets" / "superexec.secret"
 
     def authority(self) -> Issued:
-        """The authority of this centre.
+        """The authority of this server.
 
         Raises:
-            CentreError: its key is not here.
+            ServerError: its key is not here.
         """
         try:
             return Issued(self.tls("ca.crt").read_bytes(), self.tls("ca.key").read_bytes())
         except FileNotFoundError as error:
-            raise CentreError(
+            raise ServerHomeError(
                 f"{error.filename} is not there: put the authority's key back for the time of this command"
             ) from None
 
     def issue_inner(self) -> None:
-        """Make a new certificate for the SuperLink, which the proxy and the centre's own commands verify."""
+        """Make a new certificate for the SuperLink, which the proxy and the server's own commands verify."""
         host, _ = split_address(self.config.superlink, where="superlink")
         names = dict.fromkeys([*self.config.names, *([host] if host not in ("0.0.0.0", "::") else [])])
         issue(self.authority(), list(names)).write(self.tls("inner.crt"), self.tls("inner.key"))
@@ -164,11 +166,11 @@ class CentreFolder:
     @property
     def control(self) -> str:
         """HOST:PORT at which this machine reaches the SuperLink."""
-        return from_here(self.config.superlink, where="superlink")
+        return resolve_relative(self.config.superlink, where="superlink")
 
     def write_flower_config(self) -> None:
-        """Write how the `flwr` command reaches the SuperLink, into a Flower home of this centre's own."""
-        lines = ["[superlink]", 'default = "centre"', "", "[superlink.centre]"]
+        """Write how the `flwr` command reaches the SuperLink, into a Flower home of this server's own."""
+        lines = ["[superlink]", 'default = "server"', "", "[superlink.server]"]
         lines += [f'address = "{self.control}"', f'root-certificates = "{self.tls("ca.crt")}"']
         file, text = self.path / "flwr" / "config.toml", "\n".join(lines) + "\n"
         if not file.is_file() or file.read_text(encoding="utf-8") != text:

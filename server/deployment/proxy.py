@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedsigma.common.config.schema import split_address
-from fedsigma.server.deployment.home import CentreFolder
+from fedsigma.server.deployment.home import ServerHome
 
 __all__ = ["caddyfile", "nginx_conf", "write_proxy_files"]
 
@@ -101,17 +101,17 @@ https://{host}:{port} {{
 """
 
 
-def nginx_conf(folder: CentreFolder) -> str:
+def nginx_conf(folder: ServerHome) -> str:
     """The nginx configuration, for nginx 1.18 and newer."""
     return _NGINX.format(**_values(folder))
 
 
-def caddyfile(folder: CentreFolder) -> str:
+def caddyfile(folder: ServerHome) -> str:
     """The same for Caddy 2."""
     return _CADDY.format(**_values(folder))
 
 
-def write_proxy_files(folder: CentreFolder) -> Path:
+def write_proxy_files(folder: ServerHome) -> Path:
     """Write both files into proxy/ and make the folders that they name; returns proxy/."""
     place = folder.path / "proxy"
     for name in ("run", "run/body"):
@@ -121,7 +121,7 @@ def write_proxy_files(folder: CentreFolder) -> Path:
     return place
 
 
-def _values(folder: CentreFolder) -> dict[str, str]:
+def _values(folder: ServerHome) -> dict[str, str]:
     config = folder.config
     host, _ = split_address(config.address, where="address")
     bind, port = split_address(config.listen, where="listen")

@@ -1,4 +1,4 @@
-"""The processes of a centre: SuperLink, the worker that runs studies, keeper, proxy, and the dashboard."""
+"""The processes of a server: SuperLink, the worker that runs studies, keeper, proxy, and the dashboard."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 from fedsigma.common.config.schema import split_address
 from fedsigma.common.ops.flower_process import flower_command
 from fedsigma.common.ops.supervisor import Process, flower_environment
-from fedsigma.server.deployment.home import CentreFolder
+from fedsigma.server.deployment.home import ServerHome
 
-__all__ = ["centre_processes"]
+__all__ = ["server_processes"]
 
 _WHOLE = (sys.executable, "-P", "-m", "fedsigma.server.deployment.proxy_process")
 
 
-def centre_processes(folder: CentreFolder) -> list[Process]:
-    """The processes of a centre, in the order of starting. The proxy's reads what `write_proxy_files` wrote.
+def server_processes(folder: ServerHome) -> list[Process]:
+    """The processes of a server, in the order of starting. The proxy's reads what `write_proxy_files` wrote.
 
     `worker` runs ServerApps apart from the SuperLink, so that a run outlives the SuperLink's restart;
     `keeper` goes on with runs whose process died; `dashboard` is there if there is a dashboard.yaml, and no
@@ -24,7 +24,7 @@ def centre_processes(folder: CentreFolder) -> list[Process]:
     place, config = folder.path / "proxy", folder.config
     host, port = split_address(config.superlink, where="superlink")
     environment = flower_environment(folder.path / "flwr") | {
-        "FEDSIGMA_CENTRE": str(folder.path),
+        "FEDSIGMA_SERVER": str(folder.path),
         "FEDSIGMA_RUNS": str(folder.path / "runs"),
     }
     tls = ["--ssl-ca-certfile", str(folder.tls("ca.crt")), "--ssl-certfile", str(folder.tls("inner.crt"))]

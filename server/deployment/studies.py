@@ -1,6 +1,6 @@
-"""Studies at a centre: handing them to Flower, watching, stopping and going on with them.
+"""Studies at a server: handing them to Flower, watching, stopping and going on with them.
 
-A study is checked here before anything is sent, is written into the centre's folder as resolved, and is known
+A study is checked here before anything is sent, is written into the server's folder as resolved, and is known
 by the digest of that text: the same study twice is refused unless it is asked for.
 """
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedsigma.common.config.study import StudyConfig, load_study
-from fedsigma.server.deployment.audit_log import CentreLog
-from fedsigma.server.deployment.database import Registry, Submission, now
+from fedsigma.server.deployment.audit_log import ServerAuditLog
+from fedsigma.server.deployment.database import ServerDatabase, Submission, now
 from fedsigma.server.deployment.flower_control import Control, ControlError, Run
-from fedsigma.server.deployment.home import CentreError, CentreFolder
+from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 from fedsigma.server.federation.privacy_plan import check_budget
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.app_bundle import write_app
 from fedsigma.server.trackers import parse_trackers
 
@@ -47,31 +47,31 @@ class Submitted:
     @property
     def died(self) -> bool:
         """Whether it failed without saying why: it never started, or did not come to its end."""
-        return self.status == "finished:failed" and not came_to_an_end(self.submission)
+        return self.status == "finished:failed" and not has_ended(self.submission)
 
 
-def came_to_an_end(submission: Submission) -> bool:
+def has_ended(submission: Submission) -> bool:
     """Whether a run's folder says that it started and ended, well or not."""
-    events = RunFolder(Path(submission.folder)).events()
+    events = RunDir(Path(submission.folder)).events()
     ends = [e for e in events if e["kind"] in ("run_start", "run_end")]
     started = any(e.get("run") == submission.run_id for e in ends)
     return started and ends[-1]["kind"] == "run_end"
 
 
 class Studies:
-    """The studies of a centre.
+    """The studies of a server.
 
     Args:
-        folder: the centre's.
+        folder: the server's.
         control: how its SuperLink is reached.
         by: the user for whom it is done, for the audit log; empty for who has this machine's command line.
     """
 
-    def __init__(self, folder: CentreFolder, control: Control | None = None, *, by: str = "") -> None:
+    def __init__(self, folder: ServerHome, control: Control | None = None, *, by: str = "") -> None:
         self._folder, self._by = folder, by
         self._control = control or Control(folder)
-        self._registry = Registry(folder.path / "centre.db")
-        self._log = CentreLog(folder.path)
+        self._registry = ServerDatabase(folder.path / "server.db")
+        self._log = ServerAuditLog(folder.path)
 
     def submit(
         self, study: str, *, again: bool = False, rounds: int = 0, seed: int = -1, trackers: str = ""
@@ -87,7 +87,7 @@ class Studies:
         Raises:
             ConfigError: the study does not read, its privacy budget does not allow a round, or there is no
                 such tracker.
-            CentreError: the same study was submitted before.
+            ServerError: the same study was submitted before.
             ControlError: the SuperLink does not answer.
         """
         parse_trackers(trackers)
@@ -99,7 +99,7 @@ class Studies:
         digest = hashlib.sha256(text.encode()).hexdigest()
         for one in self.submitted(study=config.name) if not again else ():
             if one.submission.digest == digest and (one.open or one.status == "finished:completed"):
-                raise CentreError(
+                raise ServerHomeError(
                     f"study '{config.name}' was submitted before as run {one.submission.run_id}, which is"
                     f" {one.status}: `--again` submits it all the same"
                 )
@@ -113,16 +113,18 @@ class Studies:
         """Go on with a run that ended before its last round, or begin one that ended before its first.
 
         Raises:
-            CentreError: there is no such run, or it is running or completed.
+            ServerError: there is no such run, or it is running or completed.
             ControlError: the SuperLink does not answer.
         """
         one = self.find(run)
         if one.open or one.status == "finished:completed":
-            raise CentreError(f"run {one.submission.run_id} is {one.status}: there is nothing to go on with")
+            raise ServerHomeError(
+                f"run {one.submission.run_id} is {one.status}: there is nothing to go on with"
+            )
         path = Path(one.submission.folder)
         file = self._folder.path / "studies" / f"{path.name}.yaml"
         if (path / "study.yaml").is_file():
-            file.write_text(RunFolder.open(path).study_yaml, encoding="utf-8")
+            file.write_text(RunDir.open(path).study_yaml, encoding="utf-8")
         config = StudyConfig.from_yaml(file.read_text(encoding="utf-8"), where=str(file))
         return self._start(config, one.submission.digest, file, path, resumes=one.submission.run_id)
 
@@ -130,12 +132,12 @@ class Studies:
         """Stop a run; what it has done stays, and `resume` goes on with it.
 
         Raises:
-            CentreError: there is no such run, or it has ended.
+            ServerError: there is no such run, or it has ended.
             ControlError: the SuperLink does not answer.
         """
         one = self.find(run)
         if not one.open:
-            raise CentreError(f"run {one.submission.run_id} is {one.status}: there is nothing to stop")
+            raise ServerHomeError(f"run {one.submission.run_id} is {one.status}: there is nothing to stop")
         self._control.stop(one.submission.run_id)
         self._note("study_stopped", one.submission)
         return one.submission
@@ -144,7 +146,7 @@ class Studies:
         """Whether any submission may have died: by the folders alone, without asking the SuperLink."""
         made = self._registry.submissions()
         resumed = {one.resumes for one in made}
-        return any(one.run_id not in resumed and not came_to_an_end(one) for one in made)
+        return any(one.run_id not in resumed and not has_ended(one) for one in made)
 
     def submitted(self, *, study: str | None = None) -> list[Submitted]:
         """All submissions, or a study's, the latest first.
@@ -159,12 +161,12 @@ class Studies:
         """The submission with this run number, or the latest of the study of this name.
 
         Raises:
-            CentreError: there is none.
+            ServerError: there is none.
         """
         for one in self.submitted():
             if run in (one.submission.run_id, one.submission.study):
                 return one
-        raise CentreError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
+        raise ServerHomeError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
 
     def watch(self, run: str) -> Iterator[Submitted]:
         """How a run is, every few seconds until it has ended; a SuperLink that is down is waited for.
@@ -172,10 +174,12 @@ class Studies:
         A run that goes on as another, because its process died or somebody resumed it, is followed.
 
         Raises:
-            CentreError: there is no such run.
+            ServerError: there is no such run.
         """
         if not any(run in (one.run_id, one.study) for one in self._registry.submissions()):
-            raise CentreError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
+            raise ServerHomeError(
+                f"there is no run or study '{run}' here: `fedsigma study status` lists them"
+            )
         patience = 0
         while True:
             try:
@@ -229,9 +233,9 @@ class Studies:
         path = Path(one.folder)
         rounds = 0
         if (path / "study.yaml").is_file():
-            rounds = max((row["round"] for row in RunFolder.open(path).rounds()), default=0)
+            rounds = max((row["round"] for row in RunDir.open(path).rounds()), default=0)
         return Submitted(one, runs[one.run_id].status if one.run_id in runs else GONE, rounds)
 
     def _note(self, kind: str, one: Submission) -> None:
         whose = {"by": self._by} if self._by else {}
-        self._log.note(kind, study=one.study, run=one.run_id, digest=one.digest, **whose)
+        self._log.record(kind, study=one.study, run=one.run_id, digest=one.digest, **whose)

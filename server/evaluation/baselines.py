@@ -10,35 +10,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsigma.common.config.study import StudyConfig, TrainingConfig
-from fedsigma.common.training.trainer import Learned, Learner, seed_for
+from fedsigma.common.config.study import LocalTrainingConfig, StudyConfig
+from fedsigma.common.training.trainer import Trainer, TrainOutput, derive_seed
 from fedsigma.common.wire.codec import encode
-from fedsigma.common.wire.records import EvaluateTask, Evaluation, Setup, TrainTask
+from fedsigma.common.wire.records import EvaluateTask, Evaluation, StudySpec, TrainTask
 from fedsigma.server.federation.site_sampling import all_steps
 from fedsigma.server.federation.validation import (
-    Rejected,
-    SiteResult,
-    accept_evaluations,
-    accept_training,
-    counted,
-    pool,
+    InvalidReply,
+    SiteEvaluation,
+    aggregate_metrics,
+    metrics_of_confusion,
+    validate_evaluations,
+    validate_update,
 )
-from fedsigma.server.runs.run_dir import POOLED
+from fedsigma.server.runs.run_dir import ALL_SITES
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Split
-    from fedsigma.server.federation.messenger import Exchange
-    from fedsigma.server.federation.site_manager import Roster
-    from fedsigma.server.runs.run_dir import RunFolder
+    from fedsigma.common.sigma import ParameterPartition
+    from fedsigma.server.federation.messenger import Messenger
+    from fedsigma.server.federation.site_manager import SiteManager
+    from fedsigma.server.runs.run_dir import RunDir
 
-__all__ = ["Baselines", "result", "train_together"]
+__all__ = ["Baselines", "result", "train_pooled"]
 
 Vector = NDArray[np.float32]
 # Several shifts go to a site in one message; this keeps it below what a proxy lets through.
 SHIFT_BYTES_A_MESSAGE = 8 * 1024 * 1024
 
 
-def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
+def result(judged: Mapping[str, SiteEvaluation]) -> dict[str, Any]:
     """Put one method's results into the form of summary.json: accuracy, per_site and metrics.
 
     Where sites tell them, confusion matrices come along: of each such site, and of all together if all tell,
@@ -46,7 +46,7 @@ def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
     compared between methods whether or not matrices were told.
     """
     evaluations = _evaluations(judged)
-    metrics = pool(evaluations)
+    metrics = aggregate_metrics(evaluations)
     per_site = {site: one.accuracy for site, one in evaluations.items() if one.test_examples}
     entry: dict[str, Any] = {"accuracy": metrics.get("accuracy"), "per_site": per_site, "metrics": metrics}
     matrices = {site: _square(one.confusion) for site, one in judged.items() if one.confusion}
@@ -54,31 +54,31 @@ def result(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
         entry["confusion"] = {"per_site": {site: matrix.tolist() for site, matrix in matrices.items()}}
         if set(matrices) == set(per_site):
             added = np.sum(list(matrices.values()), axis=0)
-            entry["confusion"] |= {"all_sites": added.tolist(), "metrics": counted(added)}
+            entry["confusion"] |= {"all_sites": added.tolist(), "metrics": metrics_of_confusion(added)}
     return entry
 
 
-def alone(recipe: TrainingConfig) -> TrainingConfig:
+def evaluate_local_models(recipe: LocalTrainingConfig) -> LocalTrainingConfig:
     """The recipe for training outside of rounds, where no server makes plain steps adaptive."""
     return replace(recipe, optimiser="adamw")
 
 
-def train_together(learner: Learner, study: StudyConfig, examples: Sequence[Any], *, sites: int) -> Learned:
+def train_pooled(learner: Trainer, study: StudyConfig, examples: Sequence[Any], *, sites: int) -> TrainOutput:
     """Train from the zero shift on these images in one place, for the steps of so many sites together."""
     steps = all_steps(study, sites)
     return learner.train(
         np.zeros(learner.layout.size, np.float32),
         examples,
-        alone(study.training),
+        evaluate_local_models(study.training),
         first_step=0,
         steps=steps,
         total_steps=steps,
-        seed=seed_for(study.seed, "pooled"),
+        seed=derive_seed(study.seed, "pooled"),
         privacy=study.privacy,
     )
 
 
-def _evaluations(judged: Mapping[str, SiteResult]) -> dict[str, Evaluation]:
+def _evaluations(judged: Mapping[str, SiteEvaluation]) -> dict[str, Evaluation]:
     return {site: one.evaluation for site, one in judged.items()}
 
 
@@ -90,14 +90,19 @@ class Baselines:
     """Asks the sites for evaluations, and computes the methods to compare with."""
 
     def __init__(
-        self, exchange: Exchange, roster: Roster, folder: RunFolder, study: StudyConfig, split: Split
+        self,
+        exchange: Messenger,
+        roster: SiteManager,
+        folder: RunDir,
+        study: StudyConfig,
+        split: ParameterPartition,
     ) -> None:
         self.exchange, self.roster, self.folder = exchange, roster, folder
         self.study, self.split, self.layout = study, split, split.shared
 
-    def judge(
+    def evaluate(
         self, shifts: Mapping[str, Vector], *, round: int, personal: bool = False
-    ) -> dict[str, dict[str, SiteResult]]:
+    ) -> dict[str, dict[str, SiteEvaluation]]:
         """Have every site evaluate every shift: name of the shift -> site -> its result.
 
         With `personal` each site puts its own values with the shared ones, else the pretrained ones. A site
@@ -106,11 +111,11 @@ class Baselines:
         coded = {name: encode(shift, self.layout) for name, shift in shifts.items()}
         names = list(coded)
         most = max(1, SHIFT_BYTES_A_MESSAGE // max(len(data) for data in coded.values()))
-        found: dict[str, dict[str, SiteResult]] = {name: {} for name in names}
+        found: dict[str, dict[str, SiteEvaluation]] = {name: {} for name in names}
         for start in range(0, len(names), most):
             part = names[start : start + most]
             task = EvaluateTask(
-                setup=Setup.of(self.study),
+                study=StudySpec.of(self.study),
                 round=round,
                 shifts=tuple(coded[name] for name in part),
                 personal=personal,
@@ -121,25 +126,25 @@ class Baselines:
                     found[name][site] = one
         return found
 
-    def _evaluate(self, task: EvaluateTask) -> dict[str, tuple[SiteResult, ...]]:
-        sites = self.roster.present()
+    def _evaluate(self, task: EvaluateTask) -> dict[str, tuple[SiteEvaluation, ...]]:
+        sites = self.roster.available()
         timeout = self.study.federation.round_timeout_s
-        found: dict[str, tuple[SiteResult, ...]] = {}
-        for answer in self.exchange.ask(dict.fromkeys(sites, task), kind="evaluate", timeout=timeout):
+        found: dict[str, tuple[SiteEvaluation, ...]] = {}
+        for answer in self.exchange.send_tasks(dict.fromkeys(sites, task), kind="evaluate", timeout=timeout):
             site = sites[answer.node]
-            if answer.late:
-                self.folder.event("site_late", round=task.round, site=site)
+            if answer.timed_out:
+                self.folder.log_event("site_timed_out", round=task.round, site=site)
             elif answer.content is None:
-                self.folder.event("site_failed", round=task.round, site=site, reason=answer.failure)
+                self.folder.log_event("site_failed", round=task.round, site=site, reason=answer.failure)
             else:
                 try:
-                    found[site] = accept_evaluations(
+                    found[site] = validate_evaluations(
                         answer.content, shifts=len(task.shifts), classes=len(self.study.classes)
                     )
-                    self.folder.event("evaluation_accepted", round=task.round, site=site, **answer.traces)
-                except Rejected as error:
+                    self.folder.log_event("evaluation_accepted", round=task.round, site=site, **answer.traces)
+                except InvalidReply as error:
                     reason = str(error)
-                    self.folder.event(
+                    self.folder.log_event(
                         "reply_rejected", round=task.round, site=site, reason=reason, **answer.traces
                     )
         # Means over the sites must not depend, in their last bit, on who answered first.
@@ -156,9 +161,9 @@ class Baselines:
         shifts = self._train_alone()
         if not shifts:
             return {}
-        judged = self.judge(shifts, round=self.study.federation.rounds + 1)
+        judged = self.evaluate(shifts, round=self.study.federation.rounds + 1)
         home = {site: judged[site][site] for site in shifts if site in judged[site]}
-        everywhere = {site: pool(_evaluations(judged[site])).get("accuracy") for site in shifts}
+        everywhere = {site: aggregate_metrics(_evaluations(judged[site])).get("accuracy") for site in shifts}
         known = [value for value in everywhere.values() if value is not None]
         summary = result(home)
         summary["everywhere"] = sum(known) / len(known) if known else None
@@ -167,12 +172,12 @@ class Baselines:
         return summary
 
     def _train_alone(self) -> dict[str, Vector]:
-        sites = self.roster.present()
+        sites = self.roster.available()
         steps = math.ceil(all_steps(self.study, len(sites)) / max(1, len(sites)))
         start = np.zeros(self.layout.size, np.float32)
         task = TrainTask(
-            setup=Setup.of(self.study),
-            recipe=alone(self.study.training),
+            study=StudySpec.of(self.study),
+            recipe=evaluate_local_models(self.study.training),
             mode="local",
             round=1,
             cohort=1,
@@ -186,14 +191,14 @@ class Baselines:
             privacy=self.study.privacy,
         )
         timeout = self.study.federation.round_timeout_s * self.study.federation.rounds
-        answers = self.exchange.ask(dict.fromkeys(sites, task), kind="train", timeout=timeout)
+        answers = self.exchange.send_tasks(dict.fromkeys(sites, task), kind="train", timeout=timeout)
         shifts: dict[str, Vector] = {}
         for answer in answers:
             reason = answer.failure or "no reply in time"
             try:
                 if answer.content is None:
-                    raise Rejected(reason)
-                _, change = accept_training(
+                    raise InvalidReply(reason)
+                _, change = validate_update(
                     answer.content,
                     study=self.study,
                     layout=self.layout,
@@ -202,13 +207,13 @@ class Baselines:
                     steps=steps,
                 )
                 shifts[sites[answer.node]] = start + change
-            except Rejected as error:
-                self.folder.event(
+            except InvalidReply as error:
+                self.folder.log_event(
                     "baseline", method="local_only", site=sites[answer.node], metrics={}, reason=str(error)
                 )
         return {site: shifts[site] for site in sites.values() if site in shifts}
 
-    def pooled(self, learner: Learner) -> dict[str, Any]:
+    def pooled(self, learner: Trainer) -> dict[str, Any]:
         """Train on all sites' images in this process, for all sites' steps together; a simulation only."""
         from fedsigma.common.data.sources.site_data import load_sites
 
@@ -217,18 +222,20 @@ class Baselines:
             return {}
         images = load_sites(study, side=learner.side)
         together = [example for one in images.values() for example in one.train]
-        learned = train_together(learner, study, together, sites=len(images))
+        learned = train_pooled(learner, study, together, sites=len(images))
         judged = {}
         for name, one in images.items():
             if one.test:
                 found = learner.evaluate(learned.shift, one.test)
                 evaluation = Evaluation.of(found.scores, len(one.test))
-                judged[name] = SiteResult(evaluation=evaluation, confusion=found.confusion)
+                judged[name] = SiteEvaluation(evaluation=evaluation, confusion=found.confusion)
         self._record("pooled", judged)
         return result(judged)
 
-    def _record(self, method: str, judged: Mapping[str, SiteResult]) -> None:
+    def _record(self, method: str, judged: Mapping[str, SiteEvaluation]) -> None:
         evaluations = _evaluations(judged)
         for site, one in evaluations.items():
-            self.folder.event("baseline", method=method, site=site, metrics=one.metrics())
-        self.folder.event("baseline", method=method, site=POOLED, metrics=pool(evaluations))
+            self.folder.log_event("baseline", method=method, site=site, metrics=one.metrics())
+        self.folder.log_event(
+            "baseline", method=method, site=ALL_SITES, metrics=aggregate_metrics(evaluations)
+        )

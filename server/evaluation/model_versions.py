@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsigma.common.config.study import ConfigError, StudyConfig
-from fedsigma.common.registry import Shelf, shelf_folder
+from fedsigma.common.registry import ModelRegistry, registry_folder
 from fedsigma.common.registry.shift_file import load_shift
 from fedsigma.server.evaluation.baselines import Baselines, result
-from fedsigma.server.federation.validation import SiteResult
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.federation.validation import SiteEvaluation
+from fedsigma.server.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from fedsigma.common.training.trainer import Learner
+    from fedsigma.common.training.trainer import Trainer
 
-__all__ = ["fairness", "find_version", "judge_versions"]
+__all__ = ["evaluate_versions", "fairness", "find_version"]
 
 ZERO = "zero_shot"
 
 
-def judge_versions(
-    folder: RunFolder, study: StudyConfig, baselines: Baselines, learner: Learner
+def evaluate_versions(
+    folder: RunDir, study: StudyConfig, baselines: Baselines, learner: Trainer
 ) -> dict[str, Any]:
     """Have every site evaluate every version that the study names, and zero-shot where it asks for that.
 
@@ -40,7 +40,7 @@ def judge_versions(
 
     split = baselines.split
     shifts = {ZERO: np.zeros(split.shared.size, np.float32)} if ZERO in study.baselines else {}
-    for reference in study.judge:
+    for reference in study.evaluate_versions:
         saved = load_shift(find_version(reference, folder.path.parent))
         difference = learner.fingerprint.compare(Fingerprint.from_json(saved.fingerprint_json))
         if difference:
@@ -48,10 +48,10 @@ def judge_versions(
         if saved.run:
             raise ConfigError(f"judge names {reference}, a part of which is at the sites that trained it")
         shifts[reference] = split.gather(saved.shift.numpy())
-    judged = baselines.judge(shifts, round=1)
+    judged = baselines.evaluate(shifts, round=1)
     versions = {name: {**result(sites), "fairness": fairness(sites)} for name, sites in judged.items()}
     for name, entry in versions.items():
-        folder.event("version_judged", model=name, metrics=entry["metrics"], fairness=entry["fairness"])
+        folder.log_event("version_judged", model=name, metrics=entry["metrics"], fairness=entry["fairness"])
     sites = sorted({site for found in judged.values() for site in found})
     if not sites:
         raise ConfigError("no site could evaluate any version")
@@ -64,7 +64,7 @@ def judge_versions(
     }
 
 
-def fairness(judged: Mapping[str, SiteResult]) -> dict[str, Any]:
+def fairness(judged: Mapping[str, SiteEvaluation]) -> dict[str, Any]:
     """How evenly a version does over the sites that have test images.
 
     Returns:
@@ -92,4 +92,4 @@ def find_version(reference: str, runs: Path) -> Path:
         ModelError: there is no such version.
     """
     place = Path(reference).expanduser()
-    return place if place.exists() else Shelf(shelf_folder(runs)).find(reference).path
+    return place if place.exists() else ModelRegistry(registry_folder(runs)).find(reference).path

@@ -15,11 +15,11 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from fedsigma.common.config.schema import check_number, nearest
+from fedsigma.common.config.schema import check_number, did_you_mean
 from fedsigma.common.config.study import STEPS, ConfigError, StudyConfig
-from fedsigma.common.config.training import cosine
+from fedsigma.common.config.training import cosine_decay
 from fedsigma.common.utils.files import write_atomic
-from fedsigma.server.federation.validation import Accepted, inner, length_of
+from fedsigma.server.federation.validation import ValidUpdate, dot, l2_norm
 
 __all__ = [
     "ARRAY",
@@ -29,11 +29,11 @@ __all__ = [
     "begin_round",
     "drift",
     "make_averaging",
-    "mean_change",
     "proximal",
     "restore_state",
     "save_state",
     "set_step",
+    "weighted_mean_update",
 ]
 
 ARRAY = "shift"
@@ -104,7 +104,7 @@ def set_step(averaging: FedAvg, study: StudyConfig, number: int) -> None:
     if federation.schedule == "cosine":
         name = STEPS[federation.strategy]
         default = inspect.signature(type(averaging).__init__).parameters[name].default
-        factor = cosine((number - 1) / federation.rounds)
+        factor = cosine_decay((number - 1) / federation.rounds)
         setattr(averaging, name, factor * float(federation.options.get(name, default)))
         if isinstance(averaging, flower.FedAvgM):
             # Flower decides once, by the step and momentum that it is built with, whether it makes a step.
@@ -129,7 +129,7 @@ def make_averaging(study: StudyConfig) -> FedAvg:
     own = [key for key in inspect.signature(cls.__init__).parameters if key not in _OURS]
     for key, value in options.items():
         if key not in own:
-            hint = nearest(key, own) if own else f": {name} has no options"
+            hint = did_you_mean(key, own) if own else f": {name} has no options"
             raise ConfigError(f"federation.options.{key} is not an option of {name}{hint}")
         _check_option(f"federation.options.{key}", value, *_BOUNDS.get(key, (-math.inf, math.inf)))
     if name == "qfedavg":
@@ -217,7 +217,9 @@ def _state(averaging: Any) -> dict[str, NDArray[Any]]:
 Vector = NDArray[np.float32]
 
 
-def mean_change(accepted: Mapping[int, Accepted], changes: Mapping[int, Vector]) -> NDArray[np.float64]:
+def weighted_mean_update(
+    accepted: Mapping[int, ValidUpdate], changes: Mapping[int, Vector]
+) -> NDArray[np.float64]:
     """The weighted mean of the changes of the accepted replies (layout size,), at least one.
 
     Added up in float64 and in the order of `accepted`, so that its last bit does not depend on who was first.
@@ -234,20 +236,20 @@ def mean_change(accepted: Mapping[int, Accepted], changes: Mapping[int, Vector])
 
 
 def drift(
-    accepted: Mapping[int, Accepted], changes: Mapping[int, Vector], mean: NDArray[np.float64]
+    accepted: Mapping[int, ValidUpdate], changes: Mapping[int, Vector], mean: NDArray[np.float64]
 ) -> dict[int, dict[str, float]]:
     """The drift of each accepted reply of a round, by the names of its columns in rounds.csv.
 
-    A change, or a mean of them, that is zero has no direction: `change_cosine` is then absent.
+    A change, or a mean of them, that is zero has no direction: `update_cosine` is then absent.
 
-    Shapes: mean, that of `mean_change`, (layout size,).
+    Shapes: mean, that of `weighted_mean_update`, (layout size,).
     """
-    length = length_of(mean)
+    length = l2_norm(mean)
     found = {}
     for node, one in accepted.items():
-        found[node] = {"change_norm": one.change_norm, "shift_norm": one.shift_norm}
-        if lengths := one.change_norm * length:
-            cosine = inner(changes[node], mean) / lengths
+        found[node] = {"update_norm": one.update_norm, "shift_norm": one.shift_norm}
+        if lengths := one.update_norm * length:
+            cosine = dot(changes[node], mean) / lengths
             # Rounding may take it a little past 1.
-            found[node]["change_cosine"] = float(np.clip(cosine, -1.0, 1.0))
+            found[node]["update_cosine"] = float(np.clip(cosine, -1.0, 1.0))
     return found

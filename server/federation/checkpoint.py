@@ -14,14 +14,14 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from fedsigma.common.config.study import ConfigError, StudyConfig
-from fedsigma.common.registry.shift_file import ArtefactError, SavedSigma, load_shift
+from fedsigma.common.registry.shift_file import SavedShift, ShiftFileError, load_shift
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.federation.aggregation import StateError, restore_state, save_state
-from fedsigma.server.runs.shift_magnitude import heats_of, to_towers
+from fedsigma.server.runs.shift_magnitude import shift_magnitudes, to_towers
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Fingerprint, Split
-    from fedsigma.server.runs.run_dir import RunFolder
+    from fedsigma.common.sigma import Fingerprint, ParameterPartition
+    from fedsigma.server.runs.run_dir import RunDir
 
 __all__ = ["PREVIOUS", "keep", "latest"]
 
@@ -31,12 +31,12 @@ Vector = NDArray[np.float32]
 
 
 def keep(
-    folder: RunFolder,
+    folder: RunDir,
     averaging: FedAvg,
     shift: Vector,
     *,
     study: StudyConfig,
-    split: Split,
+    split: ParameterPartition,
     fingerprint: Fingerprint,
     round: int,
 ) -> None:
@@ -52,15 +52,15 @@ def keep(
     if before is not None and before.round < round:
         # A damaged file is not copied over a good one.
         write_atomic(folder.path / PREVIOUS, (folder.path / LAST).read_bytes())
-        previous: SavedSigma | None = before
+        previous: SavedShift | None = before
     else:  # of another round than the one before, if LAST was damaged
         previous = _read(folder.path / PREVIOUS)
     save_state(averaging, _state_path(folder, round))
     # Whole, with zeros where values are personal: the pretrained ones, and a file like any other.
     whole = split.scatter(shift)
     # Before the model: a run killed between the two goes on with the round before, and writes both again.
-    folder.heat(round, to_towers(heats_of(whole, split.full)))
-    folder.save_sigma(
+    folder.log_shift_magnitude(round, to_towers(shift_magnitudes(whole, split.full)))
+    folder.save_shift(
         whole,
         layout_json=split.full.to_json(),
         fingerprint_json=fingerprint.to_json(),
@@ -74,7 +74,12 @@ def keep(
 
 
 def latest(
-    folder: RunFolder, averaging: FedAvg, *, study: StudyConfig, split: Split, fingerprint: Fingerprint
+    folder: RunDir,
+    averaging: FedAvg,
+    *,
+    study: StudyConfig,
+    split: ParameterPartition,
+    fingerprint: Fingerprint,
 ) -> tuple[Vector, int]:
     """The model to go on with and the round that made it, and put the averaging's state back.
 
@@ -96,9 +101,9 @@ def latest(
                 raise ConfigError(f"{folder.path} cannot be gone on with: {difference}")
             shared = split.gather(saved.shift.numpy())
             restore_state(averaging, _state_path(folder, saved.round), size=split.shared.size)
-        except (ArtefactError, StateError) as error:
+        except (ShiftFileError, StateError) as error:
             problems.append(str(error))
-            folder.event("checkpoint_damaged", file=name, reason=str(error))
+            folder.log_event("checkpoint_damaged", file=name, reason=str(error))
             continue
         return shared, min(saved.round, study.federation.rounds)
     if problems:
@@ -106,12 +111,12 @@ def latest(
     return np.zeros(split.shared.size, dtype=np.float32), 0
 
 
-def _read(path: Path) -> SavedSigma | None:
+def _read(path: Path) -> SavedShift | None:
     try:
         return load_shift(path)
-    except ArtefactError:
+    except ShiftFileError:
         return None
 
 
-def _state_path(folder: RunFolder, round: int) -> Path:
+def _state_path(folder: RunDir, round: int) -> Path:
     return folder.path / f"strategy-{round}.safetensors"

@@ -17,9 +17,9 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 
 from fedsigma.common.wire.digest import digest
-from fedsigma.common.wire.records import fields_of, to_content, wire_bytes
+from fedsigma.common.wire.records import fields_of, to_record, wire_bytes
 
-__all__ = ["AT_ONCE", "Answer", "Exchange", "StreamingGrid", "attribute", "in_order"]
+__all__ = ["AT_ONCE", "Messenger", "SiteReply", "StreamingGrid", "in_order", "match_replies"]
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ GRACE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class SiteReply:
     """What came back from one site: a record, or the reason why not, or nothing in time.
 
     bytes_down is the size of the task that was sent, bytes_up that of the reply, 0 if there was none. traces
@@ -47,21 +47,21 @@ class Answer:
     bytes_down: int
     content: RecordDict | None = None
     failure: str = ""
-    late: bool = False
+    timed_out: bool = False
     bytes_up: int = 0
     traces: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def gone(self) -> bool:
+    def connection_lost(self) -> bool:
         """Whether nothing came for want of the way to the site, or its machine, and not by its own word."""
-        return self.late or self.failure in (_FLOWER_ERRORS[3], _FLOWER_ERRORS[5], _FLOWER_ERRORS[8])
+        return self.timed_out or self.failure in (_FLOWER_ERRORS[3], _FLOWER_ERRORS[5], _FLOWER_ERRORS[8])
 
-    def emptied(self) -> Answer:
+    def emptied(self) -> SiteReply:
         """The same without the record, which is most of it, once that is read."""
         return replace(self, content=None)
 
 
-class Exchange:
+class Messenger:
     """Asks the sites that are online."""
 
     def __init__(self, grid: Grid) -> None:
@@ -78,25 +78,25 @@ class Exchange:
 
         Sites with the same task share one record, so that a task lies in memory once.
         """
-        contents = {id(task): to_content(task) for task in _once(tasks.values())}
+        contents = {id(task): to_record(task) for task in _once(tasks.values())}
         ttl = timeout + GRACE_S
         return {
             node: Message(contents[id(task)], dst_node_id=node, message_type=kind, ttl=ttl, group_id=group)
             for node, task in tasks.items()
         }
 
-    def ask(
+    def send_tasks(
         self, tasks: Mapping[int, object], *, kind: str, timeout: float, group: str = ""
-    ) -> Iterator[Answer]:
+    ) -> Iterator[SiteReply]:
         """Send each site its task; the answers as they come, for at most `timeout` seconds."""
         return self.send(self.messages(tasks, kind=kind, timeout=timeout, group=group), timeout=timeout)
 
-    def send(self, sent: Mapping[int, Message], *, timeout: float) -> Iterator[Answer]:
+    def send(self, sent: Mapping[int, Message], *, timeout: float) -> Iterator[SiteReply]:
         """Send each site its message; the answers as they come, for at most `timeout` seconds."""
-        return attribute(sent, self.grid.send_and_receive(list(sent.values()), timeout=timeout))
+        return match_replies(sent, self.grid.send_and_receive(list(sent.values()), timeout=timeout))
 
 
-def attribute(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[Answer]:
+def match_replies(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[SiteReply]:
     """Say of each reply which site it is of, as they come, and in the end which sites sent none.
 
     An error that Flower itself makes, for a site that went away, does not say which site it is about: its
@@ -112,10 +112,10 @@ def attribute(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterat
             yield _answer(node, waiting.pop(node), reply)
         del reply  # the loop would hold it while the next one is waited for
     for node, down in waiting.items():
-        yield Answer(node=node, bytes_down=down, late=True)
+        yield SiteReply(node=node, bytes_down=down, timed_out=True)
 
 
-def in_order(nodes: Iterable[int], answers: Iterable[Answer]) -> dict[int, Answer]:
+def in_order(nodes: Iterable[int], answers: Iterable[SiteReply]) -> dict[int, SiteReply]:
     """All answers by node, in the order of `nodes`, so that what follows does not depend on who was first."""
     found = {answer.node: answer for answer in answers}
     return {node: found[node] for node in nodes}
@@ -126,18 +126,18 @@ def _once(things: Iterable[T]) -> Iterable[T]:
     return {id(thing): thing for thing in things}.values()
 
 
-def _answer(node: int, down: int, reply: Message) -> Answer:
+def _answer(node: int, down: int, reply: Message) -> SiteReply:
     if reply.has_content():
         content = reply.content
         traces = _traces(content)
-        return Answer(
+        return SiteReply(
             node=node, bytes_down=down, content=content, bytes_up=wire_bytes(content), traces=traces
         )
     known = _FLOWER_ERRORS.get(reply.error.code, "")
     # FedSigma's sites tell a type's name. Any other text was not written by us, so it is not repeated.
     kind = reply.error.reason if _TYPE_NAME.fullmatch(reply.error.reason or "") else ""
     told = f"{known}: {kind}" if known and kind else known or kind
-    return Answer(node=node, bytes_down=down, failure=told or f"error {reply.error.code}")
+    return SiteReply(node=node, bytes_down=down, failure=told or f"error {reply.error.code}")
 
 
 def _traces(content: RecordDict) -> dict[str, Any]:

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from fedsigma.common.config.study import ConfigError, StudyConfig
 from fedsigma.common.privacy.accounting import (
-    Release,
+    PrivacyEvent,
+    calibrate_noise_multiplier,
     epsilon,
-    noise_for,
-    releases_within,
+    events_within,
     sampling_rate,
 )
 
-__all__ = ["Plan", "check_budget", "plan", "spent_of_sites"]
+__all__ = ["PrivacyPlan", "check_budget", "plan", "spent_of_sites"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PrivacyPlan:
     """What a study spends.
 
     Fields: release, one round's; rounds, how many the study has, and within, how many its budget allows;
@@ -26,31 +26,31 @@ class Plan:
     some epsilons.
     """
 
-    release: Release
+    release: PrivacyEvent
     rounds: int
     within: int
-    spent: dict[int, float]
-    noise_for: dict[float, float]
+    epsilon_after: dict[int, float]
+    noise_multiplier_for: dict[float, float]
 
 
-def _release(study: StudyConfig, units: int) -> Release:
+def _release(study: StudyConfig, units: int) -> PrivacyEvent:
     """One round's, at a site of so many images (or groups of one image each)."""
     privacy = study.privacy
     if privacy.of_sites:
-        return Release(rate=1.0, noise_multiplier=privacy.noise_multiplier, steps=1)
-    return Release(
+        return PrivacyEvent(rate=1.0, noise_multiplier=privacy.noise_multiplier, steps=1)
+    return PrivacyEvent(
         rate=sampling_rate(units, study.training.batch_size),
         noise_multiplier=privacy.noise_multiplier,
         steps=study.training.local_steps,
     )
 
 
-def _after(study: StudyConfig, one: Release, rounds: int) -> float:
-    many = Release(rate=one.rate, noise_multiplier=one.noise_multiplier, steps=one.steps * rounds)
+def _after(study: StudyConfig, one: PrivacyEvent, rounds: int) -> float:
+    many = PrivacyEvent(rate=one.rate, noise_multiplier=one.noise_multiplier, steps=one.steps * rounds)
     return epsilon([many], study.privacy.delta)
 
 
-def plan(study: StudyConfig, *, images: int, targets: Sequence[float] = (1, 2, 4, 8)) -> Plan:
+def plan(study: StudyConfig, *, images: int, targets: Sequence[float] = (1, 2, 4, 8)) -> PrivacyPlan:
     """What the study spends of a site with so many training images.
 
     Raises:
@@ -63,13 +63,14 @@ def plan(study: StudyConfig, *, images: int, targets: Sequence[float] = (1, 2, 4
     one, rounds = _release(study, images), study.federation.rounds
     marks = sorted({1, max(1, rounds // 4), max(1, rounds // 2), rounds})
     delta = study.privacy.delta
-    return Plan(
+    return PrivacyPlan(
         release=one,
         rounds=rounds,
-        within=releases_within(study.privacy.epsilon, one, delta=delta, most=rounds),
-        spent={after: _after(study, one, after) for after in marks},
-        noise_for={
-            float(t): noise_for(t, delta=delta, rate=one.rate, steps=one.steps * rounds) for t in targets
+        within=events_within(study.privacy.epsilon, one, delta=delta, most=rounds),
+        epsilon_after={after: _after(study, one, after) for after in marks},
+        noise_multiplier_for={
+            float(t): calibrate_noise_multiplier(t, delta=delta, rate=one.rate, steps=one.steps * rounds)
+            for t in targets
         },
     )
 
@@ -93,7 +94,7 @@ def check_budget(study: StudyConfig) -> None:
         return
     spent = spent_of_sites(study, rounds)
     if spent > privacy.epsilon:
-        enough = noise_for(privacy.epsilon, delta=privacy.delta, rate=1.0, steps=rounds)
+        enough = calibrate_noise_multiplier(privacy.epsilon, delta=privacy.delta, rate=1.0, steps=rounds)
         raise ConfigError(
             f"{rounds} rounds with a noise multiplier of {privacy.noise_multiplier:g} spend epsilon"
             f" {spent:.2f}, privacy.epsilon is {privacy.epsilon:g}: raise privacy.noise_multiplier to"

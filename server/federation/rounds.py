@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from fedsigma.common.config.study import MEANS
 from fedsigma.common.privacy.noise import noisy_mean
 from fedsigma.common.privacy.secure_aggregation import Member
-from fedsigma.common.training.trainer import seed_for
+from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire.codec import download_level, encode
-from fedsigma.common.wire.records import Setup, TrainTask
+from fedsigma.common.wire.records import StudySpec, TrainTask
 from fedsigma.server.federation import checkpoint, secure_aggregation
 from fedsigma.server.federation.aggregation import (
     ARRAY,
@@ -35,20 +35,26 @@ from fedsigma.server.federation.aggregation import (
     LOSS,
     begin_round,
     drift,
-    mean_change,
     proximal,
     set_step,
+    weighted_mean_update,
 )
-from fedsigma.server.federation.messenger import Answer, attribute
+from fedsigma.server.federation.messenger import SiteReply, match_replies
 from fedsigma.server.federation.privacy_plan import spent_of_sites
-from fedsigma.server.federation.site_manager import BUDGET_SPENT, Roster
-from fedsigma.server.federation.site_sampling import draw_cohort, known_images
-from fedsigma.server.federation.updates import Count, Vectors, gather
-from fedsigma.server.federation.validation import Accepted, Rejected, check_norm, length_of, pool
-from fedsigma.server.runs.run_dir import POOLED
+from fedsigma.server.federation.site_manager import BUDGET_SPENT, SiteManager
+from fedsigma.server.federation.site_sampling import known_images, sample_sites
+from fedsigma.server.federation.updates import RoundOutcome, UpdateBuffer, collect_updates
+from fedsigma.server.federation.validation import (
+    InvalidReply,
+    ValidUpdate,
+    aggregate_metrics,
+    check_norm,
+    l2_norm,
+)
+from fedsigma.server.runs.run_dir import ALL_SITES
 
 if TYPE_CHECKING:
-    from fedsigma.common.sigma import Split
+    from fedsigma.common.sigma import ParameterPartition
 
 __all__ = ["BudgetsSpent", "SigmaStrategy"]
 
@@ -82,7 +88,9 @@ class SigmaStrategy(Strategy):
         done: the rounds that an earlier, interrupted run has finished.
     """
 
-    def __init__(self, averaging: FedAvg, roster: Roster, *, split: Split, done: int = 0) -> None:
+    def __init__(
+        self, averaging: FedAvg, roster: SiteManager, *, split: ParameterPartition, done: int = 0
+    ) -> None:
         self.averaging, self.roster, self.split = averaging, roster, split
         self.study, self.exchange = roster.study, roster.exchange
         self.folder, self.fingerprint = roster.folder, roster.fingerprint
@@ -97,7 +105,7 @@ class SigmaStrategy(Strategy):
         self._task: TrainTask
         self.model: Vector = np.zeros(split.shared.size, np.float32)
         """The shift that the sites start from in the round, which is the model until its end."""
-        self._last = Vectors[str](split.shared.size, self.folder.path)
+        self._last = UpdateBuffer[str](split.shared.size, self.folder.path)
         self._started = 0.0
 
     def summary(self) -> None:
@@ -122,7 +130,7 @@ class SigmaStrategy(Strategy):
         number = self.done + server_round
         shift = arrays[ARRAY].numpy().astype(np.float32)
         self.model = shift
-        if self.roster.spent and len(self.roster.willing()) < self.study.federation.min_sites:
+        if self.roster.spent and len(self.roster.trainable()) < self.study.federation.min_sites:
             raise BudgetsSpent(number)
         self._started = time.monotonic()
         self._ask(number, attempt=0)
@@ -138,12 +146,12 @@ class SigmaStrategy(Strategy):
             attempt: of masked cohorts of this round.
             without: sites that are not asked, if enough others are ready.
         """
-        ready = self.roster.wait()
+        ready = self.roster.wait_for_sites()
         others = {node: name for node, name in ready.items() if node not in without}
         ready = others if len(others) >= self.study.federation.min_sites else ready
-        drawn = draw_cohort(ready, self.study, round=number, images=self._images)
+        drawn = sample_sites(ready, self.study, round=number, images=self._images)
         self._cohort, self._factors = drawn.sites, drawn.factors
-        self.folder.event("round_start", round=number, sites=list(self._cohort.values()))
+        self.folder.log_event("round_start", round=number, sites=list(self._cohort.values()))
         self._task = self._make_task(number, self.model)
         if self.study.federation.masking:
             self._task = secure_aggregation.task_for(self._task, self._members(), self.study, attempt=attempt)
@@ -160,15 +168,15 @@ class SigmaStrategy(Strategy):
             RuntimeError: the inner strategy's result is not a finite shift of this layout.
         """
         number = self.done + server_round
-        count = self._count(number, attribute(self._sent, replies))
+        count = self._count(number, match_replies(self._sent, replies))
         for _ in range(MOST_REPEATS):
             if count.messages or not count.lost:
                 break
-            # The network, or the centre's own front, was down: the round is not the sites' to lose. If it is
+            # The network, or the server's own front, was down: the round is not the sites' to lose. If it is
             # some sites only, others are asked in their place: they may be hung for long.
-            self.folder.event("round_again", round=number, sites=count.sites)
+            self.folder.log_event("round_retried", round=number, sites=count.sites)
             for site in count.sites:
-                self.folder.round_row(number, site, {}, 0, 0, "failed", OUTVOTED)
+                self.folder.log_round(number, site, {}, 0, 0, "failed", OUTVOTED)
             some = count.lost if len(count.lost) < len(self._cohort) else frozenset[int]()
             self._ask(number, attempt=self._task.attempt + 1, without=some)
             answers = self.exchange.send(self._sent, timeout=self.study.federation.round_timeout_s)
@@ -176,7 +184,7 @@ class SigmaStrategy(Strategy):
         self._images |= count.images
         # One site's shift alone would go out to all others: a cohort below min_sites makes no model.
         arrays = self._average(number, count.messages) if count.messages else None
-        self.folder.event(
+        self.folder.log_event(
             "round_end",
             round=number,
             sites=count.sites,
@@ -185,13 +193,13 @@ class SigmaStrategy(Strategy):
         )
         return arrays, None
 
-    def _count(self, number: int, answers: Iterable[Answer]) -> Count:
+    def _count(self, number: int, answers: Iterable[SiteReply]) -> RoundOutcome:
         counted = self._counted_masked if self.study.federation.masking else self._counted
         return counted(number, answers)
 
-    def _counted(self, number: int, answers: Iterable[Answer]) -> Count:
-        with closing(Vectors[int](self.layout.size, self.folder.path)) as changes:
-            found = gather(
+    def _counted(self, number: int, answers: Iterable[SiteReply]) -> RoundOutcome:
+        with closing(UpdateBuffer[int](self.layout.size, self.folder.path)) as changes:
+            found = collect_updates(
                 answers,
                 changes,
                 nodes=self._cohort,
@@ -205,7 +213,7 @@ class SigmaStrategy(Strategy):
             drifts: dict[int, dict[str, float]] = {}
             # Of sites that are to be hidden nothing is told of how they drift, for no noise is in it.
             if accepted and not self.study.privacy.of_sites:
-                mean = mean_change(accepted, changes)
+                mean = weighted_mean_update(accepted, changes)
                 drifts = drift(accepted, changes, mean)
             for node, answer in found.answers.items():
                 verdict = accepted.get(node, found.rejected.get(node))
@@ -213,15 +221,15 @@ class SigmaStrategy(Strategy):
             self._pooled_row(number, accepted)
             self._remember(accepted, changes)
             enough = len(accepted) >= self.study.federation.min_sites
-            return Count(
+            return RoundOutcome(
                 messages=self._to_average(accepted, changes, mean) if enough else [],
                 sites=[self._cohort[node] for node in accepted],
-                lost=frozenset(node for node, answer in found.answers.items() if answer.gone),
+                lost=frozenset(node for node, answer in found.answers.items() if answer.connection_lost),
                 images={self._cohort[node]: int(one.weight) for node, one in told.items()},
             )
 
     def _to_average(
-        self, accepted: dict[int, Accepted], changes: Vectors[int], mean: NDArray[np.float64]
+        self, accepted: dict[int, ValidUpdate], changes: UpdateBuffer[int], mean: NDArray[np.float64]
     ) -> list[Message]:
         """What the inner strategy is to average: one reply in place of all where that gives the same."""
         start, private = self.model.astype(np.float64), self.study.privacy
@@ -236,7 +244,7 @@ class SigmaStrategy(Strategy):
             for node, one in accepted.items()
         ]
 
-    def _remember(self, accepted: dict[int, Accepted], changes: Vectors[int]) -> None:
+    def _remember(self, accepted: dict[int, ValidUpdate], changes: UpdateBuffer[int]) -> None:
         """Keep the shifts that may be explained: those of sites that allow it, where sites are not hidden."""
         for node in () if self.study.privacy.of_sites else accepted:
             if (site := self._cohort[node]) in self.roster.explained:
@@ -246,15 +254,15 @@ class SigmaStrategy(Strategy):
         """The last accepted shift of each site that lets it be explained, by name; none in a masked study."""
         return ((site, self._last[site]) for site in sorted(self.roster.explained & self._last.keys()))
 
-    def _counted_masked(self, number: int, answers: Iterable[Answer]) -> Count:
+    def _counted_masked(self, number: int, answers: Iterable[SiteReply]) -> RoundOutcome:
         """As `_counted`, of a round whose sum alone can be read: without a site, it is asked for again."""
         up, down, lost = Counter[int](), Counter[int](), set[int]()
         while True:
-            adding = secure_aggregation.Adding(self.layout, steps=self._task.steps)
+            adding = secure_aggregation.MaskedSumBuilder(self.layout, steps=self._task.steps)
             for answer in answers:
                 up[answer.node] += answer.bytes_up
                 down[answer.node] += answer.bytes_down
-                lost |= {answer.node} if answer.gone else set()
+                lost |= {answer.node} if answer.connection_lost else set()
                 adding.take(answer)
                 del answer  # the loop would hold it while the next one is waited for
             asked = [node for node in self._cohort if node in adding.answers]
@@ -266,27 +274,27 @@ class SigmaStrategy(Strategy):
             sites = [self._cohort[node] for node in whole]
             if len(whole) == len(asked) or len(whole) < self.study.federation.min_sites:
                 break
-            self.folder.event("masked_again", round=number, sites=sites)
+            self.folder.log_event("masked_round_retried", round=number, sites=sites)
             attempt = self._task.attempt + 1
             self._task = secure_aggregation.task_for(
                 self._task, self._members(whole), self.study, attempt=attempt
             )
-            answers = self.exchange.ask(
+            answers = self.exchange.send_tasks(
                 dict.fromkeys(whole, self._task),
                 kind=MessageType.TRAIN,
                 timeout=self.study.federation.round_timeout_s,
                 group=str(number),
             )
         if len(whole) < self.study.federation.min_sites:
-            return Count(messages=[], sites=[], lost=frozenset(lost))
+            return RoundOutcome(messages=[], sites=[], lost=frozenset(lost))
         messages = self._summed(number, whole, adding, up, down)
-        return Count(messages=messages, sites=sites, lost=frozenset(lost))
+        return RoundOutcome(messages=messages, sites=sites, lost=frozenset(lost))
 
     def _summed(
         self,
         number: int,
         nodes: list[int],
-        adding: secure_aggregation.Adding,
+        adding: secure_aggregation.MaskedSumBuilder,
         up: Counter[int],
         down: Counter[int],
     ) -> list[Message]:
@@ -294,16 +302,16 @@ class SigmaStrategy(Strategy):
         try:
             found = adding.sum(self._task)
             shift = self.model.astype(np.float64) + found.change
-            check_norm(length_of(shift), self.study.federation.norm_bound)
-        except Rejected as error:
-            self.folder.event("masked_sum_rejected", round=number, reason=str(error))
+            check_norm(l2_norm(shift), self.study.federation.norm_bound)
+        except InvalidReply as error:
+            self.folder.log_event("masked_sum_rejected", round=number, reason=str(error))
             return []
         for node in nodes:
             site, traces = self._cohort[node], adding.answers[node].traces
-            self.folder.event("reply_accepted", round=number, site=site, metrics={}, **traces)
-            self.folder.round_row(number, site, {}, up[node], down[node], "accepted")
+            self.folder.log_event("reply_accepted", round=number, site=site, metrics={}, **traces)
+            self.folder.log_round(number, site, {}, up[node], down[node], "accepted")
         metrics = found.metrics | self._spent_of_sites(number)
-        self.folder.round_row(number, POOLED, metrics, 0, 0, "pooled")
+        self.folder.log_round(number, ALL_SITES, metrics, 0, 0, "pooled")
         return [self._plain(nodes[0], shift, weight=found.examples, loss=found.loss)]
 
     def _members(self, nodes: Iterable[int] | None = None) -> dict[int, Member]:
@@ -322,7 +330,7 @@ class SigmaStrategy(Strategy):
     def _make_task(self, number: int, shift: Vector) -> TrainTask:
         steps, rounds = self.study.training.local_steps, self.study.federation.rounds
         return TrainTask(
-            setup=Setup.of(self.study),
+            study=StudySpec.of(self.study),
             recipe=replace(self.study.training, proximal=proximal(self.averaging, self.study)),
             mode="round",
             round=number,
@@ -338,7 +346,7 @@ class SigmaStrategy(Strategy):
                 shift,
                 self.layout,
                 level=download_level(self.study.federation.codec),
-                seed=seed_for(self.study.seed, POOLED, "round", number, "codec"),
+                seed=derive_seed(self.study.seed, ALL_SITES, "round", number, "codec"),
             ),
         )
 
@@ -346,43 +354,45 @@ class SigmaStrategy(Strategy):
         self,
         number: int,
         site: str,
-        answer: Answer,
-        verdict: Accepted | Rejected | None,
+        answer: SiteReply,
+        verdict: ValidUpdate | InvalidReply | None,
         drifted: dict[str, float] | None = None,
     ) -> None:
         """Keep what came of one site; drifted: where its change is seen, how it lies to the others'."""
         metrics: dict[str, float] = {}
-        if isinstance(verdict, Accepted):
+        if isinstance(verdict, ValidUpdate):
             status, reason, metrics = "accepted", "", verdict.metrics
-            self.folder.event("reply_accepted", round=number, site=site, metrics=metrics, **answer.traces)
+            self.folder.log_event("reply_accepted", round=number, site=site, metrics=metrics, **answer.traces)
         elif verdict is not None:
             status, reason = "rejected", str(verdict)
-            self.folder.event("reply_rejected", round=number, site=site, reason=reason, **answer.traces)
-        elif answer.late:
+            self.folder.log_event("reply_rejected", round=number, site=site, reason=reason, **answer.traces)
+        elif answer.timed_out:
             status, reason = "late", f"no reply within {self.study.federation.round_timeout_s:g} s"
-            self.folder.event("site_late", round=number, site=site)
+            self.folder.log_event("site_timed_out", round=number, site=site)
         else:
             status, reason = "failed", answer.failure
             if reason == BUDGET_SPENT:
-                self.roster.retire(answer.node, round=number)
+                self.roster.stop_training(answer.node, round=number)
             else:
-                self.folder.event("site_failed", round=number, site=site, reason=reason)
+                self.folder.log_event("site_failed", round=number, site=site, reason=reason)
         metrics = metrics | (drifted or {})
-        self.folder.round_row(number, site, metrics, answer.bytes_up, answer.bytes_down, status, reason)
+        self.folder.log_round(number, site, metrics, answer.bytes_up, answer.bytes_down, status, reason)
 
-    def _pooled_row(self, number: int, accepted: dict[int, Accepted]) -> None:
+    def _pooled_row(self, number: int, accepted: dict[int, ValidUpdate]) -> None:
         if not accepted:
             return
         replies = [one.reply for one in accepted.values()]
         examples = sum(reply.examples for reply in replies)
-        metrics = pool({self._cohort[node]: one.reply.evaluation for node, one in accepted.items()})
+        metrics = aggregate_metrics(
+            {self._cohort[node]: one.reply.evaluation for node, one in accepted.items()}
+        )
         metrics["examples"] = examples
         loss = sum(reply.loss * reply.examples for reply in replies) / examples
         metrics |= {} if math.isnan(loss) else {"loss": loss}
         if self.study.privacy.in_training:
             metrics["epsilon"] = max(reply.epsilon for reply in replies)
         metrics |= self._spent_of_sites(number)
-        self.folder.round_row(number, POOLED, metrics, 0, 0, "pooled")
+        self.folder.log_round(number, ALL_SITES, metrics, 0, 0, "pooled")
 
     def _spent_of_sites(self, number: int) -> dict[str, float]:
         if not self.study.privacy.of_sites:

@@ -11,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.privacy.secure_aggregation import Member, scale_for, sum_of
+from fedsigma.common.privacy.secure_aggregation import Member, scale_for, unmask_sum
 from fedsigma.common.wire.records import (
     LOSS_UNIT,
     MASKED_COUNTS,
     MaskedReply,
     ProtocolError,
     TrainTask,
-    from_content,
+    from_record,
 )
-from fedsigma.server.federation.messenger import Answer
-from fedsigma.server.federation.validation import Rejected
+from fedsigma.server.federation.messenger import SiteReply
+from fedsigma.server.federation.validation import InvalidReply
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["Adding", "MaskedSum", "most_examples", "read_masked", "task_for"]
+__all__ = ["MaskedSum", "MaskedSumBuilder", "most_examples", "read_masked", "task_for"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def task_for(
     )
 
 
-class Adding:
+class MaskedSumBuilder:
     """The answers of a masked cohort, added up as they come: of each reply nothing is kept but its part.
 
     Attributes: answers, without their records; added, the sites whose replies are in the sum; rejected, why
@@ -80,21 +80,21 @@ class Adding:
     """
 
     def __init__(self, layout: Layout, *, steps: int) -> None:
-        self.answers: dict[int, Answer] = {}
+        self.answers: dict[int, SiteReply] = {}
         self.added: set[int] = set()
-        self.rejected: dict[int, Rejected] = {}
+        self.rejected: dict[int, InvalidReply] = {}
         self._layout, self._steps = layout, steps
         self._total: NDArray[np.uint32] | None = None
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: SiteReply) -> None:
         """Add a reply that is in order by itself to the sum, and keep why one is not."""
         self.answers[answer.node] = answer.emptied()
         if answer.content is None:
             return
         try:
             part = read_masked(answer.content, self._layout, steps=self._steps)
-        except Rejected as error:
-            self.rejected[answer.node] = Rejected(str(error))  # the traceback would hold the reply
+        except InvalidReply as error:
+            self.rejected[answer.node] = InvalidReply(str(error))  # the traceback would hold the reply
             return
         if self._total is None:
             self._total = np.zeros_like(part)
@@ -107,7 +107,7 @@ class Adding:
         Raises:
             Rejected: the counts cannot be sums of honest replies: a site has sent something else.
         """
-        return _read_sum(sum_of([] if self._total is None else [self._total]), task, self._layout)
+        return _read_sum(unmask_sum([] if self._total is None else [self._total]), task, self._layout)
 
 
 def read_masked(content: Any, layout: Layout, *, steps: int) -> NDArray[np.uint32]:
@@ -117,14 +117,14 @@ def read_masked(content: Any, layout: Layout, *, steps: int) -> NDArray[np.uint3
         Rejected: it is not in order.
     """
     try:
-        reply = from_content(MaskedReply, content)
+        reply = from_record(MaskedReply, content)
     except ProtocolError as error:
-        raise Rejected(str(error)) from error
+        raise InvalidReply(str(error)) from error
     wanted = 4 * (layout.size + len(MASKED_COUNTS))
     if len(reply.masked) != wanted:
-        raise Rejected(f"the masked reply has {len(reply.masked)} bytes, expected {wanted}")
+        raise InvalidReply(f"the masked reply has {len(reply.masked)} bytes, expected {wanted}")
     if reply.steps > steps:
-        raise Rejected(f"{reply.steps} steps were taken, {steps} were asked for")
+        raise InvalidReply(f"{reply.steps} steps were taken, {steps} were asked for")
     return np.frombuffer(reply.masked, "<u4")
 
 
@@ -133,7 +133,7 @@ def _read_sum(total: NDArray[np.int64], task: TrainTask, layout: Layout) -> Mask
     examples, loss, test_examples, right = (int(count) for count in counts)
     sites = len(task.members)
     if not sites <= examples <= sites * task.most_examples or not 0 <= right <= test_examples or loss < 0:
-        raise Rejected(
+        raise InvalidReply(
             f"the masked sum counts {examples} images, {right} of {test_examples} right and a loss of {loss}:"
             " a site of the cohort has sent something else than its mask allows"
         )

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Protocol
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.privacy.secure_aggregation import Member
 from fedsigma.common.wire.records import (
-    HELLO,
+    HANDSHAKE,
     PROBLEMS,
     PROTOCOL,
-    Hello,
-    HelloReply,
+    HandshakeReply,
+    HandshakeRequest,
     ProtocolError,
-    Setup,
-    from_content,
+    StudySpec,
+    from_record,
     spoken_version,
 )
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint
-    from fedsigma.server.federation.messenger import Answer, Exchange
-    from fedsigma.server.runs.run_dir import RunFolder
+    from fedsigma.server.federation.messenger import Messenger, SiteReply
+    from fedsigma.server.runs.run_dir import RunDir
 
-__all__ = ["Roster", "TooFewSites", "WrongSiteCount"]
+__all__ = ["SiteManager", "TooFewSites", "WrongSiteCount"]
 
 BUDGET_SPENT = "PrivacyBudgetSpent"
 """What a site answers whose privacy budget does not allow the round, or any later one."""
@@ -54,13 +54,13 @@ class NodeDirectory(Protocol):
         ...
 
 
-class Roster:
+class SiteManager:
     """The sites that have shown the study's fingerprint, by node id."""
 
     def __init__(
         self,
-        exchange: Exchange,
-        folder: RunFolder,
+        exchange: Messenger,
+        folder: RunDir,
         study: StudyConfig,
         fingerprint: Fingerprint,
         nodes: NodeDirectory | None = None,
@@ -83,7 +83,7 @@ class Roster:
         self._reasons: dict[str, str] = {}
         self._sites = 0
 
-    def present(self, patience: float = HELLO_S) -> dict[int, str]:
+    def available(self, patience: float = HELLO_S) -> dict[int, str]:
         """Greet whoever is new and return the sites that are online and ready, node id -> name, by name.
 
         Args:
@@ -98,16 +98,16 @@ class Roster:
         self._away = {n: self._away.get(n, now) for n in self.names if n not in online}
         return {node: self.names[node] for node in sorted(ready, key=lambda node: self.names[node])}
 
-    def willing(self, patience: float = HELLO_S) -> dict[int, str]:
+    def trainable(self, patience: float = HELLO_S) -> dict[int, str]:
         """The sites of `present` that still train."""
-        return {node: name for node, name in self.present(patience).items() if node not in self.spent}
+        return {node: name for node, name in self.available(patience).items() if node not in self.spent}
 
-    def retire(self, node: int, *, round: int) -> None:
+    def stop_training(self, node: int, *, round: int) -> None:
         """Ask a site for no more training, from this round on."""
         self.spent.add(node)
-        self.folder.event("site_spent", round=round, site=self.names[node])
+        self.folder.log_event("site_budget_exhausted", round=round, site=self.names[node])
 
-    def wait(self) -> dict[int, str]:
+    def wait_for_sites(self) -> dict[int, str]:
         """Wait until enough sites are ready: min_sites, and in a simulation all.
 
         A site that was there a moment ago is waited for, too, so that a node that is started again costs its
@@ -122,7 +122,7 @@ class Roster:
         # At the start of a study a site may have a basis to compute, which takes minutes.
         patience = HELLO_S if self.names else federation.round_timeout_s
         while True:
-            ready = self.willing(patience)
+            ready = self.trainable(patience)
             # A simulation's sites cannot come later; one that was refused there is left out.
             settled = len(ready) + len(self.spent) + len(self._reasons) >= self._sites
             over = time.monotonic() >= deadline
@@ -147,21 +147,23 @@ class Roster:
         return any(since > recently for node, since in self._away.items() if node not in self.spent)
 
     def _greet(self, nodes: list[int], online: set[int], patience: float) -> None:
-        hello = Hello(protocol=PROTOCOL, setup=Setup.of(self.study), fingerprint=self.fingerprint.to_json())
+        hello = HandshakeRequest(
+            protocol=PROTOCOL, study=StudySpec.of(self.study), fingerprint=self.fingerprint.to_json()
+        )
         timeout = min(patience, self.study.federation.round_timeout_s)
-        for answer in self.exchange.ask(dict.fromkeys(nodes, hello), kind=HELLO, timeout=timeout):
-            silent = self._silent.get(answer.node, 0) + 1 if answer.late else 0
+        for answer in self.exchange.send_tasks(dict.fromkeys(nodes, hello), kind=HANDSHAKE, timeout=timeout):
+            silent = self._silent.get(answer.node, 0) + 1 if answer.timed_out else 0
             self._silent[answer.node] = silent
             self._ask_again[answer.node] = time.monotonic() + RETRY_S * 2 ** min(silent, 10)
-            self._judge(answer.node, answer, online)
+            self._check_reply(answer.node, answer, online)
 
-    def _judge(self, node: int, answer: Answer, online: set[int]) -> None:
+    def _check_reply(self, node: int, answer: SiteReply, online: set[int]) -> None:
         """Take a site in, or record in one sentence why not."""
         name = f"node {node}"
         try:
             if answer.content is None:
                 return self._refuse(name, answer.failure or "it did not answer the handshake in time")
-            reply = from_content(HelloReply, answer.content)
+            reply = from_record(HandshakeReply, answer.content)
         except ProtocolError as error:
             # Another version's answer has other fields.
             reason = _other_version(spoken_version(answer.content)) if answer.content is not None else ""
@@ -178,18 +180,18 @@ class Roster:
         self._reasons.pop(reply.site, None)
         self._reasons.pop(name, None)
         self.names[node] = reply.site
-        if reply.named:
+        if reply.allow_attribution:
             self.named.add(reply.site)
-        if reply.explained:
+        if reply.allow_explanation:
             self.explained.add(reply.site)
         else:  # it may have changed its mind since it was here last
             self.explained.discard(reply.site)
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
-        self.folder.event("site_ready", site=reply.site, version=reply.version, **answer.traces)
+        self.folder.log_event("site_ready", site=reply.site, version=reply.version, **answer.traces)
         return None
 
-    def _difference(self, reply: HelloReply) -> str:
+    def _difference(self, reply: HandshakeReply) -> str:
         """Say why this site cannot take part; empty if it can."""
         from fedsigma.common.sigma import Fingerprint
 
@@ -216,7 +218,7 @@ class Roster:
 
     def _refuse(self, name: str, reason: str) -> None:
         if self._reasons.get(name) != reason:
-            self.folder.event("site_refused", site=name, reason=reason)
+            self.folder.log_event("site_refused", site=name, reason=reason)
         self._reasons[name] = reason
 
 

@@ -18,10 +18,10 @@ from statistics import mean
 from typing import Any
 
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.training.trainer import seed_for
-from fedsigma.server.federation.validation import weight_of
+from fedsigma.common.training.trainer import derive_seed
+from fedsigma.server.federation.validation import aggregation_weight
 
-__all__ = ["Cohort", "all_steps", "chances", "cohort_size", "draw_cohort", "known_images"]
+__all__ = ["Cohort", "all_steps", "cohort_size", "inclusion_probabilities", "known_images", "sample_sites"]
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -37,7 +37,7 @@ class Cohort:
     factors: dict[int, float]
 
 
-def draw_cohort(
+def sample_sites(
     ready: Mapping[int, str], study: StudyConfig, *, round: int, images: Mapping[str, int] | None = None
 ) -> Cohort:
     """The sites of a round: the study's share of those that are ready, and at least its min_sites.
@@ -59,7 +59,7 @@ def draw_cohort(
         return Cohort(dict(ready), dict.fromkeys(ready, 1.0))
     if study.federation.cohorts == "by_images":
         return _in_proportion(ready, study, round, images or {}, count)
-    ranks = {node: seed_for(study.seed, name, "cohort", round) for node, name in ready.items()}
+    ranks = {node: derive_seed(study.seed, name, "cohort", round) for node, name in ready.items()}
     chosen = set(sorted(ready, key=lambda node: (ranks[node], ready[node]))[:count])
     return Cohort({n: name for n, name in ready.items() if n in chosen}, dict.fromkeys(chosen, 1.0))
 
@@ -80,12 +80,13 @@ def _in_proportion(
     ready: Mapping[int, str], study: StudyConfig, round: int, images: Mapping[str, int], count: int
 ) -> Cohort:
     typical = mean([images[name] for name in ready.values() if name in images] or [1])
-    chance = chances({node: images.get(name, typical) for node, name in ready.items()}, count)
+    chance = inclusion_probabilities({node: images.get(name, typical) for node, name in ready.items()}, count)
     chosen = {node for node, one in chance.items() if one == 1}
     others = sorted(
-        chance.keys() - chosen, key=lambda node: (seed_for(study.seed, ready[node], "order", 0), ready[node])
+        chance.keys() - chosen,
+        key=lambda node: (derive_seed(study.seed, ready[node], "order", 0), ready[node]),
     )
-    begin = random.Random(seed_for(study.seed, "all sites", "cohort", 0)).random()
+    begin = random.Random(derive_seed(study.seed, "all sites", "cohort", 0)).random()
     first, end = (begin + round * GOLDEN) % 1.0, 0.0
     points = count - len(chosen)
     for place, node in enumerate(others, start=1):
@@ -97,7 +98,7 @@ def _in_proportion(
     return Cohort(sites, {node: 1 / chance[node] for node in sites})
 
 
-def chances(images: Mapping[int, float], count: int) -> dict[int, float]:
+def inclusion_probabilities(images: Mapping[int, float], count: int) -> dict[int, float]:
     """How likely each site is to be among `count` that are drawn in proportion to their images.
 
     Args:
@@ -122,7 +123,7 @@ def chances(images: Mapping[int, float], count: int) -> dict[int, float]:
 def known_images(rows: Iterable[Mapping[str, Any]], study: StudyConfig, *, done: int) -> dict[str, int]:
     """The training images that sites have told by the end of round `done`, as far as they count; by name."""
     return {
-        row["site"]: weight_of(int(row["examples"]), study)
+        row["site"]: aggregation_weight(int(row["examples"]), study)
         for row in rows
         if row["status"] == "accepted" and row["round"] <= done and row.get("examples")
     }

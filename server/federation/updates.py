@@ -17,17 +17,22 @@ from flwr.app import Message
 from numpy.typing import NDArray
 
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.server.federation.messenger import Answer, in_order
-from fedsigma.server.federation.validation import Accepted, Rejected, accept_training, too_long
+from fedsigma.server.federation.messenger import SiteReply, in_order
+from fedsigma.server.federation.validation import (
+    InvalidReply,
+    ValidUpdate,
+    find_norm_outliers,
+    validate_update,
+)
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["Count", "Gathered", "Vectors", "VectorsError", "gather"]
+__all__ = ["CollectedUpdates", "RoundOutcome", "UpdateBuffer", "UpdateBufferError", "collect_updates"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Count:
+class RoundOutcome:
     """What a round came to.
 
     messages: what the inner strategy is to average, empty if too few replies count. sites: those that count,
@@ -41,43 +46,43 @@ class Count:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gathered:
+class CollectedUpdates:
     """What came of each site that was asked, in the order in which they were asked.
 
     answers: without their records. accepted, rejected: of the replies that there were.
     """
 
-    answers: dict[int, Answer]
-    accepted: dict[int, Accepted]
-    rejected: dict[int, Rejected]
+    answers: dict[int, SiteReply]
+    accepted: dict[int, ValidUpdate]
+    rejected: dict[int, InvalidReply]
 
 
-def gather(
-    answers: Iterable[Answer],
-    changes: Vectors[int],
+def collect_updates(
+    answers: Iterable[SiteReply],
+    changes: UpdateBuffer[int],
     *,
     nodes: Iterable[int],
     study: StudyConfig,
     layout: Layout,
     start: NDArray[np.float32],
-) -> Gathered:
+) -> CollectedUpdates:
     """Take the answers of a round as they come.
 
     Args:
         answers: one of each site that was asked.
         changes: where the changes of replies that are in order by themselves are put.
         nodes: the sites that were asked, in order.
-        study, layout, start: see `accept_training`.
+        study, layout, start: see `validate_update`.
     """
-    seen: dict[int, Answer] = {}
-    accepted: dict[int, Accepted] = {}
-    rejected: dict[int, Rejected] = {}
+    seen: dict[int, SiteReply] = {}
+    accepted: dict[int, ValidUpdate] = {}
+    rejected: dict[int, InvalidReply] = {}
     for answer in answers:
         node = answer.node
         seen[node] = answer.emptied()
         if answer.content is not None:
             try:
-                accepted[node], change = accept_training(
+                accepted[node], change = validate_update(
                     answer.content,
                     study=study,
                     layout=layout,
@@ -86,18 +91,18 @@ def gather(
                     steps=study.training.local_steps,
                 )
                 changes.put(node, change)
-            except Rejected as error:
+            except InvalidReply as error:
                 # Its traceback would hold the reply.
-                rejected[node] = Rejected(str(error))
+                rejected[node] = InvalidReply(str(error))
         del answer  # the loop would hold it while the next one is waited for
     # Where whole sites are hidden a change is clipped instead: one site's length must not decide whether
     # another's change counts.
     factor = None if study.privacy.of_sites else study.federation.norm_factor
-    for node, reason in too_long(accepted, factor).items():
-        rejected[node] = Rejected(reason)
+    for node, reason in find_norm_outliers(accepted, factor).items():
+        rejected[node] = InvalidReply(reason)
         del accepted[node]
     ordered = in_order(nodes, seen.values())
-    return Gathered(
+    return CollectedUpdates(
         answers=ordered,
         accepted={node: accepted[node] for node in ordered if node in accepted},
         rejected=rejected,
@@ -108,11 +113,11 @@ Vector = NDArray[np.float32]
 K = TypeVar("K", bound=Hashable)
 
 
-class VectorsError(OSError):
+class UpdateBufferError(OSError):
     """A vector cannot be kept, or not read back."""
 
 
-class Vectors(Mapping[K, Vector]):
+class UpdateBuffer(Mapping[K, Vector]):
     """Vectors of one size by key, in the order in which they first came; reading one reads it from the file.
 
     The file has no name and is gone with the process, however that ends.
@@ -135,7 +140,7 @@ class Vectors(Mapping[K, Vector]):
         """
         values = np.ascontiguousarray(vector, np.float32)
         if values.shape != (self._size,):
-            raise VectorsError(f"a vector of shape {values.shape} came, expected ({self._size},)")
+            raise UpdateBufferError(f"a vector of shape {values.shape} came, expected ({self._size},)")
         place = self._places.get(key, len(self._places))
         left = values.view(np.uint8).data
         try:
@@ -143,7 +148,7 @@ class Vectors(Mapping[K, Vector]):
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise VectorsError(
+            raise UpdateBufferError(
                 f"the disk of {self._folder} does not take what the sites sent ({error.strerror}): a round"
                 f" needs {4 * self._size:,} bytes there for each site. Make room and resume the run"
             ) from error
@@ -157,7 +162,7 @@ class Vectors(Mapping[K, Vector]):
         while left:
             count = self._file.readinto(left)
             if not count:
-                raise VectorsError(f"the disk of {self._folder} lost what a site sent: resume the run")
+                raise UpdateBufferError(f"the disk of {self._folder} lost what a site sent: resume the run")
             left = left[count:]
         return values
 

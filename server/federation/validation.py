@@ -18,44 +18,44 @@ from fedsigma.common.wire.records import (
     Evaluation,
     ProtocolError,
     TrainReply,
-    from_content,
+    from_record,
 )
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
 __all__ = [
-    "Accepted",
-    "Rejected",
-    "SiteResult",
-    "accept_evaluations",
-    "accept_training",
+    "InvalidReply",
+    "SiteEvaluation",
+    "ValidUpdate",
+    "aggregate_metrics",
+    "aggregation_weight",
     "check_norm",
-    "counted",
-    "inner",
-    "length_of",
-    "pool",
-    "too_long",
-    "weight_of",
+    "dot",
+    "find_norm_outliers",
+    "l2_norm",
+    "metrics_of_confusion",
+    "validate_evaluations",
+    "validate_update",
 ]
 
 
 _PIECE = 16_384
 
 
-class Rejected(ValueError):
+class InvalidReply(ValueError):
     """A reply does not count; the text says why, in one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accepted:
+class ValidUpdate:
     """A training reply that counts, without its change, which is most of it.
 
-    change_norm, shift_norm: L2 norms of the change, and of the shift that it made. weight: its share in the
+    update_norm, shift_norm: L2 norms of the change, and of the shift that it made. weight: its share in the
     mean. reply: with an empty change.
     """
 
-    change_norm: float
+    update_norm: float
     shift_norm: float
     weight: float
     reply: TrainReply
@@ -70,7 +70,7 @@ class Accepted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteResult:
+class SiteEvaluation:
     """How a shift did at one site.
 
     confusion: test images by true class, then by predicted class, row by row; empty if the site keeps it.
@@ -80,35 +80,35 @@ class SiteResult:
     confusion: tuple[int, ...] = ()
 
 
-def accept_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[SiteResult, ...]:
+def validate_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[SiteEvaluation, ...]:
     """Check a reply to an `EvaluateTask` with so many shifts.
 
     Raises:
         Rejected: its form is not in order, or its counts contradict each other.
     """
     try:
-        reply = from_content(EvaluateReply, content)
+        reply = from_record(EvaluateReply, content)
     except ProtocolError as error:
-        raise Rejected(str(error)) from error
+        raise InvalidReply(str(error)) from error
     told, size = reply.confusions, classes * classes
     if len(reply.evaluations) != shifts:
-        raise Rejected(f"{len(reply.evaluations)} evaluations came for {shifts} shifts")
+        raise InvalidReply(f"{len(reply.evaluations)} evaluations came for {shifts} shifts")
     if len(told) not in (0, shifts * size):
-        raise Rejected(f"{len(told)} counts came for {shifts} confusion matrices of {classes} classes")
+        raise InvalidReply(f"{len(told)} counts came for {shifts} confusion matrices of {classes} classes")
     found = []
     for number, evaluation in enumerate(reply.evaluations):
         matrix = told[number * size : (number + 1) * size]
         if matrix and sum(matrix) != evaluation.test_examples:
-            raise Rejected(
+            raise InvalidReply(
                 f"a confusion matrix counts {sum(matrix)} of {evaluation.test_examples} test images"
             )
-        found.append(SiteResult(evaluation=evaluation, confusion=matrix))
+        found.append(SiteEvaluation(evaluation=evaluation, confusion=matrix))
     return tuple(found)
 
 
-def accept_training(
+def validate_update(
     content: Any, *, study: StudyConfig, layout: Layout, start: NDArray[np.float32], codec: str, steps: int
-) -> tuple[Accepted, NDArray[np.float32]]:
+) -> tuple[ValidUpdate, NDArray[np.float32]]:
     """Check a training reply against the study; returns what is kept of it, and its change (layout size,).
 
     Args:
@@ -124,44 +124,46 @@ def accept_training(
     """
     federation = study.federation
     try:
-        reply = from_content(TrainReply, content)
-        change = decode(reply.change, layout, level=codec)
+        reply = from_record(TrainReply, content)
+        change = decode(reply.update, layout, level=codec)
     except (ProtocolError, CodecError) as error:
-        raise Rejected(str(error)) from error
+        raise InvalidReply(str(error)) from error
     # The change is added to the shift itself, not to its coded form that the sites start from: what coding
     # took from that form must not enter the model.
     bound = None if study.privacy.of_sites else federation.norm_bound  # there a change is clipped instead
-    shift_norm = check_norm(length_of(start, change), bound)
+    shift_norm = check_norm(l2_norm(start, change), bound)
     if reply.examples > study.max_examples_per_site:
-        raise Rejected(
+        raise InvalidReply(
             f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"
             f" classes allow {study.max_examples_per_site}"
         )
     if math.isnan(reply.loss) != study.privacy.in_training:
-        raise Rejected(
+        raise InvalidReply(
             "the loss is not a number"
             if math.isnan(reply.loss)
             else "the loss is told, which in this study training keeps to itself: the site does not add noise"
         )
     if reply.steps > steps:
-        raise Rejected(f"{reply.steps} steps were taken, {steps} were asked for")
+        raise InvalidReply(f"{reply.steps} steps were taken, {steps} were asked for")
     if len(reply.class_counts) not in (0, len(study.classes)):
-        raise Rejected(f"{len(reply.class_counts)} class counts were told for {len(study.classes)} classes")
-    accepted = Accepted(
-        change_norm=length_of(change),
+        raise InvalidReply(
+            f"{len(reply.class_counts)} class counts were told for {len(study.classes)} classes"
+        )
+    accepted = ValidUpdate(
+        update_norm=l2_norm(change),
         shift_norm=shift_norm,
-        weight=weight_of(reply.examples, study),
-        reply=replace(reply, change=b""),
+        weight=aggregation_weight(reply.examples, study),
+        reply=replace(reply, update=b""),
     )
     return accepted, change
 
 
-def weight_of(examples: int, study: StudyConfig) -> int:
+def aggregation_weight(examples: int, study: StudyConfig) -> int:
     """How many images a site with so many counts for."""
     return min(examples, study.federation.max_examples or examples)
 
 
-def inner(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+def dot(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     """The inner product of two vectors (values,), in float64.
 
     Not by `@`: BLAS starts threads for so few values, which on a busy machine takes a hundred times as long,
@@ -173,7 +175,7 @@ def inner(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     return total
 
 
-def length_of(*vectors: NDArray[np.floating]) -> float:
+def l2_norm(*vectors: NDArray[np.floating]) -> float:
     """The L2 norm of a vector, or of the sum of several (values,); in float64, in pieces as `inner`."""
     total = 0.0
     for part in _pieces(vectors[0].size):
@@ -195,11 +197,11 @@ def check_norm(norm: float, bound: float | None) -> float:
         Rejected: its L2 norm is above the bound, if there is one.
     """
     if bound is not None and norm > bound:
-        raise Rejected(f"the shift's norm {norm:.4g} is above the bound {bound:g}")
+        raise InvalidReply(f"the shift's norm {norm:.4g} is above the bound {bound:g}")
     return norm
 
 
-def too_long(accepted: Mapping[int, Accepted], factor: float | None) -> dict[int, str]:
+def find_norm_outliers(accepted: Mapping[int, ValidUpdate], factor: float | None) -> dict[int, str]:
     """The replies of a round whose changes are out of all proportion to the others', with the reason.
 
     Sites make equally many steps by one recipe, so honest changes have similar norms whatever the images; a
@@ -208,17 +210,17 @@ def too_long(accepted: Mapping[int, Accepted], factor: float | None) -> dict[int
     """
     if factor is None or len(accepted) < 3:
         return {}
-    typical = float(np.median([one.change_norm for one in accepted.values()]))
+    typical = float(np.median([one.update_norm for one in accepted.values()]))
     bound = factor * typical
     words = f"is above {factor:g} times the round's median {typical:.4g}"
     return {
-        node: f"the change's norm {one.change_norm:.4g} {words}"
+        node: f"the change's norm {one.update_norm:.4g} {words}"
         for node, one in accepted.items()
-        if one.change_norm > bound > 0
+        if one.update_norm > bound > 0
     }
 
 
-def pool(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+def aggregate_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     """Put the sites' evaluations together, each site weighted by its number of test images.
 
     The accuracy is exact: right answers of all sites over test images of all sites. The other metrics are
@@ -239,7 +241,7 @@ def pool(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     return {**pooled, "test_examples": total}
 
 
-def counted(confusion: NDArray[np.int64]) -> dict[str, float]:
+def metrics_of_confusion(confusion: NDArray[np.int64]) -> dict[str, float]:
     """The metrics that a confusion matrix (classes, classes) settles: accuracy, balanced_accuracy and f1.
 
     Rows are true classes, columns predicted ones; at least one image. As at a site, balanced accuracy is the

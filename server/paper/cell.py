@@ -21,21 +21,21 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data.loading import Example, load_examples
 from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.site_data import NoImages, load_sites, simulated_sites
-from fedsigma.common.training.trainer import Learner, open_learner
+from fedsigma.common.training.trainer import Trainer, open_trainer
 from fedsigma.common.utils.files import write_atomic
-from fedsigma.common.wire.records import Setup
+from fedsigma.common.wire.records import StudySpec
 from fedsigma.server.app import run_rounds
-from fedsigma.server.evaluation.baselines import train_together
+from fedsigma.server.evaluation.baselines import train_pooled
 from fedsigma.server.federation import checkpoint
 from fedsigma.server.federation.aggregation import make_averaging
-from fedsigma.server.federation.messenger import Exchange
+from fedsigma.server.federation.messenger import Messenger
 from fedsigma.server.federation.rounds import SigmaStrategy
-from fedsigma.server.federation.site_manager import Roster
+from fedsigma.server.federation.site_manager import SiteManager
 from fedsigma.server.federation.site_sampling import all_steps
 from fedsigma.server.paper.lazy_images import LazyExamples
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.in_process import InProcessGrid
 
 __all__ = ["Finished", "Score", "run_cell"]
@@ -131,7 +131,7 @@ def run_cell(
 
 
 def _train(cell: Cell, study: StudyConfig, trained_on: PublishedSet, folder: Path) -> _Trained:
-    learner = open_learner(study.backbone, study.sigma, study.classes, study.prompts)
+    learner = open_trainer(study.backbone, study.sigma, study.classes, study.prompts)
     match cell.setting:
         case None:
             return _Trained(shift=_zeros(learner))
@@ -144,11 +144,11 @@ def _train(cell: Cell, study: StudyConfig, trained_on: PublishedSet, folder: Pat
     return _among_sites(learner, study, folder)
 
 
-def _zeros(learner: Learner) -> Vector:
+def _zeros(learner: Trainer) -> Vector:
     return np.zeros(learner.layout.size, np.float32)
 
 
-def _central(cell: Cell, study: StudyConfig, chosen: PublishedSet, learner: Learner) -> list[Example]:
+def _central(cell: Cell, study: StudyConfig, chosen: PublishedSet, learner: Trainer) -> list[Example]:
     half = "base" if cell.protocol == "base_to_novel" else None
     source, records = chosen.records("train", half)
     drawn = few_shot(records, shots=study.shots, classes=study.classes, seed=study.seed)
@@ -156,30 +156,28 @@ def _central(cell: Cell, study: StudyConfig, chosen: PublishedSet, learner: Lear
 
 
 def _in_one_place(
-    learner: Learner, study: StudyConfig, examples: list[Example], *, sites: int = 1
+    learner: Trainer, study: StudyConfig, examples: list[Example], *, sites: int = 1
 ) -> _Trained:
     """Train on these images, for the steps of so many sites together."""
     if not examples:
         raise NoImages(f"study '{study.name}' has no training image of its classes")
-    learned = train_together(learner, study, examples, sites=sites)
+    learned = train_pooled(learner, study, examples, sites=sites)
     return _Trained(shift=learned.shift, sites=1, examples=len(examples), steps=learned.steps)
 
 
-def _among_sites(learner: Learner, study: StudyConfig, path: Path) -> _Trained:
+def _among_sites(learner: Trainer, study: StudyConfig, path: Path) -> _Trained:
     """Run the study's rounds with the real apps of both sides, in this process."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     os.environ["FEDSIGMA_AUDIT"] = str(path / "audit")
-    count = len(simulated_sites(Setup.of(study).data, study.classes, study.seed)[1])
-    folder = (
-        RunFolder.open(path) if (path / "study.yaml").exists() else RunFolder.create(path, study.to_yaml())
-    )
+    count = len(simulated_sites(StudySpec.of(study).data, study.classes, study.seed)[1])
+    folder = RunDir.open(path) if (path / "study.yaml").exists() else RunDir.create(path, study.to_yaml())
     averaging, split = make_averaging(study), learner.split(None)
-    with folder.hold():
+    with folder.lock():
         shift, done = checkpoint.latest(
             folder, averaging, study=study, split=split, fingerprint=learner.fingerprint
         )
-        exchange = Exchange(InProcessGrid(importlib.import_module(CLIENT_APP).app, count))
-        roster = Roster(exchange, folder, study, learner.fingerprint)
+        exchange = Messenger(InProcessGrid(importlib.import_module(CLIENT_APP).app, count))
+        roster = SiteManager(exchange, folder, study, learner.fingerprint)
         shift = run_rounds(SigmaStrategy(averaging, roster, split=split, done=done), shift)
     rows = [row for row in folder.rounds() if row["status"] == "accepted"]
     examples = {row["site"]: row["examples"] or 0 for row in rows}  # under masks a site does not tell
@@ -196,7 +194,7 @@ def _judge(shift: Vector, cell: Cell, study: StudyConfig, chosen: PublishedSet) 
     """Judge a model on one set: on all its classes, or among those of each half."""
     found = []
     for half in ("base", "novel") if cell.protocol == "base_to_novel" else (None,):
-        learner = open_learner(study.backbone, study.sigma, chosen.half(half), chosen.prompts(half))
+        learner = open_trainer(study.backbone, study.sigma, chosen.half(half), chosen.prompts(half))
         source, records = chosen.records("test", half)
         examples: Any = LazyExamples(source, records, chosen.half(half), side=learner.side)
         try:

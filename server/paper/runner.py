@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedsigma.common.config.schema import named
+from fedsigma.common.config.schema import flatten
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data.records import DataError
 from fedsigma.common.data.sources.site_data import NoImages
@@ -42,7 +42,7 @@ class Recipe:
 
     def changed(self) -> list[str]:
         """What makes these cells others than the table's own, in words."""
-        found = [f"{place} = {value}" for place, value in named(self.overrides)]
+        found = [f"{place} = {value}" for place, value in flatten(self.overrides)]
         if self.rounds != ROUNDS:
             found.append(f"at most {self.rounds:,} rounds")
         if self.most_steps != NO_END:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fedsigma.common.config.schema import build, nearest, read_yaml
-from fedsigma.common.config.study import ConfigError, FederationConfig, StudyConfig, TrainingConfig
+from fedsigma.common.config.schema import build, did_you_mean, read_yaml
+from fedsigma.common.config.study import ConfigError, FederationConfig, LocalTrainingConfig, StudyConfig
 from fedsigma.common.data.catalog import Protocol
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
@@ -22,10 +22,21 @@ BATCH = 32
 FEDERATION = {"strategy": "fedavgm", "options": {"server_learning_rate": 1.0, "server_momentum": 0.8}}
 # What the table decides, or what its cells cannot have: a personal part has no test images to be judged on.
 _NOT_GIVEN = (
-    *("name", "classes", "data", "shots", "seed", "baselines", "template", "backbone", "judge", "personal"),
+    *(
+        "name",
+        "classes",
+        "data",
+        "shots",
+        "seed",
+        "baselines",
+        "template",
+        "backbone",
+        "evaluate_versions",
+        "personal",
+    ),
     *("federation.participation", "federation.rounds"),
 )
-_SECTIONS = {"training": TrainingConfig, "federation": FederationConfig}
+_SECTIONS = {"training": LocalTrainingConfig, "federation": FederationConfig}
 
 
 def steps_of(protocol: Protocol, *, shots: int, classes: int, batch: int = BATCH) -> int:
@@ -73,7 +84,7 @@ def study_of(
         "batch_size": BATCH,
         **overrides.get("training", {}),
     }
-    batch = build(TrainingConfig, training, where=str(cell)).batch_size
+    batch = build(LocalTrainingConfig, training, where=str(cell)).batch_size
     steps = steps_of(protocol, shots=max(1, cell.shots), classes=len(classes), batch=batch)
     steps = min(steps, most_steps) if cell.setting else 1
     local_steps = training.setdefault("local_steps", math.ceil(steps / rounds) if apart else steps)
@@ -138,4 +149,6 @@ def _check_names(section: str, keys: Sequence[str]) -> None:
         known = [field.name for field in fields(_SECTIONS[section])]
         for key in keys:
             if key not in known:
-                raise ConfigError(f"--set names '{section}.{key}', which is not known{nearest(key, known)}")
+                raise ConfigError(
+                    f"--set names '{section}.{key}', which is not known{did_you_mean(key, known)}"
+                )

@@ -8,19 +8,19 @@ from itertools import groupby
 from typing import Any
 
 from fedsigma.server.report.formatting import METHODS, round_list
-from fedsigma.server.runs.run_dir import POOLED, RunFolder, StoreError
-from fedsigma.server.runs.shift_magnitude import Heat, heats_of
-from fedsigma.server.runs.summary import Overview, overview, study_of
+from fedsigma.server.runs.run_dir import ALL_SITES, RunDir, RunDirError
+from fedsigma.server.runs.shift_magnitude import ShiftMagnitude, shift_magnitudes
+from fedsigma.server.runs.summary import RunSummary, study_of, summarize_run
 
-__all__ = ["Content", "Notice", "RoundLine", "gather"]
+__all__ = ["Notice", "ReportData", "RoundLine", "collect_report_data"]
 
 _NOTABLE = {
     "site_refused": "took no part",
     "reply_rejected": "reply rejected",
     "site_failed": "site failed",
-    "site_spent": "privacy budget spent: no more training",
-    "budgets_spent": "ended early: privacy budgets spent",
-    "site_late": "no reply in time",
+    "site_budget_exhausted": "privacy budget spent: no more training",
+    "budgets_exhausted": "ended early: privacy budgets spent",
+    "site_timed_out": "no reply in time",
     "masked_sum_rejected": "masked sum rejected",
     "unreadable_line": "line of events.jsonl unreadable",
 }
@@ -54,7 +54,7 @@ class Notice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Content:
+class ReportData:
     """All of a report.
 
     `accuracy` maps a site to the accuracy after so many finished rounds, 0 being the untouched backbone.
@@ -62,7 +62,7 @@ class Content:
     that any site's images (or the sites) have been told to have spent.
     """
 
-    overview: Overview
+    run: RunSummary
     study: dict[str, Any]
     study_yaml: str
     summary: dict[str, Any]
@@ -72,7 +72,7 @@ class Content:
     pooled: dict[int, float]
     lines: tuple[RoundLine, ...]
     notices: tuple[Notice, ...]
-    heats: tuple[Heat, ...]
+    shift_magnitudes: tuple[ShiftMagnitude, ...]
     heat_problem: str
     sigma_values: int | None
     sigma_round: int | None
@@ -94,7 +94,7 @@ class Content:
         return _number(self.methods.get("zero_shot", {}).get("accuracy"), self.pooled.get(0))
 
 
-def gather(folder: RunFolder, *, shift: bool = True) -> Content:
+def collect_report_data(folder: RunDir, *, shift: bool = True) -> ReportData:
     """Read a run folder, whatever state it is in; what is missing or damaged is left out.
 
     Args:
@@ -104,22 +104,22 @@ def gather(folder: RunFolder, *, shift: bool = True) -> Content:
     rows = folder.rounds()
     try:
         summary = folder.read_summary()
-    except StoreError:
+    except RunDirError:
         summary = {}
     methods = {name: summary[name] for name in METHODS if isinstance(summary.get(name), dict)}
     heats, problem, values, sigma_round = _heats(folder) if shift else ((), "", None, None)
-    return Content(
-        overview=overview(folder),
+    return ReportData(
+        run=summarize_run(folder),
         study=study_of(folder),
         study_yaml=folder.study_yaml,
         summary=summary,
         methods=methods,
         sites=_sites(rows, summary, methods),
-        accuracy=_accuracy(row for row in rows if row["site"] != POOLED),
-        pooled=_accuracy(row for row in rows if row["site"] == POOLED).get(POOLED, {}),
+        accuracy=_accuracy(row for row in rows if row["site"] != ALL_SITES),
+        pooled=_accuracy(row for row in rows if row["site"] == ALL_SITES).get(ALL_SITES, {}),
         lines=_lines(rows),
         notices=_notices(folder.events()),
-        heats=heats,
+        shift_magnitudes=heats,
         heat_problem=problem,
         sigma_values=values,
         sigma_round=sigma_round,
@@ -137,7 +137,7 @@ def _sites(rows: list[dict[str, Any]], summary: dict[str, Any], methods: dict[st
     names = [str(site) for site in listed] if isinstance(listed, list) else []
     for method in methods.values():
         names += list(method.get("per_site") or {})
-    names += [row["site"] for row in rows if row["site"] != POOLED]
+    names += [row["site"] for row in rows if row["site"] != ALL_SITES]
     return tuple(dict.fromkeys(names))
 
 
@@ -154,8 +154,8 @@ def _lines(rows: list[dict[str, Any]]) -> tuple[RoundLine, ...]:
     found = []
     for number, group in groupby(rows, key=lambda row: row["round"]):
         here = list(group)
-        sites = [row for row in here if row["site"] != POOLED]
-        pooled = [row["accuracy"] for row in here if row["site"] == POOLED]
+        sites = [row for row in here if row["site"] != ALL_SITES]
+        pooled = [row["accuracy"] for row in here if row["site"] == ALL_SITES]
         known = [row["accuracy"] for row in sites if row.get("accuracy") is not None]
         line = RoundLine(
             round=number,
@@ -188,20 +188,20 @@ def _notices(events: list[dict[str, Any]]) -> tuple[Notice, ...]:
     return tuple(found)
 
 
-def _heats(folder: RunFolder) -> tuple[tuple[Heat, ...], str, int | None, int | None]:
+def _heats(folder: RunDir) -> tuple[tuple[ShiftMagnitude, ...], str, int | None, int | None]:
     """The shift by tower, part and layer; or in one sentence why there is none."""
-    if not folder.has_sigma:
+    if not folder.has_shift:
         return (), "No round has produced a sigma shift yet.", None, None
-    from fedsigma.common.registry.shift_file import ArtefactError
+    from fedsigma.common.registry.shift_file import ShiftFileError
     from fedsigma.common.sigma.layout import Layout, LayoutError
 
     try:
-        saved = folder.load_sigma()
+        saved = folder.load_shift()
         layout = Layout.from_json(saved.layout_json)
-    except (ArtefactError, LayoutError) as error:
+    except (ShiftFileError, LayoutError) as error:
         return (), f"The sigma shift cannot be shown: {error}.", None, None
     shift = saved.shift.numpy()
     if shift.size != layout.size:
         problem = f"The sigma shift cannot be shown: it has {shift.size} values, its layout {layout.size}."
         return (), problem, None, None
-    return heats_of(shift, layout), "", int(shift.size), saved.round
+    return shift_magnitudes(shift, layout), "", int(shift.size), saved.round

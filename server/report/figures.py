@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedsigma.server.report.data import Content
-from fedsigma.server.report.formatting import METHODS, amount, percent, shorten
+from fedsigma.server.report.data import ReportData
+from fedsigma.server.report.formatting import METHODS, format_bytes, format_percent, shorten
 
 __all__ = ["accuracy_figure", "bytes_figure", "heat_figure", "sites_figure"]
 
@@ -62,7 +62,7 @@ _STYLE: Any = {
 }
 
 
-def accuracy_figure(content: Content) -> str:
+def accuracy_figure(content: ReportData) -> str:
     """Accuracy over the finished rounds, a line per site, the mean of all, and zero-shot as a level.
 
     Returns the SVG, or nothing if no accuracy is known yet.
@@ -91,7 +91,7 @@ def accuracy_figure(content: Content) -> str:
         return _svg(figure, "accuracy", _accuracy_words(content, len(series)), titles)
 
 
-def sites_figure(content: Content) -> str:
+def sites_figure(content: ReportData) -> str:
     """The methods side by side at each site, with the way from zero-shot to federated drawn.
 
     Returns the SVG, or nothing if there are no results per site yet.
@@ -121,23 +121,23 @@ def sites_figure(content: Content) -> str:
         return _svg(figure, "sites", _sites_words(methods, sites), {})
 
 
-def heat_figure(content: Content) -> str:
+def heat_figure(content: ReportData) -> str:
     """How far each part of each layer was shifted, on average; one field per tower, one scale for all.
 
     Returns the SVG, or nothing if there is no shift yet.
     """
-    if not content.heats:
+    if not content.shift_magnitudes:
         return ""
-    top = max((float(np.nanmax(heat.values)) for heat in content.heats), default=0.0) or 1.0
+    top = max((float(np.nanmax(heat.values)) for heat in content.shift_magnitudes), default=0.0) or 1.0
     with mpl.rc_context(_STYLE):
-        height = 0.5 + sum(0.3 * len(heat.parts) + 0.75 for heat in content.heats)
+        height = 0.5 + sum(0.3 * len(heat.parts) + 0.75 for heat in content.shift_magnitudes)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        ratios = [len(heat.parts) for heat in content.heats]
+        ratios = [len(heat.parts) for heat in content.shift_magnitudes]
         figure.set_layout_engine("constrained", hspace=0.12)
-        grid = figure.subplots(len(content.heats), 1, squeeze=False, height_ratios=ratios)
+        grid = figure.subplots(len(content.shift_magnitudes), 1, squeeze=False, height_ratios=ratios)
         titles: dict[str, str] = {}
-        widest = max(len(heat.layers) for heat in content.heats)
-        for index, (axes, heat) in enumerate(zip(grid[:, 0], content.heats, strict=True)):
+        widest = max(len(heat.layers) for heat in content.shift_magnitudes)
+        for index, (axes, heat) in enumerate(zip(grid[:, 0], content.shift_magnitudes, strict=True)):
             for (row, column), value in np.ndenumerate(heat.values):
                 name = f"cell-{index}-{row}-{column}"
                 cell = FancyBboxPatch(
@@ -158,7 +158,7 @@ def heat_figure(content: Content) -> str:
         return _svg(figure, "heat", _heat_words(content), titles)
 
 
-def bytes_figure(content: Content) -> str:
+def bytes_figure(content: ReportData) -> str:
     """Bytes sent and received by all sites together, by round.
 
     Returns the SVG, or nothing if no round was exchanged yet.
@@ -174,7 +174,9 @@ def bytes_figure(content: Content) -> str:
         width = 0.38 if len(lines) <= 60 else 0.5
         axes.bar(rounds - width / 2, up, width, color=_ACCENT, label="from the sites")
         axes.bar(rounds + width / 2, down, width, color=_MUTED, alpha=0.55, label="to the sites")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value).replace(".0 ", " ")))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
+        )
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         if len(lines) <= 12:
@@ -186,7 +188,7 @@ def bytes_figure(content: Content) -> str:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, handlelength=1, handletextpad=0.5)
         words = (
             f"Bar chart of bytes by round. Over {len(lines)} rounds the sites sent "
-            f"{amount(content.bytes_up)} and received {amount(content.bytes_down)} altogether."
+            f"{format_bytes(content.bytes_up)} and received {format_bytes(content.bytes_down)} altogether."
         )
         return _svg(figure, "bytes", words, {})
 
@@ -285,18 +287,19 @@ def _has(methods: dict[str, dict[str, float]], name: str, site: str) -> bool:
     return methods.get(name, {}).get(site) is not None
 
 
-def _accuracy_words(content: Content, sites: int) -> str:
+def _accuracy_words(content: ReportData, sites: int) -> str:
     words = f"Line chart of accuracy by finished rounds for {sites} site{'s' if sites != 1 else ''}."
     if content.pooled:
         first, last = min(content.pooled), max(content.pooled)
-        start, end = percent(content.pooled[first]), percent(content.pooled[last])
+        start, end = format_percent(content.pooled[first]), format_percent(content.pooled[last])
         begin = "before training" if first == 0 else f"after {first} rounds"
         words += f" Over all sites it is {start} {begin} and {end} after {last} rounds."
     final = [_end(values)[1] for values in content.accuracy.values()]
     if len(final) > 1:
-        words += f" At the end the sites lie between {percent(min(final))} and {percent(max(final))}."
+        lowest, highest = format_percent(min(final)), format_percent(max(final))
+        words += f" At the end the sites are between {lowest} and {highest}."
     if content.zero_shot is not None:
-        words += f" A dashed level marks zero-shot at {percent(content.zero_shot)}."
+        words += f" A dashed level marks zero-shot at {format_percent(content.zero_shot)}."
     return words
 
 
@@ -309,9 +312,9 @@ def _sites_words(methods: dict[str, dict[str, float]], sites: list[str]) -> str:
     return words + " The table of sites has the numbers."
 
 
-def _heat_words(content: Content) -> str:
+def _heat_words(content: ReportData) -> str:
     words = "Heat map of the mean absolute sigma shift by part and layer."
-    for heat in content.heats:
+    for heat in content.shift_magnitudes:
         row, column = np.unravel_index(int(np.nanargmax(heat.values)), heat.values.shape)
         where = f"{heat.parts[row]} of layer {heat.layers[column]}"
         words += f" The {heat.tower} tower moved most in {where}, by {heat.values[row, column]:.2g}."

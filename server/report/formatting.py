@@ -7,7 +7,17 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-__all__ = ["METHODS", "amount", "decimal", "duration", "moment", "percent", "points", "round_list", "shorten"]
+__all__ = [
+    "METHODS",
+    "format_bytes",
+    "format_decimal",
+    "format_duration",
+    "format_percent",
+    "format_points",
+    "format_timestamp",
+    "round_list",
+    "shorten",
+]
 
 METHODS = {
     "zero_shot": "Zero-shot",
@@ -25,22 +35,22 @@ def _known(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def percent(value: Any) -> str:
+def format_percent(value: Any) -> str:
     """0.4567 as 45.7%."""
     return f"{100 * value:.1f}%" if _known(value) else NOTHING
 
 
-def decimal(value: Any) -> str:
+def format_decimal(value: Any) -> str:
     """0.45678 as 0.457."""
     return f"{value:.3f}" if _known(value) else NOTHING
 
 
-def points(value: Any) -> str:
+def format_points(value: Any) -> str:
     """A difference of shares in percentage points, with its sign: 0.123 as +12.3."""
     return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}") if _known(value) else NOTHING
 
 
-def amount(count: Any) -> str:
+def format_bytes(count: Any) -> str:
     """Bytes in decimal units: 61700 as 61.7 kB."""
     if not _known(count):
         return NOTHING
@@ -52,7 +62,7 @@ def amount(count: Any) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def duration(seconds: Any) -> str:
+def format_duration(seconds: Any) -> str:
     """201.7 as 3 min 22 s."""
     if not _known(seconds):
         return NOTHING
@@ -63,7 +73,7 @@ def duration(seconds: Any) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
-def moment(seconds: Any) -> str:
+def format_timestamp(seconds: Any) -> str:
     """Seconds since 1970 as a date and time in UTC."""
     if not _known(seconds):
         return NOTHING

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.report.data import Content
-from fedsigma.server.report.formatting import percent, points
+from fedsigma.server.report.data import ReportData
+from fedsigma.server.report.formatting import format_percent, format_points
 
-__all__ = ["Fact", "counted", "lead", "pairs", "study_facts"]
+__all__ = ["LabelledValue", "counted", "headline", "pairs", "study_facts"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact:
+class LabelledValue:
     """A value with its name."""
 
     what: str
@@ -24,17 +24,19 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def lead(content: Content) -> str:
+def headline(content: ReportData) -> str:
     """The outcome in a few sentences."""
     federated = content.methods.get("federated", {}).get("accuracy")
     if versions := content.summary.get("versions"):
         return f"{counted(len(versions), 'model')} evaluated at {counted(len(content.sites), 'site')}."
     if federated is None:
         return _lead_so_far(content)
-    words = [f"Federated training came to an accuracy of {percent(federated)} over all sites"]
+    words = [f"Federated training came to an accuracy of {format_percent(federated)} over all sites"]
     if content.zero_shot is not None:
         gain = federated - content.zero_shot
-        words[0] += f", {points(abs(gain)).lstrip('+')} points {'above' if gain >= 0 else 'below'} zero-shot"
+        words[0] += (
+            f", {format_points(abs(gain)).lstrip('+')} points {'above' if gain >= 0 else 'below'} zero-shot"
+        )
     words[0] += "."
     both = pairs(content, "zero_shot", "federated")
     if len(both) > 1:
@@ -43,34 +45,38 @@ def lead(content: Content) -> str:
         words.append(f"It is above zero-shot at {where}.")
     everywhere = content.methods.get("local_only", {}).get("everywhere")
     if everywhere is not None:
-        words.append(f"A model trained at one site alone reaches {percent(everywhere)} over all sites.")
+        words.append(
+            f"A model trained at one site alone reaches {format_percent(everywhere)} over all sites."
+        )
     pooled = content.methods.get("pooled", {}).get("accuracy")
     if pooled:
         words.append(
-            f"Training on all images in one place reaches {percent(pooled)}; federated comes to "
+            f"Training on all images in one place reaches {format_percent(pooled)}; federated comes to "
             f"{100 * federated / pooled:.0f}% of that."
         )
     return " ".join(words)
 
 
-def _lead_so_far(content: Content) -> str:
+def _lead_so_far(content: ReportData) -> str:
     if not content.pooled:
         return "No round has been evaluated yet."
     first, last = min(content.pooled), max(content.pooled)
     if first == last:
-        return f"Before training, accuracy over all sites is {percent(content.pooled[last])}."
-    words = f"After {counted(last, 'round')}, accuracy over all sites is {percent(content.pooled[last])}"
+        return f"Before training, accuracy over all sites is {format_percent(content.pooled[last])}."
+    words = (
+        f"After {counted(last, 'round')}, accuracy over all sites is {format_percent(content.pooled[last])}"
+    )
     start = "before training" if first == 0 else f"after {counted(first, 'round')}"
-    return f"{words}; {start} it was {percent(content.pooled[first])}."
+    return f"{words}; {start} it was {format_percent(content.pooled[first])}."
 
 
-def pairs(content: Content, first: str, second: str) -> list[tuple[float, float]]:
+def pairs(content: ReportData, first: str, second: str) -> list[tuple[float, float]]:
     """The accuracies of two methods at each site that has both."""
     one, two = ((content.methods.get(name, {}).get("per_site") or {}) for name in (first, second))
     return [(one[s], two[s]) for s in content.sites if one.get(s) is not None and two.get(s) is not None]
 
 
-def study_facts(content: Content) -> list[Fact]:
+def study_facts(content: ReportData) -> list[LabelledValue]:
     """The settings of the study that a reader asks for first."""
     study = content.study
     parts = ("sigma", "training", "federation", "data")
@@ -93,10 +99,10 @@ def study_facts(content: Content) -> list[Fact]:
         "Seed": study.get("seed"),
     }
     shown = {what: _text(value) for what, value in facts.items()}
-    return [Fact(what=what, value=value) for what, value in shown.items() if value]
+    return [LabelledValue(what=what, value=value) for what, value in shown.items() if value]
 
 
-def _privacy(content: Content) -> str:
+def _privacy(content: ReportData) -> str:
     asked = _mapping(content.study.get("privacy"))
     if asked.get("level", "none") == "none":
         return ""

@@ -6,9 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.report.data import Content
-from fedsigma.server.report.formatting import METHODS, NOTHING, amount, decimal, percent, points
-from fedsigma.server.runs.shift_magnitude import Heat
+from fedsigma.server.report.data import ReportData
+from fedsigma.server.report.formatting import (
+    METHODS,
+    NOTHING,
+    format_bytes,
+    format_decimal,
+    format_percent,
+    format_points,
+)
+from fedsigma.server.runs.shift_magnitude import ShiftMagnitude
 
 __all__ = [
     "Grid",
@@ -49,11 +56,11 @@ class Grid:
 
 
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "accuracy": ("Accuracy", percent),
-    "balanced_accuracy": ("Balanced accuracy", percent),
-    "auroc": ("AUROC", decimal),
-    "f1": ("F1", decimal),
-    "ece": ("Calibration error", decimal),
+    "accuracy": ("Accuracy", format_percent),
+    "balanced_accuracy": ("Balanced accuracy", format_percent),
+    "auroc": ("AUROC", format_decimal),
+    "f1": ("F1", format_decimal),
+    "ece": ("Calibration error", format_decimal),
 }
 
 _ABOUT = {
@@ -65,7 +72,7 @@ _ABOUT = {
 }
 
 
-def methods_grid(content: Content) -> Grid:
+def methods_grid(content: ReportData) -> Grid:
     """A row per method, a column per metric."""
     values = {}
     for name, entry in content.methods.items():
@@ -76,12 +83,14 @@ def methods_grid(content: Content) -> Grid:
         cells = [_COLUMNS[column][1](values[name].get(column)) for column in shown]
         rows.append(Row(name=METHODS[name], note=_ABOUT[name], cells=cells, kind=name))
         if name == "local_only" and entry.get("everywhere") is not None:
-            cells = [percent(entry["everywhere"]) if column == "accuracy" else NOTHING for column in shown]
+            cells = [
+                format_percent(entry["everywhere"]) if column == "accuracy" else NOTHING for column in shown
+            ]
             rows.append(Row(name=METHODS[name], note="each site alone, judged at all sites", cells=cells))
     return Grid(heads=["Method", *(_COLUMNS[column][0] for column in shown)], rows=rows, even=True)
 
 
-def confusion_grid(content: Content) -> Grid:
+def confusion_grid(content: ReportData) -> Grid:
     """The federated model's test images of all sites: a row per true class, a column per judgement.
 
     Empty unless every site tells its counts.
@@ -91,27 +100,30 @@ def confusion_grid(content: Content) -> Grid:
     rows = []
     for number, (name, counts) in enumerate(zip(classes, matrix, strict=False)):
         recall = counts[number] / sum(counts) if sum(counts) else None
-        cells = [*(str(count) for count in counts), str(sum(counts)), percent(recall)]
+        cells = [*(str(count) for count in counts), str(sum(counts)), format_percent(recall)]
         rows.append(Row(name=name, cells=cells, best=frozenset({number})))
     return Grid(heads=["True class", *classes, "Images", "Found"], rows=rows, even=True)
 
 
-def versions_grid(content: Content) -> Grid:
+def versions_grid(content: ReportData) -> Grid:
     """A row per version, a column per site, and how even it is; empty unless versions were evaluated."""
     versions = content.summary.get("versions") or {}
     rows = []
     for name, entry in versions.items():
         shares, fair = entry.get("per_site") or {}, entry.get("fairness") or {}
         worst = fair.get("worst") or {}
-        cells = [percent(entry.get("accuracy")), *(percent(shares.get(site)) for site in content.sites)]
-        cells += [percent(worst.get("accuracy")), points(fair["spread"]) if fair else NOTHING]
+        cells = [
+            format_percent(entry.get("accuracy")),
+            *(format_percent(shares.get(site)) for site in content.sites),
+        ]
+        cells += [format_percent(worst.get("accuracy")), format_points(fair["spread"]) if fair else NOTHING]
         note = f"worst at {worst['site']}" if worst else ""
         rows.append(Row(name=METHODS.get(name, name), note=note, cells=cells))
     heads = ["Version", "All sites", *content.sites, "Worst site", "Spread"]
     return Grid(heads=heads, rows=rows, even=True)
 
 
-def sites_grid(content: Content) -> Grid:
+def sites_grid(content: ReportData) -> Grid:
     """A row per site, a column per method; while there are no results, how far each site has come."""
     if not content.methods:
         return _sites_so_far(content)
@@ -123,12 +135,12 @@ def sites_grid(content: Content) -> Grid:
         values = [share.get(site) for share in shares.values()]
         known = [value for value in values if value is not None]
         best = frozenset(i for i, value in enumerate(values) if len(known) > 1 and value == max(known))
-        cells = [percent(value) for value in values]
+        cells = [format_percent(value) for value in values]
         if zero and federated:
             both = zero.get(site) is not None and federated.get(site) is not None
-            cells.append(points(federated[site] - zero[site]) if both else NOTHING)
+            cells.append(format_points(federated[site] - zero[site]) if both else NOTHING)
         if elsewhere:
-            cells.append(percent(elsewhere.get(site)))
+            cells.append(format_percent(elsewhere.get(site)))
         rows.append(Row(name=site, cells=cells, best=best))
     heads = ["Site", *(METHODS[name] for name in shares)]
     heads += ["Federated less zero-shot"] if zero and federated else []
@@ -136,22 +148,32 @@ def sites_grid(content: Content) -> Grid:
     return Grid(heads=heads, rows=rows, even=True)
 
 
-def _sites_so_far(content: Content) -> Grid:
+def _sites_so_far(content: ReportData) -> Grid:
     rows = []
     for site in content.sites:
         values = content.accuracy.get(site, {})
         first, last = (values[min(values)], values[max(values)]) if values else (None, None)
-        change = points(last - first) if last is not None and first is not None else NOTHING
-        rows.append(Row(name=site, cells=[percent(first), percent(last), change]))
+        change = format_points(last - first) if last is not None and first is not None else NOTHING
+        rows.append(Row(name=site, cells=[format_percent(first), format_percent(last), change]))
     return Grid(heads=["Site", "First round", "Newest round", "Points"], rows=rows, even=True)
 
 
-def rounds_grid(content: Content) -> Grid:
+def rounds_grid(content: ReportData) -> Grid:
     """A row per round over all its sites."""
     rows = []
     for line in content.lines:
-        cells = [percent(line.pooled), percent(line.lowest), percent(line.highest), str(line.sites)]
-        rows.append(Row(name=str(line.round), cells=[*cells, amount(line.bytes_up), amount(line.bytes_down)]))
+        cells = [
+            format_percent(line.pooled),
+            format_percent(line.lowest),
+            format_percent(line.highest),
+            str(line.sites),
+        ]
+        rows.append(
+            Row(
+                name=str(line.round),
+                cells=[*cells, format_bytes(line.bytes_up), format_bytes(line.bytes_down)],
+            )
+        )
     heads = ["Round", "All sites", "Lowest", "Highest", "Sites", "From sites", "To sites"]
     return Grid(heads=heads, rows=rows, even=True)
 
@@ -162,17 +184,17 @@ def explanation_grid(explained: Sequence[dict[str, Any]]) -> Grid:
     for one in explained:
         name = f"{one['tower']} tower, layer {one['layer'] + 1}, head {one['head'] + 1}"
         told = [", ".join(w["phrase"] for w in one[key]) or NOTHING for key in ("gained", "lost")]
-        rows.append(Row(name=name, cells=[percent(one["share"]), *told]))
+        rows.append(Row(name=name, cells=[format_percent(one["share"]), *told]))
     return Grid(heads=["Head", "Of the change", "More of", "Less of"], rows=rows, texts=frozenset({0, 2, 3}))
 
 
-def explanation_grids(content: Content) -> list[dict[str, Any]]:
+def explanation_grids(content: ReportData) -> list[dict[str, Any]]:
     """What the last shift of each site that allows it changed: `site` and `grid`."""
     told = content.summary.get("explanation_by_site") or {}
     return [{"site": site, "grid": explanation_grid(rows)} for site, rows in told.items()]
 
 
-def heat_grid(heat: Heat) -> Grid:
+def heat_grid(heat: ShiftMagnitude) -> Grid:
     """A row per part, a column per layer, in thousandths."""
     rows = [
         Row(name=part, cells=[NOTHING if v != v else f"{1000 * v:.1f}" for v in values])
@@ -181,7 +203,7 @@ def heat_grid(heat: Heat) -> Grid:
     return Grid(heads=["Part", *(str(layer) for layer in heat.layers)], rows=rows)
 
 
-def notices_grid(content: Content) -> Grid:
+def notices_grid(content: ReportData) -> Grid:
     """A row per thing that went otherwise than planned, at most `MOST_NOTICES` of them."""
     rows = []
     for notice in content.notices[:MOST_NOTICES]:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedsigma.server.report.formatting import METHODS, percent, points, shorten
+from fedsigma.server.report.formatting import METHODS, format_percent, format_points, shorten
 
 __all__ = ["summary_table"]
 
@@ -32,19 +32,19 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for name, entry in methods.items():
         style = "green" if name == "federated" else ""
         cells = _cells(entry.get("per_site") or {}, sites, few=few)
-        table.add_row(METHODS.get(name, name), percent(entry.get("accuracy")), *cells, style=style)
+        table.add_row(METHODS.get(name, name), format_percent(entry.get("accuracy")), *cells, style=style)
         if name == "local_only" and entry.get("everywhere") is not None:
             cells = _cells(entry.get("everywhere_per_site") or {}, sites, few=few)
-            table.add_row("  judged at all sites", percent(entry["everywhere"]), *cells, style="dim")
+            table.add_row("  judged at all sites", format_percent(entry["everywhere"]), *cells, style="dim")
     _gain(table, methods, sites, few=few)
     return table
 
 
 def _cells(per_site: dict[str, float], sites: list[str], *, few: bool) -> list[str]:
     if few:
-        return [percent(per_site.get(site)) for site in sites]
+        return [format_percent(per_site.get(site)) for site in sites]
     known = [value for value in per_site.values() if value is not None]
-    return [percent(f(known)) if known else percent(None) for f in (min, median, max)]
+    return [format_percent(f(known)) if known else format_percent(None) for f in (min, median, max)]
 
 
 def _gain(table: Table, methods: dict[str, dict[str, Any]], sites: list[str], *, few: bool) -> None:
@@ -54,10 +54,12 @@ def _gain(table: Table, methods: dict[str, dict[str, Any]], sites: list[str], *,
     before, after = (methods[name].get("per_site") or {} for name in ("zero_shot", "federated"))
     gains = {s: after[s] - before[s] for s in sites if before.get(s) is not None and after.get(s) is not None}
     end, start = (methods[name].get("accuracy") for name in ("federated", "zero_shot"))
-    total = points(None if end is None or start is None else end - start)
+    total = format_points(None if end is None or start is None else end - start)
     if few:
-        cells = [points(gains.get(site)) for site in sites]
+        cells = [format_points(gains.get(site)) for site in sites]
     else:
-        cells = [points(f(gains.values())) if gains else points(None) for f in (min, median, max)]
+        cells = [
+            format_points(f(gains.values())) if gains else format_points(None) for f in (min, median, max)
+        ]
     table.add_section()
     table.add_row("Points over zero-shot", total, *cells)

@@ -18,14 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["HeldElsewhere", "hold", "is_held"]
+__all__ = ["RunLocked", "hold", "is_held"]
 
 PATIENCE_S = 2.0
 """How long a writer tries: many times what a reader keeps the lock for."""
 PAUSE_S = 0.02
 
 
-class HeldElsewhere(RuntimeError):
+class RunLocked(RuntimeError):
     """Another process holds the lock."""
 
 
@@ -50,7 +50,7 @@ def _take(file: IO[bytes]) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise HeldElsewhere from None
+                raise RunLocked from None
         except OSError:  # no locks here
             return None
         time.sleep(PAUSE_S)

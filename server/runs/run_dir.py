@@ -1,9 +1,9 @@
 """The folder of one run: what was asked, what happened, what came of it.
 
 A run may be killed at any moment, so nothing here leaves a half-written file behind. `events.jsonl`,
-`rounds.csv` and `heat.jsonl` grow by whole lines; a line that a crash cut short is ignored by readers and
-removed by the next writer. Everything else is replaced in one step. The files and their fields are described
-in `docs/run-folder.md`.
+`rounds.csv` and `shift_magnitude.jsonl` grow by whole lines; a line that a crash cut short is ignored by
+readers and removed by the next writer. Everything else is replaced in one step. The files and their fields
+are described in `docs/run-folder.md`.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
     import numpy as np
     from torch import Tensor
 
-    from fedsigma.common.registry.shift_file import SavedSigma
+    from fedsigma.common.registry.shift_file import SavedShift
 
 __all__ = [
+    "ALL_SITES",
     "METRIC_COLUMNS",
-    "POOLED",
     "Row",
-    "RunFolder",
-    "StoreError",
+    "RunDir",
+    "RunDirError",
     "latest_rows",
     "parse_row",
 ]
 
-POOLED = "pooled"
+ALL_SITES = "pooled"
 """The site name of the line of `rounds.csv` that is computed over all sites' test images."""
 
 METRIC_COLUMNS = (
     *(*METRICS, "loss", "examples", "test_examples", "epsilon"),
-    *("change_norm", "change_cosine", "shift_norm"),
+    *("update_norm", "update_cosine", "shift_norm"),
 )
 """The metric columns that every `rounds.csv` has; a run may add more, to the right of these."""
 
@@ -65,11 +65,11 @@ _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 Row = dict[str, Any]
 
 
-class StoreError(ValueError):
+class RunDirError(ValueError):
     """A run folder is missing, already taken, or not a run folder."""
 
 
-class RunFolder:
+class RunDir:
     """One run's files, to write them while it runs and to read them at any time.
 
     Opening a folder changes nothing in it, so a run can be watched while another process writes it.
@@ -84,7 +84,7 @@ class RunFolder:
         self._listeners: dict[str, list[Callable[[Row], None]]] = {"event": [], "row": []}
 
     @classmethod
-    def create(cls, path: Path, study_yaml: str) -> RunFolder:
+    def create(cls, path: Path, study_yaml: str) -> RunDir:
         """Start a new run folder holding the study as resolved.
 
         Raises:
@@ -98,7 +98,7 @@ class RunFolder:
         return folder
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path) -> RunDir:
         """Open a run folder, to read it or to go on writing where it ended.
 
         Raises:
@@ -107,7 +107,7 @@ class RunFolder:
         path = Path(path)
         if not (path / "study.yaml").is_file():
             what = "holds no study.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
-            raise StoreError(f"{path} {what}: `fedsigma runs` lists the run folders there are")
+            raise RunDirError(f"{path} {what}: `fedsigma runs` lists the run folders there are")
         return cls(path)
 
     @property
@@ -131,14 +131,14 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
-    def has_sigma(self) -> bool:
+    def has_shift(self) -> bool:
         """Whether a round has produced a sigma shift yet."""
         return (self.path / "sigma.safetensors").is_file()
 
     # run.lock
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Be the one process that writes this folder, until the end of the block or of the process.
 
         Raises:
@@ -147,19 +147,19 @@ class RunFolder:
         try:
             with lock.hold(self.path / "run.lock"):
                 yield
-        except lock.HeldElsewhere:
-            raise StoreError(
+        except lock.RunLocked:
+            raise RunDirError(
                 f"{self.path} is written by a run that still goes on: wait for its end, or stop it first"
             ) from None
 
     @property
-    def held(self) -> bool:
+    def locked(self) -> bool:
         """Whether a living process writes this folder, as far as its file system can tell (see `holding`)."""
         return lock.is_held(self.path / "run.lock")
 
     # events.jsonl
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def log_event(self, kind: str, **fields: Any) -> None:
         """Append one event with the present time.
 
         Values may be numbers, text, lists and mappings; a number that is not finite is written as null.
@@ -208,7 +208,7 @@ class RunFolder:
 
     # rounds.csv
 
-    def round_row(
+    def log_round(
         self,
         round: int,
         site: str,
@@ -248,17 +248,17 @@ class RunFolder:
         header, rows = read_table(self.path / "rounds.csv")
         return latest_rows(parse_row(header, cells) for cells in rows)
 
-    # heat.jsonl
+    # shift_magnitude.jsonl
 
-    def heat(self, round: int, towers: Mapping[str, Any]) -> None:
+    def log_shift_magnitude(self, round: int, towers: Mapping[str, Any]) -> None:
         """Append where the shift that a round made is large: `heat.to_towers` of it."""
         text = json.dumps(_plain({"round": int(round), "towers": towers}), allow_nan=False)
         with self._lock:
-            self._append(self.path / "heat.jsonl", text, keep_tail=_is_heat)
+            self._append(self.path / "shift_magnitude.jsonl", text, keep_tail=_is_heat)
 
-    def heats(self) -> list[Row]:
-        """The lines of `heat.jsonl`, `round` and `towers`, by round; of one round the one written last."""
-        lines = [text for text, _ in read_lines(self.path / "heat.jsonl") if _is_heat(text)]
+    def shift_magnitudes(self) -> list[Row]:
+        """The lines of `shift_magnitude.jsonl`, `round` and `towers`; the last of each round."""
+        lines = [text for text, _ in read_lines(self.path / "shift_magnitude.jsonl") if _is_heat(text)]
         latest = {found["round"]: found for found in map(json.loads, lines)}
         return [latest[number] for number in sorted(latest)]
 
@@ -280,14 +280,14 @@ class RunFolder:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise StoreError(f"{path} is not valid JSON ({error}): restore a copy or run again") from error
+            raise RunDirError(f"{path} is not valid JSON ({error}): restore a copy or run again") from error
         if not isinstance(found, dict):
-            raise StoreError(f"{path} holds a {type(found).__name__}, expected an object: run again")
+            raise RunDirError(f"{path} holds a {type(found).__name__}, expected an object: run again")
         return found
 
     # sigma.safetensors
 
-    def save_sigma(
+    def save_shift(
         self,
         shift: Tensor | np.ndarray,
         *,
@@ -316,7 +316,7 @@ class RunFolder:
             run=run,
         )
 
-    def load_sigma(self) -> SavedSigma:
+    def load_shift(self) -> SavedShift:
         """The sigma shift of the last finished round.
 
         Raises:
@@ -364,11 +364,11 @@ def check_free(path: Path) -> None:
         StoreError: it already holds a run, or its place is taken by a file.
     """
     if (path / "study.yaml").exists():
-        raise StoreError(
+        raise RunDirError(
             f"{path} already holds a run: name another folder, or go on with that run by resume=true"
         )
     if path.exists() and not path.is_dir():
-        raise StoreError(f"{path} is a file, a run needs a folder: name another place")
+        raise RunDirError(f"{path} is a file, a run needs a folder: name another place")
 
 
 def _plain(value: Any) -> Any:

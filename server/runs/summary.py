@@ -11,9 +11,9 @@ import yaml
 
 from fedsigma.common.utils.files import runs_folder
 from fedsigma.server.runs.append_log import CHUNK, as_object, csv_cells, first_line, last_lines
-from fedsigma.server.runs.run_dir import POOLED, Row, RunFolder, StoreError, latest_rows, parse_row
+from fedsigma.server.runs.run_dir import ALL_SITES, Row, RunDir, RunDirError, latest_rows, parse_row
 
-__all__ = ["Overview", "contacts", "find_runs", "overview", "runs_folder", "study_of"]
+__all__ = ["RunSummary", "find_runs", "last_contacts", "runs_folder", "study_of", "summarize_run"]
 
 _ANSWERS = frozenset({"site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"})
 """The kinds of events that came of a message from the site that they name."""
@@ -22,7 +22,7 @@ _DEPTH = 2  # a run folder lies in the given directory, or in one of its subdire
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overview:
+class RunSummary:
     """One run in one line.
 
     Units: started in seconds since 1970, seconds in seconds, federated_accuracy between 0 and 1.
@@ -44,7 +44,7 @@ class Overview:
         return asdict(self)
 
 
-def study_of(folder: RunFolder) -> dict[str, Any]:
+def study_of(folder: RunDir) -> dict[str, Any]:
     """The study as a mapping; empty if study.yaml cannot be read as one."""
     try:
         # LibYAML's parser where there is one: ten times as fast, and a list of runs reads many.
@@ -54,7 +54,7 @@ def study_of(folder: RunFolder) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def overview(folder: RunFolder) -> Overview:
+def summarize_run(folder: RunDir) -> RunSummary:
     """Say how far a run has come.
 
     Of the files that grow only the ends are read, so that a list of many long runs is there at once.
@@ -68,8 +68,8 @@ def overview(folder: RunFolder) -> Overview:
     planned = federation.get("rounds") if isinstance(federation, dict) else None
     ended = [e["round"] for e in events if e["kind"] == "round_end" and isinstance(e.get("round"), int)]
     sites = summary.get("sites")
-    named = sites if isinstance(sites, list) else {row["site"] for row in rows} - {POOLED}
-    return Overview(
+    named = sites if isinstance(sites, list) else {row["site"] for row in rows} - {ALL_SITES}
+    return RunSummary(
         path=str(folder.path),
         study=str(study.get("name") or folder.path.name),
         state=state,
@@ -83,7 +83,7 @@ def overview(folder: RunFolder) -> Overview:
     )
 
 
-def _newest_events(folder: RunFolder) -> list[Row]:
+def _newest_events(folder: RunDir) -> list[Row]:
     """The last events, back to the newest end of a round or start of the run at least."""
     for lines in _ever_more(folder.path / "events.jsonl"):
         found = [event for event in map(_event, lines) if event]
@@ -92,13 +92,13 @@ def _newest_events(folder: RunFolder) -> list[Row]:
     return found
 
 
-def _newest_rows(folder: RunFolder) -> list[Row]:
+def _newest_rows(folder: RunDir) -> list[Row]:
     """The last rows, back to two judgements of the pooled model at least: one whole round is between them."""
     header = csv_cells(first_line(folder.path / "rounds.csv"))
     for lines in _ever_more(folder.path / "rounds.csv"):
         # The header is no row: its cells are no numbers.
         found = latest_rows(parse_row(header, csv_cells(line)) for line in lines)
-        if sum(row["site"] == POOLED and row.get("accuracy") is not None for row in found) > 1:
+        if sum(row["site"] == ALL_SITES and row.get("accuracy") is not None for row in found) > 1:
             break
     return found
 
@@ -118,7 +118,7 @@ def _event(line: str) -> Row | None:
     return as_object(line, kind=str)
 
 
-def contacts(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def last_contacts(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """When each site was last heard of, in seconds since 1970, by events of one run or of several."""
     heard: dict[str, float] = {}
     for event in events:
@@ -136,7 +136,7 @@ def find_runs(directory: Path) -> list[Path]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise StoreError(f"no directory {directory}: name the one that holds the run folders")
+        raise RunDirError(f"no directory {directory}: name the one that holds the run folders")
     return sorted(_walk(directory, _DEPTH))
 
 
@@ -149,27 +149,27 @@ def _walk(directory: Path, depth: int) -> Iterator[Path]:
                 yield from _walk(child, depth - 1)
 
 
-def _summary(folder: RunFolder) -> dict[str, Any]:
+def _summary(folder: RunDir) -> dict[str, Any]:
     try:
         return folder.read_summary()
-    except StoreError:
+    except RunDirError:
         return {}
 
 
-def _state(folder: RunFolder, events: list[dict[str, Any]]) -> tuple[str, str]:
+def _state(folder: RunDir, events: list[dict[str, Any]]) -> tuple[str, str]:
     """The state since the last start: a run may fail, be resumed, and finish."""
     for event in reversed(events):
         if event["kind"] == "run_start":
             break
         if event["kind"] == "run_end":
             return ("finished", "") if event.get("ok") else ("failed", str(event.get("reason") or ""))
-    return "running" if folder.held else "interrupted", ""
+    return "running" if folder.locked else "interrupted", ""
 
 
 def _accuracy(summary: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
     federated = summary.get("federated")
     if isinstance(federated, dict) and isinstance(federated.get("accuracy"), int | float):
         return float(federated["accuracy"])
-    pooled = [row.get("accuracy") for row in rows if row["site"] == POOLED]
+    pooled = [row.get("accuracy") for row in rows if row["site"] == ALL_SITES]
     known = [value for value in pooled if value is not None]
     return known[-1] if known else None

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsigma.server.runs.append_log import as_object, csv_cells
-from fedsigma.server.runs.run_dir import Row, RunFolder, latest_rows, parse_row
+from fedsigma.server.runs.run_dir import Row, RunDir, latest_rows, parse_row
 
-__all__ = ["FollowedRun"]
+__all__ = ["RunTailer"]
 
 
 @dataclass
@@ -27,10 +27,10 @@ class _Followed:
     latest: list[Any] | None = None
 
 
-class FollowedRun(RunFolder):
+class RunTailer(RunDir):
     """A run folder that is read again and again: what was parsed once is kept, for as long as this lives.
 
-    Reads as `RunFolder` does, to the same result; safe for several threads. Not for writing.
+    Reads as `RunDir` does, to the same result; safe for several threads. Not for writing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,13 @@ class FollowedRun(RunFolder):
     def state(self) -> tuple[int, ...]:
         """Changes when any file of the run did."""
         found: list[int] = []
-        for name in ("events.jsonl", "rounds.csv", "heat.jsonl", "summary.json", "sigma.safetensors"):
+        for name in (
+            "events.jsonl",
+            "rounds.csv",
+            "shift_magnitude.jsonl",
+            "summary.json",
+            "sigma.safetensors",
+        ):
             try:
                 known = (self.path / name).stat()
             except FileNotFoundError:
@@ -63,10 +69,10 @@ class FollowedRun(RunFolder):
                 found.latest = latest_rows(found.found)
             return list(found.latest)
 
-    def heats(self) -> list[Row]:
-        """As `RunFolder.heats`."""
+    def shift_magnitudes(self) -> list[Row]:
+        """As `RunDir.shift_magnitudes`."""
         with self._reading:
-            found = self._follow("heat.jsonl", _heat).found
+            found = self._follow("shift_magnitude.jsonl", _heat).found
         latest = {line["round"]: line for line in found}
         return [latest[number] for number in sorted(latest)]
 

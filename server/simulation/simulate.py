@@ -25,7 +25,7 @@ from pathlib import Path
 
 from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
 from fedsigma.common.ops.supervisor import flower_environment, free_ports
-from fedsigma.common.wire.records import Setup
+from fedsigma.common.wire.records import StudySpec
 from fedsigma.server.evaluation.model_versions import find_version
 from fedsigma.server.runs.run_dir import check_free
 from fedsigma.server.runs.summary import runs_folder
@@ -79,7 +79,7 @@ def run_simulation(
     place = out.expanduser().resolve() if out else None
     if place and not resume:
         check_free(place)
-    for reference in config.judge:
+    for reference in config.evaluate_versions:
         find_version(reference, place.parent if place else runs_folder())
     with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
         home = Path(folder)
@@ -115,7 +115,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _count_sites(study: StudyConfig) -> int:
     from fedsigma.common.data.sources.site_data import simulated_sites
 
-    setup = Setup.of(study)
+    setup = StudySpec.of(study)
     if not setup.data:
         raise ConfigError(
             f"study '{study.name}' has no data section, so it is for real sites: a simulation needs one"

@@ -2,12 +2,12 @@
 
 from fedsigma.server.trackers.base import TrackedRun, Tracker
 from fedsigma.server.trackers.callback import Tracking
-from fedsigma.server.trackers.config import Choice, TrackerError, choose_trackers, parse_trackers
+from fedsigma.server.trackers.config import TrackerChoice, TrackerError, choose_trackers, parse_trackers
 
 __all__ = [
-    "Choice",
     "TrackedRun",
     "Tracker",
+    "TrackerChoice",
     "TrackerError",
     "Tracking",
     "choose_trackers",

@@ -15,11 +15,11 @@ import yaml
 from fedsigma.common import __version__
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.utils.files import write_atomic
-from fedsigma.server.runs.run_dir import RunFolder, StoreError
+from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.trackers import metric_names
 from fedsigma.server.trackers.base import Outcome, TrackedRun, Tracker
-from fedsigma.server.trackers.config import KNOWN, Choice, open_tracker
-from fedsigma.server.trackers.worker import Courier, Delivery
+from fedsigma.server.trackers.config import KNOWN, TrackerChoice, open_tracker
+from fedsigma.server.trackers.worker import Delivery, TrackerWorker
 
 __all__ = ["Tracking"]
 
@@ -38,18 +38,20 @@ class Tracking:
         study, run: the study, and the run's number.
     """
 
-    def __init__(self, folder: RunFolder, chosen: Sequence[Choice], *, study: StudyConfig, run: str) -> None:
+    def __init__(
+        self, folder: RunDir, chosen: Sequence[TrackerChoice], *, study: StudyConfig, run: str
+    ) -> None:
         self._folder = folder
         self._outcome: Outcome = "interrupted"
         tags = {"study": study.name, "run": run, "fedsigma_version": __version__}
         told = metric_names.parameters(yaml.safe_load(study.to_yaml()))
-        self._couriers: list[tuple[Choice, Courier]] = []
+        self._couriers: list[tuple[TrackerChoice, TrackerWorker]] = []
         with suppress(OSError):  # a run that cannot write finds out by its own files
             for choice in _with_earlier(folder.path, chosen):
                 place = folder.path / "trackers" / choice.name
                 tracked = TrackedRun(name=folder.path.name, folder=place, parameters=told, tags=tags)
                 failed = partial(self._failed, choice.name)
-                self._couriers.append((choice, Courier(partial(_begin, choice, tracked), failed)))
+                self._couriers.append((choice, TrackerWorker(partial(_begin, choice, tracked), failed)))
         if self._couriers:
             folder.listen(self._event, row=self._row)
 
@@ -80,11 +82,11 @@ class Tracking:
             courier.tell(delivery)
 
     def _results(self, tracker: Tracker) -> None:
-        with suppress(StoreError):
+        with suppress(RunDirError):
             if figures := metric_names.final_figures(self._folder.read_summary()):
                 tracker.final(figures)
 
-    def _files(self, choice: Choice) -> list[Path]:
+    def _files(self, choice: TrackerChoice) -> list[Path]:
         if not KNOWN[choice.name].keeps_files:
             return []
         wanted = ["study.yaml", "report.html", *(["sigma.safetensors"] if choice.sigma else [])]
@@ -93,10 +95,10 @@ class Tracking:
     def _failed(self, name: str, error: str) -> None:
         print(f"FedSigma: tracker {name} failed ({error}); the run goes on", flush=True)
         with suppress(OSError):
-            self._folder.event("tracker_failed", tracker=name, error=error)
+            self._folder.log_event("tracker_failed", tracker=name, error=error)
 
 
-def _begin(choice: Choice, run: TrackedRun) -> Tracker:
+def _begin(choice: TrackerChoice, run: TrackedRun) -> Tracker:
     """Make a tracker and start it, or go on with what it began earlier."""
     tracker = open_tracker(choice.name)
     begun = tracker.start(run, _read(run.folder.parent, choice.name).get("key", ""))
@@ -104,13 +106,13 @@ def _begin(choice: Choice, run: TrackedRun) -> Tracker:
     return tracker
 
 
-def _with_earlier(path: Path, chosen: Sequence[Choice]) -> list[Choice]:
+def _with_earlier(path: Path, chosen: Sequence[TrackerChoice]) -> list[TrackerChoice]:
     """The chosen trackers, and those that the run had; each is noted for the time when it is resumed."""
     place, found = path / "trackers", {one.name: one for one in chosen}
     for name in KNOWN:
         if earlier := _read(place, name):
             sigma = bool(earlier.get("sigma")) or (name in found and found[name].sigma)
-            found[name] = Choice(name, sigma)
+            found[name] = TrackerChoice(name, sigma)
     for one in found.values():
         _write(place, one, key=_read(place, one.name).get("key", ""))
     return list(found.values())
@@ -125,7 +127,7 @@ def _read(place: Path, name: str) -> dict[str, Any]:
     return told if isinstance(told, dict) and isinstance(told.get("key"), str) else {}
 
 
-def _write(place: Path, choice: Choice, *, key: str) -> None:
+def _write(place: Path, choice: TrackerChoice, *, key: str) -> None:
     text = json.dumps({"key": key, "sigma": choice.sigma}) + "\n"
     write_atomic(place / f"{choice.name}.json", text.encode())
 

@@ -9,10 +9,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import cast
 
-from fedsigma.common.config.schema import ConfigError, nearest
+from fedsigma.common.config.schema import ConfigError, did_you_mean
 from fedsigma.server.trackers.base import Tracker
 
-__all__ = ["KNOWN", "Choice", "TrackerError", "choose_trackers", "open_tracker", "parse_trackers"]
+__all__ = ["KNOWN", "TrackerChoice", "TrackerError", "choose_trackers", "open_tracker", "parse_trackers"]
 
 VARIABLE = "FEDSIGMA_TRACKERS"
 _SIGMA = "+sigma"
@@ -48,35 +48,35 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class TrackerChoice:
     """A tracker by name, and whether it is given the sigma file, too."""
 
     name: str
     sigma: bool = False
 
 
-def parse_trackers(text: str, *, where: str = "trackers") -> tuple[Choice, ...]:
+def parse_trackers(text: str, *, where: str = "trackers") -> tuple[TrackerChoice, ...]:
     """Read names with commas between them, as in `mlflow+sigma,tensorboard`.
 
     Raises:
         TrackerError: a name is not known, or the tracker keeps no files.
     """
-    found: dict[str, Choice] = {}
+    found: dict[str, TrackerChoice] = {}
     for word in filter(None, (part.strip() for part in text.split(","))):
         name, sigma = word.removesuffix(_SIGMA), word.endswith(_SIGMA)
         if name not in KNOWN:
             known = f"known are {', '.join(KNOWN)}"
-            guess = nearest(name, KNOWN)
+            guess = did_you_mean(name, KNOWN)
             raise TrackerError(
                 f"{where} is '{word}', which is not known{guess if known in guess else f'{guess} {known}'}"
             )
         if sigma and not KNOWN[name].keeps_files:
             raise TrackerError(f"{where} is '{word}', and {name} keeps no files: leave {_SIGMA} out")
-        found[name] = Choice(name, sigma or (name in found and found[name].sigma))
+        found[name] = TrackerChoice(name, sigma or (name in found and found[name].sigma))
     return tuple(found.values())
 
 
-def choose_trackers(text: str) -> tuple[Choice, ...]:
+def choose_trackers(text: str) -> tuple[TrackerChoice, ...]:
     """The trackers of a run: those named in its configuration, and those of $FEDSIGMA_TRACKERS.
 
     Raises:
@@ -86,7 +86,7 @@ def choose_trackers(text: str) -> tuple[Choice, ...]:
     always = parse_trackers(os.environ.get(VARIABLE, ""), where=VARIABLE)
     by_name = {one.name: one for one in always}
     for one in named:
-        by_name[one.name] = Choice(one.name, one.sigma or (one in always and one.sigma))
+        by_name[one.name] = TrackerChoice(one.name, one.sigma or (one in always and one.sigma))
     for name in by_name:
         _check(name)
     return tuple(by_name.values())

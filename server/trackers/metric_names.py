@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedsigma.server.runs.run_dir import POOLED
+from fedsigma.server.runs.run_dir import ALL_SITES
 
 __all__ = ["final_figures", "parameters", "row_metrics", "safe"]
 
@@ -30,8 +30,8 @@ def safe(word: str) -> str:
 
 def row_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a row of rounds.csv, as `pooled/accuracy` or `site/NAME/accuracy`."""
-    pooled = row["site"] == POOLED
-    prefix = POOLED if pooled else f"site/{safe(row['site'])}"
+    pooled = row["site"] == ALL_SITES
+    prefix = ALL_SITES if pooled else f"site/{safe(row['site'])}"
     return {
         f"{prefix}/{name}": float(value)
         for name, value in row.items()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-# Read when mlflow is imported: what is used here is nobody's business but this centre's.
+# Read when mlflow is imported: what is used here is nobody's business but this server's.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from fedsigma.server.trackers.base import Tracker
 
-__all__ = ["Courier"]
+__all__ = ["TrackerWorker"]
 
 MOST_WAITING = 10_000
 """Deliveries that may wait; a run of 50 sites and 100 rounds makes about half as many in all."""
@@ -18,7 +18,7 @@ MOST_WAITING = 10_000
 Delivery = Callable[[Tracker], None]
 
 
-class Courier:
+class TrackerWorker:
     """Carries deliveries to one tracker, one after the other.
 
     Args:

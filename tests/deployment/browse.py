@@ -1,4 +1,4 @@
-"""What an operator and a viewer do at a centre's dashboard, in a browser where the centre is.
+"""What an operator and a viewer do at a server's dashboard, in a browser where the server is.
 
 python browse.py ADDRESS STUDY PASSWORD FOLDER TRUST prints what was seen as one JSON object, the last line.
 """
@@ -23,7 +23,7 @@ PATIENCE_MS = 240_000
 
 
 def sign_in(browser: Browser, address: str, name: str, password: str, seen: Seen) -> Page:
-    # The certificate is of the centre's own authority, which a browser does not know.
+    # The certificate is of the server's own authority, which a browser does not know.
     context = browser.new_context(
         base_url=address, ignore_https_errors=True, viewport={"width": 1366, "height": 900}
     )

@@ -1,4 +1,4 @@
-"""One centre with three sites for all tests of this folder: starting them takes half a minute."""
+"""One server with three sites for all tests of this folder: starting them takes half a minute."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tests.deployment.parts import Deployment, deployed
 
 @pytest.fixture(scope="package")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """A running centre and three sites that have joined it."""
+    """A running server and three sites that have joined it."""
     with deployed(tmp_path_factory.mktemp("deployment")) as found:
         yield found

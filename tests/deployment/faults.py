@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from fedsigma.common.ops.supervisor import call
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.deployment.certificates import issue
-from fedsigma.server.runs.run_dir import RunFolder
-from tests.deployment.network import CENTRE
+from fedsigma.server.runs.run_dir import RunDir
+from tests.deployment.network import SERVER
 from tests.deployment.parts import BIN, SITES, STUDY, Deployment, reached, wait_for
 
 ROUNDS = 3
@@ -63,7 +63,7 @@ class Fault:
     """
 
     what: str
-    cause: Callable[[Deployment, RunFolder], str | None]
+    cause: Callable[[Deployment, RunDir], str | None]
     before: Callable[[Deployment], None] = lambda deployment: None
     after: Callable[[Deployment], None] = lambda deployment: None
     may_lose: frozenset[tuple[int, str]] = frozenset()
@@ -112,7 +112,7 @@ def problems(outcome: Outcome, fault: Fault, *, tolerance: float) -> list[str]:
     return found
 
 
-def ended(deployment: Deployment, folder: RunFolder) -> str:
+def ended(deployment: Deployment, folder: RunDir) -> str:
     """How a run ended; one that died or was stopped is not over, since it is gone on with."""
     if not any(e["kind"] == "run_end" for e in folder.events()[-1:]):
         return ""
@@ -121,58 +121,58 @@ def ended(deployment: Deployment, folder: RunFolder) -> str:
 
 def logs_are_whole(deployment: Deployment) -> list[str]:
     """Verify every log by the command; returns what it says of those that are not whole."""
-    files = [deployment.centre.path / "audit.jsonl"]
+    files = [deployment.server.path / "audit.jsonl"]
     mine = [site.path / "worker" / "audit.jsonl" for site in deployment.sites.values()]
     # A site that has just joined has neither a log nor its head; a head alone is a log that was removed.
     files += [file for file in mine if file.exists() or file.with_name("audit.jsonl.head").exists()]
-    done = [deployment.run(CENTRE, "audit", "verify", file, check=False) for file in files]
+    done = [deployment.run(SERVER, "audit", "verify", file, check=False) for file in files]
     return [one.stdout + one.stderr for one in done if one.returncode]
 
 
 def audited_bytes(deployment: Deployment, site: str) -> int:
     """The bytes that a site's log says have left it."""
-    lines = Chain(deployment.sites[site].path / "worker" / "audit.jsonl").lines()
+    lines = HashChainedLog(deployment.sites[site].path / "worker" / "audit.jsonl").lines()
     return sum(line["left"]["bytes"] for line in lines)
 
 
 # The faults
 
 
-def _worker(deployment: Deployment, folder: RunFolder) -> None:
+def _worker(deployment: Deployment, folder: RunDir) -> None:
     for pid in [*deployment.busy(HIT), deployment.pid(HIT, "worker")]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _node(deployment: Deployment, folder: RunFolder) -> None:
+def _node(deployment: Deployment, folder: RunDir) -> None:
     deployment.kill(HIT, "node")
 
 
-def _superlink(deployment: Deployment, folder: RunFolder) -> None:
-    deployment.kill(CENTRE, "superlink")
+def _superlink(deployment: Deployment, folder: RunDir) -> None:
+    deployment.kill(SERVER, "superlink")
 
 
-def _proxy(deployment: Deployment, folder: RunFolder) -> None:
-    deployment.kill(CENTRE, "proxy")
+def _proxy(deployment: Deployment, folder: RunDir) -> None:
+    deployment.kill(SERVER, "proxy")
 
 
-def _server_worker(deployment: Deployment, folder: RunFolder) -> None:
-    deployment.kill(CENTRE, "worker")
+def _server_worker(deployment: Deployment, folder: RunDir) -> None:
+    deployment.kill(SERVER, "worker")
 
 
-def _down(deployment: Deployment, folder: RunFolder) -> None:
-    deployment.stop(CENTRE)
+def _down(deployment: Deployment, folder: RunDir) -> None:
+    deployment.stop(SERVER)
     time.sleep(120)
-    deployment.start(CENTRE)
+    deployment.start(SERVER)
 
 
-def _cut(deployment: Deployment, folder: RunFolder) -> None:
+def _cut(deployment: Deployment, folder: RunDir) -> None:
     deployment.network.cut(HIT)
     time.sleep(30)
     deployment.network.heal(HIT)
 
 
-def _full_disk(deployment: Deployment, folder: RunFolder) -> str:
+def _full_disk(deployment: Deployment, folder: RunDir) -> str:
     ballast = deployment.sites[HIT].path / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -183,7 +183,7 @@ def _full_disk(deployment: Deployment, folder: RunFolder) -> str:
     return f"{free} bytes were free"
 
 
-def _wrong_clock(deployment: Deployment, folder: RunFolder) -> str:
+def _wrong_clock(deployment: Deployment, folder: RunDir) -> str:
     site = deployment.sites[HIT]
     call(site.path, "supervisor.stopProcess", "node", True)
     command = [*deployment.network.inside(HIT), "faketime", "-f", "+600s"]
@@ -204,17 +204,17 @@ def _wrong_clock(deployment: Deployment, folder: RunFolder) -> str:
     return f"the node ended with {code}; the doctor: {found['clock']['seen']}, {found['key']['seen']}"
 
 
-def _expired(deployment: Deployment, folder: RunFolder) -> None:
-    centre = deployment.centre
-    host = deployment.network.centre
-    issue(centre.authority(), [host], days=0).write(centre.tls("outer.crt"), centre.tls("outer.key"))
-    deployment.kill(CENTRE, "proxy")
+def _expired(deployment: Deployment, folder: RunDir) -> None:
+    server = deployment.server
+    host = deployment.network.server
+    issue(server.authority(), [host], days=0).write(server.tls("outer.crt"), server.tls("outer.key"))
+    deployment.kill(SERVER, "proxy")
     time.sleep(30)
-    deployment.run(CENTRE, "server", "rotate", "certificate", "-f", centre.path)
+    deployment.run(SERVER, "server", "rotate", "certificate", "-f", server.path)
 
 
-def _revoked(deployment: Deployment, folder: RunFolder) -> str:
-    deployment.run(CENTRE, "server", "revoke", HIT, "-f", deployment.centre.path)
+def _revoked(deployment: Deployment, folder: RunDir) -> str:
+    deployment.run(SERVER, "server", "revoke", HIT, "-f", deployment.server.path)
     time.sleep(5)
     site = deployment.sites[HIT].path
     told = deployment.run(HIT, "site", "doctor", "--quick", "--json", "-f", site, check=False)
@@ -240,7 +240,7 @@ def _other_backbone(deployment: Deployment) -> None:
     from fedsigma.common.backbones import starter_folder
     from fedsigma.common.backbones.bundle import sha256
 
-    place = deployment.centre.path.parent / "other-backbone"
+    place = deployment.server.path.parent / "other-backbone"
     if not place.exists():
         shutil.copytree(starter_folder(), place)
         weights = place / "open_clip_model.safetensors"
@@ -254,7 +254,7 @@ def _other_backbone(deployment: Deployment) -> None:
 
 
 def _right_backbone(deployment: Deployment) -> None:
-    place = deployment.centre.path.parent / "other-backbone"
+    place = deployment.server.path.parent / "other-backbone"
     _set(deployment, f"starter: local-dir:{place}", "starter: starter")
 
 
@@ -263,13 +263,13 @@ def _other_approved(deployment: Deployment) -> None:
     _set(deployment, digest, "f" * 64)
 
 
-def _approve(deployment: Deployment, folder: RunFolder) -> str:
+def _approve(deployment: Deployment, folder: RunDir) -> str:
     refused = [e["reason"] for e in folder.events() if e["kind"] == "site_refused"]
     deployment.run(HIT, "site", "approve", "--yes", "-f", deployment.sites[HIT].path)
-    return f"the centre was told: {refused[0]}"
+    return f"the server was told: {refused[0]}"
 
 
-def _late(deployment: Deployment, folder: RunFolder) -> str:
+def _late(deployment: Deployment, folder: RunDir) -> str:
     deployment.admit("west")
     deployment.start("west")
     wait_for(lambda: deployment.online(["west"]), "the late site is online")
@@ -277,20 +277,20 @@ def _late(deployment: Deployment, folder: RunFolder) -> str:
     return f"online in round {begun}"
 
 
-def _damaged(deployment: Deployment, folder: RunFolder) -> str:
+def _damaged(deployment: Deployment, folder: RunDir) -> str:
     wait_for(lambda: reached(folder, 3), "round 3 begins", 300)
     run = next(one["run"] for one in deployment.submitted() if one["folder"] == str(folder.path))
-    deployment.run(CENTRE, "study", "stop", run, "-f", deployment.centre.path)
+    deployment.run(SERVER, "study", "stop", run, "-f", deployment.server.path)
     file = folder.path / "sigma.safetensors"
     content = bytearray(file.read_bytes())
     content[-2] ^= 0x80
     file.write_bytes(content)
-    deployment.run(CENTRE, "study", "resume", run, "-f", deployment.centre.path)
+    deployment.run(SERVER, "study", "resume", run, "-f", deployment.server.path)
     wait_for(lambda: any(e["kind"] == "checkpoint_damaged" for e in folder.events()), "it goes on", 120)
     return "went on from the round before"
 
 
-def _nothing(deployment: Deployment, folder: RunFolder) -> None:
+def _nothing(deployment: Deployment, folder: RunDir) -> None:
     return None
 
 
@@ -301,7 +301,7 @@ def _set(deployment: Deployment, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def _round_over(folder: RunFolder, number: int) -> bool:
+def _round_over(folder: RunDir, number: int) -> bool:
     return any(e["kind"] == "round_end" and e["round"] >= number for e in folder.events())
 
 
@@ -310,13 +310,13 @@ FAULTS: Mapping[str, Fault] = {
     "worker": Fault("kill -9 of a site's worker", _worker, may_lose=parts(HIT, 2)),
     "node": Fault("kill -9 of a site's node", _node, may_lose=parts(HIT, 2)),
     "superlink": Fault("kill -9 of the SuperLink", _superlink),
-    "server": Fault("kill -9 of the centre's worker", _server_worker),
+    "server": Fault("kill -9 of the server's worker", _server_worker),
     "proxy": Fault("kill -9 of the proxy", _proxy),
-    "down": Fault("the whole centre down for two minutes", _down),
+    "down": Fault("the whole server down for two minutes", _down),
     "cut": Fault("a site's network cut for 30 s", _cut, may_lose=parts(HIT, 2)),
     "disk": Fault("a site's disk full until the round ends", _full_disk, may_lose=parts(HIT, 2, 3)),
     "clock": Fault("a site's clock ten minutes ahead for the round", _wrong_clock, may_lose=parts(HIT, 2, 3)),
-    "certificate": Fault("the centre's certificate expired for 30 s", _expired),
+    "certificate": Fault("the server's certificate expired for 30 s", _expired),
     "backbone": Fault(
         "another backbone at one site",
         _nothing,

@@ -1,6 +1,6 @@
-"""Network namespaces for a centre and its sites on one machine; without the right to make them, one host.
+"""Network namespaces for a server and its sites on one machine; without the right to make them, one host.
 
-Each site's node has one link, to the centre. Its worker, the process that sees images, has one link too, to
+Each site's node has one link, to the server. Its worker, the process that sees images, has one link too, to
 its node, which forwards nothing: it has no way out.
 """
 
@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-CENTRE = "centre"
-CENTRE_ADDRESS = "10.77.0.1"
+SERVER = "server"
+SERVER_ADDRESS = "10.77.0.1"
 NO_ROUTER = "open('/proc/sys/net/ipv4/ip_forward', 'w').write('0')"
 
 
@@ -35,7 +35,7 @@ def may_make_namespaces() -> bool:
 
 @dataclass
 class Network:
-    """Where each process runs. Places are `centre`, `SITE` for a site's node and `SITE-worker`.
+    """Where each process runs. Places are `server`, `SITE` for a site's node and `SITE-worker`.
 
     Fields: sites, their names; apart, whether places are namespaces of their own.
     """
@@ -52,13 +52,13 @@ class Network:
             self._names[place] = f"fs{os.getpid()}-{len(self._names)}"
             _ip("netns", "add", self._names[place])
             _ip("-n", self._names[place], "link", "set", "lo", "up")
-            # Nobody is a router: a worker cannot reach the centre through its node, nor a site another site.
+            # Nobody is a router: a worker cannot reach the server through its node, nor a site another site.
             subprocess.run([*self.inside(place), sys.executable, "-c", NO_ROUTER], check=True)
-        _ip("-n", self._names[CENTRE], "addr", "add", f"{CENTRE_ADDRESS}/32", "dev", "lo")
+        _ip("-n", self._names[SERVER], "addr", "add", f"{SERVER_ADDRESS}/32", "dev", "lo")
         for number, site in enumerate(self.sites, start=1):
-            self._link(f"c{number}", CENTRE, f"10.77.{number}.1", "outer", site, f"10.77.{number}.2")
+            self._link(f"c{number}", SERVER, f"10.77.{number}.1", "outer", site, f"10.77.{number}.2")
             self._link("inner", site, f"10.78.{number}.1", "node", f"{site}-worker", f"10.78.{number}.2")
-            _ip("-n", self._names[site], "route", "add", CENTRE_ADDRESS, "via", f"10.77.{number}.1")
+            _ip("-n", self._names[site], "route", "add", SERVER_ADDRESS, "via", f"10.77.{number}.1")
 
     def remove(self) -> None:
         """Remove the namespaces, and their links with them."""
@@ -75,9 +75,9 @@ class Network:
         return self._names.get(place, "")
 
     @property
-    def centre(self) -> str:
-        """The centre's address, as sites reach it."""
-        return CENTRE_ADDRESS if self.apart else "127.0.0.1"
+    def server(self) -> str:
+        """The server's address, as sites reach it."""
+        return SERVER_ADDRESS if self.apart else "127.0.0.1"
 
     def node(self, site: str) -> str:
         """The address at which a site's worker reaches its node."""
@@ -90,10 +90,10 @@ class Network:
     def heal(self, site: str) -> None:
         """Plug it in again."""
         _ip("-n", self._names[site], "link", "set", "outer", "up")
-        _ip("-n", self._names[site], "route", "replace", CENTRE_ADDRESS, "via", self._gateway(site))
+        _ip("-n", self._names[site], "route", "replace", SERVER_ADDRESS, "via", self._gateway(site))
 
     def bytes_out(self, site: str) -> int:
-        """All bytes that have left a site towards the centre, with every header."""
+        """All bytes that have left a site towards the server, with every header."""
         told = subprocess.run(
             ["ip", "-n", self._names[site], "-json", "-stats", "link", "show", "outer"],
             capture_output=True,
@@ -109,7 +109,7 @@ class Network:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _places(self) -> list[str]:
-        return [CENTRE, *self.sites, *(f"{site}-worker" for site in self.sites)]
+        return [SERVER, *self.sites, *(f"{site}-worker" for site in self.sites)]
 
     def _gateway(self, site: str) -> str:
         return f"10.77.{1 + list(self.sites).index(site)}.1"

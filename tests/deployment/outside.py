@@ -1,6 +1,6 @@
-"""Somebody on the network who knows the centre's address and its certificate, and has no key.
+"""Somebody on the network who knows the server's address and its certificate, and has no key.
 
-Arguments: HOST:PORT of the centre, the file of certificates. Prints what each path answers.
+Arguments: HOST:PORT of the server, the file of certificates. Prints what each path answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A real centre and real sites on this machine: Flower's own processes, over TLS through nginx."""
+"""A real server and real sites on this machine: Flower's own processes, over TLS through nginx."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any
 
 from flwr.cli.build import build_fab_from_disk
 
-from fedsigma.client.deployment.bundle_approval import Bundles
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.bundle_approval import BundleApprovals
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.supervisor import ProcessError, free_ports, running, states, stop
 from fedsigma.server.deployment.enrolment import Enrolment
-from fedsigma.server.deployment.home import CentreFolder, ServerConfig
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.deployment.home import ServerConfig, ServerHome
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.app_bundle import write_app
-from tests.deployment.network import CENTRE, Network, may_make_namespaces
+from tests.deployment.network import SERVER, Network, may_make_namespaces
 
 SITES = ("east", "north", "south")
 STUDY = """\
@@ -44,8 +44,8 @@ BIN = Path(sys.executable).parent
 
 
 def missing() -> str:
-    """Why no centre can be started here; empty if it can."""
-    return "" if shutil.which("nginx") else "nginx is not installed: the proxy in front of the centre is real"
+    """Why no server can be started here; empty if it can."""
+    return "" if shutil.which("nginx") else "nginx is not installed: the proxy in front of the server is real"
 
 
 def wait_for(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
@@ -59,12 +59,12 @@ def wait_for(condition: Callable[[], Any], what: str, patience_s: float = PATIEN
 
 @dataclass
 class Deployment:
-    """A centre and its sites; `centre` and `sites` are their folders."""
+    """A server and its sites; `server` and `sites` are their folders."""
 
     network: Network
-    centre: CentreFolder
+    server: ServerHome
     environment: dict[str, str]
-    sites: dict[str, SiteFolder] = field(default_factory=dict)
+    sites: dict[str, SiteHome] = field(default_factory=dict)
     _up: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def run(self, place: str, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -82,10 +82,10 @@ class Deployment:
         return done.stdout.splitlines()
 
     def start(self, place: str) -> None:
-        """Start the centre's or a site's processes, supervised."""
+        """Start the server's or a site's processes, supervised."""
         folder = self.folder(place)
-        if place == CENTRE:
-            command = [*self.network.inside(CENTRE), str(BIN / "fedsigma"), "server", "up", "-f", str(folder)]
+        if place == SERVER:
+            command = [*self.network.inside(SERVER), str(BIN / "fedsigma"), "server", "up", "-f", str(folder)]
         else:
             namespaces = [self.network.namespace(name) for name in (place, f"{place}-worker")]
             command = [sys.executable, str(Path(__file__).with_name("site_up.py")), str(folder), *namespaces]
@@ -100,8 +100,8 @@ class Deployment:
         assert process.wait(timeout=60) == 0
 
     def folder(self, place: str) -> Path:
-        """The folder of the centre or of a site."""
-        return self.centre.path if place == CENTRE else self.sites[place].path
+        """The folder of the server or of a site."""
+        return self.server.path if place == SERVER else self.sites[place].path
 
     def pid(self, place: str, process: str) -> int:
         """The process number of one of a place's processes, 0 if it does not run."""
@@ -113,9 +113,9 @@ class Deployment:
 
     def well(self, place: str) -> bool:
         """Whether all processes of a place say by gRPC that they serve."""
-        kind = "server" if place == CENTRE else "site"
+        kind = "server" if place == SERVER else "site"
         # The worker's health is asked from where the worker is.
-        names = [place] if place == CENTRE or not self.network.apart else [place, f"{place}-worker"]
+        names = [place] if place == SERVER or not self.network.apart else [place, f"{place}-worker"]
         found = [
             json.loads(self.run(name, kind, "status", "--json", "-f", self.folder(place), check=False).stdout)
             for name in names
@@ -125,9 +125,9 @@ class Deployment:
 
     def admit(self, site: str, *, options: str = "train: 3, test: 2") -> None:
         """Have a new site join, with one made-up laboratory's pictures, and approve the bundle."""
-        root = self.centre.path.parent
-        invitation = Enrolment(self.centre).invite(site, root / f"{site}.join.json", days=1)
-        made, keys = SiteFolder.enrol(root / site, invitation)
+        root = self.server.path.parent
+        invitation = Enrolment(self.server).invite(site, root / f"{site}.join.json", days=1)
+        made, keys = SiteHome.enrol(root / site, invitation)
         node, node_health, worker_health = free_ports(3)
         address = self.network.node(site)
         for old, new in (
@@ -141,28 +141,28 @@ class Deployment:
             for name in ("connection.yaml", "site.yaml"):
                 file = made.path / name
                 file.write_text(file.read_text().replace(old, new))
-        Bundles(made.path).approve(build_fab_from_disk(write_app(root / "app")))
+        BundleApprovals(made.path).approve(build_fab_from_disk(write_app(root / "app")))
         keys.write(root / f"{site}.keys.json")
-        self.run(CENTRE, "server", "admit", root / f"{site}.keys.json", "-f", self.centre.path)
-        self.sites[site] = SiteFolder(made.path)
+        self.run(SERVER, "server", "admit", root / f"{site}.keys.json", "-f", self.server.path)
+        self.sites[site] = SiteHome(made.path)
 
     def online(self, sites: Sequence[str] = SITES) -> bool:
-        """Whether the centre sees these sites."""
-        told = self.run(CENTRE, "server", "sites", "--json", "-f", self.centre.path).stdout
+        """Whether the server sees these sites."""
+        told = self.run(SERVER, "server", "sites", "--json", "-f", self.server.path).stdout
         return set(sites) <= {one["site"] for one in json.loads(told) if one["online"] == "online"}
 
-    def submit(self, study: Path, *words: object) -> tuple[str, RunFolder]:
+    def submit(self, study: Path, *words: object) -> tuple[str, RunDir]:
         """Submit a study; returns its run's number and its folder, which may not be there yet."""
-        self.run(CENTRE, "study", "submit", study, "-f", self.centre.path, *words)
+        self.run(SERVER, "study", "submit", study, "-f", self.server.path, *words)
         latest = self.submitted()[0]
-        return latest["run"], RunFolder(Path(latest["folder"]))
+        return latest["run"], RunDir(Path(latest["folder"]))
 
     def submitted(self) -> list[dict[str, Any]]:
         """What `fedsigma study status` says, the latest first."""
-        done = self.run(CENTRE, "study", "status", "--json", "-f", self.centre.path)
+        done = self.run(SERVER, "study", "status", "--json", "-f", self.server.path)
         return list(json.loads(done.stdout))
 
-    def ended(self, folder: RunFolder) -> str:
+    def ended(self, folder: RunDir) -> str:
         """How the latest run of a folder ended, or nothing while one goes on."""
         try:
             latest = next(one for one in self.submitted() if one["folder"] == str(folder.path))
@@ -196,7 +196,7 @@ class Deployment:
         self.network.remove()
 
 
-def reached(folder: RunFolder, round: int) -> bool:
+def reached(folder: RunDir, round: int) -> bool:
     """Whether a run has begun this round."""
     return any(e["kind"] == "round_start" and e["round"] >= round for e in folder.events())
 
@@ -205,7 +205,7 @@ def reached(folder: RunFolder, round: int) -> bool:
 def deployed(
     folder: Path, *, sites: Sequence[str] = SITES, later: Sequence[str] = ()
 ) -> Iterator[Deployment]:
-    """A running centre with three sites, each with one made-up laboratory's pictures.
+    """A running server with three sites, each with one made-up laboratory's pictures.
 
     Args:
         folder: a new one.
@@ -216,25 +216,25 @@ def deployed(
     outer, link, health, worker, pages = free_ports(5)
     config = ServerConfig(
         name="Tests",
-        address=f"{network.centre}:{outer}",
-        listen=f"{network.centre}:{outer}",
+        address=f"{network.server}:{outer}",
+        listen=f"{network.server}:{outer}",
         superlink=f"127.0.0.1:{link}",
         health=f"127.0.0.1:{health}",
         worker_health=f"127.0.0.1:{worker}",
     )
     network.make()
-    centre = CentreFolder.create(folder / "centre", config, own=None)
-    shown = f"{network.centre}:{pages}"
-    (centre.path / "dashboard.yaml").write_text(
+    server = ServerHome.create(folder / "server", config, own=None)
+    shown = f"{network.server}:{pages}"
+    (server.path / "dashboard.yaml").write_text(
         f"listen: {shown}\ncertificate: tls/outer.crt\nkey: tls/outer.key\naccess: {{origins: ['https://{shown}']}}\n"
     )
-    # What works at a site must not find a study's centre by chance, so no variable of ours is passed on.
+    # What works at a site must not find a study's server by chance, so no variable of ours is passed on.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FEDSIGMA_")}
     environment |= {"FEDSIGMA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    found = Deployment(network, centre, environment)
+    found = Deployment(network, server, environment)
     try:
-        found.start(CENTRE)
-        wait_for(lambda: found.well(CENTRE), "the centre serves")
+        found.start(SERVER)
+        wait_for(lambda: found.well(SERVER), "the server serves")
         for site in sites:
             found.admit(site)
             found.start(site)

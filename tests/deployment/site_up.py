@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.deployment.services import site_processes
 from fedsigma.common.ops.supervisor import Process, supervise
 
@@ -23,6 +23,6 @@ def placed(process: Process, folder: Path, namespace: str) -> Process:
 
 
 if __name__ == "__main__":
-    site = SiteFolder(Path(sys.argv[1]))
+    site = SiteHome(Path(sys.argv[1]))
     found = [placed(p, site.path, n) for p, n in zip(site_processes(site), sys.argv[2:], strict=True)]
     supervise(found, site.path)

@@ -20,12 +20,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.deployment.services import node_process
 from fedsigma.common.config.schema import build
 from fedsigma.server.dashboard.config import DashboardConfig
 from fedsigma.server.deployment.certificates import new_authority
-from fedsigma.server.deployment.home import CentreFolder
+from fedsigma.server.deployment.home import ServerHome
 from tests.helpers.deploy_files import (
     DEPLOY,
     FOLDERS,
@@ -42,15 +42,15 @@ from tests.unit.test_diagnostics import enrol
 
 DOCKERFILE = DEPLOY / "images" / "Dockerfile"
 IMAGES_EXTRAS = ("dicom", "biomedclip", "dashboard")
-COMPOSE = {name: DEPLOY / "compose" / f"{name}.yaml" for name in ("centre", "site", "site.gpu")}
+COMPOSE = {name: DEPLOY / "compose" / f"{name}.yaml" for name in ("server", "site", "site.gpu")}
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 YAMLLINT = """\
 extends: default
 rules: {line-length: {max: 120}, document-start: disable, truthy: {check-keys: false}}
 """
-GROUPS = {"server": "centre", "site": "site"}
+GROUPS = {"server": "server", "site": "site"}
 # Tenths, as found; systemd calls up to 2.0 "OK", and a unit without any of this 9.6. The proxy may bind 443.
-MOST_EXPOSED = {"fedsigma-centre-proxy": 16}
+MOST_EXPOSED = {"fedsigma-server-proxy": 16}
 
 
 def project() -> dict[str, Any]:
@@ -82,7 +82,7 @@ def test_the_dockerfile_has_no_known_fault() -> None:
     passes(tool("hadolint"), DOCKERFILE)
 
 
-@pytest.mark.parametrize(("stage", "group"), [("centre", "server"), ("site", "site")])
+@pytest.mark.parametrize(("stage", "group"), [("server", "server"), ("site", "site")])
 def test_an_image_runs_as_nobody_special_and_asks_nothing_of_the_internet(stage: str, group: str) -> None:
     steps = stages()[stage]
     last = dict(steps)
@@ -96,20 +96,20 @@ def test_an_image_runs_as_nobody_special_and_asks_nothing_of_the_internet(stage:
     assert FOLDERS[group] in told.values()
     # What the tools of the build leave stays in the build.
     copied = [rest for word, rest in steps if word in ("COPY", "ADD")]
-    source = {"centre": "build-centre", "site": "build"}[stage]
+    source = {"server": "build-server", "site": "build"}[stage]
     assert copied == [f"--from={source} /opt/fedsigma /opt/fedsigma"]
 
 
-def test_the_centres_image_alone_can_serve_browsers() -> None:
+def test_the_servers_image_alone_can_serve_browsers() -> None:
     found = stages()
     arguments = dict(rest.split("=") for word, rest in found["build"] if word == "ARG")
     extras = {}
-    for stage in ("build", "build-centre"):
+    for stage in ("build", "build-server"):
         asked = re.findall(r'"fedsigma\[(\S+)\] @', " ".join(rest for _, rest in found[stage]))
         extras[stage] = ",".join(asked).replace("${EXTRAS}", arguments["EXTRAS"]).split(",")
-    assert extras == {"build": ["dicom", "biomedclip"], "build-centre": ["dicom", "biomedclip", "dashboard"]}
+    assert extras == {"build": ["dicom", "biomedclip"], "build-server": ["dicom", "biomedclip", "dashboard"]}
     # What is on top is of the versions that are below.
-    last = found["build-centre"][-1][1]
+    last = found["build-server"][-1][1]
     assert "pip --python" in last and "--constraint /build/constraints.txt" in last
 
 
@@ -118,7 +118,7 @@ def test_the_dockerfile_says_the_versions_that_the_project_has() -> None:
     python = re.search(r"(?m)^# Python (\S+)$", (DEPLOY / "images" / "constraints.txt").read_text())
     assert python and f"ARG BASE=python:{python[1]}-slim-bookworm\n" in text
     assert f"ARG VERSION={project()['version']}\n" in text
-    assert set(re.findall(r"fedsigma-(?:site|centre):([0-9.]+)", text)) == {project()["version"]}
+    assert set(re.findall(r"fedsigma-(?:site|server):([0-9.]+)", text)) == {project()["version"]}
 
 
 def test_only_what_images_are_made_of_is_sent_to_the_builder() -> None:
@@ -151,7 +151,7 @@ def test_a_compose_file_is_one(name: str) -> None:
     passes(tool("yamllint"), "--strict", "-d", YAMLLINT, COMPOSE[name])
 
 
-@pytest.mark.parametrize("name", ["centre", "site"])
+@pytest.mark.parametrize("name", ["server", "site"])
 def test_every_container_is_hardened(name: str) -> None:
     for service, said in compose(name)["services"].items():
         assert said["read_only"] is True and said["cap_drop"] == ["ALL"] and said["init"] is True, service
@@ -165,7 +165,7 @@ def test_every_container_is_hardened(name: str) -> None:
         assert "docker.sock" not in str(said)
 
 
-@pytest.mark.parametrize(("name", "group"), [("centre", "server"), ("site", "site")])
+@pytest.mark.parametrize(("name", "group"), [("server", "server"), ("site", "site")])
 def test_each_container_is_one_process_that_is_asked_for_its_own_health(name: str, group: str) -> None:
     services = compose(name)["services"]
     for service, said in services.items():
@@ -188,9 +188,9 @@ def test_each_container_is_one_process_that_is_asked_for_its_own_health(name: st
 
 def test_only_proxy_and_dashboard_can_be_reached_and_each_by_one_port() -> None:
     reached = {"proxy": ["443:8443"], "dashboard": ["127.0.0.1:8050:8050"]}
-    networks = compose("centre")["networks"]
+    networks = compose("server")["networks"]
     assert networks["inner"] == {"internal": True}
-    for name, said in compose("centre")["services"].items():
+    for name, said in compose("server")["services"].items():
         assert said.get("ports", []) == reached.get(name, []), name
         assert set(said["networks"]) == ({"inner", "outside"} if name in reached else {"inner"}), name
         assert "network_mode" not in said and "expose" not in said
@@ -202,29 +202,29 @@ def seen(said: dict[str, Any]) -> dict[str, str]:
 
 
 def test_the_proxy_sees_no_secret_but_its_own_key() -> None:
-    for source in seen(compose("centre")["services"]["proxy"]).values():
-        databases = ("state.db", "centre.db", "dashboard.db")
+    for source in seen(compose("server")["services"]["proxy"]).values():
+        databases = ("state.db", "server.db", "dashboard.db")
         for kept in ("tls/ca.key", "tls/inner.key", "secrets/superexec.secret", *databases):
-            assert not (Path("centre") / kept).is_relative_to(source), f"{source} holds {kept}"
+            assert not (Path("server") / kept).is_relative_to(source), f"{source} holds {kept}"
 
 
-def test_the_dashboard_sees_no_secret_of_the_centres() -> None:
+def test_the_dashboard_sees_no_secret_of_the_servers() -> None:
     """A path is what the deepest mount above it shows; a tmpfs shows nothing."""
-    mounts = seen(compose("centre")["services"]["dashboard"])
+    mounts = seen(compose("server")["services"]["dashboard"])
     hiding: dict[str, str] = {}
     for file in ("tls/ca.crt", "tls/ca.key", "tls/inner.key", "tls/outer.key", "secrets/superexec.secret"):
         path = Path(FOLDERS["server"], file)
         deepest = max((place for place in mounts if path.is_relative_to(place)), key=len)
         hiding[file] = mounts[deepest]
-    assert hiding.pop("tls/ca.crt") == "./centre/tls/ca.crt" and set(hiding.values()) == {""}
+    assert hiding.pop("tls/ca.crt") == "./server/tls/ca.crt" and set(hiding.values()) == {""}
     # It writes beside its database and the log, and SQLite beside those.
-    assert mounts[FOLDERS["server"]] == "./centre"
+    assert mounts[FOLDERS["server"]] == "./server"
 
 
 def test_the_dashboard_is_published_where_it_listens() -> None:
-    said = re.sub(r"\n *#", "", COMPOSE["centre"].read_text(encoding="utf-8"))
+    said = re.sub(r"\n *#", "", COMPOSE["server"].read_text(encoding="utf-8"))
     told = re.search(r"dashboard\.yaml says: listen (\S+:\d+)\.", said)
-    (port,) = compose("centre")["services"]["dashboard"]["ports"]
+    (port,) = compose("server")["services"]["dashboard"]["ports"]
     assert told and told[1].split(":") == ["0.0.0.0", port.split(":")[-1]]
     assert port.split(":")[-2] == DashboardConfig.listen.split(":")[1]
 
@@ -253,7 +253,7 @@ def test_gpus_change_the_worker_and_nothing_of_its_hardening() -> None:
 
 
 def addresses(name: str) -> dict[str, str]:
-    """What the comment of a compose file says the centre's or site's own file has to say."""
+    """What the comment of a compose file says the server's or site's own file has to say."""
     text = " ".join(re.findall(r"(?m)^#(.*)$", COMPOSE[name].read_text(encoding="utf-8").split("name:")[0]))
     return dict(re.findall(r"(\w+) ([\w.]+:\d+)", text.split(".yaml in", 1)[1]))
 
@@ -266,10 +266,10 @@ def test_the_addresses_lead_from_container_to_container(tmp_path: Path) -> None:
     file = site.path / "connection.yaml"
     kept = [line for line in file.read_text().splitlines() if line.split(":")[0] not in said]
     file.write_text("\n".join([*kept, *(f"{key}: {value}" for key, value in said.items())]) + "\n")
-    command = shlex.join(node_process(SiteFolder(site.path)).command)
+    command = shlex.join(node_process(SiteHome(site.path)).command)
     assert f"--host 0.0.0.0 --port {said['node'].split(':')[1]} " in command
 
-    said, services = addresses("centre"), compose("centre")["services"]
+    said, services = addresses("server"), compose("server")["services"]
     assert set(said) == {"listen", "superlink", "health", "worker_health"}
     for key, service in (("superlink", "superlink"), ("health", "superlink"), ("worker_health", "worker")):
         assert said[key].split(":")[0] == service == services[service]["hostname"]
@@ -332,7 +332,7 @@ def test_each_unit_is_one_process_of_a_user_without_rights() -> None:
         program, *words = command.split()
         assert program == "/opt/fedsigma/bin/fedsigma"
         _, group, process = file.stem.split("-")
-        assert process_of(words) == f"{'server' if group == 'centre' else 'site'} {process}"
+        assert process_of(words) == f"{'server' if group == 'server' else 'site'} {process}"
         started[f"{group} {process}"] = said
         assert said["NoNewPrivileges"] == ["yes"] and said["ProtectSystem"] == ["strict"]
         rights = ["CAP_NET_BIND_SERVICE"] if process == "proxy" else [""]
@@ -340,17 +340,17 @@ def test_each_unit_is_one_process_of_a_user_without_rights() -> None:
         assert ("MemoryDenyWriteExecute" in said) == (process != "worker")
     node, worker = started["site node"], started["site worker"]
     assert "root" not in {said["User"][0] for said in started.values()} and node["User"] != worker["User"]
-    for name in ("site worker", "centre superlink", "centre worker", "centre keeper"):
+    for name in ("site worker", "server superlink", "server worker", "server keeper"):
         assert started[name]["IPAddressDeny"] == ["any"] and started[name]["IPAddressAllow"] == ["localhost"]
     # The one process that may be left out: it is where its file is, and nothing waits for it.
-    text = (DEPLOY / "systemd" / "fedsigma-centre-dashboard.service").read_text(encoding="utf-8")
+    text = (DEPLOY / "systemd" / "fedsigma-server-dashboard.service").read_text(encoding="utf-8")
     assert f"\nConditionPathExists={FOLDERS['server']}/dashboard.yaml\n" in text
     assert not [file.name for file in UNITS if "dashboard.service" in file.read_text(encoding="utf-8")]
-    hidden = {word.lstrip("-") for word in started["centre dashboard"]["InaccessiblePaths"][0].split()}
+    hidden = {word.lstrip("-") for word in started["server dashboard"]["InaccessiblePaths"][0].split()}
     assert hidden == {
         f"{FOLDERS['server']}/{name}" for name in ("tls/ca.key", "tls/inner.key", "secrets", "state.db")
     }
-    assert f"-{FOLDERS['server']}/dashboard.db" in started["centre proxy"]["InaccessiblePaths"][0].split()
+    assert f"-{FOLDERS['server']}/dashboard.db" in started["server proxy"]["InaccessiblePaths"][0].split()
     assert worker["ReadWritePaths"] == [f"{FOLDERS['site']}/worker"]
     assert worker["InaccessiblePaths"] == [f"-{FOLDERS['site']}/node"]
     assert node["ReadWritePaths"] == [f"{FOLDERS['site']}/node"]
@@ -411,14 +411,14 @@ def test_an_example_of_a_proxys_file_is_what_the_code_writes(name: str, tmp_path
     examples = written()
     text = (DEPLOY / "proxy" / name).read_text(encoding="utf-8")
     assert text == examples.examples()[name], "make deploy-files"
-    # With the folder of a real centre, since both programs look at the certificates.
-    centre = CentreFolder.create(tmp_path / "centre", examples.EXAMPLE, own=None).path
+    # With the folder of a real server, since both programs look at the certificates.
+    server = ServerHome.create(tmp_path / "server", examples.EXAMPLE, own=None).path
     file = tmp_path / name
-    file.write_text(text.replace(examples.FOLDER, str(centre)), encoding="utf-8")
+    file.write_text(text.replace(examples.FOLDER, str(server)), encoding="utf-8")
     if name == "Caddyfile":
         passes(tool("caddy"), "validate", "--config", file, "--adapter", "caddyfile")
     else:
-        (centre / "proxy" / "run").mkdir()
+        (server / "proxy" / "run").mkdir()
         passes(tool("nginx"), "-t", "-c", file, "-e", tmp_path / "error.log")
 
 

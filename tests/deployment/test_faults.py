@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.deployment.faults import (
     FAULTS,
     HIT,
@@ -31,7 +31,7 @@ def test_a_killed_worker_and_a_cut_cable_cost_their_sites_a_part_of_a_round_at_m
 ) -> None:
     wait_for(deployment.online, "all sites are online")
 
-    def cause(deployment: Deployment, folder: RunFolder) -> None:
+    def cause(deployment: Deployment, folder: RunDir) -> None:
         FAULTS["worker"].cause(deployment, folder)
         if deployment.network.apart:
             run = str(folder.events()[0]["run"])

@@ -18,8 +18,9 @@ helm = pytest.importorskip("helm_python", reason="helm-python-sdk has no build f
 
 CHART = DEPLOY / "helm" / "fedsigma"
 IMAGES = {"persistentVolumeClaim": {"claimName": "images", "readOnly": True}}
-SITE = {"enabled": True, "name": "north", "centre": "C", "server": "fl.example.org:8443", "images": IMAGES}
-CENTRE = {"enabled": True, "address": "fl.example.org:443"}
+ADDRESS = "fl.example.org:8443"
+SITE = {"enabled": True, "name": "north", "serverName": "C", "address": ADDRESS, "images": IMAGES}
+SERVER = {"enabled": True, "address": "fl.example.org:443"}
 GPU = {"image": "fedsigma-site:0.1.0-cu130", "resources": {"worker": {"limits": {"nvidia.com/gpu": 1}}}}
 SHOWN = {
     "enabled": True,
@@ -30,10 +31,10 @@ SHOWN = {
 BEHIND = {"enabled": True, "origins": ["https://dash.example.org"], "proxies": ["10.0.0.0/8"]}
 VALUES: dict[str, dict[str, Any]] = {
     "site": {"site": SITE},
-    "centre": {"centre": CENTRE},
-    "dashboard": {"centre": {**CENTRE, "dashboard": SHOWN}},
-    "behind": {"centre": {**CENTRE, "dashboard": {**BEHIND, "from": [{"podSelector": {}}]}}},
-    "both": {"site": SITE, "centre": CENTRE},
+    "server": {"server": SERVER},
+    "dashboard": {"server": {**SERVER, "dashboard": SHOWN}},
+    "behind": {"server": {**SERVER, "dashboard": {**BEHIND, "from": [{"podSelector": {}}]}}},
+    "both": {"site": SITE, "server": SERVER},
     "gpu": {"site": {**SITE, **GPU, "weights": {"nfs": {"server": "nas", "path": "/weights"}}}},
     "claims": {"site": {**SITE, "storage": {"existingClaim": "one"}, "httpsProxy": "http://p:3128"}},
 }
@@ -86,14 +87,14 @@ def test_kubernetes_takes_what_is_rendered(name: str) -> None:
     [
         ({"site": {"enabled": True}}, "site.name"),
         ({"site": {**SITE, "images": {}}}, "site.images"),
-        ({"centre": {"enabled": True}}, "centre.address"),
-        ({"site": {**SITE, "server": "fl.example.org"}}, "/site/server"),
+        ({"server": {"enabled": True}}, "server.address"),
+        ({"site": {**SITE, "address": "fl.example.org"}}, "/site/address"),
         ({"site": {**SITE, "rules": {"bundles": ["latest"]}}}, "/site/rules/bundles/0"),
         ({"site": {**SITE, "rules": {"name": "south"}}}, "/site/rules"),
-        ({"centre": {**CENTRE, "replicas": 2}}, "replicas"),
-        ({"centre": {**CENTRE, "dashboard": {"enabled": True}}}, "centre.dashboard.origins"),
-        ({"centre": {**CENTRE, "dashboard": {**BEHIND, "proxies": []}}}, "tlsSecret"),
-        ({"centre": {**CENTRE, "dashboard": {**BEHIND, "origins": ["http://a"]}}}, "dashboard/origins/0"),
+        ({"server": {**SERVER, "replicas": 2}}, "replicas"),
+        ({"server": {**SERVER, "dashboard": {"enabled": True}}}, "server.dashboard.origins"),
+        ({"server": {**SERVER, "dashboard": {**BEHIND, "proxies": []}}}, "tlsSecret"),
+        ({"server": {**SERVER, "dashboard": {**BEHIND, "origins": ["http://a"]}}}, "dashboard/origins/0"),
     ],
 )
 def test_values_that_do_not_do_are_refused(values: dict[str, Any], words: str) -> None:
@@ -155,21 +156,21 @@ def test_every_container_is_a_command_and_is_asked_for_its_health() -> None:
 
 
 def test_the_superlink_listens_to_its_own_pod_alone() -> None:
-    objects = render(VALUES["centre"])
+    objects = render(VALUES["server"])
     _, options = parse(next(one for one in containers(objects) if one["name"] == "init")["args"])
     assert options["superlink"].startswith("127.0.0.1:")
     (service,) = (o for o in objects if o["kind"] == "Service")
     assert [port["targetPort"] for port in service["spec"]["ports"]] == ["sites"]
-    policy = named(objects, "NetworkPolicy", "-centre")["spec"]
+    policy = named(objects, "NetworkPolicy", "-server")["spec"]
     assert policy["ingress"] == [{"ports": [{"protocol": "TCP", "port": 8443}]}] and policy["egress"] == []
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     proxy = next(one for one in containers(objects) if one["name"] == "proxy")
     paths = {mount.get("subPath", "") for mount in proxy["volumeMounts"] if mount["name"] == "folder"}
-    assert "" not in paths and not {"centre", "centre/tls", "centre/secrets", "centre/tls/ca.key"} & paths
+    assert "" not in paths and not {"server", "server/tls", "server/secrets", "server/tls/ca.key"} & paths
 
 
 def test_the_dashboard_is_not_there_unless_it_is_asked_for() -> None:
-    text = yaml.safe_dump_all(render(VALUES["centre"]))
+    text = yaml.safe_dump_all(render(VALUES["server"]))
     assert "dashboard" not in text and "8050" not in text and "publishNotReady" not in text
 
 
@@ -182,7 +183,7 @@ def test_the_dashboard_is_a_process_that_is_asked_by_its_page(name: str, scheme:
     (port,) = one["ports"]
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert one[probe]["httpGet"] == {"path": "/health", "port": port["name"], "scheme": scheme}
-    # The file that is put into the centre's folder is one that the dashboard reads, and says that port.
+    # The file that is put into the server's folder is one that the dashboard reads, and says that port.
     told = named(objects, "ConfigMap", "-dashboard")["data"]["dashboard.yaml"]
     config = build(DashboardConfig, yaml.safe_load(told), where="dashboard.yaml")
     assert split_address(config.listen, where="listen") == ("0.0.0.0", port["containerPort"])
@@ -194,20 +195,20 @@ def test_the_dashboard_is_a_process_that_is_asked_by_its_page(name: str, scheme:
     assert mounted["name"] == "dashboard" and target == f"{FOLDERS['server']}/dashboard.yaml"
 
 
-def test_a_dashboard_that_is_down_keeps_nobody_from_the_centre() -> None:
+def test_a_dashboard_that_is_down_keeps_nobody_from_the_server() -> None:
     services = {
         o["metadata"]["name"]: o["spec"] for o in render(VALUES["dashboard"]) if o["kind"] == "Service"
     }
-    assert set(services) == {"demo-centre", "demo-dashboard"}
+    assert set(services) == {"demo-server", "demo-dashboard"}
     # Else its pod, which is not ready while one container is down, would get no site's requests.
-    assert services["demo-centre"]["publishNotReadyAddresses"] is True
+    assert services["demo-server"]["publishNotReadyAddresses"] is True
     assert "publishNotReadyAddresses" not in services["demo-dashboard"]
-    assert [port["targetPort"] for port in services["demo-centre"]["ports"]] == ["sites"]
+    assert [port["targetPort"] for port in services["demo-server"]["ports"]] == ["sites"]
     assert [port["targetPort"] for port in services["demo-dashboard"]["ports"]] == ["dashboard"]
 
 
 def test_the_dashboard_opens_its_port_and_a_way_to_the_provider_alone() -> None:
-    policy = named(render(VALUES["dashboard"]), "NetworkPolicy", "-centre")["spec"]
+    policy = named(render(VALUES["dashboard"]), "NetworkPolicy", "-server")["spec"]
     assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == [8443, 8050]
     out, names = policy["egress"]
     assert out == {
@@ -215,17 +216,17 @@ def test_the_dashboard_opens_its_port_and_a_way_to_the_provider_alone() -> None:
         "ports": [{"protocol": "TCP", "port": 443}],
     }
     assert {port["port"] for port in names["ports"]} == {53} and names["to"]
-    policy = named(render(VALUES["behind"]), "NetworkPolicy", "-centre")["spec"]
+    policy = named(render(VALUES["behind"]), "NetworkPolicy", "-server")["spec"]
     assert policy["ingress"][1]["from"] == [{"podSelector": {}}] and policy["egress"] == []
 
 
-def test_the_dashboard_sees_no_secret_of_the_centres() -> None:
+def test_the_dashboard_sees_no_secret_of_the_servers() -> None:
     objects = render(VALUES["dashboard"])
     one = next(one for one in containers(objects) if one["name"] == "dashboard")
     mounts = {mount["mountPath"]: mount["name"] for mount in one["volumeMounts"]}
     shown = {path.removeprefix(f"{FOLDERS['server']}/"): name for path, name in mounts.items()}
     assert (shown["tls"], shown["secrets"], shown["tls/ca.crt"]) == ("nothing", "nothing", "folder")
-    volumes = {volume["name"]: volume for volume in pod_of(objects, "-centre")["spec"]["volumes"]}
+    volumes = {volume["name"]: volume for volume in pod_of(objects, "-server")["spec"]["volumes"]}
     assert "emptyDir" in volumes["nothing"] and volumes["certificate"]["secret"]["secretName"] == "dash-tls"
     # And nobody else sees the key that browsers trust.
     others = [m["name"] for c in containers(objects) if c is not one for m in c["volumeMounts"]]
@@ -260,7 +261,7 @@ def test_the_sites_worker_reaches_the_node_and_nothing_else() -> None:
     assert service["spec"]["selector"].items() <= node["metadata"]["labels"].items()
 
 
-def test_the_node_leaves_by_the_centres_port() -> None:
+def test_the_node_leaves_by_the_servers_port() -> None:
     (out, names) = named(render(VALUES["site"]), "NetworkPolicy", "-node")["spec"]["egress"]
     assert out["ports"] == [{"protocol": "TCP", "port": 8443}]
     assert {port["port"] for port in names["ports"]} == {53}
@@ -293,7 +294,7 @@ def test_the_sites_files_are_ones_that_a_site_reads() -> None:
     files = named(objects, "ConfigMap", "-site")["data"]
     connection = build(Connection, yaml.safe_load(files["connection.yaml"]), where="connection.yaml")
     policy = build(SitePolicy, yaml.safe_load(files["site.yaml"]), where="site.yaml")
-    assert connection.site == policy.name == "north" and connection.server == "fl.example.org:8443"
+    assert connection.site == policy.name == "north" and connection.address == "fl.example.org:8443"
     assert (
         policy.bundles == (digest,) and policy.max_examples == 10_000_000 and policy.source == "folder:/data"
     )

@@ -1,4 +1,4 @@
-"""The dashboard of a real centre, in a real browser, while real sites train."""
+"""The dashboard of a real server, in a real browser, while real sites train."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.dashboard.config import DashboardConfig
-from tests.deployment.network import CENTRE
+from tests.deployment.network import SERVER
 from tests.deployment.parts import BIN, SITES, STUDY, Deployment, missing, wait_for
 from tests.helpers.browser import MISSING
 
@@ -29,15 +29,15 @@ def seen(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> di
     """What two people saw: a study watched to its end, another stopped."""
     folder = tmp_path_factory.mktemp("dashboard")
     for name, role in (("olga", "operator"), ("vera", "viewer")):
-        command = [*deployment.network.inside(CENTRE), str(BIN / "fedsigma"), "users", "add", name]
-        command += ["--role", role, "--password-stdin", "-f", str(deployment.centre.path)]
+        command = [*deployment.network.inside(SERVER), str(BIN / "fedsigma"), "users", "add", name]
+        command += ["--role", role, "--password-stdin", "-f", str(deployment.server.path)]
         subprocess.run(command, input=PASSWORD + "\n", text=True, check=True, env=deployment.environment)
     study = folder / "study.yaml"
     study.write_text(STUDY.replace("seed: 1", "seed: 8"))
-    address = DashboardConfig.read(deployment.centre.path).access.origins[0]
+    address = DashboardConfig.read(deployment.server.path).access.origins[0]
     script = Path(__file__).with_name("browse.py")
-    trust = deployment.centre.tls("sites.crt")
-    told = deployment.python(CENTRE, script, address, study, PASSWORD, folder, trust)
+    trust = deployment.server.tls("sites.crt")
+    told = deployment.python(SERVER, script, address, study, PASSWORD, folder, trust)
     return dict(json.loads(told[-1]))
 
 
@@ -77,7 +77,7 @@ def test_an_operator_stops_a_run_and_a_viewer_cannot(seen: dict[str, Any], deplo
 
 
 def test_the_audit_log_says_who_did_it(seen: dict[str, Any], deployment: Deployment) -> None:
-    lines = Chain(deployment.centre.path / "audit.jsonl").lines()
+    lines = HashChainedLog(deployment.server.path / "audit.jsonl").lines()
     acts = [(line["kind"], line.get("by")) for line in lines if line["kind"].startswith("study_")]
     assert acts.count(("study_submitted", "olga")) == 2 and ("study_stopped", "olga") in acts
     assert "vera" not in {line.get("by") for line in lines}
@@ -85,7 +85,7 @@ def test_the_audit_log_says_who_did_it(seen: dict[str, Any], deployment: Deploym
 
 
 def test_pages_asked_nobody_else_and_had_no_errors(seen: dict[str, Any], deployment: Deployment) -> None:
-    address = DashboardConfig.read(deployment.centre.path).access.origins[0]
+    address = DashboardConfig.read(deployment.server.path).access.origins[0]
     assert seen["problems"] == [] and seen["hosts"] == [address.removeprefix("https://")]
 
 
@@ -95,9 +95,9 @@ def test_it_is_served_by_tls_that_sites_trust(seen: dict[str, Any]) -> None:
 
 def test_it_dies_alone_and_is_started_again(seen: dict[str, Any], deployment: Deployment) -> None:
     def pids() -> dict[str, int]:
-        return {name: deployment.pid(CENTRE, name) for name in ("superlink", "worker", "dashboard")}
+        return {name: deployment.pid(SERVER, name) for name in ("superlink", "worker", "dashboard")}
 
     before = pids()
-    deployment.kill(CENTRE, "dashboard")
+    deployment.kill(SERVER, "dashboard")
     wait_for(lambda: pids()["dashboard"] not in (0, before["dashboard"]), "the dashboard is started again")
     assert {**pids(), "dashboard": 0} == {**before, "dashboard": 0}

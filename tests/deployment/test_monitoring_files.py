@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from fedsigma.server.dashboard.pages.prometheus import RunCollector
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.deployment.test_deploy_files import YAMLLINT
 from tests.helpers.deploy_files import DEPLOY, passes, tool
 from tests.helpers.synthetic_run import write_synthetic_run
@@ -32,9 +32,9 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The labels of each metric that the collector gives."""
     place = tmp_path_factory.mktemp("runs")
     write_synthetic_run(place / "blood", finished=6)
-    private = RunFolder.create(place / "private", "name: private\n")
+    private = RunDir.create(place / "private", "name: private\n")
     for site in ("a", "pooled"):
-        private.round_row(1, site, {"epsilon": 1.5, "loss": 0.5}, 1, 1, "accepted")
+        private.log_round(1, site, {"epsilon": 1.5, "loss": 0.5}, 1, 1, "accepted")
     found: dict[str, set[str]] = {"up": set()}
     for family in RunCollector(lambda: read(place)).collect():
         assert family.samples, f"{family.name}: the runs here have no value of it"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedsigma.common.utils.hash_chain import Chain
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.common.utils.hash_chain import HashChainedLog
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
-from tests.deployment.network import CENTRE
+from tests.deployment.network import SERVER
 from tests.deployment.parts import SITES, STUDY, Deployment, missing, reached, wait_for
 
 pytestmark = [
@@ -31,31 +31,31 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(deployment: Deployment, study: Path) -> RunFolder:
-    """A whole study, during which every process of the centre is killed once."""
+def finished(deployment: Deployment, study: Path) -> RunDir:
+    """A whole study, during which every process of the server is killed once."""
     _, folder = deployment.submit(study)
     wait_for(lambda: reached(folder, 1), "the first round begins")
     for process in ("superlink", "proxy"):
-        deployment.kill(CENTRE, process)
+        deployment.kill(SERVER, process)
     wait_for(lambda: reached(folder, 2), "the second round begins")
     # A site that begins before its node has the whole message waits for what a dead run never sends,
     # and loses the next run's first round to that.
     run = str(folder.events()[0]["run"])
     wait_for(lambda: all(deployment.received(site, run, 2) for site in SITES), "the sites have the message")
-    deployment.kill(CENTRE, "worker")
+    deployment.kill(SERVER, "worker")
     ended = wait_for(lambda: completed(deployment, folder), "the study ends", 400)
     assert ended == "finished:completed"
     return folder
 
 
-def completed(deployment: Deployment, folder: RunFolder) -> str:
+def completed(deployment: Deployment, folder: RunDir) -> str:
     """How a run ended; one that died is not over, since it is gone on with."""
     # The folder is asked first: to ask the SuperLink takes seconds of a processor.
     return deployment.ended(folder) if folder.events()[-1]["kind"] == "run_end" else ""
 
 
 def test_it_ends_with_the_shift_of_the_simulation(
-    finished: RunFolder,
+    finished: RunDir,
     deployment: Deployment,
     study: Path,
     tmp_path: Path,
@@ -72,48 +72,52 @@ def test_it_ends_with_the_shift_of_the_simulation(
     np.testing.assert_allclose(real, simulated, atol=5e-5)
 
 
-def test_the_run_was_gone_on_with_after_its_process_died(finished: RunFolder) -> None:
+def test_the_run_was_gone_on_with_after_its_process_died(finished: RunDir) -> None:
     kinds = [e["kind"] for e in finished.events() if e["kind"] in ("run_start", "run_end")]
     assert kinds == ["run_start", "run_start", "run_end"]
     lost = [r for r in finished.rounds() if r["status"] not in ("accepted", "pooled")]
     assert lost == []
 
 
-def test_what_left_a_site_is_what_came_to_the_centre(finished: RunFolder, deployment: Deployment) -> None:
+def test_what_left_a_site_is_what_came_to_the_server(finished: RunDir, deployment: Deployment) -> None:
     runs = {e["run"] for e in finished.events() if e["kind"] == "run_start"}
-    came = [one for one in Chain(deployment.centre.path / "audit.jsonl").lines() if one.get("run") in runs]
+    came = [
+        one
+        for one in HashChainedLog(deployment.server.path / "audit.jsonl").lines()
+        if one.get("run") in runs
+    ]
     for name, site in deployment.sites.items():
-        lines = Chain(site.path / "worker" / "audit.jsonl").lines()
+        lines = HashChainedLog(site.path / "worker" / "audit.jsonl").lines()
         lines = [line for line in lines if line["asked"]["run"] in runs]
         assert {line["asked"]["round"] for line in lines if line["asked"]["message"] == TRAIN} == {1, 2}
         left = {(line["left"]["bytes"], line["left"]["sha256"]) for line in lines}
         told = {
             (line["bytes"], line["sha256"]) for line in came if line.get("site") == name and "sha256" in line
         }
-        # What was on its way when the centre's process died left twice and counted once.
+        # What was on its way when the server's process died left twice and counted once.
         assert told and told <= left
 
 
-def test_the_same_study_twice_is_refused(finished: RunFolder, deployment: Deployment, study: Path) -> None:
-    again = deployment.run(CENTRE, "study", "submit", study, "-f", deployment.centre.path, check=False)
+def test_the_same_study_twice_is_refused(finished: RunDir, deployment: Deployment, study: Path) -> None:
+    again = deployment.run(SERVER, "study", "submit", study, "-f", deployment.server.path, check=False)
     assert again.returncode == 3 and "was submitted before as run" in again.stderr
 
 
-def test_a_site_is_well(finished: RunFolder, deployment: Deployment) -> None:
+def test_a_site_is_well(finished: RunDir, deployment: Deployment) -> None:
     folder = deployment.sites["east"].path
     told = deployment.run("east", "site", "doctor", "--quick", "-f", folder, check=False).stdout
     bad = [line for line in told.splitlines() if line.startswith("FAIL")]
     # From the node's place, in a network of its own, the worker's health cannot be asked.
     assert [line.split()[1] for line in bad] == (["worker"] if deployment.network.apart else [])
-    for check in ("path", "clock", "centre", "key", "node"):
+    for check in ("path", "clock", "server", "key", "node"):
         assert f"ok   {check} " in told
 
 
-def test_from_outside_nothing_can_be_started(finished: RunFolder, deployment: Deployment) -> None:
+def test_from_outside_nothing_can_be_started(finished: RunDir, deployment: Deployment) -> None:
     """Every path but Fleet's is closed, and Fleet's wants a node's signature."""
     trust = deployment.sites["east"].path / "node" / "sites.crt"
     script = Path(__file__).with_name("outside.py")
-    found = deployment.python("east", script, deployment.centre.config.address, trust)
+    found = deployment.python("east", script, deployment.server.config.address, trust)
     closed = [line for line in found if line.startswith("closed")]
     signed = [line for line in found if line.startswith("signed")]
     assert len(closed) == 16 and {line.split()[-1] for line in closed} == {"404"}, closed
@@ -121,7 +125,7 @@ def test_from_outside_nothing_can_be_started(finished: RunFolder, deployment: De
 
 
 def test_who_sees_images_has_no_way_out(deployment: Deployment) -> None:
-    network, config = deployment.network, deployment.centre.config
+    network, config = deployment.network, deployment.server.config
     if not network.apart:
         pytest.skip("no right to make network namespaces here: all processes share one host")
     for site in SITES:
@@ -133,10 +137,10 @@ def test_who_sees_images_has_no_way_out(deployment: Deployment) -> None:
     assert not network.reaches("east", deployment.sites["north"].connection.node)
 
 
-def test_secrets_stay_where_they_were_made(finished: RunFolder, deployment: Deployment) -> None:
+def test_secrets_stay_where_they_were_made(finished: RunDir, deployment: Deployment) -> None:
     everything = b"".join(
         path.read_bytes()
-        for path in deployment.centre.path.rglob("*")
+        for path in deployment.server.path.rglob("*")
         if path.is_file() and not path.is_socket()
     )
     for site in deployment.sites.values():

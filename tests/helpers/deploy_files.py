@@ -18,14 +18,14 @@ import typer
 import yaml
 
 from fedsigma.cli.main import main
-from fedsigma.cli.server import PROCESSES as CENTRE_PROCESSES
+from fedsigma.cli.server import PROCESSES as SERVER_PROCESSES
 from fedsigma.cli.site import PROCESSES
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-FOLDERS = {"server": "/var/lib/fedsigma/centre", "site": "/var/lib/fedsigma/site"}
+FOLDERS = {"server": "/var/lib/fedsigma/server", "site": "/var/lib/fedsigma/site"}
 # What each command's --only may say.
-ONLY = {"server": CENTRE_PROCESSES, "site": PROCESSES}
+ONLY = {"server": SERVER_PROCESSES, "site": PROCESSES}
 UID = 10001
 
 
@@ -54,7 +54,7 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         assert found is not None, words
         command = found
         names.append(str(name))
-    environment = {"FEDSIGMA_CENTRE": FOLDERS["server"], "FEDSIGMA_SITE_FOLDER": FOLDERS["site"]}
+    environment = {"FEDSIGMA_SERVER": FOLDERS["server"], "FEDSIGMA_SITE_FOLDER": FOLDERS["site"]}
     with mock.patch.dict(os.environ, environment):
         context = command.make_context(names[-1], rest)
     only = context.params.get("only")

@@ -15,9 +15,9 @@ import pytest
 from fedsigma.client.site import site as client_site
 from fedsigma.common.config.study import PrivacyConfig
 from fedsigma.common.data.sources import site_data
-from fedsigma.common.sigma import Entry, Fingerprint, Layout, Split
+from fedsigma.common.sigma import Entry, Fingerprint, Layout, ParameterPartition
 from fedsigma.common.training import trainer as learning
-from fedsigma.common.training.trainer import Judged, Learned
+from fedsigma.common.training.trainer import EvalOutput, TrainOutput
 from fedsigma.server.federation import messenger
 
 SIZE = 6
@@ -51,8 +51,10 @@ class FakeLearner:
         if backbone == "other":
             self.fingerprint = Fingerprint("b" * 64, LAYOUT.digest, ((1.0, 2.0),))
 
-    def split(self, personal: Any) -> Split:
-        return Split(self.layout, None if personal is None else frozenset({self.layout.entries[-1].key}))
+    def split(self, personal: Any) -> ParameterPartition:
+        return ParameterPartition(
+            self.layout, None if personal is None else frozenset({self.layout.entries[-1].key})
+        )
 
     def train(
         self,
@@ -65,7 +67,7 @@ class FakeLearner:
         total_steps: int,
         seed: int,
         privacy: PrivacyConfig | None = None,
-    ) -> Learned:
+    ) -> TrainOutput:
         target = np.mean([one.target for one in examples], axis=0)
         # The step size depends on the place in the schedule, and the seed adds its part: a resumed run that
         # loses either ends elsewhere.
@@ -73,13 +75,13 @@ class FakeLearner:
         noise = np.random.default_rng(seed).normal(size=SIZE) * 1e-3
         moved = (shift + pull * (target - shift) + noise).astype(np.float32)
         loss = math.nan if privacy and privacy.in_training else 1.0
-        return Learned(shift=moved, loss=loss, steps=steps, examples=len(examples))
+        return TrainOutput(shift=moved, loss=loss, steps=steps, examples=len(examples))
 
-    def evaluate(self, shift: Any, examples: Any) -> Judged:
+    def evaluate(self, shift: Any, examples: Any) -> EvalOutput:
         distance = float(np.linalg.norm(shift - examples[0].target))
         right = round(len(examples) / (1 + distance))
         scores = {"accuracy": right / len(examples), "balanced_accuracy": 0.5, "f1": 0.5, "ece": 0.1}
-        return Judged(scores=scores, confusion=(right, 0, len(examples) - right, 0))
+        return EvalOutput(scores=scores, confusion=(right, 0, len(examples) - right, 0))
 
 
 def parts(data: str, classes: Any, seed: int) -> Any:

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from fedsigma.client.inference.calibration import Calibration
-from fedsigma.client.inference.loaded_model import Restored
-from fedsigma.client.inference.predictor import Judge
+from fedsigma.client.inference.loaded_model import LoadedModel
+from fedsigma.client.inference.predictor import Predictor
 from fedsigma.client.serving.app import asgi
 from fedsigma.client.serving.limits import Limits
 from fedsigma.client.serving.service import Service, describe
@@ -31,7 +31,7 @@ PATIENT = "MUSTERMANN_19700101.png"
 class Held:
     """A judge's computation that waits until it may go on, and notes how many images it is given."""
 
-    judge: Judge
+    judge: Predictor
     go: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
     sizes: list[int] = field(default_factory=list)
@@ -40,12 +40,12 @@ class Held:
         self.sizes.append(len(images))
         self.entered.set()
         assert self.go.wait(20)
-        return Judge.probabilities(self.judge, images)
+        return Predictor.probabilities(self.judge, images)
 
 
 @contextmanager
 def serving(
-    restored: Restored,
+    restored: LoadedModel,
     run: Path,
     *,
     token: str | None = None,
@@ -56,7 +56,7 @@ def serving(
 ) -> Iterator[tuple[httpx.Client, Service, Any]]:
     """A client of a service with this model, the service, and what holds its judge, if it is to be held."""
     bounds = Limits(**limits)
-    judge = Judge(restored, temperature=calibration.temperature if calibration else 1.0, least=least)
+    judge = Predictor(restored, temperature=calibration.temperature if calibration else 1.0, least=least)
     holder = Held(judge) if held else None
     if holder:
         judge.probabilities = holder  # type: ignore[method-assign]

@@ -14,9 +14,9 @@ import numpy as np
 import yaml
 
 from fedsigma.common.sigma.layout import Entry, Layout
-from fedsigma.server.federation.validation import counted
-from fedsigma.server.runs.run_dir import POOLED, RunFolder
-from fedsigma.server.runs.shift_magnitude import heats_of, to_towers
+from fedsigma.server.federation.validation import metrics_of_confusion
+from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
+from fedsigma.server.runs.shift_magnitude import shift_magnitudes, to_towers
 
 PARTS = ("q", "k", "v", "o", "mlp", "mlp")
 UPLOAD, DOWNLOAD = 61_700, 58_200
@@ -93,29 +93,29 @@ def write_synthetic_run(
     baselines: tuple[str, ...] = ("zero_shot", "local_only", "pooled"),
     troubles: bool = True,
     seed: int = 0,
-) -> RunFolder:
+) -> RunDir:
     """Write a run of which `finished` rounds are done (all of them by default)."""
     sites = ["north", "east", "south", "west"] if sites is None else sites
     classes = classes or ["neutrophil", "lymphocyte", "monocyte", "eosinophil"]
     done = rounds if finished is None else finished
     rng = np.random.default_rng(seed)
     study = synthetic_study(name=name, rounds=rounds, classes=classes)
-    folder = RunFolder.create(path, study)
-    folder.event("run_start", study=name)
+    folder = RunDir.create(path, study)
+    folder.log_event("run_start", study=name)
     for site in sites:
-        folder.event("site_ready", site=site)
+        folder.log_event("site_ready", site=site)
     if troubles:
-        folder.event("site_refused", site="annex", reason="its backbone weights differ from the study's")
+        folder.log_event("site_refused", site="annex", reason="its backbone weights differ from the study's")
     curves = _curves(sites, done, rng)
     for number in range(1, done + 1):
         _write_round(folder, number, sites, curves, rng, troubles=troubles)
     layout = synthetic_layout()
     for number in range(1, done + 1):
         grown = synthetic_shift(layout, seed=seed) * np.float32(number / done)
-        folder.heat(number, to_towers(heats_of(grown, layout)))
+        folder.log_shift_magnitude(number, to_towers(shift_magnitudes(grown, layout)))
     if done:
         fingerprint = json.dumps({"weights": "0" * 64, "layout": layout.digest, "sketch": [0.0]})
-        folder.save_sigma(
+        folder.save_shift(
             synthetic_shift(layout, seed=seed),
             layout_json=layout.to_json(),
             fingerprint_json=fingerprint,
@@ -123,14 +123,14 @@ def write_synthetic_run(
             round=done,
         )
     if fail:
-        folder.event("run_end", ok=False, reason=fail)
+        folder.log_event("run_end", ok=False, reason=fail)
     elif done == rounds:
         _write_rows(folder, done + 1, sites, curves, rng, final=True)
         summary = _summary(name, sites, classes, curves, done, baselines, rng)
         for method in baselines:
-            folder.event("baseline", method=method, site=POOLED, metrics=summary[method]["metrics"])
+            folder.log_event("baseline", method=method, site=ALL_SITES, metrics=summary[method]["metrics"])
         folder.summary(summary)
-        folder.event("run_end", ok=True, reason="")
+        folder.log_event("run_end", ok=True, reason="")
     return folder
 
 
@@ -145,7 +145,7 @@ def _curves(sites: list[str], rounds: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _write_round(
-    folder: RunFolder,
+    folder: RunDir,
     number: int,
     sites: list[str],
     curves: np.ndarray,
@@ -153,20 +153,20 @@ def _write_round(
     *,
     troubles: bool,
 ) -> None:
-    folder.event("round_start", round=number, sites=sites)
+    folder.log_event("round_start", round=number, sites=sites)
     lost = _lost(number, sites) if troubles else {}
     _write_rows(folder, number, sites, curves, rng, lost=lost)
     for site in sites:
         status, reason = lost.get(site, ("accepted", ""))
         if status == "accepted":
-            folder.event("reply_accepted", round=number, site=site, bytes=UPLOAD, metrics={"loss": 1.0})
+            folder.log_event("reply_accepted", round=number, site=site, bytes=UPLOAD, metrics={"loss": 1.0})
         elif status == "rejected":
-            folder.event("reply_rejected", round=number, site=site, reason=reason)
+            folder.log_event("reply_rejected", round=number, site=site, reason=reason)
         elif status == "late":
-            folder.event("site_late", round=number, site=site)
+            folder.log_event("site_timed_out", round=number, site=site)
         else:
-            folder.event("site_failed", round=number, site=site, reason=reason)
-    folder.event("round_end", round=number, sites=sites, seconds=18.4)
+            folder.log_event("site_failed", round=number, site=site, reason=reason)
+    folder.log_event("round_end", round=number, sites=sites, seconds=18.4)
 
 
 def _lost(number: int, sites: list[str]) -> dict[str, tuple[str, str]]:
@@ -181,7 +181,7 @@ def _lost(number: int, sites: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def _write_rows(
-    folder: RunFolder,
+    folder: RunDir,
     number: int,
     sites: list[str],
     curves: np.ndarray,
@@ -198,15 +198,15 @@ def _write_rows(
         if not final:
             metrics |= _drift(number, rng)
         told = metrics if status == "accepted" else {}
-        folder.round_row(number, site, told, 0 if final else UPLOAD, DOWNLOAD, status, reason)
+        folder.log_round(number, site, told, 0 if final else UPLOAD, DOWNLOAD, status, reason)
     if sites:
-        folder.round_row(number, POOLED, _metrics(float(at.mean()), rng), 0, 0, "pooled")
+        folder.log_round(number, ALL_SITES, _metrics(float(at.mean()), rng), 0, 0, "pooled")
 
 
 def _drift(number: int, rng: np.random.Generator) -> dict[str, float]:
     norm = float(rng.uniform(0.8, 1.2)) / number**0.5
     cosine = float(rng.uniform(0.3, 0.6)) + 0.4 / number
-    return {"change_norm": norm, "change_cosine": cosine, "shift_norm": norm * number}
+    return {"update_norm": norm, "update_cosine": cosine, "shift_norm": norm * number}
 
 
 def _metrics(accuracy: float, rng: np.random.Generator) -> dict[str, float]:
@@ -255,7 +255,7 @@ def _summary(
     summary["federated"]["confusion"] = {
         "per_site": {},
         "all_sites": counts.tolist(),
-        "metrics": counted(counts),
+        "metrics": metrics_of_confusion(counts),
     }
     if "local_only" in summary:
         everywhere = (per_site["zero_shot"] + 0.12).clip(0, 0.98)

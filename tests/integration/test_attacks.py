@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Message
 
 from fedsigma.common.wire.codec import decode, encode
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import Tamper
 from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from tests.integration.test_rounds import events, run, shift_of
@@ -74,7 +74,7 @@ def replay() -> Callable[[Values, int], Values]:
     return change
 
 
-def away(folder: RunFolder, clean: np.ndarray) -> float:
+def away(folder: RunDir, clean: np.ndarray) -> float:
     """How far the attacked model lies from the clean one, as a share of its length."""
     return float(np.linalg.norm(shift_of(folder) - clean) / np.linalg.norm(clean))
 
@@ -83,7 +83,7 @@ def away(folder: RunFolder, clean: np.ndarray) -> float:
 def clean(tmp_path: Path) -> np.ndarray:
     """The model of the honest sites alone: the hostile one never answers."""
     folder = run(tmp_path, PLAIN, out="clean", tamper=attack(lambda *_: None))
-    assert [event["site"] for event in events(folder, "site_late")] == ["jiangxi"] * ROUNDS
+    assert [event["site"] for event in events(folder, "site_timed_out")] == ["jiangxi"] * ROUNDS
     return shift_of(folder)
 
 

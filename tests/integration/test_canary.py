@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.config.training import Recipe
-from fedsigma.common.privacy.accounting import Release, epsilon
-from fedsigma.common.privacy.noise import Randomness
-from fedsigma.common.training.dp_sgd import PrivateGradient
-from fedsigma.common.training.loop import Task, evaluate, train
+from fedsigma.common.config.training import TrainingConfig
+from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
+from fedsigma.common.privacy.noise import SecureRandom
+from fedsigma.common.training.dp_sgd import DPSGDGradient
+from fedsigma.common.training.loop import ClipClassifier, evaluate, train
 from tests.unit.test_training import task
 
 IMAGES, STEPS = 15, 60
-RECIPE = Recipe(
+RECIPE = TrainingConfig(
     learning_rate=0.05, batch_size=IMAGES, augment="none", precision="float32", schedule="constant"
 )
 
@@ -46,12 +46,12 @@ def canaries(seed: int) -> tuple[list[Picture], list[Picture]]:
     return drawn[:IMAGES], drawn[IMAGES:]
 
 
-def losses(job: Task, pictures: list[Picture]) -> Tensor:
+def losses(job: ClipClassifier, pictures: list[Picture]) -> Tensor:
     found = evaluate(job, pictures, precision="float32")
     return F.nll_loss(found.probabilities.clamp_min(1e-12).log(), found.labels, reduction="none")
 
 
-def advantage(job: Task, privacy: PrivacyConfig | None) -> float:
+def advantage(job: ClipClassifier, privacy: PrivacyConfig | None) -> float:
     """How well an attacker who knows the model tells members from others by their loss.
 
     The share of members found minus that of others taken for members (Yeom et al. 2018, arXiv:1709.01604), as
@@ -62,8 +62,8 @@ def advantage(job: Task, privacy: PrivacyConfig | None) -> float:
         members, others = canaries(seed)
         job.sigma.set_shift(torch.zeros(job.sigma.layout.size))
         # The same noise each time the test runs: what is drawn from the operating system is tested elsewhere.
-        noise = Randomness(bytes([seed]) * 32)
-        gradient = PrivateGradient(job, members, RECIPE, privacy, randomness=noise) if privacy else None
+        noise = SecureRandom(bytes([seed]) * 32)
+        gradient = DPSGDGradient(job, members, RECIPE, privacy, randomness=noise) if privacy else None
         train(job, members, RECIPE, steps=STEPS, total_steps=STEPS, seed=seed, gradient=gradient)
         inside, outside = losses(job, members), losses(job, others)
         found.append(2 * (inside[:, None] < outside[None]).float().mean().item() - 1)
@@ -73,7 +73,7 @@ def advantage(job: Task, privacy: PrivacyConfig | None) -> float:
 def test_an_attacker_finds_members_without_privacy_and_not_with_it(tmp_path: Path) -> None:
     job = task(tmp_path)
     privacy = PrivacyConfig(level="image", noise_multiplier=30.0, clip_norm=1.0)
-    spent = epsilon([Release(rate=1.0, noise_multiplier=30.0, steps=STEPS)], 1e-5)
+    spent = epsilon([PrivacyEvent(rate=1.0, noise_multiplier=30.0, steps=STEPS)], 1e-5)
     plain, private = advantage(job, None), advantage(job, privacy)
     print(f"advantage {plain:.2f} without privacy, {private:.2f} with epsilon {spent:.2f}")
     assert plain > 0.8

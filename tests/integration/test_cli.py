@@ -18,15 +18,15 @@ from typer.testing import CliRunner
 
 from fedsigma.cli.main import COMMANDS, FAILED, exit_code, main
 from fedsigma.client.inference.batch import list_pictures, predict
-from fedsigma.client.inference.loaded_model import ApplyError, restore
-from fedsigma.client.site.privacy_ledger import Entry, Ledger
+from fedsigma.client.inference.loaded_model import ModelLoadError, load_model
+from fedsigma.client.site.privacy_ledger import Entry, PrivacyLedger
 from fedsigma.common.backbones import load_backbone, save_backbone
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import SigmaConfig, StudyConfig
-from fedsigma.common.privacy.accounting import Release, epsilon
+from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Selection, SigmaModel
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from tests.helpers.tiny_backbones import tiny_clip
 
 CLASSES = ("round cell", "long cell", "spiky cell")
@@ -152,7 +152,7 @@ def test_a_study_s_privacy_is_reckoned_before_it_runs(tmp_path: Path) -> None:
     code, out, err = run("study", "privacy", file, "--images", 64, "--json")
     assert code == 0, err
     values = json.loads(out)
-    one = Release(rate=0.25, noise_multiplier=2.0, steps=2)
+    one = PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=2)
     assert values["release"] == {"rate": 0.25, "noise_multiplier": 2.0, "steps": 2}
     assert values["spent"]["4"] == epsilon([one] * 4, 1e-5)
     assert epsilon([one] * values["within"], 1e-5) <= 1.5 < epsilon([one] * (values["within"] + 1), 1e-5)
@@ -165,11 +165,11 @@ def test_what_a_site_has_spent(tmp_path: Path) -> None:
     rules = tmp_path / "site.yaml"
     rules.write_text("{name: h, source: 'folder:x', studies: [s], privacy: image, epsilon: 8}")
     assert "all studies: epsilon 0.00 at delta 1e-05; budget 8" in run("budget", rules)[1]
-    one = Release(rate=0.25, noise_multiplier=2.0, steps=2)
-    ledger, asked = Ledger(tmp_path / "privacy.jsonl"), PrivacyConfig(level="image", epsilon=9)
+    one = PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=2)
+    ledger, asked = PrivacyLedger(tmp_path / "privacy.jsonl"), PrivacyConfig(level="image", epsilon=9)
     for study in ("cells", "skin"):
         entry = Entry(study=study, run="1", round=1, mode="round", level="image", release=one)
-        ledger.spend(entry, asked, budget=8.0, delta=1e-5)
+        ledger.charge(entry, asked, budget=8.0, delta=1e-5)
     values = json.loads(run("budget", rules, "--json")[1])
     each, both = epsilon([one], 1e-5), epsilon([one, one], 1e-5)
     assert values == {"studies": {"cells": each, "skin": each}, "all": both, "budget": 8, "delta": 1e-5}
@@ -281,12 +281,12 @@ def test_restore_refuses_another_backbone(sigma_file: Path, tmp_path: Path) -> N
     assert "weights differ" in err
     assert "--backbone" in err
     assert not (tmp_path / "merged").exists()
-    with pytest.raises(ApplyError):
-        restore(sigma_file, f"local-dir:{other}")
+    with pytest.raises(ModelLoadError):
+        load_model(sigma_file, f"local-dir:{other}")
 
 
 def test_export_is_the_adapted_model(sigma_file: Path, tmp_path: Path) -> None:
-    adapted = restore(sigma_file)
+    adapted = load_model(sigma_file)
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         expected = adapted.backbone.model.encode_image(images)
@@ -320,7 +320,7 @@ def test_predict_writes_a_table(sigma_file: Path, pictures: Path, tmp_path: Path
 def test_predict_applies_the_shift(
     sigma_file: Path, pictures: Path, tmp_path: Path, backbone_folder: Path
 ) -> None:
-    adapted = restore(sigma_file)
+    adapted = load_model(sigma_file)
     predict(adapted, pictures, tmp_path / "with.csv")
     adapted.sigma.set_shift(torch.zeros(adapted.sigma.layout.size))
     predict(adapted, pictures, tmp_path / "without.csv")
@@ -378,7 +378,7 @@ def test_data_check(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_audit_log_is_found(tmp_path: Path) -> None:
-    log = Chain(tmp_path / "audit.jsonl")
+    log = HashChainedLog(tmp_path / "audit.jsonl")
     for number in range(3):
         log.append({"number": number})
     code, out, _ = run("audit", "verify", log.path)
@@ -397,21 +397,21 @@ def test_a_changed_audit_log_is_found(tmp_path: Path) -> None:
     assert run("audit", "verify", tmp_path / "none")[0] == 3
 
 
-def test_a_centre_and_a_site_are_made_by_command(tmp_path: Path) -> None:
-    centre, site = tmp_path / "centre", tmp_path / "north"
-    code, out, _ = run("server", "init", centre, "--address", "fl.example.org:443")
+def test_a_server_and_a_site_are_made_by_command(tmp_path: Path) -> None:
+    server, site = tmp_path / "server", tmp_path / "north"
+    code, out, _ = run("server", "init", server, "--address", "fl.example.org:443")
     assert code == 0 and "fedsigma server up" in out
-    assert run("server", "init", centre, "--address", "fl.example.org:443")[0] == 3
+    assert run("server", "init", server, "--address", "fl.example.org:443")[0] == 3
     assert run("server", "init", tmp_path / "other", "--address", "fl.example.org")[0] == 3
     join, keys = tmp_path / "join.json", tmp_path / "keys.json"
-    code, out, _ = run("server", "invite", "north", "-f", centre, "--out", join)
+    code, out, _ = run("server", "invite", "north", "-f", server, "--out", join)
     words = out.split("telephone: ")[1].split()[0]
     code, out, _ = run("site", "enrol", join, "-f", site, "--out", keys)
     assert code == 0 and words in out
     assert run("site", "enrol", join, "-f", site)[0] == 3
     assert run("site", "enrol", keys, "-f", tmp_path / "other")[0] == 3
     # No SuperLink runs here, so nobody can be let in, and the processes do not answer.
-    code, _, err = run("server", "admit", keys, "-f", centre)
+    code, _, err = run("server", "admit", keys, "-f", server)
     assert code == 3 and "does not answer: is `fedsigma server up` running?" in err
     code, out, _ = run("site", "status", "-f", site)
     assert code == 4 and "not supervised here" in out

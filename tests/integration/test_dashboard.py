@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from fedsigma.common.registry import Shelf
+from fedsigma.common.registry import ModelRegistry
 from fedsigma.common.registry.manifest import Manifest
-from fedsigma.server.runs.run_dir import POOLED, RunFolder
+from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
 from tests.helpers.browser import MISSING, Seen, chromium
 from tests.helpers.dashboard_process import dashboard
 from tests.helpers.synthetic_run import HOSTILE, write_synthetic_run
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         results={"federated": {"accuracy": 0.625}, "zero_shot": {"accuracy": 0.25}},
     )
     card = "# smears\n\n<script>alert(1)</script>\n\n| method | accuracy |\n|---|---:|\n| this | 62.5 % |\n"
-    Shelf(folder / "models").add(made, {"card.md": card.encode()})
+    ModelRegistry(folder / "models").add(made, {"card.md": card.encode()})
     return folder
 
 
@@ -154,7 +154,7 @@ def test_a_run_tells_what_its_report_tells(page: Page, runs: Path) -> None:
     curves = option(page, "curves")
     assert [one["name"] for one in curves["series"]] == ["north", "east", "south", "west", "all sites"]
     told = {
-        row["round"]: row["accuracy"] for row in RunFolder(runs / "plain").rounds() if row["site"] == POOLED
+        row["round"]: row["accuracy"] for row in RunDir(runs / "plain").rounds() if row["site"] == ALL_SITES
     }
     drawn = {point[0] + 1: point[1] for point in curves["series"][-1]["data"]}
     assert drawn == pytest.approx(told, abs=1e-3)
@@ -176,7 +176,7 @@ def test_who_took_part_is_drawn_by_site_and_round(page: Page) -> None:
 
 def test_the_slider_goes_through_the_rounds(page: Page, runs: Path) -> None:
     page.goto("/runs/plain")
-    heats = RunFolder(runs / "plain").heats()
+    heats = RunDir(runs / "plain").shift_magnitudes()
     slider = page.get_by_label("After round")
     expect(slider).to_have_attribute("max", str(len(heats) - 1))
     for at, line in ((len(heats) - 1, heats[-1]), (2, heats[2])):
@@ -192,7 +192,7 @@ def test_metrics_and_drift_can_be_chosen(page: Page) -> None:
     page.goto("/runs/many")
     page.locator("#metric").select_option("loss")
     assert option(page, "curves")["xAxis"][0]["name"] == "round"
-    page.locator("#drift-of").select_option("change_cosine")
+    page.locator("#drift-of").select_option("update_cosine")
     values = [point[1] for one in option(page, "drift")["series"] for point in one["data"]]
     assert values and all(-1 <= value <= 1 for value in values)
     page.get_by_label("Point out").select_option("hospital-07")
@@ -207,8 +207,8 @@ def test_where_sites_mask_their_drift_is_absent_and_said_to_be(
     folder = write_synthetic_run(source, rounds=2, finished=0, troubles=False)
     text = folder.study_yaml.replace("strategy: fedavg", "strategy: fedavg\n  masking: true")
     (source / "study.yaml").write_text(text)
-    folder.round_row(1, "north", {}, 10, 10, "accepted")
-    folder.round_row(1, POOLED, {"accuracy": 0.5}, 0, 0, "pooled")
+    folder.log_round(1, "north", {}, 10, 10, "accepted")
+    folder.log_round(1, ALL_SITES, {"accuracy": 0.5}, 0, 0, "pooled")
     time.sleep(1.1)
     page.goto("/runs/masked")
     expect(page.locator("#drift")).to_contain_text("the server sees their sum alone")
@@ -221,16 +221,16 @@ def test_a_live_run_is_followed_without_a_reload(page: Page, runs: Path) -> None
     ended = threading.Event()
 
     def go_on() -> None:
-        with folder.hold():
+        with folder.lock():
             for number in (3, 4):
                 step.wait(20)
                 step.clear()
-                folder.event("round_start", round=number, sites=["north", "east"])
-                folder.round_row(number, "north", {"accuracy": 0.9}, 1000, 1000, "accepted")
-                folder.round_row(number, "east", {}, 0, 1000, "late", "no reply within 600 s")
-                folder.event("site_late", round=number, site="east")
-                folder.round_row(number, POOLED, {"accuracy": 0.91}, 0, 0, "pooled")
-                folder.event("round_end", round=number, sites=["north"], seconds=1.0)
+                folder.log_event("round_start", round=number, sites=["north", "east"])
+                folder.log_round(number, "north", {"accuracy": 0.9}, 1000, 1000, "accepted")
+                folder.log_round(number, "east", {}, 0, 1000, "late", "no reply within 600 s")
+                folder.log_event("site_timed_out", round=number, site="east")
+                folder.log_round(number, ALL_SITES, {"accuracy": 0.91}, 0, 0, "pooled")
+                folder.log_event("round_end", round=number, sites=["north"], seconds=1.0)
             ended.wait(20)
 
     step = threading.Event()

@@ -20,7 +20,7 @@ from fedsigma.server.dashboard.auth.accounts import Accounts, AccountsError
 from fedsigma.server.dashboard.auth.passwords import check_password
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.config import check_installed
-from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from fedsigma.server.deployment.home import ServerConfig, ServerHome
 from tests.helpers.dashboard_door import (
     ACCESS,
     ORIGIN,
@@ -239,39 +239,39 @@ def test_settings_are_bounded() -> None:
 
 
 @pytest.fixture
-def centre(tmp_path: Path) -> CentreFolder:
-    config = ServerConfig(name="Centre", address="fl.example.org:443")
-    return CentreFolder.create(tmp_path / "centre", config, own=None)
+def server(tmp_path: Path) -> ServerHome:
+    config = ServerConfig(name="Server", address="fl.example.org:443")
+    return ServerHome.create(tmp_path / "server", config, own=None)
 
 
-def command(centre: CentreFolder, *args: str, input: str | None = None) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, ["users", *args, "-f", str(centre.path)], input=input)
+def command(server: ServerHome, *args: str, input: str | None = None) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["users", *args, "-f", str(server.path)], input=input)
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_users_by_command(centre: CentreFolder) -> None:
-    assert command(centre, "list")[1].startswith("Nobody may sign in yet")
+def test_users_by_command(server: ServerHome) -> None:
+    assert command(server, "list")[1].startswith("Nobody may sign in yet")
     typed = f"{PASSWORD}\n{PASSWORD}\n"
-    assert command(centre, "add", "anna", "--role", "operator", input=typed)[0] == 0
-    assert command(centre, "add", "vera", "--password-stdin", input=f"{PASSWORD}\n")[0] == 0
-    code, out, _ = command(centre, "token", "prometheus")
+    assert command(server, "add", "anna", "--role", "operator", input=typed)[0] == 0
+    assert command(server, "add", "vera", "--password-stdin", input=f"{PASSWORD}\n")[0] == 0
+    code, out, _ = command(server, "token", "prometheus")
     assert code == 0
     token = out.splitlines()[0]
-    assert command(centre, "password", "vera", "--password-stdin", input="another long one\n")[0] == 0
-    assert command(centre, "change", "vera", "--disable")[0] == 0
-    rows = json.loads(command(centre, "list", "--json")[1])
+    assert command(server, "password", "vera", "--password-stdin", input="another long one\n")[0] == 0
+    assert command(server, "change", "vera", "--disable")[0] == 0
+    rows = json.loads(command(server, "list", "--json")[1])
     assert [(row["name"], row["role"], row["state"]) for row in rows] == [
         ("anna", "operator", "enabled"),
         ("prometheus", "metrics", "enabled"),
         ("vera", "viewer", "disabled"),
     ]
-    assert "prometheus" in command(centre, "list")[1]
-    assert command(centre, "remove", "vera")[0] == 0
-    assert command(centre, "remove", "prometheus")[0] == 0
-    accounts = Accounts(centre.path / "dashboard.db")
+    assert "prometheus" in command(server, "list")[1]
+    assert command(server, "remove", "vera")[0] == 0
+    assert command(server, "remove", "prometheus")[0] == 0
+    accounts = Accounts(server.path / "dashboard.db")
     assert accounts.verify("anna", PASSWORD)
     assert accounts.token_name(token) is None
-    text = (centre.path / "audit.jsonl").read_text()
+    text = (server.path / "audit.jsonl").read_text()
     assert [json.loads(line)["kind"] for line in text.splitlines()] == [
         "user_added",
         "user_added",
@@ -297,16 +297,16 @@ def test_users_by_command(centre: CentreFolder) -> None:
     ],
 )
 def test_a_command_that_does_not_do_says_why(
-    centre: CentreFolder, args: list[str], typed: str | None, says: str
+    server: ServerHome, args: list[str], typed: str | None, says: str
 ) -> None:
-    code, _, error = command(centre, *args, input=typed)
+    code, _, error = command(server, *args, input=typed)
     assert code == 3
     assert says in error
-    assert not (centre.path / "audit.jsonl").exists()
+    assert not (server.path / "audit.jsonl").exists()
 
 
-def test_a_name_is_given_once(centre: CentreFolder) -> None:
-    assert command(centre, "token", "anna")[0] == 0
-    code, _, error = command(centre, "add", "anna", "--password-stdin", input=PASSWORD)
+def test_a_name_is_given_once(server: ServerHome) -> None:
+    assert command(server, "token", "anna")[0] == 0
+    code, _, error = command(server, "add", "anna", "--password-stdin", input=PASSWORD)
     assert code == 3
     assert "is there already" in error

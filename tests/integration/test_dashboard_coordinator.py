@@ -1,4 +1,4 @@
-"""A centre's pages without its processes: what waits or did not begin, who was heard of, who may act."""
+"""A server's pages without its processes: what waits or did not begin, who was heard of, who may act."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pytest
 from starlette.testclient import TestClient
 
 from fedsigma.common.ops.supervisor import free_ports
-from fedsigma.server.dashboard.app import CENTRE_PAGES
+from fedsigma.server.dashboard.app import SERVER_PAGES
 from fedsigma.server.dashboard.auth.accounts import Accounts
 from fedsigma.server.dashboard.auth.middleware import guarded
 from fedsigma.server.dashboard.config import DashboardConfig
-from fedsigma.server.dashboard.pages.coordinator import centre_routes
-from fedsigma.server.dashboard.pages.routes import Desk, make_pages
-from fedsigma.server.dashboard.pages.run_index import Library
+from fedsigma.server.dashboard.pages.coordinator import coordinator_routes
+from fedsigma.server.dashboard.pages.routes import DashboardContext, make_pages
+from fedsigma.server.dashboard.pages.run_index import RunIndex
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
-from fedsigma.server.deployment.audit_log import CentreLog
-from fedsigma.server.deployment.database import NodeKey, Registry, Site, Submission
+from fedsigma.server.deployment.audit_log import ServerAuditLog
+from fedsigma.server.deployment.database import NodeKey, ServerDatabase, Site, Submission
 from fedsigma.server.deployment.flower_control import Node, Run
-from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from fedsigma.server.deployment.home import ServerConfig, ServerHome
 from tests.helpers.dashboard_door import ACCESS, FROM_US, HTML, PASSWORD, QUICK, client, sign_in
 from tests.helpers.synthetic_run import write_synthetic_run
 
@@ -30,7 +30,7 @@ NOON = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
 
 
 class Told:
-    """Stands for the centre's Control, which asks a SuperLink; here nobody is there to be asked."""
+    """Stands for the server's Control, which asks a SuperLink; here nobody is there to be asked."""
 
     def nodes(self) -> dict[str, Node]:
         return {"7": Node("7", "online", "2026-03-01T11:00:00+00:00")}
@@ -40,13 +40,13 @@ class Told:
 
 
 @pytest.fixture
-def centre(tmp_path: Path) -> CentreFolder:
+def server(tmp_path: Path) -> ServerHome:
     ports = free_ports(4)
     config = ServerConfig(
         name="Tests", address=f"127.0.0.1:{ports[0]}", superlink=f"127.0.0.1:{ports[1]}", proxy="none"
     )
-    found = CentreFolder.create(tmp_path / "centre", config, own=None)
-    registry = Registry(found.path / "centre.db")
+    found = ServerHome.create(tmp_path / "server", config, own=None)
+    registry = ServerDatabase(found.path / "server.db")
     with registry.session() as session:
         session.add(Site(name="north", invited_at=NOON))
         session.add(Site(name="annex", invited_at=NOON, note="<i>new</i>"))
@@ -63,24 +63,24 @@ def centre(tmp_path: Path) -> CentreFolder:
                 )
             )
     run = write_synthetic_run(found.path / "runs" / "ran", name="ran", rounds=2, finished=1, troubles=False)
-    run.event("site_ready", site="north", version="9.9.9")
+    run.log_event("site_ready", site="north", version="9.9.9")
     return found
 
 
 @pytest.fixture
-def watch(centre: CentreFolder) -> SuperLinkWatch:
-    found = SuperLinkWatch(centre, control=Told())  # type: ignore[arg-type]
+def watch(server: ServerHome) -> SuperLinkWatch:
+    found = SuperLinkWatch(server, control=Told())  # type: ignore[arg-type]
     found.nodes, found.runs, found.problem = Told().nodes(), Told().runs(), ""
     return found
 
 
 @pytest.fixture
-def browsers(centre: CentreFolder, watch: SuperLinkWatch) -> dict[str, TestClient]:
+def browsers(server: ServerHome, watch: SuperLinkWatch) -> dict[str, TestClient]:
     """Two people who are signed in, and one who is not."""
     accounts = Accounts(None, hasher=QUICK)
-    desk = Desk(Library(centre.path / "runs", centre=centre, watch=watch), CENTRE_PAGES)
-    pages = make_pages(desk, centre_routes(desk, centre, watch))
-    app = guarded(pages, accounts=accounts, settings=ACCESS, log=CentreLog(centre.path))
+    desk = DashboardContext(RunIndex(server.path / "runs", server=server, watch=watch), SERVER_PAGES)
+    pages = make_pages(desk, coordinator_routes(desk, server, watch))
+    app = guarded(pages, accounts=accounts, settings=ACCESS, log=ServerAuditLog(server.path))
     found = {"nobody": client(app)}
     for name, role in (("olga", "operator"), ("vera", "viewer")):
         accounts.add(name, role=role, password=PASSWORD)
@@ -170,10 +170,10 @@ def test_a_run_that_is_not_there_is_not_stopped(browsers: dict[str, TestClient])
     assert send(browsers["olga"], "/stop/nowhere").status_code == 404
 
 
-def test_the_audit_log_is_verified_and_shown(browsers: dict[str, TestClient], centre: CentreFolder) -> None:
+def test_the_audit_log_is_verified_and_shown(browsers: dict[str, TestClient], server: ServerHome) -> None:
     text = page(browsers["vera"], "/audit")
     assert "none was changed or removed" in text and "dashboard signed in" in text
-    file = centre.path / "audit.jsonl"
+    file = server.path / "audit.jsonl"
     file.write_text(file.read_text().replace("vera", "anna"))
     text = page(browsers["vera"], "/audit")
     assert "does not verify" in text and "none was changed" not in text

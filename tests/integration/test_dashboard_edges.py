@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from fedsigma.common.utils.hash_chain import ChainBroken
+from fedsigma.common.utils.hash_chain import LogTampered
 from fedsigma.server.dashboard.auth.accounts import Accounts
-from fedsigma.server.dashboard.auth.rate_limit import Attempts
+from fedsigma.server.dashboard.auth.rate_limit import LoginRateLimiter
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.auth.urls import local_path
 from tests.helpers.dashboard_door import (
@@ -181,7 +181,7 @@ def test_an_address_tries_thirty_names(visitor: TestClient) -> None:
 
 
 def test_one_machine_has_one_address() -> None:
-    attempts = Attempts(AccessSettings(origins=(ORIGIN,), per_address=2))
+    attempts = LoginRateLimiter(AccessSettings(origins=(ORIGIN,), per_address=2))
     assert [attempts.wait(f"2001:db8:1:2::{n}") > 0 for n in range(3)] == [False, False, True]
     assert attempts.wait("2001:db8:1:3::1") == 0
     assert [attempts.wait(text) > 0 for text in ("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.1")][2]
@@ -280,7 +280,7 @@ def test_the_log_says_who_came_and_holds_no_secret(visitor: TestClient, log: Fak
         assert secret not in text
 
 
-@pytest.mark.parametrize("error", [OSError("disk"), ChainBroken(Path("audit.jsonl"), 3, "was changed")])
+@pytest.mark.parametrize("error", [OSError("disk"), LogTampered(Path("audit.jsonl"), 3, "was changed")])
 def test_nobody_gets_in_unnoted(accounts: Accounts, error: Exception) -> None:
     log = FakeLog()
     log.error = error

@@ -9,15 +9,15 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedsigma.client.app import app as client
-from fedsigma.client.inference.loaded_model import ApplyError, restore
+from fedsigma.client.inference.loaded_model import ModelLoadError, load_model
 from fedsigma.client.site import site as client_site
 from fedsigma.client.site.personal_state import PersonalError
-from fedsigma.client.site.privacy_ledger import Ledger
+from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.common.backbones import save_backbone
 from fedsigma.common.sigma import Layout
-from fedsigma.common.training.trainer import split_of
+from fedsigma.common.training.trainer import parameter_partition
 from fedsigma.server.app import app as server
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.tiny_backbones import tiny_clip
 
@@ -50,20 +50,20 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def study_of(tmp_path: Path, text: str) -> RunFolder:
+def study_of(tmp_path: Path, text: str) -> RunDir:
     backbone = save_backbone(tiny_clip(), tmp_path / "backbone", source="tests")
     file = tmp_path / "study.yaml"
     file.write_text(text.format(backbone=backbone))
     config = {"study": str(file), "out": str(tmp_path / "out"), "resume": False, "seed": -1, "rounds": 0}
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     server(FakeGrid(client, 4), context)
-    return RunFolder.open(tmp_path / "out")
+    return RunDir.open(tmp_path / "out")
 
 
-def check_guarded(folder: RunFolder, audit: Path) -> None:
+def check_guarded(folder: RunDir, audit: Path) -> None:
     """What a guarded study leaves behind: at the server and at the sites."""
-    summary, saved = folder.read_summary(), folder.load_sigma()
-    bad = [e for e in folder.events() if e["kind"] in ("site_failed", "reply_rejected", "site_late")]
+    summary, saved = folder.read_summary(), folder.load_shift()
+    bad = [e for e in folder.events() if e["kind"] in ("site_failed", "reply_rejected", "site_timed_out")]
     assert bad == []
     assert {len(summary[name]["per_site"]) for name in ("federated", "shared_only", "pooled")} == {4}
     layout = Layout.from_json(saved.layout_json)
@@ -76,7 +76,7 @@ def check_guarded(folder: RunFolder, audit: Path) -> None:
     ledgers = list((audit / "privacy").glob("*.jsonl"))
     assert len(ledgers) == 4
     for ledger in ledgers:
-        assert [entry.release.steps for entry in Ledger(ledger).entries()] == [2, 2]
+        assert [entry.release.steps for entry in PrivacyLedger(ledger).entries()] == [2, 2]
     assert len(list((audit / "personal").rglob("*.safetensors"))) == 4
 
 
@@ -87,19 +87,19 @@ def test_a_guarded_study_of_the_demonstration_images(places: Path) -> None:
 def test_personal_values_go_on_top_of_a_study(places: Path) -> None:
     folder = study_of(places, STUDY.replace("local_only, ", "") + "personal: {{towers: [text]}}\n")
     file = next((places / "audit" / "personal").rglob("*.safetensors"))
-    plain, own = restore(folder.path), restore(folder.path, personal=file)
-    split = split_of(own.sigma, own.study.personal)
+    plain, own = load_model(folder.path), load_model(folder.path, personal=file)
+    split = parameter_partition(own.sigma, own.study.personal)
     shared, mine = plain.sigma.get_shift().numpy(), own.sigma.get_shift().numpy()
     assert np.array_equal(split.gather(shared), split.gather(mine))
     assert not split.personal(shared).any() and np.abs(split.personal(mine)).min() > 0
     with pytest.raises(PersonalError, match="name the one that a site wrote"):
-        restore(folder.path, personal=folder.path / "sigma.safetensors")
+        load_model(folder.path, personal=folder.path / "sigma.safetensors")
 
 
 def test_a_study_without_a_personal_part_takes_no_personal_values(places: Path) -> None:
     folder = study_of(places, STUDY.replace("[zero_shot, local_only, pooled]", "[]"))
-    with pytest.raises(ApplyError, match="keeps nothing at the sites: leave --personal out"):
-        restore(folder.path, personal=places / "any.safetensors")
+    with pytest.raises(ModelLoadError, match="keeps nothing at the sites: leave --personal out"):
+        load_model(folder.path, personal=places / "any.safetensors")
 
 
 def test_a_study_of_the_demonstration_images(places: Path) -> None:
@@ -107,9 +107,9 @@ def test_a_study_of_the_demonstration_images(places: Path) -> None:
     summary = folder.read_summary()
     for method in ("zero_shot", "local_only", "pooled", "federated"):
         assert len(summary[method]["per_site"]) == 4 and 0 <= summary[method]["accuracy"] <= 1
-    saved = folder.load_sigma()
+    saved = folder.load_shift()
     assert saved.round == 2 and np.abs(saved.shift.numpy()).max() > 0
-    bad = [e for e in folder.events() if e["kind"] in ("site_failed", "reply_rejected", "site_late")]
+    bad = [e for e in folder.events() if e["kind"] in ("site_failed", "reply_rejected", "site_timed_out")]
     assert bad == []
     assert folder.report_path.is_file()
     first = [row for row in folder.rounds() if row["round"] == 1 and row["site"] != "pooled"]

@@ -44,10 +44,10 @@ def unwilling(*nodes: int) -> Tamper:
     """Sites that do not let their shifts be explained."""
 
     def answer(node: int, task: Message, reply: Message) -> Message:
-        if node not in nodes or task.metadata.message_type != records.HELLO:
+        if node not in nodes or task.metadata.message_type != records.HANDSHAKE:
             return reply
-        said = records.from_content(records.HelloReply, reply.content)
-        return Message(records.to_content(replace(said, explained=False)), reply_to=task)
+        said = records.from_record(records.HandshakeReply, reply.content)
+        return Message(records.to_record(replace(said, allow_explanation=False)), reply_to=task)
 
     return answer
 

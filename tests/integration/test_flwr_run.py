@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from fedsigma.common.backbones import save_backbone
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.tiny_backbones import tiny_clip
 from tests.integration.test_end_to_end import GUARDED, STUDY, check_guarded
 
@@ -52,7 +52,7 @@ def simulate(tmp_path: Path, study: Path, *, resume: bool = False) -> subprocess
 def finished_rounds(out: Path) -> list[int]:
     if not (out / "events.jsonl").is_file():
         return []
-    return [e["round"] for e in RunFolder.open(out).events() if e["kind"] == "round_end"]
+    return [e["round"] for e in RunDir.open(out).events() if e["kind"] == "round_end"]
 
 
 def processes_of(temporary: str) -> list[str]:
@@ -68,7 +68,7 @@ def processes_of(temporary: str) -> list[str]:
 def test_a_simulation_completes(tmp_path: Path, study: Path) -> None:
     done = simulate(tmp_path, study)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    folder = RunFolder.open(tmp_path / "out")
+    folder = RunDir.open(tmp_path / "out")
     summary = json.loads((folder.path / "summary.json").read_text())
     assert len(summary["sites"]) == 4 and summary["federated"]["accuracy"] is not None
     assert folder.events()[-1]["kind"] == "run_end" and folder.events()[-1]["ok"]
@@ -87,7 +87,7 @@ def test_a_guarded_simulation_completes(tmp_path: Path, study: Path) -> None:
     )
     done = simulate(tmp_path, study)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    check_guarded(RunFolder.open(tmp_path / "out"), tmp_path / "audit")
+    check_guarded(RunDir.open(tmp_path / "out"), tmp_path / "audit")
 
 
 def test_a_run_that_fails_is_reported_as_failed(tmp_path: Path, study: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_run_ended_while_the_sites_train_alone_leaves_nothing_running(tmp_path
     """There is no message then at whose failure Flower's processes would end by themselves."""
     study.write_text(study.read_text().replace("local_steps: 2", "local_steps: 400"))
     end_when(2, tmp_path, study, later=3)
-    assert "local_only" not in RunFolder.open(tmp_path / "out").read_summary()
+    assert "local_only" not in RunDir.open(tmp_path / "out").read_summary()
 
 
 def test_a_run_ended_by_sigterm_leaves_nothing_running_and_goes_on_where_it_stood(

@@ -14,7 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from fedsigma.client.site import site
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import ConfigError, StudyConfig
-from fedsigma.common.wire.records import MaskedReply, TrainTask, from_content, to_content
+from fedsigma.common.wire.records import MaskedReply, TrainTask, from_record, to_record
 from fedsigma.server.app import NoModel
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa: F401
@@ -45,7 +45,7 @@ def test_no_single_change_loss_count_or_score_is_told(tmp_path: Path) -> None:
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if is_masked(task):
-            from_content(MaskedReply, reply.content)
+            from_record(MaskedReply, reply.content)
             told.append(dict(reply.content.config_records["fedsigma"]))
         return reply
 
@@ -54,7 +54,7 @@ def test_no_single_change_loss_count_or_score_is_told(tmp_path: Path) -> None:
     for row in folder.rounds():
         if row["site"] != "pooled" and row["round"] <= 3:
             names = ("accuracy", "f1", "loss", "examples", "test_examples")
-            known = (row[name] for name in (*names, "change_norm", "change_cosine", "shift_norm"))
+            known = (row[name] for name in (*names, "update_norm", "update_cosine", "shift_norm"))
             assert row["status"] == "accepted" and not any(known)
     words = [np.frombuffer(values["masked"], "<u4") for values in told[:4]]
     assert all(np.abs(one.view(np.int32)).max() > 2**25 for one in words)
@@ -78,7 +78,7 @@ def drop(node_away: int, round: int, *, attempts: int = 1) -> Any:
     seen = [0]
 
     def tamper(node: int, task: Message, reply: Message) -> Message:
-        if is_masked(task) and node == node_away and from_content(TrainTask, task.content).round == round:
+        if is_masked(task) and node == node_away and from_record(TrainTask, task.content).round == round:
             seen[0] += 1
             if seen[0] <= attempts:
                 return Message(Error(100, "OSError"), reply_to=task)
@@ -99,7 +99,7 @@ def test_without_a_site_the_round_is_asked_for_again_and_not_trained_again(
     monkeypatch.setattr(FakeLearner, "train", train)
     folder = run(tmp_path, MASKED, tamper=drop(102, 2))
     assert trained[0] == 3 * len(NAMES)
-    (again,) = events(folder, "masked_again")
+    (again,) = events(folder, "masked_round_retried")
     assert again["round"] == 2 and again["sites"] == ["barcelona", "bccd", "jiangxi"]
     assert [event["site"] for event in events(folder, "site_failed")] == ["cellavision"]
     unmasked = run(tmp_path, PLAIN, out="plain", tamper=drop(102, 2))
@@ -116,8 +116,8 @@ def test_fresh_masks_for_each_cohort(tmp_path: Path) -> None:
     def watch(node: int, task: Message, reply: Message) -> Message:
         reply = drop(102, 1)(node, task, reply)
         if is_masked(task) and reply.has_content() and node == 100:
-            number = from_content(TrainTask, task.content).round
-            sent.setdefault(number, []).append(from_content(MaskedReply, reply.content).masked)
+            number = from_record(TrainTask, task.content).round
+            sent.setdefault(number, []).append(from_record(MaskedReply, reply.content).masked)
         return reply
 
     run(tmp_path, MASKED, rounds=1, tamper=watch)
@@ -129,7 +129,7 @@ def ask(node: int, task: TrainTask) -> Message:
     """What a site answers if the server sends it another task in the study that was run last."""
     grid: FakeGrid = run.grid  # type: ignore[attr-defined]
     grid.tamper = None
-    return grid.send_and_receive([Message(to_content(task), dst_node_id=node, message_type="train")])[0]
+    return grid.send_and_receive([Message(to_record(task), dst_node_id=node, message_type="train")])[0]
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def task_of(tmp_path: Path) -> TrainTask:
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if is_masked(task):
-            tasks.append(from_content(TrainTask, task.content))
+            tasks.append(from_record(TrainTask, task.content))
         return reply
 
     run(tmp_path, MASKED, rounds=1, tamper=watch)
@@ -202,7 +202,7 @@ def test_tasks_that_come_at_once_are_answered_one_after_the_other(
 
     def send(task: TrainTask) -> None:
         copied = Context(grid.run_id, 100, grid.contexts[100].node_config, RecordDict(), {})
-        message = Message(to_content(task), dst_node_id=100, message_type="train")
+        message = Message(to_record(task), dst_node_id=100, message_type="train")
         message.metadata.__dict__["_message_id"] = "m"
         answers.append(grid.app(message, copied))
 
@@ -223,12 +223,12 @@ def test_a_node_that_is_started_again_goes_on_in_a_masked_study(tmp_path: Path) 
         return reply
 
     folder = run(tmp_path, MASKED, tamper=restart)
-    assert not events(folder, "site_failed") and not events(folder, "masked_again")
+    assert not events(folder, "site_failed") and not events(folder, "masked_round_retried")
     assert [len(event["sites"]) for event in events(folder, "round_end")] == [4, 4, 4]
 
 
 def _words(reply: Message) -> np.ndarray:
-    return np.frombuffer(from_content(MaskedReply, reply.content).masked, "<u4")
+    return np.frombuffer(from_record(MaskedReply, reply.content).masked, "<u4")
 
 
 def test_a_site_refuses_keys_that_its_peers_have_not_signed(task_of: TrainTask) -> None:
@@ -263,10 +263,10 @@ def test_a_round_in_which_all_sites_were_lost_is_asked_for_again_under_new_masks
     def cut(node: int, task: Message, reply: Message) -> Message | None:
         if not is_masked(task) or task.metadata.group_id != "2":
             return reply
-        seen.append((node, from_content(TrainTask, task.content).attempt))
+        seen.append((node, from_record(TrainTask, task.content).attempt))
         return None if seen[-1][1] == 0 else reply
 
     folder = run(tmp_path, MASKED, out="masked", tamper=cut)
     assert {attempt for _, attempt in seen} == {0, 1} and len(seen) == 8
-    assert [e["round"] for e in events(folder, "round_again")] == [2]
+    assert [e["round"] for e in events(folder, "round_retried")] == [2]
     np.testing.assert_allclose(shift_of(folder), shift_of(plain), rtol=0, atol=1e-6)

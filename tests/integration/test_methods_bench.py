@@ -43,12 +43,12 @@ from fedsigma.client.app import app as client
 from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import Backbone, assemble, build_model, load_backbone, save_backbone
 from fedsigma.common.backbones.tokenizer import tokenizer_for
-from fedsigma.common.config.study import ConfigError, StudyConfig, TrainingConfig
+from fedsigma.common.config.study import ConfigError, LocalTrainingConfig, StudyConfig
 from fedsigma.common.data.loading import Example
 from fedsigma.common.training.loop import TrainingError, accumulate_gradient, evaluate
 from fedsigma.server.app import app as server
 from fedsigma.server.federation.aggregation import make_averaging
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.tiny_backbones import CLIP_CFG, PREPROCESS
 
@@ -64,7 +64,9 @@ training: {{learning_rate: 0.05, batch_size: 8, local_steps: 2, augment: microsc
 federation: {{rounds: 3, min_sites: 4, round_timeout_s: 60, codec: {codec}, strategy: {strategy}}}
 baselines: []
 """
-RECIPE = TrainingConfig(learning_rate=0.01, batch_size=4, augment="none", precision="float32", local_steps=3)
+RECIPE = LocalTrainingConfig(
+    learning_rate=0.01, batch_size=4, augment="none", precision="float32", local_steps=3
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -173,14 +175,14 @@ def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(
     config: dict[str, Any] = {"study": str(file), "out": str(tmp_path / "out"), "resume": False}
     context = Context(1, 1, {}, RecordDict(), config | {"seed": -1, "rounds": 0})
     server(FakeGrid(client, 4), context)
-    folder = RunFolder.open(tmp_path / "out")
+    folder = RunDir.open(tmp_path / "out")
 
     study = StudyConfig.from_yaml(file.read_text())
     loaded = load_backbone(study.backbone)
     method = Sigma(loaded, study, codec)
     sites = study_sites(study, loaded.image_size * 3 // 2)
     run = federate(method, {name: data.train for name, data in sites.items()}, study)
-    theirs = folder.load_sigma().shift
+    theirs = folder.load_shift().shift
     assert theirs.abs().max() > 0.01
     torch.testing.assert_close(run.state["shift"], theirs, rtol=1e-4, atol=1e-6)
     told = accuracy(method, run.state, {name: data.test for name, data in sites.items()})
@@ -245,7 +247,7 @@ def test_full_tuning_is_adamw_on_the_models_own_parameters() -> None:
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (plain.mean, plain.std))
     labels = torch.tensor([e.label for e in SITES["two"]])
     for step in range(2):
-        optimiser.param_groups[0]["lr"] = RECIPE.rate(step, 2)
+        optimiser.param_groups[0]["lr"] = RECIPE.learning_rate_at(step, 2)
         optimiser.zero_grad()
         image = F.normalize(model.encode_image((pixels - mean) / std), dim=-1)
         text = F.normalize(model.encode_text(tokens), dim=-1)
@@ -578,7 +580,9 @@ def test_every_candidates_settings_are_taken_by_its_study() -> None:
             make_averaging(found)
             assert found.training.learning_rate == setting.get("learning_rate", 0.05)
             lowest = study.training.final_learning_rate / study.training.learning_rate
-            assert found.training.rate(99, 99) == pytest.approx(found.training.learning_rate * lowest)
+            assert found.training.learning_rate_at(99, 99) == pytest.approx(
+                found.training.learning_rate * lowest
+            )
     with pytest.raises(ConfigError, match="not an option"):
         make_averaging(with_setting(study, CANDIDATES["fedadam"], {"options": {"etta": 1}}))
 

@@ -25,7 +25,7 @@ from fedsigma.common.data.catalog import Protocol, card, cards
 from fedsigma.common.data.records import PictureError
 from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.training import trainer as learning
-from fedsigma.common.training.trainer import Judged, Learned
+from fedsigma.common.training.trainer import EvalOutput, TrainOutput
 from fedsigma.server.federation import messenger
 from fedsigma.server.paper import sets
 from fedsigma.server.paper.cell import Score
@@ -54,18 +54,18 @@ class PictureLearner(FakeLearner):
         super().__init__(backbone, sigma, classes, prompts)
         self.classes = len(classes)
 
-    def train(self, shift: Any, examples: Any, recipe: Any, *, steps: int, **rest: Any) -> Learned:
+    def train(self, shift: Any, examples: Any, recipe: Any, *, steps: int, **rest: Any) -> TrainOutput:
         self.made.append((len(examples), steps))
         assert all(0 <= one.label < self.classes and one.image.shape[0] == 3 for one in examples)
         moved = (shift + 0.01 * steps).astype(np.float32)
-        return Learned(shift=moved, loss=1.0, steps=steps, examples=len(examples))
+        return TrainOutput(shift=moved, loss=1.0, steps=steps, examples=len(examples))
 
-    def evaluate(self, shift: Any, examples: Any) -> Judged:
+    def evaluate(self, shift: Any, examples: Any) -> EvalOutput:
         images = [one.image.shape for one in list(examples)]
         assert len(images) == len(examples)
         known = float(min(1.0, 0.1 + abs(shift).mean()))
         scores = {"accuracy": known, "balanced_accuracy": 0.5, "f1": 0.5, "ece": 0.1}
-        return Judged(scores=scores, confusion=(0,) * self.classes**2)
+        return EvalOutput(scores=scores, confusion=(0,) * self.classes**2)
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_an_interrupted_table_goes_on_where_it_was(
     ]
     plain = PictureLearner.train
 
-    def stopped(self: Any, *given: Any, **named: Any) -> Learned:
+    def stopped(self: Any, *given: Any, **named: Any) -> TrainOutput:
         if len(fake) == 3:  # the first round of the first federated cell is through
             raise KeyboardInterrupt
         return plain(self, *given, **named)

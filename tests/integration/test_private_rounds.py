@@ -12,12 +12,12 @@ import pytest
 from flwr.app import Message
 
 from fedsigma.client import app as client_app
-from fedsigma.client.site.privacy_ledger import Ledger
+from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.privacy.accounting import Release, epsilon
-from fedsigma.common.privacy.noise import Randomness
+from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
+from fedsigma.common.privacy.noise import SecureRandom
 from fedsigma.common.wire.codec import encode
-from fedsigma.common.wire.records import TrainReply, TrainTask, from_content, to_content
+from fedsigma.common.wire.records import TrainReply, TrainTask, from_record, to_record
 from fedsigma.server.app import NoModel
 from fedsigma.server.report import write_report
 from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
@@ -29,12 +29,12 @@ IMAGE = PLAIN + "privacy: {level: image, noise_multiplier: 4.0, clip_norm: 1.0, 
 SITE = PLAIN + "privacy: {level: site, noise_multiplier: 8.0, clip_norm: 0.1, epsilon: 4}\n"
 MASKED = ("rounds:", "masking: true, rounds:")
 # barcelona has 2 images, of which a batch of 32 takes all.
-ROUND = Release(rate=1.0, noise_multiplier=4.0, steps=5)
+ROUND = PrivacyEvent(rate=1.0, noise_multiplier=4.0, steps=5)
 
 
-def ledger(tmp_path: Path, site: str = "barcelona") -> Ledger:
+def ledger(tmp_path: Path, site: str = "barcelona") -> PrivacyLedger:
     (file,) = (tmp_path / "audit" / "privacy").glob(f"{site}-*.jsonl")
-    return Ledger(file)
+    return PrivacyLedger(file)
 
 
 def test_every_round_is_entered_at_each_site_and_told(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_drift_is_told_of_noisy_changes_only(study: str, told: bool, tmp_path: P
     rows = [row for row in run(tmp_path, study).rounds() if row["status"] == "accepted" and row["round"] <= 3]
     assert len(rows) == 12
     for row in rows:
-        assert (row["change_norm"] is not None, row["shift_norm"] is not None) == (told, told)
-        assert told or row["change_cosine"] is None
+        assert (row["update_norm"] is not None, row["shift_norm"] is not None) == (told, told)
+        assert told or row["update_cosine"] is None
 
 
 def test_it_is_entered_before_training_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +73,12 @@ def test_when_budgets_are_spent_the_study_ends_with_the_model_it_has(tmp_path: P
     two = epsilon([ROUND] * 2, 1e-5)
     study = IMAGE.replace("epsilon: 50", f"epsilon: {two + 0.01:.3f}").replace("rounds: 3", "rounds: 6")
     folder = run(tmp_path, study)
-    assert {e["site"] for e in events(folder, "site_spent")} == set(NAMES)
-    assert {e["round"] for e in events(folder, "site_spent")} == {3}
+    assert {e["site"] for e in events(folder, "site_budget_exhausted")} == set(NAMES)
+    assert {e["round"] for e in events(folder, "site_budget_exhausted")} == {3}
     assert events(folder, "site_failed") == []
-    assert events(folder, "budgets_spent")[0]["round"] == 4
+    assert events(folder, "budgets_exhausted")[0]["round"] == 4
     assert events(folder, "run_end")[-1]["ok"] is True
-    assert folder.load_sigma().round == 2
+    assert folder.load_shift().round == 2
     assert folder.read_summary()["federated"]["accuracy"] is not None
     assert "privacy budget spent: no more training" in write_report(folder).read_text()
     asked = [kind for node, kind in run.grid.asked if node == 100]  # type: ignore[attr-defined]
@@ -89,19 +89,19 @@ def test_a_site_whose_budget_is_spent_is_left_out_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One site had another run before; the study's budget counts it."""
-    original = Ledger.spend
+    original = PrivacyLedger.charge
 
-    def spend(self: Ledger, entry: Any, privacy: Any, **more: Any) -> float:
+    def spend(self: PrivacyLedger, entry: Any, privacy: Any, **more: Any) -> float:
         if "bccd" in self.path.name and entry.round == 2:
             raise client_spent("spent")
         return original(self, entry, privacy, **more)
 
     from fedsigma.client.site.privacy_ledger import PrivacyBudgetSpent as client_spent
 
-    monkeypatch.setattr(Ledger, "spend", spend)
+    monkeypatch.setattr(PrivacyLedger, "charge", spend)
     for name, text in (("open", IMAGE), ("masked", IMAGE.replace(*MASKED))):
         folder = run(tmp_path, text, out=name)
-        assert [e["site"] for e in events(folder, "site_spent")] == ["bccd"]
+        assert [e["site"] for e in events(folder, "site_budget_exhausted")] == ["bccd"]
         third = [r for r in folder.rounds() if r["round"] == 3]
         assert sorted(r["site"] for r in third) == ["barcelona", "cellavision", "jiangxi", "pooled"]
         final = [r["site"] for r in folder.rounds() if r["round"] == 4]
@@ -114,7 +114,7 @@ def test_an_interrupted_study_goes_on_with_what_it_has_spent(tmp_path: Path) -> 
 
     def stop(node: int, task: Message, reply: Message) -> Message:
         training = node == 103 and task.metadata.message_type == "train"
-        if training and from_content(TrainTask, task.content).round == 3:
+        if training and from_record(TrainTask, task.content).round == 3:
             raise Stop
         return reply
 
@@ -157,14 +157,14 @@ def test_an_untold_loss_is_refused_where_nothing_is_hidden(tmp_path: Path) -> No
 
 def moved(tmp_path: Path, study: str, size: float, name: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """The model of one round in which a site sends a change of this size, without the noise."""
-    monkeypatch.setattr(Randomness, "normal", lambda self, count: np.zeros(count))
+    monkeypatch.setattr(SecureRandom, "normal", lambda self, count: np.zeros(count))
 
     def tamper(node: int, task: Message, reply: Message) -> Message:
         if node == 103 and task.metadata.message_type == "train" and reply.has_content():
-            told = from_content(TrainReply, reply.content)
+            told = from_record(TrainReply, reply.content)
             change = np.full(LAYOUT.size, size, np.float32)
             values = {**told.__dict__, "change": encode(change, LAYOUT, level="exact")}
-            return Message(to_content(TrainReply(**values)), reply_to=task)
+            return Message(to_record(TrainReply(**values)), reply_to=task)
         return reply
 
     return shift_of(run(tmp_path, study, out=name, rounds=1, tamper=tamper))
@@ -222,7 +222,7 @@ def test_sites_under_masks_are_counted_alike_and_tell_nothing_of_their_images(tm
     pooled = next(r for r in folder.rounds() if r["round"] == 1 and r["site"] == "pooled")
     assert (pooled["examples"], pooled["test_examples"]) == (4, 0)
     assert pooled["loss"] is None and pooled["accuracy"] is None
-    spent = epsilon([Release(rate=1.0, noise_multiplier=8.0, steps=1)], 1e-5)
+    spent = epsilon([PrivacyEvent(rate=1.0, noise_multiplier=8.0, steps=1)], 1e-5)
     assert pooled["epsilon"] == pytest.approx(spent)
     assert [e.level for e in ledger(tmp_path).entries()] == ["site"] * 3
 

@@ -16,7 +16,7 @@ import pytest
 
 from fedsigma.common.backbones import save_backbone
 from fedsigma.common.ops.supervisor import free_ports
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.tiny_backbones import tiny_clip
 from tests.integration.test_end_to_end import STUDY
 
@@ -82,7 +82,7 @@ def test_a_simulation_uses_the_nodes_of_a_ray_cluster(tmp_path: Path) -> None:
             check=False,
         )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    summary = RunFolder.open(tmp_path / "out").read_summary()
+    summary = RunDir.open(tmp_path / "out").read_summary()
     assert len(summary["sites"]) == 4
     # Each node's sites wrote their logs where that node was told to.
     written = [{path.name for path in audit.rglob("*.jsonl")} for audit in audits]

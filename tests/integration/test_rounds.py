@@ -17,18 +17,18 @@ from fedsigma.client.app import app as client
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.sigma import Layout
-from fedsigma.common.utils.hash_chain import Chain, ChainBroken
+from fedsigma.common.utils.hash_chain import HashChainedLog, LogTampered
 from fedsigma.common.wire import records
 from fedsigma.common.wire.codec import decode, encode
 from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
 from fedsigma.server.federation import rounds as strategy_of
-from fedsigma.server.federation.aggregation import mean_change
+from fedsigma.server.federation.aggregation import weighted_mean_update
 from fedsigma.server.federation.site_manager import TooFewSites, WrongSiteCount
-from fedsigma.server.federation.updates import Vectors, VectorsError
+from fedsigma.server.federation.updates import UpdateBuffer, UpdateBufferError
 from fedsigma.server.runs import lock
-from fedsigma.server.runs.run_dir import RunFolder, StoreError
-from fedsigma.server.runs.summary import overview
+from fedsigma.server.runs.run_dir import RunDir, RunDirError
+from fedsigma.server.runs.summary import summarize_run
 from tests.helpers.fake_grid import FakeGrid, Tamper, gone
 from tests.helpers.fake_learner import IMAGES, LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa: F401
 
@@ -44,7 +44,7 @@ def run(
     rounds: int = 0,
     sites: int = 4,
     tamper: Tamper | None = None,
-) -> RunFolder:
+) -> RunDir:
     file = tmp_path / "study.yaml"
     file.write_text(study)
     config: dict[str, Any] = {"study": str(file), "out": str(tmp_path / out), "resume": resume}
@@ -53,10 +53,10 @@ def run(
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     run.grid = grid  # type: ignore[attr-defined]
     server(grid, context)
-    return RunFolder.open(tmp_path / out)
+    return RunDir.open(tmp_path / out)
 
 
-def events(folder: RunFolder, kind: str) -> list[dict]:
+def events(folder: RunDir, kind: str) -> list[dict]:
     return [event for event in folder.events() if event["kind"] == kind]
 
 
@@ -66,12 +66,12 @@ def audit_of(tmp_path: Path) -> Path:
     return folder
 
 
-def out(tmp_path: Path, name: str = "out") -> RunFolder:
-    return RunFolder.open(tmp_path / name)
+def out(tmp_path: Path, name: str = "out") -> RunDir:
+    return RunDir.open(tmp_path / name)
 
 
-def shift_of(folder: RunFolder) -> np.ndarray:
-    return folder.load_sigma().shift.numpy()
+def shift_of(folder: RunDir) -> np.ndarray:
+    return folder.load_shift().shift.numpy()
 
 
 def test_a_whole_study(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert set(summary["local_only"]["everywhere_per_site"]) == set(NAMES)
     assert [event["round"] for event in events(folder, "round_end")] == [1, 2, 3]
     assert events(folder, "run_end")[-1]["ok"] is True
-    saved = folder.load_sigma()
+    saved = folder.load_shift()
     assert saved.round == 3 and saved.layout_json == LAYOUT.to_json()
 
 
@@ -155,9 +155,9 @@ def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
         return reply
 
     def spoilt(task: Message, reply: Message) -> Message:
-        sent = records.from_content(records.TrainReply, reply.content)
+        sent = records.from_record(records.TrainReply, reply.content)
         long = encode(np.full(LAYOUT.size, 1e6, np.float32), LAYOUT, level="exact", seed=0)
-        return Message(records.to_content(replace(sent, change=long)), reply_to=task)
+        return Message(records.to_record(replace(sent, update=long)), reply_to=task)
 
     study = STUDY.replace("[zero_shot, local_only, pooled]", "[]")
     folder = run(tmp_path, study, rounds=2, tamper=watch)
@@ -166,18 +166,18 @@ def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
     mean = sum(IMAGES[name] * changes[name] for name in counted) / sum(IMAGES[name] for name in counted)
     for name in counted:
         row, change = rows[2, name], changes[name]
-        assert row["change_norm"] == pytest.approx(float(np.linalg.norm(change)), rel=1e-5)
+        assert row["update_norm"] == pytest.approx(float(np.linalg.norm(change)), rel=1e-5)
         cosine = change @ mean / np.linalg.norm(change) / np.linalg.norm(mean)
-        assert row["change_cosine"] == pytest.approx(float(cosine), abs=1e-5)
+        assert row["update_cosine"] == pytest.approx(float(cosine), abs=1e-5)
     # In round 1 a change begins at zero, so it is the shift.
-    assert rows[1, "bccd"]["shift_norm"] == rows[1, "bccd"]["change_norm"] != rows[2, "bccd"]["shift_norm"]
+    assert rows[1, "bccd"]["shift_norm"] == rows[1, "bccd"]["update_norm"] != rows[2, "bccd"]["shift_norm"]
     for row in (rows[2, "jiangxi"], rows[2, "pooled"], rows[3, "bccd"]):
-        assert row["change_norm"] is row["change_cosine"] is row["shift_norm"] is None
+        assert row["update_norm"] is row["update_cosine"] is row["shift_norm"] is None
 
 
 def test_each_rounds_heat_is_that_of_its_model(tmp_path: Path) -> None:
     folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"))
-    found = folder.heats()
+    found = folder.shift_magnitudes()
     assert [one["round"] for one in found] == [1, 2, 3]
     last = float(f"{np.abs(shift_of(folder)).mean():.4g}")
     assert found[-1]["towers"] == {"image": {"layers": [0], "parts": {"q": [last]}}}
@@ -191,20 +191,20 @@ def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
     states = []
 
     def watch(node: int, task: Message, reply: Message) -> Message:
-        states.append(overview(out(tmp_path)).state)
+        states.append(summarize_run(out(tmp_path)).state)
         return reply
 
     folder = run(tmp_path, tamper=watch)
-    assert set(states) == {"running"} and overview(folder).state == "finished"
+    assert set(states) == {"running"} and summarize_run(folder).state == "finished"
     lines = len(folder.events())
-    with folder.hold(), pytest.raises(StoreError, match="is written by a run that still goes on"):
+    with folder.lock(), pytest.raises(RunDirError, match="is written by a run that still goes on"):
         run(tmp_path, resume=True)
     assert len(folder.events()) == lines
 
 
 def test_a_site_of_another_version_is_refused_by_its_version_whatever_it_answers(tmp_path: Path) -> None:
     def older(node: int, task: Message, reply: Message) -> Message:
-        if node == 103 and task.metadata.message_type == records.HELLO:
+        if node == 103 and task.metadata.message_type == records.HANDSHAKE:
             values = dict(reply.content.config_records["fedsigma"]) | {"protocol": records.PROTOCOL - 1}
             del values["version"]
             return Message(RecordDict({"fedsigma": ConfigRecord(values)}), reply_to=task)
@@ -355,7 +355,7 @@ def test_failures_are_put_down_to_the_right_site_and_no_text_of_theirs_is_kept(t
         return {100: None, 102: gone(task)}.get(node, reply)
 
     folder = run(tmp_path, STUDY.replace(", local_only, pooled", ""), tamper=tamper)
-    assert [event["site"] for event in events(folder, "site_late")] == ["barcelona"] * 3
+    assert [event["site"] for event in events(folder, "site_timed_out")] == ["barcelona"] * 3
     failed = events(folder, "site_failed")
     assert [(e["site"], e["reason"]) for e in failed] == [("cellavision", "the site went away")] * 3
     assert events(folder, "round_end")[0]["sites"] == ["bccd", "jiangxi"]
@@ -380,7 +380,7 @@ def test_a_round_below_min_sites_makes_no_model_and_a_run_without_model_fails(tm
     with pytest.raises(NoModel, match="none of 3 rounds had 2 accepted replies"):
         run(tmp_path, tamper=only_one)
     folder = out(tmp_path)
-    assert not folder.has_sigma
+    assert not folder.has_shift
     end = events(folder, "run_end")[-1]
     assert end["ok"] is False and "none of 3 rounds" in end["reason"]
 
@@ -405,13 +405,13 @@ def test_a_foreign_fingerprint_is_refused_on_both_sides_with_the_reason(
     # The site compares by itself: a server with another backbone is noticed there.
     from fedsigma.common.config.study import StudyConfig
 
-    setup = records.Setup.of(StudyConfig.from_yaml(STUDY))
-    hello = records.Hello(protocol=records.PROTOCOL, setup=setup, fingerprint=other)
+    setup = records.StudySpec.of(StudyConfig.from_yaml(STUDY))
+    hello = records.HandshakeRequest(protocol=records.PROTOCOL, study=setup, fingerprint=other)
     grid = run.grid  # type: ignore[attr-defined]
     grid.tamper = None
-    message = Message(records.to_content(hello), dst_node_id=103, message_type=records.HELLO)
+    message = Message(records.to_record(hello), dst_node_id=103, message_type=records.HANDSHAKE)
     (reply,) = grid.send_and_receive([message])
-    assert records.from_content(records.HelloReply, reply.content).problem == "fingerprint"
+    assert records.from_record(records.HandshakeReply, reply.content).problem == "fingerprint"
     assert "takes no part in study 'fake': the backbone weights differ" in caplog.text
 
 
@@ -479,7 +479,7 @@ def test_every_strategy_runs_and_an_interrupted_run_ends_where_a_whole_one_does(
     whole = run(tmp_path, study, out="whole")
     with pytest.raises(Interrupted):
         run(tmp_path, study, out="broken", tamper=stop_in_round(3))
-    assert out(tmp_path, "broken").load_sigma().round == 2
+    assert out(tmp_path, "broken").load_shift().round == 2
     resumed = run(tmp_path, study, out="broken", resume=True)
     np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
     assert resumed.read_summary()["federated"] == whole.read_summary()["federated"]
@@ -497,19 +497,19 @@ def test_a_disk_that_is_full_ends_a_run_which_goes_on_where_it_stood(
     whole = run(tmp_path, study, out="whole")
     puts = itertools.count(1)
 
-    class Filled(Vectors[Any]):
+    class Filled(UpdateBuffer[Any]):
         def put(self, key: Any, vector: Any) -> None:
             if next(puts) == 4 * 2 * 2 + 2:  # of four sites, each round's changes and last shifts
                 self._file.close()
                 self._file = full.open("r+b", buffering=0)
             super().put(key, vector)
 
-    monkeypatch.setattr(strategy_of, "Vectors", Filled)
-    with pytest.raises(VectorsError, match="Make room and resume the run"):
+    monkeypatch.setattr(strategy_of, "UpdateBuffer", Filled)
+    with pytest.raises(UpdateBufferError, match="Make room and resume the run"):
         run(tmp_path, study, out="broken")
     (end,) = events(out(tmp_path, "broken"), "run_end")
     assert not end["ok"] and "does not take what the sites sent" in end["reason"]
-    assert out(tmp_path, "broken").load_sigma().round == 2
+    assert out(tmp_path, "broken").load_shift().round == 2
     resumed = run(tmp_path, study, out="broken", resume=True)
     np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
     assert resumed.rounds() == whole.rounds()
@@ -602,10 +602,10 @@ def test_everything_that_leaves_is_in_the_audit_log_first(tmp_path: Path) -> Non
     assert [line["asked"]["message"] for line in left[:2]] == ["Hello", "TrainTask"]
     assert left[1]["asked"]["round"] == 1 and left[1]["left"]["bytes"] > 4 * LAYOUT.size
     path = audit_of(tmp_path) / "bccd.jsonl"
-    assert len(Chain(path).lines()) == len(left)
+    assert len(HashChainedLog(path).lines()) == len(left)
     path.write_text(path.read_text().replace('"round": 1', '"round": 9'))
-    with pytest.raises(ChainBroken, match="line 3 was changed, or"):
-        Chain(path).lines()
+    with pytest.raises(LogTampered, match="line 3 was changed, or"):
+        HashChainedLog(path).lines()
 
 
 def test_a_reply_that_cannot_be_audited_does_not_leave(tmp_path: Path) -> None:
@@ -669,17 +669,17 @@ def test_without_any_checkpoint_that_reads_nothing_is_gone_on_with(tmp_path: Pat
         run(tmp_path, out="broken", resume=True)
 
 
-def test_a_centres_log_says_of_each_answer_what_the_sites_log_says(
+def test_a_servers_log_says_of_each_answer_what_the_sites_log_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FEDSIGMA_CENTRE", str(tmp_path / "centre"))
+    monkeypatch.setenv("FEDSIGMA_SERVER", str(tmp_path / "server"))
     study = STUDY.replace(", local_only, pooled", "")
     run(tmp_path, study, rounds=1, tamper=change_reply(102, steps=7))
-    told = Chain(tmp_path / "centre" / "audit.jsonl").lines()
+    told = HashChainedLog(tmp_path / "server" / "audit.jsonl").lines()
     assert [told[0]["kind"], told[-1]["kind"], told[-1]["ok"]] == ["run_start", "run_end", True]
     assert {line["site"] for line in told if line["kind"] == "reply_rejected"} == {"cellavision"}
     for site in NAMES:
-        left = [one["left"] for one in Chain(audit_of(tmp_path) / f"{site}.jsonl").lines()]
+        left = [one["left"] for one in HashChainedLog(audit_of(tmp_path) / f"{site}.jsonl").lines()]
         came = [line for line in told if line.get("site") == site]
         assert len(left) == len(came) == 3
         same = [
@@ -702,7 +702,7 @@ def test_a_round_in_which_the_way_to_the_sites_was_lost_is_asked_for_again(tmp_p
 
     folder = run(tmp_path, study, out="cut", tamper=cut)
     assert lost == {100, 101, 102, 103}
-    assert [e["round"] for e in events(folder, "round_again")] == [2]
+    assert [e["round"] for e in events(folder, "round_retried")] == [2]
     assert [e["round"] for e in events(folder, "round_start")] == [1, 2, 2, 3]
     assert [(e["round"], e["ok"]) for e in events(folder, "round_end")] == [(1, True), (2, True), (3, True)]
     np.testing.assert_array_equal(shift_of(folder), shift_of(whole))
@@ -720,7 +720,7 @@ def test_others_are_asked_in_place_of_a_site_that_hangs(tmp_path: Path, cohorts:
     folder = run(tmp_path, study.replace("[zero_shot, local_only, pooled]", "[]"), tamper=hang)
     ends = events(folder, "round_end")
     assert [e["ok"] for e in ends] == [True] * 8
-    again = [e["round"] for e in events(folder, "round_again")]
+    again = [e["round"] for e in events(folder, "round_retried")]
     assert again and len(set(again)) == len(again)
     rows = {(r["round"], r["site"]): r for r in folder.rounds() if r["round"] <= 8}
     for end in ends:
@@ -740,7 +740,7 @@ def test_a_round_whose_replies_are_refused_is_not_asked_for_again(tmp_path: Path
         return reply
 
     folder = run(tmp_path, STUDY.replace(", local_only, pooled", ""), tamper=refused)
-    assert not events(folder, "round_again")
+    assert not events(folder, "round_retried")
     assert [e["ok"] for e in events(folder, "round_end")] == [True, False, True]
 
 
@@ -749,7 +749,7 @@ def test_versions_are_evaluated_at_every_site_without_training(tmp_path: Path) -
     trained = run(tmp_path, study, out="trained")
     (published,) = events(trained, "published")
     assert published["model"] == "fake@1"
-    judge = study + f"judge: [fake@1, {trained.path}]\n"
+    judge = study + f"evaluate_versions: [fake@1, {trained.path}]\n"
     folder = run(tmp_path, judge, out="judged")
     assert {kind for _, kind in run.grid.asked} == {"query.hello", "evaluate"}  # type: ignore[attr-defined]
     versions = folder.read_summary()["versions"]
@@ -769,9 +769,9 @@ def test_versions_are_evaluated_at_every_site_without_training(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("judge: [fake@7]", "no model 'fake'"),
-        ("judge: [x]\nbaselines: [pooled]", "judge trains nothing"),
-        ("judge: [x]\npersonal: {towers: [text]}", "leave personal out"),
+        ("evaluate_versions: [fake@7]", "no model 'fake'"),
+        ("evaluate_versions: [x]\nbaselines: [pooled]", "evaluate_versions trains nothing"),
+        ("evaluate_versions: [x]\npersonal: {towers: [text]}", "leave personal out"),
     ],
 )
 def test_versions_that_cannot_be_evaluated_are_named(tmp_path: Path, line: str, words: str) -> None:
@@ -825,9 +825,9 @@ def test_sites_with_more_images_are_asked_more_often_and_then_count_alike(
 
     def spied(accepted: Any, changes: Any) -> Any:
         weights.append([one.weight for one in accepted.values()])
-        return mean_change(accepted, changes)
+        return weighted_mean_update(accepted, changes)
 
-    monkeypatch.setattr(strategy_of, "mean_change", spied)
+    monkeypatch.setattr(strategy_of, "weighted_mean_update", spied)
     study = STUDY.replace("rounds: 3", "rounds: 42, participation: 0.5, cohorts: by_images")
     folder = run(tmp_path, study.replace("baselines: [zero_shot, local_only, pooled]\n", "baselines: []\n"))
     drawn = [event["sites"] for event in events(folder, "round_start")]

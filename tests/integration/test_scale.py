@@ -17,24 +17,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsigma.common.config.study import MEANS, StudyConfig
-from fedsigma.common.sigma import Split
+from fedsigma.common.sigma import ParameterPartition
 from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import (
-    HELLO,
+    HANDSHAKE,
     PROTOCOL,
     Evaluation,
-    HelloReply,
+    HandshakeReply,
     TrainReply,
-    to_content,
+    to_record,
 )
 from fedsigma.server.federation import messenger
-from fedsigma.server.federation.aggregation import ARRAY, make_averaging, mean_change
-from fedsigma.server.federation.messenger import Exchange
+from fedsigma.server.federation.aggregation import ARRAY, make_averaging, weighted_mean_update
+from fedsigma.server.federation.messenger import Messenger
 from fedsigma.server.federation.rounds import SigmaStrategy
-from fedsigma.server.federation.site_manager import Roster
-from fedsigma.server.federation.updates import Vectors, VectorsError
-from fedsigma.server.federation.validation import Accepted
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.federation.site_manager import SiteManager
+from fedsigma.server.federation.updates import UpdateBuffer, UpdateBufferError
+from fedsigma.server.federation.validation import ValidUpdate
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.fake_learner import FINGERPRINT, LAYOUT, HurriedTime
 
@@ -61,13 +61,13 @@ class ManySites(FakeGrid):
 
     def _site(self, message: Message, context: Any) -> Message:
         number = message.metadata.dst_node_id - 100
-        if message.metadata.message_type == HELLO:
+        if message.metadata.message_type == HANDSHAKE:
             name, fingerprint = f"s{number:04}", FINGERPRINT.to_json()
-            reply: object = HelloReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint, version="0")
+            reply: object = HandshakeReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint, version="0")
         else:
             change = encode(self.changes[number], LAYOUT)
-            reply = TrainReply(change=change, examples=1 + number % 7, steps=5, loss=1.0, evaluation=FOUND)
-        content = to_content(reply)
+            reply = TrainReply(update=change, examples=1 + number % 7, steps=5, loss=1.0, evaluation=FOUND)
+        content = to_record(reply)
         self._made.append(weakref.ref(content))
         return Message(content, reply_to=message)
 
@@ -87,18 +87,18 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def rounds(path: Path, grid: FakeGrid, more: str = "strategy: fedavg", count: int = 1) -> SigmaStrategy:
     """Run rounds of these sites; the strategy's `averaging` and `folder` say what came of them."""
     study = StudyConfig.from_yaml(STUDY.format(more=more))
-    folder = RunFolder.create(path, study.to_yaml())
-    exchange = Exchange(grid)
-    roster = Roster(exchange, folder, study, FINGERPRINT)
-    roster.wait()
-    ours = SigmaStrategy(make_averaging(study), roster, split=Split(LAYOUT))
+    folder = RunDir.create(path, study.to_yaml())
+    exchange = Messenger(grid)
+    roster = SiteManager(exchange, folder, study, FINGERPRINT)
+    roster.wait_for_sites()
+    ours = SigmaStrategy(make_averaging(study), roster, split=ParameterPartition(LAYOUT))
     start = ArrayRecord({ARRAY: Array(np.zeros(LAYOUT.size, np.float32))})
     ours.start(exchange.grid, start, num_rounds=count)
     return ours
 
 
 def shift(ours: SigmaStrategy) -> np.ndarray:
-    return ours.folder.load_sigma().shift.numpy()
+    return ours.folder.load_shift().shift.numpy()
 
 
 def random_changes(sites: int, seed: int = 0) -> np.ndarray:
@@ -171,18 +171,18 @@ vectors = st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3)
 @given(st.dictionaries(st.integers(0, 9), st.tuples(vectors, st.integers(1, 10**6)), min_size=1))
 def test_the_mean_is_that_of_float64(told: dict[int, tuple[list[float], int]]) -> None:
     accepted = {
-        node: Accepted(change_norm=0.0, shift_norm=0.0, weight=weight, reply=None)  # type: ignore[arg-type]
+        node: ValidUpdate(update_norm=0.0, shift_norm=0.0, weight=weight, reply=None)  # type: ignore[arg-type]
         for node, (_, weight) in told.items()
     }
     changes = {node: np.array(change, np.float32) for node, (change, _) in told.items()}
     expected = np.average(
         np.array([changes[n] for n in told], np.float64), axis=0, weights=[w for _, w in told.values()]
     )
-    np.testing.assert_allclose(mean_change(accepted, changes), expected, rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(weighted_mean_update(accepted, changes), expected, rtol=1e-12, atol=1e-9)
 
 
 def test_vectors_come_back_as_they_were_put_and_leave_nothing(tmp_path: Path) -> None:
-    kept: Vectors[str] = Vectors(3, tmp_path)
+    kept: UpdateBuffer[str] = UpdateBuffer(3, tmp_path)
     first, second = np.array([1, 2, 3], np.float32), np.array([4, 5, 6], np.float64)
     kept.put("a", first)
     kept.put("b", second)
@@ -191,7 +191,7 @@ def test_vectors_come_back_as_they_were_put_and_leave_nothing(tmp_path: Path) ->
     np.testing.assert_array_equal(kept["a"], first + 1)
     np.testing.assert_array_equal(kept["b"], second)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(VectorsError, match=r"shape \(2,\) came, expected \(3,\)"):
+    with pytest.raises(UpdateBufferError, match=r"shape \(2,\) came, expected \(3,\)"):
         kept.put("c", np.zeros(2))
     with pytest.raises(KeyError):
         kept["c"]
@@ -201,17 +201,19 @@ def test_a_full_disk_is_said_to_be_one() -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    kept: Vectors[int] = Vectors(3, Path.cwd())
+    kept: UpdateBuffer[int] = UpdateBuffer(3, Path.cwd())
     kept._file.close()
     kept._file = full.open("r+b", buffering=0)
-    with pytest.raises(VectorsError, match=r"12 bytes there for each site\. Make room and resume the run"):
+    with pytest.raises(
+        UpdateBufferError, match=r"12 bytes there for each site\. Make room and resume the run"
+    ):
         kept.put(1, np.zeros(3))
 
 
 def test_a_reply_that_came_in_time_counts_however_long_those_before_it_take() -> None:
     grid = ManySites(random_changes(100))
-    messages = Exchange(grid).messages(
-        dict.fromkeys(grid.contexts, TrainReply(change=b"", examples=1, steps=1, loss=1.0, evaluation=FOUND)),
+    messages = Messenger(grid).messages(
+        dict.fromkeys(grid.contexts, TrainReply(update=b"", examples=1, steps=1, loss=1.0, evaluation=FOUND)),
         kind="train",
         timeout=5,
     )
@@ -226,9 +228,9 @@ def test_a_reply_that_came_in_time_counts_however_long_those_before_it_take() ->
 def test_one_record_goes_to_all_sites_with_the_same_task() -> None:
     FakeGrid(None, 0)  # gives this process an identity, without which there are no messages
     same, other = (
-        TrainReply(change=b"", examples=count, steps=1, loss=1.0, evaluation=FOUND) for count in (1, 2)
+        TrainReply(update=b"", examples=count, steps=1, loss=1.0, evaluation=FOUND) for count in (1, 2)
     )
-    sent = Exchange(FakeGrid(None, 0)).messages({1: same, 2: same, 3: other}, kind="train", timeout=5)
+    sent = Messenger(FakeGrid(None, 0)).messages({1: same, 2: same, 3: other}, kind="train", timeout=5)
     assert sent[1].content is sent[2].content is not sent[3].content
 
 

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.client.inference.batch import predict
 from fedsigma.client.inference.calibration import Calibration
-from fedsigma.client.inference.loaded_model import Restored, restore
+from fedsigma.client.inference.loaded_model import LoadedModel, load_model
 from fedsigma.server.deployment.certificates import issue, new_authority
 from tests.helpers.finished_run import CLASSES, make_run
 from tests.helpers.served import picture, post, serving
@@ -49,19 +49,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def restored(run: Path) -> Restored:
-    found = restore(run)
+def restored(run: Path) -> LoadedModel:
+    found = load_model(run)
     found.sigma.merge()
     return found
 
 
 @pytest.fixture(scope="module")
-def client(run: Path, restored: Restored) -> Iterator[httpx.Client]:
+def client(run: Path, restored: LoadedModel) -> Iterator[httpx.Client]:
     with serving(restored, run) as (client, _, _):
         yield client
 
 
-def test_the_answers_are_those_of_predict(run: Path, restored: Restored, tmp_path: Path) -> None:
+def test_the_answers_are_those_of_predict(run: Path, restored: LoadedModel, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for name, kind in (("a.png", "PNG"), ("b.jpg", "JPEG"), ("c.tif", "TIFF")):
@@ -99,7 +99,7 @@ def test_what_is_served_is_told(client: httpx.Client, run: Path) -> None:
     assert client.get("/health").json() == client.get("/ready").json() == {"status": "ok"}
 
 
-def test_requests_that_arrive_together_are_judged_together(run: Path, restored: Restored) -> None:
+def test_requests_that_arrive_together_are_judged_together(run: Path, restored: LoadedModel) -> None:
     with (
         serving(restored, run, held=True, batch=4) as (client, service, held),
         ThreadPoolExecutor(6) as pool,
@@ -120,7 +120,7 @@ def test_requests_that_arrive_together_are_judged_together(run: Path, restored: 
     assert len({json.dumps(one["probabilities"]) for one in alone}) == 6
 
 
-def test_stopping_answers_what_is_under_way(run: Path, restored: Restored) -> None:
+def test_stopping_answers_what_is_under_way(run: Path, restored: LoadedModel) -> None:
     with ThreadPoolExecutor(1) as pool:
         with serving(restored, run, held=True) as (client, service, held):
             own = httpx.Client(base_url=client.base_url, timeout=30)

@@ -26,8 +26,8 @@ from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit
 from starlette.requests import Request
 
-from fedsigma.client.inference.loaded_model import ApplyError, Restored, restore
-from fedsigma.client.inference.predictor import Judge
+from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError, load_model
+from fedsigma.client.inference.predictor import Predictor
 from fedsigma.client.serving.errors import Problem
 from fedsigma.client.serving.images import decode
 from fedsigma.client.serving.limits import Limits, ServeError, is_loopback, read_token
@@ -48,14 +48,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def restored(run: Path) -> Restored:
-    found = restore(run)
+def restored(run: Path) -> LoadedModel:
+    found = load_model(run)
     found.sigma.merge()
     return found
 
 
 @pytest.fixture(scope="module")
-def client(run: Path, restored: Restored) -> Iterator[httpx.Client]:
+def client(run: Path, restored: LoadedModel) -> Iterator[httpx.Client]:
     with serving(restored, run, body_bytes=200_000, images=3, pixels=PIXELS) as (client, _, _):
         yield client
 
@@ -150,7 +150,7 @@ WHOLE = [picture(side=12), picture(0, "JPEG", 12), picture(0, "TIFF", 12), dicom
 
 
 @given(st.data())
-def test_damaged_images_are_problems_and_nothing_else(restored: Restored, data: st.DataObject) -> None:
+def test_damaged_images_are_problems_and_nothing_else(restored: LoadedModel, data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from(WHOLE)))
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -236,7 +236,7 @@ def test_a_body_that_is_no_form(client: httpx.Client, kind: str, body: bytes, st
     problem(client.post("/v1/predict", content=body, headers={"Content-Type": kind}), status, code)
 
 
-def test_a_token_is_asked_for_before_anything_is_read(run: Path, restored: Restored) -> None:
+def test_a_token_is_asked_for_before_anything_is_read(run: Path, restored: LoadedModel) -> None:
     with serving(restored, run, token="0123456789abcdef") as (client, _, _):
         for headers in (
             {},
@@ -252,7 +252,7 @@ def test_a_token_is_asked_for_before_anything_is_read(run: Path, restored: Resto
         assert client.get("/health").status_code == client.get("/openapi.json").status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_again(run: Path, restored: Restored) -> None:
+def test_a_full_queue_says_when_to_come_again(run: Path, restored: LoadedModel) -> None:
     with (
         serving(restored, run, held=True, images=2, waiting=2) as (client, service, held),
         ThreadPoolExecutor(2) as pool,
@@ -275,7 +275,7 @@ def test_a_full_queue_says_when_to_come_again(run: Path, restored: Restored) -> 
     [({"per_client": 1}, 429, "too-many-requests"), ({"requests": 1, "per_client": 1}, 503, "busy")],
 )
 def test_requests_under_way_are_counted(
-    run: Path, restored: Restored, limits: dict[str, int], status: int, code: str
+    run: Path, restored: LoadedModel, limits: dict[str, int], status: int, code: str
 ) -> None:
     with serving(restored, run, held=True, **limits) as (client, _, held), ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, client, picture())
@@ -288,7 +288,7 @@ def test_requests_under_way_are_counted(
         assert post(client, picture()).status_code == 200
 
 
-def test_what_takes_too_long_is_given_up(run: Path, restored: Restored) -> None:
+def test_what_takes_too_long_is_given_up(run: Path, restored: LoadedModel) -> None:
     with serving(restored, run, held=True, timeout_s=0.3) as (client, _, _):
         problem(post(client, picture()), 503, "busy")
         waiting = threading.Event()
@@ -302,7 +302,7 @@ def test_what_takes_too_long_is_given_up(run: Path, restored: Restored) -> None:
 
 
 def test_nothing_of_a_request_is_logged(
-    run: Path, restored: Restored, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Path, restored: LoadedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG)
     for name in ("httpx", "httpcore", "PIL", "pydicom", "asyncio"):
@@ -324,13 +324,13 @@ def test_nothing_of_a_request_is_logged(
 
 
 def test_a_model_that_has_diverged_is_a_fault(run: Path) -> None:
-    broken = restore(run)
+    broken = load_model(run)
     with torch.no_grad():
         for parameter in broken.sigma.merge().parameters():
             parameter.fill_(float("nan"))
     side = broken.backbone.image_size
-    with pytest.raises(ApplyError, match="no finite probability"):
-        Judge(broken).probabilities(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+    with pytest.raises(ModelLoadError, match="no finite probability"):
+        Predictor(broken).probabilities(torch.zeros(1, 3, side, side, dtype=torch.uint8))
 
 
 def test_settings(tmp_path: Path) -> None:

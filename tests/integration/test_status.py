@@ -1,4 +1,4 @@
-"""One process of a centre or a site by itself, as a container or a systemd unit runs it: start and health."""
+"""One process of a server or a site by itself, as a container or a systemd unit runs it: start and health."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
 from fedsigma.cli.server import PROCESSES
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.supervisor import Process
 from fedsigma.server.deployment.certificates import issue, new_authority
-from fedsigma.server.deployment.home import CentreFolder
+from fedsigma.server.deployment.home import ServerHome
 from tests.unit.test_diagnostics import by_name, enrol
 
 runner = CliRunner()
@@ -58,18 +58,18 @@ def serving() -> Iterator[str]:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> SiteFolder:
+def site(tmp_path: Path) -> SiteHome:
     return enrol(tmp_path, new_authority("tests").certificate)
 
 
-def connect(site: SiteFolder, **changes: str) -> None:
+def connect(site: SiteHome, **changes: str) -> None:
     file = site.path / "connection.yaml"
     lines = [line for line in file.read_text().splitlines() if line.split(":")[0] not in changes]
     file.write_text("\n".join([*lines, *(f'{key}: "{value}"' for key, value in changes.items())]) + "\n")
 
 
 def test_the_health_of_one_process_of_a_site_needs_nothing_of_the_others(
-    site: SiteFolder, serving: str
+    site: SiteHome, serving: str
 ) -> None:
     connect(site, node_health=serving)
     shutil.rmtree(site.path / "worker")
@@ -80,7 +80,7 @@ def test_the_health_of_one_process_of_a_site_needs_nothing_of_the_others(
     assert run("site", "status", "--folder", site.path, "--only", "worker")[0] == 4
 
 
-def test_to_ask_for_health_writes_nothing(site: SiteFolder) -> None:
+def test_to_ask_for_health_writes_nothing(site: SiteHome) -> None:
     """The worker's programs name the Python that runs it; who only asks may have another."""
     before = sorted(site.path.rglob("*"))
     assert run("site", "status", "--folder", site.path)[0] == 4
@@ -89,7 +89,7 @@ def test_to_ask_for_health_writes_nothing(site: SiteFolder) -> None:
 
 @pytest.mark.parametrize("command", ["up", "status", "doctor"])
 def test_a_process_that_is_not_there_is_named(
-    command: str, site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+    command: str, site: SiteHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where it is not refused, nothing must take this process's place.
     monkeypatch.setattr("fedsigma.cli.site.supervise", lambda processes, folder: None)
@@ -97,7 +97,7 @@ def test_a_process_that_is_not_there_is_named(
     assert code == 3 and "there are node and worker" in err
 
 
-def test_the_doctor_of_one_process_looks_at_what_that_one_sees(site: SiteFolder) -> None:
+def test_the_doctor_of_one_process_looks_at_what_that_one_sees(site: SiteHome) -> None:
     shutil.move(site.path / "worker", site.path.parent / "worker")
     rules = (site.path / "site.yaml").rename(site.path.parent / "site.yaml")
     found = by_name(site.path, offline=True, only="node")
@@ -114,7 +114,7 @@ def test_the_doctor_of_one_process_looks_at_what_that_one_sees(site: SiteFolder)
     assert not by_name(site.path, deep=False, only="worker")["secrets"].ok
 
 
-def test_the_worker_can_be_told_where_the_node_is(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worker_can_be_told_where_the_node_is(site: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an address is known only when the worker starts, as in Kubernetes."""
     started = []
     monkeypatch.setattr(Process, "replace_this", lambda self, folder: started.append(list(self.command)))
@@ -131,7 +131,7 @@ def test_the_worker_can_be_told_where_the_node_is(site: SiteFolder, monkeypatch:
 
 
 def test_a_secret_as_kubernetes_mounts_it_is_in_order(
-    site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+    site: SiteHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.getuid() != 0:
         pytest.skip("only root has files of root's")
@@ -142,51 +142,51 @@ def test_a_secret_as_kubernetes_mounts_it_is_in_order(
 
 
 @pytest.fixture
-def centre(tmp_path: Path) -> Path:
-    made = run("server", "init", tmp_path / "centre", "--address", "fl.example.org:443")
+def server(tmp_path: Path) -> Path:
+    made = run("server", "init", tmp_path / "server", "--address", "fl.example.org:443")
     assert made[0] == 0, made
-    return tmp_path / "centre"
+    return tmp_path / "server"
 
 
-def test_a_centre_for_containers_is_made_by_one_command(tmp_path: Path) -> None:
+def test_a_server_for_containers_is_made_by_one_command(tmp_path: Path) -> None:
     where = ["--superlink", "superlink:8000", "--health", "superlink:8001", "--worker-health", "worker:8002"]
     command = ["server", "init", tmp_path / "new", "--address", "fl.example.org:443", "--if-new", *where]
     assert run(*command)[0] == 0
-    made = CentreFolder(tmp_path / "new")
+    made = ServerHome(tmp_path / "new")
     config = made.config
     assert (config.health, config.worker_health) == ("superlink:8001", "worker:8002")
     before = made.tls("ca.crt").read_bytes()
     code, out, _ = run(*command)
-    assert code == 0 and "holds a centre already" in out and made.tls("ca.crt").read_bytes() == before
+    assert code == 0 and "holds a server already" in out and made.tls("ca.crt").read_bytes() == before
     assert run(*(word for word in command if word != "--if-new"))[0] == 3
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     assert run("server", "init", tmp_path / "taken", *command[3:])[0] == 3
 
 
-def test_only_the_proxy_needs_the_proxys_folder(centre: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_proxy_needs_the_proxys_folder(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr(Process, "replace_this", lambda self, folder: started.append(self.name))
-    shutil.rmtree(centre / "proxy")
+    shutil.rmtree(server / "proxy")
     for name in ("superlink", "worker", "keeper"):
-        assert run("server", "up", "--folder", centre, "--only", name)[0] == 0
-    (centre / "proxy").mkdir()
-    assert run("server", "up", "--folder", centre, "--only", "proxy")[0] == 0
+        assert run("server", "up", "--folder", server, "--only", name)[0] == 0
+    (server / "proxy").mkdir()
+    assert run("server", "up", "--folder", server, "--only", "proxy")[0] == 0
     assert (
-        started == ["superlink", "worker", "keeper", "proxy"] and (centre / "proxy" / "nginx.conf").is_file()
+        started == ["superlink", "worker", "keeper", "proxy"] and (server / "proxy" / "nginx.conf").is_file()
     )
-    code, _, err = run("server", "up", "--folder", centre, "--only", "node")
+    code, _, err = run("server", "up", "--folder", server, "--only", "node")
     assert code == 3 and "there are superlink, worker, keeper, proxy" in err
 
 
-def test_the_health_of_one_process_of_a_centre(centre: Path, serving: str) -> None:
-    file = centre / "server.yaml"
+def test_the_health_of_one_process_of_a_server(server: Path, serving: str) -> None:
+    file = server / "server.yaml"
     file.write_text(file.read_text().replace("127.0.0.1:8001", serving).replace("127.0.0.1:8002", serving))
     for name in ("superlink", "worker"):
-        code, out, _ = run("server", "status", "--folder", centre, "--only", name, "--json")
+        code, out, _ = run("server", "status", "--folder", server, "--only", name, "--json")
         assert code == 0 and [(r["process"], r["health"]) for r in json.loads(out)] == [(name, "serving")]
-    assert run("server", "status", "--folder", centre)[0] == 4
-    assert run("server", "status", "--folder", centre, "--only", "node")[0] == 3
+    assert run("server", "status", "--folder", server)[0] == 4
+    assert run("server", "status", "--folder", server, "--only", "node")[0] == 3
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -196,22 +196,22 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def shown(centre: Path, origin: str, **said: str) -> None:
+def shown(server: Path, origin: str, **said: str) -> None:
     """Write dashboard.yaml."""
     lines = [f"{key}: {value}" for key, value in said.items()]
     text = "\n".join([*lines, f"access: {{origins: ['{origin}'], proxies: [127.0.0.1]}}"])
-    (centre / "dashboard.yaml").write_text(text + "\n")
+    (server / "dashboard.yaml").write_text(text + "\n")
 
 
 @contextmanager
-def up(centre: Path, process: str) -> Iterator[Path]:
-    """One process of a centre while it serves; gives its log."""
-    program, log = Path(sys.executable).with_name("fedsigma"), centre.parent / f"{process}.log"
-    command = [str(program), "server", "up", "--folder", str(centre), "--only", process]
+def up(server: Path, process: str) -> Iterator[Path]:
+    """One process of a server while it serves; gives its log."""
+    program, log = Path(sys.executable).with_name("fedsigma"), server.parent / f"{process}.log"
+    command = [str(program), "server", "up", "--folder", str(server), "--only", process]
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as running:
         try:
             deadline = time.monotonic() + 60
-            while run("server", "status", "--folder", centre, "--only", process)[0] != 0:
+            while run("server", "status", "--folder", server, "--only", process)[0] != 0:
                 assert running.poll() is None and time.monotonic() < deadline, "it did not serve in a minute"
                 time.sleep(0.1)
             yield log
@@ -219,31 +219,31 @@ def up(centre: Path, process: str) -> Iterator[Path]:
             running.terminate()
 
 
-def health(centre: Path) -> tuple[int, str]:
+def health(server: Path) -> tuple[int, str]:
     """The exit code of the dashboard's status, and what it says."""
-    code, out, _ = run("server", "status", "--folder", centre, "--only", "dashboard", "--json")
+    code, out, _ = run("server", "status", "--folder", server, "--only", "dashboard", "--json")
     (row,) = json.loads(out)
     assert row["process"] == "dashboard"
     return code, row["health"]
 
 
-def test_the_dashboards_health_is_its_page_by_its_own_certificate(centre: Path) -> None:
+def test_the_dashboards_health_is_its_page_by_its_own_certificate(server: Path) -> None:
     pytest.importorskip("uvicorn", reason="the dashboard is an extra")
     listen = free_address().replace("127.0.0.1", "0.0.0.0")
-    made = CentreFolder(centre)
+    made = ServerHome(server)
     # Nobody asks by the name of this certificate, and who signed it does not matter.
-    issue(made.authority(), ["dash.example.org"]).write(centre / "dash.crt", centre / "dash.key")
-    shown(centre, "https://dash.example.org", listen=listen, certificate="dash.crt", key="dash.key")
-    assert health(centre) == (4, "no answer (connection refused)")
-    with up(centre, "dashboard"):
-        assert health(centre) == (0, "serving")
-        whole = run("server", "status", "--folder", centre, "--json")
+    issue(made.authority(), ["dash.example.org"]).write(server / "dash.crt", server / "dash.key")
+    shown(server, "https://dash.example.org", listen=listen, certificate="dash.crt", key="dash.key")
+    assert health(server) == (4, "no answer (connection refused)")
+    with up(server, "dashboard"):
+        assert health(server) == (0, "serving")
+        whole = run("server", "status", "--folder", server, "--json")
         assert whole[0] == 4 and {row["process"] for row in json.loads(whole[1])} == set(PROCESSES)
         # One of the same authority's for the same name is not its.
-        issue(made.authority(), ["dash.example.org"]).write(centre / "dash.crt", centre / "new.key")
-        code, words = health(centre)
+        issue(made.authority(), ["dash.example.org"]).write(server / "dash.crt", server / "new.key")
+        code, words = health(server)
         assert code == 4 and words.startswith("no answer (") and "certificate" in words
-    assert health(centre)[0] == 4
+    assert health(server)[0] == 4
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -259,51 +259,51 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
-def test_what_does_not_say_that_it_is_well_is_not(centre: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_say_that_it_is_well_is_not(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         # Whatever way out the environment names, one's own processes are asked directly.
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-        shown(centre, "http://127.0.0.1:8050", listen=f"127.0.0.1:{server.server_port}")
-        assert health(centre) == (4, "answers 503")
+        shown(server, "http://127.0.0.1:8050", listen=f"127.0.0.1:{server.server_port}")
+        assert health(server) == (4, "answers 503")
         monkeypatch.setitem(Answers.statuses, "/health", 200)
-        assert health(centre) == (0, "serving")
+        assert health(server) == (0, "serving")
         # It answers, but not by TLS, as its file has it by now.
-        pair = issue(CentreFolder(centre).authority(), ["dash.example.org"])
-        pair.write(centre / "dash.crt", centre / "dash.key")
+        pair = issue(ServerHome(server).authority(), ["dash.example.org"])
+        pair.write(server / "dash.crt", server / "dash.key")
         own = {"certificate": "dash.crt", "key": "dash.key"}
-        shown(centre, "https://dash.example.org", listen=f"127.0.0.1:{server.server_port}", **own)
-        code, words = health(centre)
+        shown(server, "https://dash.example.org", listen=f"127.0.0.1:{server.server_port}", **own)
+        code, words = health(server)
         assert code == 4 and words.startswith("no answer (")
         server.shutdown()
 
 
-def test_a_dashboard_that_cannot_be_asked_hides_nobody_elses_health(centre: Path, serving: str) -> None:
-    file = centre / "server.yaml"
+def test_a_dashboard_that_cannot_be_asked_hides_nobody_elses_health(server: Path, serving: str) -> None:
+    file = server / "server.yaml"
     file.write_text(file.read_text().replace("127.0.0.1:8001", serving))
     for text, words in (
         ("listen: nowhere\n", "expected HOST:PORT"),
         ("certificate: a.crt\nkey: a.key\naccess: {origins: ['https://a.example']}\n", "a.crt"),
         ("certificate: server.yaml\nkey: a.key\naccess: {origins: ['https://a.example']}\n", "PEM"),
     ):
-        (centre / "dashboard.yaml").write_text(text)
-        code, out, _ = run("server", "status", "--folder", centre, "--json")
+        (server / "dashboard.yaml").write_text(text)
+        code, out, _ = run("server", "status", "--folder", server, "--json")
         said = {row["process"]: row["health"] for row in json.loads(out)}
         assert code == 4 and said["superlink"] == "serving"
         assert said["dashboard"].startswith("not known (") and words in said["dashboard"]
 
 
 @pytest.mark.parametrize("command", ["up", "status"])
-def test_without_its_file_there_is_no_dashboard(command: str, centre: Path) -> None:
-    code, _, err = run("server", command, "--folder", centre, "--only", "dashboard")
-    assert code == 3 and str(centre / "dashboard.yaml") in err.replace("\n", "")
+def test_without_its_file_there_is_no_dashboard(command: str, server: Path) -> None:
+    code, _, err = run("server", command, "--folder", server, "--only", "dashboard")
+    assert code == 3 and str(server / "dashboard.yaml") in err.replace("\n", "")
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "caddy"])
 def test_the_proxys_health_is_asked_through_it(proxy: str, tmp_path: Path, serving: str) -> None:
     if shutil.which(proxy) is None:
         pytest.skip(f"{proxy} is not installed")
-    folder = tmp_path / "centre"
+    folder = tmp_path / "server"
     listen = ["--listen", free_address(), "--proxy", proxy]
     where = ["--address", "fl.example.org:443", "--health", serving]
     assert run("server", "init", folder, *where, *listen)[0] == 0

@@ -17,39 +17,39 @@ import pytest
 
 from fedsigma.common.config.study import load_study
 from fedsigma.common.ops.supervisor import free_ports
-from fedsigma.server.runs.run_dir import POOLED, RunFolder
+from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
 from fedsigma.server.trackers import Tracking, choose_trackers
 from tests.unit.test_run_dir import STUDY as SMALL
 
 HOSTILE = "Klinik am Süd/Tor <b>"
 
 
-def write_round(folder: RunFolder, number: int) -> None:
+def write_round(folder: RunDir, number: int) -> None:
     for index, site in enumerate(("north", HOSTILE)):
         metrics = {"accuracy": 0.5 + number / 10 + index / 100, "loss": 1 / number, "epsilon": 0.25 * number}
-        folder.round_row(number, site, metrics, 61_700, 58_200, "accepted")
-    folder.round_row(number, POOLED, {"accuracy": 0.5 + number / 10}, 0, 0, "pooled")
+        folder.log_round(number, site, metrics, 61_700, 58_200, "accepted")
+    folder.log_round(number, ALL_SITES, {"accuracy": 0.5 + number / 10}, 0, 0, "pooled")
 
 
-def track(path: Path, names: str, *, rounds: tuple[int, ...], end: bool) -> RunFolder:
+def track(path: Path, names: str, *, rounds: tuple[int, ...], end: bool) -> RunDir:
     """A run, or its beginning, or what it goes on with."""
     study = load_study("demo")
-    folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, SMALL)
+    folder = RunDir.open(path) if path.exists() else RunDir.create(path, SMALL)
     following = Tracking(folder, choose_trackers(names), study=study, run="7")
-    folder.event("run_start", study="demo", run="7", resume=False)
+    folder.log_event("run_start", study="demo", run="7", resume=False)
     for number in rounds:
         write_round(folder, number)
     if end:
         folder.summary({"rounds": 2, "federated": {"accuracy": 0.75, "per_site": {"north": 0.5}}})
-        folder.event("published", model="demo@1", folder="x")
-        folder.event("run_end", ok=True, reason="")
+        folder.log_event("published", model="demo@1", folder="x")
+        folder.log_event("run_end", ok=True, reason="")
         folder.report_path.write_text("<html></html>")
         (folder.path / "sigma.safetensors").write_bytes(b"sigma")
     following.close()
     return folder
 
 
-def failures(folder: RunFolder) -> list[tuple[str, str]]:
+def failures(folder: RunDir) -> list[tuple[str, str]]:
     return [(e["tracker"], e["error"]) for e in folder.events() if e["kind"] == "tracker_failed"]
 
 
@@ -222,13 +222,13 @@ def wandb_records(path: Path) -> list[Any]:
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunFolder], list[Path]]:
+def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunDir], list[Path]]:
     pytest.importorskip("wandb", reason="wandb is not installed: the extra dev has it")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("fedsigma.server.trackers.callback.PATIENCE_S", 60.0)
     import wandb
 
-    def files(folder: RunFolder) -> list[Path]:
+    def files(folder: RunDir) -> list[Path]:
         # The library writes the last of it when its own process ends, as it does at the end of a run's.
         wandb.teardown()
         return sorted((folder.path / "trackers").rglob("*.wandb"))

@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import ConfigError, StudyConfig
-from fedsigma.common.privacy.accounting import Release, epsilon, noise_for, releases_within, sampling_rate
-from fedsigma.common.privacy.noise import Randomness, clip, noisy_mean, shared_noise
+from fedsigma.common.privacy.accounting import (
+    PrivacyEvent,
+    calibrate_noise_multiplier,
+    epsilon,
+    events_within,
+    sampling_rate,
+)
+from fedsigma.common.privacy.noise import SecureRandom, clip, noisy_mean, shared_noise
 from fedsigma.server.federation.privacy_plan import check_budget, plan
 
 STUDY = """
@@ -49,7 +55,7 @@ def exact(noise_multiplier: float, delta: float) -> float:
 def test_without_sampling_epsilon_is_the_gaussian_closed_form(noise: float, delta: float, steps: int) -> None:
     """So many Gaussians together are one with the noise divided by the root of their number."""
     expected = exact(noise / math.sqrt(steps), delta)
-    found = epsilon([Release(rate=1.0, noise_multiplier=noise, steps=steps)], delta)
+    found = epsilon([PrivacyEvent(rate=1.0, noise_multiplier=noise, steps=steps)], delta)
     if expected < 15:
         assert found == pytest.approx(expected, rel=2e-3)
         assert found >= expected * (1 - 1e-6)
@@ -63,19 +69,19 @@ def test_published_values() -> None:
     Theirs bounds the same mechanism by moments; ours is tighter (theirs is 9.34 by strong composition). Below
     0.8 it would contradict the lower bound by the central limit (Dong et al. 2019, corollary 5.4).
     """
-    found = epsilon([Release(rate=0.01, noise_multiplier=4.0, steps=10_000)], 1e-5)
+    found = epsilon([PrivacyEvent(rate=0.01, noise_multiplier=4.0, steps=10_000)], 1e-5)
     # mu = q sqrt(T (exp(1/sigma^2) - 1)), as one Gaussian with noise 1 / mu.
     limit = exact(1 / (0.01 * math.sqrt(10_000 * (math.exp(1 / 16) - 1))), 1e-5)
     assert 0.97 * limit < found < 1.26
     # TensorFlow Privacy's tutorial on MNIST: 60,000 images, batch 250, sigma 1.3, 15 epochs: 1.18.
-    found = epsilon([Release(rate=250 / 60_000, noise_multiplier=1.3, steps=15 * 240)], 1e-5)
+    found = epsilon([PrivacyEvent(rate=250 / 60_000, noise_multiplier=1.3, steps=15 * 240)], 1e-5)
     assert 0.8 < found < 1.18
 
 
 def test_releases_add_up_whatever_their_order() -> None:
-    a, b = (Release(rate=r, noise_multiplier=2.0, steps=5) for r in (0.25, 1.0))
+    a, b = (PrivacyEvent(rate=r, noise_multiplier=2.0, steps=5) for r in (0.25, 1.0))
     assert epsilon([a, b], 1e-5) == epsilon([b, a], 1e-5)
-    assert epsilon([a, a], 1e-5) == epsilon([Release(rate=0.25, noise_multiplier=2.0, steps=10)], 1e-5)
+    assert epsilon([a, a], 1e-5) == epsilon([PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=10)], 1e-5)
     assert epsilon([a], 1e-5) < epsilon([a, b], 1e-5)
     assert epsilon([], 1e-5) == 0
 
@@ -87,31 +93,33 @@ def test_releases_add_up_whatever_their_order() -> None:
     st.integers(1, 60),
 )
 def test_more_steps_and_less_noise_cost_more(rate: float, noise: float, steps: int) -> None:
-    here = epsilon([Release(rate=rate, noise_multiplier=noise, steps=steps)], 1e-5)
-    assert here <= epsilon([Release(rate=rate, noise_multiplier=noise, steps=steps + 1)], 1e-5)
-    assert here <= epsilon([Release(rate=rate, noise_multiplier=noise * 0.8, steps=steps)], 1e-5)
+    here = epsilon([PrivacyEvent(rate=rate, noise_multiplier=noise, steps=steps)], 1e-5)
+    assert here <= epsilon([PrivacyEvent(rate=rate, noise_multiplier=noise, steps=steps + 1)], 1e-5)
+    assert here <= epsilon([PrivacyEvent(rate=rate, noise_multiplier=noise * 0.8, steps=steps)], 1e-5)
 
 
 def test_the_noise_for_a_target_keeps_it_and_no_less_does() -> None:
-    noise = noise_for(4.0, delta=1e-5, rate=0.25, steps=20)
-    spent = [epsilon([Release(rate=0.25, noise_multiplier=n, steps=20)], 1e-5) for n in (noise, noise - 0.01)]
+    noise = calibrate_noise_multiplier(4.0, delta=1e-5, rate=0.25, steps=20)
+    spent = [
+        epsilon([PrivacyEvent(rate=0.25, noise_multiplier=n, steps=20)], 1e-5) for n in (noise, noise - 0.01)
+    ]
     assert spent[0] <= 4.0 < spent[1]
-    one = Release(rate=0.25, noise_multiplier=noise, steps=2)
-    assert releases_within(4.0, one, delta=1e-5, most=60) == 10
-    assert releases_within(1e-4, one, delta=1e-5, most=60) == 0
+    one = PrivacyEvent(rate=0.25, noise_multiplier=noise, steps=2)
+    assert events_within(4.0, one, delta=1e-5, most=60) == 10
+    assert events_within(1e-4, one, delta=1e-5, most=60) == 0
 
 
 def test_a_sample_has_the_batch_size_on_average() -> None:
     assert sampling_rate(64, 16) == 0.25
     assert sampling_rate(10, 16) == 1.0
-    sizes = [len(Randomness(bytes([k]) * 32).sample(64, 0.25)) for k in range(200)]
+    sizes = [len(SecureRandom(bytes([k]) * 32).sample(64, 0.25)) for k in range(200)]
     # 200 binomial sizes: mean 16, standard deviation of the mean 0.245.
     assert abs(np.mean(sizes) - 16) < 5 * 0.245
     assert np.var(sizes) == pytest.approx(12, rel=0.5)
 
 
 def test_normal_numbers_are_normal() -> None:
-    x = Randomness(b"\1" * 32).normal(400_000)
+    x = SecureRandom(b"\1" * 32).normal(400_000)
     assert abs(x.mean()) < 5 / math.sqrt(x.size)
     assert abs(x.var() - 1) < 5 * math.sqrt(2 / x.size)
     # Kolmogorov-Smirnov by hand: the largest gap to the normal distribution.
@@ -123,10 +131,10 @@ def test_normal_numbers_are_normal() -> None:
 
 
 def test_streams_differ_unless_their_key_is_given() -> None:
-    assert not np.array_equal(Randomness().normal(8), Randomness().normal(8))
+    assert not np.array_equal(SecureRandom().normal(8), SecureRandom().normal(8))
     key = b"\2" * 32
-    assert np.array_equal(Randomness(key).normal(8), Randomness(key).normal(8))
-    uniform = Randomness(key).uniform(100_000)
+    assert np.array_equal(SecureRandom(key).normal(8), SecureRandom(key).normal(8))
+    uniform = SecureRandom(key).uniform(100_000)
     assert uniform.min() > 0 and uniform.max() <= 1
 
 
@@ -143,7 +151,7 @@ def test_a_change_is_shortened_and_never_lengthened() -> None:
 def test_the_noise_of_a_mean_is_that_of_the_sum_over_its_sites() -> None:
     changes = [np.zeros(50_000) for _ in range(4)]
     changes[0][0] = 10.0
-    found = noisy_mean(changes, PRIVACY, Randomness(b"\3" * 32))
+    found = noisy_mean(changes, PRIVACY, SecureRandom(b"\3" * 32))
     expected = 1.5 * 2.0 / 4
     assert found[1:].std() == pytest.approx(expected, rel=5 / math.sqrt(2 * 50_000))
     assert abs(found[0] - 2.0 / 4) < 5 * expected
@@ -152,7 +160,7 @@ def test_the_noise_of_a_mean_is_that_of_the_sum_over_its_sites() -> None:
 @pytest.mark.parametrize("sites", [2, 5])
 def test_shares_of_noise_add_up_to_it(sites: int) -> None:
     shares = [
-        shared_noise(np.zeros(50_000), PRIVACY, sites=sites, randomness=Randomness(bytes([k]) * 32))
+        shared_noise(np.zeros(50_000), PRIVACY, sites=sites, randomness=SecureRandom(bytes([k]) * 32))
         for k in range(sites)
     ]
     assert np.sum(shares, axis=0).std() == pytest.approx(1.5 * 2.0, rel=5 / math.sqrt(2 * 50_000))
@@ -191,10 +199,10 @@ def test_masks_must_have_room_for_the_noise() -> None:
 
 def test_a_plan_says_what_a_study_spends() -> None:
     found = plan(StudyConfig.from_yaml(STUDY), images=64, targets=(2.0,))
-    assert found.release == Release(rate=0.25, noise_multiplier=2.0, steps=2)
-    assert set(found.spent) == {1, 2, 5, 10}
-    assert found.spent[10] == epsilon([Release(rate=0.25, noise_multiplier=2.0, steps=20)], 1e-5)
-    assert found.noise_for[2.0] > 2.0
+    assert found.release == PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=2)
+    assert set(found.epsilon_after) == {1, 2, 5, 10}
+    assert found.epsilon_after[10] == epsilon([PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=20)], 1e-5)
+    assert found.noise_multiplier_for[2.0] > 2.0
     with pytest.raises(ConfigError, match="has no privacy"):
         plan(StudyConfig.from_yaml(STUDY.replace("level: image", "level: none")), images=64)
 

@@ -15,21 +15,21 @@ from hypothesis import strategies as st
 
 from bench.methods.federation import _Strategy
 from fedsigma.common.config.study import STRATEGIES, ConfigError, StudyConfig
-from fedsigma.common.wire.records import PROTOCOL, Evaluation, HelloReply, to_content
+from fedsigma.common.wire.records import PROTOCOL, Evaluation, HandshakeReply, to_record
 from fedsigma.server.federation import site_manager as roster_of
 from fedsigma.server.federation.aggregation import (
     StateError,
     drift,
     make_averaging,
-    mean_change,
     restore_state,
     save_state,
     set_step,
+    weighted_mean_update,
 )
-from fedsigma.server.federation.messenger import Answer, attribute, in_order
-from fedsigma.server.federation.site_manager import Roster
-from fedsigma.server.federation.validation import Accepted, pool
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.federation.messenger import SiteReply, in_order, match_replies
+from fedsigma.server.federation.site_manager import SiteManager
+from fedsigma.server.federation.validation import ValidUpdate, aggregate_metrics
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid, gone
 from tests.helpers.fake_learner import FINGERPRINT, STUDY
 
@@ -46,7 +46,7 @@ def sent(*nodes: int) -> dict[int, Message]:
 
 def test_every_failure_goes_to_its_own_site() -> None:
     tasks = sent(7, 8, 9, 10)
-    content = to_content(HelloReply(protocol=PROTOCOL, site="x", fingerprint="", version="0.1.0"))
+    content = to_record(HandshakeReply(protocol=PROTOCOL, site="x", fingerprint="", version="0.1.0"))
     replies = [
         gone(tasks[9], code=3),
         Message(Error(2, "secret text"), reply_to=tasks[8]),
@@ -54,13 +54,13 @@ def test_every_failure_goes_to_its_own_site() -> None:
         Message(Error(2, "a second reply"), reply_to=tasks[7]),
         Message(Error(2, "never asked"), reply_to=sent(99)[99]),
     ]
-    found = in_order(tasks, attribute(tasks, replies))
+    found = in_order(tasks, match_replies(tasks, replies))
     assert found[7].content is not None and found[7].bytes_up > 0
     assert (found[8].failure, found[9].failure) == (
         "the site's app failed",
         "the site could not be reached in time",
     )
-    assert found[10].late and not found[8].late
+    assert found[10].timed_out and not found[8].timed_out
     assert list(found) == [7, 8, 9, 10]
 
 
@@ -71,7 +71,7 @@ def test_only_a_type_name_of_a_site_is_repeated() -> None:
         Message(Error(100, "/data/patient-7.png"), reply_to=tasks[8]),
         Message(Error(2, "BundleNotApproved"), reply_to=tasks[9]),
     ]
-    found = in_order(tasks, attribute(tasks, replies))
+    found = in_order(tasks, match_replies(tasks, replies))
     assert (found[7].failure, found[8].failure) == ("FileNotFoundError", "error 100")
     assert found[9].failure == "the site's app failed: BundleNotApproved"
 
@@ -87,7 +87,7 @@ def test_pooled_accuracy_is_right_answers_over_images(right_of: list[tuple[int, 
         )
         for i, (right, n) in enumerate(right_of)
     }
-    pooled = pool(told)
+    pooled = aggregate_metrics(told)
     assert pooled["accuracy"] == sum(right for right, _ in right_of) / sum(n for _, n in right_of)
     assert "auroc" not in pooled
 
@@ -99,9 +99,9 @@ def test_a_metric_is_the_mean_of_the_sites_that_have_it() -> None:
             accuracy=accuracy, balanced_accuracy=NAN, auroc=auroc, f1=NAN, ece=NAN, test_examples=n
         )
 
-    pooled = pool({"a": one(0.5, 10), "b": one(NAN, 100), "c": one(1.0, 30), "d": one(NAN, 0)})
+    pooled = aggregate_metrics({"a": one(0.5, 10), "b": one(NAN, 100), "c": one(1.0, 30), "d": one(NAN, 0)})
     assert pooled == {"auroc": 0.875, "accuracy": 1.0, "test_examples": 140}
-    assert pool({"d": one(NAN, 0)}) == {"test_examples": 0}
+    assert aggregate_metrics({"d": one(NAN, 0)}) == {"test_examples": 0}
 
 
 START = np.array([1.0, -2.0, 0.5], np.float32)
@@ -111,31 +111,31 @@ def drifts(*told: tuple[list[float], int]) -> list[dict[str, float]]:
     """The drift of sites with these changes and weights, from START."""
     changes = {node: np.array(change, np.float32) for node, (change, _) in enumerate(told)}
     replies = {
-        node: Accepted(
-            change_norm=float(np.linalg.norm(changes[node].astype(float))),
+        node: ValidUpdate(
+            update_norm=float(np.linalg.norm(changes[node].astype(float))),
             shift_norm=float(np.linalg.norm(START.astype(float) + changes[node])),
             weight=weight,
             reply=None,  # type: ignore[arg-type]
         )
         for node, (_, weight) in enumerate(told)
     }
-    return list(drift(replies, changes, mean_change(replies, changes)).values())
+    return list(drift(replies, changes, weighted_mean_update(replies, changes)).values())
 
 
 def test_drift_is_measured_from_the_rounds_model_and_against_the_weighted_mean() -> None:
     # The mean change is (3 (2, 0, 0) + 1 (0, 2, 0)) / 4 = (1.5, 0.5, 0).
     first, second = drifts(([2, 0, 0], 3), ([0, 2, 0], 1))
-    assert first["change_norm"] == second["change_norm"] == 2
-    assert first["change_cosine"] == pytest.approx(3 / math.sqrt(10))
-    assert second["change_cosine"] == pytest.approx(1 / math.sqrt(10))
+    assert first["update_norm"] == second["update_norm"] == 2
+    assert first["update_cosine"] == pytest.approx(3 / math.sqrt(10))
+    assert second["update_cosine"] == pytest.approx(1 / math.sqrt(10))
     assert first["shift_norm"] == pytest.approx(math.sqrt(9 + 4 + 0.25))
 
 
 def test_a_change_without_direction_has_no_cosine() -> None:
     still, moved = drifts(([0, 0, 0], 1), ([0, 0, 4], 1))
-    assert "change_cosine" not in still and still["change_norm"] == 0 and moved["change_cosine"] == 1
+    assert "update_cosine" not in still and still["update_norm"] == 0 and moved["update_cosine"] == 1
     opposite = drifts(([1, 0, 0], 1), ([-1, 0, 0], 1))
-    assert [one.keys() for one in opposite] == [{"change_norm", "shift_norm"}] * 2
+    assert [one.keys() for one in opposite] == [{"update_norm", "shift_norm"}] * 2
 
 
 vectors = st.lists(st.integers(-1000, 1000).map(float), min_size=3, max_size=3)
@@ -146,9 +146,9 @@ def test_of_all_sites_changes_the_parts_along_the_mean_add_up_to_it(told: list[t
     found = drifts(*told)
     weights = [weight for _, weight in told]
     mean = np.linalg.norm(np.average([change for change, _ in told], axis=0, weights=weights))
-    along = [one["change_norm"] * one.get("change_cosine", 0.0) for one in found]
+    along = [one["update_norm"] * one.get("update_cosine", 0.0) for one in found]
     assert np.average(along, weights=weights) == pytest.approx(mean, abs=1e-3)
-    assert all(-1 <= one.get("change_cosine", 0.0) <= 1 for one in found)
+    assert all(-1 <= one.get("update_cosine", 0.0) <= 1 for one in found)
 
 
 class FakeExchange:
@@ -166,19 +166,19 @@ class FakeExchange:
         messages = sent(*tasks)
         for node in tasks:
             name, fingerprint = self.sites[node]
-            reply = HelloReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint, version="0.2.0rc1")
-            replies.append(Message(to_content(reply), reply_to=messages[node]))
-        return attribute(messages, replies)
+            reply = HandshakeReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint, version="0.2.0rc1")
+            replies.append(Message(to_record(reply), reply_to=messages[node]))
+        return match_replies(messages, replies)
 
 
 def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder.create(tmp_path / "run", STUDY)
+    folder = RunDir.create(tmp_path / "run", STUDY)
     good = FINGERPRINT.to_json()
     exchange = FakeExchange({1: ("north", good), 2: ("south", "not json"), 3: ("north", good)})
-    roster = Roster(exchange, folder, StudyConfig.from_yaml(STUDY), FINGERPRINT)  # type: ignore[arg-type]
-    assert roster.present() == {1: "north"}
+    roster = SiteManager(exchange, folder, StudyConfig.from_yaml(STUDY), FINGERPRINT)  # type: ignore[arg-type]
+    assert roster.available() == {1: "north"}
     reasons = {(e["site"], e["reason"]) for e in folder.events() if e["kind"] == "site_refused"}
     assert reasons == {
         ("south", "the site's fingerprint does not read"),
@@ -186,13 +186,13 @@ def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
     }
     # A refused site is not asked again at once, a new one is, and one that came back keeps its name.
     exchange.sites = {2: ("south", good), 4: ("north", good)}
-    assert roster.present() == {4: "north"}
+    assert roster.available() == {4: "north"}
     assert exchange.asked == [1, 2, 3, 4]
     ready = [e for e in folder.events() if e["kind"] == "site_ready"]
     assert [e["version"] for e in ready] == ["0.2.0rc1"] * 2
     monkeypatch.setattr(roster_of, "RETRY_S", 0.0)
     roster._ask_again.clear()
-    assert roster.present() == {4: "north", 2: "south"}
+    assert roster.available() == {4: "north", 2: "south"}
 
 
 @pytest.mark.parametrize(("back_after", "waited"), [(12, 12), (1000, 30)])
@@ -210,13 +210,13 @@ def test_a_round_waits_a_moment_for_a_site_that_went_away_and_only_once(
 
     monkeypatch.setattr(roster_of.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(roster_of.time, "sleep", sleep)
-    folder = RunFolder.create(tmp_path / "run", STUDY)
-    roster = Roster(exchange, folder, study("fedavg"), FINGERPRINT)  # type: ignore[arg-type]
-    assert set(roster.wait()) == {1, 2, 3}
+    folder = RunDir.create(tmp_path / "run", STUDY)
+    roster = SiteManager(exchange, folder, study("fedavg"), FINGERPRINT)  # type: ignore[arg-type]
+    assert set(roster.wait_for_sites()) == {1, 2, 3}
     exchange.sites = {1: ("east", good), 2: ("north", good)}
-    assert set(roster.wait()) == ({1, 2, 3} if back_after == waited else {1, 2})
+    assert set(roster.wait_for_sites()) == ({1, 2, 3} if back_after == waited else {1, 2})
     assert clock[0] == 100 + waited
-    roster.wait()
+    roster.wait_for_sites()
     assert clock[0] == 100 + waited
 
 
@@ -233,18 +233,18 @@ def test_a_node_that_never_answers_the_handshake_is_asked_ever_more_seldom(
             )
             if silent:
                 clock[0] += timeout
-                yield Answer(node=3, bytes_down=0, late=True)
+                yield SiteReply(node=3, bytes_down=0, timed_out=True)
 
     monkeypatch.setattr(roster_of.time, "monotonic", lambda: clock[0])
     exchange = OneSilent({1: ("east", good), 2: ("north", good), 3: ("south", good)})
-    folder = RunFolder.create(tmp_path / "run", STUDY)
+    folder = RunDir.create(tmp_path / "run", STUDY)
     plain = study("fedavg")
     patient = replace(plain, federation=replace(plain.federation, round_timeout_s=600))
-    roster = Roster(exchange, folder, patient, FINGERPRINT)  # type: ignore[arg-type]
+    roster = SiteManager(exchange, folder, patient, FINGERPRINT)  # type: ignore[arg-type]
     waits = []
     for _ in range(30):  # rounds of a minute each
         before = clock[0]
-        assert set(roster.wait()) == {1, 2}
+        assert set(roster.wait_for_sites()) == {1, 2}
         waits.append(clock[0] - before)
         clock[0] += 60
     # At first a site may have its basis to compute; then it is a minute, after 2, 4, 8 and 16 minutes.
@@ -253,18 +253,18 @@ def test_a_node_that_never_answers_the_handshake_is_asked_ever_more_seldom(
     assert refused["reason"] == "it did not answer the handshake in time"
 
 
-def test_at_a_centre_a_site_is_who_its_node_says(tmp_path: Path) -> None:
+def test_at_a_server_a_site_is_who_its_node_says(tmp_path: Path) -> None:
     """Else a site could take another's place by its name."""
 
     class Nodes:
         def problem(self, node: int, name: str) -> str:
             return "" if (node, name) == (1, "north") else "its node belongs to site 'south'"
 
-    folder, good = RunFolder.create(tmp_path / "run", STUDY), FINGERPRINT.to_json()
+    folder, good = RunDir.create(tmp_path / "run", STUDY), FINGERPRINT.to_json()
     exchange = FakeExchange({2: ("north", good), 1: ("north", good)})
     study = StudyConfig.from_yaml(STUDY)
-    roster = Roster(exchange, folder, study, FINGERPRINT, Nodes())  # type: ignore[arg-type]
-    assert roster.present() == {1: "north"}
+    roster = SiteManager(exchange, folder, study, FINGERPRINT, Nodes())  # type: ignore[arg-type]
+    assert roster.available() == {1: "north"}
     (refused,) = [e for e in folder.events() if e["kind"] == "site_refused"]
     assert refused["reason"] == "its node belongs to site 'south'"
 

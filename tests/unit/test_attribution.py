@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from fedsigma.client.inference.attribution import Relevance, _cells, draw, relevance, relevance_of
-from fedsigma.client.inference.loaded_model import Restored
+from fedsigma.client.inference.loaded_model import LoadedModel
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.registry.shift_file import SavedSigma
+from fedsigma.common.registry.shift_file import SavedShift
 from fedsigma.common.sigma import Selection, SigmaModel
 
 STUDY = "name: s\nbackbone: starter\nclasses: [neutrophil, lymphocyte, monocyte]\n"
@@ -42,22 +42,24 @@ def test_the_map_lies_where_the_model_looks_and_adds_up_to_what_it_says() -> Non
 
 
 @pytest.fixture(scope="module")
-def restored() -> Restored:
+def restored() -> LoadedModel:
     backbone = load_backbone("starter")
     sigma = SigmaModel.adapt(backbone.model, Selection())
     shift = 0.1 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
     sigma.set_shift(shift)
-    saved = SavedSigma(
+    saved = SavedShift(
         shift=shift,
         layout_json=sigma.layout.to_json(),
         fingerprint_json=sigma.fingerprint.to_json(),
         study_yaml=STUDY,
         round=1,
     )
-    return Restored(saved=saved, study=StudyConfig.from_yaml(STUDY), backbone=backbone, sigma=sigma)
+    return LoadedModel(saved=saved, study=StudyConfig.from_yaml(STUDY), backbone=backbone, sigma=sigma)
 
 
-def test_both_models_maps_of_a_picture_add_up_to_each_models_lead(restored: Restored, tmp_path: Path) -> None:
+def test_both_models_maps_of_a_picture_add_up_to_each_models_lead(
+    restored: LoadedModel, tmp_path: Path
+) -> None:
     side = restored.backbone.image_size
     picture = textured(1, side)
     (found,) = relevance_of(restored, [picture])
@@ -71,7 +73,7 @@ def test_both_models_maps_of_a_picture_add_up_to_each_models_lead(restored: Rest
         assert drawn.size[0] > 900
 
 
-def test_a_model_that_was_not_changed_has_one_map(restored: Restored) -> None:
+def test_a_model_that_was_not_changed_has_one_map(restored: LoadedModel) -> None:
     restored.sigma.set_shift(torch.zeros_like(restored.saved.shift))
     (found,) = relevance_of(restored, [textured(2, restored.backbone.image_size)])
     restored.sigma.set_shift(restored.saved.shift)

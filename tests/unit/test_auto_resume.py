@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fedsigma.server.deployment.auto_resume import MOST_TRIES, look
+from fedsigma.server.deployment.auto_resume import MOST_TRIES, resume_crashed_runs
 from fedsigma.server.deployment.flower_control import Run
-from fedsigma.server.deployment.home import CentreFolder, ServerConfig
+from fedsigma.server.deployment.home import ServerConfig, ServerHome
 from fedsigma.server.deployment.studies import Studies
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 
 FAILED = "finished:failed"
 
@@ -41,51 +41,47 @@ def control() -> FakeControl:
 @pytest.fixture
 def studies(tmp_path: Path, control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> Studies:
     monkeypatch.delenv("FEDSIGMA_DATABASE", raising=False)
-    config = ServerConfig(name="Centre", address="fl.example.org:443")
-    centre = CentreFolder.create(tmp_path / "centre", config, own=None)
-    return Studies(centre, control)  # type: ignore[arg-type]
+    config = ServerConfig(name="Server", address="fl.example.org:443")
+    server = ServerHome.create(tmp_path / "server", config, own=None)
+    return Studies(server, control)  # type: ignore[arg-type]
 
 
-def begin(values: dict[str, Any], run: str) -> RunFolder:
+def begin(values: dict[str, Any], run: str) -> RunDir:
     """What a ServerApp does first."""
     path = Path(values["out"])
-    folder = (
-        RunFolder.open(path)
-        if values["resume"]
-        else RunFolder.create(path, Path(values["study"]).read_text())
-    )
-    folder.event("run_start", study="demo", run=run, resume=values["resume"])
+    folder = RunDir.open(path) if values["resume"] else RunDir.create(path, Path(values["study"]).read_text())
+    folder.log_event("run_start", study="demo", run=run, resume=values["resume"])
     return folder
 
 
 def test_a_run_that_died_is_gone_on_with_once(studies: Studies, control: FakeControl) -> None:
     studies.submit("demo")
-    begin(control.started[0], "0").event("round_end", round=1, ok=True)
-    assert look(studies) == []
+    begin(control.started[0], "0").log_event("round_end", round=1, ok=True)
+    assert resume_crashed_runs(studies) == []
     control.status["0"] = FAILED
-    (made,) = look(studies)
+    (made,) = resume_crashed_runs(studies)
     assert made.resumes == "0" and control.started[1]["resume"]
     assert control.started[1]["out"] == control.started[0]["out"]
-    assert look(studies) == []
+    assert resume_crashed_runs(studies) == []
 
 
 def test_a_run_that_said_why_it_failed_or_was_stopped_stays_as_it_is(
     studies: Studies, control: FakeControl
 ) -> None:
     studies.submit("demo")
-    begin(control.started[0], "0").event("run_end", ok=False, reason="too few sites")
+    begin(control.started[0], "0").log_event("run_end", ok=False, reason="too few sites")
     control.status["0"] = FAILED
-    assert look(studies) == []
+    assert resume_crashed_runs(studies) == []
     studies.submit("demo", again=True, seed=5)
     begin(control.started[1], "1")
     control.status["1"] = "finished:stopped"
-    assert look(studies) == []
+    assert resume_crashed_runs(studies) == []
 
 
 def test_a_run_that_died_before_it_began_is_begun(studies: Studies, control: FakeControl) -> None:
     studies.submit("demo")
     control.status["0"] = FAILED
-    (made,) = look(studies)
+    (made,) = resume_crashed_runs(studies)
     assert made.resumes == "0" and not control.started[1]["resume"]
     assert Path(control.started[1]["study"]).is_file()
 
@@ -95,8 +91,8 @@ def test_a_run_that_dies_without_a_further_round_is_left(studies: Studies, contr
     for run in range(MOST_TRIES):
         begin(control.started[run], str(run))
         control.status[str(run)] = FAILED
-        assert len(look(studies)) == (run + 1 < MOST_TRIES)
-    assert look(studies) == []
+        assert len(resume_crashed_runs(studies)) == (run + 1 < MOST_TRIES)
+    assert resume_crashed_runs(studies) == []
 
 
 def test_who_watches_a_run_that_died_watches_what_goes_on_with_it(
@@ -111,7 +107,7 @@ def test_who_watches_a_run_that_died_watches_what_goes_on_with_it(
         if len(seen) == 1:
             control.status["0"] = FAILED
         elif len(seen) == 4:
-            look(studies)
+            resume_crashed_runs(studies)
         elif one.submission.run_id == "1":
             control.status["1"] = "finished:completed"
     assert seen[:2] == [("0", "running"), ("0", FAILED)]

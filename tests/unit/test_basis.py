@@ -19,7 +19,7 @@ from fedsigma.common.sigma import (
     cached_basis,
     find_layout,
 )
-from fedsigma.common.sigma.basis import Triple, decompose, sketch
+from fedsigma.common.sigma.basis import SVD, decompose, sketch
 from tests.helpers.tiny import tiny_clip
 
 
@@ -27,7 +27,7 @@ def basis_of(model: torch.nn.Module) -> Basis:
     return Basis.compute(model, find_layout(model))
 
 
-def resketched(basis: Basis, triples: list[Triple]) -> Fingerprint:
+def resketched(basis: Basis, triples: list[SVD]) -> Fingerprint:
     rows = tuple(sketch(e, t) for e, t in zip(basis.layout.entries, triples, strict=True))
     return replace(basis.fingerprint, sketch=rows)
 
@@ -45,7 +45,7 @@ def test_joint_sign_flips_pass(seed: int) -> None:
     flipped = []
     for t in basis.triples:
         signs = torch.randint(0, 2, t.s.shape, generator=generator) * 2.0 - 1
-        flipped.append(Triple(t.u * signs, t.s, signs[:, None] * t.vh))
+        flipped.append(SVD(t.u * signs, t.s, signs[:, None] * t.vh))
     assert basis.fingerprint.compare(resketched(basis, flipped)) is None
 
 
@@ -63,7 +63,7 @@ def test_rotated_near_degenerate_pair_is_refused(angle: float, number: int) -> N
     )
     u, vh = t.u.clone(), t.vh.clone()
     u[:, 3:5], vh[3:5] = u[:, 3:5] @ turn, turn.T @ vh[3:5]
-    pair = Triple(u, t.s, vh)
+    pair = SVD(u, t.s, vh)
     same = torch.ones_like(t.s)
     torch.testing.assert_close(u @ torch.diag(same) @ vh, t.u @ torch.diag(same) @ t.vh, atol=1e-5, rtol=1e-4)
     triples = [pair if i == number else x for i, x in enumerate(basis.triples)]
@@ -114,7 +114,7 @@ def test_a_cached_basis_is_not_computed_again(tmp_path: Path, monkeypatch: pytes
     first = cached_basis(model, find_layout(model), tmp_path)
     assert len(list(tmp_path.glob("basis-*.safetensors"))) == 1
 
-    def never(weight: torch.Tensor) -> Triple:
+    def never(weight: torch.Tensor) -> SVD:
         raise AssertionError("decomposed again")
 
     monkeypatch.setattr("fedsigma.common.sigma.basis.decompose", never)

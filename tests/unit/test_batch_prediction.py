@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
 from fedsigma.client.inference.batch import list_pictures
-from fedsigma.client.inference.loaded_model import ApplyError, located
+from fedsigma.client.inference.loaded_model import ModelLoadError, located
 from tests.helpers.finished_run import CLASSES, make_run
 
 pydicom = pytest.importorskip("pydicom")
@@ -107,9 +107,9 @@ def test_frames_of_one_file_are_its_slices(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_frame_is_shown_by_its_own_window() -> None:
-    def group(centre: int) -> Dataset:
+    def group(server: int) -> Dataset:
         values, one = Dataset(), Dataset()
-        values.WindowCenter, values.WindowWidth = centre, 100
+        values.WindowCenter, values.WindowWidth = server, 100
         one.FrameVOILUTSequence = pydicom.Sequence([values])
         return one
 
@@ -152,14 +152,14 @@ def test_only_pictures_and_dicom_are_listed(folder: Path, tmp_path: Path) -> Non
     (folder / ".hidden.dcm").write_bytes(b"x")
     assert list_pictures(folder) == ["a/1.dcm", "a/2.dcm", "b/IM0001", "c.dcm", "d.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ApplyError, match="expected DICOM, or files ending in"):
+    with pytest.raises(ModelLoadError, match="expected DICOM, or files ending in"):
         list_pictures(tmp_path / "empty")
 
 
 def test_a_version_of_the_registry_is_found_by_its_name(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsigma.common.registry import Manifest, Shelf
+    from fedsigma.common.registry import Manifest, ModelRegistry
 
     monkeypatch.setenv("FEDSIGMA_MODELS", str(tmp_path / "models"))
     draft = Manifest(
@@ -175,7 +175,7 @@ def test_a_version_of_the_registry_is_found_by_its_name(
         rounds=2,
     )
     content = (run / "sigma.safetensors").read_bytes()
-    version = Shelf(tmp_path / "models").add(draft, {"sigma.safetensors": content})
+    version = ModelRegistry(tmp_path / "models").add(draft, {"sigma.safetensors": content})
     assert located(Path("cells@1")) == version.path
     assert located(run) == run and located(Path("a@b/c")) == Path("a@b/c")
     done = CliRunner().invoke(main, ["predict", "cells@2", ".", "--out", str(tmp_path / "x.csv")])

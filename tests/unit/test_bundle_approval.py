@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from fedsigma.client.deployment import bundle_approval as module
-from fedsigma.client.deployment.bundle_approval import BundleError, Bundles, difference, digest_of
+from fedsigma.client.deployment.bundle_approval import BundleApprovals, BundleError, difference, digest_of
 from fedsigma.client.deployment.guarded_clientapp import BundleNotApproved, _kind, refuse
 from fedsigma.client.site.policy import SitePolicy
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.simulation.app_bundle import write_app
 
 RULES = """\
@@ -57,9 +57,9 @@ def test_approval_adds_to_site_yaml_and_changes_nothing_else(line: str, site: Pa
             SitePolicy.read(file)
         return
     before = SitePolicy.read(file)
-    Bundles(site).approve(ONE)
-    Bundles(site).approve(ONE)
-    Bundles(site).approve(TWO)
+    BundleApprovals(site).approve(ONE)
+    BundleApprovals(site).approve(ONE)
+    BundleApprovals(site).approve(TWO)
     after = SitePolicy.read(file)
     assert set(after.bundles) == {*before.bundles, digest_of(ONE), digest_of(TWO)}
     assert len(after.bundles) == len(before.bundles) + 2
@@ -71,17 +71,17 @@ def test_a_list_that_cannot_be_added_to_is_left_alone(site: Path) -> None:
     text = RULES.replace("bundles: []   # none yet", f"bundles: [{'ab' * 32}]")
     file.write_text(text)
     with pytest.raises(ConfigError):
-        Bundles(site).approve(ONE)
+        BundleApprovals(site).approve(ONE)
     assert file.read_text() == text and not file.with_name("site.yaml.new").exists()
 
 
 def test_a_refused_bundle_waits_for_approval(site: Path) -> None:
     with pytest.raises(BundleNotApproved):
         refuse(ONE, site / "site.yaml")
-    (line,) = Chain(site / "audit.jsonl").lines()
+    (line,) = HashChainedLog(site / "audit.jsonl").lines()
     assert line["asked"] == {"message": "bundle", "bundle": digest_of(ONE)}
     assert line["left"]["fields"] == {"error": "BundleNotApproved"}
-    mine = Bundles(site)
+    mine = BundleApprovals(site)
     assert [path.stem for path in mine.pending()] == [digest_of(ONE)]
     assert mine.find(digest_of(ONE)[:8]) == ONE
     mine.approve(ONE)
@@ -92,14 +92,14 @@ def test_a_refused_bundle_waits_for_approval(site: Path) -> None:
 
 
 def test_refused_bundles_do_not_fill_the_disk(site: Path) -> None:
-    mine = Bundles(site)
+    mine = BundleApprovals(site)
     for number in range(module.MOST_PENDING + 5):
         mine.keep(bundle(a=str(number)))
     assert len(mine.pending()) == module.MOST_PENDING
 
 
 def test_a_bundle_that_was_exchanged_while_waiting_is_not_approved(site: Path) -> None:
-    mine = Bundles(site)
+    mine = BundleApprovals(site)
     mine.keep(ONE)
     mine.pending()[0].write_bytes(TWO)
     with pytest.raises(BundleError, match="was changed"):
@@ -138,7 +138,7 @@ def test_the_app_is_the_same_bytes_each_time(tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_was_approved_once_and_is_no_longer_can_be_approved_again(site: Path) -> None:
-    bundles = Bundles(site)
+    bundles = BundleApprovals(site)
     bundles.approve(ONE)
     (site / "site.yaml").write_text(RULES)
     bundles.keep(ONE)

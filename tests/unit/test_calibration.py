@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
 from fedsigma.client.inference.calibration import Calibration, fit_temperature, scaled
-from fedsigma.client.inference.loaded_model import ApplyError
+from fedsigma.client.inference.loaded_model import ModelLoadError
 from fedsigma.common.data.sources.registry import open_source
 from tests.helpers.finished_run import make_run
 
@@ -96,11 +96,11 @@ def test_the_commands_calibrate_and_abstain(run: Path, tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ApplyError, match="is no calibration"):
+    with pytest.raises(ModelLoadError, match="is no calibration"):
         Calibration.read(tmp_path / "x.json")
 
 
 def test_a_temperature_that_is_none_is_refused(tmp_path: Path) -> None:
     Calibration(-1.0, 20, 0.1, 0.1, "s", 1).write(tmp_path / "x.json")
-    with pytest.raises(ApplyError, match="expected a positive number"):
+    with pytest.raises(ModelLoadError, match="expected a positive number"):
         Calibration.read(tmp_path / "x.json")

@@ -33,7 +33,7 @@ from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.data.sources.site_data import simulated_sites
 from fedsigma.common.data.sources.verify import differences
 from fedsigma.common.data.validation import check
-from fedsigma.common.utils.files import UnsafePath, inside
+from fedsigma.common.utils.files import UnsafePath, safe_join
 from tests.helpers.published import class_names_file, names_of, stand_in, wordnet_ids, write
 
 NAMES = list(cards())
@@ -220,7 +220,7 @@ def test_no_path_leads_out(parts: list[str], absolute: bool) -> None:
     empty = not any(part not in ("", ".") for part in parts)
     wrong = bool({"..", "\\", "\n"} & set(parts)) or text.startswith(("/", "C:")) or empty
     try:
-        path = inside(text)
+        path = safe_join(text)
     except UnsafePath:
         assert wrong, "a harmless path was refused"
         return

@@ -9,42 +9,42 @@ import pytest
 from typer.testing import CliRunner
 
 from fedsigma.cli import site as site_cli
-from fedsigma.client.deployment.home import SiteFolder
-from fedsigma.common.ops.enrolment_files import Invitation, JoinError
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.client.deployment.home import SiteHome
+from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.deployment.certificate_rotation import (
     begin_authority,
     renew_certificates,
     switch_authority,
 )
 from fedsigma.server.deployment.certificates import AuthorityError, Issued, issue, new_authority
-from fedsigma.server.deployment.home import CentreError, CentreFolder, ServerConfig
+from fedsigma.server.deployment.home import ServerConfig, ServerHome, ServerHomeError
 
 HOST = "fl.example.org"
 
 
-def make(path: Path, own: Issued | None = None, trust: bytes = b"") -> CentreFolder:
-    config = ServerConfig(name="Centre", address=f"{HOST}:443")
-    return CentreFolder.create(path, config, own=own, trust=trust)
+def make(path: Path, own: Issued | None = None, trust: bytes = b"") -> ServerHome:
+    config = ServerConfig(name="Server", address=f"{HOST}:443")
+    return ServerHome.create(path, config, own=own, trust=trust)
 
 
-def enrol(centre: CentreFolder, path: Path) -> SiteFolder:
+def enrol(server: ServerHome, path: Path) -> SiteHome:
     invitation = Invitation(
         site="north",
-        centre="Centre",
-        server=f"{HOST}:443",
-        certificates=centre.tls("sites.crt").read_text(),
+        server_name="Server",
+        address=f"{HOST}:443",
+        certificates=server.tls("sites.crt").read_text(),
         word="ab" * 32,
         expires="2999-01-01T00:00:00+00:00",
     )
-    return SiteFolder.enrol(path, invitation)[0]
+    return SiteHome.enrol(path, invitation)[0]
 
 
-def takes(site: SiteFolder, centre: CentreFolder) -> bool:
-    """Whether a site's TLS takes what the centre's shows."""
+def takes(site: SiteHome, server: ServerHome) -> bool:
+    """Whether a site's TLS takes what the server's shows."""
     client = ssl.create_default_context(cafile=str(site.path / "node" / "sites.crt"))
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(centre.tls("outer.crt"), centre.tls("outer.key"))
+    server.load_cert_chain(server.tls("outer.crt"), server.tls("outer.key"))
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname=HOST),
@@ -62,58 +62,58 @@ def takes(site: SiteFolder, centre: CentreFolder) -> bool:
 
 
 def test_a_new_certificate_needs_nothing_of_sites(tmp_path: Path) -> None:
-    centre = make(tmp_path / "centre")
-    site, before = enrol(centre, tmp_path / "north"), centre.tls("outer.crt").read_bytes()
-    renew_certificates(centre)
-    assert centre.tls("outer.crt").read_bytes() != before
-    assert takes(site, centre)
+    server = make(tmp_path / "server")
+    site, before = enrol(server, tmp_path / "north"), server.tls("outer.crt").read_bytes()
+    renew_certificates(server)
+    assert server.tls("outer.crt").read_bytes() != before
+    assert takes(site, server)
 
 
 def test_an_authority_is_replaced_with_an_overlap(tmp_path: Path) -> None:
-    centre = make(tmp_path / "centre")
-    told, forgot = enrol(centre, tmp_path / "told"), enrol(centre, tmp_path / "forgot")
-    with pytest.raises(CentreError, match="no next authority"):
-        switch_authority(centre)
-    begin_authority(centre, tmp_path / "trust.pem")
-    joined_meanwhile = enrol(centre, tmp_path / "meanwhile")
+    server = make(tmp_path / "server")
+    told, forgot = enrol(server, tmp_path / "told"), enrol(server, tmp_path / "forgot")
+    with pytest.raises(ServerHomeError, match="no next authority"):
+        switch_authority(server)
+    begin_authority(server, tmp_path / "trust.pem")
+    joined_meanwhile = enrol(server, tmp_path / "meanwhile")
     done = CliRunner().invoke(
         site_cli.app, ["site", "trust", str(tmp_path / "trust.pem"), "--yes", "-f", str(told.path)]
     )
     assert done.exit_code == 0 and "until" in done.output
-    assert all(takes(site, centre) for site in (told, forgot, joined_meanwhile))
-    switch_authority(centre)
-    assert takes(told, centre) and takes(joined_meanwhile, centre) and not takes(forgot, centre)
-    assert takes(enrol(centre, tmp_path / "later"), centre)
-    noted = [line["kind"] for line in Chain(centre.path / "audit.jsonl").lines()]
+    assert all(takes(site, server) for site in (told, forgot, joined_meanwhile))
+    switch_authority(server)
+    assert takes(told, server) and takes(joined_meanwhile, server) and not takes(forgot, server)
+    assert takes(enrol(server, tmp_path / "later"), server)
+    noted = [line["kind"] for line in HashChainedLog(server.path / "audit.jsonl").lines()]
     assert noted == ["authority_begun", "authority_switched"]
 
 
 def test_a_groups_own_certificate_is_not_replaced_by_one_that_sites_do_not_trust(tmp_path: Path) -> None:
     group = new_authority("Hospital group")
-    centre = make(tmp_path / "centre", issue(group, [HOST]), group.certificate)
-    site = enrol(centre, tmp_path / "north")
-    with pytest.raises(CentreError, match="--certificate and --key"):
-        renew_certificates(centre)
-    with pytest.raises(CentreError, match="replace it there"):
-        begin_authority(centre, tmp_path / "trust.pem")
+    server = make(tmp_path / "server", issue(group, [HOST]), group.certificate)
+    site = enrol(server, tmp_path / "north")
+    with pytest.raises(ServerHomeError, match="--certificate and --key"):
+        renew_certificates(server)
+    with pytest.raises(ServerHomeError, match="replace it there"):
+        begin_authority(server, tmp_path / "trust.pem")
     other, new = issue(group, [HOST]), issue(group, [HOST])
     with pytest.raises(AuthorityError, match="does not belong"):
-        renew_certificates(centre, Issued(new.certificate, other.key))
+        renew_certificates(server, Issued(new.certificate, other.key))
     with pytest.raises(AuthorityError, match="expired on"):
-        renew_certificates(centre, issue(group, [HOST], days=0))
-    assert takes(site, centre)
-    renew_certificates(centre, new)
-    assert centre.tls("outer.crt").read_bytes() == new.certificate and takes(site, centre)
+        renew_certificates(server, issue(group, [HOST], days=0))
+    assert takes(site, server)
+    renew_certificates(server, new)
+    assert server.tls("outer.crt").read_bytes() == new.certificate and takes(site, server)
 
 
 def test_a_site_trusts_no_file_without_a_valid_certificate(tmp_path: Path) -> None:
-    site = enrol(make(tmp_path / "centre"), tmp_path / "north")
+    site = enrol(make(tmp_path / "server"), tmp_path / "north")
     before = (site.path / "node" / "sites.crt").read_bytes()
     for text, words in (("nothing", "holds no certificates"), ("", "holds no certificates")):
         (tmp_path / "x.pem").write_text(text)
-        with pytest.raises(JoinError, match=words):
+        with pytest.raises(EnrolmentFileError, match=words):
             site.read_trust(tmp_path / "x.pem")
     (tmp_path / "x.pem").write_bytes(new_authority("old", days=0).certificate)
-    with pytest.raises(JoinError, match="valid now"):
+    with pytest.raises(EnrolmentFileError, match="valid now"):
         site.read_trust(tmp_path / "x.pem")
     assert (site.path / "node" / "sites.crt").read_bytes() == before

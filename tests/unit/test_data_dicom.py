@@ -164,5 +164,5 @@ def test_manifest_and_report(tmp_path: Path) -> None:
     assert [r.key for r in report.usable] == ["1.dcm"]
     with pytest.raises(PictureError, match=r"junk\.dcm: not a DICOM file"):
         source.image(source.records[2])
-    with pytest.raises(DataError, match="expected a centre and a width"):
+    with pytest.raises(DataError, match="expected a server and a width"):
         open_source("dicom:m.csv", base=tmp_path, window=[40])

@@ -18,15 +18,15 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.client.deployment.diagnostics import examine
 from fedsigma.client.deployment.findings import Finding
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.enrolment_files import Invitation
 from fedsigma.server.deployment.certificates import Issued, issue, new_authority
 
 OWN = {"node", "worker"}
 
 
-class Centre(http.server.BaseHTTPRequestHandler):
-    """A TLS server in the centre's place, with settings instead of a SuperLink."""
+class Server(http.server.BaseHTTPRequestHandler):
+    """A TLS server in the server's place, with settings instead of a SuperLink."""
 
     ahead = datetime.timedelta(0)
     answers: dict[str, int] = {}  # noqa: RUF012 - set anew by each test
@@ -51,11 +51,11 @@ def authority() -> Issued:
 
 
 @pytest.fixture
-def centre(authority: Issued, tmp_path: Path) -> Iterator[tuple[str, type[Centre]]]:
+def server(authority: Issued, tmp_path: Path) -> Iterator[tuple[str, type[Server]]]:
     issue(authority, ["127.0.0.1"]).write(tmp_path / "server.crt", tmp_path / "server.key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
-    handler = type("Handler", (Centre,), {"answers": {"/v1/fleet/pull-messages": 415}})
+    handler = type("Handler", (Server,), {"answers": {"/v1/fleet/pull-messages": 415}})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -64,21 +64,21 @@ def centre(authority: Issued, tmp_path: Path) -> Iterator[tuple[str, type[Centre
     server.server_close()
 
 
-def enrol(folder: Path, certificates: bytes, server: str = "127.0.0.1:9") -> SiteFolder:
+def enrol(folder: Path, certificates: bytes, server: str = "127.0.0.1:9") -> SiteHome:
     end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
     invitation = Invitation(
         site="east",
-        centre="Centre",
-        server=server,
+        server_name="Server",
+        address=server,
         certificates=certificates.decode(),
         word="ab" * 32,
         expires=end.isoformat(),
     )
-    site, _ = SiteFolder.enrol(folder / "east", invitation)
+    site, _ = SiteHome.enrol(folder / "east", invitation)
     # Ports where nothing listens.
     file = site.path / "connection.yaml"
     file.write_text(file.read_text().replace("127.0.0.1:910", "127.0.0.1:1"))
-    return SiteFolder(site.path)
+    return SiteHome(site.path)
 
 
 def by_name(path: Path, **options: Any) -> dict[str, Finding]:
@@ -107,13 +107,13 @@ def test_what_is_wrong_in_the_folder_is_named(authority: Issued, tmp_path: Path)
     assert "identity.pem is missing" in by_name(site.path, offline=True)["secrets"].seen
 
 
-def test_the_way_to_the_centre(centre: tuple[str, type[Centre]], authority: Issued, tmp_path: Path) -> None:
-    address, handler = centre
+def test_the_way_to_the_server(server: tuple[str, type[Server]], authority: Issued, tmp_path: Path) -> None:
+    address, handler = server
     site = enrol(tmp_path, authority.certificate, address)
     found = by_name(site.path, deep=False)
     assert found["connection"].ok and found["path"].ok and found["clock"].ok
     # This server speaks no gRPC.
-    assert not found["centre"].ok and "fedsigma server status" in found["centre"].todo
+    assert not found["server"].ok and "fedsigma server status" in found["server"].todo
 
     handler.answers = {"/v1/fleet/pull-messages": 415, "/v1/control/list-runs": 200}
     assert "can start code here" in by_name(site.path, deep=False)["path"].seen
@@ -132,21 +132,21 @@ def test_the_way_to_the_centre(centre: tuple[str, type[Centre]], authority: Issu
 
 @pytest.mark.parametrize(
     ("ahead", "words"),
-    [(-10, "s ahead of the centre's"), (400, "s behind the centre's"), (-1, ""), (100, "")],
+    [(-10, "s ahead of the server's"), (400, "s behind the server's"), (-1, ""), (100, "")],
 )
 def test_a_clock_that_flower_would_refuse(
-    ahead: int, words: str, centre: tuple[str, type[Centre]], authority: Issued, tmp_path: Path
+    ahead: int, words: str, server: tuple[str, type[Server]], authority: Issued, tmp_path: Path
 ) -> None:
-    address, handler = centre
+    address, handler = server
     handler.ahead = datetime.timedelta(seconds=ahead)
     found = by_name(enrol(tmp_path, authority.certificate, address).path, deep=False)["clock"]
     assert found.ok == (not words) and words in found.seen
 
 
-def test_a_centre_that_is_not_trusted_or_not_there(
-    centre: tuple[str, type[Centre]], authority: Issued, tmp_path: Path
+def test_a_server_that_is_not_trusted_or_not_there(
+    server: tuple[str, type[Server]], authority: Issued, tmp_path: Path
 ) -> None:
-    site = enrol(tmp_path, new_authority("another").certificate, centre[0])
+    site = enrol(tmp_path, new_authority("another").certificate, server[0])
     found = by_name(site.path, deep=False)
     assert "is not one that this site trusts" in found["connection"].seen
     # What would only say the same again is left out.

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.config.training import Recipe
-from fedsigma.common.privacy.noise import Randomness
+from fedsigma.common.config.training import TrainingConfig
+from fedsigma.common.privacy.noise import SecureRandom
 from fedsigma.common.sigma import NotSeparable, Selection, SigmaModel
 from fedsigma.common.training import dp_sgd
 from fedsigma.common.training.dp_sgd import (
-    PrivateGradient,
-    by_the_loop,
-    clipped,
+    DPSGDGradient,
+    clipped_sum,
     example_gradients,
+    gradients_one_by_one,
     separable,
 )
-from fedsigma.common.training.loop import Task, TrainingError, fit, train
+from fedsigma.common.training.loop import ClipClassifier, TrainingError, resize_image, train
 from tests.helpers.tiny import timm_clip, tiny_clip
 from tests.unit.test_training import PROMPTS, backbone, coloured, task
 
-RECIPE = Recipe(learning_rate=0.03, batch_size=6, augment="none", precision="float32")
+RECIPE = TrainingConfig(learning_rate=0.03, batch_size=6, augment="none", precision="float32")
 IMAGE = PrivacyConfig(level="image", noise_multiplier=1.0, clip_norm=0.5)
 
 
@@ -40,21 +40,21 @@ class Grouped:
     group: str | None
 
 
-def batch(job: Task, count: int = 5) -> tuple[Tensor, Tensor]:
+def batch(job: ClipClassifier, count: int = 5) -> tuple[Tensor, Tensor]:
     examples = coloured(count)
-    images = torch.stack([fit(e.image, job.backbone) for e in examples])
+    images = torch.stack([resize_image(e.image, job.backbone) for e in examples])
     return images, torch.tensor([e.label for e in examples])
 
 
-def adapted(model: nn.Module, tmp_path: Path, side: int, **selection: object) -> Task:
+def adapted(model: nn.Module, tmp_path: Path, side: int, **selection: object) -> ClipClassifier:
     loaded = backbone(model, image_size=side)
     sigma = SigmaModel.adapt(loaded.model, Selection(**selection), cache_dir=tmp_path)
-    job = Task(loaded, sigma, PROMPTS, device="cpu", micro_batch=2)
+    job = ClipClassifier(loaded, sigma, PROMPTS, device="cpu", micro_batch=2)
     job.sigma.set_shift(0.1 * torch.randn(job.sigma.layout.size, generator=torch.Generator().manual_seed(1)))
     return job
 
 
-def one_by_one(job: Task, images: Tensor, labels: Tensor) -> Tensor:
+def one_by_one(job: ClipClassifier, images: Tensor, labels: Tensor) -> Tensor:
     """The gradients by the plainest way there is: the adapted model, one example, autograd."""
     found = []
     for image, label in zip(images, labels, strict=True):
@@ -83,7 +83,7 @@ def test_each_examples_gradient_is_that_of_the_loop(name: str, tmp_path: Path) -
     expected = one_by_one(job, images, labels)
     assert separable(job, precision="float32")
     fast = torch.cat(list(example_gradients(job, images, labels, precision="float32")))
-    slow = torch.cat(list(by_the_loop(job, images, labels, precision="float32")))
+    slow = torch.cat(list(gradients_one_by_one(job, images, labels, precision="float32")))
     assert (expected.norm(dim=1) > 1e-3).all()
     assert torch.allclose(fast, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-3)
     assert torch.allclose(slow, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-3)
@@ -101,7 +101,7 @@ def test_the_model_is_as_before_afterwards(tmp_path: Path) -> None:
     job = adapted(tiny_clip(), tmp_path, 32)
     images, labels = batch(job)
     before = one_by_one(job, images, labels)
-    with pytest.raises(KeyError), job.sigma.separating():
+    with pytest.raises(KeyError), job.sigma.per_sample_gradients():
         raise KeyError
     list(example_gradients(job, images, labels, precision="float32"))
     assert torch.equal(one_by_one(job, images, labels), before)
@@ -124,8 +124,8 @@ def test_a_model_that_cannot_be_separated_takes_the_loop(tmp_path: Path) -> None
     with pytest.raises(NotSeparable, match="way of its own"):
         list(example_gradients(job, images, labels, precision="float32"))
     assert not separable(job, precision="float32")
-    gradient = PrivateGradient(job, coloured(5), RECIPE, IMAGE)
-    assert gradient._gradients is by_the_loop
+    gradient = DPSGDGradient(job, coloured(5), RECIPE, IMAGE)
+    assert gradient._gradients is gradients_one_by_one
 
 
 def test_a_layer_that_mixes_examples_is_found_out(tmp_path: Path) -> None:
@@ -139,19 +139,21 @@ def test_a_layer_that_mixes_examples_is_found_out(tmp_path: Path) -> None:
 
 def test_clipping_shortens_and_never_lengthens() -> None:
     rows = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    assert torch.allclose(clipped(rows, 1.0), torch.tensor([0.6 + 0.3, 0.8 + 0.4]))
-    assert torch.allclose(clipped(rows[:1], 10.0), rows[0])
+    assert torch.allclose(clipped_sum(rows, 1.0), torch.tensor([0.6 + 0.3, 0.8 + 0.4]))
+    assert torch.allclose(clipped_sum(rows[:1], 10.0), rows[0])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 def test_a_gradient_that_is_not_finite_adds_nothing(bad: float) -> None:
     rows = torch.tensor([[bad, bad], [0.3, 0.4]])
-    found = clipped(rows, 1.0)
+    found = clipped_sum(rows, 1.0)
     assert torch.allclose(found, torch.tensor([0.3, 0.4]))
 
 
-def steps(job: Task, examples: list, recipe: Recipe, privacy: PrivacyConfig, count: int) -> Tensor:
-    gradient, found = PrivateGradient(job, examples, recipe, privacy), []
+def steps(
+    job: ClipClassifier, examples: list, recipe: TrainingConfig, privacy: PrivacyConfig, count: int
+) -> Tensor:
+    gradient, found = DPSGDGradient(job, examples, recipe, privacy), []
     for _ in range(count):
         gradient()
         found.append(job.sigma.shift.grad.clone())
@@ -163,7 +165,9 @@ def test_noise_has_the_variance_that_was_asked_for(tmp_path: Path) -> None:
     job = task(tmp_path)
     privacy = PrivacyConfig(level="image", noise_multiplier=2.0, clip_norm=0.5)
     examples = coloured(4)
-    found = steps(job, examples, Recipe(batch_size=4, augment="none", precision="float32"), privacy, 30)
+    found = steps(
+        job, examples, TrainingConfig(batch_size=4, augment="none", precision="float32"), privacy, 30
+    )
     expected = (2.0 * 0.5 / 4) ** 2
     count = found.numel()
     # The sample variance of n normal numbers scatters by sqrt(2/n) of itself: five times that is allowed.
@@ -177,8 +181,10 @@ def test_without_noise_it_is_the_clipped_mean(tmp_path: Path) -> None:
     each = one_by_one(job, images, labels)
     norm = float(each.norm(dim=1).median())
     privacy = PrivacyConfig(level="image", noise_multiplier=1e-3, clip_norm=norm)
-    with patch.object(Randomness, "normal", lambda self, count: np.zeros(count)):
-        found = steps(job, examples, Recipe(batch_size=5, augment="none", precision="float32"), privacy, 1)[0]
+    with patch.object(SecureRandom, "normal", lambda self, count: np.zeros(count)):
+        found = steps(
+            job, examples, TrainingConfig(batch_size=5, augment="none", precision="float32"), privacy, 1
+        )[0]
     expected = sum(g * min(1.0, norm / g.norm().item()) for g in each) / 5
     assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
 
@@ -196,8 +202,10 @@ def test_a_group_adds_no_more_than_the_norm(micro_batch: int, tmp_path: Path) ->
     means = [each[[i for i, n in enumerate(names) if n == name]].mean(0) for name in "abc"]
     norm = sorted(float(m.norm()) for m in means)[1]
     privacy = PrivacyConfig(level="group", noise_multiplier=1e-3, clip_norm=norm)
-    with patch.object(Randomness, "normal", lambda self, count: np.zeros(count)):
-        found = steps(job, examples, Recipe(batch_size=7, augment="none", precision="float32"), privacy, 1)[0]
+    with patch.object(SecureRandom, "normal", lambda self, count: np.zeros(count)):
+        found = steps(
+            job, examples, TrainingConfig(batch_size=7, augment="none", precision="float32"), privacy, 1
+        )[0]
     expected = sum(m * min(1.0, norm / m.norm().item()) for m in means) / 3
     assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
 
@@ -205,13 +213,13 @@ def test_a_group_adds_no_more_than_the_norm(micro_batch: int, tmp_path: Path) ->
 def test_a_picture_without_a_group_cannot_be_hidden_as_one(tmp_path: Path) -> None:
     examples = [Grouped(e.image, e.label, None) for e in coloured(3)]
     with pytest.raises(TrainingError, match="has no group"):
-        PrivateGradient(task(tmp_path), examples, RECIPE, PrivacyConfig(level="group"))
+        DPSGDGradient(task(tmp_path), examples, RECIPE, PrivacyConfig(level="group"))
 
 
 def test_one_image_more_or_less_moves_the_sum_by_the_norm_at_most(tmp_path: Path) -> None:
     """The sensitivity, with an image made to have a large gradient."""
     job = adapted(tiny_clip(), tmp_path, 32)
-    gradient = PrivateGradient(job, coloured(5), RECIPE, IMAGE)
+    gradient = DPSGDGradient(job, coloured(5), RECIPE, IMAGE)
     with_it, without = gradient._sum([[i] for i in range(5)]), gradient._sum([[i] for i in range(4)])
     images, labels = batch(job, 5)
     assert one_by_one(job, images, labels)[4].norm() > 2 * IMAGE.clip_norm
@@ -220,8 +228,8 @@ def test_one_image_more_or_less_moves_the_sum_by_the_norm_at_most(tmp_path: Path
 
 def test_an_empty_sample_is_noise_alone(tmp_path: Path) -> None:
     job = task(tmp_path)
-    gradient = PrivateGradient(job, coloured(5), RECIPE, IMAGE)
-    with patch.object(Randomness, "sample", lambda self, count, rate: []):
+    gradient = DPSGDGradient(job, coloured(5), RECIPE, IMAGE)
+    with patch.object(SecureRandom, "sample", lambda self, count, rate: []):
         assert math.isnan(gradient())
     assert job.sigma.shift.grad.std().item() == pytest.approx(1.0 * 0.5 / 5, rel=0.1)
 
@@ -232,7 +240,7 @@ def test_two_calls_with_one_seed_differ(tmp_path: Path) -> None:
     found = []
     for _ in range(2):
         job.sigma.set_shift(torch.zeros(job.sigma.layout.size))
-        gradient = PrivateGradient(job, examples, RECIPE, IMAGE)
+        gradient = DPSGDGradient(job, examples, RECIPE, IMAGE)
         result = train(job, examples, RECIPE, steps=2, total_steps=2, seed=1, gradient=gradient)
         found.append(job.sigma.get_shift())
     assert math.isnan(result.loss)

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedsigma.common.ops.enrolment_files import (
+    EnrolmentFileError,
     Invitation,
-    JoinError,
     SiteKeys,
     check_site_name,
     fingerprint,
@@ -28,8 +28,8 @@ WORD, OTHER_WORD = "ab" * 32, "cd" * 32
 def invitation(**changes: str) -> Invitation:
     values = {
         "site": "north",
-        "centre": "Centre",
-        "server": "fl.example.org:443",
+        "server_name": "Server",
+        "address": "fl.example.org:443",
         "certificates": "PEM",
         "word": WORD,
         "expires": "2026-05-15T00:00:00+00:00",
@@ -67,7 +67,7 @@ def test_an_invitation_comes_back_and_is_secret(tmp_path: Path) -> None:
     ],
 )
 def test_an_invitation_that_does_not_do_is_refused(changes: dict[str, str], why: str) -> None:
-    with pytest.raises(JoinError, match=why):
+    with pytest.raises(EnrolmentFileError, match=why):
         invitation(**changes).check(now=NOW)
 
 
@@ -77,21 +77,21 @@ def test_keys_of_the_invited_site_are_taken(tmp_path: Path) -> None:
     made.write(path)
     assert SiteKeys.read(path) == made
     made.check(word=WORD)
-    with pytest.raises(JoinError, match="do not belong to its last invitation"):
+    with pytest.raises(EnrolmentFileError, match="do not belong to its last invitation"):
         made.check(word=OTHER_WORD)
 
 
 @pytest.mark.parametrize("field", ["site", "node_key", "identity", "made", "proof"])
 def test_a_changed_field_breaks_the_signature(field: str) -> None:
     new = {"node_key": node_key(), "identity": "00" * 32, "proof": "00" * 32}.get(field, "south")
-    with pytest.raises(JoinError, match=r"was changed|is damaged"):
+    with pytest.raises(EnrolmentFileError, match=r"was changed|is damaged"):
         replace(keys(), **{field: new}).check(word=WORD)
 
 
 def test_who_holds_no_invitation_cannot_put_keys_in_its_place() -> None:
     """A man in the middle signs with an identity of his own, and cannot make the proof."""
     forged = keys(OTHER_WORD)
-    with pytest.raises(JoinError, match="do not belong to its last invitation"):
+    with pytest.raises(EnrolmentFileError, match="do not belong to its last invitation"):
         forged.check(word=WORD)
 
 
@@ -99,12 +99,12 @@ def test_renewed_keys_are_signed_by_the_identity_known() -> None:
     identity = Ed25519PrivateKey.generate()
     public = identity.public_key().public_bytes_raw().hex()
     keys(None, identity).check(word=None, identity=public)
-    with pytest.raises(JoinError, match="another identity"):
+    with pytest.raises(EnrolmentFileError, match="another identity"):
         keys(None).check(word=None, identity=public)
 
 
 def test_a_node_key_of_another_curve_is_refused() -> None:
-    with pytest.raises(JoinError, match="not ECDSA P-384"):
+    with pytest.raises(EnrolmentFileError, match="not ECDSA P-384"):
         keys(node_key=node_key(ec.SECP256R1())).check(word=WORD)
 
 
@@ -122,15 +122,15 @@ def test_a_node_key_of_another_curve_is_refused() -> None:
 def test_files_of_another_kind_are_refused(content: str, why: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text(content)
-    with pytest.raises(JoinError, match=why):
+    with pytest.raises(EnrolmentFileError, match=why):
         Invitation.read(path)
-    with pytest.raises(JoinError, match="cannot be read"):
+    with pytest.raises(EnrolmentFileError, match="cannot be read"):
         Invitation.read(tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a b", "pooled", "x" * 65, "a\n"])
 def test_a_sites_name_does_as_a_files_name(name: str) -> None:
-    with pytest.raises(JoinError):
+    with pytest.raises(EnrolmentFileError):
         check_site_name(name)
 
 

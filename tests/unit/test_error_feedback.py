@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from fedsigma.client.site.error_feedback import Feedback
+from fedsigma.client.site.error_feedback import ErrorFeedback
 from fedsigma.common.sigma import Layout
 from fedsigma.common.wire.codec import decode
-from fedsigma.common.wire.records import TrainTask, from_content
+from fedsigma.common.wire.records import TrainTask, from_record
 from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from tests.integration.test_rounds import run, shift_of
 
@@ -23,15 +23,15 @@ ONLY_ROUNDS = STUDY.replace("[zero_shot, local_only, pooled]", "[]").replace("ro
 
 def test_what_was_lost_is_kept_for_later_rounds_of_the_same_layout() -> None:
     state = RecordDict()
-    feedback = Feedback(state)
-    assert not feedback.lost(LAYOUT, before=1).any()
-    feedback.keep(LOST, LAYOUT, round=3)
-    again = Feedback(state)  # as a new process of the site finds it
-    np.testing.assert_array_equal(again.lost(LAYOUT, before=5), LOST)
-    assert not again.lost(LAYOUT, before=3).any()  # the round is asked for again
+    feedback = ErrorFeedback(state)
+    assert not feedback.residual(LAYOUT, before=1).any()
+    feedback.store(LOST, LAYOUT, round=3)
+    again = ErrorFeedback(state)  # as a new process of the site finds it
+    np.testing.assert_array_equal(again.residual(LAYOUT, before=5), LOST)
+    assert not again.residual(LAYOUT, before=3).any()  # the round is asked for again
     other = Layout((replace(LAYOUT.entries[0], tower="text"),))
-    assert not again.lost(other, before=5).any()
-    again.keep(0 * LOST, LAYOUT, round=4)
+    assert not again.residual(other, before=5).any()
+    again.store(0 * LOST, LAYOUT, round=4)
     assert not state
 
 
@@ -46,7 +46,7 @@ def test_feedback_keeps_a_coarsely_coded_study_near_the_exact_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near = drift(tmp_path, "small", "with")
-    monkeypatch.setattr(Feedback, "keep", lambda *_, **__: None)
+    monkeypatch.setattr(ErrorFeedback, "store", lambda *_, **__: None)
     far = drift(tmp_path, "small", "without")
     assert near < 0.03 and far > 2 * near
 
@@ -63,7 +63,7 @@ def test_the_servers_shift_takes_no_error_from_its_own_coding(tmp_path: Path) ->
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.message_type == "train":
-            tasks.append(from_content(TrainTask, task.content))
+            tasks.append(from_record(TrainTask, task.content))
             data = reply.content.config_records["fedsigma"]["change"]
             changes.setdefault(tasks[-1].round, []).append(decode(data, LAYOUT, level="small"))
         return reply
@@ -80,6 +80,6 @@ def test_the_servers_shift_takes_no_error_from_its_own_coding(tmp_path: Path) ->
 def test_each_site_keeps_its_own(tmp_path: Path) -> None:
     run(tmp_path, ONLY_ROUNDS.replace("rounds: 12", "codec: small, rounds: 2"))
     contexts: dict[int, Context] = run.grid.contexts  # type: ignore[attr-defined]
-    kept = [Feedback(context.state).lost(LAYOUT, before=3) for context in contexts.values()]
+    kept = [ErrorFeedback(context.state).residual(LAYOUT, before=3) for context in contexts.values()]
     assert len(kept) == len(NAMES) and all(one.any() for one in kept)
     assert len({one.tobytes() for one in kept}) == len(NAMES)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.client.inference.loaded_model import restore
+from fedsigma.client.inference.loaded_model import load_model
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.study import SigmaConfig
 from fedsigma.common.explain import Explainer, ExplainError, Phrases, head_changes, report
@@ -23,7 +23,7 @@ from fedsigma.common.explain.report import explainer
 from fedsigma.common.explain.text_directions import projection
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Basis, Selection, SigmaModel, find_layout
-from fedsigma.common.training.trainer import SigmaLearner
+from fedsigma.common.training.trainer import SigmaTrainer
 
 WIDTH, HEADS, JOINT, PHRASES = 32, 4, 16, 40
 
@@ -147,7 +147,7 @@ def test_explaining_one_shift_does_not_change_what_is_said_of_the_next() -> None
 
 
 def test_the_learner_reads_the_descriptions_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = SigmaLearner("starter", SigmaConfig(parts=("v", "o")), ("a", "b"), ("a", "b"))
+    learner = SigmaTrainer("starter", SigmaConfig(parts=("v", "o")), ("a", "b"), ("a", "b"))
     shift = np.random.default_rng(0).normal(scale=0.1, size=learner.layout.size).astype(np.float32)
     rows = learner.explain(shift, heads=3, words=2)
     assert len(rows) == 3 and all(len(row["gained"]) == 2 for row in rows)
@@ -216,6 +216,6 @@ def test_the_command_explains_a_run_and_leaves_the_model_as_it_was(tmp_path: Pat
     own.write_text("[a round cell, a long cell, a dark cell]")
     told = CliRunner().invoke(main, [*words, "--phrases", str(own), "--template", "a photo of {}"]).output
     assert "% of the heads' change" in told and "cell" in told
-    restored = restore(tmp_path)
+    restored = load_model(tmp_path)
     explainer(restored.backbone, restored.sigma, Phrases(("one", "two"), ("own", "own"))).explain(2 * shift)
     torch.testing.assert_close(restored.sigma.get_shift(), shift)

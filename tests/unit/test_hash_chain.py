@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.utils.hash_chain import Chain, ChainBroken, Head
+from fedsigma.common.utils.hash_chain import HashChainedLog, Head, LogTampered
 
 
-def filled(folder: Path, lines: int = 5) -> Chain:
-    log = Chain(folder / "log.jsonl")
+def filled(folder: Path, lines: int = 5) -> HashChainedLog:
+    log = HashChainedLog(folder / "log.jsonl")
     for number in range(lines):
         log.append({"number": number, "text": "é\n\u2028" * number})
     return log
@@ -24,7 +24,7 @@ def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
     log = filled(tmp_path / "deep")
     assert [line["number"] for line in log.lines()] == [0, 1, 2, 3, 4]
     assert log.lines()[2] == {"number": 2, "text": "é\n\u2028" * 2}
-    assert Chain(tmp_path / "none").check() == ([], Head(0))
+    assert HashChainedLog(tmp_path / "none").check() == ([], Head(0))
 
 
 @given(data=st.data())
@@ -47,7 +47,7 @@ def test_any_changed_or_removed_line_is_found(
     else:
         lines = lines[:first]
     log.path.write_bytes(b"".join(lines))
-    with pytest.raises(ChainBroken) as found:
+    with pytest.raises(LogTampered) as found:
         log.lines()
     assert found.value.line <= 6
 
@@ -57,7 +57,7 @@ def test_nothing_is_appended_to_a_log_whose_end_is_gone(tmp_path: Path) -> None:
     log = filled(tmp_path)
     lines = log.path.read_bytes().splitlines(keepends=True)
     log.path.write_bytes(b"".join(lines[:3]))
-    with pytest.raises(ChainBroken, match="it has 3 lines, and its head notes 5"):
+    with pytest.raises(LogTampered, match="it has 3 lines, and its head notes 5"):
         log.append({})
     assert log.path.read_bytes() == b"".join(lines[:3])
 
@@ -72,10 +72,10 @@ def test_a_head_noted_elsewhere_finds_a_log_written_anew(tmp_path: Path) -> None
     log.head_path.unlink()
     forged = filled(tmp_path, 4)
     assert len(forged.lines()) == 4
-    with pytest.raises(ChainBroken, match="1 lines were removed from the end"):
+    with pytest.raises(LogTampered, match="1 lines were removed from the end"):
         forged.check(head)
     forged.append({"number": "other"})
-    with pytest.raises(ChainBroken, match="line 5 is not the one that was noted"):
+    with pytest.raises(LogTampered, match="line 5 is not the one that was noted"):
         forged.check(head)
 
 
@@ -93,7 +93,7 @@ def test_a_crash_while_writing_costs_that_line_at_most(head: bool, tmp_path: Pat
 
 
 def test_a_line_longer_than_a_block_is_followed(tmp_path: Path) -> None:
-    log = Chain(tmp_path / "log.jsonl")
+    log = HashChainedLog(tmp_path / "log.jsonl")
     for size in (200_000, 3, 70_000, 65_536):
         log.append({"text": "x" * size})
     assert [len(line["text"]) for line in log.lines()] == [200_000, 3, 70_000, 65_536]
@@ -102,14 +102,14 @@ def test_a_line_longer_than_a_block_is_followed(tmp_path: Path) -> None:
 def test_many_writers_make_one_chain(tmp_path: Path) -> None:
     def write(writer: int) -> None:
         for number in range(20):
-            Chain(tmp_path / "log.jsonl").append({"writer": writer, "number": number})
+            HashChainedLog(tmp_path / "log.jsonl").append({"writer": writer, "number": number})
 
     threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    lines, head = Chain(tmp_path / "log.jsonl").check()
+    lines, head = HashChainedLog(tmp_path / "log.jsonl").check()
     assert head.lines == len(lines) == 80
 
 
@@ -120,7 +120,7 @@ def test_a_head_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     log = filled(tmp_path)
     log.head_path.write_text(text)
     for call in (log.lines, lambda: log.append({})):
-        with pytest.raises(ChainBroken, match=r"its head log\.jsonl\.head was changed"):
+        with pytest.raises(LogTampered, match=r"its head log\.jsonl\.head was changed"):
             call()
 
 
@@ -133,7 +133,7 @@ def test_the_lines_are_json_for_other_tools(tmp_path: Path) -> None:
 def test_a_log_that_is_written_while_it_is_read_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain = Chain(tmp_path / "log.jsonl")
+    chain = HashChainedLog(tmp_path / "log.jsonl")
     chain.append({"n": 1})
     read = Path.read_bytes
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsigma.common.training.metrics import Predictions, score
-from fedsigma.server.federation.validation import counted
+from fedsigma.server.federation.validation import metrics_of_confusion
 
 
 def predictions(rows: list[list[float]], labels: list[int]) -> Predictions:
@@ -72,5 +72,5 @@ def test_what_a_confusion_matrix_settles_is_what_the_predictions_give(
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=g)
     s = score(Predictions(torch.rand(count, classes, generator=g).softmax(1), labels))
-    settled = counted(s.confusion.numpy())
+    settled = metrics_of_confusion(s.confusion.numpy())
     assert settled == pytest.approx({name: getattr(s, name) for name in settled}, abs=1e-6)

@@ -12,16 +12,16 @@ from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.client.site.personal_state import PersonalError, PersonalPart, read_personal
+from fedsigma.client.site.personal_state import PersonalError, PersonalState, read_personal
 from fedsigma.common.config.study import ConfigError, PersonalConfig, StudyConfig
-from fedsigma.common.sigma import Entry, Fingerprint, Layout, LayoutError, Split
+from fedsigma.common.sigma import Entry, Fingerprint, Layout, LayoutError, ParameterPartition
 from fedsigma.common.training import trainer as learning
-from fedsigma.common.training.trainer import split_of
+from fedsigma.common.training.trainer import parameter_partition
 from fedsigma.common.wire.codec import decode
 from fedsigma.common.wire.messages import TrainReply, TrainTask
-from fedsigma.common.wire.records import from_content
+from fedsigma.common.wire.records import from_record
 from fedsigma.server.report import write_report
-from fedsigma.server.runs.run_dir import RunFolder
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_learner import NAMES, SIZE, STUDY, FakeLearner, fake_method  # noqa: F401
 from tests.integration.test_masked_rounds import drop
 from tests.integration.test_rounds import events, run, shift_of
@@ -38,7 +38,7 @@ LAYOUT = Layout(
 FINGERPRINT = Fingerprint("a" * 64, LAYOUT.digest, ((1.0, 2.0), (1.0, 2.0)))
 PLAIN = STUDY.replace("[zero_shot, local_only, pooled]", "[zero_shot]")
 STUDY_OWN = PLAIN + "personal: {towers: [text]}\n"
-SPLIT = Split(LAYOUT, frozenset({LAYOUT.entries[1].key}))
+SPLIT = ParameterPartition(LAYOUT, frozenset({LAYOUT.entries[1].key}))
 
 
 class TwoEntries(FakeLearner):
@@ -51,11 +51,11 @@ def two_entries(fake_method: None, monkeypatch: pytest.MonkeyPatch) -> None:  # 
     monkeypatch.setattr(learning, "builder", TwoEntries)
 
 
-def part(folder: Path, run: str = "0" * 16, split: Split = SPLIT) -> PersonalPart:
-    return PersonalPart(folder, study="fake", run=run, split=split, fingerprint=FINGERPRINT)
+def part(folder: Path, run: str = "0" * 16, split: ParameterPartition = SPLIT) -> PersonalState:
+    return PersonalState(folder, study="fake", run=run, split=split, fingerprint=FINGERPRINT)
 
 
-def kept(tmp_path: Path, key: str, site: str = "bccd") -> PersonalPart:
+def kept(tmp_path: Path, key: str, site: str = "bccd") -> PersonalState:
     return part(tmp_path / "audit" / "personal" / site, key)
 
 
@@ -72,7 +72,7 @@ def test_gather_and_scatter_are_inverse(entries: list[tuple[int, bool]]) -> None
         offset += size
     full = Layout(tuple(made))
     own = frozenset(e.key for e, (_, is_own) in zip(made, entries, strict=True) if is_own)
-    split, shift = Split(full, own), np.arange(1, offset + 1, dtype=np.float32)
+    split, shift = ParameterPartition(full, own), np.arange(1, offset + 1, dtype=np.float32)
     assert split.shared.size + split.personal_size == offset
     assert np.array_equal(split.scatter(split.gather(shift), split.personal(shift)), shift)
     for entry in split.shared.entries:
@@ -83,15 +83,15 @@ def test_gather_and_scatter_are_inverse(entries: list[tuple[int, bool]]) -> None
 
 
 def test_without_a_personal_part_the_layout_is_as_it_was() -> None:
-    split = Split(LAYOUT)
+    split = ParameterPartition(LAYOUT)
     assert split.shared is LAYOUT and split.personal_size == 0
 
 
 def test_all_or_nothing_cannot_be_personal() -> None:
     with pytest.raises(LayoutError, match="so nothing is shared"):
-        Split(LAYOUT, frozenset(e.key for e in LAYOUT.entries))
+        ParameterPartition(LAYOUT, frozenset(e.key for e in LAYOUT.entries))
     with pytest.raises(LayoutError, match="nothing that sigma adapts"):
-        Split(LAYOUT, frozenset({"elsewhere"}))
+        ParameterPartition(LAYOUT, frozenset({"elsewhere"}))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_all_or_nothing_cannot_be_personal() -> None:
 )
 def test_what_a_section_picks_of_a_real_model(personal: PersonalConfig, picked: Any, tmp_path: Path) -> None:
     sigma = tiny_task(tmp_path).sigma
-    split = split_of(sigma, personal)
+    split = parameter_partition(sigma, personal)
     own = sum(e.size for e in sigma.layout.entries if picked(e))
     assert split.personal_size == own > 0
     assert {e.key for e in split.shared.entries} == {e.key for e in sigma.layout.entries if not picked(e)}
@@ -119,8 +119,8 @@ def test_no_personal_value_leaves_a_site(tmp_path: Path) -> None:
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.message_type == "train":
-            sent.append(from_content(TrainReply, reply.content).change)
-            assert len(from_content(TrainTask, task.content).shift) == len(sent[-1])
+            sent.append(from_record(TrainReply, reply.content).update)
+            assert len(from_record(TrainTask, task.content).shift) == len(sent[-1])
         return reply
 
     folder = run(tmp_path, STUDY_OWN, tamper=watch)
@@ -174,7 +174,7 @@ def test_an_interrupted_study_finds_the_personal_values_again(tmp_path: Path) ->
         pass
 
     def stop(node: int, task: Message, reply: Message) -> Message:
-        if task.metadata.message_type == "train" and from_content(TrainTask, task.content).round == 3:
+        if task.metadata.message_type == "train" and from_record(TrainTask, task.content).round == 3:
             raise Stop
         return reply
 
@@ -198,7 +198,7 @@ def test_under_masks_the_values_are_kept_once_a_round(tmp_path: Path) -> None:
     masked = STUDY_OWN.replace("rounds:", "masking: true, rounds:")
     folder = run(tmp_path, masked, tamper=drop(102, 2))
     plain = run(tmp_path, STUDY_OWN, out="plain", tamper=drop(102, 2))
-    assert len(events(folder, "masked_again")) == 1
+    assert len(events(folder, "masked_round_retried")) == 1
     for site in NAMES:
         np.testing.assert_allclose(
             kept(tmp_path, folder.key, site).now(), kept(tmp_path, plain.key, site).now(), atol=1e-4
@@ -245,15 +245,15 @@ def test_a_round_that_is_asked_for_again_starts_where_it_started(
 @pytest.mark.parametrize(
     ("split", "fingerprint", "words"),
     [
-        (Split(LAYOUT, frozenset({LAYOUT.entries[0].key})), FINGERPRINT, "other parts personal"),
+        (ParameterPartition(LAYOUT, frozenset({LAYOUT.entries[0].key})), FINGERPRINT, "other parts personal"),
         (SPLIT, Fingerprint("b" * 64, LAYOUT.digest, ((1.0, 2.0),)), "another backbone"),
     ],
 )
 def test_a_file_of_something_else_is_refused(
-    split: Split, fingerprint: Fingerprint, words: str, tmp_path: Path
+    split: ParameterPartition, fingerprint: Fingerprint, words: str, tmp_path: Path
 ) -> None:
     part(tmp_path).keep(values(0, 0), values(1, 2), round=1)
-    other = PersonalPart(tmp_path, study="fake", run="0" * 16, split=split, fingerprint=fingerprint)
+    other = PersonalState(tmp_path, study="fake", run="0" * 16, split=split, fingerprint=fingerprint)
     with pytest.raises(PersonalError, match=words):
         other.now()
 
@@ -270,7 +270,7 @@ def test_a_file_of_another_study_or_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_study_s_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
-    one = PersonalPart(tmp_path, study="../../x", run="0" * 16, split=SPLIT, fingerprint=FINGERPRINT)
+    one = PersonalState(tmp_path, study="../../x", run="0" * 16, split=SPLIT, fingerprint=FINGERPRINT)
     assert one.path.parent == tmp_path and ".." not in one.path.name
 
 
@@ -278,7 +278,7 @@ def test_a_run_folder_that_was_moved_is_known_by_its_key(tmp_path: Path) -> None
     folder = run(tmp_path, STUDY_OWN)
     key = folder.key
     moved = folder.path.rename(tmp_path / "moved")
-    assert RunFolder.open(moved).key == key
+    assert RunDir.open(moved).key == key
     assert run(tmp_path, STUDY_OWN).key != key
 
 

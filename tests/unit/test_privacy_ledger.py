@@ -10,32 +10,32 @@ from pathlib import Path
 import pytest
 
 from fedsigma.client.site import privacy_ledger as module
-from fedsigma.client.site.privacy_ledger import Entry, Ledger, LedgerDamaged, PrivacyBudgetSpent
+from fedsigma.client.site.privacy_ledger import Entry, LedgerDamaged, PrivacyBudgetSpent, PrivacyLedger
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.privacy.accounting import Release, epsilon
+from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 
 PRIVACY = PrivacyConfig(level="image", noise_multiplier=2.0, epsilon=4.0)
-ONE = Release(rate=0.25, noise_multiplier=2.0, steps=2)
+ONE = PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=2)
 
 
 def entry(round: int = 1, study: str = "cells") -> Entry:
     return Entry(study=study, run="7", round=round, mode="round", level="image", release=ONE)
 
 
-def spend(ledger: Ledger, round: int = 1, study: str = "cells", budget: float | None = None) -> float:
-    return ledger.spend(entry(round, study), PRIVACY, budget=budget, delta=1e-5)
+def spend(ledger: PrivacyLedger, round: int = 1, study: str = "cells", budget: float | None = None) -> float:
+    return ledger.charge(entry(round, study), PRIVACY, budget=budget, delta=1e-5)
 
 
 def test_what_was_spent_is_there_for_the_next_process(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "privacy.jsonl"
-    first = spend(Ledger(path))
-    second = spend(Ledger(path), 2)
+    first = spend(PrivacyLedger(path))
+    second = spend(PrivacyLedger(path), 2)
     assert first == epsilon([ONE], 1e-5) and second == epsilon([ONE, ONE], 1e-5)
-    assert Ledger(path).entries() == [entry(1), entry(2)]
+    assert PrivacyLedger(path).entries() == [entry(1), entry(2)]
 
 
 def test_a_spent_budget_refuses_and_writes_nothing(tmp_path: Path) -> None:
-    ledger, rounds = Ledger(tmp_path / "privacy.jsonl"), 0
+    ledger, rounds = PrivacyLedger(tmp_path / "privacy.jsonl"), 0
     with pytest.raises(PrivacyBudgetSpent, match="study 'cells' would have spent epsilon 4"):
         for rounds in range(1000):
             assert spend(ledger, rounds) <= 4.0
@@ -53,7 +53,7 @@ def test_a_spent_budget_refuses_and_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["steps", "removed", "text", "negative"])
 def test_a_changed_ledger_stops_private_training(damage: str, tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "privacy.jsonl")
+    ledger = PrivacyLedger(tmp_path / "privacy.jsonl")
     for round in range(3):
         spend(ledger, round)
     lines = ledger.path.read_text().splitlines(keepends=True)
@@ -74,7 +74,7 @@ def test_a_changed_ledger_stops_private_training(damage: str, tmp_path: Path) ->
 
 
 def test_a_line_that_was_being_written_when_the_power_went_does_not_count(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "privacy.jsonl")
+    ledger = PrivacyLedger(tmp_path / "privacy.jsonl")
     spend(ledger, 1)
     head = ledger.path.with_name("privacy.jsonl.head")
     before = head.read_bytes()
@@ -96,7 +96,7 @@ def test_two_studies_at_once_cannot_both_take_the_last_of_a_budget(
     def work(name: str) -> None:
         for round in range(last):
             try:
-                spend(Ledger(path), round)
+                spend(PrivacyLedger(path), round)
             except PrivacyBudgetSpent:
                 refused.append(name)
 
@@ -105,4 +105,4 @@ def test_two_studies_at_once_cannot_both_take_the_last_of_a_budget(
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(Ledger(path).entries()) == last and len(refused) == last
+    assert len(PrivacyLedger(path).entries()) == last and len(refused) == last

@@ -20,8 +20,8 @@ from fedsigma.server.dashboard.pages.prometheus import (
     SiteFigures,
     metrics_page,
 )
-from fedsigma.server.runs.run_dir import RunFolder
-from fedsigma.server.runs.summary import Overview, find_runs, overview
+from fedsigma.server.runs.run_dir import RunDir
+from fedsigma.server.runs.summary import RunSummary, find_runs, summarize_run
 from tests.helpers.deploy_files import tool
 from tests.helpers.synthetic_run import DOWNLOAD, HOSTILE, UPLOAD, write_synthetic_run
 
@@ -31,8 +31,8 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
 def read(place: Path) -> list[RunFigures]:
-    folders = [RunFolder.open(path) for path in find_runs(place)]
-    return [RunFigures.of(overview(one), rows=one.rounds(), events=one.events()) for one in folders]
+    folders = [RunDir.open(path) for path in find_runs(place)]
+    return [RunFigures.of(summarize_run(one), rows=one.rounds(), events=one.events()) for one in folders]
 
 
 def page(collector: RunCollector) -> str:
@@ -58,7 +58,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_runs_are_told_with_their_figures(place: Path) -> None:
-    text, folder = page(RunCollector(lambda: read(place))), RunFolder.open(place / "under-way")
+    text, folder = page(RunCollector(lambda: read(place))), RunDir.open(place / "under-way")
     assert values(text, "fedsigma_runs") == {
         ("queued",): 0,
         ("running",): 0,
@@ -73,7 +73,7 @@ def test_runs_are_told_with_their_figures(place: Path) -> None:
         ("skin", "broken", "failed"),
     }
     assert len(states) == 15
-    run, about = ("blood", "under-way"), overview(folder)
+    run, about = ("blood", "under-way"), summarize_run(folder)
     assert values(text, "fedsigma_run_rounds_done")[run] == 6
     assert values(text, "fedsigma_run_rounds_planned")[run] == 10
     assert values(text, "fedsigma_run_accuracy_ratio")[run] == about.federated_accuracy
@@ -92,7 +92,7 @@ def test_runs_are_told_with_their_figures(place: Path) -> None:
 
 
 def test_sites_are_told_while_their_run_has_not_finished(place: Path) -> None:
-    text, folder = page(RunCollector(lambda: read(place))), RunFolder.open(place / "under-way")
+    text, folder = page(RunCollector(lambda: read(place))), RunDir.open(place / "under-way")
     accuracy = values(text, "fedsigma_site_accuracy_ratio")
     assert {run for _, run, _ in accuracy} == {"under-way", "broken"}
     newest = {row["site"]: row for row in folder.rounds() if row["accuracy"] is not None}
@@ -108,15 +108,15 @@ def test_sites_are_told_while_their_run_has_not_finished(place: Path) -> None:
 
 
 def test_statuses_and_privacy_are_told(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "private", "name: private\n")
-    folder.event("run_start", study="private")
-    folder.event("site_late", round=1, site="b")
+    folder = RunDir.create(tmp_path / "private", "name: private\n")
+    folder.log_event("run_start", study="private")
+    folder.log_event("site_timed_out", round=1, site="b")
     for site, status in (("a", "accepted"), ("b", "late"), ("c", "rejected")):
         metrics = {"epsilon": 1.5} if status == "accepted" else {}
-        folder.round_row(1, site, metrics, 10, 20, status)
-    folder.round_row(1, "pooled", {"epsilon": 1.5}, 0, 0, "pooled")
+        folder.log_round(1, site, metrics, 10, 20, status)
+    folder.log_round(1, "pooled", {"epsilon": 1.5}, 0, 0, "pooled")
     # The final model: judged, without an exchange of its own.
-    folder.round_row(2, "a", {"accuracy": 0.5}, 0, 0, "accepted")
+    folder.log_round(2, "a", {"accuracy": 0.5}, 0, 0, "accepted")
     text = page(RunCollector(lambda: read(tmp_path)))
     assert values(text, "fedsigma_replies_total") == {
         ("private", "private", status): count
@@ -192,7 +192,7 @@ def test_promtool_finds_no_fault_in_the_names(place: Path) -> None:
 
 
 def figures(path: str, *, study: str = "s", started: float | None = None, **values: Any) -> RunFigures:
-    about = Overview(
+    about = RunSummary(
         path=path,
         study=study,
         state="interrupted",

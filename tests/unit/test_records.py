@@ -8,31 +8,31 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.config.study import StudyConfig, TrainingConfig
+from fedsigma.common.config.study import LocalTrainingConfig, StudyConfig
 from fedsigma.common.wire import records
 from fedsigma.common.wire.records import (
     EvaluateReply,
     EvaluateTask,
     Evaluation,
-    Hello,
-    HelloReply,
+    HandshakeReply,
+    HandshakeRequest,
     ProtocolError,
-    Setup,
+    StudySpec,
     TrainReply,
     TrainTask,
-    from_content,
-    to_content,
+    from_record,
+    to_record,
     wire_bytes,
 )
 
 STUDY = StudyConfig.from_yaml(
     "{name: s, backbone: starter, classes: [a, b], data: {source: demo}, sigma: {layers: [0, 2]}}"
 )
-SETUP = Setup.of(STUDY)
+SETUP = StudySpec.of(STUDY)
 SCORES = Evaluation(accuracy=0.5, balanced_accuracy=0.25, auroc=math.nan, f1=1.0, ece=0.0, test_examples=8)
 TASK = TrainTask(
-    setup=SETUP,
-    recipe=TrainingConfig(optimiser="sgd"),
+    study=SETUP,
+    recipe=LocalTrainingConfig(optimiser="sgd"),
     mode="round",
     round=2,
     cohort=3,
@@ -43,13 +43,13 @@ TASK = TrainTask(
     evaluate=True,
     shift=b"\0\xff",
 )
-REPLY = TrainReply(change=b"abc", examples=4, steps=20, loss=0.5, evaluation=SCORES, class_counts=(1, 3))
+REPLY = TrainReply(update=b"abc", examples=4, steps=20, loss=0.5, evaluation=SCORES, class_counts=(1, 3))
 MESSAGES = [
-    Hello(protocol=records.PROTOCOL, setup=SETUP, fingerprint="{}"),
-    HelloReply(protocol=records.PROTOCOL, site="north", fingerprint="{}", version="0.1.0", sites=4),
+    HandshakeRequest(protocol=records.PROTOCOL, study=SETUP, fingerprint="{}"),
+    HandshakeReply(protocol=records.PROTOCOL, site="north", fingerprint="{}", version="0.1.0", sites=4),
     TASK,
     REPLY,
-    EvaluateTask(setup=SETUP, round=3, shifts=(b"1", b"2")),
+    EvaluateTask(study=SETUP, round=3, shifts=(b"1", b"2")),
     EvaluateReply(evaluations=(SCORES, dataclasses.replace(SCORES, accuracy=1.0))),
     EvaluateReply(evaluations=()),
 ]
@@ -57,19 +57,19 @@ MESSAGES = [
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_every_message_comes_back(message: object) -> None:
-    back = from_content(type(message), to_content(message))
+    back = from_record(type(message), to_record(message))
     assert repr(back) == repr(message)  # nan is not equal to itself, its name is
 
 
 def test_a_setup_is_a_cache_key_and_keeps_the_selection() -> None:
-    back = from_content(Hello, to_content(MESSAGES[0])).setup
+    back = from_record(HandshakeRequest, to_record(MESSAGES[0])).study
     assert back == SETUP and hash(back) == hash(SETUP)
     assert back.sigma == STUDY.sigma and back.data_config == STUDY.data
-    assert Setup.of(dataclasses.replace(STUDY, data=None, baselines=())).data_config is None
+    assert StudySpec.of(dataclasses.replace(STUDY, data=None, baselines=())).data_config is None
 
 
 def fields_of(message: object) -> dict:
-    return dict(to_content(message).config_records["fedsigma"])
+    return dict(to_record(message).config_records["fedsigma"])
 
 
 def record(values: dict) -> RecordDict:
@@ -81,7 +81,7 @@ def test_a_missing_field_is_refused(name: str) -> None:
     values = fields_of(REPLY)
     del values[name]
     with pytest.raises(ProtocolError):
-        from_content(TrainReply, record(values))
+        from_record(TrainReply, record(values))
 
 
 @pytest.mark.parametrize(
@@ -104,15 +104,15 @@ def test_a_missing_field_is_refused(name: str) -> None:
 )
 def test_a_changed_field_is_refused_with_the_reason(change: dict, words: str) -> None:
     with pytest.raises(ProtocolError, match=words):
-        from_content(TrainReply, record({**fields_of(REPLY), **change}))
+        from_record(TrainReply, record({**fields_of(REPLY), **change}))
 
 
 def test_other_records_beside_the_message_are_refused() -> None:
     for extra in (MetricRecord({"loss": 1.0}), ArrayRecord(), ConfigRecord({"path": "/data"})):
-        content = to_content(REPLY)
+        content = to_record(REPLY)
         content["extra"] = extra
         with pytest.raises(ProtocolError, match="other records"):
-            from_content(TrainReply, content)
+            from_record(TrainReply, content)
 
 
 def test_only_messages_can_be_sent() -> None:
@@ -121,24 +121,24 @@ def test_only_messages_can_be_sent() -> None:
         patient: str = "0815"
 
     with pytest.raises(ProtocolError, match="must not be sent"):
-        to_content(Wider(**{f.name: getattr(REPLY, f.name) for f in dataclasses.fields(REPLY)}))
+        to_record(Wider(**{f.name: getattr(REPLY, f.name) for f in dataclasses.fields(REPLY)}))
     with pytest.raises(ProtocolError, match="must not be sent"):
-        to_content({"loss": 1.0})
+        to_record({"loss": 1.0})
     with pytest.raises(ProtocolError, match="at most"):
-        to_content(dataclasses.replace(REPLY, change=b"\0" * records.MAX_REPLY_BYTES))
+        to_record(dataclasses.replace(REPLY, update=b"\0" * records.MAX_REPLY_BYTES))
 
 
 @pytest.mark.parametrize("name", ["", "pooled", "a\nb", "x" * 81])
 def test_a_site_name_is_short_and_printable(name: str) -> None:
     with pytest.raises(ProtocolError):
-        HelloReply(protocol=records.PROTOCOL, site=name, fingerprint="{}", version="0.1.0")
+        HandshakeReply(protocol=records.PROTOCOL, site=name, fingerprint="{}", version="0.1.0")
 
 
 @pytest.mark.parametrize("version", ["", "0.1.0\n", "0\u202e1", "1" * 65])
 def test_a_version_is_short_and_printable(version: str) -> None:
     values = {**fields_of(MESSAGES[1]), "version": version}
     with pytest.raises(ProtocolError, match="version is empty, too long or not printable"):
-        from_content(HelloReply, record(values))
+        from_record(HandshakeReply, record(values))
 
 
 def test_a_schedule_must_fit() -> None:
@@ -151,8 +151,8 @@ def test_metrics_that_cannot_be_computed_are_left_out() -> None:
 
 
 def test_wire_bytes_counts_the_shift() -> None:
-    longer = to_content(dataclasses.replace(REPLY, change=b"abc" + b"\0" * 1000))
-    assert wire_bytes(longer) == wire_bytes(to_content(REPLY)) + 1000
+    longer = to_record(dataclasses.replace(REPLY, update=b"abc" + b"\0" * 1000))
+    assert wire_bytes(longer) == wire_bytes(to_record(REPLY)) + 1000
 
 
 values = st.one_of(
@@ -163,7 +163,7 @@ values = st.one_of(
 @given(st.dictionaries(st.sampled_from([*fields_of(REPLY), "other"]), values))
 def test_any_record_gives_a_message_or_a_protocol_error(changes: dict) -> None:
     try:
-        reply = from_content(TrainReply, record({**fields_of(REPLY), **changes}))
+        reply = from_record(TrainReply, record({**fields_of(REPLY), **changes}))
     except ProtocolError:
         return
     assert type(reply.examples) is int and reply.examples >= 1
@@ -172,7 +172,7 @@ def test_any_record_gives_a_message_or_a_protocol_error(changes: dict) -> None:
 @given(st.dictionaries(st.sampled_from([*fields_of(MESSAGES[1]), "other"]), values))
 def test_any_answer_to_the_handshake_is_a_message_or_a_protocol_error(changes: dict) -> None:
     try:
-        reply = from_content(HelloReply, record({**fields_of(MESSAGES[1]), **changes}))
+        reply = from_record(HandshakeReply, record({**fields_of(MESSAGES[1]), **changes}))
     except ProtocolError:
         return
     assert reply.version.isprintable() and 0 < len(reply.version) <= 64 and reply.site.isprintable()

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedsigma.cli import models
-from fedsigma.common.registry import Manifest, ModelError, Shelf, SiteRow, Version, shelf_folder
+from fedsigma.common.registry import Manifest, ModelError, ModelRegistry, SiteRow, Version, registry_folder
 from fedsigma.common.registry.compare import compare
 from fedsigma.common.registry.publish import publish
-from fedsigma.common.registry.shift_file import SavedSigma, load_shift, to_bytes
-from fedsigma.common.registry.task_arithmetic import Term, combine, publish_combination
+from fedsigma.common.registry.shift_file import SavedShift, load_shift, to_bytes
+from fedsigma.common.registry.task_arithmetic import WeightedVersion, combine, publish_combination
 from fedsigma.common.sigma import Entry, Fingerprint, Layout
 
 SIZES = (("image", "q", 4), ("image", "mlp", 3), ("text", "v", 5))
@@ -53,10 +53,10 @@ def layout() -> Layout:
     return Layout(entries=tuple(entries))
 
 
-def saved(seed: int = 0, *, weights: str = "ab" * 32, study: str = STUDY) -> SavedSigma:
+def saved(seed: int = 0, *, weights: str = "ab" * 32, study: str = STUDY) -> SavedShift:
     shift = torch.randn(12, generator=torch.Generator().manual_seed(seed))
     fingerprint = Fingerprint(weights=weights, layout=layout().digest, sketch=((0.0,),))
-    return SavedSigma(
+    return SavedShift(
         shift=shift,
         layout_json=layout().to_json(),
         fingerprint_json=fingerprint.to_json(),
@@ -65,18 +65,18 @@ def saved(seed: int = 0, *, weights: str = "ab" * 32, study: str = STUDY) -> Sav
     )
 
 
-def add(shelf: Shelf, folder: Path, seed: int = 0, **options: str) -> Version:
+def add(shelf: ModelRegistry, folder: Path, seed: int = 0, **options: str) -> Version:
     folder.mkdir(exist_ok=True)
     (folder / "sigma.safetensors").write_bytes(to_bytes(saved(seed, **options)))
     return publish(shelf, folder, SUMMARY, named={"north"})
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path / "models")
+def shelf(tmp_path: Path) -> ModelRegistry:
+    return ModelRegistry(tmp_path / "models")
 
 
-def test_a_run_becomes_the_next_version(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_run_becomes_the_next_version(shelf: ModelRegistry, tmp_path: Path) -> None:
     assert add(shelf, tmp_path / "run", 0).manifest.reference == "demo@1"
     version = add(shelf, tmp_path / "run", 1)
     manifest = shelf.find("demo").manifest
@@ -96,7 +96,7 @@ def test_a_run_becomes_the_next_version(shelf: Shelf, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["sigma.safetensors", "study.yaml", "card.md", "manifest.json", "manifest.sig"]
 )
-def test_a_changed_file_is_refused(shelf: Shelf, tmp_path: Path, file: str) -> None:
+def test_a_changed_file_is_refused(shelf: ModelRegistry, tmp_path: Path, file: str) -> None:
     folder = add(shelf, tmp_path / "run").path
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
@@ -108,7 +108,7 @@ def test_a_changed_file_is_refused(shelf: Shelf, tmp_path: Path, file: str) -> N
     assert done.exit_code == 4
 
 
-def test_what_is_removed_added_or_exchanged_is_found(shelf: Shelf, tmp_path: Path) -> None:
+def test_what_is_removed_added_or_exchanged_is_found(shelf: ModelRegistry, tmp_path: Path) -> None:
     one, two = add(shelf, tmp_path / "run", 0).path, add(shelf, tmp_path / "run", 1).path
     (one / "extra.txt").write_text("x")
     assert "extra.txt" in shelf.check()[0]
@@ -120,9 +120,9 @@ def test_what_is_removed_added_or_exchanged_is_found(shelf: Shelf, tmp_path: Pat
         shelf.find("demo@2")
 
 
-def test_a_version_signed_by_another_key_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_version_signed_by_another_key_is_refused(shelf: ModelRegistry, tmp_path: Path) -> None:
     add(shelf, tmp_path / "run", 0)
-    other = Shelf(tmp_path / "other")
+    other = ModelRegistry(tmp_path / "other")
     foreign = add(other, tmp_path / "run", 1)
     shutil.rmtree(shelf.path / "demo" / "1")
     shutil.copytree(foreign.path, shelf.path / "demo" / "1")
@@ -133,7 +133,7 @@ def test_a_version_signed_by_another_key_is_refused(shelf: Shelf, tmp_path: Path
         Manifest.read(foreign.path, signer=shelf.public_key)
 
 
-def test_labels_move(shelf: Shelf, tmp_path: Path) -> None:
+def test_labels_move(shelf: ModelRegistry, tmp_path: Path) -> None:
     add(shelf, tmp_path / "run", 0)
     add(shelf, tmp_path / "run", 1)
     assert shelf.promote("demo@1", "production").labels == ("production",)
@@ -158,21 +158,23 @@ def test_a_combination_is_the_sum_of_the_shifts(a: float, b: float) -> None:
     np.testing.assert_allclose(found.shift.numpy(), expected, atol=1e-6)
 
 
-def test_a_combination_is_a_version_with_parents_and_only_of_one_basis(shelf: Shelf, tmp_path: Path) -> None:
-    terms = [Term(add(shelf, tmp_path / "run", seed), 0.5) for seed in (0, 1)]
+def test_a_combination_is_a_version_with_parents_and_only_of_one_basis(
+    shelf: ModelRegistry, tmp_path: Path
+) -> None:
+    terms = [WeightedVersion(add(shelf, tmp_path / "run", seed), 0.5) for seed in (0, 1)]
     made = publish_combination(shelf, "both", terms).manifest
     assert made.parents == ("demo@1", "demo@2") and made.made == "made as 0.5 demo@1 + 0.5 demo@2"
     assert made.results == {} and "has not been judged" in (shelf.find("both").path / "card.md").read_text()
     other = add(shelf, tmp_path / "run", 2, weights="cd" * 32)
     with pytest.raises(ModelError, match="different bases"):
-        publish_combination(shelf, "none", [terms[0], Term(other, 1.0)])
+        publish_combination(shelf, "none", [terms[0], WeightedVersion(other, 1.0)])
     with pytest.raises(ModelError, match="nothing to combine"):
         combine([])
     with pytest.raises(ModelError, match="cannot be compared"):
         compare(terms[0].version, other)
 
 
-def test_a_comparison_says_where_two_shifts_lie_apart(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_comparison_says_where_two_shifts_lie_apart(shelf: ModelRegistry, tmp_path: Path) -> None:
     one = add(shelf, tmp_path / "run", 0)
     other = add(shelf, tmp_path / "run", 1, study=STUDY + "shots: 4\n")
     found = compare(one, other)
@@ -187,7 +189,7 @@ def test_a_comparison_says_where_two_shifts_lie_apart(shelf: Shelf, tmp_path: Pa
     assert same.study == "" and same.shifts[0].cosine == pytest.approx(1) and same.shifts[0].apart == 0
 
 
-def test_the_commands(shelf: Shelf, tmp_path: Path) -> None:
+def test_the_commands(shelf: ModelRegistry, tmp_path: Path) -> None:
     add(shelf, tmp_path / "run", 0)
     add(shelf, tmp_path / "run", 1)
 
@@ -209,28 +211,30 @@ def test_the_commands(shelf: Shelf, tmp_path: Path) -> None:
 
 
 def test_where_models_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FEDSIGMA_MODELS", "FEDSIGMA_CENTRE"):
+    for name in ("FEDSIGMA_MODELS", "FEDSIGMA_SERVER"):
         monkeypatch.delenv(name, raising=False)
-    assert shelf_folder(tmp_path) == tmp_path / "models"
-    monkeypatch.setenv("FEDSIGMA_CENTRE", "/centre")
-    assert shelf_folder(tmp_path) == Path("/centre/models")
+    assert registry_folder(tmp_path) == tmp_path / "models"
+    monkeypatch.setenv("FEDSIGMA_SERVER", "/server")
+    assert registry_folder(tmp_path) == Path("/server/models")
     monkeypatch.setenv("FEDSIGMA_MODELS", "/elsewhere")
-    assert shelf_folder(tmp_path) == Path("/elsewhere")
+    assert registry_folder(tmp_path) == Path("/elsewhere")
 
 
-def test_a_shift_of_which_a_part_is_at_the_sites_is_not_combined(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_shift_of_which_a_part_is_at_the_sites_is_not_combined(
+    shelf: ModelRegistry, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "sigma.safetensors").write_bytes(to_bytes(replace(saved(), run="0123456789abcdef")))
     version = publish(shelf, folder, SUMMARY, named=())
     with pytest.raises(ModelError, match="at the sites"):
-        publish_combination(shelf, "half", [Term(version, 0.5)])
+        publish_combination(shelf, "half", [WeightedVersion(version, 0.5)])
 
 
 def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path: Path) -> None:
     """With the bundled backbone: factor 0 is zero-shot, bit for bit, and 1 the version."""
     from fedsigma.client.inference.interpolation import curve
-    from fedsigma.client.inference.loaded_model import restore
+    from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.backbones import load_backbone
     from fedsigma.common.data.sources.registry import open_source
     from fedsigma.common.sigma import Selection, SigmaModel
@@ -240,7 +244,7 @@ def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path
     shift = 0.05 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
     (tmp_path / "sigma.safetensors").write_bytes(
         to_bytes(
-            SavedSigma(
+            SavedShift(
                 shift=shift,
                 layout_json=sigma.layout.to_json(),
                 fingerprint_json=sigma.fingerprint.to_json(),
@@ -249,7 +253,7 @@ def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path
             )
         )
     )
-    restored = restore(tmp_path)
+    restored = load_model(tmp_path)
     source = open_source("demo", laboratories=["east"], train=2, test=1)
     points = list(curve(restored, None, source, (0, 1)))
     again = list(curve(restored, restored.saved, source, (0, 0.5, 1)))

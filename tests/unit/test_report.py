@@ -15,10 +15,17 @@ from typer.testing import CliRunner
 
 from fedsigma.cli.study import app
 from fedsigma.server.report import summary_table, write_report
-from fedsigma.server.report.data import gather
-from fedsigma.server.report.formatting import amount, duration, percent, points, round_list, shorten
+from fedsigma.server.report.data import collect_report_data
+from fedsigma.server.report.formatting import (
+    format_bytes,
+    format_duration,
+    format_percent,
+    format_points,
+    round_list,
+    shorten,
+)
 from fedsigma.server.runs import lock
-from fedsigma.server.runs.run_dir import RunFolder, StoreError
+from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from tests.helpers.synthetic_run import HOSTILE, LONG_CLASSES, write_synthetic_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -65,7 +72,7 @@ class Page(HTMLParser):
         return {cell.strip() for table in self.tables for row in table for cell in row}
 
 
-def page_of(folder: RunFolder) -> tuple[Page, str]:
+def page_of(folder: RunDir) -> tuple[Page, str]:
     text = write_report(folder).read_text(encoding="utf-8")
     return Page(text), text
 
@@ -178,7 +185,7 @@ def test_notices_are_told_once_with_their_rounds(tmp_path: Path) -> None:
 def test_many_different_notices_are_cut_and_counted(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run", rounds=2, troubles=False)
     for number in range(75):
-        folder.event("reply_rejected", round=1, site=f"s{number}", reason="not finite")
+        folder.log_event("reply_rejected", round=1, site=f"s{number}", reason="not finite")
     page, _ = page_of(folder)
     assert "15 more are in events.jsonl." in page.text
 
@@ -206,12 +213,12 @@ def test_damaged_files_are_told_and_do_not_stop_the_report(tmp_path: Path) -> No
 
 def test_heat_is_the_mean_absolute_shift_of_part_and_layer(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run", rounds=2)
-    saved = folder.load_sigma()
+    saved = folder.load_shift()
     entries = json.loads(saved.layout_json)
     wanted = [e for e in entries if (e["tower"], e["layer"], e["part"]) == ("image", 7, "mlp")]
     assert len(wanted) == 2
     values = np.concatenate([saved.shift.numpy()[e["offset"] : e["offset"] + e["size"]] for e in wanted])
-    heat = next(heat for heat in gather(folder).heats if heat.tower == "image")
+    heat = next(heat for heat in collect_report_data(folder).shift_magnitudes if heat.tower == "image")
     cell = heat.values[heat.parts.index("mlp"), heat.layers.index(7)]
     assert cell == pytest.approx(np.abs(values).mean(), rel=1e-5)
 
@@ -234,9 +241,9 @@ def test_the_terminal_table_sets_the_methods_side_by_side(tmp_path: Path) -> Non
     text = _printed(summary)
     for method in ("zero_shot", "local_only", "pooled", "federated"):
         for value in (summary[method]["accuracy"], *summary[method]["per_site"].values()):
-            assert percent(value) in text
+            assert format_percent(value) in text
     assert all(site in text for site in summary["sites"])
-    assert points(summary["federated"]["accuracy"] - summary["zero_shot"]["accuracy"]) in text
+    assert format_points(summary["federated"]["accuracy"] - summary["zero_shot"]["accuracy"]) in text
     many = write_synthetic_run(tmp_path / "many", sites=[f"h{i}" for i in range(50)], rounds=2).read_summary()
     assert "Lowest site" in _printed(many) and "h7" not in _printed(many)
     assert "Method" in _printed({})
@@ -261,7 +268,7 @@ def test_the_commands_list_runs_and_write_reports(tmp_path: Path) -> None:
     for arguments in (["report", str(tmp_path / "none")], ["runs", str(tmp_path / "none")]):
         result = runner.invoke(app, arguments)
         assert result.exit_code != 0
-        assert isinstance(result.exception, StoreError)
+        assert isinstance(result.exception, RunDirError)
     (tmp_path / "empty").mkdir()
     assert "No runs in" in runner.invoke(app, ["runs", str(tmp_path / "empty")]).stdout
 
@@ -273,19 +280,22 @@ def test_a_run_that_goes_on_is_called_running_and_is_not_gone_on_with(
     runner, folder = CliRunner(), write_synthetic_run(tmp_path / "runs" / "one", rounds=4, finished=2)
     told = Page(write_report(folder).read_text()).text
     assert "Interrupted" in told and "interrupted" in runner.invoke(app, ["runs", str(tmp_path)]).stdout
-    with folder.hold():
+    with folder.lock():
         assert "running" in runner.invoke(app, ["runs", str(tmp_path)]).stdout
         assert "Running" in Page(write_report(folder).read_text()).text
         again = runner.invoke(app, ["study", "run", "demo", "--resume", "--out", str(folder.path)])
-    assert isinstance(again.exception, StoreError) and "still goes on" in str(again.exception)
+    assert isinstance(again.exception, RunDirError) and "still goes on" in str(again.exception)
 
 
 def test_words() -> None:
-    assert [percent(0.4567), percent(None), percent(float("nan"))] == ["45.7%", "–", "–"]
-    assert [points(0.123), points(-0.05)] == ["+12.3", "\N{MINUS SIGN}5.0"]
-    assert [amount(0), amount(999), amount(61_700), amount(2.5e6), amount(7e12)] == [
-        "0 B", "999 B", "61.7 kB", "2.5 MB", "7000.0 GB",
-    ]  # fmt: skip
-    assert [duration(9), duration(201.7), duration(3700)] == ["9 s", "3 min 22 s", "1 h 1 min"]
+    assert [format_percent(0.4567), format_percent(None), format_percent(float("nan"))] == ["45.7%", "–", "–"]
+    assert [format_points(0.123), format_points(-0.05)] == ["+12.3", "\N{MINUS SIGN}5.0"]
+    sizes = (0, 999, 61_700, 2.5e6, 7e12)
+    assert [format_bytes(size) for size in sizes] == ["0 B", "999 B", "61.7 kB", "2.5 MB", "7000.0 GB"]
+    assert [format_duration(9), format_duration(201.7), format_duration(3700)] == [
+        "9 s",
+        "3 min 22 s",
+        "1 h 1 min",
+    ]
     assert round_list([8, 3, 4, 5, 10, 11]) == "3–5, 8, 10, 11"
     assert [shorten("abcdef", 6), shorten("abcdefg", 6)] == ["abcdef", "abcde…"]

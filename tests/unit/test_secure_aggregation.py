@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from fedsigma.common.privacy import secure_aggregation
 from fedsigma.common.privacy.secure_aggregation import (
+    MaskContext,
     MaskingError,
-    Place,
     check_members,
     mask,
     scale_for,
-    sum_of,
     to_integers,
+    unmask_sum,
 )
 
 NAMES = ("east", "north", "south", "west")
@@ -32,14 +32,14 @@ def own(name: str) -> bytes:
     return KEYS[name].public_key().public_bytes_raw()
 
 
-def place(*names: str, run: int = 7, round: int = 1, attempt: int = 0) -> Place:
+def place(*names: str, run: int = 7, round: int = 1, attempt: int = 0) -> MaskContext:
     members = tuple(
         secure_aggregation.sign(IDENTITIES[n], run=run, name=n, key=own(n)) for n in names or NAMES
     )
-    return Place(run=run, round=round, attempt=attempt, members=members, bound=16.0, most_examples=64)
+    return MaskContext(run=run, round=round, attempt=attempt, members=members, bound=16.0, most_examples=64)
 
 
-def masked(integers: np.ndarray, where: Place, name: str) -> np.ndarray:
+def masked(integers: np.ndarray, where: MaskContext, name: str) -> np.ndarray:
     return mask(integers, where, me=name, private=KEYS[name])
 
 
@@ -54,7 +54,7 @@ def test_the_sum_is_the_weighted_sum_to_the_last_step(sites: int, size: int, see
         masked(to_integers(x, weight=w, scale=scale, bound=bound), where, name)
         for x, w, name in zip(values, weights, NAMES, strict=False)
     ]
-    found = sum_of(parts) / scale
+    found = unmask_sum(parts) / scale
     np.testing.assert_allclose(found, weights @ values, rtol=0, atol=0.5 * sites / scale)
 
 
@@ -119,14 +119,14 @@ def test_all_but_one_of_the_others_together_cannot_unmask() -> None:
 
 def test_a_sum_without_one_site_is_noise() -> None:
     parts = [masked(np.ones(5000, np.uint32), place(), name) for name in NAMES[:3]]
-    assert np.count_nonzero(np.abs(sum_of(parts)) < 1000) < 5
+    assert np.count_nonzero(np.abs(unmask_sum(parts)) < 1000) < 5
 
 
 def test_a_cohort_of_known_sites_is_accepted() -> None:
     check_members(place(), PUBLIC, me="east", key=own("east"))
 
 
-def swap(where: Place, number: int, **changes: object) -> Place:
+def swap(where: MaskContext, number: int, **changes: object) -> MaskContext:
     members = list(where.members)
     members[number] = replace(members[number], **changes)
     return replace(where, members=tuple(members))
@@ -149,7 +149,7 @@ SERVERS = X25519PrivateKey.generate().public_key().public_bytes_raw()
         (swap(place(), 0, key=SERVERS), "not in the cohort with the key that it sent"),
     ],
 )
-def test_a_server_in_the_middle_is_noticed(where: Place, words: str) -> None:
+def test_a_server_in_the_middle_is_noticed(where: MaskContext, words: str) -> None:
     with pytest.raises(MaskingError, match=words):
         check_members(where, PUBLIC, me="east", key=own("east"))
 
@@ -162,4 +162,4 @@ def test_a_key_of_small_order_is_refused() -> None:
 
 def test_nothing_has_no_sum() -> None:
     with pytest.raises(MaskingError, match="no masked reply"):
-        sum_of([])
+        unmask_sum([])

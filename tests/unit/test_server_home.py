@@ -1,4 +1,4 @@
-"""A centre's folder, certificates and sites. What needs a running SuperLink is in tests/deployment."""
+"""A server's folder, certificates and sites. What needs a running SuperLink is in tests/deployment."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedsigma.client.deployment.home import SiteFolder
+from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.ops.enrolment_files import Invitation, JoinError, SiteKeys
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, SiteKeys
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.deployment import enrolment as module
 from fedsigma.server.deployment.certificates import AuthorityError, Issued, issue, new_authority
 from fedsigma.server.deployment.database import NodeNames
 from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.flower_control import ControlError, Node
-from fedsigma.server.deployment.home import CentreError, CentreFolder, ServerConfig
+from fedsigma.server.deployment.home import ServerConfig, ServerHome, ServerHomeError
 from fedsigma.server.deployment.proxy import caddyfile, nginx_conf
 
 
 @pytest.fixture(autouse=True)
-def _no_centre(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FEDSIGMA_CENTRE", raising=False)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDSIGMA_SERVER", raising=False)
     monkeypatch.delenv("FEDSIGMA_DATABASE", raising=False)
 
 
-CONFIG = ServerConfig(name="Centre", address="fl.example.org:443")
+CONFIG = ServerConfig(name="Server", address="fl.example.org:443")
 
 
 class FakeControl:
@@ -56,8 +56,8 @@ class FakeControl:
 
 
 @pytest.fixture
-def centre(tmp_path: Path) -> CentreFolder:
-    return CentreFolder.create(tmp_path / "centre", CONFIG, own=None)
+def server(tmp_path: Path) -> ServerHome:
+    return ServerHome.create(tmp_path / "server", CONFIG, own=None)
 
 
 @pytest.fixture
@@ -66,35 +66,35 @@ def control() -> FakeControl:
 
 
 @pytest.fixture
-def enrolment(centre: CentreFolder, control: FakeControl) -> Enrolment:
-    return Enrolment(centre, control)  # type: ignore[arg-type]
+def enrolment(server: ServerHome, control: FakeControl) -> Enrolment:
+    return Enrolment(server, control)  # type: ignore[arg-type]
 
 
-def join(enrolment: Enrolment, folder: Path, name: str = "north") -> tuple[SiteFolder, SiteKeys]:
+def join(enrolment: Enrolment, folder: Path, name: str = "north") -> tuple[SiteHome, SiteKeys]:
     invitation = enrolment.invite(name, folder / f"{name}-{len(list(folder.iterdir()))}.json", days=7)
-    return SiteFolder.enrol(folder / name, invitation)
+    return SiteHome.enrol(folder / name, invitation)
 
 
-def test_secrets_of_a_new_centre_are_its_owners_alone(centre: CentreFolder) -> None:
+def test_secrets_of_a_new_server_are_its_owners_alone(server: ServerHome) -> None:
     for file in ("tls/ca.key", "tls/inner.key", "tls/outer.key", "secrets/superexec.secret"):
-        assert stat.S_IMODE((centre.path / file).stat().st_mode) == 0o600, file
-    assert stat.S_IMODE(centre.path.stat().st_mode) == 0o700
-    with pytest.raises(CentreError, match="not an empty folder"):
-        CentreFolder.create(centre.path, CONFIG, own=None)
-    with pytest.raises(CentreError, match=r"holds no server\.yaml"):
-        CentreFolder(centre.path / "tls")
+        assert stat.S_IMODE((server.path / file).stat().st_mode) == 0o600, file
+    assert stat.S_IMODE(server.path.stat().st_mode) == 0o700
+    with pytest.raises(ServerHomeError, match="not an empty folder"):
+        ServerHome.create(server.path, CONFIG, own=None)
+    with pytest.raises(ServerHomeError, match=r"holds no server\.yaml"):
+        ServerHome(server.path / "tls")
 
 
-def test_certificates_are_of_the_authority_and_for_the_names(centre: CentreFolder) -> None:
-    ca = x509.load_pem_x509_certificate(centre.tls("ca.crt").read_bytes())
+def test_certificates_are_of_the_authority_and_for_the_names(server: ServerHome) -> None:
+    ca = x509.load_pem_x509_certificate(server.tls("ca.crt").read_bytes())
     for file, name in (("outer", "fl.example.org"), ("inner", "localhost")):
-        found = x509.load_pem_x509_certificate(centre.tls(f"{file}.crt").read_bytes())
+        found = x509.load_pem_x509_certificate(server.tls(f"{file}.crt").read_bytes())
         found.verify_directly_issued_by(ca)
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         assert name in names.get_values_for_type(x509.DNSName)
         assert found.not_valid_after_utc <= ca.not_valid_after_utc
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(centre.tls(f"{file}.crt"), centre.tls(f"{file}.key"))
+        context.load_cert_chain(server.tls(f"{file}.crt"), server.tls(f"{file}.key"))
     assert not ca.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
 
 
@@ -114,9 +114,9 @@ def test_a_setting_that_does_not_do_is_refused(key: str, value: str) -> None:
         ServerConfig(**{**CONFIG.__dict__, key: value})
 
 
-def test_the_proxy_passes_the_fleet_interface_alone(centre: CentreFolder) -> None:
-    for text in (nginx_conf(centre), caddyfile(centre)):
-        assert "/v1/fleet/" in text and "control" not in text and str(centre.tls("outer.key")) in text
+def test_the_proxy_passes_the_fleet_interface_alone(server: ServerHome) -> None:
+    for text in (nginx_conf(server), caddyfile(server)):
+        assert "/v1/fleet/" in text and "control" not in text and str(server.tls("outer.key")) in text
 
 
 def test_a_site_joins_by_two_files(enrolment: Enrolment, control: FakeControl, tmp_path: Path) -> None:
@@ -128,11 +128,11 @@ def test_a_site_joins_by_two_files(enrolment: Enrolment, control: FakeControl, t
     for file in ("node/node.key", "worker/identity.pem", "node/superexec.secret"):
         assert stat.S_IMODE((site.path / file).stat().st_mode) == 0o600, file
         content = (site.path / file).read_bytes()
-        everything = b"".join(p.read_bytes() for p in tmp_path.glob("centre/**/*") if p.is_file())
+        everything = b"".join(p.read_bytes() for p in tmp_path.glob("server/**/*") if p.is_file())
         assert content not in everything and content.hex().encode() not in everything
     assert site.policy().name == "north"
     # The same keys again, or the same invitation for other keys, do not do.
-    with pytest.raises(CentreError, match="has joined with this key already"):
+    with pytest.raises(ServerHomeError, match="has joined with this key already"):
         enrolment.admit(keys)
 
 
@@ -141,15 +141,15 @@ def test_nobody_joins_uninvited_or_by_an_old_invitation(
 ) -> None:
     _, first = join(enrolment, tmp_path)
     invitation = enrolment.invite("north", tmp_path / "second.json", days=7)
-    with pytest.raises(JoinError, match="last invitation"):
+    with pytest.raises(EnrolmentFileError, match="last invitation"):
         enrolment.admit(first)
-    with pytest.raises(CentreError, match="was not invited"):
+    with pytest.raises(ServerHomeError, match="was not invited"):
         enrolment.admit(SiteKeys(**{**first.__dict__, "site": "south"}))
-    _, second = SiteFolder.enrol(tmp_path / "again", invitation)
+    _, second = SiteHome.enrol(tmp_path / "again", invitation)
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=8)
     with monkeypatch.context() as patch:
         patch.setattr(module, "now", lambda: later)
-        with pytest.raises(JoinError, match="expired on"):
+        with pytest.raises(EnrolmentFileError, match="expired on"):
             enrolment.admit(second)
     assert not control.known
     enrolment.admit(second)
@@ -181,7 +181,7 @@ def test_a_key_is_renewed_with_an_overlap(enrolment: Enrolment, control: FakeCon
     control.status[new] = "online"
     assert [key.node_id for key in enrolment.retire()] == [old]
     assert enrolment.site_of_node() == {new: "north"} and control.status[old] == "unregistered"
-    with pytest.raises(JoinError, match=r"holds no next\.key"):
+    with pytest.raises(EnrolmentFileError, match=r"holds no next\.key"):
         site.switch()
 
 
@@ -194,44 +194,44 @@ def test_a_revoked_site_is_out_and_the_others_are_not(
     assert set(enrolment.site_of_node().values()) == {"south"}
     assert list(control.status.values()) == ["unregistered", "registered"]
     assert [s.state for s in enrolment.sites()] == ["revoked", "joined"]
-    with pytest.raises(CentreError, match="there is no site 'west'"):
+    with pytest.raises(ServerHomeError, match="there is no site 'west'"):
         enrolment.revoke("west")
-    kinds = [line["kind"] for line in Chain(tmp_path / "centre" / "audit.jsonl").lines()]
+    kinds = [line["kind"] for line in HashChainedLog(tmp_path / "server" / "audit.jsonl").lines()]
     assert kinds == ["site_invited", "site_admitted", "site_invited", "site_admitted", "site_revoked"]
 
 
 def test_a_node_is_the_site_that_was_let_in(
-    enrolment: Enrolment, centre: CentreFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    enrolment: Enrolment, server: ServerHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert NodeNames.of_this_process() is None
-    monkeypatch.setenv("FEDSIGMA_CENTRE", str(centre.path))
-    nodes = NodeNames.of_this_process()
+    assert NodeNames.from_environment() is None
+    monkeypatch.setenv("FEDSIGMA_SERVER", str(server.path))
+    nodes = NodeNames.from_environment()
     assert nodes is not None
     node = int(enrolment.admit(join(enrolment, tmp_path)[1]).node_id)
     assert nodes.problem(node, "north") == ""
     assert nodes.problem(node, "south") == "its node belongs to site 'north'"
-    assert nodes.problem(7, "north") == "its node belongs to no site of this centre"
+    assert nodes.problem(7, "north") == "its node belongs to no site of this server"
     enrolment.revoke("north")
-    assert "no site of this centre" in nodes.problem(node, "north")
+    assert "no site of this server" in nodes.problem(node, "north")
 
 
 def test_a_folder_is_one_sites(enrolment: Enrolment, tmp_path: Path) -> None:
     site, _ = join(enrolment, tmp_path)
     other = enrolment.invite("south", tmp_path / "south.json", days=7)
-    with pytest.raises(JoinError, match="belongs to a site already"):
-        SiteFolder.enrol(site.path, other)
+    with pytest.raises(EnrolmentFileError, match="belongs to a site already"):
+        SiteHome.enrol(site.path, other)
     (site.path / "site.yaml").write_text((site.path / "site.yaml").read_text().replace("north", "south"))
-    with pytest.raises(ConfigError, match="the centre knows this site as 'north'"):
+    with pytest.raises(ConfigError, match="the server knows this site as 'north'"):
         site.policy()
 
 
 def test_an_invitation_has_what_a_site_trusts(
-    enrolment: Enrolment, centre: CentreFolder, tmp_path: Path
+    enrolment: Enrolment, server: ServerHome, tmp_path: Path
 ) -> None:
     path = tmp_path / "north.join.json"
     enrolment.invite("north", path, days=7, note="Dr. Who")
     found = Invitation.read(path)
-    assert found.certificates.encode() == centre.tls("ca.crt").read_bytes()
+    assert found.certificates.encode() == server.tls("ca.crt").read_bytes()
     assert "Dr. Who" not in json.dumps(found.__dict__)
     with pytest.raises(FileExistsError):
         enrolment.invite("north", path, days=7)

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import save_file
 
 from fedsigma.common.registry import shift_file
-from fedsigma.common.registry.shift_file import ArtefactError, load_shift, save_shift
+from fedsigma.common.registry.shift_file import ShiftFileError, load_shift, save_shift
 from fedsigma.common.utils import files
 from fedsigma.common.utils.files import write_atomic
 
@@ -71,38 +71,38 @@ def test_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")])])
 def test_not_finite_is_refused(tmp_path: Path, bad: torch.Tensor) -> None:
-    with pytest.raises(ArtefactError, match="not finite"):
+    with pytest.raises(ShiftFileError, match="not finite"):
         save_shift(tmp_path / "s", bad, **TEXTS, round=1)
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 2), torch.zeros(0), torch.tensor(1.0)])
 def test_not_a_vector_is_refused(tmp_path: Path, bad: torch.Tensor) -> None:
-    with pytest.raises(ArtefactError, match="expected a float32 vector"):
+    with pytest.raises(ShiftFileError, match="expected a float32 vector"):
         save_shift(tmp_path / "s", bad, **TEXTS, round=1)
 
 
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     path = tmp_path / "sigma.safetensors"
-    with pytest.raises(ArtefactError, match="no sigma file"):
+    with pytest.raises(ShiftFileError, match="no sigma file"):
         load_shift(path)
     path.write_bytes(b"\x80\x04pickle")
-    with pytest.raises(ArtefactError, match="cannot be read"):
+    with pytest.raises(ShiftFileError, match="cannot be read"):
         load_shift(path)
     save_file({"shift": torch.ones(2)}, path)
-    with pytest.raises(ArtefactError, match="not a sigma file"):
+    with pytest.raises(ShiftFileError, match="not a sigma file"):
         load_shift(path)
     good = {"format": shift_file.FORMAT, "layout": "{}", "fingerprint": "{}", "study": "", "round": "1"}
     save_file({"shift": torch.ones(2, dtype=torch.float16)}, path, metadata=good)
-    with pytest.raises(ArtefactError, match="float32"):
+    with pytest.raises(ShiftFileError, match="float32"):
         load_shift(path)
     for key, value, message in [("layout", "{", "valid JSON"), ("round", "-1", "whole number")]:
         save_file({"shift": torch.ones(2)}, path, metadata={**good, key: value})
-        with pytest.raises(ArtefactError, match=message):
+        with pytest.raises(ShiftFileError, match=message):
             load_shift(path)
     del good["fingerprint"]
     save_file({"shift": torch.ones(2)}, path, metadata=good)
-    with pytest.raises(ArtefactError, match="lacks fingerprint"):
+    with pytest.raises(ShiftFileError, match="lacks fingerprint"):
         load_shift(path)
 
 
@@ -110,5 +110,5 @@ def test_truncated_file(tmp_path: Path) -> None:
     path = tmp_path / "sigma.safetensors"
     save_shift(path, torch.ones(100), **TEXTS, round=1)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ArtefactError, match="cannot be read"):
+    with pytest.raises(ShiftFileError, match="cannot be read"):
         load_shift(path)

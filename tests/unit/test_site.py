@@ -18,25 +18,25 @@ from fedsigma import __version__
 from fedsigma.client.app import app as client
 from fedsigma.client.site import site as client_site
 from fedsigma.client.site.identity import new_identity
-from fedsigma.client.site.privacy_ledger import Ledger
+from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.client.site.site import SitePolicy
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.config.study import PrivacyConfig, StudyConfig, TrainingConfig
+from fedsigma.common.config.study import LocalTrainingConfig, PrivacyConfig, StudyConfig
 from fedsigma.common.data.loading import SiteData
 from fedsigma.common.data.records import Record
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.privacy import secure_aggregation
-from fedsigma.common.privacy.accounting import Release, epsilon
+from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 from fedsigma.common.privacy.secure_aggregation import Member
-from fedsigma.common.utils.hash_chain import Chain
+from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.common.wire import records as protocol
 from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import (
     EvaluateReply,
     EvaluateTask,
-    Hello,
-    HelloReply,
-    Setup,
+    HandshakeReply,
+    HandshakeRequest,
+    StudySpec,
     TrainReply,
     TrainTask,
 )
@@ -52,10 +52,10 @@ studies: [fake]
 backbones: {fake: local-dir:/models/fake}
 max_local_steps: 10
 """
-SETUP = Setup.of(StudyConfig.from_yaml(STUDY))
+SETUP = StudySpec.of(StudyConfig.from_yaml(STUDY))
 TASK = TrainTask(
-    setup=SETUP,
-    recipe=TrainingConfig(),
+    study=SETUP,
+    recipe=LocalTrainingConfig(),
     mode="round",
     round=1,
     cohort=3,
@@ -85,7 +85,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         file = tmp_path / "site.yaml"
         file.write_text(policy)
         grid = FakeGrid(client, 1, node_config={"site-config": str(file)}, run_id=run_id)
-        message = Message(protocol.to_content(task), dst_node_id=100, message_type=kind)
+        message = Message(protocol.to_record(task), dst_node_id=100, message_type=kind)
         return grid.send_and_receive([message])[0]
 
     send.opened = opened  # type: ignore[attr-defined]
@@ -93,11 +93,11 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_real_site_uses_its_own_images_name_and_backbone(ask: Any, tmp_path: Path) -> None:
-    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
-    reply = protocol.from_content(HelloReply, ask(hello, protocol.HELLO).content)
+    hello = HandshakeRequest(protocol=protocol.PROTOCOL, study=SETUP, fingerprint=FINGERPRINT.to_json())
+    reply = protocol.from_record(HandshakeReply, ask(hello, protocol.HANDSHAKE).content)
     assert (reply.site, reply.sites, reply.problem) == ("barcelona", 0, "")
     # The message's data section names the demonstration set; a real site never opens it.
-    reply = protocol.from_content(TrainReply, ask(TASK).content)
+    reply = protocol.from_record(TrainReply, ask(TASK).content)
     assert ask.opened == [("folder:images", tmp_path)]
     assert reply.class_counts == ()
     assert (tmp_path / "audit.jsonl").read_text().count("\n") == 2
@@ -109,7 +109,7 @@ def test_a_real_site_uses_its_own_images_name_and_backbone(ask: Any, tmp_path: P
         ({"steps": 11}, "TooManySteps"),
         ({"cohort": 1}, "CohortTooSmall"),
         ({"mode": "local", "cohort": 1}, "CohortTooSmall"),
-        ({"setup": dataclasses.replace(SETUP, study="other")}, "StudyNotAllowed"),
+        ({"setup": dataclasses.replace(SETUP, name="other")}, "StudyNotAllowed"),
         ({"setup": dataclasses.replace(SETUP, backbone="hf-hub:evil/model")}, "BackboneNotAllowed"),
         ({"shift": b"\0" * 100}, "CodecError"),
     ],
@@ -121,16 +121,16 @@ def test_what_goes_beyond_the_policy_is_refused(ask: Any, tmp_path: Path, change
 
 
 def test_class_counts_are_told_only_where_the_policy_says_so(ask: Any) -> None:
-    told = ask(TASK, policy=POLICY + "tell_class_counts: true\n")
-    assert protocol.from_content(TrainReply, told.content).class_counts == (1, 1)
+    told = ask(TASK, policy=POLICY + "share_class_counts: true\n")
+    assert protocol.from_record(TrainReply, told.content).class_counts == (1, 1)
 
 
 def test_confusion_matrices_are_told_only_where_the_policy_says_so(ask: Any) -> None:
-    task = EvaluateTask(setup=SETUP, round=1, shifts=(TASK.shift, TASK.shift))
-    quiet = protocol.from_content(EvaluateReply, ask(task, "evaluate").content)
+    task = EvaluateTask(study=SETUP, round=1, shifts=(TASK.shift, TASK.shift))
+    quiet = protocol.from_record(EvaluateReply, ask(task, "evaluate").content)
     assert len(quiet.evaluations) == 2 and quiet.confusions == ()
-    told = protocol.from_content(
-        EvaluateReply, ask(task, "evaluate", POLICY + "tell_confusion: true\n").content
+    told = protocol.from_record(
+        EvaluateReply, ask(task, "evaluate", POLICY + "share_confusion: true\n").content
     )
     assert len(told.confusions) == 2 * 4
     assert sum(told.confusions[:4]) == told.evaluations[0].test_examples
@@ -139,7 +139,7 @@ def test_confusion_matrices_are_told_only_where_the_policy_says_so(ask: Any) -> 
 def test_a_node_without_site_yaml_or_partition_says_nothing(ask: Any, tmp_path: Path) -> None:
     grid = FakeGrid(client, 1)
     grid.contexts[100].node_config.clear()
-    message = Message(protocol.to_content(TASK), dst_node_id=100, message_type="train")
+    message = Message(protocol.to_record(TASK), dst_node_id=100, message_type="train")
     (reply,) = grid.send_and_receive([message])
     assert reply.error.reason == "ConfigError"
 
@@ -178,12 +178,12 @@ def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any,
     north = Ed25519PrivateKey.generate()
     known = north.public_key().public_bytes_raw().hex()
     policy = POLICY + f"identity: identity.pem\npeers: {{north: '{known}'}}\nrequire_masking: true\n"
-    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
-    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO, policy).content)
+    hello = HandshakeRequest(protocol=protocol.PROTOCOL, study=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_record(HandshakeReply, ask(hello, protocol.HANDSHAKE, policy).content)
     own = Member(name="barcelona", key=said.mask_key, signature=said.mask_signature)
     key = X25519PrivateKey.generate().public_key().public_bytes_raw()
     other = secure_aggregation.sign(north, run=1, name="north", key=key)
-    place = secure_aggregation.Place(
+    place = secure_aggregation.MaskContext(
         run=1, round=1, attempt=0, members=(own, other), bound=1.0, most_examples=1
     )
     everyone = {"barcelona": bytes.fromhex(mine), "north": bytes.fromhex(known)}
@@ -200,16 +200,16 @@ def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any,
 
 
 def test_without_an_identity_a_site_offers_no_key(ask: Any) -> None:
-    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
-    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO).content)
+    hello = HandshakeRequest(protocol=protocol.PROTOCOL, study=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_record(HandshakeReply, ask(hello, protocol.HANDSHAKE).content)
     assert (said.mask_key, said.mask_signature) == (b"", b"")
 
 
-@pytest.mark.parametrize(("line", "explained"), [("", False), ("explained: true\n", True)])
+@pytest.mark.parametrize(("line", "explained"), [("", False), ("allow_explanation: true\n", True)])
 def test_a_site_says_whether_its_shift_may_be_explained(ask: Any, line: str, explained: bool) -> None:
-    hello = Hello(protocol=protocol.PROTOCOL, setup=SETUP, fingerprint=FINGERPRINT.to_json())
-    said = protocol.from_content(HelloReply, ask(hello, protocol.HELLO, POLICY + line).content)
-    assert (said.explained, said.version) == (explained, __version__)
+    hello = HandshakeRequest(protocol=protocol.PROTOCOL, study=SETUP, fingerprint=FINGERPRINT.to_json())
+    said = protocol.from_record(HandshakeReply, ask(hello, protocol.HANDSHAKE, POLICY + line).content)
+    assert (said.allow_explanation, said.version) == (explained, __version__)
 
 
 def test_a_peers_key_that_is_none_is_named(tmp_path: Path) -> None:
@@ -244,24 +244,24 @@ def test_training_must_hide_what_the_site_demands(ask: Any, policy: str, level: 
 
 def test_the_sites_own_budget_holds_whatever_the_server_says(ask: Any, tmp_path: Path) -> None:
     policy = POLICY.replace("[fake]", "['*']") + "privacy: image\nepsilon: 5\nledger: deep/spent.jsonl\n"
-    one = Release(rate=1.0, noise_multiplier=4.0, steps=5)
+    one = PrivacyEvent(rate=1.0, noise_multiplier=4.0, steps=5)
     allowed = next(n for n in range(1, 99) if epsilon([one] * (n + 1), 1e-5) > 5)
     told = []
     for number in range(allowed + 1):
         # Another study each time, with a budget of its own that allows anything.
-        setup = dataclasses.replace(SETUP, study=f"study-{number}")
-        told.append(ask(dataclasses.replace(hiding("image"), setup=setup), policy=policy))
+        setup = dataclasses.replace(SETUP, name=f"study-{number}")
+        told.append(ask(dataclasses.replace(hiding("image"), study=setup), policy=policy))
     assert [reply.has_error() for reply in told] == [False] * allowed + [True]
     assert told[-1].error.reason == "PrivacyBudgetSpent"
-    assert len(Ledger(tmp_path / "deep" / "spent.jsonl").entries()) == allowed
-    reply = protocol.from_content(TrainReply, told[0].content)
+    assert len(PrivacyLedger(tmp_path / "deep" / "spent.jsonl").entries()) == allowed
+    reply = protocol.from_record(TrainReply, told[0].content)
     assert reply.epsilon == epsilon([one], 1e-5) and math.isnan(reply.loss)
 
 
 def test_class_counts_stay_untold_where_training_is_private(ask: Any) -> None:
-    policy = POLICY + "tell_class_counts: true\n"
-    assert protocol.from_content(TrainReply, ask(TASK, policy=policy).content).class_counts == (1, 1)
-    assert protocol.from_content(TrainReply, ask(hiding("image"), policy=policy).content).class_counts == ()
+    policy = POLICY + "share_class_counts: true\n"
+    assert protocol.from_record(TrainReply, ask(TASK, policy=policy).content).class_counts == (1, 1)
+    assert protocol.from_record(TrainReply, ask(hiding("image"), policy=policy).content).class_counts == ()
 
 
 @pytest.mark.parametrize(
@@ -310,13 +310,13 @@ def test_what_is_cut_off_at_most_examples_is_of_all_classes() -> None:
 
 
 def test_a_site_judges_so_many_models_of_a_study_and_no_more(ask: Any, tmp_path: Path) -> None:
-    policy = POLICY + "max_judged: 5\n"
+    policy = POLICY + "max_evaluations: 5\n"
     shift = encode(zeros(LAYOUT.size), LAYOUT)
-    two = EvaluateTask(setup=SETUP, round=1, shifts=(shift, shift))
+    two = EvaluateTask(study=SETUP, round=1, shifts=(shift, shift))
     for run_id in (1, 2):  # over all runs
         assert ask(two, "evaluate", policy, run_id=run_id).has_content()
-    assert ask(two, "evaluate", policy, run_id=3).error.reason == "TooManyJudged"
+    assert ask(two, "evaluate", policy, run_id=3).error.reason == "TooManyEvaluations"
     assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).has_content()
-    assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).error.reason == "TooManyJudged"
+    assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).error.reason == "TooManyEvaluations"
     assert ask(dataclasses.replace(TASK, evaluate=False), "train", policy).has_content()
-    assert [line["models"] for line in Chain(tmp_path / "judged.jsonl").lines()] == [2, 2, 1]
+    assert [line["models"] for line in HashChainedLog(tmp_path / "judged.jsonl").lines()] == [2, 2, 1]

@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsigma.common.config.study import ConfigError, StudyConfig
-from fedsigma.server.federation.site_sampling import chances, cohort_size, draw_cohort, known_images
+from fedsigma.server.federation.site_sampling import (
+    cohort_size,
+    inclusion_probabilities,
+    known_images,
+    sample_sites,
+)
 
 SIZES = st.lists(st.integers(1, 200), min_size=2, max_size=30)
 
@@ -30,7 +35,7 @@ def sites(sizes: list[int]) -> tuple[dict[int, str], dict[str, int]]:
 @given(sizes=SIZES, data=st.data())
 def test_chances_are_in_proportion_and_none_is_above_one(sizes: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(sizes)))
-    found = chances(dict(enumerate(sizes)), count)
+    found = inclusion_probabilities(dict(enumerate(sizes)), count)
     assert sum(found.values()) == pytest.approx(count)
     assert all(0 < one <= 1 for one in found.values())
     if shares := [found[node] / size for node, size in enumerate(sizes) if found[node] < 1]:
@@ -45,10 +50,10 @@ def test_as_many_as_the_share_are_asked_and_each_as_often_as_its_images_say(
 ) -> None:
     study, (ready, images) = plan(share, least=least, seed=seed), sites(sizes)
     count = min(len(sizes), max(least, math.ceil(share * len(sizes))))
-    chance = chances(dict(enumerate(sizes)), count)
+    chance = inclusion_probabilities(dict(enumerate(sizes)), count)
     rounds, asked = 200, Counter[int]()
     for number in range(1, rounds + 1):
-        drawn = draw_cohort(ready, study, round=number, images=images)
+        drawn = sample_sites(ready, study, round=number, images=images)
         assert len(drawn.sites) == count and list(drawn.sites) == sorted(drawn.sites)
         for node in drawn.sites:
             assert sizes[node] * drawn.factors[node] == pytest.approx(sizes[node] / chance[node])
@@ -62,8 +67,8 @@ def test_a_site_that_has_not_told_counts_as_a_typical_one_and_nobody_told_is_all
     del images["site-3"]
     asked, nobody = Counter[int](), Counter[int]()
     for number in range(1, 101):
-        asked.update(list(draw_cohort(ready, plan(0.25), round=number, images=images).sites))
-        nobody.update(list(draw_cohort(ready, plan(0.25), round=number).sites))
+        asked.update(list(sample_sites(ready, plan(0.25), round=number, images=images).sites))
+        nobody.update(list(sample_sites(ready, plan(0.25), round=number).sites))
     assert all(abs(asked[node] - 25) <= 2 and abs(nobody[node] - 25) <= 2 for node in ready)
 
 
@@ -72,7 +77,7 @@ def test_the_draw_is_the_same_again_and_another_with_another_seed() -> None:
 
     def all_of(seed: int) -> list[list[int]]:
         study = plan(0.3, seed=seed)
-        return [list(draw_cohort(ready, study, round=r, images=images).sites) for r in range(1, 20)]
+        return [list(sample_sites(ready, study, round=r, images=images).sites) for r in range(1, 20)]
 
     assert all_of(1) == all_of(1) != all_of(2)
 

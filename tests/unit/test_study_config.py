@@ -13,9 +13,9 @@ from fedsigma.common.config.study import (
     ConfigError,
     DataConfig,
     FederationConfig,
+    LocalTrainingConfig,
     SigmaConfig,
     StudyConfig,
-    TrainingConfig,
     load_study,
     study_names,
 )
@@ -38,7 +38,7 @@ def test_defaults_are_the_documented_recipe() -> None:
     study = StudyConfig.from_yaml(SMALL)
     assert study.prompts == ("a photo of a a.", "a photo of a b.")
     assert study.data is None and study.shots == 16
-    assert study.training == TrainingConfig() and study.federation == FederationConfig()
+    assert study.training == LocalTrainingConfig() and study.federation == FederationConfig()
     assert study.max_examples_per_site == 32
 
 
@@ -147,7 +147,7 @@ studies = st.builds(
         layers=st.one_of(st.just("top"), st.lists(st.integers(0, 11), min_size=1).map(tuple)),
     ),
     training=st.builds(
-        TrainingConfig,
+        LocalTrainingConfig,
         learning_rate=numbers,
         weight_decay=numbers,
         proximal=numbers,

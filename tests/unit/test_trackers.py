@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsigma.common.config.study import load_study
-from fedsigma.server.deployment.auto_resume import look
+from fedsigma.server.deployment.auto_resume import resume_crashed_runs
 from fedsigma.server.deployment.studies import Studies
 from fedsigma.server.federation.site_manager import WrongSiteCount
-from fedsigma.server.runs.run_dir import POOLED, RunFolder
+from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
 from fedsigma.server.trackers import TrackerError, Tracking, callback, config, parse_trackers, worker
 from fedsigma.server.trackers.base import TrackedRun
 from fedsigma.server.trackers.metric_names import final_figures, parameters, row_metrics, safe
@@ -74,11 +74,11 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder.create(tmp_path / "run", SMALL)
+def folder(tmp_path: Path) -> RunDir:
+    return RunDir.create(tmp_path / "run", SMALL)
 
 
-def follow(folder: RunFolder, names: str) -> Tracking:
+def follow(folder: RunDir, names: str) -> Tracking:
     return Tracking(folder, parse_trackers(names), study=load_study("demo"), run="7")
 
 
@@ -95,9 +95,9 @@ def test_a_run_tells_its_settings_rounds_results_and_files(tmp_path: Path, use: 
     assert told.parameters["federation.rounds"] == "3" and told.parameters["classes"] == "a, b"
     assert told.tags["study"] == "fake" and told.tags["run"] == "1" and told.tags["fedsigma_version"]
     for row in folder.rounds():
-        where = POOLED if row["site"] == POOLED else f"site/{row['site']}"
+        where = ALL_SITES if row["site"] == ALL_SITES else f"site/{row['site']}"
         assert heard.numbers[row["round"], f"{where}/accuracy"] == row["accuracy"]
-        if row["site"] != POOLED and row["round"] < 4:
+        if row["site"] != ALL_SITES and row["round"] < 4:
             assert heard.numbers[row["round"], f"{where}/bytes_up"] == row["bytes_up"] > 0
             assert heard.numbers[row["round"], f"{where}/loss"] == row["loss"]
     summary = folder.read_summary()
@@ -119,7 +119,7 @@ def test_a_failed_run_is_told_as_failed(tmp_path: Path, use: Callable) -> None:
     assert heard.outcomes == ["failed"] and heard.results == {}
 
 
-def test_the_sigma_file_goes_only_where_it_was_asked_for(folder: RunFolder, use: Callable) -> None:
+def test_the_sigma_file_goes_only_where_it_was_asked_for(folder: RunDir, use: Callable) -> None:
     with_sigma, without = Heard(), Heard()
     use(mlflow=with_sigma, wandb=without)
     (folder.path / "sigma.safetensors").write_bytes(b"sigma")
@@ -168,12 +168,12 @@ def test_a_tracker_that_raises_is_noted_once_by_its_type_and_the_run_goes_on(
     assert events(folder, "run_end")[0]["ok"] and sound.outcomes == ["finished"]
 
 
-def test_what_comes_after_an_error_is_told_all_the_same(folder: RunFolder, use: Callable) -> None:
+def test_what_comes_after_an_error_is_told_all_the_same(folder: RunDir, use: Callable) -> None:
     patchy = Raising("metrics")
     use(mlflow=patchy)
     following = follow(folder, "mlflow")
-    folder.round_row(1, "a", {"accuracy": 0.5}, 1, 1, "accepted")
-    folder.event("run_end", ok=True, reason="")
+    folder.log_round(1, "a", {"accuracy": 0.5}, 1, 1, "accepted")
+    folder.log_event("run_end", ok=True, reason="")
     following.close()
     assert patchy.outcomes == ["finished"]
 
@@ -213,7 +213,7 @@ def test_a_tracker_that_hangs_holds_back_neither_the_run_nor_another_tracker(
 
 
 def test_what_waits_is_bounded(
-    folder: RunFolder, use: Callable, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+    folder: RunDir, use: Callable, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "MOST_WAITING", 5)
     monkeypatch.setattr(callback, "PATIENCE_S", 0.1)
@@ -227,13 +227,13 @@ def test_what_waits_is_bounded(
 
     monkeypatch.setattr(queue.Queue, "put", watched)
     for number in range(100):
-        folder.round_row(number, "a", {"accuracy": 0.5}, 1, 1, "accepted")
+        folder.log_round(number, "a", {"accuracy": 0.5}, 1, 1, "accepted")
     assert len(folder.rounds()) == 100 and waited == [False] * 6
     following.close()
     assert [event["error"] for event in events(folder, "tracker_failed")] == ["Full"]
 
 
-def test_a_listener_of_the_run_itself_still_stops_it(folder: RunFolder, use: Callable) -> None:
+def test_a_listener_of_the_run_itself_still_stops_it(folder: RunDir, use: Callable) -> None:
     heard, seen = Heard(), []
     use(mlflow=heard)
 
@@ -244,22 +244,22 @@ def test_a_listener_of_the_run_itself_still_stops_it(folder: RunFolder, use: Cal
 
     folder.listen(witness)
     following = follow(folder, "mlflow")
-    folder.event("round_start", round=1)
+    folder.log_event("round_start", round=1)
     with pytest.raises(OSError, match="disk is full"):
-        folder.event("round_end", round=1)
-    folder.event("run_end", ok=False, reason="")
+        folder.log_event("round_end", round=1)
+    folder.log_event("run_end", ok=False, reason="")
     following.close()
     assert seen == ["round_start", "round_end", "run_end"] and heard.outcomes == ["failed"]
 
 
-def test_several_listeners_hear_rows_after_they_were_written(folder: RunFolder) -> None:
+def test_several_listeners_hear_rows_after_they_were_written(folder: RunDir) -> None:
     heard: list[tuple[str, int, int]] = []
     for name in ("first", "second"):
         folder.listen(
             row=lambda row, name=name: heard.append((name, row["round"], len(folder.rounds())))  # type: ignore[misc]
         )
-    folder.round_row(1, "a", {}, 0, 0, "late")
-    folder.event("round_end", round=1)
+    folder.log_round(1, "a", {}, 0, 0, "late")
+    folder.log_event("round_end", round=1)
     assert heard == [("first", 1, 1), ("second", 1, 1)]
 
 
@@ -267,7 +267,7 @@ def test_several_listeners_hear_rows_after_they_were_written(folder: RunFolder) 
 
 
 def test_a_resumed_run_goes_on_under_the_same_key_with_the_trackers_it_had(
-    folder: RunFolder, use: Callable
+    folder: RunDir, use: Callable
 ) -> None:
     first, second = Heard(), Heard()
     use(mlflow=first)
@@ -275,12 +275,12 @@ def test_a_resumed_run_goes_on_under_the_same_key_with_the_trackers_it_had(
     assert first.keys == [""] and first.outcomes == ["interrupted"]
     use(mlflow=second, wandb=Heard())
     (folder.path / "sigma.safetensors").write_bytes(b"sigma")
-    follow(RunFolder.open(folder.path), "wandb").close()
+    follow(RunDir.open(folder.path), "wandb").close()
     assert second.keys == ["its-own-id"] and "sigma.safetensors" in second.files
 
 
 def test_a_tracker_that_was_never_reached_is_tried_again_by_a_resumed_run(
-    folder: RunFolder, use: Callable
+    folder: RunDir, use: Callable
 ) -> None:
     back = Heard()
     use(mlflow=Raising("start"))
@@ -291,7 +291,7 @@ def test_a_tracker_that_was_never_reached_is_tried_again_by_a_resumed_run(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', "\xff"])
-def test_a_damaged_key_file_begins_anew(folder: RunFolder, use: Callable, content: str) -> None:
+def test_a_damaged_key_file_begins_anew(folder: RunDir, use: Callable, content: str) -> None:
     heard = Heard()
     use(mlflow=heard)
     (folder.path / "trackers").mkdir()
@@ -342,14 +342,14 @@ def test_what_a_tracker_lacks_is_said_before_the_run(monkeypatch: pytest.MonkeyP
         config.choose_trackers("wandb")
 
 
-def test_a_centre_passes_the_trackers_on(studies: Studies, control: FakeControl) -> None:  # noqa: F811
+def test_a_server_passes_the_trackers_on(studies: Studies, control: FakeControl) -> None:  # noqa: F811
     with pytest.raises(TrackerError, match="known are"):
         studies.submit("demo", trackers="neptune")
     assert control.started == []
     studies.submit("demo", trackers="mlflow,tensorboard")
     begin(control.started[0], "0")
     control.status["0"] = FAILED
-    look(studies)
+    resume_crashed_runs(studies)
     assert [values["trackers"] for values in control.started] == ["mlflow,tensorboard", ""]
 
 

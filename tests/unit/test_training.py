@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.config.training import Recipe
+from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.sigma import Selection, SigmaModel
 from fedsigma.common.training.loop import (
     AUGMENTERS,
-    Task,
+    ClipClassifier,
     TrainingError,
     accumulate_gradient,
     autocast,
     evaluate,
-    fit,
+    resize_image,
     train,
 )
-from fedsigma.common.training.prompts import Prompts, unit
+from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
 from tests.helpers.tiny import timm_clip, tiny_clip
 
 PROMPTS = ("a photo of a red one.", "a photo of a green one.", "a photo of a blue one, seen from far.")
@@ -62,10 +62,10 @@ def backbone(model: nn.Module | None = None, **changes: object) -> Backbone:
     return Backbone(**{**values, **changes})
 
 
-def task(tmp_path: Path, **selection: object) -> Task:
+def task(tmp_path: Path, **selection: object) -> ClipClassifier:
     loaded = backbone()
     sigma = SigmaModel.adapt(loaded.model, Selection(**selection), cache_dir=tmp_path)
-    return Task(loaded, sigma, PROMPTS, device="cpu")
+    return ClipClassifier(loaded, sigma, PROMPTS, device="cpu")
 
 
 def coloured(count: int, seed: int = 0, side: int = 40) -> list[Picture]:
@@ -79,10 +79,16 @@ def coloured(count: int, seed: int = 0, side: int = 40) -> list[Picture]:
     return pictures
 
 
-RECIPE = Recipe(learning_rate=0.03, batch_size=8, augment="gentle")
+RECIPE = TrainingConfig(learning_rate=0.03, batch_size=8, augment="gentle")
 
 
-def run(job: Task, examples: list[Picture], recipe: Recipe = RECIPE, steps: int = 10, **more: int) -> float:
+def run(
+    job: ClipClassifier,
+    examples: list[Picture],
+    recipe: TrainingConfig = RECIPE,
+    steps: int = 10,
+    **more: int,
+) -> float:
     settings_ = {"steps": steps, "total_steps": steps, "seed": 1, **more}
     return train(job, examples, recipe, **settings_).loss
 
@@ -132,7 +138,7 @@ def test_no_example_and_unknown_augmentation_are_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no training example"):
         run(job, [])
     with pytest.raises(TrainingError, match="unknown augmentation 'heavy'"):
-        run(job, coloured(2), Recipe(augment="heavy"))
+        run(job, coloured(2), TrainingConfig(augment="heavy"))
 
 
 @pytest.mark.parametrize("name", [name for name, build in AUGMENTERS.items() if build])
@@ -151,7 +157,7 @@ def test_augmentation_varies_pictures_of_the_right_shape(name: str) -> None:
 def test_loss_that_is_not_finite_is_named(precision: str, rate: float, tmp_path: Path) -> None:
     job = task(tmp_path)
     # At 1e9 in bfloat16 nothing overflows but what the last layer norm turns into zeros.
-    recipe = Recipe(learning_rate=rate, batch_size=8, schedule="constant", precision=precision)
+    recipe = TrainingConfig(learning_rate=rate, batch_size=8, schedule="constant", precision=precision)
     with pytest.raises(TrainingError, match="lower the learning rate"):
         run(job, coloured(8), recipe, steps=5)
 
@@ -159,14 +165,14 @@ def test_loss_that_is_not_finite_is_named(precision: str, rate: float, tmp_path:
 @settings(max_examples=50)
 @given(st.integers(1, 300), st.integers(0, 20), st.floats(1e-4, 1))
 def test_schedule_runs_over_the_whole_study(total: int, warmup: int, rate: float) -> None:
-    recipe = Recipe(learning_rate=rate, warmup_steps=warmup, final_learning_rate=rate / 100)
-    rates = [recipe.rate(step, total) for step in range(total)]
+    recipe = TrainingConfig(learning_rate=rate, warmup_steps=warmup, final_learning_rate=rate / 100)
+    rates = [recipe.learning_rate_at(step, total) for step in range(total)]
     assert all(0 < r <= rate * (1 + 1e-9) for r in rates)
     late = rates[warmup:]
     assert all(a >= b for a, b in pairwise(late))
     if total > warmup:
         assert late[0] == pytest.approx(rate)
-    assert recipe.rate(total, total) >= recipe.final_learning_rate * (1 - 1e-9)
+    assert recipe.learning_rate_at(total, total) >= recipe.final_learning_rate * (1 - 1e-9)
 
 
 def test_rounds_follow_one_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,11 +187,11 @@ def test_rounds_follow_one_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     job = task(tmp_path)
     for start in (0, 4):
         train(job, coloured(4), RECIPE, first_step=start, steps=4, total_steps=8, seed=0)
-    assert seen == [RECIPE.rate(i, 8) for i in range(8)]
+    assert seen == [RECIPE.learning_rate_at(i, 8) for i in range(8)]
 
 
 def test_weight_decay_and_proximal_term_pull(tmp_path: Path) -> None:
-    def trained(recipe: Recipe, start: float) -> Tensor:
+    def trained(recipe: TrainingConfig, start: float) -> Tensor:
         job = task(tmp_path)
         job.sigma.set_shift(torch.full((job.sigma.layout.size,), start))
         run(job, coloured(6), recipe, steps=20)
@@ -193,10 +199,12 @@ def test_weight_decay_and_proximal_term_pull(tmp_path: Path) -> None:
 
     free = trained(RECIPE, 0.3)
     assert (
-        trained(Recipe(learning_rate=0.03, batch_size=8, augment="gentle", weight_decay=5.0), 0.3).norm()
+        trained(
+            TrainingConfig(learning_rate=0.03, batch_size=8, augment="gentle", weight_decay=5.0), 0.3
+        ).norm()
         < 0.8 * free.norm()
     )
-    held = trained(Recipe(learning_rate=0.03, batch_size=8, augment="gentle", proximal=100.0), 0.3)
+    held = trained(TrainingConfig(learning_rate=0.03, batch_size=8, augment="gentle", proximal=100.0), 0.3)
     assert (held - 0.3).norm() < 0.7 * (free - 0.3).norm()
 
 
@@ -206,7 +214,7 @@ ADJUSTED = {"learning_rate": 0.02, "batch_size": 64, "augment": "none", "precisi
 def changes_of_two_sites(optimiser: str, tmp_path: Path) -> tuple[Tensor, Tensor]:
     """The mean of two sites' changes in one step, by number of images, and the change on all of these."""
     job, pictures = task(tmp_path), coloured(9)
-    recipe = Recipe(**ADJUSTED, optimiser=optimiser)
+    recipe = TrainingConfig(**ADJUSTED, optimiser=optimiser)
 
     def change(examples: list[Picture]) -> Tensor:
         job.sigma.set_shift(torch.zeros(job.sigma.layout.size))
@@ -228,7 +236,9 @@ def test_the_mean_of_plain_steps_is_the_step_on_all_sites_images(tmp_path: Path)
 
 def test_a_plain_step_is_the_rate_times_the_gradient_all_through_a_study(tmp_path: Path) -> None:
     job, pictures = task(tmp_path), coloured(5)
-    recipe = Recipe(learning_rate=0.5, batch_size=5, optimiser="sgd", augment="none", precision="float32")
+    recipe = TrainingConfig(
+        learning_rate=0.5, batch_size=5, optimiser="sgd", augment="none", precision="float32"
+    )
     images, labels = torch.stack([job.fitted(p) for p in pictures]), torch.tensor([p.label for p in pictures])
     accumulate_gradient(job, images, labels, precision="float32")
     assert job.sigma.shift.grad is not None
@@ -283,7 +293,7 @@ def test_evaluation_counts_every_image_once_and_ignores_order(tmp_path: Path) ->
 
 def features(loaded: Backbone, cut: bool) -> tuple[Tensor, int]:
     with torch.no_grad():
-        prompts = Prompts(loaded, PROMPTS, cut=cut)
+        prompts = PromptEncoder(loaded, PROMPTS, cut=cut)
         return prompts.features(), prompts.length
 
 
@@ -306,7 +316,7 @@ def test_towers_that_read_padding_are_not_cut() -> None:
 @pytest.mark.parametrize("shape", [(3, 40, 20), (3, 20, 41), (3, 32, 32)])
 def test_fit_gives_a_square(mode: str, shape: tuple[int, int, int]) -> None:
     image = torch.full(shape, 200, dtype=torch.uint8)
-    fitted = fit(image, backbone(resize_mode=mode))
+    fitted = resize_image(image, backbone(resize_mode=mode))
     assert fitted.shape == (3, 32, 32) and fitted.dtype == torch.uint8
     bars = mode == "longest" and shape[1] != shape[2]
     assert bool((fitted == 0).any()) == bars
@@ -322,7 +332,7 @@ def test_logits_are_float32_also_under_autocast(tmp_path: Path) -> None:
 
 def test_features_without_a_direction_are_not_numbers() -> None:
     features = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e30, 1e30]])
-    np.testing.assert_allclose(unit(features), [[0.6, 0.8], [np.nan] * 2, [np.nan] * 2])
+    np.testing.assert_allclose(l2_normalize(features), [[0.6, 0.8], [np.nan] * 2, [np.nan] * 2])
 
 
 def test_a_diverged_model_gives_no_predictions(tmp_path: Path) -> None:

@@ -18,33 +18,33 @@ from pathlib import Path
 import torch
 
 from fedsigma.common.backbones import Backbone, build_model
-from fedsigma.common.config.training import Recipe
+from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.data.loading import load_examples
 from fedsigma.common.data.records import Source
 from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.loop import Task, evaluate, train
+from fedsigma.common.training.loop import ClipClassifier, evaluate, train
 from fedsigma.common.training.metrics import score
 from tools.starter.package import load_trained
 
 SHOTS = 16
 
 
-def task_for(backbone: Backbone, source: Source, cache: Path) -> tuple[Task, list[str]]:
+def task_for(backbone: Backbone, source: Source, cache: Path) -> tuple[ClipClassifier, list[str]]:
     """An adapter at zero shift, and the source's classes."""
     classes = sorted({r.label for r in source.records if r.label})
     sigma = SigmaModel.adapt(backbone.model, cache_dir=cache)
-    return Task(backbone, sigma, [f"a photo of a {c}." for c in classes]), classes
+    return ClipClassifier(backbone, sigma, [f"a photo of a {c}." for c in classes]), classes
 
 
-def accuracy(task: Task, source: Source, classes: list[str]) -> float:
+def accuracy(task: ClipClassifier, source: Source, classes: list[str]) -> float:
     """On the test part."""
     test = [r for r in source.records if r.split == "test"]
     return score(evaluate(task, load_examples(source, test, classes, side=task.size))).accuracy or 0.0
 
 
-def adapted(task: Task, source: Source, classes: list[str], steps: int) -> float:
+def adapted(task: ClipClassifier, source: Source, classes: list[str], steps: int) -> float:
     """Test accuracy after training on SHOTS pictures a class and site, all in one place."""
     sites = {r.site for r in source.records}
     chosen = [
@@ -55,7 +55,7 @@ def adapted(task: Task, source: Source, classes: list[str], steps: int) -> float
         )
     ]
     examples = load_examples(source, chosen, classes, side=task.size * 3 // 2)
-    recipe = Recipe(learning_rate=0.04, batch_size=16, augment="microscopy")  # as in the studies
+    recipe = TrainingConfig(learning_rate=0.04, batch_size=16, augment="microscopy")  # as in the studies
     train(task, examples, recipe, steps=steps, total_steps=steps, seed=1, progress=True)
     return accuracy(task, source, classes)
 
@@ -100,7 +100,7 @@ def main() -> None:
     (a.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def _with(backbone: Backbone, source: Source, cache: Path) -> tuple[Task, Source, list[str]]:
+def _with(backbone: Backbone, source: Source, cache: Path) -> tuple[ClipClassifier, Source, list[str]]:
     task, classes = task_for(backbone, source, cache)
     return task, source, classes
 

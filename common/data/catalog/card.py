@@ -18,7 +18,7 @@ from fedsigma.common.config.schema import (
     check_choice,
     check_number,
     check_printable,
-    nearest,
+    did_you_mean,
     read_yaml,
 )
 
@@ -271,7 +271,7 @@ def card(name: str) -> DatasetCard:
     """
     known = cards()
     if name not in known:
-        raise CardError(f"there is no card '{name}'{nearest(name.lower(), known)}")
+        raise CardError(f"there is no card '{name}'{did_you_mean(name.lower(), known)}")
     return known[name]
 
 

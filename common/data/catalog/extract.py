@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from fedsigma.common.data.catalog.card import CardError
-from fedsigma.common.utils.files import UnsafePath, inside
+from fedsigma.common.utils.files import UnsafePath, safe_join
 
 __all__ = ["ArchiveError", "Limits", "NoPlace", "unpack"]
 
@@ -72,7 +72,7 @@ def unpack(
     try:
         _extract(archive, work, take, limits or Limits.of(archive))
         if inner:
-            nested = work / inside(inner)
+            nested = work / safe_join(inner)
             if not nested.is_file():
                 raise ArchiveError(f"{archive.name} has no {inner} in it")
             _extract(nested, nested.parent, "", limits or Limits.of(nested))
@@ -148,7 +148,7 @@ def _members(archive: Path, opened: ExitStack) -> Iterator[Member]:
 
 def _of_zip(name: str, archive: zipfile.ZipFile) -> Iterator[Member]:
     for one in archive.infolist():
-        path = inside(one.filename)
+        path = safe_join(one.filename)
         if one.is_dir():
             continue
         mode = stat.S_IFMT(one.external_attr >> 16)
@@ -163,9 +163,9 @@ def _of_tar(name: str, archive: tarfile.TarFile) -> Iterator[Member]:
     for one in archive:
         if one.isdir():
             if one.name not in (".", ""):
-                inside(one.name)
+                safe_join(one.name)
             continue
-        path = inside(one.name)
+        path = safe_join(one.name)
         source = archive.extractfile(one) if one.isreg() else None
         if source is None:
             raise ArchiveError(f"{name} is refused: {one.name} is a link or no plain file")

@@ -42,18 +42,18 @@ def open_dicom(
 
     Args:
         path: a CSV manifest (path, label, and optionally split, group, site), or a folder as for `folder`.
-        window: centre and width to show every picture by, in the units of its rescaled values (Hounsfield
+        window: center and width to show every picture by, in the units of its rescaled values (Hounsfield
             units for CT), in place of each file's own window.
         group_by_folder: whether a folder below the class folder is the group, in place of the patient.
         columns: other names of the manifest's columns.
 
     Raises:
-        DataError: pydicom is not installed, the window is no centre and width, or nothing is found.
+        DataError: pydicom is not installed, the window is no center and width, or nothing is found.
     """
     _pydicom()
     if window is not None and (len(window) != 2 or not window[1] > 0):
         raise DataError(
-            f"the option window is {window!r}, expected a centre and a width above 0, as [40, 400]"
+            f"the option window is {window!r}, expected a center and a width above 0, as [40, 400]"
         )
     if path.is_dir():
         root = path
@@ -238,17 +238,17 @@ def windowed(
         shown = np.asarray(apply_voi(apply_modality_lut(pixels, dataset), dataset), np.float64)
         return np.clip(shown / (2 ** int(tables[0].LUTDescriptor[2]) - 1), 0, 1)
     if window is None and dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-        centre, width = _first(dataset.WindowCenter), _first(dataset.WindowWidth)
+        center, width = _first(dataset.WindowCenter), _first(dataset.WindowWidth)
     elif window is None:
         return _stretch(values, pixels, dataset)
     else:
-        (centre, width), function = window, "LINEAR_EXACT"
+        (center, width), function = window, "LINEAR_EXACT"
     # The three functions of DICOM PS3.3 C.11.2.1.2, scaled to 0 to 1.
     if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
+        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
     if function == "LINEAR":
-        centre, width = centre - 0.5, max(width - 1, 1e-9)
-    return np.clip((values - centre) / width + 0.5, 0, 1)
+        center, width = center - 0.5, max(width - 1, 1e-9)
+    return np.clip((values - center) / width + 0.5, 0, 1)
 
 
 def _first(value: Any) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedsigma.common.config.schema import nearest
+from fedsigma.common.config.schema import did_you_mean
 from fedsigma.common.data.catalog import Archive
 from fedsigma.common.data.records import SPLITS, DataError, Pictures, Record
 from fedsigma.common.data.sources.registry import register_source
@@ -93,7 +93,7 @@ def _about(name: str, size: int) -> dict[str, Any]:
     if name in INFO and name not in plain:
         raise DataError(f"{name} has volumes or several labels a picture, which a study cannot hold")
     if name not in plain:
-        raise DataError(f"MedMNIST has no set '{name}'{nearest(name, plain)}")
+        raise DataError(f"MedMNIST has no set '{name}'{did_you_mean(name, plain)}")
     if size not in SIZES:
         raise DataError(
             f"{name} has no pictures of {size} pixels: the sizes are {', '.join(map(str, SIZES))}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fedsigma.common.data.records import SPLITS, DataError
-from fedsigma.common.utils.files import UnsafePath, inside
+from fedsigma.common.utils.files import UnsafePath, safe_join
 
 __all__ = ["Row", "read_lists", "read_split_file"]
 
@@ -62,7 +62,7 @@ def _row(where: str, split: str, item: object) -> Row:
             not isinstance(number, bool) and number >= 0 and name.strip()
         ):
             try:
-                return Row(split, inside(path), number, name)
+                return Row(split, safe_join(path), number, name)
             except UnsafePath as error:
                 raise DataError(f"{where}: {error}") from error
     raise DataError(f"{where} is {str(item)[:80]}, expected [relative path, label number, class name]")

@@ -86,11 +86,11 @@ def load_sites(study: StudyConfig, *, side: int) -> dict[str, SiteData]:
         ConfigError: the study has no data section.
         NoImages, DataError: as `load_site` and `simulated_sites`.
     """
-    from fedsigma.common.wire.records import Setup
+    from fedsigma.common.wire.records import StudySpec
 
     if study.data is None:
         raise ConfigError(f"study '{study.name}' has no data section, so its images are at its sites")
-    source, parts = simulated_sites(Setup.of(study).data, study.classes, study.seed)
+    source, parts = simulated_sites(StudySpec.of(study).data, study.classes, study.seed)
     return {
         name: load_site(
             source,

@@ -1,6 +1,6 @@
 """Who may see the dashboard: users, their sessions, and the tokens of programs that collect its metrics.
 
-SQLite in the centre's folder, or in memory for a dashboard of simulations. Whoever reads the file can sign in
+SQLite in the server's folder, or in memory for a dashboard of simulations. Whoever reads the file can sign in
 with nothing in it: passwords are kept as argon2id hashes, tokens as SHA-256, and the token against forged
 requests is not kept at all but made from the session's.
 """
@@ -24,7 +24,7 @@ from sqlalchemy import QueuePool, create_engine, delete, event, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fedsigma.server.dashboard.auth.passwords import AccountsError, check_name, check_password, plain
-from fedsigma.server.deployment.database import careful, now
+from fedsigma.server.deployment.database import now, set_sqlite_pragmas
 
 if TYPE_CHECKING:
     from argon2 import PasswordHasher
@@ -130,7 +130,7 @@ class Accounts:
             os.fchmod(file, 0o600)
             os.close(file)
             self._engine = create_engine(f"sqlite:///{path}")
-        event.listen(self._engine, "connect", careful)
+        event.listen(self._engine, "connect", set_sqlite_pragmas)
         _Base.metadata.create_all(self._engine)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from fedsigma.common.utils.hash_chain import ChainBroken
+from fedsigma.common.utils.hash_chain import LogTampered
 from fedsigma.server.dashboard.auth.accounts import (
     LINK,
     OIDC,
@@ -28,12 +28,12 @@ from fedsigma.server.dashboard.auth.accounts import (
 )
 from fedsigma.server.dashboard.auth.login_page import login_page
 from fedsigma.server.dashboard.auth.oidc import Provider
-from fedsigma.server.dashboard.auth.rate_limit import Attempts
+from fedsigma.server.dashboard.auth.rate_limit import LoginRateLimiter
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.auth.urls import local_path
-from fedsigma.server.deployment.audit_log import CentreLog
+from fedsigma.server.deployment.audit_log import ServerAuditLog
 
-__all__ = ["CHALLENGE", "LOGIN", "OPEN", "OWN", "Desk", "OneTimeLink"]
+__all__ = ["CHALLENGE", "LOGIN", "OPEN", "OWN", "LoginApp", "OneTimeLink"]
 
 LOGIN, LOGOUT = "/login", "/logout"
 OPEN = (LOGIN, *Provider.PATHS)
@@ -65,7 +65,7 @@ class OneTimeLink:
             return good
 
 
-class Desk:
+class LoginApp:
     """An ASGI app for /login, /logout and the way to an OpenID provider. See `guarded` for the arguments."""
 
     def __init__(
@@ -75,11 +75,11 @@ class Desk:
         settings: AccessSettings,
         oidc: Provider | None,
         link: OneTimeLink | None,
-        log: CentreLog | None,
+        log: ServerAuditLog | None,
     ) -> None:
         self._accounts, self._settings = accounts, settings
         self._oidc, self._link, self._log = oidc, link, log
-        self._attempts = Attempts(settings)
+        self._attempts = LoginRateLimiter(settings)
         self._hashing = anyio.CapacityLimiter(_AT_ONCE)
         routes = [
             Route(LOGIN, self._show, methods=["GET"]),
@@ -103,7 +103,7 @@ class Desk:
         self._app = Starlette(
             routes=routes,
             middleware=middleware,
-            exception_handlers={ChainBroken: self._not_noted, OSError: self._not_noted},
+            exception_handlers={LogTampered: self._not_noted, OSError: self._not_noted},
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,7 +143,7 @@ class Desk:
             return await self._let_in(request, name, way=PASSWORD, place=place)
         await self._note_refused(request, way=PASSWORD, user=await run_in_threadpool(self._known, name))
         return self._page(
-            error="Name or password is wrong. Who runs the centre can set a new password:"
+            error="Name or password is wrong. Who runs the server can set a new password:"
             " fedsigma users password NAME",
             status=401,
             headers={"WWW-Authenticate": CHALLENGE},
@@ -187,7 +187,7 @@ class Desk:
         if person.role is None:
             await self._note_refused(request, way=OIDC, user=person.name, subject=person.subject)
             known = f"You are known to {self._oidc.settings.name}"
-            text = f"{known}, but may not see this dashboard: ask who runs the centre."
+            text = f"{known}, but may not see this dashboard: ask who runs the server."
             return self._page(error=text, status=403)
         return await self._let_in(
             request, person.name, way=OIDC, role=person.role, place=place, subject=person.subject
@@ -201,7 +201,7 @@ class Desk:
             return self._later(wait)
         await self._note_refused(request, way=OIDC, user="", reason=type(error).__name__)
         text = f"Signing in with {self._oidc.settings.name} did not work. Try once more; if it stays so,"
-        return self._page(error=text + " who runs the centre finds the kind of error in its log.", status=403)
+        return self._page(error=text + " who runs the server finds the kind of error in its log.", status=403)
 
     # -- what all have in common ---------------------------------------------------------------------------
 
@@ -243,12 +243,12 @@ class Desk:
 
     async def _note(self, kind: str, **fields: str) -> None:
         if self._log is not None:
-            await run_in_threadpool(self._log.note, kind, **fields)
+            await run_in_threadpool(self._log.record, kind, **fields)
 
     async def _not_noted(self, request: Request, error: Exception) -> Response:
         """Without its line in the audit log, nobody gets in."""
         text = (
-            "The centre's audit log cannot be written, so nobody can sign in: fedsigma audit verify says why."
+            "The server's audit log cannot be written, so nobody can sign in: fedsigma audit verify says why."
         )
         return self._page(error=text, status=503)
 

@@ -82,7 +82,7 @@ _TEMPLATE = """<!doctype html>
 start it again for another.</p>
 {%- endif %}
 {%- if passwords %}
-<p class="note">Names and passwords are given out by who runs the centre.</p>
+<p class="note">Names and passwords are given out by who runs the server.</p>
 {%- endif %}
 </main>
 </body>

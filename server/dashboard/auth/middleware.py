@@ -20,12 +20,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedsigma.server.dashboard.auth.accounts import OPERATOR, VIEWER, Accounts, User
-from fedsigma.server.dashboard.auth.login import CHALLENGE, LOGIN, OPEN, OWN, Desk, OneTimeLink
+from fedsigma.server.dashboard.auth.login import CHALLENGE, LOGIN, OPEN, OWN, LoginApp, OneTimeLink
 from fedsigma.server.dashboard.auth.oidc import Provider
-from fedsigma.server.dashboard.auth.security_headers import Headers
+from fedsigma.server.dashboard.auth.security_headers import SecurityHeadersMiddleware
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.auth.urls import local_path, strange
-from fedsigma.server.deployment.audit_log import CentreLog
+from fedsigma.server.deployment.audit_log import ServerAuditLog
 
 __all__ = ["CSRF_FIELD", "CSRF_HEADER", "POLL_HEADER", "guarded", "operator_only"]
 
@@ -49,7 +49,7 @@ def guarded(
     settings: AccessSettings,
     oidc: Provider | None = None,
     link: OneTimeLink | None = None,
-    log: CentreLog | None = None,
+    log: ServerAuditLog | None = None,
 ) -> ASGIApp:
     """An app to which only those get through who are signed in.
 
@@ -62,21 +62,23 @@ def guarded(
         settings: how it is reached.
         oidc: an OpenID provider where people may sign in instead.
         link: the only way in, for a dashboard without users.
-        log: the centre's audit log, where there is one.
+        log: the server's audit log, where there is one.
     """
-    desk = Desk(accounts=accounts, settings=settings, oidc=oidc, link=link, log=log)
-    inner: ASGIApp = ServerErrorMiddleware(Guard(app, desk=desk, accounts=accounts, settings=settings))
+    desk = LoginApp(accounts=accounts, settings=settings, oidc=oidc, link=link, log=log)
+    inner: ASGIApp = ServerErrorMiddleware(
+        AuthMiddleware(app, desk=desk, accounts=accounts, settings=settings)
+    )
     if settings.proxies:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
         inner = ProxyHeadersMiddleware(inner, trusted_hosts=list(settings.proxies))  # type: ignore[assignment, arg-type]
-    return Headers(inner, secure=settings.secure)
+    return SecurityHeadersMiddleware(inner, secure=settings.secure)
 
 
-class Guard:
+class AuthMiddleware:
     """Answers what may not pass, and passes the rest to the app or to the desk where people sign in."""
 
-    def __init__(self, app: ASGIApp, *, desk: Desk, accounts: Accounts, settings: AccessSettings) -> None:
+    def __init__(self, app: ASGIApp, *, desk: LoginApp, accounts: Accounts, settings: AccessSettings) -> None:
         self._app, self._desk, self._accounts, self._settings = app, desk, accounts, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,10 +13,10 @@ from limits.strategies import MovingWindowRateLimiter
 
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 
-__all__ = ["Attempts"]
+__all__ = ["LoginRateLimiter"]
 
 
-class Attempts:
+class LoginRateLimiter:
     """Counts attempts in a moving window, by name and by address. They are forgotten with the process.
 
     Args:

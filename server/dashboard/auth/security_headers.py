@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["POLICY", "Headers"]
+__all__ = ["POLICY", "SecurityHeadersMiddleware"]
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -26,7 +26,7 @@ _ALWAYS = {
 _STATIC = "/static/"
 
 
-class Headers:
+class SecurityHeadersMiddleware:
     """Adds the headers to all answers of an ASGI app, errors too.
 
     Content-Security-Policy and Cache-Control are left where the app has set them.

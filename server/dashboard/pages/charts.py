@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 
 from fedsigma.common.config.constants import METRICS
-from fedsigma.server.runs.run_dir import POOLED, Row, RunFolder
+from fedsigma.server.runs.run_dir import ALL_SITES, Row, RunDir
 
 __all__ = ["charts", "comparison"]
 
 SHARED = (*METRICS, "loss")
 """What is drawn for the pooled model and for each site."""
-DRIFT = ("change_norm", "change_cosine", "shift_norm")
+DRIFT = ("update_norm", "update_cosine", "shift_norm")
 FIGURES = (*SHARED, *DRIFT, "epsilon", "bytes_up", "bytes_down")
 DIGITS = 4
 _CODES = {"accepted": "a", "late": "l", "rejected": "r", "failed": "f"}
 ABSENT = "."
 
 
-def charts(folder: RunFolder, study: dict[str, Any]) -> dict[str, Any]:
+def charts(folder: RunDir, study: dict[str, Any]) -> dict[str, Any]:
     """All series of one run."""
     rows = folder.rounds()
-    sites = list(dict.fromkeys(row["site"] for row in rows if row["site"] != POOLED))
+    sites = list(dict.fromkeys(row["site"] for row in rows if row["site"] != ALL_SITES))
     table = _Table(rows, sites)
     epsilon = table.pooled("epsilon")
     return {
@@ -44,19 +44,19 @@ def charts(folder: RunFolder, study: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def comparison(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def comparison(folders: Sequence[RunDir]) -> list[dict[str, Any]]:
     """The pooled series of several runs, to draw them over each other."""
     found = []
     for folder in folders:
-        table = _Table([row for row in folder.rounds() if row["site"] == POOLED], [])
+        table = _Table([row for row in folder.rounds() if row["site"] == ALL_SITES], [])
         series = {name: told for name in SHARED if (told := table.pooled(name))}
         found.append({"rounds": table.rounds, "metrics": series})
     return found
 
 
-def heat(folder: RunFolder) -> dict[str, Any]:
+def heat(folder: RunDir) -> dict[str, Any]:
     """The mean absolute shift by round, tower, part and layer; empty where no round has been kept."""
-    lines = folder.heats()
+    lines = folder.shift_magnitudes()
     if not lines:
         return {}
     towers = {}
@@ -75,7 +75,7 @@ class _Table:
 
     def __init__(self, rows: list[Row], sites: list[str]) -> None:
         self.rounds = sorted({row["round"] for row in rows})
-        self._sites = [*sites, POOLED]
+        self._sites = [*sites, ALL_SITES]
         column = {number: at for at, number in enumerate(self.rounds)}
         line = {site: at for at, site in enumerate(self._sites)}
         shape = (len(self._sites), len(self.rounds))
@@ -86,7 +86,7 @@ class _Table:
             for name, matrix in self._matrices.items():
                 if (value := row[name]) is not None:
                     matrix[at] = value
-            if row["site"] != POOLED:
+            if row["site"] != ALL_SITES:
                 self._letters[at[0]][at[1]] = _CODES.get(row["status"], ABSENT)
 
     def _lines(self, name: str) -> list[list[float | None]]:

@@ -6,16 +6,23 @@ from typing import Any
 
 from fedsigma.server.dashboard.pages.charts import comparison
 from fedsigma.server.dashboard.pages.run_view import Sections, short
-from fedsigma.server.report.data import Content, gather
-from fedsigma.server.report.formatting import METHODS, NOTHING, amount, duration, percent, points
-from fedsigma.server.runs.tail import FollowedRun
+from fedsigma.server.report.data import ReportData, collect_report_data
+from fedsigma.server.report.formatting import (
+    METHODS,
+    NOTHING,
+    format_bytes,
+    format_duration,
+    format_percent,
+    format_points,
+)
+from fedsigma.server.runs.tail import RunTailer
 
 __all__ = ["compare_view"]
 
 
-def compare_view(first: FollowedRun, second: FollowedRun) -> Sections:
+def compare_view(first: RunTailer, second: RunTailer) -> Sections:
     """What the page shows."""
-    contents = [gather(folder, shift=False) for folder in (first, second)]
+    contents = [collect_report_data(folder, shift=False) for folder in (first, second)]
     return Sections(
         view={
             "settings": _settings(*(content.study for content in contents)),
@@ -43,24 +50,24 @@ def flat(values: dict[str, Any], before: str = "") -> dict[str, str]:
     return found
 
 
-def _results(contents: list[Content]) -> list[tuple[str, ...]]:
-    rows = [("Rounds done", *(str(c.overview.rounds_done) for c in contents))]
-    rows.append(("Newest accuracy", *(percent(c.overview.federated_accuracy) for c in contents)))
+def _results(contents: list[ReportData]) -> list[tuple[str, ...]]:
+    rows = [("Rounds done", *(str(c.run.rounds_done) for c in contents))]
+    rows.append(("Newest accuracy", *(format_percent(c.run.federated_accuracy) for c in contents)))
     for name, words in METHODS.items():
         values = [c.methods.get(name, {}).get("accuracy") for c in contents]
         if any(value is not None for value in values):
-            rows.append((words, *(percent(value) for value in values)))
-    rows.append(("From the sites", *(amount(c.bytes_up) for c in contents)))
-    rows.append(("To the sites", *(amount(c.bytes_down) for c in contents)))
-    rows.append(("Time", *(duration(c.overview.seconds) for c in contents)))
+            rows.append((words, *(format_percent(value) for value in values)))
+    rows.append(("From the sites", *(format_bytes(c.bytes_up) for c in contents)))
+    rows.append(("To the sites", *(format_bytes(c.bytes_down) for c in contents)))
+    rows.append(("Time", *(format_duration(c.run.seconds) for c in contents)))
     return rows
 
 
-def _by_site(contents: list[Content]) -> list[tuple[str, str, str, str]]:
+def _by_site(contents: list[ReportData]) -> list[tuple[str, str, str, str]]:
     newest = [{site: told[max(told)] for site, told in c.accuracy.items() if told} for c in contents]
     found = []
     for site in dict.fromkeys((*newest[0], *newest[1])):
         one, two = (told.get(site) for told in newest)
-        both = points(two - one) if one is not None and two is not None else NOTHING
-        found.append((site, percent(one), percent(two), both))
+        both = format_points(two - one) if one is not None and two is not None else NOTHING
+        found.append((site, format_percent(one), format_percent(two), both))
     return found

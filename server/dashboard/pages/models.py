@@ -8,13 +8,13 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_core import StateCore
 from markupsafe import Markup
 
-from fedsigma.common.registry import ModelError, Shelf
-from fedsigma.server.report.formatting import NOTHING, percent
+from fedsigma.common.registry import ModelError, ModelRegistry
+from fedsigma.server.report.formatting import NOTHING, format_percent
 
 __all__ = ["card", "model_rows"]
 
 
-def model_rows(shelf: Shelf) -> tuple[list[dict[str, str]], list[str]]:
+def model_rows(shelf: ModelRegistry) -> tuple[list[dict[str, str]], list[str]]:
     """A row for each version, the newest first, and what is wrong with those that were changed."""
     if not shelf.path.is_dir():
         return [], []
@@ -29,12 +29,12 @@ def model_rows(shelf: Shelf) -> tuple[list[dict[str, str]], list[str]]:
         row |= {"made": about.made, "parents": ", ".join(about.parents) or NOTHING}
         row |= {"backbone": about.backbone, "created": about.created}
         for name, key in (("accuracy", "federated"), ("zero_shot", "zero_shot")):
-            row[name] = percent(about.results.get(key, {}).get("accuracy"))
+            row[name] = format_percent(about.results.get(key, {}).get("accuracy"))
         rows.append(row)
     return rows, []
 
 
-def card(shelf: Shelf, reference: str) -> Markup:
+def card(shelf: ModelRegistry, reference: str) -> Markup:
     """A version's card as HTML; markup inside the card is shown, not followed.
 
     Raises:

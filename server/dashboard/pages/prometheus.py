@@ -1,4 +1,4 @@
-"""What Prometheus can ask of a centre: its runs, and the sites of those that are under way.
+"""What Prometheus can ask of a server: its runs, and the sites of those that are under way.
 
 The metrics are made anew for each scrape, from figures that the caller reads. Labels are bounded: runs are
 the newest ones, and sites appear for runs that have not finished.
@@ -20,8 +20,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from fedsigma.common import __version__
-from fedsigma.server.runs.run_dir import POOLED
-from fedsigma.server.runs.summary import Overview, contacts
+from fedsigma.server.runs.run_dir import ALL_SITES
+from fedsigma.server.runs.summary import RunSummary, last_contacts
 
 __all__ = ["NEWEST", "RunCollector", "RunFigures", "metrics_page"]
 
@@ -37,7 +37,7 @@ Row = Mapping[str, Any]
 class SiteFigures:
     """One site of a run.
 
-    Units: bytes_received and bytes_sent in bytes, seen from the centre, over all rounds; accuracy between 0
+    Units: bytes_received and bytes_sent in bytes, seen from the server, over all rounds; accuracy between 0
     and 1; last_contact in seconds since 1970. None is not known.
     """
 
@@ -54,21 +54,21 @@ class SiteFigures:
 class RunFigures:
     """One run: its overview, the newest figures of all sites together, and each site's."""
 
-    overview: Overview
+    overview: RunSummary
     loss: float | None = None
     epsilon: float | None = None
     last_event: float | None = None
     sites: Mapping[str, SiteFigures] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, overview: Overview, *, rows: Sequence[Row], events: Sequence[Row]) -> RunFigures:
+    def of(cls, overview: RunSummary, *, rows: Sequence[Row], events: Sequence[Row]) -> RunFigures:
         """Gather them from the rows and events of a run, in the order in which they were written."""
-        heard = contacts(events)
+        heard = last_contacts(events)
         times = [event["time"] for event in events if isinstance(event.get("time"), int | float)]
         by_site: dict[str, list[Row]] = {site: [] for site in heard}
         for row in rows:
             by_site.setdefault(str(row["site"]), []).append(row)
-        pooled = by_site.pop(POOLED, [])
+        pooled = by_site.pop(ALL_SITES, [])
         return cls(
             overview=overview,
             loss=_newest(pooled, "loss"),
@@ -99,7 +99,7 @@ def _newest(rows: Sequence[Row], name: str) -> float | None:
 
 
 class RunCollector(Collector):
-    """The metrics of a directory of runs, or of a centre.
+    """The metrics of a directory of runs, or of a server.
 
     Args:
         read: gives the figures of all runs; called at each scrape.

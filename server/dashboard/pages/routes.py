@@ -22,19 +22,19 @@ from starlette.routing import Route
 from fedsigma.common import __version__
 from fedsigma.server.dashboard.pages.compare import compare_view
 from fedsigma.server.dashboard.pages.prometheus import RunCollector, metrics_page
-from fedsigma.server.dashboard.pages.run_index import Library, RunLine, UnknownRun
+from fedsigma.server.dashboard.pages.run_index import RunIndex, RunLine, UnknownRun
 from fedsigma.server.dashboard.pages.run_view import Sections, list_view, run_view
 from fedsigma.server.report.style import CHOSEN_SCHEMES, SCHEMES
 from fedsigma.server.report.template import TABLE
 
-__all__ = ["Desk", "make_pages"]
+__all__ = ["DashboardContext", "make_pages"]
 
 HERE = Path(__file__).parents[1]
 FLUSH = "end of the head"
 KINDS = {".css": "text/css", ".js": "text/javascript"}
 
 
-class Desk:
+class DashboardContext:
     """What all pages share.
 
     Args:
@@ -42,7 +42,7 @@ class Desk:
         pages: addresses and names for the bar at the top.
     """
 
-    def __init__(self, library: Library, pages: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, library: RunIndex, pages: tuple[tuple[str, str], ...]) -> None:
         self.library = library
         self.pages = pages
         self._views: dict[str, tuple[tuple[Any, ...], Sections]] = {}
@@ -57,12 +57,12 @@ class Desk:
         return "".join(self._template(request, template, values))
 
     def _template(self, request: Request, template: str, values: dict[str, Any]) -> Iterator[str]:
-        centre = self.library.centre
+        server = self.library.server
         shared = {
             "user": request.state.user,
             "pages": self.pages,
             "here": request.url.path,
-            "centre_name": centre.config.name if centre else "",
+            "server_name": server.config.name if server else "",
             "flush": "",
             "may_operate": self.may_operate(request),
         }
@@ -96,7 +96,7 @@ class Desk:
     def may_operate(self, request: Request) -> bool:
         """Whether this user may start, stop and go on with studies here."""
         user = request.state.user
-        return self.library.centre is not None and user is not None and user.role == "operator"
+        return self.library.server is not None and user is not None and user.role == "operator"
 
     def sections(self, line: RunLine) -> tuple[str, Sections]:
         """A run's page and a tag that changes with it; what has not changed is not made again.
@@ -105,7 +105,7 @@ class Desk:
             UnknownRun: there is no such run.
         """
         folder = self.library.run(line.key)
-        state = (folder.state, line.overview.state)
+        state = (folder.state, line.run.state)
         known = self._views.get(line.key)
         if known is None or known[0] != state:
             known = self._views[line.key] = (state, run_view(folder, line))
@@ -149,12 +149,12 @@ async def _static(request: Request) -> Response:
     return Response(content, media_type=KINDS[Path(name).suffix], headers=headers)
 
 
-def make_pages(desk: Desk, more: list[Route], *, lifespan: Any = None) -> Starlette:
+def make_pages(desk: DashboardContext, more: list[Route], *, lifespan: Any = None) -> Starlette:
     """The app, without the guard that has to stand before it.
 
     Args:
         desk: what the pages share.
-        more: routes of a centre.
+        more: routes of a server.
         lifespan: Starlette's.
     """
     routes = [
@@ -184,7 +184,9 @@ def make_pages(desk: Desk, more: list[Route], *, lifespan: Any = None) -> Starle
     )
 
 
-def _page(desk: Desk, work: Callable[[Desk, Request], Response]) -> Callable[[Request], Any]:
+def _page(
+    desk: DashboardContext, work: Callable[[DashboardContext, Request], Response]
+) -> Callable[[Request], Any]:
     """An endpoint whose work, which reads files, is done in a thread."""
 
     async def endpoint(request: Request) -> Response:
@@ -197,7 +199,7 @@ async def _health(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
-def _metrics(desk: Desk) -> Callable[[Request], Any]:
+def _metrics(desk: DashboardContext) -> Callable[[Request], Any]:
     collector = RunCollector(desk.library.figures)
 
     async def endpoint(request: Request) -> Response:
@@ -208,11 +210,11 @@ def _metrics(desk: Desk) -> Callable[[Request], Any]:
     return endpoint
 
 
-def _runs(desk: Desk, request: Request) -> Response:
+def _runs(desk: DashboardContext, request: Request) -> Response:
     return desk.page(request, "runs.html", **_listed(desk, request))
 
 
-def _listed(desk: Desk, request: Request) -> dict[str, Any]:
+def _listed(desk: DashboardContext, request: Request) -> dict[str, Any]:
     return {
         "runs": list_view(desk.library),
         "place": desk.library.runs.name,
@@ -220,7 +222,7 @@ def _listed(desk: Desk, request: Request) -> dict[str, Any]:
     }
 
 
-def _runs_state(desk: Desk, request: Request) -> Response:
+def _runs_state(desk: DashboardContext, request: Request) -> Response:
     text = desk.text(request, "runs_list.html", **_listed(desk, request))
     return told(request, tag_of(text), {"parts": {"live": text}})
 
@@ -241,7 +243,7 @@ def told(request: Request, tag: str, values: dict[str, Any]) -> Response:
     return Response(content, media_type="application/json", headers=headers)
 
 
-def _run(desk: Desk, request: Request) -> Response:
+def _run(desk: DashboardContext, request: Request) -> Response:
     line = desk.library.line(request.path_params["key"])
     desk.library.run(line.key)
 
@@ -249,7 +251,7 @@ def _run(desk: Desk, request: Request) -> Response:
         found = desk.sections(line)[1]
         return {"view": found.view, "charts": _embedded(found)}
 
-    return desk.streamed(request, "run.html", name=line.overview.study, actions=_actions(line), read=read)
+    return desk.streamed(request, "run.html", name=line.run.study, actions=_actions(line), read=read)
 
 
 def _embedded(found: Sections) -> Markup:
@@ -267,10 +269,10 @@ def _actions(line: RunLine) -> list[tuple[str, dict[str, str]]]:
         "running": [("stop", stop)],
         "interrupted": [("stop", stop), ("resume", go_on)],
         "failed": [("resume", go_on)],
-    }.get(line.overview.state, [])
+    }.get(line.run.state, [])
 
 
-def _run_state(desk: Desk, request: Request) -> Response:
+def _run_state(desk: DashboardContext, request: Request) -> Response:
     line = desk.library.line(request.path_params["key"])
     tag, found = desk.sections(line)
     if request.headers.get("if-none-match") == f'"{tag}"':
@@ -281,7 +283,7 @@ def _run_state(desk: Desk, request: Request) -> Response:
     return told(request, tag, {"parts": parts, "charts": found.charts})
 
 
-def _report(desk: Desk, request: Request) -> Response:
+def _report(desk: DashboardContext, request: Request) -> Response:
     path = desk.library.run(request.path_params["key"]).report_path
     if not path.is_file():
         raise HTTPException(404)
@@ -290,7 +292,7 @@ def _report(desk: Desk, request: Request) -> Response:
     return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": policy})
 
 
-def _compare(desk: Desk, request: Request) -> Response:
+def _compare(desk: DashboardContext, request: Request) -> Response:
     runs = [row for row in list_view(desk.library) if row["begun"]]
     chosen = (request.query_params.getlist("run") + [row["key"] for row in runs] + ["", ""])[:2]
     if not all(chosen):
@@ -300,14 +302,14 @@ def _compare(desk: Desk, request: Request) -> Response:
     return desk.page(request, "compare.html", runs=runs, chosen=chosen, **shown)
 
 
-def _models(desk: Desk, request: Request) -> Response:
+def _models(desk: DashboardContext, request: Request) -> Response:
     from fedsigma.server.dashboard.pages.models import model_rows
 
     rows, problems = model_rows(desk.library.shelf)
     return desk.page(request, "models.html", models=rows, problems=problems)
 
 
-def _model(desk: Desk, request: Request) -> Response:
+def _model(desk: DashboardContext, request: Request) -> Response:
     from fedsigma.common.registry import ModelError
     from fedsigma.server.dashboard.pages.models import card
 

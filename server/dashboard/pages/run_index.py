@@ -1,4 +1,4 @@
-"""What the dashboard can show: the runs of a folder of simulations, or those of a centre."""
+"""What the dashboard can show: the runs of a folder of simulations, or those of a server."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from fedsigma.common.registry import Shelf, shelf_folder
+from fedsigma.common.registry import ModelRegistry, registry_folder
 from fedsigma.server.dashboard.pages.prometheus import NEWEST, RunFigures
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, utc_seconds
-from fedsigma.server.deployment.database import Registry, Submission
-from fedsigma.server.deployment.home import CentreFolder
-from fedsigma.server.runs.summary import Overview, find_runs, overview
-from fedsigma.server.runs.tail import FollowedRun
+from fedsigma.server.deployment.database import ServerDatabase, Submission
+from fedsigma.server.deployment.home import ServerHome
+from fedsigma.server.runs.summary import RunSummary, find_runs, summarize_run
+from fedsigma.server.runs.tail import RunTailer
 
-__all__ = ["Library", "RunLine", "UnknownRun"]
+__all__ = ["RunIndex", "RunLine", "UnknownRun"]
 
 MOST_OPEN = 32
 """How many runs are kept parsed; the one that was looked at longest ago goes first."""
@@ -39,48 +39,48 @@ class RunLine:
     """
 
     key: str
-    overview: Overview
+    run: RunSummary
     run_id: str = ""
     begun: bool = True
 
     @property
     def open(self) -> bool:
         """Whether it may still change by itself."""
-        return self.overview.state in ("running", "queued")
+        return self.run.state in ("running", "queued")
 
 
-class Library:
+class RunIndex:
     """The runs below one folder.
 
     Args:
         runs: the folder that holds the run folders.
-        centre: the centre whose runs they are; None for simulations.
-        watch: what the centre's SuperLink says of runs; None where nobody asks it.
+        server: the server whose runs they are; None for simulations.
+        watch: what the server's SuperLink says of runs; None where nobody asks it.
     """
 
     def __init__(
-        self, runs: Path, *, centre: CentreFolder | None = None, watch: SuperLinkWatch | None = None
+        self, runs: Path, *, server: ServerHome | None = None, watch: SuperLinkWatch | None = None
     ) -> None:
         self.runs = runs
-        self.centre = centre
+        self.server = server
         self._watch = watch
-        self.shelf = Shelf(centre.path / "models" if centre else shelf_folder(runs))
+        self.shelf = ModelRegistry(server.path / "models" if server else registry_folder(runs))
         self._lock = threading.Lock()
         self._listed: tuple[float, list[Path]] = (-LISTED_S, [])
-        self._overviews: dict[Path, tuple[tuple[int, ...], Overview]] = {}
-        self._open: OrderedDict[Path, FollowedRun] = OrderedDict()
+        self._overviews: dict[Path, tuple[tuple[int, ...], RunSummary]] = {}
+        self._open: OrderedDict[Path, RunTailer] = OrderedDict()
         self._figures: dict[str, tuple[tuple[int, ...], RunFigures]] = {}
 
     @cached_property
-    def registry(self) -> Registry:
-        """The database of the centre, opened once."""
-        assert self.centre is not None
-        return Registry(self.centre.path / "centre.db")
+    def registry(self) -> ServerDatabase:
+        """The database of the server, opened once."""
+        assert self.server is not None
+        return ServerDatabase(self.server.path / "server.db")
 
     def lines(self) -> list[RunLine]:
         """All runs, the newest first."""
         found = self._lines(self._paths())
-        return sorted(found, key=lambda line: (line.overview.started or 0.0, line.key), reverse=True)
+        return sorted(found, key=lambda line: (line.run.started or 0.0, line.key), reverse=True)
 
     def line(self, key: str) -> RunLine:
         """One run of the list; the others are not looked at.
@@ -94,13 +94,13 @@ class Library:
         raise UnknownRun(key)
 
     def _lines(self, paths: list[Path]) -> list[RunLine]:
-        """These runs, and what a centre has that has not begun."""
-        found = [RunLine(key=self.key(path), overview=self._overview(path)) for path in paths]
-        if self.centre is None:
+        """These runs, and what a server has that has not begun."""
+        found = [RunLine(key=self.key(path), run=self._overview(path)) for path in paths]
+        if self.server is None:
             return found
         return with_submissions(self.registry, found, self._watch)
 
-    def run(self, key: str) -> FollowedRun:
+    def run(self, key: str) -> RunTailer:
         """The files of a run, as far as they were parsed before.
 
         Raises:
@@ -110,7 +110,7 @@ class Library:
         if path is None:
             raise UnknownRun(key)
         with self._lock:
-            found = self._open.setdefault(path, FollowedRun(path))
+            found = self._open.setdefault(path, RunTailer(path))
             self._open.move_to_end(path)
             while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
@@ -125,14 +125,14 @@ class Library:
         found = []
         for number, line in enumerate(self.lines()):
             if number >= newest or not line.begun:
-                found.append(RunFigures(overview=line.overview))
+                found.append(RunFigures(overview=line.run))
                 continue
             # Those that change are kept parsed; of those that ended, what was counted once is enough.
-            folder = self.run(line.key) if line.open else FollowedRun(Path(line.overview.path))
+            folder = self.run(line.key) if line.open else RunTailer(Path(line.run.path))
             state = folder.state
             known = self._figures.get(line.key)
-            if known is None or known[0] != state or known[1].overview != line.overview:
-                made = RunFigures.of(line.overview, rows=folder.rounds(), events=folder.events())
+            if known is None or known[0] != state or known[1].overview != line.run:
+                made = RunFigures.of(line.run, rows=folder.rounds(), events=folder.events())
                 known = self._figures[line.key] = (state, made)
             found.append(known[1])
         return found
@@ -145,17 +145,17 @@ class Library:
                 self._listed = time.monotonic(), paths
             return paths
 
-    def _overview(self, path: Path) -> Overview:
-        folder = FollowedRun(path)
+    def _overview(self, path: Path) -> RunSummary:
+        folder = RunTailer(path)
         state = folder.state
         known = self._overviews.get(path)
         # A run that dies changes no file, so one that has not ended is asked about every time.
         if known is None or known[0] != state or known[1].state not in ("finished", "failed"):
-            known = self._overviews[path] = (state, overview(folder))
+            known = self._overviews[path] = (state, summarize_run(folder))
         return known[1]
 
 
-def newest_submissions(registry: Registry) -> dict[Path, Submission]:
+def newest_submissions(registry: ServerDatabase) -> dict[Path, Submission]:
     """The last submission of each run folder."""
     found: dict[Path, Submission] = {}
     for one in registry.submissions():
@@ -164,12 +164,12 @@ def newest_submissions(registry: Registry) -> dict[Path, Submission]:
 
 
 def with_submissions(
-    registry: Registry, lines: Sequence[RunLine], watch: SuperLinkWatch | None = None
+    registry: ServerDatabase, lines: Sequence[RunLine], watch: SuperLinkWatch | None = None
 ) -> list[RunLine]:
     """Give each run its number at the SuperLink, and add the studies that have not begun."""
     made = newest_submissions(registry)
     found = [
-        replace(line, run_id=made.pop(path).run_id) if (path := Path(line.overview.path)) in made else line
+        replace(line, run_id=made.pop(path).run_id) if (path := Path(line.run.path)) in made else line
         for line in lines
     ]
     return found + [_waiting(path, one, watch) for path, one in made.items() if not path.exists()]
@@ -177,7 +177,7 @@ def with_submissions(
 
 def _waiting(path: Path, one: Submission, watch: SuperLinkWatch | None) -> RunLine:
     ended = watch.ended(one.run_id) if watch else ""
-    about = Overview(
+    about = RunSummary(
         path=str(path),
         study=one.study,
         state="failed" if ended else "queued",
@@ -189,4 +189,4 @@ def _waiting(path: Path, one: Submission, watch: SuperLinkWatch | None) -> RunLi
         started=utc_seconds(one.submitted_at),
         seconds=None,
     )
-    return RunLine(key=path.name, overview=about, run_id=one.run_id, begun=False)
+    return RunLine(key=path.name, run=about, run_id=one.run_id, begun=False)

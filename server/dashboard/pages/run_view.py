@@ -6,27 +6,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsigma.server.dashboard.pages.charts import charts
-from fedsigma.server.dashboard.pages.run_index import Library, RunLine
+from fedsigma.server.dashboard.pages.run_index import RunIndex, RunLine
 from fedsigma.server.report import tables
-from fedsigma.server.report.data import Content, gather
+from fedsigma.server.report.data import ReportData, collect_report_data
 from fedsigma.server.report.formatting import (
     NOTHING,
-    amount,
-    decimal,
-    duration,
-    moment,
-    percent,
-    points,
+    format_bytes,
+    format_decimal,
+    format_duration,
+    format_percent,
+    format_points,
+    format_timestamp,
 )
-from fedsigma.server.report.summary_text import Fact, lead, study_facts
-from fedsigma.server.runs.run_dir import POOLED, Row
-from fedsigma.server.runs.summary import contacts
-from fedsigma.server.runs.tail import FollowedRun
+from fedsigma.server.report.summary_text import LabelledValue, headline, study_facts
+from fedsigma.server.runs.run_dir import ALL_SITES, Row
+from fedsigma.server.runs.summary import last_contacts
+from fedsigma.server.runs.tail import RunTailer
 
 __all__ = ["Sections", "event_row", "list_view", "run_view", "short"]
 
 MOST_EVENTS = 100
-NEWEST = ("accuracy", "loss", "change_norm", "change_cosine")
+NEWEST = ("accuracy", "loss", "update_norm", "update_cosine")
 """Of these a site's newest figure is shown, whichever round it is of."""
 FLOAT_BYTES = 4
 
@@ -39,13 +39,13 @@ class Sections:
     charts: dict[str, Any]
 
 
-def list_view(library: Library) -> list[dict[str, Any]]:
+def list_view(library: RunIndex) -> list[dict[str, Any]]:
     """A row for each run."""
     return [_list_row(line) for line in library.lines()]
 
 
 def _list_row(line: RunLine) -> dict[str, Any]:
-    run = line.overview
+    run = line.run
     return {
         "key": line.key,
         "begun": line.begun,
@@ -55,27 +55,27 @@ def _list_row(line: RunLine) -> dict[str, Any]:
         "done": run.rounds_done,
         "planned": run.rounds_planned,
         "progress": progress(line),
-        "accuracy": percent(run.federated_accuracy),
+        "accuracy": format_percent(run.federated_accuracy),
         "sites": run.sites or NOTHING,
-        "started": moment(run.started),
-        "took": duration(run.seconds),
+        "started": format_timestamp(run.started),
+        "took": format_duration(run.seconds),
     }
 
 
 def progress(line: RunLine) -> float:
     """The share of the rounds that is done."""
-    run = line.overview
+    run = line.run
     return min(1.0, run.rounds_done / run.rounds_planned) if run.rounds_planned else 0.0
 
 
-def run_view(folder: FollowedRun, line: RunLine) -> Sections:
+def run_view(folder: RunTailer, line: RunLine) -> Sections:
     """Everything on a run's page."""
-    content = gather(folder, shift=False)
+    content = collect_report_data(folder, shift=False)
     events, rows = folder.events(), folder.rounds()
     series = charts(folder, content.study)
     view = {
         **_list_row(line),
-        "lead": lead(content),
+        "lead": headline(content),
         "numbers": _numbers(content, rows, events),
         "methods": tables.methods_grid(content),
         "versions": tables.versions_grid(content),
@@ -96,23 +96,26 @@ def run_view(folder: FollowedRun, line: RunLine) -> Sections:
     return Sections(view=view, charts=series)
 
 
-def _numbers(content: Content, rows: list[Row], events: list[Row]) -> list[Fact]:
-    run = content.overview
-    facts = [Fact(what="accuracy, all sites", value=percent(run.federated_accuracy))]
+def _numbers(content: ReportData, rows: list[Row], events: list[Row]) -> list[LabelledValue]:
+    run = content.run
+    facts = [LabelledValue(what="accuracy, all sites", value=format_percent(run.federated_accuracy))]
     if run.federated_accuracy is not None and content.zero_shot is not None:
-        gain = points(run.federated_accuracy - content.zero_shot)
-        facts.append(Fact(what="points against zero-shot", value=gain))
+        gain = format_points(run.federated_accuracy - content.zero_shot)
+        facts.append(LabelledValue(what="points against zero-shot", value=gain))
     last = next((line for line in reversed(content.lines) if line.bytes_up), None)
     if last is not None:
-        now = f"{amount(last.bytes_up)} up, {amount(last.bytes_down)} down"
-        total = f"{amount(content.bytes_up)} up, {amount(content.bytes_down)} down"
-        facts += [Fact(what=f"round {last.round}", value=now), Fact(what="all rounds", value=total)]
+        now = f"{format_bytes(last.bytes_up)} up, {format_bytes(last.bytes_down)} down"
+        total = f"{format_bytes(content.bytes_up)} up, {format_bytes(content.bytes_down)} down"
+        facts += [
+            LabelledValue(what=f"round {last.round}", value=now),
+            LabelledValue(what="all rounds", value=total),
+        ]
     if share := full_share(content, rows, events):
-        facts.append(Fact(what="of full fine-tuning's bytes", value=share))
+        facts.append(LabelledValue(what="of full fine-tuning's bytes", value=share))
     return facts
 
 
-def full_share(content: Content, rows: list[Row], events: list[Row]) -> str:
+def full_share(content: ReportData, rows: list[Row], events: list[Row]) -> str:
     """The bytes of this run as a share of sending all weights as float32 as often; empty if not known."""
     ready = next((e for e in reversed(events) if e["kind"] == "model_ready"), {})
     if not isinstance(ready.get("parameters"), int) or not content.bytes_up:
@@ -133,10 +136,10 @@ def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
             if row.get(name) is not None:
                 known[name] = row[name]
         missed[row["site"]] = missed.get(row["site"], 0) + (row["status"] not in ("accepted", "pooled"))
-    heard, (versions, refused) = contacts(events), _standing(events)
+    heard, (versions, refused) = last_contacts(events), _standing(events)
     found = []
     for site in dict.fromkeys((*told, *heard, *refused)):
-        if site == POOLED:
+        if site == ALL_SITES:
             continue
         row = told.get(site, {})
         newest = (
@@ -146,9 +149,14 @@ def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
             if site in refused
             else NOTHING
         )
-        cells = [newest, str(missed.get(site, 0)), moment(heard.get(site)), versions.get(site, NOTHING)]
-        cells += [percent(row.get("accuracy")), decimal(row.get("loss"))]
-        cells += [decimal(row.get("change_norm")), decimal(row.get("change_cosine"))]
+        cells = [
+            newest,
+            str(missed.get(site, 0)),
+            format_timestamp(heard.get(site)),
+            versions.get(site, NOTHING),
+        ]
+        cells += [format_percent(row.get("accuracy")), format_decimal(row.get("loss"))]
+        cells += [format_decimal(row.get("update_norm")), format_decimal(row.get("update_cosine"))]
         found.append(tables.Row(name=site, cells=cells))
     heads = ["Site", "Newest", "Lost", "Last contact", "Version", "Accuracy", "Loss", "Change", "Cosine"]
     return tables.Grid(heads=heads, rows=found, texts=frozenset({0, 1, 3, 4}))
@@ -180,7 +188,7 @@ def drift_words(study: dict[str, Any], told: bool) -> str:
     return "" if told else "No site's change has been recorded."
 
 
-def privacy_words(content: Content) -> str:
+def privacy_words(content: ReportData) -> str:
     """What has been spent of the privacy budget, in a sentence; empty without one."""
     asked = content.study.get("privacy") or {}
     if asked.get("level", "none") == "none":
@@ -197,7 +205,7 @@ def event_row(event: Row) -> dict[str, str]:
     words = ", ".join(f"{key} {short(value)}" for key, value in told.items() if value not in ("", None))
     time = event.get("time")
     return {
-        "time": time if isinstance(time, str) else moment(time),
+        "time": time if isinstance(time, str) else format_timestamp(time),
         "kind": event["kind"].replace("_", " "),
         "words": words,
     }

@@ -1,4 +1,4 @@
-"""What a centre has beside its run folders: studies that wait, sites, and what the SuperLink says of both."""
+"""What a server has beside its run folders: studies that wait, sites, and what the SuperLink says of both."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.deployment.database import Registry, Site
+from fedsigma.server.deployment.database import ServerDatabase, Site
 from fedsigma.server.deployment.flower_control import Control, ControlError, Node, Run
-from fedsigma.server.deployment.home import CentreFolder
-from fedsigma.server.runs.summary import contacts
+from fedsigma.server.deployment.home import ServerHome
+from fedsigma.server.runs.summary import last_contacts
 
 __all__ = ["SiteLine", "SuperLinkWatch", "site_lines"]
 
@@ -20,7 +20,7 @@ ASK_EVERY_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class SiteLine:
-    """A site of the centre.
+    """A site of the server.
 
     state: `invited`, `joined` or `revoked`; node: what the SuperLink says of its node; contact: seconds since
     1970 of the last thing heard of it, by a study or by the SuperLink; version: of FedSigma there.
@@ -37,7 +37,7 @@ class SiteLine:
 class SuperLinkWatch:
     """Asks the SuperLink now and then, in a thread of its own: pages never wait for it."""
 
-    def __init__(self, folder: CentreFolder, *, control: Control | None = None) -> None:
+    def __init__(self, folder: ServerHome, *, control: Control | None = None) -> None:
         self._control = control or Control(folder)
         self._ended = threading.Event()
         self._asked = threading.Event()
@@ -76,16 +76,16 @@ class SuperLinkWatch:
 
 
 def site_lines(
-    registry: Registry, watch: SuperLinkWatch | None, events: Sequence[dict[str, Any]]
+    registry: ServerDatabase, watch: SuperLinkWatch | None, events: Sequence[dict[str, Any]]
 ) -> list[SiteLine]:
-    """The centre's sites.
+    """The server's sites.
 
     Args:
-        registry: the centre's.
+        registry: the server's.
         watch: what the SuperLink says.
         events: of runs; those that name a site tell when it was heard of, and by `site_ready` its version.
     """
-    heard = contacts(events)
+    heard = last_contacts(events)
     versions: dict[str, tuple[float, str]] = {}
     for event in events:
         if event["kind"] == "site_ready" and event.get("version"):

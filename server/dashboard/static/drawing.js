@@ -9,7 +9,7 @@ export function readCharts() {
 export const NAMES = {
   accuracy: "Accuracy", balanced_accuracy: "Balanced accuracy", auroc: "AUROC", f1: "F1",
   ece: "Calibration error", loss: "Training loss",
-  change_norm: "Norm of the change", change_cosine: "Cosine with the mean change", shift_norm: "Norm of the shift",
+  update_norm: "Norm of the change", update_cosine: "Cosine with the mean change", shift_norm: "Norm of the shift",
 };
 const SHARES = new Set(["accuracy", "balanced_accuracy"]);
 export const FEW = 8;

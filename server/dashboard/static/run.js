@@ -89,7 +89,7 @@ function drawRest() {
 
 function all() {
   fill(by("metric"), Object.keys(data.metrics).map((name) => [name, NAMES[name] ?? name]), "accuracy");
-  fill(by("drift-of"), Object.keys(data.drift).map((name) => [name, NAMES[name]]), "change_norm");
+  fill(by("drift-of"), Object.keys(data.drift).map((name) => [name, NAMES[name]]), "update_norm");
   fill(by("highlight"), [["", "no site"], ...data.sites.map((site) => [site, site])], "");
   by("privacy-box").hidden = !data.epsilon.length;
   for (const id of Object.keys(DRAWERS)) {

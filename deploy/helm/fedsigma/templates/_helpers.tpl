@@ -61,7 +61,7 @@ readinessProbe:
 
 {{/* dashboard.yaml. */}}
 {{- define "fedsigma.dashboard" -}}
-{{- $dashboard := .Values.centre.dashboard -}}
+{{- $dashboard := .Values.server.dashboard -}}
 listen: 0.0.0.0:8050
 {{- if $dashboard.tlsSecret }}
 certificate: /etc/fedsigma-tls/tls.crt
