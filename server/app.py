@@ -17,6 +17,7 @@ from fedsigma.common.config.schema import flatten
 from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.training.trainer import Trainer, open_trainer
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire.records import Evaluation, StudySpec
 from fedsigma.server.deployment.audit_log import RunAuditor
 from fedsigma.server.deployment.database import NodeNames
@@ -44,7 +45,7 @@ OWN_HEADS, OWN_WORDS = 3, 3
 """How many heads are explained of a site's own shift, and by how many descriptions each way."""
 
 
-class NoModel(RuntimeError):
+class NoModel(FedSigmaError, RuntimeError):
     """No round produced a model."""
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedsigma.client.site.policy import SitePolicy
 from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_whole
 
 __all__ = ["BundleApprovals", "BundleError", "difference", "digest_of"]
@@ -24,7 +25,7 @@ __all__ = ["BundleApprovals", "BundleError", "difference", "digest_of"]
 MOST_PENDING, LARGEST_FILE = 20, 2 << 20
 
 
-class BundleError(ValueError):
+class BundleError(FedSigmaError, ValueError):
     """There is no such bundle, or it is no zip file of texts."""
 
 

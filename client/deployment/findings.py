@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["Finding", "Problem"]
 
 
-class Problem(Exception):
+class Problem(FedSigmaError):
     """What is wrong, and what to do.
 
     Args:

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["BundleNotApproved", "main", "refuse"]
 
 
-class BundleNotApproved(PermissionError):
+class BundleNotApproved(FedSigmaError, PermissionError):
     """The bundle's digest is not in site.yaml."""
 
 

@@ -9,6 +9,8 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from fedsigma.common.utils.errors import InputError
+
 __all__ = ["NodeStatus", "node_status"]
 
 
@@ -40,7 +42,7 @@ def node_status(server: str, key: Path, trust: Path) -> NodeStatus:
 
     private = load_ssh_private_key(key.read_bytes(), password=None)
     if not isinstance(private, EllipticCurvePrivateKey):
-        raise ValueError(f"{key} holds no ECDSA key")
+        raise InputError(f"{key} holds no ECDSA key")
     public = private.public_key()
     client = FleetHttpClient.from_server_address(
         server, False, trust.read_bytes(), interceptors=[NodeAuthHttpInterceptor(private, public)]

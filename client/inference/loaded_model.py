@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.registry.shift_file import SavedShift, load_shift
+from fedsigma.common.utils.errors import FedSigmaError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-class ModelLoadError(ValueError):
+class ModelLoadError(FedSigmaError, ValueError):
     """A sigma shift that does not belong to this backbone, or pictures that cannot be judged."""
 
 

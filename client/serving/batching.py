@@ -12,12 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["Batcher", "Full"]
 
 Row = tuple[float, ...]
 
 
-class Full(Exception):
+class Full(FedSigmaError):
     """The queue takes no more images, or the service is stopping."""
 
 

@@ -7,13 +7,15 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["Limits", "ServeError", "check_exposure", "is_loopback", "read_token"]
 
 LEAST_TOKEN = 16
 GRACE_S = 5
 
 
-class ServeError(ValueError):
+class ServeError(FedSigmaError, ValueError):
     """A service that cannot or must not be started as asked."""
 
 

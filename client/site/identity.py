@@ -14,10 +14,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["NoIdentity", "new_identity", "read_identity", "simulated_identity"]
 
 
-class NoIdentity(ValueError):
+class NoIdentity(FedSigmaError, ValueError):
     """The task is masked, and the site's policy names no identity or does not know the others."""
 
 

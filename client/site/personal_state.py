@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Vector = NDArray[np.float32]
 log = logging.getLogger("fedsigma.client")
 
 
-class PersonalError(ValueError):
+class PersonalError(FedSigmaError, ValueError):
     """A file of personal values that is damaged or belongs to something else; the text says what to do."""
 
 

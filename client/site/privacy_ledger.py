@@ -14,17 +14,18 @@ from pathlib import Path
 
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.hash_chain import HashChainedLog, LogTampered
 
 __all__ = ["Entry", "LedgerDamaged", "PrivacyBudgetSpent", "PrivacyLedger"]
 
 
 # The server sees the names of these types and nothing else.
-class PrivacyBudgetSpent(ValueError):
+class PrivacyBudgetSpent(FedSigmaError, ValueError):
     """What is asked for would take more than a budget allows: the site takes no more part."""
 
 
-class LedgerDamaged(ValueError):
+class LedgerDamaged(FedSigmaError, ValueError):
     """The ledger was changed or cut: what has been spent is not known, so nothing more may be."""
 
 

@@ -26,6 +26,7 @@ from safetensors.numpy import save
 from fedsigma.client.site.personal_state import safe_name
 from fedsigma.common.privacy import secure_aggregation
 from fedsigma.common.privacy.secure_aggregation import MaskContext, Member
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_secret
 from fedsigma.common.wire.digest import digest
 from fedsigma.common.wire.records import LOSS_UNIT, MaskedReply, TrainTask, fields_of, to_record
@@ -40,11 +41,11 @@ KEEP_S = 60 * 24 * 3600
 Vector = NDArray[np.float32]
 
 
-class TooManyCohorts(ValueError):
+class TooManyCohorts(FedSigmaError, ValueError):
     """The server asks for the same round, or an older one, with another cohort once too often."""
 
 
-class MaskFileDamaged(ValueError):
+class MaskFileDamaged(FedSigmaError, ValueError):
     """The file of a run's masks does not read: what was answered is not known, so nothing more may be."""
 
 

@@ -24,6 +24,7 @@ from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.data.sources import site_data as data_of
 from fedsigma.common.privacy.accounting import PrivacyEvent
 from fedsigma.common.training.trainer import Trainer, derive_seed, open_trainer
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.common.wire.records import StudySpec, TrainTask
 
@@ -48,39 +49,39 @@ __all__ = [
 
 
 # The server sees the names of these types and nothing else, so each names its reason.
-class StudyNotAllowed(ValueError):
+class StudyNotAllowed(FedSigmaError, ValueError):
     """The site's policy does not list this study."""
 
 
-class BackboneNotAllowed(ValueError):
+class BackboneNotAllowed(FedSigmaError, ValueError):
     """The site's policy does not list this backbone."""
 
 
-class TooManySteps(ValueError):
+class TooManySteps(FedSigmaError, ValueError):
     """The task asks for more local steps than the site's policy allows."""
 
 
-class TooManyRounds(ValueError):
+class TooManyRounds(FedSigmaError, ValueError):
     """The task belongs to a later round than the site's policy allows a study to have."""
 
 
-class TooManyEvaluations(ValueError):
+class TooManyEvaluations(FedSigmaError, ValueError):
     """More models of a study are to be judged on the site's test images than its policy allows."""
 
 
-class CohortTooSmall(ValueError):
+class CohortTooSmall(FedSigmaError, ValueError):
     """Fewer sites are averaged together than the site's policy demands."""
 
 
-class NotMasked(ValueError):
+class NotMasked(FedSigmaError, ValueError):
     """The site's policy demands masking, and the task does not ask for it."""
 
 
-class NotPrivate(ValueError):
+class NotPrivate(FedSigmaError, ValueError):
     """The site's policy demands differential privacy, and the task offers none or hides less."""
 
 
-class SiteCountDiffers(ValueError):
+class SiteCountDiffers(FedSigmaError, ValueError):
     """The federation has more or fewer sites than the study's data are divided into."""
 
     def __init__(self, *, sites: int, federation: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsigma.common.backbones.build import Backbone
+from fedsigma.common.utils.errors import FedSigmaError
 
 __all__ = ["OnnxError", "export_onnx"]
 
@@ -21,7 +22,7 @@ TOLERANCE = 1e-3
 _OPSET = 18
 
 
-class OnnxError(RuntimeError):
+class OnnxError(FedSigmaError, RuntimeError):
     """A tower cannot be written as ONNX, or what was written gives other features."""
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 Kind = Literal["starter", "tag", "hub", "folder", "checkpoint"]
 
 FORMS = "starter, ARCH/TAG, hf-hub:org/name, local-dir:PATH or checkpoint:ARCH:PATH.safetensors"
 
 
-class BackboneError(ValueError):
+class BackboneError(FedSigmaError, ValueError):
     """A backbone that cannot be loaded or written; the message says why and what to do."""
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = [
     "ConfigError",
     "build",
@@ -45,7 +47,7 @@ _WORDS: dict[Any, str] = {
 _LEFT_OUT = ("data", "personal")
 
 
-class ConfigError(ValueError):
+class ConfigError(FedSigmaError, ValueError):
     """A study or site file holds something that is not allowed."""
 
 

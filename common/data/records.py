@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = [
     "SPLITS",
     "DataError",
@@ -40,7 +42,7 @@ _SPLIT_WORDS = {
 }
 
 
-class DataError(ValueError):
+class DataError(FedSigmaError, ValueError):
     """A data source cannot be used as asked. The text may hold file names: it stays at the site."""
 
 

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from fedsigma.common.sigma.basis import SVD, Basis
 from fedsigma.common.sigma.layout import Entry
+from fedsigma.common.utils.errors import FedSigmaError
 
 __all__ = ["ExplainError", "HeadChange", "Layer", "adapted_layers", "head_changes", "slices"]
 
 _COUNTS = ("num_heads", "num_attention_heads")
 
 
-class ExplainError(ValueError):
+class ExplainError(FedSigmaError, ValueError):
     """What was adapted cannot be explained by heads or in words."""
 
 

@@ -26,6 +26,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurv
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["EnrolmentFileError", "Invitation", "SiteKeys", "check_site_name", "fingerprint", "write_json"]
 
 _VERSION = 1
@@ -33,7 +35,7 @@ _LARGEST = 1 << 20
 T = TypeVar("T", "Invitation", "SiteKeys")
 
 
-class EnrolmentFileError(ValueError):
+class EnrolmentFileError(FedSigmaError, ValueError):
     """An invitation or a file of keys is damaged, too old, forged or of another kind."""
 
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = [
     "Process",
     "ProcessError",
@@ -42,7 +44,7 @@ __all__ = [
 _LONGEST_SOCKET = 100
 
 
-class ProcessError(RuntimeError):
+class ProcessError(FedSigmaError, RuntimeError):
     """A process cannot be started or reached."""
 
 

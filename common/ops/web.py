@@ -11,10 +11,12 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["WebError", "check_tls", "listening", "run", "server"]
 
 
-class WebError(ValueError):
+class WebError(FedSigmaError, ValueError):
     """An address cannot be listened on, or a certificate does not do."""
 
 

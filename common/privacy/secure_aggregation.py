@@ -26,6 +26,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = [
     "MaskContext",
     "MaskingError",
@@ -42,7 +44,7 @@ _SIGN, _MASK = b"fedsigma mask key v1\0", b"fedsigma mask v2\0"
 Integers = NDArray[np.uint32]
 
 
-class MaskingError(ValueError):
+class MaskingError(FedSigmaError, ValueError):
     """A key that cannot be trusted, or values that do not fit; the text says which."""
 
 

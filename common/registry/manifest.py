@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_secret
 
 __all__ = ["Manifest", "ModelError", "Signer", "SiteRow", "method_rows"]
@@ -32,7 +33,7 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 METHODS = ("zero_shot", "local_only", "pooled", "shared_only", "federated")
 
 
-class ModelError(ValueError):
+class ModelError(FedSigmaError, ValueError):
     """A version of a model is missing, was changed, or cannot be made."""
 
 

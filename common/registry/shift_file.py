@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic
 
 __all__ = ["SavedShift", "ShiftFileError", "load_shift", "save_shift", "to_bytes"]
@@ -25,7 +26,7 @@ FORMAT = "fedsigma-shift-1"
 _TEXTS = ("layout", "fingerprint", "study")
 
 
-class ShiftFileError(ValueError):
+class ShiftFileError(FedSigmaError, ValueError):
     """A sigma file is missing, damaged, or not one of ours."""
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 # Rows of a packed weight, their values within the shift's part for this weight, U and V^T.
 Block = tuple[tuple[int, int], tuple[int, int], Tensor, Tensor]
 
@@ -158,7 +160,7 @@ class PerSampleLinear(torch.autograd.Function):
         return of_x, None, by_example(a, b, ctx.examples), None, None, None
 
 
-class NotSeparable(RuntimeError):
+class NotSeparable(FedSigmaError, RuntimeError):
     """A model whose examples' gradients cannot be told apart in one backward pass."""
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedsigma.common.sigma.layout import Entry, Layout, LayoutError
+from fedsigma.common.utils.errors import FedSigmaError
 
 VERSION = 1
 PROBES = 4
@@ -36,7 +37,7 @@ _checked: set[tuple[str, int, int, int]] = set()
 """The files whose vectors were seen to be those of their fingerprint: path, inode, size, time of change."""
 
 
-class BasisError(ValueError):
+class BasisError(FedSigmaError, ValueError):
     """A basis that cannot be computed or read; the message says why and what to do."""
 
 

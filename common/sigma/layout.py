@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from fedsigma.common.config.constants import PARTS, THIRDS, TOWERS
+from fedsigma.common.utils.errors import FedSigmaError
 
 
-class LayoutError(ValueError):
+class LayoutError(FedSigmaError, ValueError):
     """A selection or a layout that cannot be used; the message says why and what to do."""
 
 

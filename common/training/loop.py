@@ -23,11 +23,12 @@ from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.attention import Project, attention, packed
 from fedsigma.common.training.metrics import Predictions
 from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
+from fedsigma.common.utils.errors import FedSigmaError
 
 Augment = Callable[[Tensor], Tensor]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(FedSigmaError, RuntimeError):
     """Training that cannot go on; the message says why and what to do."""
 
 

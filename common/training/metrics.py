@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import (
 )
 
 from fedsigma.common.config.constants import METRICS
+from fedsigma.common.utils.errors import InputError
 
 ECE_BINS = 15
 
@@ -34,12 +35,12 @@ class Predictions:
 
     def __post_init__(self) -> None:
         if self.probabilities.ndim != 2 or self.labels.shape != self.probabilities.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 f"probabilities {tuple(self.probabilities.shape)} and labels {tuple(self.labels.shape)} "
                 "do not fit: expected (n, classes) and (n,)"
             )
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.classes:
-            raise ValueError(f"a label lies outside 0..{self.classes - 1}")
+            raise InputError(f"a label lies outside 0..{self.classes - 1}")
 
     @property
     def classes(self) -> int:

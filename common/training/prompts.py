@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedsigma.common.backbones import Backbone
+from fedsigma.common.utils.errors import InputError
 
 
 def l2_normalize(features: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class PromptEncoder:
 
     def __init__(self, backbone: Backbone, prompts: Sequence[str], *, cut: bool = True) -> None:
         if not prompts:
-            raise ValueError("no prompt: a study needs at least one class")
+            raise InputError("no prompt: a study needs at least one class")
         self._model: Any = backbone.model
         tower = _text_tower(backbone.model)
         tokens = backbone.tokenizer(list(prompts))

@@ -1,4 +1,4 @@
-"""The exit codes of the command, as docs/errors.md tells them. Click itself uses 2 for wrong usage."""
+"""Plain tables for the terminal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["BAD_INPUT", "FAILED", "PROBLEMS", "print_table"]
-
-FAILED = 1
-"""Something unexpected happened, or what was waited for did not end well."""
-BAD_INPUT = 3
-"""The input, or what it names, cannot be used."""
-PROBLEMS = 4
-"""A check ran, and found problems."""
+__all__ = ["print_table"]
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

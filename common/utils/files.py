@@ -7,6 +7,8 @@ import re
 import secrets
 from pathlib import Path, PurePosixPath
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["UnsafePath", "runs_folder", "safe_join", "write_atomic", "write_secret", "write_whole"]
 
 
@@ -45,7 +47,7 @@ def _write(path: Path, content: bytes, mode: int) -> None:
         raise
 
 
-class UnsafePath(ValueError):
+class UnsafePath(FedSigmaError, ValueError):
     """A relative path may lead out of the folder that it starts from."""
 
 

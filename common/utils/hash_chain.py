@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fedsigma.common.utils.errors import FedSigmaError, InputError
 from fedsigma.common.utils.files import write_atomic
 
 __all__ = ["HashChainedLog", "Head", "LogTampered", "OpenLog"]
@@ -25,7 +26,7 @@ _HEAD = re.compile(r"([0-9]{1,15}):([0-9a-f]{64})")
 _BLOCK = 65536
 
 
-class LogTampered(ValueError):
+class LogTampered(FedSigmaError, ValueError):
     """A line of a log does not follow from the one before it, or lines are missing at the end.
 
     Attributes:
@@ -53,7 +54,7 @@ class Head:
         """
         found = _HEAD.fullmatch(text.strip())
         if found is None:
-            raise ValueError(f"{text.strip()[:80]!r} is no head of a log, expected LINES:SHA256")
+            raise InputError(f"{text.strip()[:80]!r} is no head of a log, expected LINES:SHA256")
         return cls(int(found[1]), found[2])
 
     def __str__(self) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.config.constants import CODECS
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire import quantization
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ Vector = NDArray[np.float32]
 Blocks = tuple[int, ...]
 
 
-class CodecError(ValueError):
+class CodecError(FedSigmaError, ValueError):
     """Bytes are not a coded sigma shift of the expected layout, or a shift cannot be coded."""
 
 

@@ -23,6 +23,7 @@ from fedsigma.common.config.study import (
     StudyConfig,
 )
 from fedsigma.common.privacy.secure_aggregation import Member
+from fedsigma.common.utils.errors import FedSigmaError
 
 __all__ = [
     "LOSS_UNIT",
@@ -53,7 +54,7 @@ NO_RUN = "0" * 16
 _RUN = re.compile("[0-9a-f]{16}")
 
 
-class ProtocolError(ValueError):
+class ProtocolError(FedSigmaError, ValueError):
     """A message is not one of FedSigma's, or holds something that is not allowed."""
 
 

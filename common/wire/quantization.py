@@ -24,6 +24,8 @@ import zstandard
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["QuantiseError", "pack", "pack_half", "unpack", "unpack_half"]
 
 Vector = NDArray[np.float32]
@@ -39,7 +41,7 @@ _PIECE = 16_384
 _TOO_LARGE = "a value of the shift is too large to be coded: lower the learning rate"
 
 
-class QuantiseError(ValueError):
+class QuantiseError(FedSigmaError, ValueError):
     """A payload that cannot be read, or values that cannot be coded."""
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.utils.console import PROBLEMS
+from fedsigma.common.utils.errors import PROBLEMS
 from fedsigma.common.utils.hash_chain import HashChainedLog, Head, LogTampered
 
 __all__ = ["app"]

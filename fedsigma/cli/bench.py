@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fedsigma.common.utils.console import PROBLEMS
+from fedsigma.common.utils.errors import PROBLEMS, InputError
 from fedsigma.server.paper import NO_END, ROUNDS
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _make(option: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"--{option}: {folder} cannot be made a folder ({error.strerror}): name another place"
         ) from error
 
@@ -141,7 +141,7 @@ def _words(text: str) -> list[str]:
 def _whole(name: str, text: str) -> list[int]:
     words = _words(text)
     if not words or not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"--{name} is '{text}', expected whole numbers above 0 by commas")
+        raise InputError(f"--{name} is '{text}', expected whole numbers above 0 by commas")
     return list(dict.fromkeys(map(int, words)))
 
 
@@ -151,7 +151,7 @@ def _shares(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found:
-        raise ValueError(f"--participation is '{text}', expected shares by commas, as 1,0.1")
+        raise InputError(f"--participation is '{text}', expected shares by commas, as 1,0.1")
     return found
 
 
@@ -164,7 +164,7 @@ def _table(name: str) -> PaperTable:
             typer.echo(f"{one:<26} {table.title}")
         raise typer.Exit
     if name not in TABLES:
-        raise ValueError(f"there is no table '{name}'{did_you_mean(name, TABLES)}")
+        raise InputError(f"there is no table '{name}'{did_you_mean(name, TABLES)}")
     return TABLES[name]
 
 

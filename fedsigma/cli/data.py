@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedsigma.common.utils.console import PROBLEMS
+from fedsigma.common.utils.errors import PROBLEMS
 
 if TYPE_CHECKING:
     from fedsigma.common.data.catalog import Archive, DatasetCard

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fedsigma.common import __version__
-from fedsigma.common.utils.console import BAD_INPUT, FAILED
+from fedsigma.common.utils.errors import BAD_INPUT, FAILED, FedSigmaError
 
 __all__ = ["main"]
 
@@ -95,19 +95,14 @@ def load(name: str | None) -> click.Command:
 
 
 def exit_code(error: BaseException) -> int:
-    """3 where the input is at fault: an error of FedSigma's own, or a file that is not there; else 1."""
+    """The code of a FedSigmaError; 3 for a file that is missing or may not be used; else 1."""
+    if isinstance(error, FedSigmaError):
+        return error.code
     if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError):
         return BAD_INPUT
     if isinstance(error, PermissionError):
         return BAD_INPUT
-    if type(error).__module__.startswith("fedsigma."):
-        return BAD_INPUT
-    # A ValueError that our own code raised is a checked one; one from a library is a surprise.
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    ours = trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("fedsigma.")
-    return BAD_INPUT if ours and isinstance(error, ValueError) else FAILED
+    return FAILED
 
 
 def describe(error: BaseException, code: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsigma.common.utils.console import PROBLEMS
+from fedsigma.common.utils.errors import PROBLEMS
 
 if TYPE_CHECKING:
     from fedsigma.common.backbones import Backbone

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedsigma.common.utils.console import PROBLEMS, print_table
+from fedsigma.common.utils.console import print_table
+from fedsigma.common.utils.errors import PROBLEMS
 
 if TYPE_CHECKING:
     from fedsigma.common.registry import ModelRegistry

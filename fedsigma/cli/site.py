@@ -15,7 +15,7 @@ from fedsigma.client.deployment.services import node_process, worker_process
 from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, fingerprint
 from fedsigma.common.ops.health import SERVING, health_of
 from fedsigma.common.ops.supervisor import restart, running, states, stop, supervise
-from fedsigma.common.utils.console import PROBLEMS
+from fedsigma.common.utils.errors import PROBLEMS
 
 __all__ = ["app"]
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedsigma.common.utils.console import FAILED, print_table
+from fedsigma.common.utils.console import print_table
+from fedsigma.common.utils.errors import FAILED
 from fedsigma.server.report.formatting import NOTHING, format_percent, format_timestamp
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.runs.summary import RunSummary, find_runs, runs_folder, summarize_run

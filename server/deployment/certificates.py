@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_secret, write_whole
 
 __all__ = ["AuthorityError", "Issued", "check_pair", "issue", "new_authority"]
@@ -31,7 +32,7 @@ AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 """How long certificates are valid: what browsers accept of a server, and ten years of the authority."""
 
 
-class AuthorityError(ValueError):
+class AuthorityError(FedSigmaError, ValueError):
     """The authority's files cannot be used."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsigma.common.ops.supervisor import flower_environment
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.deployment.home import ServerHome
 
 __all__ = ["Control", "ControlError", "Node", "Run"]
@@ -21,7 +22,7 @@ CONNECTION = "server"
 TIMEOUT_S = 120
 
 
-class ControlError(RuntimeError):
+class ControlError(FedSigmaError, RuntimeError):
     """The SuperLink does not answer, or refuses."""
 
 

@@ -29,6 +29,7 @@ from fedsigma.common.config.schema import (
     split_address,
     write_yaml,
 )
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_secret, write_whole
 from fedsigma.server.deployment.certificates import Issued, issue, new_authority
 
@@ -37,7 +38,7 @@ __all__ = ["ServerConfig", "ServerHome", "ServerHomeError"]
 PROXIES = ("nginx", "caddy", "none")
 
 
-class ServerHomeError(ValueError):
+class ServerHomeError(FedSigmaError, ValueError):
     """The server's folder is missing, taken or damaged, or a command does not fit its state."""
 
 

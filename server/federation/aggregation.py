@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedsigma.common.config.schema import check_number, did_you_mean
 from fedsigma.common.config.study import STEPS, ConfigError, StudyConfig
 from fedsigma.common.config.training import cosine_decay
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.federation.validation import ValidUpdate, dot, l2_norm
 
@@ -41,7 +42,7 @@ EXAMPLES = "num-examples"
 LOSS = "train_loss"
 
 
-class StateError(ValueError):
+class StateError(FedSigmaError, ValueError):
     """What was kept of a strategy cannot be put back."""
 
 

@@ -26,6 +26,7 @@ from fedsigma.common.config.study import MEANS
 from fedsigma.common.privacy.noise import noisy_mean
 from fedsigma.common.privacy.secure_aggregation import Member
 from fedsigma.common.training.trainer import derive_seed
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire.codec import download_level, encode
 from fedsigma.common.wire.records import StudySpec, TrainTask
 from fedsigma.server.federation import checkpoint, secure_aggregation
@@ -69,7 +70,7 @@ MOST_NAMES = 20
 """How many sites the log names."""
 
 
-class BudgetsSpent(RuntimeError):
+class BudgetsSpent(FedSigmaError, RuntimeError):
     """The study cannot go on: the privacy budgets of too many sites are spent."""
 
     def __init__(self, round: int) -> None:

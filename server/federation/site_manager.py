@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.privacy.secure_aggregation import Member
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire.records import (
     HANDSHAKE,
     PROBLEMS,
@@ -38,11 +39,11 @@ RETURN_S = 30.0
 """How long a round waits for a site that was there and went away: its node may have been started again."""
 
 
-class TooFewSites(RuntimeError):
+class TooFewSites(FedSigmaError, RuntimeError):
     """Not enough sites were there by the deadline."""
 
 
-class WrongSiteCount(RuntimeError):
+class WrongSiteCount(FedSigmaError, RuntimeError):
     """A simulation was started with another number of sites than its study has."""
 
 

@@ -17,6 +17,7 @@ from flwr.app import Message
 from numpy.typing import NDArray
 
 from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.federation.messenger import SiteReply, in_order
 from fedsigma.server.federation.validation import (
     InvalidReply,
@@ -113,7 +114,7 @@ Vector = NDArray[np.float32]
 K = TypeVar("K", bound=Hashable)
 
 
-class UpdateBufferError(OSError):
+class UpdateBufferError(FedSigmaError, OSError):
     """A vector cannot be kept, or not read back."""
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedsigma.common.config.constants import METRICS
 from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire.codec import CodecError, decode
 from fedsigma.common.wire.records import (
     EvaluateReply,
@@ -43,7 +44,7 @@ __all__ = [
 _PIECE = 16_384
 
 
-class InvalidReply(ValueError):
+class InvalidReply(FedSigmaError, ValueError):
     """A reply does not count; the text says why, in one sentence."""
 
 

@@ -16,6 +16,7 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data.records import DataError
 from fedsigma.common.data.sources.site_data import NoImages
 from fedsigma.common.training.loop import TrainingError
+from fedsigma.common.utils.errors import InputError
 from fedsigma.server.app import NoModel
 from fedsigma.server.federation.site_manager import TooFewSites
 from fedsigma.server.paper import NO_END, ROUNDS
@@ -93,7 +94,7 @@ def share_of(cells: Sequence[Cell], share: str) -> set[Cell]:
     """
     number, slash, count = share.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"--share is '{share}', expected NUMBER/COUNT as 1/4")
+        raise InputError(f"--share is '{share}', expected NUMBER/COUNT as 1/4")
     return set(cells[int(number) - 1 :: int(count)])
 
 

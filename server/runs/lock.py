@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["RunLocked", "hold", "is_held"]
 
 PATIENCE_S = 2.0
@@ -25,7 +27,7 @@ PATIENCE_S = 2.0
 PAUSE_S = 0.02
 
 
-class RunLocked(RuntimeError):
+class RunLocked(FedSigmaError, RuntimeError):
     """Another process holds the lock."""
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsigma.common.config.constants import METRICS
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.runs import lock
 from fedsigma.server.runs.append_log import (
@@ -65,7 +66,7 @@ _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 Row = dict[str, Any]
 
 
-class RunDirError(ValueError):
+class RunDirError(FedSigmaError, ValueError):
     """A run folder is missing, already taken, or not a run folder."""
 
 

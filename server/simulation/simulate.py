@@ -25,6 +25,7 @@ from pathlib import Path
 
 from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
 from fedsigma.common.ops.supervisor import flower_environment, free_ports
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire.records import StudySpec
 from fedsigma.server.evaluation.model_versions import find_version
 from fedsigma.server.runs.run_dir import check_free
@@ -39,7 +40,7 @@ START_S = 120.0
 """How long the SuperLink may take to start; on a busy machine, much longer than Flower itself waits."""
 
 
-class SimulationError(RuntimeError):
+class SimulationError(FedSigmaError, RuntimeError):
     """Flower could not start the simulation."""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedsigma.common.config.schema import build
 from fedsigma.common.config.study import ConfigError, DataConfig, StudyConfig
+from fedsigma.common.utils.errors import FedSigmaError
 
 if TYPE_CHECKING:
     from fedsigma.common.data.loading import Example, SiteData
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["NoImages", "check_pictures", "load_site", "load_sites", "simulated_sites", "usable_records"]
 
 
-class NoImages(ValueError):
+class NoImages(FedSigmaError, ValueError):
     """A site has no image to train on."""
 
 

@@ -34,6 +34,7 @@ from fedsigma.common.data.synthetic.fields import (
     window,
     wobble,
 )
+from fedsigma.common.utils.errors import InputError
 
 __all__ = ["CELL_TYPES", "PIXELS", "Stain", "draw_smear"]
 
@@ -78,7 +79,7 @@ def draw_smear(cell: str, stain: Stain, rng: Rng) -> Field:
 
     """
     if cell not in CELL_TYPES:
-        raise ValueError(f"no drawing for {cell!r}; known cell types: {', '.join(CELL_TYPES)}")
+        raise InputError(f"no drawing for {cell!r}; known cell types: {', '.join(CELL_TYPES)}")
     centre = (PIXELS - 1) / 2 + rng.normal(0, 5, 2)
     density, radius = _white_cell(cell, centre, stain, rng)
     taken = [(centre, radius)]

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedsigma.common.config.schema import ConfigError, build, check_printable, read_yaml
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.dashboard.auth.accounts import OPERATOR, VIEWER
 from fedsigma.server.dashboard.auth.settings import check_url
 
@@ -32,7 +33,7 @@ _SIGNED = (
 """Signatures by a key that only the provider has; `none` and those by a shared secret are not among them."""
 
 
-class OidcError(ValueError):
+class OidcError(FedSigmaError, ValueError):
     """The provider does not answer as one has to, or says nothing by which somebody gets in."""
 
 

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from itertools import pairwise
 
+from fedsigma.common.utils.errors import FedSigmaError
+
 __all__ = ["AccountsError", "check_name", "check_password", "plain"]
 
 SHORTEST, LONGEST = 12, 128
@@ -14,7 +16,7 @@ SHORTEST, LONGEST = 12, 128
 _NAME = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")
 
 
-class AccountsError(ValueError):
+class AccountsError(FedSigmaError, ValueError):
     """A user, name, role or password that does not do, or something for accounts that is not installed."""
 
 

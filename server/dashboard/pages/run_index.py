@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fedsigma.common.registry import ModelRegistry, registry_folder
+from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.dashboard.pages.prometheus import NEWEST, RunFigures
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, utc_seconds
 from fedsigma.server.deployment.database import ServerDatabase, Submission
@@ -26,7 +27,7 @@ LISTED_S = 1.0
 """How long a list of the run folders counts; what is in them is looked at every time."""
 
 
-class UnknownRun(LookupError):
+class UnknownRun(FedSigmaError, LookupError):
     """There is no such run here."""
 
 
