@@ -21,7 +21,7 @@ from fedsigma.common.ops.supervisor import (
     supervise,
 )
 from fedsigma.common.utils.errors import PROBLEMS
-from fedsigma.common.utils.printing import print_table
+from fedsigma.common.utils.console import print_table
 from fedsigma.server.deployment.certificates import Issued, check_pair
 from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.home import ServerConfig, ServerHome, ServerHomeError
