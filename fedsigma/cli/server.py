@@ -20,8 +20,8 @@ from fedsigma.common.ops.supervisor import (
     stop,
     supervise,
 )
-from fedsigma.common.utils.errors import PROBLEMS
 from fedsigma.common.utils.console import print_table
+from fedsigma.common.utils.errors import PROBLEMS
 from fedsigma.server.deployment.certificates import Issued, check_pair
 from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.home import ServerConfig, ServerHome, ServerHomeError
