@@ -30,10 +30,11 @@ from torch.nn import functional as F
 from bench import step as plain_step
 from fedsigma.common.config.constants import PARTS
 from fedsigma.common.config.privacy import PrivacyConfig
+from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.accounting import calibrate_noise_multiplier, sampling_rate
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.dp_sgd import DPSGDGradient
 from fedsigma.common.training.loop import ClipClassifier, Gradient, autocast, batch_gradient
 from fedsigma.server.runs.run_dir import RunDir
@@ -95,7 +96,7 @@ def steps(size: int, precision: str, towers: tuple[str, ...]) -> dict[str, plain
     found = {}
     for form in ("plain", "private"):
         model, _ = plain_step.build()
-        sigma = SigmaModel.adapt(model, Selection(towers=towers))
+        sigma = SigmaModel.adapt(model, SigmaConfig(towers=towers))
         task = ClipClassifier(plain_step.backbone(model), sigma, plain_step.PROMPTS, device="cpu")
         examples = pictures(size)
         # With as many examples as the batch has on average, each is taken in every step.

@@ -45,9 +45,10 @@ from fedsigma.client.serving.app import asgi
 from fedsigma.client.serving.limits import Limits
 from fedsigma.client.serving.service import Service, describe
 from fedsigma.common.backbones import load_backbone, save_backbone
+from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.ops.web import listening, server
 from fedsigma.common.registry.shift_file import save_shift
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.loop import autocast, computes_bfloat16
 
 CLASSES = ["neutrophil", "lymphocyte", "monocyte", "eosinophil"]
@@ -62,7 +63,7 @@ def finished(folder: Path, architecture: str | None) -> LoadedModel:
         save_backbone(load_backbone(architecture, weights=False), folder / "backbone", source="random")
         name = f"local-dir:{folder / 'backbone'}"
     # The image tower's q and v alone: what is adapted does not matter once it is merged.
-    selection = Selection(towers=("image",), layers="all", parts=("q", "v"))
+    selection = SigmaConfig(towers=("image",), layers="all", parts=("q", "v"))
     sigma = SigmaModel.adapt(load_backbone(name).model, selection, cache_dir=folder / "bases")
     save_shift(
         folder / "sigma.safetensors",

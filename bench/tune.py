@@ -26,7 +26,7 @@ from fedsigma.common.data.loading import Example, load_examples
 from fedsigma.common.data.records import Record, Source
 from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.site_data import simulated_sites
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.loop import ClipClassifier, evaluate, train
 from fedsigma.common.training.metrics import Predictions, score
 from fedsigma.common.training.trainer import derive_seed
@@ -162,8 +162,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = build_model(backbone.model_cfg).eval().requires_grad_(False)
         backbone = replace(backbone, model=model)
-    s = base.sigma
-    sigma = SigmaModel.adapt(backbone.model, Selection(towers=s.towers, layers=s.layers, parts=s.parts))
+    sigma = SigmaModel.adapt(backbone.model, base.sigma)
     task = ClipClassifier(backbone, sigma, base.prompts)
     for text in a.tries or [""]:
         wanted, started, found = parse(text), time.time(), []

@@ -36,11 +36,12 @@ from bench.methods.federation import study_sites
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.schema import did_you_mean
+from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data.partition import partition
 from fedsigma.common.data.records import Record, Source
 from fedsigma.common.data.sources.registry import open_source
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.loop import ClipClassifier, Example, evaluate
 from fedsigma.common.training.metrics import Predictions
 
@@ -146,7 +147,7 @@ def task_for(name: str) -> ClipClassifier:
     """The backbone under the adapter, with a study's prompts."""
     study = load_study(name)
     backbone = load_backbone(study.backbone)
-    return ClipClassifier(backbone, SigmaModel.adapt(backbone.model, Selection()), study.prompts)
+    return ClipClassifier(backbone, SigmaModel.adapt(backbone.model, SigmaConfig()), study.prompts)
 
 
 _images: dict[str, Sites] = {}

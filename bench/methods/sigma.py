@@ -15,7 +15,7 @@ from fedsigma.client.site.error_feedback import ErrorFeedback
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import TrainingConfig
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.loop import ClipClassifier, Example
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire.codec import decode, download_level, encode
@@ -35,9 +35,7 @@ class Sigma(Tuned):
     """
 
     def __init__(self, backbone: Backbone, study: StudyConfig, codec: str = "exact") -> None:
-        chosen = study.sigma
-        selection = Selection(towers=chosen.towers, layers=chosen.layers, parts=chosen.parts)
-        self._sigma = SigmaModel.adapt(backbone.model, selection)
+        self._sigma = SigmaModel.adapt(backbone.model, study.sigma)
         self.task = ClipClassifier(backbone, self._sigma, study.prompts)
         self._start, self._study, self._codec = self._state(), study, codec
         self._lost: dict[str, ErrorFeedback] = {}

@@ -13,7 +13,8 @@ from bench.methods.method import Tuned, Vector
 from bench.methods.tuning import State, Tuning
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.constants import TOWERS
-from fedsigma.common.sigma import Entry, Selection, find_layout
+from fedsigma.common.config.sigma import SigmaConfig
+from fedsigma.common.sigma import Entry, find_layout
 from fedsigma.common.training.loop import ClipClassifier
 from fedsigma.common.training.prompts import PromptEncoder
 from fedsigma.common.training.trainer import derive_seed
@@ -72,7 +73,7 @@ class Lora(Tuned):
     """
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...], *, seed: int, rank: int = 2) -> None:
-        self._entries = find_layout(backbone.model, Selection(parts=("q", "k", "v"))).entries
+        self._entries = find_layout(backbone.model, SigmaConfig(parts=("q", "k", "v"))).entries
         self._scale = 1 / math.sqrt(rank)
         self._rank = rank
         parameters = dict(backbone.model.named_parameters())

@@ -77,13 +77,12 @@ def load_model(path: Path, backbone: str | None = None, personal: Path | None = 
         PersonalError: the file of personal values does not belong to this study.
     """
     from fedsigma.common.backbones import load_backbone
-    from fedsigma.common.sigma import Fingerprint, Selection, SigmaModel
+    from fedsigma.common.sigma import Fingerprint, SigmaModel
 
     saved = load_shift(located(path))
     study = StudyConfig.from_yaml(saved.study_yaml, where=f"the study in {path}")
     loaded = load_backbone(backbone or study.backbone)
-    selection = Selection(towers=study.sigma.towers, layers=study.sigma.layers, parts=study.sigma.parts)
-    sigma = SigmaModel.adapt(loaded.model, selection)
+    sigma = SigmaModel.adapt(loaded.model, study.sigma)
     problem = Fingerprint.from_json(saved.fingerprint_json).compare(sigma.fingerprint)
     if problem is None and saved.shift.numel() != sigma.layout.size:
         problem = f"it has {saved.shift.numel()} values, this layout {sigma.layout.size}"

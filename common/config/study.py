@@ -18,10 +18,7 @@ from fedsigma.common.config.constants import (
     AUGMENTATIONS,
     CODECS,
     OPTIMISERS,
-    PARTS,
     PRECISIONS,
-    THIRDS,
-    TOWERS,
 )
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import (
@@ -35,6 +32,7 @@ from fedsigma.common.config.schema import (
     read_yaml,
     write_yaml,
 )
+from fedsigma.common.config.sigma import PersonalConfig, SigmaConfig
 from fedsigma.common.config.training import TrainingConfig
 
 __all__ = [
@@ -109,39 +107,6 @@ class DataConfig:
             )
         else:
             check_choice("data.sites_by", self.sites_by, ("site",))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SigmaConfig:
-    """Which weights are adapted: towers, layers (all, a third, or a list of numbers from 0), and parts."""
-
-    section: ClassVar[str] = "sigma"
-
-    towers: tuple[str, ...] = TOWERS
-    layers: str | tuple[int, ...] = "all"
-    parts: tuple[str, ...] = PARTS
-
-    def __post_init__(self) -> None:
-        section = self.section
-        check_subset(f"{section}.towers", self.towers, TOWERS)
-        check_subset(f"{section}.parts", self.parts, PARTS)
-        if isinstance(self.layers, str):
-            check_choice(f"{section}.layers", self.layers, THIRDS)
-        elif not self.layers or any(layer < 0 for layer in self.layers):
-            raise ConfigError(
-                f"{section}.layers is {list(self.layers)}, expected layer numbers from 0 upwards"
-            )
-
-    def __str__(self) -> str:
-        layers = self.layers if isinstance(self.layers, str) else list(self.layers)
-        return f"{{towers: [{', '.join(self.towers)}], layers: {layers}, parts: [{', '.join(self.parts)}]}}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PersonalConfig(SigmaConfig):
-    """Which of the adapted weights stay at the site that trains them: all that matches these three."""
-
-    section: ClassVar[str] = "personal"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,13 @@
 from fedsigma.common.sigma.architectures import LAYER_SPECS, LayerSpec, WeightSpec, find_layout
 from fedsigma.common.sigma.autograd import NotSeparable
 from fedsigma.common.sigma.basis import Basis, BasisError, Fingerprint, cached_basis
-from fedsigma.common.sigma.layout import PARTS, TOWERS, Entry, Layout, LayoutError, Selection
+from fedsigma.common.sigma.layout import Entry, Layout, LayoutError
 from fedsigma.common.sigma.model import SigmaModel, default_cache_dir
 from fedsigma.common.sigma.partition import ParameterPartition
 from fedsigma.common.sigma.per_sample import PerSampleGradients
 
 __all__ = [
     "LAYER_SPECS",
-    "PARTS",
-    "TOWERS",
     "Basis",
     "BasisError",
     "Entry",
@@ -22,7 +20,6 @@ __all__ = [
     "NotSeparable",
     "ParameterPartition",
     "PerSampleGradients",
-    "Selection",
     "SigmaModel",
     "WeightSpec",
     "cached_basis",

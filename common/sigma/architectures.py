@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fedsigma.common.sigma.layout import Entry, Layout, LayoutError, Selection
+from fedsigma.common.config.sigma import SigmaConfig
+from fedsigma.common.sigma.layout import Entry, Layout, LayoutError
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,13 @@ def _entries(
             yield slot, rows, min(height, weight.shape[1])
 
 
-def find_layout(model: nn.Module, selection: Selection | None = None) -> Layout:
+def find_layout(model: nn.Module, selection: SigmaConfig | None = None) -> Layout:
     """The layout of an open_clip model under a selection (default: everything).
 
     Raises:
         LayoutError: the model has no layer of a known family, or the selection fits none of them.
     """
-    selection = selection or Selection()
+    selection = selection or SigmaConfig()
     found = list(layers(model))
     if not found:
         known = ", ".join(f.name for f in LAYER_SPECS)

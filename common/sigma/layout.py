@@ -7,59 +7,11 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from fedsigma.common.config.constants import PARTS, THIRDS, TOWERS
 from fedsigma.common.utils.errors import FedSigmaError
 
 
 class LayoutError(FedSigmaError, ValueError):
     """A selection or a layout that cannot be used; the message says why and what to do."""
-
-
-def _known(kind: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
-    if not values:
-        raise LayoutError(f"no {kind} selected: choose at least one of {', '.join(known)}")
-    for value in values:
-        if value not in known:
-            raise LayoutError(f"unknown {kind} {value!r}: choose from {', '.join(known)}")
-    if len(set(values)) != len(values):
-        raise LayoutError(f"{kind} listed twice in {list(values)}: name each once")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What to adapt: towers, layers and parts of each layer.
-
-    `layers` is "all", a third of each tower ("bottom" is nearest the input), or layer numbers from 0.
-
-    Raises:
-        LayoutError: an unknown or repeated word, or an empty list.
-    """
-
-    towers: tuple[str, ...] = TOWERS
-    layers: str | tuple[int, ...] = "all"
-    parts: tuple[str, ...] = PARTS
-
-    def __post_init__(self) -> None:
-        _known("tower", self.towers, TOWERS)
-        _known("part", self.parts, PARTS)
-        if isinstance(self.layers, str):
-            if self.layers not in THIRDS:
-                raise LayoutError(
-                    f"unknown layers {self.layers!r}: use one of {', '.join(THIRDS)}, or a list of numbers"
-                )
-        elif not self.layers or min(self.layers) < 0 or len(set(self.layers)) != len(self.layers):
-            raise LayoutError(
-                f"layers {list(self.layers)}: use different numbers from 0 on, at least one of them"
-            )
-
-    def picks(self, layer: int, depth: int) -> bool:
-        """Whether layer number `layer` of a tower of `depth` layers is adapted."""
-        if self.layers == "all":
-            return True
-        if isinstance(self.layers, str):
-            third = THIRDS.index(self.layers) - 1
-            return third * depth <= 3 * layer < (third + 1) * depth
-        return layer in self.layers
 
 
 @dataclass(frozen=True)

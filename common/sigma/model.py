@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.sigma.architectures import find_layout
 from fedsigma.common.sigma.basis import Basis, Progress, cached_basis
-from fedsigma.common.sigma.layout import Entry, LayoutError, Selection
+from fedsigma.common.sigma.layout import Entry, LayoutError
 from fedsigma.common.sigma.parametrization import SigmaParametrization
 from fedsigma.common.sigma.per_sample import PerSampleGradients
 
@@ -65,7 +66,7 @@ class SigmaModel:
     def adapt(
         cls,
         model: nn.Module,
-        selection: Selection | None = None,
+        selection: SigmaConfig | None = None,
         *,
         cache_dir: Path | None = None,
         progress: Progress | None = None,

@@ -108,13 +108,12 @@ class SigmaTrainer:
     ) -> None:
         # torch and open_clip take seconds to import; a server that only reads settings need not pay.
         from fedsigma.common.backbones import load_backbone
-        from fedsigma.common.sigma import Selection, SigmaModel
+        from fedsigma.common.sigma import SigmaModel
         from fedsigma.common.training.loop import ClipClassifier
 
         loaded = load_backbone(backbone)
         self.parameters = sum(weight.numel() for weight in loaded.model.parameters())
-        selection = Selection(towers=sigma.towers, layers=sigma.layers, parts=sigma.parts)
-        self.sigma = SigmaModel.adapt(loaded.model, selection)
+        self.sigma = SigmaModel.adapt(loaded.model, sigma)
         self.task = ClipClassifier(loaded, self.sigma, prompts)
         self.layout: Layout = self.sigma.layout
         self.fingerprint: Fingerprint = self.sigma.fingerprint
@@ -199,14 +198,13 @@ def parameter_partition(sigma: SigmaModel, personal: PersonalConfig | None) -> P
     Raises:
         LayoutError: all or nothing of what is adapted is personal.
     """
-    from fedsigma.common.sigma import LayoutError, ParameterPartition, Selection, find_layout
+    from fedsigma.common.sigma import LayoutError, ParameterPartition, find_layout
 
     if personal is None:
         return ParameterPartition(sigma.layout)
-    chosen = Selection(towers=personal.towers, layers=personal.layers, parts=personal.parts)
     try:
         return ParameterPartition(
-            sigma.layout, frozenset(entry.key for entry in find_layout(sigma.model, chosen).entries)
+            sigma.layout, frozenset(entry.key for entry in find_layout(sigma.model, personal).entries)
         )
     except LayoutError as error:
         raise LayoutError(f"personal is {personal}: {error}") from error

@@ -101,9 +101,10 @@ def inspect(
     Example: fedsigma inspect ViT-B-16 --towers image --parts q,v
     """
     from fedsigma.common.backbones import count_backbone
-    from fedsigma.common.sigma import Selection, find_layout
+    from fedsigma.common.config.sigma import SigmaConfig
+    from fedsigma.common.sigma import find_layout
 
-    selection = Selection(towers=_words(towers), layers=_layers(layers), parts=_words(parts))
+    selection = SigmaConfig(towers=_words(towers), layers=_layers(layers), parts=_words(parts))
     model = count_backbone(name)
     layout = find_layout(model, selection)
     total = sum(p.numel() for p in model.parameters())

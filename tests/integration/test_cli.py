@@ -25,7 +25,7 @@ from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.study import SigmaConfig, StudyConfig
 from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 from fedsigma.common.registry.shift_file import save_shift
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.utils.hash_chain import HashChainedLog
 from tests.helpers.tiny_backbones import tiny_clip
 
@@ -61,7 +61,7 @@ def sigma_file(backbone_folder: Path, tmp_path: Path) -> Path:
         sigma=SigmaConfig(towers=("image",), parts=("q", "v", "mlp")),
     )
     model = load_backbone(study.backbone).model
-    sigma = SigmaModel.adapt(model, Selection(towers=("image",), parts=("q", "v", "mlp")))
+    sigma = SigmaModel.adapt(model, SigmaConfig(towers=("image",), parts=("q", "v", "mlp")))
     shift = 0.3 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(5))
     path = tmp_path / "run" / "sigma.safetensors"
     save_shift(

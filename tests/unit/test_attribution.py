@@ -13,9 +13,10 @@ from torch import Tensor
 from fedsigma.client.inference.attribution import Relevance, _cells, draw, relevance, relevance_of
 from fedsigma.client.inference.loaded_model import LoadedModel
 from fedsigma.common.backbones import load_backbone
+from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.registry.shift_file import SavedShift
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sigma import SigmaModel
 
 STUDY = "name: s\nbackbone: starter\nclasses: [neutrophil, lymphocyte, monocyte]\n"
 
@@ -44,7 +45,7 @@ def test_the_map_lies_where_the_model_looks_and_adds_up_to_what_it_says() -> Non
 @pytest.fixture(scope="module")
 def restored() -> LoadedModel:
     backbone = load_backbone("starter")
-    sigma = SigmaModel.adapt(backbone.model, Selection())
+    sigma = SigmaModel.adapt(backbone.model, SigmaConfig())
     shift = 0.1 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
     sigma.set_shift(shift)
     saved = SavedShift(

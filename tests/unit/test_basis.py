@@ -10,15 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common.sigma import (
-    Basis,
-    BasisError,
-    Fingerprint,
-    Selection,
-    SigmaModel,
-    cached_basis,
-    find_layout,
-)
+from fedsigma.common.config.sigma import SigmaConfig
+from fedsigma.common.sigma import Basis, BasisError, Fingerprint, SigmaModel, cached_basis, find_layout
 from fedsigma.common.sigma.basis import SVD, decompose, sketch
 from tests.helpers.tiny import tiny_clip
 
@@ -83,7 +76,7 @@ def test_half_precision_weights_are_refused(dtype: torch.dtype) -> None:
 
 def test_other_layout_is_refused() -> None:
     model = tiny_clip()
-    part = Basis.compute(model, find_layout(model, Selection(parts=("o",))))
+    part = Basis.compute(model, find_layout(model, SigmaConfig(parts=("o",))))
     verdict = basis_of(model).fingerprint.compare(part.fingerprint)
     assert verdict is not None and "layouts differ" in verdict
 

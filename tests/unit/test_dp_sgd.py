@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsigma.common.config.privacy import PrivacyConfig
+from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.noise import SecureRandom
-from fedsigma.common.sigma import NotSeparable, Selection, SigmaModel
+from fedsigma.common.sigma import NotSeparable, SigmaModel
 from fedsigma.common.training import dp_sgd
 from fedsigma.common.training.dp_sgd import (
     DPSGDGradient,
@@ -48,7 +49,7 @@ def batch(job: ClipClassifier, count: int = 5) -> tuple[Tensor, Tensor]:
 
 def adapted(model: nn.Module, tmp_path: Path, side: int, **selection: object) -> ClipClassifier:
     loaded = backbone(model, image_size=side)
-    sigma = SigmaModel.adapt(loaded.model, Selection(**selection), cache_dir=tmp_path)
+    sigma = SigmaModel.adapt(loaded.model, SigmaConfig(**selection), cache_dir=tmp_path)
     job = ClipClassifier(loaded, sigma, PROMPTS, device="cpu", micro_batch=2)
     job.sigma.set_shift(0.1 * torch.randn(job.sigma.layout.size, generator=torch.Generator().manual_seed(1)))
     return job

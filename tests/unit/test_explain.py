@@ -22,7 +22,7 @@ from fedsigma.common.explain import Explainer, ExplainError, Phrases, head_chang
 from fedsigma.common.explain.report import explainer
 from fedsigma.common.explain.text_directions import projection
 from fedsigma.common.registry.shift_file import save_shift
-from fedsigma.common.sigma import Basis, Selection, SigmaModel, find_layout
+from fedsigma.common.sigma import Basis, SigmaModel, find_layout
 from fedsigma.common.training.trainer import SigmaTrainer
 
 WIDTH, HEADS, JOINT, PHRASES = 32, 4, 16, 40
@@ -40,7 +40,7 @@ def tiny(seed: int = 0) -> nn.Module:
 
 
 def basis_of(model: nn.Module, **selection: object) -> Basis:
-    return Basis.compute(model, find_layout(model, Selection(**selection)))  # type: ignore[arg-type]
+    return Basis.compute(model, find_layout(model, SigmaConfig(**selection)))  # type: ignore[arg-type]
 
 
 @settings(max_examples=10, deadline=None)
@@ -196,7 +196,7 @@ def test_the_bundled_corpus() -> None:
 
 def test_the_command_explains_a_run_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     backbone = load_backbone("starter")
-    sigma = SigmaModel.adapt(backbone.model, Selection(parts=("v", "o")))
+    sigma = SigmaModel.adapt(backbone.model, SigmaConfig(parts=("v", "o")))
     shift = 0.1 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
     save_shift(
         tmp_path / "sigma.safetensors",

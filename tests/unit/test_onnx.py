@@ -13,7 +13,8 @@ import torch
 from fedsigma.common.backbones import Backbone, load_backbone
 from fedsigma.common.backbones import onnx as module
 from fedsigma.common.backbones.onnx import OnnxError, export_onnx
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.config.sigma import SigmaConfig
+from fedsigma.common.sigma import SigmaModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def merged() -> Backbone:
     backbone = load_backbone("starter")
-    sigma = SigmaModel.adapt(backbone.model, Selection())
+    sigma = SigmaModel.adapt(backbone.model, SigmaConfig())
     sigma.set_shift(0.05 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0)))
     return replace(backbone, model=sigma.merge())
 

@@ -236,11 +236,12 @@ def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path
     from fedsigma.client.inference.interpolation import curve
     from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.backbones import load_backbone
+    from fedsigma.common.config.sigma import SigmaConfig
     from fedsigma.common.data.sources.registry import open_source
-    from fedsigma.common.sigma import Selection, SigmaModel
+    from fedsigma.common.sigma import SigmaModel
 
     study = "name: demo\nbackbone: starter\nclasses: [neutrophil, lymphocyte]\n"
-    sigma = SigmaModel.adapt(load_backbone("starter").model, Selection())
+    sigma = SigmaModel.adapt(load_backbone("starter").model, SigmaConfig())
     shift = 0.05 * torch.randn(sigma.layout.size, generator=torch.Generator().manual_seed(0))
     (tmp_path / "sigma.safetensors").write_bytes(
         to_bytes(

@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
-from fedsigma.common.sigma import Basis, Layout, LayoutError, Selection, SigmaModel, find_layout
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.sigma import SigmaConfig
+from fedsigma.common.sigma import Basis, Layout, LayoutError, SigmaModel, find_layout
 from fedsigma.common.sigma.parametrization import SigmaParametrization
 from tests.helpers.tiny import outputs, pictures, timm_clip, tiny_clip, words
 
 
 def adapted(tmp_path: Path, seed: int = 0, **selection: object) -> SigmaModel:
-    return SigmaModel.adapt(tiny_clip(seed), Selection(**selection), cache_dir=tmp_path)
+    return SigmaModel.adapt(tiny_clip(seed), SigmaConfig(**selection), cache_dir=tmp_path)
 
 
 def shifted(model: SigmaModel, size: float = 0.1) -> torch.Tensor:
@@ -94,14 +96,14 @@ def test_families_of_open_clip(name: str, parts: dict[str, int]) -> None:
 
 def test_xcit_blocks_and_class_attention_are_layers() -> None:
     with torch.device("meta"):
-        layout = find_layout(timm_clip("xcit_nano_12_p16_224"), Selection(towers=("image",)))
+        layout = find_layout(timm_clip("xcit_nano_12_p16_224"), SigmaConfig(towers=("image",)))
     assert len(layout.entries) == (12 + 2) * 6
     assert [e.part for e in layout.entries if e.layer == 13] == ["q", "k", "v", "o", "mlp", "mlp"]
     assert layout.size == 14 * 6 * 128
 
 
 def test_packed_thirds_are_q_k_v() -> None:
-    layout = find_layout(tiny_clip(), Selection(towers=("image",), parts=("q", "k", "v")))
+    layout = find_layout(tiny_clip(), SigmaConfig(towers=("image",), parts=("q", "k", "v")))
     first = layout.entries[:3]
     assert [(e.part, e.rows) for e in first] == [("q", (0, 48)), ("k", (48, 96)), ("v", (96, 144))]
 
@@ -112,14 +114,16 @@ def test_packed_thirds_are_q_k_v() -> None:
 @given(st.integers(1, 40))
 def test_thirds_divide_a_tower(depth: int) -> None:
     for layer in range(depth):
-        hits = [third for third in ("bottom", "middle", "top") if Selection(layers=third).picks(layer, depth)]
+        hits = [
+            third for third in ("bottom", "middle", "top") if SigmaConfig(layers=third).picks(layer, depth)
+        ]
         assert len(hits) == 1
 
 
 def test_selection_limits_the_layout() -> None:
     model = tiny_clip()
     whole = find_layout(model)
-    text = find_layout(model, Selection(towers=("text",), layers=(0, 2), parts=("o",)))
+    text = find_layout(model, SigmaConfig(towers=("text",), layers=(0, 2), parts=("o",)))
     assert [(e.tower, e.layer, e.part) for e in text.entries] == [("text", 0, "o"), ("text", 2, "o")]
     assert text.size < whole.size and text.digest != whole.digest
 
@@ -127,21 +131,22 @@ def test_selection_limits_the_layout() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"towers": ("image", "sound")}, "unknown tower 'sound'"),
-        ({"parts": ()}, "no part selected"),
-        ({"parts": ("q", "q")}, "listed twice"),
-        ({"layers": "upper"}, "unknown layers 'upper'"),
-        ({"layers": (-1,)}, "from 0 on"),
+        ({"towers": ("image", "sound")}, "sigma.towers is 'sound', which is not known"),
+        ({"parts": ()}, "sigma.parts is empty"),
+        ({"parts": ("q", "q")}, "twice"),
+        ({"layers": "upper"}, "sigma.layers is 'upper', which is not known"),
+        ({"layers": (-1,)}, "layer numbers from 0"),
+        ({"layers": (1, 1)}, "different layer numbers"),
     ],
 )
 def test_bad_selection_says_what_to_do(wrong: dict[str, object], says: str) -> None:
-    with pytest.raises(LayoutError, match=says):
-        Selection(**wrong)
+    with pytest.raises(ConfigError, match=says):
+        SigmaConfig(**wrong)
 
 
 def test_layer_beyond_the_model_is_refused() -> None:
     with pytest.raises(LayoutError, match="layer 9 asked for, the deepest tower has 3"):
-        find_layout(tiny_clip(), Selection(layers=(9,)))
+        find_layout(tiny_clip(), SigmaConfig(layers=(9,)))
 
 
 def test_model_of_no_family_is_refused() -> None:
@@ -284,10 +289,10 @@ def test_accumulating_leaves_the_gradient_alone_if_it_fails(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("selection", "factored"),
-    [(Selection(), True), (Selection(parts=("q",)), False), (Selection(parts=("o",)), False)],
+    [(SigmaConfig(), True), (SigmaConfig(parts=("q",)), False), (SigmaConfig(parts=("o",)), False)],
 )
 def test_accumulating_computes_what_the_model_does(
-    selection: Selection, factored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    selection: SigmaConfig, factored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a part of a packed weight alone is adapted, which has the shape of an mlp's."""
     sigma = SigmaModel.adapt(timm_clip(), selection, cache_dir=tmp_path)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsigma.common.backbones import Backbone
+from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.training import TrainingConfig
-from fedsigma.common.sigma import Selection, SigmaModel
+from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.loop import (
     AUGMENTERS,
     ClipClassifier,
@@ -64,7 +65,7 @@ def backbone(model: nn.Module | None = None, **changes: object) -> Backbone:
 
 def task(tmp_path: Path, **selection: object) -> ClipClassifier:
     loaded = backbone()
-    sigma = SigmaModel.adapt(loaded.model, Selection(**selection), cache_dir=tmp_path)
+    sigma = SigmaModel.adapt(loaded.model, SigmaConfig(**selection), cache_dir=tmp_path)
     return ClipClassifier(loaded, sigma, PROMPTS, device="cpu")
 
 
