@@ -64,7 +64,7 @@ def combine(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of docs/results.md."""
+    """The tables of docs/research/accuracy.md."""
     lines = []
     for study, table in results.items():
         sites = list(table["zero_shot"]["per_site"])

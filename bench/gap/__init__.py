@@ -1,4 +1,4 @@
 """What sites that are not alike cost against pooled training, and what wins it back.
 
-Candidates are tried here first. What does not help stays here, with its numbers in docs/results.md.
+Candidates are tried here first. What does not help stays here; docs/research/unlike-sites.md has the numbers.
 """

@@ -49,7 +49,7 @@ def front(rows: Rows) -> list[str]:
 
 
 def markdown(study: str, rows: Rows) -> str:
-    """The table of docs/results.md."""
+    """The table of docs/research/methods.md."""
     best = front(rows)
     lines = [
         f"### {study}",

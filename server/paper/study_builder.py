@@ -18,7 +18,7 @@ __all__ = ["read_overrides", "steps_of", "study_of"]
 
 BATCH = 32
 """The paper's batch size, of all its runs."""
-# Found on studies of real images (docs/results.md): short rounds and momentum at the server.
+# Found on studies of real images (docs/research/accuracy.md): short rounds and momentum at the server.
 FEDERATION = {"strategy": "fedavgm", "options": {"server_learning_rate": 1.0, "server_momentum": 0.8}}
 # What the table decides, or what its cells cannot have: a personal part has no test images to be judged on.
 _NOT_GIVEN = (
