@@ -144,7 +144,7 @@ studies = st.builds(
     shots=st.integers(1, 99),
     sigma=st.builds(
         SigmaConfig,
-        layers=st.one_of(st.just("top"), st.lists(st.integers(0, 11), min_size=1).map(tuple)),
+        layers=st.one_of(st.just("top"), st.lists(st.integers(0, 11), min_size=1, unique=True).map(tuple)),
     ),
     training=st.builds(
         LocalTrainingConfig,
