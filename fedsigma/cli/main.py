@@ -15,39 +15,38 @@ from fedsigma.common.utils.errors import BAD_INPUT, FAILED, FedSigmaError
 
 __all__ = ["main"]
 
-_CLIENT, _SERVER = "fedsigma.cli.model", "fedsigma.cli.study"
-_HOSPITAL, _SERVER = "fedsigma.cli.site", "fedsigma.cli.server"
+_MODEL, _STUDY = "fedsigma.cli.model", "fedsigma.cli.study"
 # Name -> (module with a typer `app`, one line of help): enough to print the list without importing torch.
 COMMANDS = {
-    "inspect": (_CLIENT, "Count what a study would train on a backbone."),
-    "backbone": (_CLIENT, "Bring a backbone to a machine without internet: fetch, convert."),
+    "inspect": (_MODEL, "Count what a study would train on a backbone."),
+    "backbone": (_MODEL, "Bring a backbone to a machine without internet: fetch, convert."),
     "data": (
         "fedsigma.cli.data",
         "Look at images before a study: check; published data sets: cards, fetch.",
     ),
-    "identity": (_CLIENT, "Make the key by which other sites know this one."),
+    "identity": (_MODEL, "Make the key by which other sites know this one."),
     "audit": ("fedsigma.cli.audit", "Find what was changed in a log: verify."),
-    "budget": (_CLIENT, "Say what private studies have spent of a site's images."),
-    "study": (_SERVER, "Simulate a study: run, check, privacy; or run it at a server: submit, status, stop."),
-    "predict": (_CLIENT, "Judge a folder of pictures or DICOM files with a finished study."),
+    "budget": (_MODEL, "Say what private studies have spent of a site's images."),
+    "study": (_STUDY, "Simulate a study: run, check, privacy; or run it at a server: submit, status, stop."),
+    "predict": (_MODEL, "Judge a folder of pictures or DICOM files with a finished study."),
     "serve": ("fedsigma.cli.serve", "Judge images by HTTP with a finished study."),
-    "calibrate": (_CLIENT, "Fit how sure a finished model says it is, on labelled images."),
-    "explain": (_CLIENT, "Say in words what a finished study changed."),
+    "calibrate": (_MODEL, "Fit how sure a finished model says it is, on labelled images."),
+    "explain": (_MODEL, "Say in words what a finished study changed."),
     "models": (
         "fedsigma.cli.models",
         "Finished models: list, show, diff, promote, combine, export, verify.",
     ),
-    "export": (_CLIENT, "Write a finished study's model as a plain open_clip folder."),
-    "site": (_HOSPITAL, "Run a hospital's site: enrol, doctor, up, status, approve, rotate."),
-    "server": (_SERVER, "Run a coordinating server: init, up, invite, admit, sites, revoke."),
+    "export": (_MODEL, "Write a finished study's model as a plain open_clip folder."),
+    "site": ("fedsigma.cli.site", "Run a hospital's site: enrol, doctor, up, status, approve, rotate."),
+    "server": ("fedsigma.cli.server", "Run a coordinating server: init, up, invite, admit, sites, revoke."),
     "dashboard": ("fedsigma.cli.dashboard", "Show runs in a browser: of simulations, or of a server."),
     "users": (
         "fedsigma.cli.users",
         "Say who may see a server's dashboard: add, password, change, remove, list, token.",
     ),
     "bench": ("fedsigma.cli.bench", "Run the tables of CLIP-SVD's paper, also federated: paper."),
-    "runs": (_SERVER, "List the runs in a folder."),
-    "report": (_SERVER, "Write the report of a run."),
+    "runs": (_STUDY, "List the runs in a folder."),
+    "report": (_STUDY, "Write the report of a run."),
 }
 
 
