@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsigma.common.training.attention import Attention
-from fedsigma.common.training.loop import computes_bfloat16
+from fedsigma.common.training.classifier import computes_bfloat16
 
 # Images (or prompts) at once, tokens, heads of width 64.
 SHAPES = {

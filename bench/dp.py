@@ -35,8 +35,9 @@ from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.accounting import calibrate_noise_multiplier, sampling_rate
 from fedsigma.common.sigma import SigmaModel
+from fedsigma.common.training.classifier import ClipClassifier, autocast
 from fedsigma.common.training.dp_sgd import DPSGDGradient
-from fedsigma.common.training.loop import ClipClassifier, Gradient, autocast, batch_gradient
+from fedsigma.common.training.loop import Gradient, batch_gradient
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
 

@@ -49,7 +49,7 @@ from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.ops.web import listening, server
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.loop import autocast, computes_bfloat16
+from fedsigma.common.training.classifier import autocast, computes_bfloat16
 
 CLASSES = ["neutrophil", "lymphocyte", "monocyte", "eosinophil"]
 CPU = torch.device("cpu")

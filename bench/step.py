@@ -36,13 +36,9 @@ from torch.nn import functional as F
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.sigma import Basis, SigmaModel, cached_basis, default_cache_dir, find_layout
 from fedsigma.common.sigma.basis import SVD
-from fedsigma.common.training.loop import (
-    ClipClassifier,
-    accumulate_gradient,
-    autocast,
-    computes_bfloat16,
-    training_attention,
-)
+from fedsigma.common.training.attention import training_attention
+from fedsigma.common.training.classifier import ClipClassifier, autocast, computes_bfloat16
+from fedsigma.common.training.loop import accumulate_gradient
 from fedsigma.common.training.prompts import PromptEncoder
 
 CLASSES = [

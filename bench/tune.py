@@ -27,7 +27,8 @@ from fedsigma.common.data.records import Record, Source
 from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.site_data import simulated_sites
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.loop import ClipClassifier, evaluate, train
+from fedsigma.common.training.classifier import ClipClassifier
+from fedsigma.common.training.loop import evaluate, train
 from fedsigma.common.training.metrics import Predictions, score
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire.records import StudySpec

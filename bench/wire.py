@@ -34,7 +34,8 @@ from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.constants import CODECS
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.sigma import Layout, SigmaModel
-from fedsigma.common.training.loop import ClipClassifier, train
+from fedsigma.common.training.classifier import ClipClassifier
+from fedsigma.common.training.loop import train
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire import quantization
 from fedsigma.common.wire.codec import SMALL_STEP, decode, encode

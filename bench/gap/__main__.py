@@ -42,7 +42,8 @@ from fedsigma.common.data.partition import partition
 from fedsigma.common.data.records import Record, Source
 from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.loop import ClipClassifier, Example, evaluate
+from fedsigma.common.training.classifier import ClipClassifier, Example
+from fedsigma.common.training.loop import evaluate
 from fedsigma.common.training.metrics import Predictions
 
 STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")

@@ -12,16 +12,10 @@ from torch.nn import functional as F
 from bench.gap.ways import Server, Way, direction_factors, image_tower, matrices
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import cosine_decay
-from fedsigma.common.training.loop import (
-    ClipClassifier,
-    Example,
-    augmenter,
-    autocast,
-    endless_batches,
-    evaluate,
-    train,
-    training_attention,
-)
+from fedsigma.common.training.attention import training_attention
+from fedsigma.common.training.augment import augmenter
+from fedsigma.common.training.classifier import ClipClassifier, Example, autocast
+from fedsigma.common.training.loop import endless_batches, evaluate, train
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.server.federation.site_sampling import sample_sites
 

@@ -20,7 +20,7 @@ from bench.methods.studies import find_study
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.training.loop import Example, TrainingError, computes_bfloat16
+from fedsigma.common.training.classifier import Example, TrainingError, computes_bfloat16
 
 __all__ = ["MOST_RATES", "Cell", "Cells", "Plan", "grid", "recipe_of"]
 

@@ -20,7 +20,7 @@ from bench.methods.tuning import State
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data.loading import SiteData
 from fedsigma.common.data.sources.site_data import load_sites
-from fedsigma.common.training.loop import Example
+from fedsigma.common.training.classifier import Example
 from fedsigma.common.training.metrics import Predictions
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.server.federation.aggregation import (

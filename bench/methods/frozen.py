@@ -12,7 +12,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from fedsigma.common.training.loop import ClipClassifier
+from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.prompts import l2_normalize
 
 __all__ = ["FrozenImages"]

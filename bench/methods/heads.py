@@ -14,7 +14,7 @@ from bench.methods.method import FLOAT, Place, Trained, Tuned
 from bench.methods.tuning import State, Tuning
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.training import TrainingConfig
-from fedsigma.common.training.loop import Example, autocast
+from fedsigma.common.training.classifier import Example, autocast
 from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
 from fedsigma.common.training.trainer import derive_seed
 

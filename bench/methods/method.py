@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.methods.tuning import State, Tuning
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.training import loop
-from fedsigma.common.training.loop import ClipClassifier, Example
+from fedsigma.common.training.classifier import ClipClassifier, Example
 from fedsigma.common.training.metrics import Predictions
 
 __all__ = ["FLOAT", "Method", "Place", "Rule", "Trained", "Tuned", "Upload", "Vector", "values"]

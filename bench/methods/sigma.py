@@ -16,7 +16,7 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.loop import ClipClassifier, Example
+from fedsigma.common.training.classifier import ClipClassifier, Example
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire.codec import decode, download_level, encode
 

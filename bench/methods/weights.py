@@ -15,7 +15,7 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.constants import TOWERS
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.sigma import Entry, find_layout
-from fedsigma.common.training.loop import ClipClassifier
+from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.prompts import PromptEncoder
 from fedsigma.common.training.trainer import derive_seed
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedsigma.common.data.loading import Example
     from fedsigma.common.data.records import Record, Source
     from fedsigma.common.sigma import SigmaModel
-    from fedsigma.common.training.loop import ClipClassifier
+    from fedsigma.common.training.classifier import ClipClassifier
 
 __all__ = [
     "LoadedModel",
@@ -128,7 +128,7 @@ def to_judge(
         PictureError: an image cannot be decoded.
     """
     from fedsigma.common.data.loading import load_examples
-    from fedsigma.common.training.loop import ClipClassifier
+    from fedsigma.common.training.classifier import ClipClassifier
 
     side = restored.backbone.image_size * 3 // 2
     examples = load_examples(source, records, list(restored.study.classes), side=side)

@@ -13,7 +13,7 @@ from fedsigma.client.inference.calibration import scaled
 from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.data.loading import to_tensor
-from fedsigma.common.training.loop import ClipClassifier, autocast, resize_image
+from fedsigma.common.training.classifier import ClipClassifier, autocast, resize_image
 
 __all__ = ["Prediction", "Predictor", "prepared"]
 

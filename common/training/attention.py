@@ -9,7 +9,7 @@ gradients the fused kernels are left alone. Where an adapted layer computes its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from fedsigma.common.training.classifier import uses_bfloat16
 
 
 class Attention(torch.autograd.Function):
@@ -142,3 +144,13 @@ def _attend(
     if not plain:
         return nn.MultiheadAttention.forward(layer, query, key, value, **options)
     return layer.out_proj(attend(project(layer, query), layer.num_heads, mask)), None
+
+
+def training_attention(
+    model: nn.Module, precision: str, device: torch.device, project: Project = packed
+) -> AbstractContextManager[object]:
+    """The context in which a model's attention is trained by what is faster (`bench/attention.py`)."""
+    slow_kernel = device.type == "cpu" and uses_bfloat16(precision, device)
+    if not slow_kernel and project is packed:
+        return nullcontext()
+    return attention(model, products=slow_kernel, project=project)

@@ -19,15 +19,10 @@ from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.accounting import sampling_rate
 from fedsigma.common.privacy.noise import SecureRandom
 from fedsigma.common.sigma import NotSeparable
-from fedsigma.common.training.loop import (
-    ClipClassifier,
-    Example,
-    TrainingError,
-    accumulate_gradient,
-    augmenter,
-    autocast,
-    training_attention,
-)
+from fedsigma.common.training.attention import training_attention
+from fedsigma.common.training.augment import augmenter
+from fedsigma.common.training.classifier import ClipClassifier, Example, TrainingError, autocast
+from fedsigma.common.training.loop import accumulate_gradient
 
 __all__ = ["DPSGDGradient", "clipped_sum", "example_gradients", "privacy_units"]
 

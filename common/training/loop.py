@@ -1,49 +1,22 @@
-"""Local training and evaluation: plain functions of tensors, with nothing of the federation in them."""
+"""Local training and evaluation: plain functions of tensors, independent of the federation."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
-from fedsigma.common.backbones import Backbone
-from fedsigma.common.config.constants import AUGMENTATIONS, OPTIMISERS, PRECISIONS
+from fedsigma.common.config.constants import OPTIMISERS
 from fedsigma.common.config.training import TrainingConfig
-from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.attention import Project, attention, packed
+from fedsigma.common.training.attention import training_attention
+from fedsigma.common.training.augment import augmenter
+from fedsigma.common.training.classifier import ClipClassifier, Example, TrainingError, autocast
 from fedsigma.common.training.metrics import Predictions
-from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
-from fedsigma.common.utils.errors import FedSigmaError
-
-Augment = Callable[[Tensor], Tensor]
-
-
-class TrainingError(FedSigmaError, RuntimeError):
-    """Training that cannot go on; the message says why and what to do."""
-
-
-class Example(Protocol):
-    """A decoded picture, uint8 (3, height, width), and its class number."""
-
-    @property
-    def image(self) -> Tensor:
-        """The picture."""
-        ...
-
-    @property
-    def label(self) -> int:
-        """The class number."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,192 +28,9 @@ class TrainResult:
     examples: int
 
 
-def _crop(size: int, least: float) -> v2.Transform:
-    return v2.RandomResizedCrop(
-        size, (least, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-    )
-
-
-def _paper(size: int) -> Augment:
-    """CLIP-SVD's: random resized crop of 8 to 100% of the area, horizontal flip."""
-    return v2.Compose([_crop(size, 0.08), v2.RandomHorizontalFlip()])
-
-
-def _gentle(size: int) -> Augment:
-    """Crops that keep most of the picture: for findings that fill it."""
-    return v2.Compose([_crop(size, 0.6), v2.RandomHorizontalFlip()])
-
-
-def _microscopy(size: int) -> Augment:
-    """Any orientation, and the changes of light and stain between laboratories."""
-    turns = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.Lambda(_quarter_turn)]
-    return v2.Compose([_crop(size, 0.5), *turns, v2.Lambda(_restain)])
-
-
-def _restain(image: Tensor) -> Tensor:
-    """Mix the channels a little, and change brightness and contrast.
-
-    One matrix product; torchvision's jitter of the hue costs ten times as much, a fifth of a step.
-    """
-    mix = torch.eye(3) + 0.07 * torch.randn(3, 3)
-    mix = mix / mix.sum(1, keepdim=True) * (1 + 0.06 * torch.randn(3, 1))
-    contrast, brightness = 1 + 0.15 * torch.randn(()), 20 * torch.randn(())
-    mixed = mix.to(image.device) @ image.flatten(1).float()
-    mean = mixed.mean()
-    return ((mixed - mean) * contrast + mean + brightness).clamp(0, 255).to(torch.uint8).view_as(image)
-
-
-def _quarter_turn(image: Tensor) -> Tensor:
-    return image.rot90(int(torch.randint(4, ())), (-2, -1))
-
-
-_AUGMENTERS: tuple[Callable[[int], Augment] | None, ...] = (_paper, _gentle, _microscopy, None)
 _OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = dict(
     zip(OPTIMISERS, (torch.optim.AdamW, torch.optim.SGD), strict=True)
 )
-AUGMENTERS = dict(zip(AUGMENTATIONS, _AUGMENTERS, strict=True))
-
-
-def resize_image(image: Tensor, backbone: Backbone) -> Tensor:
-    """Resize a uint8 picture (3, height, width) to (3, size, size) as the backbone's makers do."""
-    size, mode = backbone.image_size, backbone.resize_mode
-    how = v2.InterpolationMode(backbone.interpolation)
-    if mode == "squash":
-        return v2.functional.resize(image, [size, size], interpolation=how, antialias=True)
-    side = min(image.shape[1:]) if mode == "shortest" else max(image.shape[1:])
-    shape = [max(1, round(n * size / side)) for n in image.shape[1:]]
-    resized = v2.functional.resize(image, shape, interpolation=how, antialias=True)
-    return v2.functional.center_crop(resized, [size, size])
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices natively; elsewhere it is several times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if device.type != "cpu":
-        return False
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
-
-def _wants_bfloat16(precision: str, device: torch.device) -> bool:
-    if precision not in PRECISIONS:
-        raise TrainingError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    return precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context for a forward pass in the asked precision.
-
-    Raises:
-        TrainingError: an unknown precision.
-    """
-    wanted = _wants_bfloat16(precision, device)
-    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
-
-
-def training_attention(
-    model: nn.Module, precision: str, device: torch.device, project: Project = packed
-) -> AbstractContextManager[object]:
-    """The context in which a model's attention is trained by what is faster (`bench/attention.py`)."""
-    slow_kernel = device.type == "cpu" and _wants_bfloat16(precision, device)
-    if not slow_kernel and project is packed:
-        return nullcontext()
-    return attention(model, products=slow_kernel, project=project)
-
-
-class ClipClassifier:
-    """A backbone with its adapter and the prompts of a study: what training and evaluation need.
-
-    Args:
-        backbone: loaded by `load_backbone`; `sigma` wraps its model.
-        sigma: the adapter on that model.
-        prompts: one a class, in the order of the labels.
-        device: a GPU if there is one, by default.
-        micro_batch: images that go through the model at once in training, which bounds its memory; by default
-            the whole batch on a GPU, and on a processor as many as its cache is good for.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        sigma: SigmaModel,
-        prompts: Sequence[str],
-        *,
-        device: torch.device | str | None = None,
-        micro_batch: int | None = None,
-    ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.backbone, self.sigma = backbone, sigma.to(self.device)
-        self._model: Any = backbone.model
-        self.prompts = PromptEncoder(backbone, prompts)
-        self.size = backbone.image_size
-        self.micro_batch = micro_batch or self._default_micro_batch()
-        self._mean = torch.tensor(backbone.mean, device=self.device).view(3, 1, 1)
-        self._std = torch.tensor(backbone.std, device=self.device).view(3, 1, 1)
-        adapted = {entry.tower for entry in sigma.layout.entries}
-        self._image_frozen, self._text_frozen = "image" not in adapted, "text" not in adapted
-        self._text: Tensor | None = None
-        self.separable: dict[str, bool] = {}
-        """By precision, whether examples' gradients can be told apart in one pass; filled by `private`."""
-
-    def _default_micro_batch(self) -> int:
-        # Measured by bench/step.py --sweep on ViT-B/16 at 224 pixels: eight or sixteen images are fastest;
-        # with fewer the matrix products are small, with more the activations of a layer leave the cache.
-        return sys.maxsize if self.device.type != "cpu" else max(1, 8 * 224**2 // self.size**2)
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.prompts.tokens)
-
-    def text_features(self, copies: int | None = None) -> Tensor:
-        """Unit text features (classes, embedding); computed once if the text tower is frozen.
-
-        With `copies`, and a text tower that is not frozen: (copies, classes, embedding), see `PromptEncoder`.
-        """
-        if not self._text_frozen:
-            return self.prompts.features(copies)
-        if self._text is None:
-            with torch.no_grad():
-                self._text = self.prompts.features()
-        return self._text
-
-    def image_features(self, images: Tensor) -> Tensor:
-        """Unit image features (n, embedding) of uint8 pictures (n, 3, size, size)."""
-        x = (images.to(self.device).float() / 255 - self._mean) / self._std
-        grad = torch.no_grad() if self._image_frozen else nullcontext()
-        with grad:
-            return l2_normalize(self._model.encode_image(x))
-
-    def fitted(self, example: Example) -> Tensor:
-        """The picture as evaluation sees it, uint8 (3, size, size)."""
-        return resize_image(example.image, self.backbone)
-
-    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Cosine similarities times the backbone's logit scale (n, classes), in float32.
-
-        Also under autocast: bfloat16 would round a logit of 25 to eighths and make classes equal.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            return self.backbone.logit_scale * image_features @ text_features.T
-
-    def own_logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """As `logits`, of each image and its own text features (n, classes, embedding)."""
-        with torch.autocast(self.device.type, enabled=False):
-            return self.backbone.logit_scale * (image_features[:, None] * text_features).sum(-1)
-
-
-def augmenter(task: ClipClassifier, recipe: TrainingConfig) -> Augment:
-    """What training does to a picture (3, height, width) before the model sees it (3, size, size).
-
-    Raises:
-        TrainingError: the recipe names an augmentation that is not known.
-    """
-    if recipe.augment not in AUGMENTATIONS:
-        raise TrainingError(f"unknown augmentation {recipe.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
-    build = AUGMENTERS[recipe.augment]
-    return build(task.size) if build else partial(resize_image, backbone=task.backbone)
 
 
 def endless_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from fedsigma.common.explain import Explainer
     from fedsigma.common.sigma import Fingerprint, Layout, ParameterPartition, SigmaModel
 
-__all__ = ["EvalOutput", "TrainOutput", "Trainer", "derive_seed", "open_trainer", "release_memory"]
+__all__ = [
+    "EvalOutput",
+    "TrainOutput",
+    "Trainer",
+    "TrainerPool",
+    "derive_seed",
+    "open_trainer",
+    "release_memory",
+    "trainers",
+]
 
 Vector = NDArray[np.float32]
 NO_PRIVACY = PrivacyConfig()
@@ -109,7 +118,7 @@ class SigmaTrainer:
         # torch and open_clip take seconds to import; a server that only reads settings need not pay.
         from fedsigma.common.backbones import load_backbone
         from fedsigma.common.sigma import SigmaModel
-        from fedsigma.common.training.loop import ClipClassifier
+        from fedsigma.common.training.classifier import ClipClassifier
 
         loaded = load_backbone(backbone)
         self.parameters = sum(weight.numel() for weight in loaded.model.parameters())
@@ -135,7 +144,7 @@ class SigmaTrainer:
         seed: int,
         privacy: PrivacyConfig = NO_PRIVACY,
     ) -> TrainOutput:
-        """See `Learner.train`."""
+        """See `Trainer.train`."""
         from fedsigma.common.training.dp_sgd import DPSGDGradient
         from fedsigma.common.training.loop import train
 
@@ -156,13 +165,13 @@ class SigmaTrainer:
         return TrainOutput(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
 
     def split(self, personal: PersonalConfig | None) -> ParameterPartition:
-        """See `Learner.split`."""
+        """See `Trainer.split`."""
         if personal not in self._splits:
             self._splits[personal] = parameter_partition(self.sigma, personal)
         return self._splits[personal]
 
     def evaluate(self, shift: Vector, examples: Sequence[Any]) -> EvalOutput:
-        """See `Learner.evaluate`."""
+        """See `Trainer.evaluate`."""
         from fedsigma.common.training.loop import evaluate
         from fedsigma.common.training.metrics import score
 
@@ -176,7 +185,7 @@ class SigmaTrainer:
         return EvalOutput(scores=scores, confusion=tuple(found.confusion.flatten().tolist()))
 
     def explain(self, shift: Vector, *, heads: int = 8, words: int = 5) -> list[dict[str, Any]]:
-        """See `Learner.explain`."""
+        """See `Trainer.explain`."""
         import torch
 
         from fedsigma.common.explain import Phrases
@@ -210,26 +219,36 @@ def parameter_partition(sigma: SigmaModel, personal: PersonalConfig | None) -> P
         raise LayoutError(f"personal is {personal}: {error}") from error
 
 
-@lru_cache(maxsize=2)
-def _built(
-    build: Callable[..., Trainer],
-    backbone: str,
-    sigma: SigmaConfig,
-    classes: tuple[str, ...],
-    prompts: tuple[str, ...],
-) -> Trainer:
-    return build(backbone, sigma, classes, prompts)
+TrainerFactory = Callable[[str, SigmaConfig, tuple[str, ...], tuple[str, ...]], Trainer]
+"""Builds a trainer from the backbone's name, the adapted weights, the classes and their prompts."""
 
 
-builder: Callable[..., Trainer] = SigmaTrainer
-"""Builds a learner from backbone, selection, classes and prompts; tests put a small one here."""
+class TrainerPool:
+    """Builds trainers and keeps the ones used last: building one takes seconds.
+
+    Args:
+        factory: builds a trainer.
+        size: how many trainers are kept.
+
+    Attributes:
+        factory: builds a trainer. Trainers built by another factory are not returned.
+    """
+
+    def __init__(self, factory: TrainerFactory, size: int = 2) -> None:
+        self.factory = factory
+        self._build = lru_cache(maxsize=size)(lambda factory, *args: factory(*args))
+
+    def open(
+        self, backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
+    ) -> Trainer:
+        """The trainer for a backbone and classes, built at most once while it is kept."""
+        return self._build(self.factory, backbone, sigma, classes, prompts)
 
 
-def open_trainer(
-    backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
-) -> Trainer:
-    """Return the learner for this backbone and these classes, building it at most once per process."""
-    return _built(builder, backbone, sigma, classes, prompts)
+trainers = TrainerPool(SigmaTrainer)
+"""The trainers of this process."""
+
+open_trainer = trainers.open
 
 
 def derive_seed(seed: int, *place: str | int) -> int:

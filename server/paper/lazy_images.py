@@ -21,7 +21,7 @@ AHEAD = 64
 
 @dataclass(frozen=True)
 class LazyExample:
-    """One image of a set that is decoded on demand; see `fedsigma.common.training.loop.Example`."""
+    """One image of a set that is decoded on demand; see `fedsigma.common.training.classifier.Example`."""
 
     examples: LazyExamples
     position: int

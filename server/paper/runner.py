@@ -15,7 +15,7 @@ from fedsigma.common.config.schema import flatten
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data.records import DataError
 from fedsigma.common.data.sources.site_data import NoImages
-from fedsigma.common.training.loop import TrainingError
+from fedsigma.common.training.classifier import TrainingError
 from fedsigma.common.utils.errors import InputError
 from fedsigma.server.app import NoModel
 from fedsigma.server.federation.site_manager import TooFewSites

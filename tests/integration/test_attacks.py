@@ -15,7 +15,7 @@ from flwr.app import Message
 from fedsigma.common.wire.codec import decode, encode
 from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import Tamper
-from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from tests.integration.test_rounds import events, run, shift_of
 
 pytestmark = pytest.mark.usefixtures("fake_method")

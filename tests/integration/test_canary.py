@@ -13,8 +13,9 @@ from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 from fedsigma.common.privacy.noise import SecureRandom
+from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.dp_sgd import DPSGDGradient
-from fedsigma.common.training.loop import ClipClassifier, evaluate, train
+from fedsigma.common.training.loop import evaluate, train
 from tests.unit.test_training import task
 
 IMAGES, STEPS = 15, 60

@@ -14,7 +14,7 @@ from fedsigma.common.wire import records
 from fedsigma.common.wire.codec import decode
 from fedsigma.server.report import write_report
 from tests.helpers.fake_grid import Tamper
-from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, FakeTrainer, fake_method  # noqa: F401
 from tests.integration.test_rounds import events, run
 
 pytestmark = pytest.mark.usefixtures("fake_method")
@@ -26,7 +26,7 @@ PRIVATE = PLAIN + "privacy: {level: LEVEL, noise_multiplier: 20.0, clip_norm: 0.
 def words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the learner say a shift's length, as a share, in place of words."""
 
-    def explain(self: FakeLearner, shift: np.ndarray, *, heads: int = 8, words: int = 5) -> list[dict]:
+    def explain(self: FakeTrainer, shift: np.ndarray, *, heads: int = 8, words: int = 5) -> list[dict]:
         told = [{"phrase": f"word {n}", "g": 1.0} for n in range(words)]
         row = {
             "tower": "image",
@@ -37,7 +37,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         return [{**row, "head": head} for head in range(heads)]
 
-    monkeypatch.setattr(FakeLearner, "explain", explain, raising=False)
+    monkeypatch.setattr(FakeTrainer, "explain", explain, raising=False)
 
 
 def unwilling(*nodes: int) -> Tamper:
@@ -99,10 +99,10 @@ def test_where_no_site_is_willing_nothing_is_told_by_site(tmp_path: Path) -> Non
 def test_what_cannot_be_explained_does_not_undo_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cannot(self: FakeLearner, shift: np.ndarray, **options: int) -> list[dict]:
+    def cannot(self: FakeTrainer, shift: np.ndarray, **options: int) -> list[dict]:
         raise ExplainError("no heads here")
 
-    monkeypatch.setattr(FakeLearner, "explain", cannot)
+    monkeypatch.setattr(FakeTrainer, "explain", cannot)
     folder = run(tmp_path, PLAIN)
     assert not {"explanation", "explanation_by_site"} & folder.read_summary().keys()
     assert events(folder, "run_end")[-1]["ok"] is True

@@ -17,7 +17,7 @@ from fedsigma.common.config.study import ConfigError, StudyConfig
 from fedsigma.common.wire.records import MaskedReply, TrainTask, from_record, to_record
 from fedsigma.server.app import NoModel
 from tests.helpers.fake_grid import FakeGrid
-from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, FakeTrainer, fake_method  # noqa: F401
 from tests.integration.test_rounds import events, out, run, shift_of
 
 pytestmark = pytest.mark.usefixtures("fake_method")
@@ -90,13 +90,13 @@ def drop(node_away: int, round: int, *, attempts: int = 1) -> Any:
 def test_without_a_site_the_round_is_asked_for_again_and_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, original = [0], FakeLearner.train
+    trained, original = [0], FakeTrainer.train
 
-    def train(self: FakeLearner, *place: Any, **more: Any) -> Any:
+    def train(self: FakeTrainer, *place: Any, **more: Any) -> Any:
         trained[0] += 1
         return original(self, *place, **more)
 
-    monkeypatch.setattr(FakeLearner, "train", train)
+    monkeypatch.setattr(FakeTrainer, "train", train)
     folder = run(tmp_path, MASKED, tamper=drop(102, 2))
     assert trained[0] == 3 * len(NAMES)
     (again,) = events(folder, "masked_round_retried")

@@ -45,7 +45,8 @@ from fedsigma.common.backbones import Backbone, assemble, build_model, load_back
 from fedsigma.common.backbones.tokenizer import tokenizer_for
 from fedsigma.common.config.study import ConfigError, LocalTrainingConfig, StudyConfig
 from fedsigma.common.data.loading import Example
-from fedsigma.common.training.loop import TrainingError, accumulate_gradient, evaluate
+from fedsigma.common.training.classifier import TrainingError
+from fedsigma.common.training.loop import accumulate_gradient, evaluate
 from fedsigma.server.app import app as server
 from fedsigma.server.federation.aggregation import make_averaging
 from fedsigma.server.runs.run_dir import RunDir

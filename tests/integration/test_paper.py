@@ -24,8 +24,7 @@ from fedsigma.common.config.study import ConfigError, StudyConfig
 from fedsigma.common.data.catalog import Protocol, card, cards
 from fedsigma.common.data.records import PictureError
 from fedsigma.common.data.sources.registry import open_source
-from fedsigma.common.training import trainer as learning
-from fedsigma.common.training.trainer import EvalOutput, TrainOutput
+from fedsigma.common.training.trainer import EvalOutput, TrainOutput, trainers
 from fedsigma.server.federation import messenger
 from fedsigma.server.paper import sets
 from fedsigma.server.paper.cell import Score
@@ -36,7 +35,7 @@ from fedsigma.server.paper.runner import share_of
 from fedsigma.server.paper.sets import PublishedSet, TableSets, find_sets, published_on
 from fedsigma.server.paper.study_builder import read_overrides, steps_of, study_of
 from fedsigma.server.paper.tables import CENTRAL, TABLES, Cell, Setting, settings_of
-from tests.helpers.fake_learner import FakeLearner, HurriedTime
+from tests.helpers.fake_trainer import FakeTrainer, HurriedTime
 from tests.helpers.medmnist_files import npz
 from tests.helpers.published import stand_in
 from tests.helpers.tiny_backbones import tiny_clip
@@ -45,7 +44,7 @@ runner = CliRunner()
 BIOMEDICAL = [one.name for one in cards().values() if one.domain == "biomedical"]
 
 
-class PictureLearner(FakeLearner):
+class PictureTrainer(FakeTrainer):
     """A fake that needs the real pictures and labels: what it learns is how many images and steps it had."""
 
     made: list[tuple[int, int]] = []  # noqa: RUF012
@@ -70,12 +69,12 @@ class PictureLearner(FakeLearner):
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[int, int]]]:
-    monkeypatch.setattr(learning, "builder", PictureLearner)
+    monkeypatch.setattr(trainers, "factory", PictureTrainer)
     monkeypatch.setattr(messenger, "time", HurriedTime())
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     client_site._kept.clear()
-    PictureLearner.made = []
-    yield PictureLearner.made
+    PictureTrainer.made = []
+    yield PictureTrainer.made
     client_site._kept.clear()
 
 
@@ -374,19 +373,19 @@ def test_an_interrupted_table_goes_on_where_it_was(
         "--most-steps",
         "2",
     ]
-    plain = PictureLearner.train
+    plain = PictureTrainer.train
 
     def stopped(self: Any, *given: Any, **named: Any) -> TrainOutput:
         if len(fake) == 3:  # the first round of the first federated cell is through
             raise KeyboardInterrupt
         return plain(self, *given, **named)
 
-    monkeypatch.setattr(PictureLearner, "train", stopped)
+    monkeypatch.setattr(PictureTrainer, "train", stopped)
     code, _, wrong = paper(*args)
     assert code == 130 and "The same command goes on" in wrong
     code, told, _ = paper(*args, "--show")
     assert code == 4 and "2 of 5 cells" in told
-    monkeypatch.setattr(PictureLearner, "train", plain)
+    monkeypatch.setattr(PictureTrainer, "train", plain)
     fake.clear()
     code, told, _ = paper(*args)
     assert code == 0 and "5 of 5 cells" in told

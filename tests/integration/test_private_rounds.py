@@ -20,7 +20,7 @@ from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import TrainReply, TrainTask, from_record, to_record
 from fedsigma.server.app import NoModel
 from fedsigma.server.report import write_report
-from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from tests.integration.test_rounds import audit_of, events, out, run, shift_of
 
 pytestmark = pytest.mark.usefixtures("fake_method")

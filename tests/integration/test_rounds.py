@@ -30,7 +30,7 @@ from fedsigma.server.runs import lock
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.runs.summary import summarize_run
 from tests.helpers.fake_grid import FakeGrid, Tamper, gone
-from tests.helpers.fake_learner import IMAGES, LAYOUT, NAMES, STUDY, FakeLearner, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import IMAGES, LAYOUT, NAMES, STUDY, FakeTrainer, fake_method  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 
@@ -388,9 +388,9 @@ def test_a_round_below_min_sites_makes_no_model_and_a_run_without_model_fails(tm
 def test_a_foreign_fingerprint_is_refused_on_both_sides_with_the_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tests.helpers.fake_learner import FakeLearner
+    from tests.helpers.fake_trainer import FakeTrainer
 
-    other = FakeLearner("other", None, None, None).fingerprint.to_json()
+    other = FakeTrainer("other", None, None, None).fingerprint.to_json()
 
     def foreign(node: int, task: Message, reply: Message) -> Message:
         if node == 103 and task.metadata.message_type == "query.hello":
@@ -800,13 +800,13 @@ def test_baselines_make_the_steps_that_a_share_of_the_sites_makes(
 ) -> None:
     """With half of the sites in a round, a site alone makes half of the steps, and pooled as many as all."""
     totals: list[tuple[int, int]] = []
-    train = FakeLearner.train
+    train = FakeTrainer.train
 
-    def spied(self: FakeLearner, shift: Any, examples: Any, recipe: Any, **where: Any) -> Any:
+    def spied(self: FakeTrainer, shift: Any, examples: Any, recipe: Any, **where: Any) -> Any:
         totals.append((len(examples), where["total_steps"]))
         return train(self, shift, examples, recipe, **where)
 
-    monkeypatch.setattr(FakeLearner, "train", spied)
+    monkeypatch.setattr(FakeTrainer, "train", spied)
     study = STUDY.replace("rounds: 3", "rounds: 6, participation: 0.5").replace("zero_shot, ", "")
     run(tmp_path, study)
     steps = StudyConfig.from_yaml(study).training.local_steps

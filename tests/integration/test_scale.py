@@ -36,7 +36,7 @@ from fedsigma.server.federation.updates import UpdateBuffer, UpdateBufferError
 from fedsigma.server.federation.validation import ValidUpdate
 from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
-from tests.helpers.fake_learner import FINGERPRINT, LAYOUT, HurriedTime
+from tests.helpers.fake_trainer import FINGERPRINT, LAYOUT, HurriedTime
 
 STUDY = """
 name: scale

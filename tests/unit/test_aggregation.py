@@ -31,7 +31,7 @@ from fedsigma.server.federation.site_manager import SiteManager
 from fedsigma.server.federation.validation import ValidUpdate, aggregate_metrics
 from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid, gone
-from tests.helpers.fake_learner import FINGERPRINT, STUDY
+from tests.helpers.fake_trainer import FINGERPRINT, STUDY
 
 NAN = math.nan
 

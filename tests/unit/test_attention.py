@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.attention import Attention, by_products
-from fedsigma.common.training.loop import training_attention
+from fedsigma.common.training.attention import Attention, by_products, training_attention
 from tests.helpers.tiny import outputs, timm_clip, tiny_clip
 
 CPU = torch.device("cpu")

@@ -19,6 +19,7 @@ from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.noise import SecureRandom
 from fedsigma.common.sigma import NotSeparable, SigmaModel
 from fedsigma.common.training import dp_sgd
+from fedsigma.common.training.classifier import ClipClassifier, TrainingError, resize_image
 from fedsigma.common.training.dp_sgd import (
     DPSGDGradient,
     clipped_sum,
@@ -26,7 +27,7 @@ from fedsigma.common.training.dp_sgd import (
     gradients_one_by_one,
     separable,
 )
-from fedsigma.common.training.loop import ClipClassifier, TrainingError, resize_image, train
+from fedsigma.common.training.loop import train
 from tests.helpers.tiny import timm_clip, tiny_clip
 from tests.unit.test_training import PROMPTS, backbone, coloured, task
 

@@ -13,7 +13,7 @@ from fedsigma.client.site.error_feedback import ErrorFeedback
 from fedsigma.common.sigma import Layout
 from fedsigma.common.wire.codec import decode
 from fedsigma.common.wire.records import TrainTask, from_record
-from tests.helpers.fake_learner import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from tests.integration.test_rounds import run, shift_of
 
 pytestmark = pytest.mark.usefixtures("fake_method")

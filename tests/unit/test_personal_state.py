@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from fedsigma.client.site.personal_state import PersonalError, PersonalState, read_personal
 from fedsigma.common.config.study import ConfigError, PersonalConfig, StudyConfig
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, LayoutError, ParameterPartition
-from fedsigma.common.training import trainer as learning
-from fedsigma.common.training.trainer import parameter_partition
+from fedsigma.common.training.trainer import parameter_partition, trainers
 from fedsigma.common.wire.codec import decode
 from fedsigma.common.wire.messages import TrainReply, TrainTask
 from fedsigma.common.wire.records import from_record
 from fedsigma.server.report import write_report
 from fedsigma.server.runs.run_dir import RunDir
-from tests.helpers.fake_learner import NAMES, SIZE, STUDY, FakeLearner, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import NAMES, SIZE, STUDY, FakeTrainer, fake_method  # noqa: F401
 from tests.integration.test_masked_rounds import drop
 from tests.integration.test_rounds import events, run, shift_of
 from tests.unit.test_training import task as tiny_task
@@ -41,14 +40,14 @@ STUDY_OWN = PLAIN + "personal: {towers: [text]}\n"
 SPLIT = ParameterPartition(LAYOUT, frozenset({LAYOUT.entries[1].key}))
 
 
-class TwoEntries(FakeLearner):
+class TwoEntries(FakeTrainer):
     layout = LAYOUT
     fingerprint = FINGERPRINT
 
 
 @pytest.fixture
 def two_entries(fake_method: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(learning, "builder", TwoEntries)
+    monkeypatch.setattr(trainers, "factory", TwoEntries)
 
 
 def part(folder: Path, run: str = "0" * 16, split: ParameterPartition = SPLIT) -> PersonalState:
@@ -153,7 +152,7 @@ def test_it_is_judged_with_the_sites_own_values_and_without(tmp_path: Path) -> N
 
 
 def _tests(site: str) -> list[Any]:
-    from tests.helpers.fake_learner import load
+    from tests.helpers.fake_trainer import load
 
     return load("source", [site], name=site).test
 

@@ -41,7 +41,7 @@ from fedsigma.common.wire.records import (
     TrainTask,
 )
 from tests.helpers.fake_grid import FakeGrid
-from tests.helpers.fake_learner import FINGERPRINT, LAYOUT, STUDY, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import FINGERPRINT, LAYOUT, STUDY, fake_method  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("fake_method")
 

@@ -22,7 +22,7 @@ from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
 from fedsigma.server.trackers import TrackerError, Tracking, callback, config, parse_trackers, worker
 from fedsigma.server.trackers.base import TrackedRun
 from fedsigma.server.trackers.metric_names import final_figures, parameters, row_metrics, safe
-from tests.helpers.fake_learner import NAMES, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import NAMES, fake_method  # noqa: F401
 from tests.integration.test_rounds import events, run
 from tests.unit.test_auto_resume import FAILED, FakeControl, begin, control, studies  # noqa: F401
 from tests.unit.test_run_dir import STUDY as SMALL

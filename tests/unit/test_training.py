@@ -18,16 +18,9 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.loop import (
-    AUGMENTERS,
-    ClipClassifier,
-    TrainingError,
-    accumulate_gradient,
-    autocast,
-    evaluate,
-    resize_image,
-    train,
-)
+from fedsigma.common.training.augment import AUGMENTERS
+from fedsigma.common.training.classifier import ClipClassifier, TrainingError, autocast, resize_image
+from fedsigma.common.training.loop import accumulate_gradient, evaluate, train
 from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
 from tests.helpers.tiny import timm_clip, tiny_clip
 

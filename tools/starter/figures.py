@@ -24,7 +24,8 @@ from fedsigma.common.data.records import Source
 from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.loop import ClipClassifier, evaluate, train
+from fedsigma.common.training.classifier import ClipClassifier
+from fedsigma.common.training.loop import evaluate, train
 from fedsigma.common.training.metrics import score
 from tools.starter.package import load_trained
 

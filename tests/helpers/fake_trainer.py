@@ -16,8 +16,7 @@ from fedsigma.client.site import site as client_site
 from fedsigma.common.config.study import PrivacyConfig
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, ParameterPartition
-from fedsigma.common.training import trainer as learning
-from fedsigma.common.training.trainer import EvalOutput, TrainOutput
+from fedsigma.common.training.trainer import EvalOutput, TrainOutput, trainers
 from fedsigma.server.federation import messenger
 
 SIZE = 6
@@ -39,8 +38,8 @@ baselines: [zero_shot, local_only, pooled]
 """
 
 
-class FakeLearner:
-    """See `fedsigma.common.training.trainer.Learner`."""
+class FakeTrainer:
+    """See `fedsigma.common.training.trainer.Trainer`."""
 
     side = 32
     parameters = 1000
@@ -113,7 +112,7 @@ class HurriedTime:
 @pytest.fixture
 def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """Put the fake learner and fake images in place of the real ones."""
-    monkeypatch.setattr(learning, "builder", FakeLearner)
+    monkeypatch.setattr(trainers, "factory", FakeTrainer)
     monkeypatch.setattr(site_data, "simulated_sites", parts)
     monkeypatch.setattr(site_data, "load_site", load)
     monkeypatch.setattr(site_data, "check_pictures", lambda *place: "")
