@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.common.training.attention import Attention
-from fedsigma.common.training.classifier import computes_bfloat16
+from fedsigma.common.training.attention import BatchedAttention
+from fedsigma.common.training.classifier import supports_bfloat16
 
 # Images (or prompts) at once, tokens, heads of width 64.
 SHAPES = {
@@ -43,7 +43,7 @@ def fused(qkv: Tensor, heads: int) -> Tensor:
 
 def products(qkv: Tensor, heads: int) -> Tensor:
     """FedSigma's."""
-    return Attention.apply(qkv, heads, None)
+    return BatchedAttention.apply(qkv, heads, None)
 
 
 FORMS: dict[str, Form] = {"fused": fused, "products": products}
@@ -84,7 +84,7 @@ def main() -> None:
     p.add_argument("--json", type=Path)
     a = p.parse_args()
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    native = computes_bfloat16(torch.device("cpu"))
+    native = supports_bfloat16(torch.device("cpu"))
     print(f"bfloat16 in the processor: {'yes' if native else 'no'}; threads: {torch.get_num_threads()}")
     print(f"{'':28}{'fused ms':>10}{'products':>10}{'speed-up':>10}{'error of fused':>16}{'of products':>13}")
     for kind in (torch.bfloat16, torch.float32):

@@ -37,7 +37,7 @@ from fedsigma.common.privacy.accounting import calibrate_noise_multiplier, sampl
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.classifier import ClipClassifier, autocast
 from fedsigma.common.training.dp_sgd import DPSGDGradient
-from fedsigma.common.training.loop import Gradient, batch_gradient
+from fedsigma.common.training.loop import GradientStep, batch_gradient
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
 
@@ -101,7 +101,7 @@ def steps(size: int, precision: str, towers: tuple[str, ...]) -> dict[str, plain
         task = ClipClassifier(plain_step.backbone(model), sigma, plain_step.PROMPTS, device="cpu")
         examples = pictures(size)
         # With as many examples as the batch has on average, each is taken in every step.
-        gradient: Gradient = (
+        gradient: GradientStep = (
             batch_gradient(task, examples, recipe, seed=1)
             if form == "plain"
             else DPSGDGradient(task, examples, recipe, PRIVACY)

@@ -55,12 +55,12 @@ def prepare(out: Path) -> Path:
     layout, weights = find_layout(model), weights_digest(model)
     path = cache_path(out / "cache", weights, layout)
     if not path.exists():
-        triples = []
+        svds = []
         for entry in layout.entries:
             rows, columns = entry.rows[1] - entry.rows[0], model.get_parameter(entry.weight).shape[1]
             shapes = ((rows, entry.size), (entry.size,), (entry.size, columns))
-            triples.append(SVD(*(torch.randn(shape) for shape in shapes)))
-        Basis(layout, tuple(triples), Fingerprint.of(weights, layout, triples)).save(path)
+            svds.append(SVD(*(torch.randn(shape) for shape in shapes)))
+        Basis(layout, tuple(svds), Fingerprint.compute(weights, layout, svds)).save(path)
     return folder
 
 

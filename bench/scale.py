@@ -138,10 +138,10 @@ def upload(out: Path, codec: str, number: int) -> Path:
 
 def record(out: Path, codecs: Iterable[str], count: int) -> None:
     """Write the layout of ViT-B/16 and so many coded changes a level, as far as they are not there."""
-    from fedsigma.common.backbones.load import count_backbone
+    from fedsigma.common.backbones.load import load_meta_model
     from fedsigma.common.sigma import find_layout
 
-    layout = find_layout(count_backbone(ARCHITECTURE))
+    layout = find_layout(load_meta_model(ARCHITECTURE))
     (out / "layout.json").write_text(layout.to_json(), encoding="utf-8")
     for codec in codecs:
         for number in range(count):

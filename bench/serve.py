@@ -49,7 +49,7 @@ from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.ops.web import listening, server
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.classifier import autocast, computes_bfloat16
+from fedsigma.common.training.classifier import autocast, supports_bfloat16
 
 CLASSES = ["neutrophil", "lymphocyte", "monocyte", "eosinophil"]
 CPU = torch.device("cpu")
@@ -248,7 +248,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--images", type=int, default=256, help="sent by HTTP")
     p.add_argument("--clients", type=int, default=8)
     p.add_argument("--per-request", type=int, default=1)
-    auto = "bfloat16" if computes_bfloat16(CPU) else "float32"
+    auto = "bfloat16" if supports_bfloat16(CPU) else "float32"
     p.add_argument("--precision", choices=["float32", "bfloat16"], default=auto, help="of both")
     p.add_argument("--json", type=Path)
     return p.parse_args()

@@ -37,7 +37,7 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.sigma import Basis, SigmaModel, cached_basis, default_cache_dir, find_layout
 from fedsigma.common.sigma.basis import SVD
 from fedsigma.common.training.attention import training_attention
-from fedsigma.common.training.classifier import ClipClassifier, autocast, computes_bfloat16
+from fedsigma.common.training.classifier import ClipClassifier, autocast, supports_bfloat16
 from fedsigma.common.training.loop import accumulate_gradient
 from fedsigma.common.training.prompts import PromptEncoder
 
@@ -63,11 +63,11 @@ Step = Callable[[Tensor, Tensor], float]
 class FactoredLinear(nn.Module):
     """The paper's form of a linear layer: y = U (s * (V^T x)) + b."""
 
-    def __init__(self, triple: SVD, bias: Tensor | None) -> None:
+    def __init__(self, svd: SVD, bias: Tensor | None) -> None:
         super().__init__()
-        self.u = nn.Parameter(triple.u.clone(), requires_grad=False)
-        self.vh = nn.Parameter(triple.vh.clone(), requires_grad=False)
-        self.s = nn.Parameter(triple.s.clone())
+        self.u = nn.Parameter(svd.u.clone(), requires_grad=False)
+        self.vh = nn.Parameter(svd.vh.clone(), requires_grad=False)
+        self.s = nn.Parameter(svd.s.clone())
         self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,11 +78,11 @@ class FactoredLinear(nn.Module):
 class FactoredAttention(nn.Module):
     """Multi-head attention with separate factored q, k, v and o; called as open_clip calls its own."""
 
-    def __init__(self, plain: nn.MultiheadAttention, triples: list[SVD]) -> None:
+    def __init__(self, plain: nn.MultiheadAttention, svds: list[SVD]) -> None:
         super().__init__()
         biases = [*plain.in_proj_bias.detach().chunk(3), plain.out_proj.bias.detach()]
         self.heads = plain.num_heads
-        self.q, self.k, self.v, self.o = (FactoredLinear(t, b) for t, b in zip(triples, biases, strict=True))
+        self.q, self.k, self.v, self.o = (FactoredLinear(t, b) for t, b in zip(svds, biases, strict=True))
 
     def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: bool) -> tuple[Tensor]:
         """Attention over x (batch, length, width); the other arguments are open_clip's."""
@@ -96,20 +96,20 @@ class FactoredAttention(nn.Module):
 
 def papers_form(model: nn.Module, basis: Basis) -> nn.Module:
     """Replace each adapted layer of a plain CLIP by the paper's form."""
-    triples: dict[str, list[SVD]] = {}
-    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
-        triples.setdefault(entry.weight.partition("resblocks.")[0] + str(entry.layer), []).append(triple)
+    svds: dict[str, list[SVD]] = {}
+    for entry, svd in zip(basis.layout.entries, basis.svds, strict=True):
+        svds.setdefault(entry.weight.partition("resblocks.")[0] + str(entry.layer), []).append(svd)
     model.requires_grad_(False)
     for prefix, blocks in (
         ("visual.transformer.", model.visual.transformer.resblocks),
         ("transformer.", model.transformer.resblocks),
     ):
         for number, block in enumerate(blocks):
-            q, k, v, o, fc, proj = triples[f"{prefix}{number}"]
+            q, k, v, o, fc, proj = svds[f"{prefix}{number}"]
             block.attn = FactoredAttention(block.attn, [q, k, v, o])
-            for name, triple in (("c_fc", fc), ("c_proj", proj)):
+            for name, svd in (("c_fc", fc), ("c_proj", proj)):
                 plain = getattr(block.mlp, name)
-                setattr(block.mlp, name, FactoredLinear(triple, plain.bias.detach()))
+                setattr(block.mlp, name, FactoredLinear(svd, plain.bias.detach()))
     # open_clip asks this weight for the type to compute in.
     for transformer in (model.visual.transformer, model.transformer):
         transformer.get_cast_dtype = lambda: torch.float32
@@ -256,7 +256,7 @@ def compare_evaluation(precision: str, size: int, rounds: int) -> float:
         plain.encode_image(images)  # warms up
         for _ in range(rounds):
             seconds = {"plain": 0.0, "sigma": 0.0}
-            with adapted.frozen() as model:
+            with adapted.inference_mode() as model:
                 for form in ("plain", "sigma", "sigma", "plain") * 4:
                     of = plain if form == "plain" else model
                     seconds[form] += timed(lambda m=of: m.encode_image(images))
@@ -325,7 +325,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     a = arguments()
-    native = computes_bfloat16(torch.device("cpu"))
+    native = supports_bfloat16(torch.device("cpu"))
     auto = "bfloat16" if native else "float32"
     ours, papers = (auto if p == "auto" else p for p in (a.ours, a.precision))
     forms = {"sigma": ("sigma", ours), "paper": ("paper", papers)}

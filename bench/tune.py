@@ -29,7 +29,7 @@ from fedsigma.common.data.sources.site_data import simulated_sites
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.loop import evaluate, train
-from fedsigma.common.training.metrics import Predictions, score
+from fedsigma.common.training.metrics import Predictions, compute_metrics
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire.records import StudySpec
 
@@ -71,7 +71,7 @@ def judge(task: ClipClassifier, shift: Tensor, sites: Sites) -> dict[str, Predic
 
 def accuracy(found: dict[str, Predictions]) -> float:
     """Pooled accuracy."""
-    return score(Predictions.join(list(found.values()))).accuracy or 0.0
+    return compute_metrics(Predictions.concatenate(list(found.values()))).accuracy or 0.0
 
 
 @dataclass

@@ -104,13 +104,13 @@ def coders(layout: Layout, changes: list[np.ndarray]) -> dict[str, float]:
     """Bits a value of the integers of level small at its finest step, by coder; the mean over the changes."""
     found: dict[str, list[float]] = {"entropy": [], "zstandard": []}
     for number, change in enumerate(changes):
-        payload = quantization.pack(change, layout.blocks, number, fraction=SMALL_STEP)
-        raw = np.frombuffer(zstandard.decompress(payload[9 + len(layout.blocks) :]), np.uint8)
+        payload = quantization.pack(change, layout.entry_sizes, number, fraction=SMALL_STEP)
+        raw = np.frombuffer(zstandard.decompress(payload[9 + len(layout.entry_sizes) :]), np.uint8)
         symbols = np.stack([raw >> 4, raw & 15], 1).ravel() if payload[8] == 4 else raw
         _, index, counts = np.unique(symbols, return_inverse=True, return_counts=True)
         shares = counts / counts.sum()
         found["entropy"].append(float(-(shares * np.log2(shares)).sum()))
-        found["zstandard"].append(8 * (len(payload) - 9 - len(layout.blocks)) / layout.size)
+        found["zstandard"].append(8 * (len(payload) - 9 - len(layout.entry_sizes)) / layout.size)
         try:
             import constriction
         except ModuleNotFoundError:

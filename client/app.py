@@ -118,7 +118,7 @@ def _hello(site: Site, task: HandshakeRequest, *, context: Context) -> Handshake
         return _no_part(site.name, "protocol", sites=site.sites)
     mine = site.trainer(task.study).fingerprint
     # The server compares, too, and decides; this is how the site's own people learn why.
-    difference = Fingerprint.from_json(task.fingerprint).compare(mine)
+    difference = Fingerprint.from_json(task.fingerprint).describe_mismatch(mine)
     if difference:
         log.error("this site takes no part in study '%s': %s", task.study.name, difference)
     member = None
@@ -158,7 +158,7 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
         with masker.held():  # from what was answered before to the answer
             return _train_masked(site, task, masker, context)
     learner = site.trainer(task.study)
-    images = site.images(task.study, side=learner.side)
+    images = site.images(task.study, side=learner.image_side)
     _spend_of_site(site, task, context)
     epsilon = _spend(site, task, images, context)
     before, learned, change = _work(site, task, learner, images)
@@ -183,7 +183,7 @@ def _train_masked(
     _spend_of_site(site, task, context)  # each cohort that is answered gets noise of its own, so each counts
     if (known := masker.trained()) is None:
         learner = site.trainer(task.study)
-        images = site.images(task.study, side=learner.side)
+        images = site.images(task.study, side=learner.image_side)
         _spend(site, task, images, context)
         before, learned, change = _work(site, task, learner, images)
         counts = counts_of(
@@ -226,10 +226,10 @@ def _work(
     Where some of the shift is personal, the site's own values are judged and trained with the shared ones,
     and stay: the change is that of the shared ones.
     """
-    split = learner.split(task.study.personal_config)
+    split = learner.partition(task.study.personal_config)
     personal = site.personal(task.study, learner, run=task.run)
     own = personal.start(task.round if task.mode == "round" else 1)
-    shift = split.scatter(decode(task.shift, split.shared), own)
+    shift = split.combine(decode(task.shift, split.shared), own)
     test = images.test if task.evaluate else []
     if test:
         site.charge_evaluation(task.study, 1)
@@ -245,13 +245,13 @@ def _work(
         privacy=task.privacy,
     )
     if split.personal_size and task.mode == "round":
-        personal.keep(own, split.personal(learned.shift), round=task.round)
-    return before, learned, split.gather(learned.shift - shift)
+        personal.keep(own, split.personal_values(learned.shift), round=task.round)
+    return before, learned, split.shared_values(learned.shift - shift)
 
 
 def _coded(site: Site, task: TrainTask, learner: Trainer, change: Vector, feedback: ErrorFeedback) -> bytes:
     """Code a change together with what coding lost of the last one, and remember what it loses now."""
-    layout = learner.split(task.study.personal_config).shared
+    layout = learner.partition(task.study.personal_config).shared
     seed = derive_seed(task.study.seed, site.name, task.mode, task.round, "codec")
     if task.mode == "round":
         change = change + feedback.residual(layout, before=task.round)
@@ -271,10 +271,10 @@ def _class_counts(site: Site, task: TrainTask, examples: list[Any]) -> tuple[int
 def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     site.check_study(task.study)
     learner = site.trainer(task.study)
-    images = site.images(task.study, side=learner.side)
-    split = learner.split(task.study.personal_config)
+    images = site.images(task.study, side=learner.image_side)
+    split = learner.partition(task.study.personal_config)
     own = site.personal(task.study, learner, run=task.run).now() if task.personal else None
-    shifts = [split.scatter(decode(data, split.shared), own) for data in task.shifts]
+    shifts = [split.combine(decode(data, split.shared), own) for data in task.shifts]
     if images.test:
         site.charge_evaluation(task.study, len(shifts))
     judged = [_judge(learner, shift, images.test) for shift in shifts]
@@ -287,11 +287,11 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
 
 def _judge(learner: Trainer, shift: Vector, examples: list[Any]) -> EvalOutput:
     """Evaluate a shift; without test images, nothing is known."""
-    return learner.evaluate(shift, examples) if examples else EvalOutput(scores={}, confusion=())
+    return learner.evaluate(shift, examples) if examples else EvalOutput(metrics={}, confusion=())
 
 
 def _told(judged: EvalOutput, examples: list[Any]) -> Evaluation:
-    return Evaluation.of(judged.scores, len(examples))
+    return Evaluation.of(judged.metrics, len(examples))
 
 
 def _use_one_thread_per_cpu(context: Context) -> None:

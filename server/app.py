@@ -102,8 +102,8 @@ def _work(
     started = time.monotonic()
     _check_pictures(folder, study)
     learner = open_trainer(study.backbone, study.sigma, study.classes, study.prompts)
-    split = learner.split(study.personal)
-    folder.log_event("model_ready", parameters=learner.parameters, values=split.shared.size)
+    split = learner.partition(study.personal)
+    folder.log_event("model_ready", parameters=learner.parameter_count, values=split.shared.size)
     shift, done = _zero(split), 0
     if resumed:
         shift, done = checkpoint.latest(
@@ -219,7 +219,7 @@ def _results(
 ) -> dict[str, Any]:
     """Judge the final model and the study's baselines, and write the summary after each of them."""
     last = study.federation.rounds + 1
-    split = learner.split(study.personal)
+    split = learner.partition(study.personal)
     wanted, judged = {"shared_only": shift}, {}
     if "zero_shot" in study.baselines:
         judged["zero_shot"] = _first_round(folder)
@@ -314,9 +314,9 @@ def _explain(
     What cannot be explained does not undo the run.
     """
     try:
-        summary["explanation"] = learner.explain(split.scatter(shift))
+        summary["explanation"] = learner.explain(split.combine(shift))
         if by_site := {
-            site: learner.explain(split.scatter(one), heads=OWN_HEADS, words=OWN_WORDS) for site, one in own
+            site: learner.explain(split.combine(one), heads=OWN_HEADS, phrases=OWN_WORDS) for site, one in own
         }:
             summary["explanation_by_site"] = by_site
     except Exception as error:

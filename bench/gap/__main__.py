@@ -121,7 +121,7 @@ class Bench:
         if cell.method == "product":
             return by_product(study, steps=self.steps, sites=self.count)
         task = task_for(cell.study)
-        sites = images(study, cell.part, task.size * 3 // 2)
+        sites = images(study, cell.part, task.image_size * 3 // 2)
         train = {name: given for name, (given, _) in sites.items() if given}
         held = [e for _, part in sites.values() for e in part]
         if cell.method == "zero-shot":
@@ -193,7 +193,7 @@ def class_table(bench: Bench, study: str, seed: int, part: str) -> str:
     """Training images by site and class, and how many there are to judge by."""
     made = bench.study(study, seed)
     lines = [f"{study}, seed {seed}, {part}: training images by class; images to judge by"]
-    for name, (given, held) in images(made, part, task_for(study).size * 3 // 2).items():
+    for name, (given, held) in images(made, part, task_for(study).image_size * 3 // 2).items():
         counts = Counter(e.label for e in given)
         row = " ".join(f"{counts[c]:3d}" for c in range(len(made.classes)))
         lines.append(f"  {name:16s} {row}   {len(held)}")

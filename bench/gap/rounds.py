@@ -13,7 +13,7 @@ from bench.gap.ways import Server, Way, direction_factors, image_tower, matrices
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import cosine_decay
 from fedsigma.common.training.attention import training_attention
-from fedsigma.common.training.augment import augmenter
+from fedsigma.common.training.augment import build_augmentation
 from fedsigma.common.training.classifier import ClipClassifier, Example, autocast
 from fedsigma.common.training.loop import endless_batches, evaluate, train
 from fedsigma.common.training.trainer import derive_seed
@@ -55,14 +55,14 @@ def site_offsets(counts: Tensor, adjust: float, pseudo: float) -> Tensor:
 
 def make_site(task: ClipClassifier, name: str, examples: Sequence[Example], way: Way) -> Site:
     """A site under a candidate's loss; the zero-shot model's answers are computed once."""
-    counts = torch.bincount(torch.tensor([e.label for e in examples]), minlength=task.classes)
+    counts = torch.bincount(torch.tensor([e.label for e in examples]), minlength=task.class_count)
     lacks = counts == 0
     scale = torch.where(lacks, way.absent, 1.0)
     teacher = None
     if way.distil:
         task.sigma.set_shift(torch.zeros(task.sigma.layout.size))
         teacher = evaluate(task, list(examples)).probabilities
-    offsets = site_offsets(counts, way.adjust, way.pseudo) if way.adjust else torch.zeros(task.classes)
+    offsets = site_offsets(counts, way.adjust, way.pseudo) if way.adjust else torch.zeros(task.class_count)
     return Site(name, examples, offsets, scale, lacks, teacher)
 
 
@@ -124,7 +124,7 @@ def add_gradient(
 ) -> float:
     """As `training.accumulate_gradient`, of the weighted sum of a candidate's losses."""
     total, start = 0.0, 0
-    with task.sigma.accumulating(), training_attention(task.backbone.model, precision, task.device):
+    with task.sigma.accumulate_gradients(), training_attention(task.backbone.model, precision, task.device):
         with autocast(precision, task.device):
             text = task.text_features()
         leaf = text.detach().requires_grad_(text.requires_grad)
@@ -190,11 +190,11 @@ class Federation:
         self.total = study.training.local_steps * study.federation.rounds
         self.rounds = 0
         self.recipe = replace(study.training, learning_rate=way.rate, proximal=way.proximal)
-        self.augment = augmenter(task, self.recipe)
+        self.augment = build_augmentation(task, self.recipe)
         layout = task.sigma.layout
         factors = torch.ones(layout.size)
         if way.power:
-            factors = direction_factors(layout, [t.s.float() for t in task.sigma.basis.triples], way.power)
+            factors = direction_factors(layout, [t.s.float() for t in task.sigma.basis.svds], way.power)
         if way.frozen_text:
             factors = factors * image_tower(layout)
         self.server = Server(way, factors, matrices(layout))

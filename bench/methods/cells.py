@@ -20,7 +20,7 @@ from bench.methods.studies import find_study
 from bench.tune import validation_sites
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.training.classifier import Example, TrainingError, computes_bfloat16
+from fedsigma.common.training.classifier import Example, TrainingError, supports_bfloat16
 
 __all__ = ["MOST_RATES", "Cell", "Cells", "Plan", "grid", "recipe_of"]
 
@@ -94,7 +94,7 @@ class Cells:
 
     def keep(self, cell: Keyed, figures: Mapping[str, Any], recipe: str) -> None:
         """Write the figures of a cell, with what they were computed in."""
-        native = computes_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        native = supports_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         told = {**figures, "recipe": recipe, "precision": "bfloat16" if native else "float32"}
         with closing(self._open()) as database, database:
             database.execute("INSERT OR REPLACE INTO cells VALUES (?, ?)", (cell.key, json.dumps(told)))

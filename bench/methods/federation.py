@@ -119,7 +119,7 @@ def study_sites(study: StudyConfig, side: int) -> dict[str, SiteData]:
 def accuracy(method: Method, state: State, sites: Mapping[str, Sequence[Example]]) -> dict[str, float]:
     """Accuracy at each site that has images to judge, and over all images as `all`."""
     found = {name: method.evaluate(state, held) for name, held in sites.items() if held}
-    told = {**found, "all": Predictions.join(list(found.values()))}
+    told = {**found, "all": Predictions.concatenate(list(found.values()))}
     return {name: _right(one) / len(one.labels) for name, one in told.items()}
 
 

@@ -135,7 +135,7 @@ class _CacheTask(_Head):
         zero_shot = super().logits(image_features, text_features)
         with torch.autocast(self.device.type, enabled=False):
             near = (self.beta * (image_features @ self.tuning.current["keys"].T - 1)).exp()
-            return zero_shot + self.alpha * near @ F.one_hot(self.labels, self.classes).float()
+            return zero_shot + self.alpha * near @ F.one_hot(self.labels, self.class_count).float()
 
 
 class TipAdapter(Tuned):
@@ -164,7 +164,7 @@ class TipAdapter(Tuned):
         )
         with torch.no_grad(), autocast("auto", plain.device):
             batches = [examples[i : i + 64] for i in range(0, len(examples), 64)]
-            keys = [plain.image_features(torch.stack([plain.fitted(e) for e in batch])) for batch in batches]
+            keys = [plain.image_features(torch.stack([plain.resize(e) for e in batch])) for batch in batches]
         self._tuning = Tuning(self._backbone.model, {"keys": torch.cat(keys)})
         self.task = task = _CacheTask(self._backbone, self._tuning, self._prompts)
         task.labels = torch.tensor([example.label for example in examples])

@@ -92,16 +92,16 @@ class Tuning:
             self.shift.copy_(_flat({name: state[name] for name in self._shapes}))
 
     @contextmanager
-    def frozen(self) -> Iterator[nn.Module]:
-        """As `SigmaModel.frozen`."""
+    def inference_mode(self) -> Iterator[nn.Module]:
+        """As `SigmaModel.inference_mode`."""
         with torch.no_grad():
             tensors = self._split(self.shift)
             with self._seen(tensors, self._weights(tensors)):
                 yield self.model
 
     @contextmanager
-    def accumulating(self) -> Iterator[nn.Module]:
-        """As `SigmaModel.accumulating`: weights are made once, and gradients gather on what is seen."""
+    def accumulate_gradients(self) -> Iterator[nn.Module]:
+        """As `SigmaModel.accumulate_gradients`: weights are computed once and gradients add up on them."""
         tensors = self._split(self.shift)
         weights = self._weights(tensors)
         made = [*tensors.values(), *weights.values()]

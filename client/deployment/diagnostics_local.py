@@ -82,7 +82,7 @@ def _dry_round(site: SiteHome, policy: SitePolicy) -> str:
         )
     classes = tuple(sorted({str(record.label) for record in source.records if record.label is not None}))
     learner = open_trainer(next(iter(policy.backbones.values())), SigmaConfig(), classes, classes)
-    examples = load_examples(source, records, classes, side=learner.side)
+    examples = load_examples(source, records, classes, side=learner.image_side)
     zero = np.zeros(learner.layout.size, np.float32)
     recipe = LocalTrainingConfig(batch_size=len(examples))
     done = learner.train(zero, examples, recipe, first_step=0, steps=1, total_steps=1, seed=0)

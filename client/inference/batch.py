@@ -157,7 +157,7 @@ def predict(
                 means.add(view, row)
             batch.clear()
 
-    with restored.sigma.frozen():
+    with restored.sigma.inference_mode():
         for name in track(names, "judging", disable=not progress):
             for view in views(restored, folder, [name], unreadable):
                 batch.append(view)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError, labelled, to_judge
 from fedsigma.common.data.records import Source
 from fedsigma.common.training.loop import evaluate
-from fedsigma.common.training.metrics import Predictions, score
+from fedsigma.common.training.metrics import Predictions, compute_metrics
 from fedsigma.common.utils.files import write_whole
 
 __all__ = ["Calibration", "calibrate", "fit_temperature", "scaled"]
@@ -137,8 +137,8 @@ def calibrate(restored: LoadedModel, source: Source) -> Calibration:
     return Calibration(
         temperature=temperature,
         images=len(examples),
-        before=score(found).scalars()["ece"],
-        after=score(after).scalars()["ece"],
+        before=compute_metrics(found).to_dict()["ece"],
+        after=compute_metrics(after).to_dict()["ece"],
         study=restored.study.name,
         round=restored.saved.round,
     )

@@ -11,7 +11,7 @@ from fedsigma.common.registry import ModelError
 from fedsigma.common.registry.shift_file import SavedShift
 from fedsigma.common.registry.task_arithmetic import combine
 from fedsigma.common.training.loop import evaluate
-from fedsigma.common.training.metrics import score
+from fedsigma.common.training.metrics import compute_metrics
 
 __all__ = ["Point", "curve"]
 
@@ -46,4 +46,4 @@ def curve(
         own = factor if other is None else 1 - factor
         ends = [(restored.saved, own), *([(other, factor)] if other is not None else [])]
         restored.sigma.set_shift(combine(ends).shift)
-        yield Point(factor, score(evaluate(task, examples)).scalars())
+        yield Point(factor, compute_metrics(evaluate(task, examples)).to_dict())

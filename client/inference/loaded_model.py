@@ -83,7 +83,7 @@ def load_model(path: Path, backbone: str | None = None, personal: Path | None = 
     study = StudyConfig.from_yaml(saved.study_yaml, where=f"the study in {path}")
     loaded = load_backbone(backbone or study.backbone)
     sigma = SigmaModel.adapt(loaded.model, study.sigma)
-    problem = Fingerprint.from_json(saved.fingerprint_json).compare(sigma.fingerprint)
+    problem = Fingerprint.from_json(saved.fingerprint_json).describe_mismatch(sigma.fingerprint)
     if problem is None and saved.shift.numel() != sigma.layout.size:
         problem = f"it has {saved.shift.numel()} values, this layout {sigma.layout.size}"
     if problem:
@@ -105,13 +105,13 @@ def _with_personal(
     import torch
 
     from fedsigma.client.site.personal_state import read_personal
-    from fedsigma.common.training.trainer import parameter_partition
+    from fedsigma.common.training.trainer import make_partition
 
     if study.personal is None:
         raise ModelLoadError(f"study '{study.name}' keeps nothing at the sites: leave --personal out")
-    split = parameter_partition(sigma, study.personal)
+    split = make_partition(sigma, study.personal)
     last, _, own = read_personal(file, split, sigma.fingerprint, study=study.name, run=saved.run)
-    return torch.from_numpy(split.scatter(split.gather(saved.shift.numpy()), own)), last
+    return torch.from_numpy(split.combine(split.shared_values(saved.shift.numpy()), own)), last
 
 
 def labelled(restored: LoadedModel, source: Source) -> list[Record]:

@@ -45,7 +45,7 @@ class Predictor:
 
     Args:
         restored: the model. If its shift is merged, judging costs what the plain model does; if not, enter
-            `restored.sigma.frozen()` around several calls.
+            `restored.sigma.inference_mode()` around several calls.
         temperature: of the probabilities, from a calibration; 1 leaves them as they are.
         least: below this probability of its first class an image is not judged.
         precision: "auto", "float32" or "bfloat16".
@@ -63,7 +63,7 @@ class Predictor:
         self.temperature, self.least = temperature, least
         self._precision = precision
         self._task = ClipClassifier(restored.backbone, restored.sigma, list(restored.study.prompts))
-        with restored.sigma.frozen(), autocast(precision, self._task.device):
+        with restored.sigma.inference_mode(), autocast(precision, self._task.device):
             self._text = self._task.text_features().detach()
 
     def probabilities(self, images: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Predictor:
         Raises:
             ApplyError: one is not a number.
         """
-        with self._task.sigma.frozen(), autocast(self._precision, self._task.device):
+        with self._task.sigma.inference_mode(), autocast(self._precision, self._task.device):
             logits = self._task.logits(self._task.image_features(images), self._text)
             found = logits.softmax(1).cpu()
         if not bool(torch.isfinite(found).all()):

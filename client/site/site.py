@@ -145,7 +145,7 @@ class Site:
             self.personal_path,
             study=setup.name,
             run=run,
-            split=learner.split(setup.personal_config),
+            split=learner.partition(setup.personal_config),
             fingerprint=learner.fingerprint,
         )
 

@@ -10,12 +10,12 @@ from fedsigma.common.backbones.build import (
     Backbone,
     Preprocessing,
     assemble,
+    build_meta_model,
     build_model,
-    count_model,
 )
-from fedsigma.common.backbones.bundle import export_merged, open_folder, save_backbone
+from fedsigma.common.backbones.bundle import export_merged, load_folder, save_backbone
 from fedsigma.common.backbones.download import convert, fetch
-from fedsigma.common.backbones.load import count_backbone, load_backbone, starter_folder
+from fedsigma.common.backbones.load import load_backbone, load_meta_model, starter_folder
 from fedsigma.common.backbones.spec import BackboneError, BackboneName, parse_name
 
 __all__ = [
@@ -24,14 +24,14 @@ __all__ = [
     "BackboneName",
     "Preprocessing",
     "assemble",
+    "build_meta_model",
     "build_model",
     "convert",
-    "count_backbone",
-    "count_model",
     "export_merged",
     "fetch",
     "load_backbone",
-    "open_folder",
+    "load_folder",
+    "load_meta_model",
     "parse_name",
     "save_backbone",
     "starter_folder",

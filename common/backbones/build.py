@@ -33,7 +33,7 @@ class Preprocessing:
     resize_mode: str = "shortest"
 
     @classmethod
-    def read(cls, values: Mapping[str, Any], where: str) -> Preprocessing:
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Preprocessing:
         """Check a `preprocess_cfg`; nothing that decides the input's values is guessed.
 
         Raises:
@@ -58,7 +58,7 @@ class Preprocessing:
                     f"{where}: preprocess_cfg.{key} is {value!r}, expected {' or '.join(known)}"
                 )
         return cls(
-            size=square(values["size"], f"{where}: preprocess_cfg.size"),
+            size=parse_square_size(values["size"], f"{where}: preprocess_cfg.size"),
             mean=mean,
             std=std,
             interpolation=str(values["interpolation"]),
@@ -127,7 +127,7 @@ def assemble(
         BackboneError: the picture size of the preprocessing is not the model's.
     """
     model = model.float().eval().requires_grad_(False)  # first: the size is tried with a float32 picture
-    size = image_size(model, name)
+    size = get_image_size(model, name)
     if preprocessing.size != size:
         raise BackboneError(
             f"{name}: preprocess_cfg.size is {preprocessing.size}, but the model takes {size} pixels: "
@@ -203,13 +203,13 @@ def build_model(model_cfg: Mapping[str, Any], where: str = "backbone") -> nn.Mod
         ) from error
 
 
-def count_model(model_cfg: Mapping[str, Any], where: str = "backbone") -> nn.Module:
+def build_meta_model(model_cfg: Mapping[str, Any], where: str = "backbone") -> nn.Module:
     """The same model without storage for its weights: for counting, in a moment and at any size."""
     with torch.device("meta"):
         return build_model(model_cfg, where)
 
 
-def fill(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict in open_clip's or a known third form; every weight must match in name and shape.
 
     Unlike open_clip's own loader this never interpolates a positional embedding: a checkpoint of another
@@ -247,7 +247,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     model.load_state_dict(state, assign=True)
 
 
-def fill_from_file(model: nn.Module, path: Path, where: str) -> None:
+def load_weights_file(model: nn.Module, path: Path, where: str) -> None:
     """`fill` from a safetensors file, memory-mapped: float32 weights are shared between processes.
 
     Writing to a weight copies its pages. The file must not be changed in place while a model uses it.
@@ -262,21 +262,21 @@ def fill_from_file(model: nn.Module, path: Path, where: str) -> None:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise BackboneError(f"{where}: {path} cannot be read as safetensors ({error})") from error
-    fill(model, state, where)
+    load_weights(model, state, where)
 
 
-def image_size(model: nn.Module, where: str) -> int:
+def get_image_size(model: nn.Module, where: str) -> int:
     """The side of the pictures that a model takes.
 
     Raises:
         BackboneError: they are not square, or configuration and image tower disagree.
     """
     visual: Any = model.visual
-    side = square(visual.image_size, f"{where}: the model's image size")
+    side = parse_square_size(visual.image_size, f"{where}: the model's image size")
     # open_clip does not hand vision_cfg.image_size to timm, whose own fixed size decides.
     trunk: Any = getattr(visual, "trunk", None)
     fixed = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
-    own = side if fixed is None else square(fixed, f"{where}: the image tower's own size")
+    own = side if fixed is None else parse_square_size(fixed, f"{where}: the image tower's own size")
     if own != side and not _takes(trunk, side):
         raise BackboneError(
             f"{where}: vision_cfg.image_size is {side}, but its timm image tower takes {own} pixels"
@@ -304,7 +304,7 @@ def _takes(trunk: nn.Module, side: int) -> bool:
     return True
 
 
-def square(size: Any, what: str) -> int:
+def parse_square_size(size: Any, what: str) -> int:
     """One number for a square size given as a number or a pair.
 
     Raises:

@@ -23,10 +23,10 @@ from fedsigma.common.backbones.build import (
     assemble,
     build_model,
     check_model_cfg,
-    fill_from_file,
+    load_weights_file,
 )
 from fedsigma.common.backbones.spec import BackboneError
-from fedsigma.common.backbones.tokenizer import PROBE, LaterTokenizer, tokenizer_for
+from fedsigma.common.backbones.tokenizer import PROBE, LazyTokenizer, load_tokenizer
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -75,7 +75,7 @@ class Manifest:
         return manifest
 
 
-def open_folder(folder: Path, *, name: str = "", weights: bool = True) -> Backbone:
+def load_folder(folder: Path, *, name: str = "", weights: bool = True) -> Backbone:
     """Load a backbone folder, every file of it checked first.
 
     Raises:
@@ -86,14 +86,14 @@ def open_folder(folder: Path, *, name: str = "", weights: bool = True) -> Backbo
     if not folder.is_dir():
         raise BackboneError(f"{where}: there is no folder {folder.absolute()}")
     manifest = Manifest.read(folder, where)
-    verify(folder, manifest, where)
+    verify_files(folder, manifest, where)
     model_cfg, preprocessing = read_config(folder, where)
     model = build_model(model_cfg, where)
     if weights:
-        fill_from_file(model, folder / WEIGHTS, where)
-        tokenizer = tokenizer_for(model_cfg, model, folder, where)
+        load_weights_file(model, folder / WEIGHTS, where)
+        tokenizer = load_tokenizer(model_cfg, model, folder, where)
     else:
-        tokenizer = LaterTokenizer(lambda: tokenizer_for(model_cfg, model, folder, where))
+        tokenizer = LazyTokenizer(lambda: load_tokenizer(model_cfg, model, folder, where))
     return assemble(
         where,
         model,
@@ -105,7 +105,7 @@ def open_folder(folder: Path, *, name: str = "", weights: bool = True) -> Backbo
     )
 
 
-def verify(folder: Path, manifest: Manifest, where: str) -> None:
+def verify_files(folder: Path, manifest: Manifest, where: str) -> None:
     """Compare every file with the manifest.
 
     Raises:
@@ -141,12 +141,12 @@ def read_config(folder: Path, where: str) -> tuple[dict[str, Any], Preprocessing
         raise BackboneError(
             f"{where}: {CONFIG} has no preprocess_cfg; none is assumed: fetch the backbone again"
         )
-    preprocessing = Preprocessing.read(values["preprocess_cfg"], where)
+    preprocessing = Preprocessing.from_dict(values["preprocess_cfg"], where)
     model_cfg = check_model_cfg(values.get("model_cfg"), where)
-    return localise(model_cfg, folder, where), preprocessing
+    return use_local_files(model_cfg, folder, where), preprocessing
 
 
-def localise(model_cfg: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+def use_local_files(model_cfg: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """Point the Hugging Face names of a configuration at the folder, wherever it lies now.
 
     Raises:
@@ -225,7 +225,7 @@ def _write_text_files(backbone: Backbone, model_cfg: dict[str, Any], folder: Pat
             raise BackboneError(f"{backbone.name}: its tokenizer cannot be written to a folder")
         save(folder)
         text["hf_tokenizer_name"] = text_path
-        again = tokenizer_for(model_cfg, backbone.model, folder, backbone.name)
+        again = load_tokenizer(model_cfg, backbone.model, folder, backbone.name)
         if not torch.equal(again([PROBE]), backbone.tokenizer([PROBE])):
             raise BackboneError(f"{backbone.name}: its tokenizer reads differently once written to {folder}")
 

@@ -28,18 +28,18 @@ from fedsigma.common.backbones.build import (
     assemble,
     build_model,
     check_model_cfg,
-    fill,
-    fill_from_file,
-    image_size,
+    get_image_size,
+    load_weights,
+    load_weights_file,
 )
-from fedsigma.common.backbones.bundle import CONFIG, localise, open_folder, read_json, save_backbone
+from fedsigma.common.backbones.bundle import CONFIG, load_folder, read_json, save_backbone, use_local_files
 from fedsigma.common.backbones.spec import (
     BackboneError,
     BackboneName,
     architecture_and_tag,
     parse_name,
 )
-from fedsigma.common.backbones.tokenizer import tokenizer_for
+from fedsigma.common.backbones.tokenizer import load_tokenizer
 
 # Older versions run code hidden in a torch file in spite of weights_only (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
@@ -47,7 +47,7 @@ _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class BackboneSettings:
     """All of a backbone but its weights. `text_source`: a folder, or the hub name of the tokenizer."""
 
     model_cfg: dict[str, Any]
@@ -57,7 +57,7 @@ class Recipe:
     notes: tuple[str, ...] = ()
 
 
-def recipe(name: BackboneName) -> Recipe:
+def resolve_settings(name: BackboneName) -> BackboneSettings:
     """The recipe that a name stands for; the hub is asked only for `hf-hub:` names.
 
     Raises:
@@ -70,17 +70,17 @@ def recipe(name: BackboneName) -> Recipe:
             values = read_json(name.path / CONFIG, name.text)
         cfg = check_model_cfg(values.get("model_cfg"), name.text)
         if name.kind == "folder":
-            localise(cfg, name.path, name.text)
+            use_local_files(cfg, name.path, name.text)
         preprocess, notes = _completed(values.get("preprocess_cfg"), name.text)
         source: Path | str = (
             name.path if name.kind == "folder" else str(cfg["text_cfg"].get("hf_tokenizer_name"))
         )
-        return Recipe(
+        return BackboneSettings(
             model_cfg=cfg, preprocess=preprocess, text_source=source, architecture=_describe(cfg), notes=notes
         )
     cfg = check_model_cfg(open_clip.get_model_config(name.architecture), name.text)
     preprocess = _of_tags(name, cfg)
-    return Recipe(
+    return BackboneSettings(
         model_cfg=cfg,
         preprocess=preprocess,
         text_source=str(cfg["text_cfg"].get("hf_tokenizer_name")),
@@ -123,37 +123,37 @@ def _of_tags(name: BackboneName, cfg: dict[str, Any]) -> dict[str, Any]:
     return next(iter(options.values()))
 
 
-def assemble_recipe(name: str, made: Recipe, model: nn.Module, digest: str = "") -> Backbone:
+def assemble_backbone(name: str, made: BackboneSettings, model: nn.Module, digest: str = "") -> Backbone:
     """A backbone from a recipe and its filled model."""
-    preprocess = Preprocessing.read({"size": image_size(model, name), **made.preprocess}, name)
-    with explained(name):
-        tokenizer = tokenizer_for(made.model_cfg, model, made.text_source, name)
+    preprocess = Preprocessing.from_dict({"size": get_image_size(model, name), **made.preprocess}, name)
+    with explain_download_errors(name):
+        tokenizer = load_tokenizer(made.model_cfg, model, made.text_source, name)
     return assemble(
         name, model, tokenizer, preprocess, made.model_cfg, architecture=made.architecture, digest=digest
     )
 
 
-def download(name: BackboneName) -> tuple[Backbone, Recipe, str]:
+def download(name: BackboneName) -> tuple[Backbone, BackboneSettings, str]:
     """Load an ARCH/TAG or hf-hub backbone, from the download cache where it is there; also its revision.
 
     Raises:
         BackboneError: not reachable, or published only as a torch file.
     """
-    made = recipe(name)
+    made = resolve_settings(name)
     if name.kind == "hub":
         hub, file = name.hub, HF_SAFE_WEIGHTS_NAME
     else:
-        hub, file = safe_file(name)
+        hub, file = find_weights_file(name)
     path = hub_file(hub, file, name.text)
-    with explained(name.text):
+    with explain_download_errors(name.text):
         model = build_model(made.model_cfg, name.text)
-    fill_from_file(model, path, name.text)
+    load_weights_file(model, path, name.text)
     # The cache keeps a file below snapshots/<revision>/.
     revision = path.parent.name if path.parent.parent.name == "snapshots" else ""
-    return assemble_recipe(name.text, made, model), made, f"{hub}@{revision}" if revision else hub
+    return assemble_backbone(name.text, made, model), made, f"{hub}@{revision}" if revision else hub
 
 
-def safe_file(name: BackboneName) -> tuple[str, str]:
+def find_weights_file(name: BackboneName) -> tuple[str, str]:
     """Hub name and safetensors file of a pretrained tag.
 
     Raises:
@@ -184,7 +184,7 @@ def hub_file(hub: str, file: str, where: str) -> Path:
         return Path(hf_hub_download(hub, file, local_files_only=True))
     except LocalEntryNotFoundError:
         pass
-    with explained(where):
+    with explain_download_errors(where):
         _reachable()
         try:
             return Path(hf_hub_download(hub, file))
@@ -203,7 +203,7 @@ def hub_file(hub: str, file: str, where: str) -> Path:
 
 
 @contextmanager
-def explained(where: str) -> Iterator[None]:
+def explain_download_errors(where: str) -> Iterator[None]:
     """Turn failures to reach the internet into advice.
 
     Raises:
@@ -240,21 +240,21 @@ def fetch(name: str, folder: Path) -> Backbone:
     parsed = parse_name(name)
     _check_free(folder)
     if parsed.kind == "tag" and not parsed.tag:
-        raise BackboneError(tags_of(parsed.architecture))
+        raise BackboneError(describe_tags(parsed.architecture))
     if parsed.kind in ("tag", "hub"):
         backbone, made, revision = download(parsed)
         save_backbone(backbone, folder, source=name, revision=revision, notes=made.notes)
     elif parsed.kind == "folder":
-        made = recipe(parsed)
+        made = resolve_settings(parsed)
         model = build_model(made.model_cfg, name)
-        fill_from_file(model, _only_weights(parsed.path), name)
-        backbone = assemble_recipe(name, made, model)
+        load_weights_file(model, _only_weights(parsed.path), name)
+        backbone = assemble_backbone(name, made, model)
         save_backbone(backbone, folder, source="an open_clip folder", notes=made.notes)
     else:
         raise BackboneError(
             f"{name} is on this machine already: fetch takes ARCH/TAG, hf-hub:org/name or local-dir:DIR"
         )
-    return open_folder(folder)
+    return load_folder(folder)
 
 
 def convert(torch_file: Path, architecture: str, folder: Path) -> Backbone:
@@ -274,13 +274,13 @@ def convert(torch_file: Path, architecture: str, folder: Path) -> Backbone:
         raise BackboneError(
             f"{architecture!r} names no architecture: use ARCH, ARCH/TAG, hf-hub:org/name or local-dir:DIR"
         )
-    made = recipe(parsed)
-    with explained(architecture):
+    made = resolve_settings(parsed)
+    with explain_download_errors(architecture):
         model = build_model(made.model_cfg, architecture)
-    fill(model, state, str(torch_file))
-    backbone = replace(assemble_recipe(architecture, made, model), name=Path(torch_file).stem)
+    load_weights(model, state, str(torch_file))
+    backbone = replace(assemble_backbone(architecture, made, model), name=Path(torch_file).stem)
     save_backbone(backbone, folder, source=f"{Path(torch_file).name} as {architecture}", notes=made.notes)
-    return open_folder(folder)
+    return load_folder(folder)
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
 
 
-def tags_of(architecture: str) -> str:
+def describe_tags(architecture: str) -> str:
     """The sentence for an architecture named without a tag."""
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not tags:

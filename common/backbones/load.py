@@ -13,23 +13,23 @@ from fedsigma.common.backbones.build import (
     Backbone,
     Preprocessing,
     assemble,
+    build_meta_model,
     build_model,
     check_model_cfg,
-    count_model,
-    fill_from_file,
-    image_size,
+    get_image_size,
+    load_weights_file,
 )
-from fedsigma.common.backbones.bundle import MANIFEST, WEIGHTS, open_folder, read_config, sha256
+from fedsigma.common.backbones.bundle import MANIFEST, WEIGHTS, load_folder, read_config, sha256
 from fedsigma.common.backbones.download import (
-    Recipe,
-    assemble_recipe,
+    BackboneSettings,
+    assemble_backbone,
+    describe_tags,
     download,
-    explained,
-    recipe,
-    tags_of,
+    explain_download_errors,
+    resolve_settings,
 )
 from fedsigma.common.backbones.spec import BackboneError, BackboneName, parse_name
-from fedsigma.common.backbones.tokenizer import LaterTokenizer, tokenizer_for
+from fedsigma.common.backbones.tokenizer import LazyTokenizer, load_tokenizer
 
 
 def load_backbone(name: str, *, weights: bool = True) -> Backbone:
@@ -42,57 +42,57 @@ def load_backbone(name: str, *, weights: bool = True) -> Backbone:
     """
     parsed = parse_name(name)
     if parsed.kind == "starter":
-        return open_folder(starter_folder(), name="starter", weights=weights)
+        return load_folder(starter_folder(), name="starter", weights=weights)
     if parsed.kind == "folder":
-        return open_folder(parsed.path, name=parsed.text, weights=weights)
+        return load_folder(parsed.path, name=parsed.text, weights=weights)
     if not weights:
         return _architecture(parsed)
     if parsed.kind == "checkpoint":
         return _checkpoint(parsed)
     if parsed.kind == "tag" and not parsed.tag:
-        raise BackboneError(tags_of(parsed.architecture))
+        raise BackboneError(describe_tags(parsed.architecture))
     return download(parsed)[0]
 
 
 def _checkpoint(parsed: BackboneName) -> Backbone:
     if not parsed.path.is_file():
         raise BackboneError(f"{parsed.text}: there is no file {parsed.path.absolute()}")
-    made = recipe(parsed)
+    made = resolve_settings(parsed)
     model = build_model(made.model_cfg, parsed.text)
-    fill_from_file(model, parsed.path, parsed.text)
-    return assemble_recipe(parsed.text, made, model, sha256(parsed.path))
+    load_weights_file(model, parsed.path, parsed.text)
+    return assemble_backbone(parsed.text, made, model, sha256(parsed.path))
 
 
 def _architecture(parsed: BackboneName) -> Backbone:
-    made = recipe(parsed) if parsed.tag or parsed.kind == "hub" else _any_recipe(parsed)
+    made = resolve_settings(parsed) if parsed.tag or parsed.kind == "hub" else _any_recipe(parsed)
     cfg, model = made.model_cfg, build_model(made.model_cfg, parsed.text)
     return assemble(
         parsed.text,
         model,
-        LaterTokenizer(lambda: tokenizer_for(cfg, model, made.text_source, parsed.text)),
-        Preprocessing.read({"size": image_size(model, parsed.text), **made.preprocess}, parsed.text),
+        LazyTokenizer(lambda: load_tokenizer(cfg, model, made.text_source, parsed.text)),
+        Preprocessing.from_dict({"size": get_image_size(model, parsed.text), **made.preprocess}, parsed.text),
         cfg,
         architecture=parsed.architecture,
     )
 
 
-def _any_recipe(parsed: BackboneName) -> Recipe:
+def _any_recipe(parsed: BackboneName) -> BackboneSettings:
     """The architecture with some tag's preprocessing: without weights it decides nothing."""
     try:
-        return recipe(parsed)
+        return resolve_settings(parsed)
     except BackboneError:
         tags = open_clip.list_pretrained_tags_by_model(parsed.architecture)
         stand_in = f"{parsed.architecture}/{tags[0]}" if tags else "ViT-B-16/openai"
         cfg = check_model_cfg(open_clip.get_model_config(parsed.architecture), parsed.text)
         return replace(
-            recipe(parse_name(stand_in)),
+            resolve_settings(parse_name(stand_in)),
             model_cfg=cfg,
             text_source=str(cfg["text_cfg"].get("hf_tokenizer_name")),
             architecture=parsed.architecture,
         )
 
 
-def count_backbone(name: str) -> nn.Module:
+def load_meta_model(name: str) -> nn.Module:
     """The model of any name without storage for its weights, for counting; fast, and needs no weights.
 
     Raises:
@@ -101,13 +101,13 @@ def count_backbone(name: str) -> nn.Module:
     parsed = parse_name(name)
     if parsed.kind in ("starter", "folder"):
         folder = starter_folder() if parsed.kind == "starter" else parsed.path
-        return count_model(read_config(folder, parsed.text)[0], parsed.text)
+        return build_meta_model(read_config(folder, parsed.text)[0], parsed.text)
     if parsed.kind == "hub":
-        cfg = recipe(parsed).model_cfg
+        cfg = resolve_settings(parsed).model_cfg
     else:
         cfg = check_model_cfg(open_clip.get_model_config(parsed.architecture), parsed.text)
-    with explained(parsed.text):
-        return count_model(cfg, parsed.text)
+    with explain_download_errors(parsed.text):
+        return build_meta_model(cfg, parsed.text)
 
 
 def starter_folder() -> Path:

@@ -58,7 +58,7 @@ def parse_name(text: str) -> BackboneName:
     if prefix == "checkpoint":
         return _checkpoint(text, rest)
     raise BackboneError(
-        f"backbone {text!r}: unknown prefix {prefix!r}{near(prefix, PREFIXES)}; names are {FORMS}"
+        f"backbone {text!r}: unknown prefix {prefix!r}{suggest_names(prefix, PREFIXES)}; names are {FORMS}"
     )
 
 
@@ -92,19 +92,21 @@ def architecture_and_tag(text: str) -> tuple[str, str]:
     known = open_clip.list_models()
     architecture, _, tag = text.partition("/")
     if architecture not in known:
-        raise BackboneError(f"unknown backbone {text!r}{near(text, ['starter', *known])}; names are {FORMS}")
+        raise BackboneError(
+            f"unknown backbone {text!r}{suggest_names(text, ['starter', *known])}; names are {FORMS}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     # open_clip compares tags in this form.
     tag = tag.lower().replace("-", "_") if tag else ""
     if tag and tag not in {t.lower().replace("-", "_") for t in tags}:
         listed = ", ".join(sorted(tags)) or "none"
         raise BackboneError(
-            f"{architecture} has no pretrained tag {tag!r}{near(tag, tags)}; its tags: {listed}"
+            f"{architecture} has no pretrained tag {tag!r}{suggest_names(tag, tags)}; its tags: {listed}"
         )
     return architecture, tag
 
 
-def near(word: str, known: Iterable[str]) -> str:
+def suggest_names(word: str, known: Iterable[str]) -> str:
     """` (did you mean A or B?)`, or nothing when no known word is near."""
     folded = {k.lower().replace("/", "-"): k for k in known}
     close = difflib.get_close_matches(word.lower().replace("/", "-"), folded, n=3, cutoff=0.6)

@@ -25,7 +25,7 @@ VOCABULARIES = (
 PROBE = "a photo of a cell"
 
 
-def tokenizer_for(
+def load_tokenizer(
     model_cfg: Mapping[str, Any], model: nn.Module, source: Path | str, where: str
 ) -> Tokenizer:
     """The tokenizer of a configuration; `source` is a folder, or a hub name on a connected machine.
@@ -38,15 +38,15 @@ def tokenizer_for(
     options = dict(text.get("tokenizer_kwargs") or {})
     if not text.get("hf_tokenizer_name"):
         simple = SimpleTokenizer(context_length=length, **options)
-        if simple.vocab_size != vocabulary(model):
+        if simple.vocab_size != vocabulary_size(model):
             raise BackboneError(
-                f"{where}: the text tower has {vocabulary(model)} tokens, but its configuration names no "
-                f"tokenizer, and open_clip's own has {simple.vocab_size}: set text_cfg.hf_tokenizer_name "
+                f"{where}: the text tower has {vocabulary_size(model)} tokens, but its configuration names "
+                f"no tokenizer, and open_clip's own has {simple.vocab_size}: set text_cfg.hf_tokenizer_name "
                 "and add its files"
             )
         return simple
     if isinstance(source, Path):
-        check_files(source, where)
+        check_tokenizer_files(source, where)
         options["local_files_only"] = True
     try:
         tokenizer = HFTokenizer(
@@ -64,7 +64,7 @@ def tokenizer_for(
     return tokenizer
 
 
-def check_files(folder: Path, where: str) -> None:
+def check_tokenizer_files(folder: Path, where: str) -> None:
     """Refuse a folder without a vocabulary, or whose settings ask to run code that comes with it.
 
     Raises:
@@ -89,7 +89,7 @@ def check_files(folder: Path, where: str) -> None:
             )
 
 
-def vocabulary(model: nn.Module) -> int:
+def vocabulary_size(model: nn.Module) -> int:
     """How many tokens the text tower knows."""
     text: Any = getattr(model, "text", model)
     return int(text.vocab_size)
@@ -99,9 +99,9 @@ def _probe(tokenizer: HFTokenizer, model: nn.Module, where: str) -> None:
     inner = tokenizer.tokenizer
     # Added tokens may lie beyond the tower's table without ever being produced.
     own = min(len(inner), inner.vocab_size)
-    if own > vocabulary(model):
+    if own > vocabulary_size(model):
         raise BackboneError(
-            f"{where}: the tokenizer has {own} tokens, the text tower {vocabulary(model)}: "
+            f"{where}: the tokenizer has {own} tokens, the text tower {vocabulary_size(model)}: "
             "it belongs to another model"
         )
     words = inner(PROBE, add_special_tokens=False)["input_ids"]
@@ -109,7 +109,7 @@ def _probe(tokenizer: HFTokenizer, model: nn.Module, where: str) -> None:
         raise BackboneError(f"{where}: the tokenizer knows no word of {PROBE!r}: its vocabulary is missing")
 
 
-class LaterTokenizer:
+class LazyTokenizer:
     """Stands in for a tokenizer where only the architecture was asked for; loads it when first used."""
 
     def __init__(self, load: Any) -> None:

@@ -1,13 +1,13 @@
 """What an adaptation changed, in words: which heads, and towards and away from which descriptions."""
 
-from fedsigma.common.explain.heads import ExplainError, HeadChange, head_changes
-from fedsigma.common.explain.text_directions import Explainer, HeadWords, Phrases
+from fedsigma.common.explain.heads import ExplainError, HeadEnergy, rank_heads
+from fedsigma.common.explain.text_directions import Explainer, HeadExplanation, Phrases
 
 __all__ = [
     "ExplainError",
     "Explainer",
-    "HeadChange",
-    "HeadWords",
+    "HeadEnergy",
+    "HeadExplanation",
     "Phrases",
-    "head_changes",
+    "rank_heads",
 ]

@@ -22,7 +22,14 @@ from fedsigma.common.sigma.basis import SVD, Basis
 from fedsigma.common.sigma.layout import Entry
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["ExplainError", "HeadChange", "Layer", "adapted_layers", "head_changes", "slices"]
+__all__ = [
+    "AttentionLayer",
+    "ExplainError",
+    "HeadEnergy",
+    "find_attention_layers",
+    "head_matrices",
+    "rank_heads",
+]
 
 _COUNTS = ("num_heads", "num_attention_heads")
 
@@ -32,7 +39,7 @@ class ExplainError(FedSigmaError, ValueError):
 
 
 @dataclass(frozen=True)
-class Layer:
+class AttentionLayer:
     """The value and output matrices of one layer whose heads can be told apart.
 
     Fields: tower; layer, from 0; heads, their number; value and output, each an entry of the layout with its
@@ -52,7 +59,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class HeadChange:
+class HeadEnergy:
     """One head's part of a change.
 
     Fields: tower; layer and head, from 0; value and output, the energies ||dW||_F^2 of its slices; share, of
@@ -67,7 +74,7 @@ class HeadChange:
     share: float
 
 
-def head_changes(model: nn.Module, basis: Basis, shift: Tensor) -> list[HeadChange]:
+def rank_heads(model: nn.Module, basis: Basis, shift: Tensor) -> list[HeadEnergy]:
     """How much of a shift belongs to each head, the most first.
 
     Shapes: shift (layout size,).
@@ -76,28 +83,28 @@ def head_changes(model: nn.Module, basis: Basis, shift: Tensor) -> list[HeadChan
         ExplainError: no layer has both value and output matrices among what was adapted.
     """
     found = []
-    for layer in adapted_layers(model, basis):
+    for layer in find_attention_layers(model, basis):
         values, outputs = _energies(layer, shift)
         for head in range(layer.heads):
             where = layer.rows(head)
             value, output = float(values[where].sum()), float(outputs[where].sum())
             found.append((layer.tower, layer.layer, head, value, output))
     total = sum(value + output for *_, value, output in found) or 1.0
-    changes = [HeadChange(*one, share=(one[3] + one[4]) / total) for one in found]
+    changes = [HeadEnergy(*one, share=(one[3] + one[4]) / total) for one in found]
     return sorted(changes, key=lambda change: change.share, reverse=True)
 
 
-def adapted_layers(model: nn.Module, basis: Basis) -> list[Layer]:
+def find_attention_layers(model: nn.Module, basis: Basis) -> list[AttentionLayer]:
     """The layers whose value and output matrices were both adapted.
 
     Raises:
         ExplainError: there is none.
     """
     parts: dict[tuple[str, int], dict[str, tuple[Entry, SVD]]] = {}
-    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
-        parts.setdefault((entry.tower, entry.layer), {})[entry.part] = (entry, triple)
+    for entry, svd in zip(basis.layout.entries, basis.svds, strict=True):
+        parts.setdefault((entry.tower, entry.layer), {})[entry.part] = (entry, svd)
     found = [
-        Layer(tower, number, heads, both["v"], both["o"])
+        AttentionLayer(tower, number, heads, both["v"], both["o"])
         for (tower, number), both in parts.items()
         if {"v", "o"} <= set(both) and (heads := _heads(model, both["v"][0].weight))
     ]
@@ -109,7 +116,7 @@ def adapted_layers(model: nn.Module, basis: Basis) -> list[Layer]:
     return found
 
 
-def _energies(layer: Layer, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _energies(layer: AttentionLayer, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of the value matrix's change, and of each column of the output matrix's: ||.||^2."""
     (value, read), (output, written) = layer.value, layer.output
     rows = read.u.double().square() @ _of(value, shift).square()
@@ -138,7 +145,7 @@ def _parents(weight: str) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def slices(layer: Layer, head: int, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+def head_matrices(layer: AttentionLayer, head: int, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """A head's W_o[:, C] and W_v[R, :], as they were pretrained or with a shift.
 
     Shapes: (rows of the output matrix, width of the head) and (width of the head, columns of the value
@@ -152,5 +159,5 @@ def slices(layer: Layer, head: int, shift: Tensor | None) -> tuple[Tensor, Tenso
     return writes, reads
 
 
-def _values(entry: Entry, triple: SVD, shift: Tensor | None) -> Tensor:
-    return triple.s.double() if shift is None else triple.s.double() + _of(entry, shift)
+def _values(entry: Entry, svd: SVD, shift: Tensor | None) -> Tensor:
+    return svd.s.double() if shift is None else svd.s.double() + _of(entry, shift)

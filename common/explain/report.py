@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.explain.text_directions import Explainer, HeadWords, Phrases
+from fedsigma.common.explain.text_directions import Explainer, HeadExplanation, Phrases
 from fedsigma.common.sigma import SigmaModel
 
-__all__ = ["explain_shift", "explainer", "to_rows"]
+__all__ = ["build_explainer", "format_explanation", "to_rows"]
 
 BATCH = 64
 
 
-def explainer(backbone: Backbone, sigma: SigmaModel, phrases: Phrases, *, template: str = "{}") -> Explainer:
+def build_explainer(
+    backbone: Backbone, sigma: SigmaModel, phrases: Phrases, *, template: str = "{}"
+) -> Explainer:
     """What explains shifts of a model; the model's own shift is as before afterwards.
 
     Args:
@@ -48,16 +50,16 @@ def _text_features(backbone: Backbone, sigma: SigmaModel, texts: Sequence[str]) 
     return torch.nn.functional.normalize(torch.cat(parts), dim=1).cpu()
 
 
-def to_rows(found: Sequence[HeadWords]) -> list[dict[str, Any]]:
+def to_rows(found: Sequence[HeadExplanation]) -> list[dict[str, Any]]:
     """As JSON's own types; layers and heads counted from 0."""
     return [
         {
-            "tower": one.change.tower,
-            "layer": one.change.layer,
-            "head": one.change.head,
-            "share": one.change.share,
-            "value": one.change.value,
-            "output": one.change.output,
+            "tower": one.head.tower,
+            "layer": one.head.layer,
+            "head": one.head.head,
+            "share": one.head.share,
+            "value": one.head.value,
+            "output": one.head.output,
             "gained": [{"phrase": text, "g": g} for text, g in one.gained],
             "lost": [{"phrase": text, "g": g} for text, g in one.lost],
         }
@@ -65,11 +67,11 @@ def to_rows(found: Sequence[HeadWords]) -> list[dict[str, Any]]:
     ]
 
 
-def explain_shift(found: Sequence[HeadWords]) -> str:
+def format_explanation(found: Sequence[HeadExplanation]) -> str:
     """As text for people, who count from 1."""
     lines = []
     for one in found:
-        change = one.change
+        change = one.head
         lines.append(
             f"{change.tower} tower, layer {change.layer + 1}, head {change.head + 1}:"
             f" {100 * change.share:.1f} % of the heads' change"

@@ -23,10 +23,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fedsigma.common.explain.heads import ExplainError, HeadChange, adapted_layers, head_changes, slices
+from fedsigma.common.explain.heads import (
+    ExplainError,
+    HeadEnergy,
+    find_attention_layers,
+    head_matrices,
+    rank_heads,
+)
 from fedsigma.common.sigma.basis import Basis
 
-__all__ = ["Explainer", "HeadWords", "Phrases", "projection"]
+__all__ = ["Explainer", "HeadExplanation", "Phrases", "joint_space_projection"]
 
 _NORMS = ("ln_post", "fc_norm", "norm", "ln_final")
 
@@ -65,10 +71,10 @@ class Phrases:
 
 
 @dataclass(frozen=True)
-class HeadWords:
+class HeadExplanation:
     """What one head writes more and less of: descriptions with their g, the strongest first."""
 
-    change: HeadChange
+    head: HeadEnergy
     gained: tuple[tuple[str, float], ...]
     lost: tuple[tuple[str, float], ...]
 
@@ -90,18 +96,18 @@ class Explainer:
 
     def __init__(self, model: nn.Module, basis: Basis, phrases: Phrases, features: Tensor) -> None:
         self._model, self._basis, self._phrases = model, basis, phrases
-        self._layers = {(layer.tower, layer.layer): layer for layer in adapted_layers(model, basis)}
+        self._layers = {(layer.tower, layer.layer): layer for layer in find_attention_layers(model, basis)}
         self._unit = nn.functional.normalize(features.double() - features.double().mean(0), dim=1)
         self._read_outs: dict[str, Tensor] = {}
         self._pretrained: dict[tuple[str, int, int], Tensor] = {}
 
-    def explain(self, shift: Tensor, *, heads: int = 8, words: int = 5) -> list[HeadWords]:
+    def explain(self, shift: Tensor, *, heads: int = 8, phrases: int = 5) -> list[HeadExplanation]:
         """Explain the heads that a shift changed most.
 
         Args:
             shift: the sigma shift.
             heads: how many heads to explain.
-            words: how many descriptions of each, gained and lost.
+            phrases: how many descriptions of each head, gained and lost.
 
         Shapes: shift (layout size,).
 
@@ -109,34 +115,34 @@ class Explainer:
             ExplainError: a tower's end is not linear.
         """
         found = []
-        for change in head_changes(self._model, self._basis, shift)[:heads]:
+        for change in rank_heads(self._model, self._basis, shift)[:heads]:
             place = change.tower, change.layer, change.head
             if place not in self._pretrained:
                 self._pretrained[place] = self._energies(change, None)
             before, after = self._pretrained[place], self._energies(change, shift)
             gain = (after - before) / before.mean().clamp_min(1e-30)
-            found.append(_ranked(change, gain - gain.mean(), self._phrases.texts, words))
+            found.append(_ranked(change, gain - gain.mean(), self._phrases.texts, phrases))
         return found
 
-    def _energies(self, change: HeadChange, shift: Tensor | None) -> Tensor:
+    def _energies(self, change: HeadEnergy, shift: Tensor | None) -> Tensor:
         """e(t) of a head for each description, with a shift or without."""
-        writes, reads = slices(self._layers[change.tower, change.layer], change.head, shift)
+        writes, reads = head_matrices(self._layers[change.tower, change.layer], change.head, shift)
         return (self._read_out(change.tower) @ writes @ reads).square().sum(1)
 
     def _read_out(self, tower: str) -> Tensor:
         if tower not in self._read_outs:
-            self._read_outs[tower] = self._unit @ projection(self._model, tower).double()
+            self._read_outs[tower] = self._unit @ joint_space_projection(self._model, tower).double()
         return self._read_outs[tower]
 
 
-def _ranked(change: HeadChange, gain: Tensor, texts: Sequence[str], words: int) -> HeadWords:
+def _ranked(change: HeadEnergy, gain: Tensor, texts: Sequence[str], phrases: int) -> HeadExplanation:
     order = torch.argsort(gain, descending=True).tolist()
-    gained = tuple((texts[i], float(gain[i])) for i in order[:words] if gain[i] > 0)
-    lost = tuple((texts[i], float(gain[i])) for i in reversed(order[-words:]) if gain[i] < 0)
-    return HeadWords(change, gained, lost)
+    gained = tuple((texts[i], float(gain[i])) for i in order[:phrases] if gain[i] > 0)
+    lost = tuple((texts[i], float(gain[i])) for i in reversed(order[-phrases:]) if gain[i] < 0)
+    return HeadExplanation(change, gained, lost)
 
 
-def projection(model: nn.Module, tower: str) -> Tensor:
+def joint_space_projection(model: nn.Module, tower: str) -> Tensor:
     """P: from the residual stream of a tower to the joint space, the last norm's scale included.
 
     Shapes: (width of the joint space, width of the tower).

@@ -51,7 +51,7 @@ def compare(one: Version, other: Version) -> Difference:
     from fedsigma.common.sigma import Fingerprint, Layout
 
     first, second = load(one), load(other)
-    problem = Fingerprint.from_json(first.fingerprint_json).compare(
+    problem = Fingerprint.from_json(first.fingerprint_json).describe_mismatch(
         Fingerprint.from_json(second.fingerprint_json)
     )
     if problem or first.layout_json != second.layout_json:

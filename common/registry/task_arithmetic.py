@@ -40,7 +40,7 @@ def combine(terms: Sequence[tuple[SavedShift, float]]) -> SavedShift:
     mark = Fingerprint.from_json(first.fingerprint_json)
     total = first.shift.double() * terms[0][1]
     for saved, factor in terms[1:]:
-        difference = mark.compare(Fingerprint.from_json(saved.fingerprint_json))
+        difference = mark.describe_mismatch(Fingerprint.from_json(saved.fingerprint_json))
         if difference or saved.layout_json != first.layout_json:
             raise ModelError(f"shifts of different bases have no sum: {difference or 'their layouts differ'}")
         total = total + saved.shift.double() * factor

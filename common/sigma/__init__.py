@@ -1,7 +1,7 @@
 """The method: adapt a CLIP model by its singular values alone. Needs torch and safetensors only."""
 
 from fedsigma.common.sigma.architectures import LAYER_SPECS, LayerSpec, WeightSpec, find_layout
-from fedsigma.common.sigma.autograd import NotSeparable
+from fedsigma.common.sigma.autograd import PerSampleUnsupported
 from fedsigma.common.sigma.basis import Basis, BasisError, Fingerprint, cached_basis
 from fedsigma.common.sigma.layout import Entry, Layout, LayoutError
 from fedsigma.common.sigma.model import SigmaModel, default_cache_dir
@@ -17,9 +17,9 @@ __all__ = [
     "LayerSpec",
     "Layout",
     "LayoutError",
-    "NotSeparable",
     "ParameterPartition",
     "PerSampleGradients",
+    "PerSampleUnsupported",
     "SigmaModel",
     "WeightSpec",
     "cached_basis",

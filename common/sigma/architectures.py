@@ -27,17 +27,17 @@ class WeightSpec:
     blocks: int = 1
 
 
-def packed(path: str) -> tuple[WeightSpec, ...]:
+def _packed(path: str) -> tuple[WeightSpec, ...]:
     """Query, key and value stacked in one parameter."""
     return tuple(WeightSpec(part, path, i, 3) for i, part in enumerate(("q", "k", "v")))
 
 
-def separate(q: str, k: str, v: str) -> tuple[WeightSpec, ...]:
+def _separate(q: str, k: str, v: str) -> tuple[WeightSpec, ...]:
     """Query, key and value as three parameters."""
     return (WeightSpec("q", q), WeightSpec("k", k), WeightSpec("v", v))
 
 
-def outputs(o: str, *mlp: str) -> tuple[WeightSpec, ...]:
+def _outputs(o: str, *mlp: str) -> tuple[WeightSpec, ...]:
     """The output projection and the dense layers of the mlp."""
     return (WeightSpec("o", o), *(WeightSpec("mlp", path) for path in mlp))
 
@@ -53,10 +53,10 @@ class LayerSpec:
     name: str
     module: str
     type_name: str
-    slots: tuple[WeightSpec, ...]
+    weights: tuple[WeightSpec, ...]
     optional: frozenset[str] = frozenset()
 
-    def type(self) -> type[nn.Module] | None:
+    def module_type(self) -> type[nn.Module] | None:
         """The module type, or None where its library is not installed or is another version."""
         try:
             return getattr(importlib.import_module(self.module), self.type_name, None)
@@ -64,15 +64,15 @@ class LayerSpec:
             return None
 
 
-_CLIP_MLP = outputs("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_TIMM_MLP = outputs("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
-_EVA_SEPARATE = separate("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
+_CLIP_MLP = _outputs("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_TIMM_MLP = _outputs("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+_EVA_SEPARATE = _separate("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
 _EVA_GATED = (WeightSpec("mlp", "mlp.fc1_g.weight"), WeightSpec("mlp", "mlp.fc1_x.weight"))
 _BERT = (
-    *separate("attention.self.query.weight", "attention.self.key.weight", "attention.self.value.weight"),
-    *outputs("attention.output.dense.weight", "intermediate.dense.weight", "output.dense.weight"),
+    *_separate("attention.self.query.weight", "attention.self.key.weight", "attention.self.value.weight"),
+    *_outputs("attention.output.dense.weight", "intermediate.dense.weight", "output.dense.weight"),
 )
-_EVA = (*packed("attn.qkv.weight"), *_EVA_SEPARATE, *_TIMM_MLP, *_EVA_GATED)
+_EVA = (*_packed("attn.qkv.weight"), *_EVA_SEPARATE, *_TIMM_MLP, *_EVA_GATED)
 _EVA_OPTIONAL = frozenset(
     {"attn.qkv.weight", "mlp.fc1.weight", *(s.path for s in _EVA_SEPARATE + _EVA_GATED)}
 )
@@ -82,26 +82,26 @@ LAYER_SPECS: tuple[LayerSpec, ...] = (
         "open_clip transformer",
         "open_clip.transformer",
         "ResidualAttentionBlock",
-        (*packed("attn.in_proj_weight"), *_CLIP_MLP),
+        (*_packed("attn.in_proj_weight"), *_CLIP_MLP),
     ),
     LayerSpec(
         "open_clip transformer, scaled attention",
         "open_clip.transformer",
         "CustomResidualAttentionBlock",
-        (*packed("attn.in_proj_weight"), *_CLIP_MLP),
+        (*_packed("attn.in_proj_weight"), *_CLIP_MLP),
     ),
     LayerSpec(
         "timm ViT (also SigLIP)",
         "timm.models.vision_transformer",
         "Block",
-        (*packed("attn.qkv.weight"), *_TIMM_MLP),
+        (*_packed("attn.qkv.weight"), *_TIMM_MLP),
     ),
-    LayerSpec("XCiT", "timm.models.xcit", "XCABlock", (*packed("attn.qkv.weight"), *_TIMM_MLP)),
+    LayerSpec("XCiT", "timm.models.xcit", "XCABlock", (*_packed("attn.qkv.weight"), *_TIMM_MLP)),
     LayerSpec(
         "XCiT, class attention",
         "timm.models.xcit",
         "ClassAttentionBlock",
-        (*separate("attn.q.weight", "attn.k.weight", "attn.v.weight"), *_TIMM_MLP),
+        (*_separate("attn.q.weight", "attn.k.weight", "attn.v.weight"), *_TIMM_MLP),
     ),
     LayerSpec("EVA", "timm.models.eva", "EvaBlock", _EVA, _EVA_OPTIONAL),
     LayerSpec("EVA, norm after", "timm.models.eva", "EvaBlockPostNorm", _EVA, _EVA_OPTIONAL),
@@ -111,13 +111,13 @@ LAYER_SPECS: tuple[LayerSpec, ...] = (
         "FastViT attention (MobileCLIP)",
         "timm.models.fastvit",
         "AttentionBlock",
-        (*packed("token_mixer.qkv.weight"), WeightSpec("o", "token_mixer.proj.weight")),
+        (*_packed("token_mixer.qkv.weight"), WeightSpec("o", "token_mixer.proj.weight")),
     ),
     LayerSpec(
         "attention pooling (ResNet)",
         "open_clip.modified_resnet",
         "AttentionPool2d",
-        (*separate("q_proj.weight", "k_proj.weight", "v_proj.weight"), WeightSpec("o", "c_proj.weight")),
+        (*_separate("q_proj.weight", "k_proj.weight", "v_proj.weight"), WeightSpec("o", "c_proj.weight")),
     ),
 )
 
@@ -135,9 +135,9 @@ def _parameter(module: nn.Module, path: str) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, str, int, LayerSpec]]:
+def find_layers(model: nn.Module) -> Iterator[tuple[str, str, int, LayerSpec]]:
     """Every layer of a known family: module name, tower, number within the tower, family."""
-    table = [(kind, family) for family in LAYER_SPECS if (kind := family.type()) is not None]
+    table = [(kind, family) for family in LAYER_SPECS if (kind := family.module_type()) is not None]
     count = {"image": 0, "text": 0}
     for name, module in model.named_modules():
         for kind, family in table:
@@ -151,7 +151,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, str, int, LayerSpec]]:
 def _entries(
     module: nn.Module, family: LayerSpec, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[WeightSpec, tuple[int, int], int]]:
-    for slot in family.slots:
+    for slot in family.weights:
         weight = _parameter(module, slot.path)
         if weight is None:
             if slot.path in family.optional:
@@ -173,7 +173,7 @@ def find_layout(model: nn.Module, selection: SigmaConfig | None = None) -> Layou
         LayoutError: the model has no layer of a known family, or the selection fits none of them.
     """
     selection = selection or SigmaConfig()
-    found = list(layers(model))
+    found = list(find_layers(model))
     if not found:
         known = ", ".join(f.name for f in LAYER_SPECS)
         raise LayoutError(f"{type(model).__name__} has no layer of a known family; known: {known}")

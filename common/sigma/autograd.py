@@ -22,7 +22,7 @@ from fedsigma.common.utils.errors import FedSigmaError
 Block = tuple[tuple[int, int], tuple[int, int], Tensor, Tensor]
 
 
-def cheaper_factored(rows: int, columns: int) -> bool:
+def is_factored_cheaper(rows: int, columns: int) -> bool:
     """Whether a training step multiplies less by U and V than by the dense weight."""
     return max(rows, columns) > 2 * min(rows, columns)
 
@@ -66,7 +66,7 @@ class DenseShift(torch.autograd.Function):
         return None, result, None
 
 
-def by_example(left: Tensor, right: Tensor, examples: int) -> Tensor:
+def sum_per_example(left: Tensor, right: Tensor, examples: int) -> Tensor:
     """The products of left and right (tokens, k), summed over the tokens of each example: (examples, k).
 
     In float32, whatever they were multiplied in: a sum over hundreds of tokens needs it.
@@ -108,7 +108,7 @@ class FactoredLinear(torch.autograd.Function):
         if ctx.examples is None:
             of_s = (a.to(s.dtype) * b).sum(0)
         else:
-            of_each = by_example(a, b, ctx.examples)
+            of_each = sum_per_example(a, b, ctx.examples)
         if ctx.needs_input_grad[0]:
             of_x = ((b * s).to(u.dtype) @ vh).view(*grad.shape[:-1], -1)
         return of_x, of_s, None, None, None, of_each
@@ -157,14 +157,14 @@ class PerSampleLinear(torch.autograd.Function):
         a = flat @ vh.t()
         b = torch.cat([grad[:, low:high] @ u for (low, high), _, u, _ in ctx.blocks], 1)
         of_x = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, by_example(a, b, ctx.examples), None, None, None
+        return of_x, None, sum_per_example(a, b, ctx.examples), None, None, None
 
 
-class NotSeparable(FedSigmaError, RuntimeError):
+class PerSampleUnsupported(FedSigmaError, RuntimeError):
     """A model whose examples' gradients cannot be told apart in one backward pass."""
 
 
-class Refused(torch.autograd.Function):
+class UnavailableWeight(torch.autograd.Function):
     """A weight of which the shape and dtype may be asked (open_clip does), but not the gradient."""
 
     @staticmethod
@@ -174,5 +174,5 @@ class Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        """Raises NotSeparable: a gradient of the whole weight is no example's own."""
-        raise NotSeparable("a layer computes with its adapted weight in a way of its own")
+        """Raises PerSampleUnsupported: a gradient of the whole weight is no example's own."""
+        raise PerSampleUnsupported("a layer computes with its adapted weight in a way of its own")

@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 # vectors of near-degenerate pairs may differ between machines, which the fingerprint will say.
 FLOAT64_ELEMENTS = 64 * 2**20
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 _checked: set[tuple[str, int, int, int]] = set()
 """The files whose vectors were seen to be those of their fingerprint: path, inode, size, time of change."""
@@ -77,17 +77,17 @@ def _levels(seed: str, length: int) -> Tensor:
     return (words[:, 0] * 256 + words[:, 1]) / 32767.5 - 1
 
 
-def sketch(entry: Entry, triple: SVD) -> tuple[float, ...]:
+def sketch(entry: Entry, svd: SVD) -> tuple[float, ...]:
     """Probes a^T U diag(w) V^T b with fixed random a, w, b.
 
     A joint sign flip of a pair (u, v) leaves every probe as it is; a rotation within a pair with
     different w changes it.
     """
     names = [f"fedsigma/{VERSION}/{entry.key}/{probe}" for probe in range(PROBES)]
-    left = torch.stack([_signs(name + "/a", triple.u.shape[0]) for name in names])
-    right = torch.stack([_signs(name + "/b", triple.vh.shape[1]) for name in names])
+    left = torch.stack([_signs(name + "/a", svd.u.shape[0]) for name in names])
+    right = torch.stack([_signs(name + "/b", svd.vh.shape[1]) for name in names])
     weights = torch.stack([_levels(name + "/w", entry.size) for name in names])
-    found = (left @ triple.u.double()) * weights * (triple.vh.double() @ right.T).T
+    found = (left @ svd.u.double()) * weights * (svd.vh.double() @ right.T).T
     return tuple(float(probe) for probe in found.sum(1))
 
 
@@ -111,9 +111,9 @@ class Fingerprint:
     sketch: tuple[tuple[float, ...], ...]
 
     @classmethod
-    def of(cls, weights: str, layout: Layout, triples: Sequence[SVD]) -> Fingerprint:
-        """The fingerprint of a basis: of weights with this digest, one triple an entry of the layout."""
-        rows = tuple(sketch(entry, triple) for entry, triple in zip(layout.entries, triples, strict=True))
+    def compute(cls, weights: str, layout: Layout, svds: Sequence[SVD]) -> Fingerprint:
+        """The fingerprint of a basis: of weights with this digest, one svd an entry of the layout."""
+        rows = tuple(sketch(entry, svd) for entry, svd in zip(layout.entries, svds, strict=True))
         return cls(weights, layout.digest, rows)
 
     def to_json(self) -> str:
@@ -145,7 +145,7 @@ class Fingerprint:
             )
         return found
 
-    def compare(self, other: Fingerprint) -> str | None:
+    def describe_mismatch(self, other: Fingerprint) -> str | None:
         """None if both may average their shifts, else one sentence that says what differs."""
         if self.layout != other.layout:
             return (
@@ -172,28 +172,28 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Basis:
-    """One triple an entry of the layout, in its order, and their fingerprint."""
+    """One svd an entry of the layout, in its order, and their fingerprint."""
 
     layout: Layout
-    triples: tuple[SVD, ...]
+    svds: tuple[SVD, ...]
     fingerprint: Fingerprint
 
     @classmethod
-    def compute(cls, model: nn.Module, layout: Layout, *, progress: Progress | None = None) -> Basis:
+    def compute(cls, model: nn.Module, layout: Layout, *, progress: ProgressCallback | None = None) -> Basis:
         """Decompose every adapted matrix of a plain model; minutes for a ViT-B/16, once."""
-        triples = []
+        svds = []
         for number, entry in enumerate(layout.entries):
             rows = slice(*entry.rows)
-            triples.append(decompose(model.get_parameter(entry.weight)[rows]))
+            svds.append(decompose(model.get_parameter(entry.weight)[rows]))
             if progress:
                 progress(number + 1, len(layout.entries))
-        return cls(layout, tuple(triples), Fingerprint.of(weights_digest(model), layout, triples))
+        return cls(layout, tuple(svds), Fingerprint.compute(weights_digest(model), layout, svds))
 
     def save(self, path: Path) -> None:
         """Write as safetensors; readers see the whole file or none."""
         tensors: dict[str, Tensor] = {}
-        for number, triple in enumerate(self.triples):
-            tensors |= {f"{number}.u": triple.u, f"{number}.s": triple.s, f"{number}.vh": triple.vh}
+        for number, svd in enumerate(self.svds):
+            tensors |= {f"{number}.u": svd.u, f"{number}.s": svd.s, f"{number}.vh": svd.vh}
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "fedsigma-basis", "layout": self.layout.to_json()}
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -219,14 +219,14 @@ class Basis:
                 layout = Layout.from_json(metadata["layout"])
                 fingerprint = Fingerprint.from_json(metadata["fingerprint"])
                 get = file.get_tensor
-                triples = tuple(
+                svds = tuple(
                     SVD(get(f"{i}.u"), get(f"{i}.s"), get(f"{i}.vh")) for i in range(len(layout.entries))
                 )
         except (SafetensorError, KeyError, LayoutError, OSError) as error:
             raise BasisError(
                 f"{path} is no basis file ({error}): delete it, it will be computed again"
             ) from None
-        return cls(layout, triples, fingerprint)
+        return cls(layout, svds, fingerprint)
 
 
 def cache_path(cache_dir: Path, weights: str, layout: Layout) -> Path:
@@ -236,7 +236,7 @@ def cache_path(cache_dir: Path, weights: str, layout: Layout) -> Path:
 
 
 def cached_basis(
-    model: nn.Module, layout: Layout, cache_dir: Path, *, progress: Progress | None = None
+    model: nn.Module, layout: Layout, cache_dir: Path, *, progress: ProgressCallback | None = None
 ) -> Basis:
     """The basis of a plain model from the cache, computed and cached if it is not there."""
     weights = weights_digest(model)
@@ -266,7 +266,7 @@ def _check(basis: Basis, path: Path) -> None:
     if file in _checked:
         return
     fingerprint = basis.fingerprint
-    if fingerprint.compare(Fingerprint.of(fingerprint.weights, basis.layout, basis.triples)):
+    if fingerprint.describe_mismatch(Fingerprint.compute(fingerprint.weights, basis.layout, basis.svds)):
         raise BasisError(f"{path} is damaged: its vectors are not those that it was written with; delete it,"
                          " it will be computed again")  # fmt: skip
     _checked.add(file)

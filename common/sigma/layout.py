@@ -61,7 +61,7 @@ class Layout:
         return last.offset + last.size
 
     @cached_property
-    def blocks(self) -> tuple[int, ...]:
+    def entry_sizes(self) -> tuple[int, ...]:
         """The number of values of each entry, in order."""
         return tuple(entry.size for entry in self.entries)
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.sigma.architectures import find_layout
-from fedsigma.common.sigma.basis import Basis, Progress, cached_basis
+from fedsigma.common.sigma.basis import Basis, ProgressCallback, cached_basis
 from fedsigma.common.sigma.layout import Entry, LayoutError
 from fedsigma.common.sigma.parametrization import SigmaParametrization
 from fedsigma.common.sigma.per_sample import PerSampleGradients
@@ -69,7 +69,7 @@ class SigmaModel:
         selection: SigmaConfig | None = None,
         *,
         cache_dir: Path | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> SigmaModel:
         """Adapt a plain open_clip model in place.
 
@@ -113,13 +113,13 @@ class SigmaModel:
             self.shift.copy_(shift)
 
     @contextmanager
-    def frozen(self) -> Iterator[nn.Module]:
+    def inference_mode(self) -> Iterator[nn.Module]:
         """Inference at the plain model's cost: each adapted weight is computed once, no gradients."""
         with torch.no_grad(), parametrize.cached():
             yield self.model
 
     @contextmanager
-    def accumulating(self) -> Iterator[nn.Module]:
+    def accumulate_gradients(self) -> Iterator[nn.Module]:
         """Any number of forward and backward passes for which each adapted weight is computed once.
 
         Gradients accumulate on the adapted weights and are added to the shift's when the block ends. So a
@@ -130,12 +130,14 @@ class SigmaModel:
         differ from those outside of the block by rounding.
         """
         for module, parametrization in self._adapted:
-            parametrization.accumulate(module)
+            parametrization.start_accumulating(module)
         try:
             yield self.model
         finally:
             pairs = [
-                pair for module, parametrization in self._adapted for pair in parametrization.release(module)
+                pair
+                for module, parametrization in self._adapted
+                for pair in parametrization.stop_accumulating(module)
             ]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
@@ -167,7 +169,7 @@ class SigmaModel:
         self._weights, self._adapted = [], []
         return self.model
 
-    def detach(self) -> nn.Module:
+    def unload(self) -> nn.Module:
         """Take the adapter off and return the model with its pretrained weights."""
         for weight in self._weights:
             module, name = _owner(self.model, weight)

@@ -13,17 +13,17 @@ from fedsigma.common.sigma.autograd import (
     Block,
     DenseShift,
     FactoredLinear,
-    Refused,
+    UnavailableWeight,
     autocast_dtype,
-    cheaper_factored,
+    is_factored_cheaper,
 )
 from fedsigma.common.sigma.basis import Basis
 from fedsigma.common.sigma.layout import Entry
 
-__all__ = ["SigmaParametrization", "plain_linear"]
+__all__ = ["SigmaParametrization", "is_plain_linear"]
 
 
-def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is torch's linear layer, or computes as it does."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
@@ -45,24 +45,24 @@ class SigmaParametrization(nn.Module):
         self.start, self.stop = entries[0].offset, entries[-1].offset + entries[-1].size
         self._shift = (shift,)
         self._accumulating = False
-        self.separated = False
+        self.per_sample = False
         """Whether the layer computes with parts of the weight, and must not use the whole."""
         self._shared: dict[str, tuple[Tensor, Tensor]] = {}
         self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
         for i, entry in enumerate(entries):
-            triple = basis.triples[number[entry.key]]
-            self.register_buffer(f"u{i}", triple.u, persistent=False)
-            self.register_buffer(f"s{i}", triple.s, persistent=False)
-            self.register_buffer(f"vh{i}", triple.vh, persistent=False)
+            svd = basis.svds[number[entry.key]]
+            self.register_buffer(f"u{i}", svd.u, persistent=False)
+            self.register_buffer(f"s{i}", svd.s, persistent=False)
+            self.register_buffer(f"vh{i}", svd.vh, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, of the shape of `weight`; a placeholder while gradients are per sample."""
-        if self.separated:
-            return Refused.apply(weight, self.values)
+        if self.per_sample:
+            return UnavailableWeight.apply(weight, self.values)
         return self._once("weight", partial(self._adapted, weight))
 
-    def accumulate(self, owner: nn.Module) -> None:
+    def start_accumulating(self, owner: nn.Module) -> None:
         """From here on compute what is adapted once, as a leaf on which gradients accumulate.
 
         Args:
@@ -70,15 +70,15 @@ class SigmaParametrization(nn.Module):
                 than dense, its forward pass is until `release` the factored one.
         """
         self._accumulating = True
-        if plain_linear(owner) and self.factored(owner):
+        if is_plain_linear(owner) and self.uses_factored_forward(owner):
             owner.__dict__["forward"] = partial(self._linear, owner.bias)
 
-    def factored(self, owner: nn.Linear) -> bool:
+    def uses_factored_forward(self, owner: nn.Linear) -> bool:
         """Whether a linear layer costs less by U and V^T than by the dense weight."""
         rows, columns = owner.out_features, owner.in_features
-        return [e.rows for e in self.entries] == [(0, rows)] and cheaper_factored(rows, columns)
+        return [e.rows for e in self.entries] == [(0, rows)] and is_factored_cheaper(rows, columns)
 
-    def release(self, owner: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    def stop_accumulating(self, owner: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """End `accumulate`: what was adapted, and the gradient accumulated on it where there is one."""
         owner.__dict__.pop("forward", None)
         shared, self._shared, self._cast, self._accumulating = self._shared, {}, {}, False

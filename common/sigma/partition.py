@@ -50,15 +50,15 @@ class ParameterPartition:
         """How many values are personal."""
         return int(self._own.sum())
 
-    def gather(self, shift: Vector) -> Vector:
+    def shared_values(self, shift: Vector) -> Vector:
         """The shared values (shared size,) of a whole shift (full size,)."""
         return shift[~self._own]
 
-    def personal(self, shift: Vector) -> Vector:
+    def personal_values(self, shift: Vector) -> Vector:
         """The personal values (personal_size,) of a whole shift (full size,)."""
         return shift[self._own]
 
-    def scatter(self, shared: Vector, personal: Vector | None = None) -> Vector:
+    def combine(self, shared: Vector, personal: Vector | None = None) -> Vector:
         """The whole shift (full size,) of shared values and personal ones, which are zeros by default."""
         whole = np.zeros(self.full.size, np.float32)
         whole[~self._own] = shared

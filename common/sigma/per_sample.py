@@ -19,11 +19,11 @@ from fedsigma.common.sigma.autograd import (
     Block,
     DenseShift,
     FactoredLinear,
-    NotSeparable,
     PerSampleLinear,
+    PerSampleUnsupported,
     autocast_dtype,
 )
-from fedsigma.common.sigma.parametrization import SigmaParametrization, plain_linear
+from fedsigma.common.sigma.parametrization import SigmaParametrization, is_plain_linear
 
 
 class PerSampleGradients:
@@ -33,7 +33,7 @@ class PerSampleGradients:
     gives theirs. What goes into an adapted layer must hold the examples one after another in its first
     dimension (any number of rows each, equal for all). Packed attention must compute its projection by
     `project` (`attention.attention`). A layer that computes with its adapted weight otherwise raises
-    `NotSeparable`, at the latest on the way back.
+    `PerSampleUnsupported`, at the latest on the way back.
 
     Args:
         adapted: the adapted modules with their parametrizations.
@@ -50,11 +50,11 @@ class PerSampleGradients:
         self._layers = {module: _Layer(module, parametrization) for module, parametrization in adapted}
         self._size, self._device, self._examples = size, device, 0
 
-    def start(self, examples: int) -> None:
+    def start(self, batch_size: int) -> None:
         """Begin the pass of so many examples."""
-        self._examples = examples
+        self._examples = batch_size
         for layer in self._layers.values():
-            layer.start(examples, self._device)
+            layer.start(batch_size, self._device)
 
     def project(self, module: nn.MultiheadAttention, x: Tensor) -> Tensor:
         """The packed queries, keys and values (n, length, 3 width) of an attention layer."""
@@ -86,8 +86,8 @@ class _Layer:
         self.each = torch.empty(0)
         self._factored: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
         self._dense: dict[torch.dtype, tuple[Tensor, list[Block], Tensor]] = {}
-        parametrization.separated = True
-        if plain_linear(module):
+        parametrization.per_sample = True
+        if is_plain_linear(module):
             module.__dict__["forward"] = partial(self.compute, module.bias)
 
     def start(self, examples: int, device: torch.device) -> None:
@@ -96,11 +96,11 @@ class _Layer:
 
     def compute(self, bias: Tensor | None, x: Tensor) -> Tensor:
         if not len(self.each) or x.shape[0] % len(self.each):
-            raise NotSeparable(f"{x.shape[0]} rows are not those of {len(self.each)} examples")
+            raise PerSampleUnsupported(f"{x.shape[0]} rows are not those of {len(self.each)} examples")
         dtype = autocast_dtype(x)
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            if plain_linear(self._module) and self._sigma.factored(self._module):
+            if is_plain_linear(self._module) and self._sigma.uses_factored_forward(self._module):
                 s, u, vh = self._parts(dtype)
                 return FactoredLinear.apply(x, s, u, vh, bias, self.each)
             weight, blocks, vh = self._whole(dtype)
@@ -128,4 +128,4 @@ class _Layer:
 
     def end(self) -> None:
         self._module.__dict__.pop("forward", None)
-        self._sigma.separated = False
+        self._sigma.per_sample = False

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fedsigma.common.training.classifier import uses_bfloat16
 
 
-class Attention(torch.autograd.Function):
+class BatchedAttention(torch.autograd.Function):
     """Scaled dot-product self-attention of packed queries, keys and values, by batched products.
 
     The probabilities (n, heads, length, length) are kept for the way back, which is little where a few
@@ -65,24 +65,26 @@ Project = Callable[[nn.MultiheadAttention, Tensor], Tensor]
 Attend = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
-def packed(layer: nn.MultiheadAttention, x: Tensor) -> Tensor:
+def project_packed(layer: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """The packed queries, keys and values (n, length, 3 width) of x (n, length, width)."""
     return F.linear(x, layer.in_proj_weight, layer.in_proj_bias)
 
 
 def _by_products(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    return Attention.apply(qkv, heads, mask)
+    return BatchedAttention.apply(qkv, heads, mask)
 
 
-def fused(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    """As `Attention`, by torch's fused kernel."""
+def _fused(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """As `BatchedAttention`, by torch's fused kernel."""
     q, k, v = _split(qkv, heads)
     mask = None if mask is None else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 @contextmanager
-def attention(model: nn.Module, *, products: bool, project: Project = packed) -> Iterator[None]:
+def replace_attention(
+    model: nn.Module, *, products: bool, project: Project = project_packed
+) -> Iterator[None]:
     """Have a model's attention layers compute in the block as is said here.
 
     torch's own layer is given another forward pass for the time; timm's layers have a switch for products.
@@ -99,7 +101,7 @@ def attention(model: nn.Module, *, products: bool, project: Project = packed) ->
         for m in model.modules()
         if isinstance(m, nn.MultiheadAttention) and type(m).forward is nn.MultiheadAttention.forward
     ]
-    attend = _by_products if products else fused
+    attend = _by_products if products else _fused
     for module in switched:
         module.fused_attn = False
     for layer in replaced:
@@ -113,9 +115,9 @@ def attention(model: nn.Module, *, products: bool, project: Project = packed) ->
             del layer.__dict__["forward"]
 
 
-def by_products(model: nn.Module) -> AbstractContextManager[None]:
+def use_batched_products(model: nn.Module) -> AbstractContextManager[None]:
     """`attention` by batched products, with torch's own projection."""
-    return attention(model, products=True)
+    return replace_attention(model, products=True)
 
 
 def _attend(
@@ -147,10 +149,10 @@ def _attend(
 
 
 def training_attention(
-    model: nn.Module, precision: str, device: torch.device, project: Project = packed
+    model: nn.Module, precision: str, device: torch.device, project: Project = project_packed
 ) -> AbstractContextManager[object]:
     """The context in which a model's attention is trained by what is faster (`bench/attention.py`)."""
     slow_kernel = device.type == "cpu" and uses_bfloat16(precision, device)
-    if not slow_kernel and project is packed:
+    if not slow_kernel and project is project_packed:
         return nullcontext()
-    return attention(model, products=slow_kernel, project=project)
+    return replace_attention(model, products=slow_kernel, project=project)

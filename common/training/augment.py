@@ -13,7 +13,7 @@ from fedsigma.common.config.constants import AUGMENTATIONS
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.training.classifier import ClipClassifier, TrainingError, resize_image
 
-Augment = Callable[[Tensor], Tensor]
+Augmentation = Callable[[Tensor], Tensor]
 
 
 def _crop(size: int, least: float) -> v2.Transform:
@@ -22,17 +22,17 @@ def _crop(size: int, least: float) -> v2.Transform:
     )
 
 
-def _paper(size: int) -> Augment:
+def _paper(size: int) -> Augmentation:
     """CLIP-SVD's: random resized crop of 8 to 100% of the area, horizontal flip."""
     return v2.Compose([_crop(size, 0.08), v2.RandomHorizontalFlip()])
 
 
-def _gentle(size: int) -> Augment:
+def _gentle(size: int) -> Augmentation:
     """Crops that keep most of the picture: for findings that fill it."""
     return v2.Compose([_crop(size, 0.6), v2.RandomHorizontalFlip()])
 
 
-def _microscopy(size: int) -> Augment:
+def _microscopy(size: int) -> Augmentation:
     """Any orientation, and the changes of light and stain between laboratories."""
     turns = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.Lambda(_quarter_turn)]
     return v2.Compose([_crop(size, 0.5), *turns, v2.Lambda(_restain)])
@@ -55,17 +55,17 @@ def _quarter_turn(image: Tensor) -> Tensor:
     return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
-_AUGMENTERS: tuple[Callable[[int], Augment] | None, ...] = (_paper, _gentle, _microscopy, None)
-AUGMENTERS = dict(zip(AUGMENTATIONS, _AUGMENTERS, strict=True))
+_AUGMENTERS: tuple[Callable[[int], Augmentation] | None, ...] = (_paper, _gentle, _microscopy, None)
+BUILDERS = dict(zip(AUGMENTATIONS, _AUGMENTERS, strict=True))
 
 
-def augmenter(task: ClipClassifier, recipe: TrainingConfig) -> Augment:
+def build_augmentation(classifier: ClipClassifier, config: TrainingConfig) -> Augmentation:
     """What training does to a picture (3, height, width) before the model sees it (3, size, size).
 
     Raises:
         TrainingError: the recipe names an augmentation that is not known.
     """
-    if recipe.augment not in AUGMENTATIONS:
-        raise TrainingError(f"unknown augmentation {recipe.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
-    build = AUGMENTERS[recipe.augment]
-    return build(task.size) if build else partial(resize_image, backbone=task.backbone)
+    if config.augment not in AUGMENTATIONS:
+        raise TrainingError(f"unknown augmentation {config.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
+    build = BUILDERS[config.augment]
+    return build(classifier.image_size) if build else partial(resize_image, backbone=classifier.backbone)

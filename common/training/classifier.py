@@ -48,7 +48,7 @@ def resize_image(image: Tensor, backbone: Backbone) -> Tensor:
     return v2.functional.center_crop(resized, [size, size])
 
 
-def computes_bfloat16(device: torch.device) -> bool:
+def supports_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices natively; elsewhere it is several times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
@@ -66,7 +66,7 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     """
     if precision not in PRECISIONS:
         raise TrainingError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    return precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
+    return precision == "bfloat16" or (precision == "auto" and supports_bfloat16(device))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -104,23 +104,23 @@ class ClipClassifier:
         self.backbone, self.sigma = backbone, sigma.to(self.device)
         self._model: Any = backbone.model
         self.prompts = PromptEncoder(backbone, prompts)
-        self.size = backbone.image_size
+        self.image_size = backbone.image_size
         self.micro_batch = micro_batch or self._default_micro_batch()
         self._mean = torch.tensor(backbone.mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(backbone.std, device=self.device).view(3, 1, 1)
         adapted = {entry.tower for entry in sigma.layout.entries}
         self._image_frozen, self._text_frozen = "image" not in adapted, "text" not in adapted
         self._text: Tensor | None = None
-        self.separable: dict[str, bool] = {}
+        self.per_sample_supported: dict[str, bool] = {}
         """By precision, whether examples' gradients can be told apart in one pass; filled by `private`."""
 
     def _default_micro_batch(self) -> int:
         # Measured by bench/step.py --sweep on ViT-B/16 at 224 pixels: eight or sixteen images are fastest;
         # with fewer the matrix products are small, with more the activations of a layer leave the cache.
-        return sys.maxsize if self.device.type != "cpu" else max(1, 8 * 224**2 // self.size**2)
+        return sys.maxsize if self.device.type != "cpu" else max(1, 8 * 224**2 // self.image_size**2)
 
     @property
-    def classes(self) -> int:
+    def class_count(self) -> int:
         """Number of classes."""
         return len(self.prompts.tokens)
 
@@ -143,7 +143,7 @@ class ClipClassifier:
         with grad:
             return l2_normalize(self._model.encode_image(x))
 
-    def fitted(self, example: Example) -> Tensor:
+    def resize(self, example: Example) -> Tensor:
         """The picture as evaluation sees it, uint8 (3, size, size)."""
         return resize_image(example.image, self.backbone)
 
@@ -155,7 +155,7 @@ class ClipClassifier:
         with torch.autocast(self.device.type, enabled=False):
             return self.backbone.logit_scale * image_features @ text_features.T
 
-    def own_logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+    def per_example_logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """As `logits`, of each image and its own text features (n, classes, embedding)."""
         with torch.autocast(self.device.type, enabled=False):
             return self.backbone.logit_scale * (image_features[:, None] * text_features).sum(-1)

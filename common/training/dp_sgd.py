@@ -18,13 +18,13 @@ from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.accounting import sampling_rate
 from fedsigma.common.privacy.noise import SecureRandom
-from fedsigma.common.sigma import NotSeparable
+from fedsigma.common.sigma import PerSampleUnsupported
 from fedsigma.common.training.attention import training_attention
-from fedsigma.common.training.augment import augmenter
+from fedsigma.common.training.augment import build_augmentation
 from fedsigma.common.training.classifier import ClipClassifier, Example, TrainingError, autocast
 from fedsigma.common.training.loop import accumulate_gradient
 
-__all__ = ["DPSGDGradient", "clipped_sum", "example_gradients", "privacy_units"]
+__all__ = ["DPSGDGradient", "clipped_sum", "per_sample_gradients", "privacy_units"]
 
 log = logging.getLogger("fedsigma.private")
 # Rounding in bfloat16 moves a gradient by a few hundredths of its length; mixed-up examples by its whole.
@@ -64,8 +64,8 @@ def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
     return factors[finite] @ gradients[finite]
 
 
-def example_gradients(
-    task: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
+def per_sample_gradients(
+    classifier: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
 ) -> Iterator[Tensor]:
     """The gradient of each example's cross-entropy by the task's shift, `task.micro_batch` at a time.
 
@@ -83,51 +83,59 @@ def example_gradients(
         (m, shift size) float32, in the order of the images.
 
     Raises:
-        NotSeparable: the model does not allow it; `gradients_one_by_one` does for any.
+        PerSampleUnsupported: the model does not allow it; `sequential_gradients` does for any.
     """
-    model, device = task.backbone.model, task.device
+    model, device = classifier.backbone.model, classifier.device
     with (
-        task.sigma.per_sample_gradients() as separation,
+        classifier.sigma.per_sample_gradients() as separation,
         training_attention(model, precision, device, separation.project),
     ):
-        for part, truth in zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True):
+        for part, truth in zip(
+            images.split(classifier.micro_batch), labels.split(classifier.micro_batch), strict=True
+        ):
             separation.start(len(part))
             with autocast(precision, device):
-                image, text = task.image_features(part), task.text_features(len(part))
-                logits = task.logits(image, text) if text.ndim == 2 else task.own_logits(image, text)
+                image, text = classifier.image_features(part), classifier.text_features(len(part))
+                logits = (
+                    classifier.logits(image, text)
+                    if text.ndim == 2
+                    else classifier.per_example_logits(image, text)
+                )
             F.cross_entropy(logits, truth.to(device), reduction="sum").backward()
             yield separation.gradients()
 
 
-def gradients_one_by_one(
-    task: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
+def sequential_gradients(
+    classifier: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
 ) -> Iterator[Tensor]:
-    """As `example_gradients`, with one backward pass an example: slow, and right for any model."""
-    shift = task.sigma.shift
+    """As `per_sample_gradients`, with one backward pass an example: slow, and right for any model."""
+    shift = classifier.sigma.shift
     kept, shift.grad = shift.grad, None
     try:
         for image, label in zip(images, labels, strict=True):
-            accumulate_gradient(task, image[None], label[None], precision=precision)
+            accumulate_gradient(classifier, image[None], label[None], precision=precision)
             yield torch.zeros_like(shift)[None] if shift.grad is None else shift.grad[None]
             shift.grad = None
     finally:
         shift.grad = kept
 
 
-def separable(task: ClipClassifier, *, precision: str = "auto") -> bool:
-    """Whether `example_gradients` gives what the loop gives, tried on two pictures of noise.
+def supports_per_sample_gradients(classifier: ClipClassifier, *, precision: str = "auto") -> bool:
+    """Whether `per_sample_gradients` gives what the loop gives, tried on two pictures of noise.
 
     On noise, and not on a site's pictures: how long a site takes must not depend on them.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (2, 3, task.size, task.size), generator=generator).to(torch.uint8)
+    images = torch.randint(
+        0, 256, (2, 3, classifier.image_size, classifier.image_size), generator=generator
+    ).to(torch.uint8)
     labels = torch.tensor([0, 1])
     try:
-        fast = torch.cat(list(example_gradients(task, images, labels, precision=precision)))
-    except NotSeparable as reason:
+        fast = torch.cat(list(per_sample_gradients(classifier, images, labels, precision=precision)))
+    except PerSampleUnsupported as reason:
         log.warning("private training of this backbone takes one pass an example: %s", reason)
         return False
-    slow = torch.cat(list(gradients_one_by_one(task, images, labels, precision=precision)))
+    slow = torch.cat(list(sequential_gradients(classifier, images, labels, precision=precision)))
     apart = ((fast - slow).norm(dim=1) / slow.norm(dim=1).clamp_min(1e-12)).max().item()
     if not apart < _SAME:
         log.warning("private training of this backbone takes one pass an example: %.2f apart", apart)
@@ -159,23 +167,27 @@ class DPSGDGradient:
         if not examples:
             raise TrainingError("no training example: the site has no labelled image of the study's classes")
         self._task, self._examples, self._recipe, self._privacy = task, examples, recipe, privacy
-        self._augment = augmenter(task, recipe)
+        self._augment = build_augmentation(task, recipe)
         self.units = privacy_units(examples, privacy.level)
-        self.rate = sampling_rate(len(examples), recipe.batch_size)
+        self.sampling_rate = sampling_rate(len(examples), recipe.batch_size)
         self._random = randomness or SecureRandom()
-        if recipe.precision not in task.separable:
-            task.separable[recipe.precision] = separable(task, precision=recipe.precision)
-        self._gradients = example_gradients if task.separable[recipe.precision] else gradients_one_by_one
+        if recipe.precision not in task.per_sample_supported:
+            task.per_sample_supported[recipe.precision] = supports_per_sample_gradients(
+                task, precision=recipe.precision
+            )
+        self._gradients = (
+            per_sample_gradients if task.per_sample_supported[recipe.precision] else sequential_gradients
+        )
 
     def __call__(self) -> float:
         """Set the shift's gradient to the noisy mean of the clipped ones; the loss stays untold (nan)."""
         shift, privacy = self._task.sigma.shift, self._privacy
-        chosen = [self.units[i] for i in self._random.sample(len(self.units), self.rate)]
+        chosen = [self.units[i] for i in self._random.sample(len(self.units), self.sampling_rate)]
         total = self._sum(chosen).to(torch.float64).cpu()
         noise = torch.from_numpy(self._random.normal(shift.numel()))
         total += privacy.noise_multiplier * privacy.clip_norm * noise
         # By what is expected to be drawn, not by what was: that number is a secret, too.
-        shift.grad = (total / (self.rate * len(self.units))).to(shift)
+        shift.grad = (total / (self.sampling_rate * len(self.units))).to(shift)
         return math.nan
 
     def _sum(self, units: Sequence[Sequence[int]]) -> Tensor:

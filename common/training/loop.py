@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fedsigma.common.config.constants import OPTIMISERS
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.training.attention import training_attention
-from fedsigma.common.training.augment import augmenter
+from fedsigma.common.training.augment import build_augmentation
 from fedsigma.common.training.classifier import ClipClassifier, Example, TrainingError, autocast
 from fedsigma.common.training.metrics import Predictions
 
@@ -43,7 +43,7 @@ def endless_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 
 
 def accumulate_gradient(
-    task: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
+    classifier: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
 ) -> float:
     """Add the gradient of a batch's mean cross-entropy to that of the task's shift.
 
@@ -60,14 +60,19 @@ def accumulate_gradient(
         The mean cross-entropy over the batch; it may be infinite or not a number.
     """
     total = 0.0
-    with task.sigma.accumulating(), training_attention(task.backbone.model, precision, task.device):
-        with autocast(precision, task.device):
-            text = task.text_features()
+    with (
+        classifier.sigma.accumulate_gradients(),
+        training_attention(classifier.backbone.model, precision, classifier.device),
+    ):
+        with autocast(precision, classifier.device):
+            text = classifier.text_features()
         leaf = text.detach().requires_grad_(text.requires_grad)
-        for part, truth in zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True):
-            with autocast(precision, task.device):
-                logits = task.logits(task.image_features(part), leaf)
-            loss = F.cross_entropy(logits, truth.to(task.device)) * (len(part) / len(images))
+        for part, truth in zip(
+            images.split(classifier.micro_batch), labels.split(classifier.micro_batch), strict=True
+        ):
+            with autocast(precision, classifier.device):
+                logits = classifier.logits(classifier.image_features(part), leaf)
+            loss = F.cross_entropy(logits, truth.to(classifier.device)) * (len(part) / len(images))
             loss.backward()
             total += loss.item()
         if leaf.grad is not None:
@@ -75,29 +80,29 @@ def accumulate_gradient(
     return total
 
 
-Gradient = Callable[[], float]
+GradientStep = Callable[[], float]
 """Adds the gradient of one step to that of the task's shift, and returns the step's loss."""
 
 
 def batch_gradient(
-    task: ClipClassifier, examples: Sequence[Example], recipe: TrainingConfig, *, seed: int
-) -> Gradient:
+    classifier: ClipClassifier, examples: Sequence[Example], config: TrainingConfig, *, seed: int
+) -> GradientStep:
     """The gradient of one batch after another: of epochs in new orders, augmented by torch's generator.
 
     Its calls raise:
         TrainingError: the loss is not finite.
     """
-    augment = augmenter(task, recipe)
+    augment = build_augmentation(classifier, config)
     labels = torch.tensor([e.label for e in examples])
-    batches = endless_batches(len(examples), recipe.batch_size, seed)
+    batches = endless_batches(len(examples), config.batch_size, seed)
 
     def gradient() -> float:
         chosen = next(batches)
         images = torch.stack([augment(examples[i].image) for i in chosen])
-        value = accumulate_gradient(task, images, labels[chosen], precision=recipe.precision)
+        value = accumulate_gradient(classifier, images, labels[chosen], precision=config.precision)
         if not math.isfinite(value):
             raise TrainingError(
-                f"the loss is {value}: lower the learning rate (now {recipe.learning_rate}) or set precision"
+                f"the loss is {value}: lower the learning rate (now {config.learning_rate}) or set precision"
                 " to float32"
             )
         return value
@@ -106,16 +111,16 @@ def batch_gradient(
 
 
 def train(
-    task: ClipClassifier,
+    classifier: ClipClassifier,
     examples: Sequence[Example],
-    recipe: TrainingConfig,
+    config: TrainingConfig,
     *,
     first_step: int = 0,
     steps: int,
     total_steps: int,
     seed: int,
     progress: bool = False,
-    gradient: Gradient | None = None,
+    gradient: GradientStep | None = None,
 ) -> TrainResult:
     """Train the task's shift in place: the recipe's optimiser on the cross-entropy of cosine similarities.
 
@@ -136,26 +141,26 @@ def train(
     if not examples:
         raise TrainingError("no training example: the site has no labelled image of the study's classes")
     if gradient is None:
-        gradient = batch_gradient(task, examples, recipe, seed=seed + first_step)
-    shift, start = task.sigma.shift, task.sigma.shift.detach().clone()
-    kind = _OPTIMISERS[recipe.optimiser]
-    optimiser = kind([shift], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        gradient = batch_gradient(classifier, examples, config, seed=seed + first_step)
+    shift, start = classifier.sigma.shift, classifier.sigma.shift.detach().clone()
+    kind = _OPTIMISERS[config.optimiser]
+    optimiser = kind([shift], lr=config.learning_rate, weight_decay=config.weight_decay)
     total = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + first_step)
         for step in track(range(steps), "training", disable=not progress):
             for group in optimiser.param_groups:
-                group["lr"] = recipe.learning_rate_at(first_step + step, total_steps)
+                group["lr"] = config.learning_rate_at(first_step + step, total_steps)
             optimiser.zero_grad(set_to_none=True)
             total += gradient()
-            if recipe.proximal:
-                (0.5 * recipe.proximal * (shift - start).square().sum()).backward()
+            if config.proximal:
+                (0.5 * config.proximal * (shift - start).square().sum()).backward()
             optimiser.step()
     return TrainResult(total / max(1, steps), steps, len(examples))
 
 
 def evaluate(
-    task: ClipClassifier,
+    classifier: ClipClassifier,
     examples: Sequence[Example],
     *,
     batch_size: int = 64,
@@ -169,15 +174,15 @@ def evaluate(
     """
     labels = torch.tensor([e.label for e in examples], dtype=torch.long)
     parts = []
-    with task.sigma.frozen(), autocast(precision, task.device):
-        text = task.text_features()
+    with classifier.sigma.inference_mode(), autocast(precision, classifier.device):
+        text = classifier.text_features()
         for start in track(range(0, len(examples), batch_size), "evaluating", disable=not progress):
-            images = torch.stack([task.fitted(e) for e in examples[start : start + batch_size]])
-            logits = task.logits(task.image_features(images), text)
+            images = torch.stack([classifier.resize(e) for e in examples[start : start + batch_size]])
+            logits = classifier.logits(classifier.image_features(images), text)
             parts.append(logits.softmax(1).cpu())
-    probabilities = torch.cat(parts) if parts else torch.zeros(0, task.classes)
+    probabilities = torch.cat(parts) if parts else torch.zeros(0, classifier.class_count)
     if not probabilities.isfinite().all():
-        largest = task.sigma.shift.detach().abs().max().item()
+        largest = classifier.sigma.shift.detach().abs().max().item()
         raise TrainingError(
             f"no finite probability comes out: the shift has diverged (largest value {largest:.3g}); "
             "train again with a lower learning rate or set precision to float32"

@@ -39,22 +39,22 @@ class Predictions:
                 f"probabilities {tuple(self.probabilities.shape)} and labels {tuple(self.labels.shape)} "
                 "do not fit: expected (n, classes) and (n,)"
             )
-        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.classes:
-            raise InputError(f"a label lies outside 0..{self.classes - 1}")
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.class_count:
+            raise InputError(f"a label lies outside 0..{self.class_count - 1}")
 
     @property
-    def classes(self) -> int:
+    def class_count(self) -> int:
         """Number of classes."""
         return self.probabilities.shape[1]
 
     @staticmethod
-    def join(parts: Sequence[Predictions]) -> Predictions:
+    def concatenate(parts: Sequence[Predictions]) -> Predictions:
         """The pooled predictions of several sites."""
         return Predictions(torch.cat([p.probabilities for p in parts]), torch.cat([p.labels for p in parts]))
 
 
 @dataclass(frozen=True)
-class Scores:
+class ClassificationMetrics:
     """Metrics of one set of images; a metric that is not defined there is None.
 
     accuracy, balanced_accuracy (mean recall), f1 (macro) and auroc (macro, one against the rest) are in
@@ -70,7 +70,7 @@ class Scores:
     ece: float | None
     confusion: Tensor
 
-    def scalars(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float]:
         """The defined metrics by name, and `examples`."""
         found = {name: value for name in METRICS if (value := getattr(self, name)) is not None}
         return {**found, "examples": float(self.examples)}
@@ -82,13 +82,15 @@ def _mean(values: Tensor, chosen: Tensor) -> float | None:
     return None if math.isnan(mean) else mean
 
 
-def score(predictions: Predictions) -> Scores:
+def compute_metrics(predictions: Predictions) -> ClassificationMetrics:
     """All metrics of a set of predictions."""
-    p, y, k = predictions.probabilities.float(), predictions.labels, predictions.classes
+    p, y, k = predictions.probabilities.float(), predictions.labels, predictions.class_count
     if not len(y):
-        return Scores(0, None, None, None, None, None, torch.zeros(k, k, dtype=torch.long))
+        return ClassificationMetrics(0, None, None, None, None, None, torch.zeros(k, k, dtype=torch.long))
     if k == 1:
-        return Scores(len(y), 1.0, 1.0, None, 1.0, float(1 - p.mean()), torch.tensor([[len(y)]]))
+        return ClassificationMetrics(
+            len(y), 1.0, 1.0, None, 1.0, float(1 - p.mean()), torch.tensor([[len(y)]])
+        )
     confusion = multiclass_confusion_matrix(p, y, k)
     present = confusion.sum(1) > 0
     recall = multiclass_accuracy(p, y, k, average=None)
@@ -101,7 +103,7 @@ def score(predictions: Predictions) -> Scores:
             for c in present.nonzero().flatten().tolist()
         ]
         auroc = float(torch.stack(curves).mean())
-    return Scores(
+    return ClassificationMetrics(
         examples=len(y),
         accuracy=float((p.argmax(1) == y).float().mean()),
         balanced_accuracy=_mean(recall, present),

@@ -55,7 +55,7 @@ class EvalOutput:
     confusion: images by true class (rows) and predicted class (columns), row by row.
     """
 
-    scores: dict[str, float]
+    metrics: dict[str, float]
     confusion: tuple[int, ...]
 
 
@@ -65,14 +65,14 @@ class Trainer(Protocol):
     layout: Layout
     fingerprint: Fingerprint
 
-    def split(self, personal: PersonalConfig | None) -> ParameterPartition:
+    def partition(self, personal: PersonalConfig | None) -> ParameterPartition:
         """Which values of the layout are shared where these are personal."""
         ...
 
-    parameters: int
+    parameter_count: int
     """How many values the backbone has, as it came."""
 
-    side: int
+    image_side: int
     """Images are loaded with their shorter side at most this long, in pixels."""
 
     def train(
@@ -98,7 +98,7 @@ class Trainer(Protocol):
         """Judge `shift` on these examples."""
         ...
 
-    def explain(self, shift: Vector, *, heads: int = 8, words: int = 5) -> list[dict[str, Any]]:
+    def explain(self, shift: Vector, *, heads: int = 8, phrases: int = 5) -> list[dict[str, Any]]:
         """What a shift changed, in words: a row for each of the heads that changed most.
 
         The first takes the text tower's time for all descriptions, each further one next to none.
@@ -121,15 +121,15 @@ class SigmaTrainer:
         from fedsigma.common.training.classifier import ClipClassifier
 
         loaded = load_backbone(backbone)
-        self.parameters = sum(weight.numel() for weight in loaded.model.parameters())
+        self.parameter_count = sum(weight.numel() for weight in loaded.model.parameters())
         self.sigma = SigmaModel.adapt(loaded.model, sigma)
-        self.task = ClipClassifier(loaded, self.sigma, prompts)
+        self.classifier = ClipClassifier(loaded, self.sigma, prompts)
         self.layout: Layout = self.sigma.layout
         self.fingerprint: Fingerprint = self.sigma.fingerprint
         self._splits: dict[PersonalConfig | None, ParameterPartition] = {}
         self._explainer: Explainer | None = None
         # Room for random crops without keeping full-size images in memory.
-        self.side = loaded.image_size * 3 // 2
+        self.image_side = loaded.image_size * 3 // 2
         release_memory()  # the random weights that the loaded ones took the place of
 
     def train(
@@ -149,9 +149,9 @@ class SigmaTrainer:
         from fedsigma.common.training.loop import train
 
         self._set(shift)
-        gradient = DPSGDGradient(self.task, examples, recipe, privacy) if privacy.in_training else None
+        gradient = DPSGDGradient(self.classifier, examples, recipe, privacy) if privacy.in_training else None
         result = train(
-            self.task,
+            self.classifier,
             list(examples),
             recipe,
             first_step=first_step,
@@ -164,36 +164,36 @@ class SigmaTrainer:
         release_memory()
         return TrainOutput(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
 
-    def split(self, personal: PersonalConfig | None) -> ParameterPartition:
-        """See `Trainer.split`."""
+    def partition(self, personal: PersonalConfig | None) -> ParameterPartition:
+        """See `Trainer.partition`."""
         if personal not in self._splits:
-            self._splits[personal] = parameter_partition(self.sigma, personal)
+            self._splits[personal] = make_partition(self.sigma, personal)
         return self._splits[personal]
 
     def evaluate(self, shift: Vector, examples: Sequence[Any]) -> EvalOutput:
         """See `Trainer.evaluate`."""
         from fedsigma.common.training.loop import evaluate
-        from fedsigma.common.training.metrics import score
+        from fedsigma.common.training.metrics import compute_metrics
 
         self._set(shift)
-        found = score(evaluate(self.task, list(examples)))
+        found = compute_metrics(evaluate(self.classifier, list(examples)))
         release_memory()
-        scores = found.scalars()
+        scores = found.to_dict()
         if "accuracy" in scores:
             # torch counts in float32; right answers over images is a fraction that float64 holds better.
             scores["accuracy"] = round(scores["accuracy"] * len(examples)) / len(examples)
-        return EvalOutput(scores=scores, confusion=tuple(found.confusion.flatten().tolist()))
+        return EvalOutput(metrics=scores, confusion=tuple(found.confusion.flatten().tolist()))
 
-    def explain(self, shift: Vector, *, heads: int = 8, words: int = 5) -> list[dict[str, Any]]:
+    def explain(self, shift: Vector, *, heads: int = 8, phrases: int = 5) -> list[dict[str, Any]]:
         """See `Trainer.explain`."""
         import torch
 
         from fedsigma.common.explain import Phrases
-        from fedsigma.common.explain.report import explainer, to_rows
+        from fedsigma.common.explain.report import build_explainer, to_rows
 
         if self._explainer is None:
-            self._explainer = explainer(self.task.backbone, self.sigma, Phrases.bundled())
-        return to_rows(self._explainer.explain(torch.from_numpy(shift), heads=heads, words=words))
+            self._explainer = build_explainer(self.classifier.backbone, self.sigma, Phrases.bundled())
+        return to_rows(self._explainer.explain(torch.from_numpy(shift), heads=heads, phrases=phrases))
 
     def _set(self, shift: Vector) -> None:
         import torch
@@ -201,7 +201,7 @@ class SigmaTrainer:
         self.sigma.set_shift(torch.from_numpy(np.array(shift, dtype=np.float32)))
 
 
-def parameter_partition(sigma: SigmaModel, personal: PersonalConfig | None) -> ParameterPartition:
+def make_partition(sigma: SigmaModel, personal: PersonalConfig | None) -> ParameterPartition:
     """Which values of an adapted model's shift are shared where these are personal.
 
     Raises:

@@ -87,7 +87,7 @@ def encode(shift: NDArray[np.floating], layout: Layout, *, level: str = "exact",
         raise CodecError("the shift holds a value that is not finite: lower the learning rate")
     known = LEVELS[level]
     try:
-        payload = known.pack(vector, layout.blocks, seed)
+        payload = known.pack(vector, layout.entry_sizes, seed)
     except quantization.QuantiseError as error:
         raise CodecError(str(error)) from error
     digest = bytes.fromhex(layout.digest)
@@ -115,7 +115,7 @@ def decode(data: bytes, layout: Layout, *, level: str | None = None) -> Vector:
             f"the coding level {number} is not '{level}'" if level else f"unknown level {number}"
         )
     try:
-        vector = LEVELS[name].unpack(payload, layout.blocks)
+        vector = LEVELS[name].unpack(payload, layout.entry_sizes)
     except quantization.QuantiseError as error:
         raise CodecError(str(error)) from error
     if not bool(np.isfinite(vector).all()):

@@ -100,12 +100,12 @@ def inspect(
 
     Example: fedsigma inspect ViT-B-16 --towers image --parts q,v
     """
-    from fedsigma.common.backbones import count_backbone
+    from fedsigma.common.backbones import load_meta_model
     from fedsigma.common.config.sigma import SigmaConfig
     from fedsigma.common.sigma import find_layout
 
     selection = SigmaConfig(towers=_words(towers), layers=_layers(layers), parts=_words(parts))
-    model = count_backbone(name)
+    model = load_meta_model(name)
     layout = find_layout(model, selection)
     total = sum(p.numel() for p in model.parameters())
     rows = [
@@ -304,13 +304,13 @@ def explain(
     """
     from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.explain import Phrases
-    from fedsigma.common.explain.report import explain_shift, explainer, to_rows
+    from fedsigma.common.explain.report import build_explainer, format_explanation, to_rows
 
     corpus = Phrases.parse(phrases.read_text(encoding="utf-8")) if phrases else Phrases.bundled()
     restored = load_model(run, backbone)
-    explains = explainer(restored.backbone, restored.sigma, corpus, template=template)
-    found = explains.explain(restored.sigma.get_shift().cpu(), heads=heads, words=words)
-    typer.echo(json.dumps(to_rows(found), indent=2) if as_json else explain_shift(found))
+    explains = build_explainer(restored.backbone, restored.sigma, corpus, template=template)
+    found = explains.explain(restored.sigma.get_shift().cpu(), heads=heads, phrases=words)
+    typer.echo(json.dumps(to_rows(found), indent=2) if as_json else format_explanation(found))
 
 
 @app.command()

@@ -220,14 +220,14 @@ class Baselines:
         study = self.study
         if study.data is None:
             return {}
-        images = load_sites(study, side=learner.side)
+        images = load_sites(study, side=learner.image_side)
         together = [example for one in images.values() for example in one.train]
         learned = train_pooled(learner, study, together, sites=len(images))
         judged = {}
         for name, one in images.items():
             if one.test:
                 found = learner.evaluate(learned.shift, one.test)
-                evaluation = Evaluation.of(found.scores, len(one.test))
+                evaluation = Evaluation.of(found.metrics, len(one.test))
                 judged[name] = SiteEvaluation(evaluation=evaluation, confusion=found.confusion)
         self._record("pooled", judged)
         return result(judged)

@@ -42,12 +42,12 @@ def evaluate_versions(
     shifts = {ZERO: np.zeros(split.shared.size, np.float32)} if ZERO in study.baselines else {}
     for reference in study.evaluate_versions:
         saved = load_shift(find_version(reference, folder.path.parent))
-        difference = learner.fingerprint.compare(Fingerprint.from_json(saved.fingerprint_json))
+        difference = learner.fingerprint.describe_mismatch(Fingerprint.from_json(saved.fingerprint_json))
         if difference:
             raise ConfigError(f"judge names {reference}, which does not fit this study: {difference}")
         if saved.run:
             raise ConfigError(f"judge names {reference}, a part of which is at the sites that trained it")
-        shifts[reference] = split.gather(saved.shift.numpy())
+        shifts[reference] = split.shared_values(saved.shift.numpy())
     judged = baselines.evaluate(shifts, round=1)
     versions = {name: {**result(sites), "fairness": fairness(sites)} for name, sites in judged.items()}
     for name, entry in versions.items():

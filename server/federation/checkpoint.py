@@ -57,7 +57,7 @@ def keep(
         previous = _read(folder.path / PREVIOUS)
     save_state(averaging, _state_path(folder, round))
     # Whole, with zeros where values are personal: the pretrained ones, and a file like any other.
-    whole = split.scatter(shift)
+    whole = split.combine(shift)
     # Before the model: a run killed between the two goes on with the round before, and writes both again.
     folder.log_shift_magnitude(round, to_towers(shift_magnitudes(whole, split.full)))
     folder.save_shift(
@@ -96,10 +96,10 @@ def latest(
             continue
         try:
             saved = load_shift(folder.path / name)
-            difference = fingerprint.compare(Fingerprint.from_json(saved.fingerprint_json))
+            difference = fingerprint.describe_mismatch(Fingerprint.from_json(saved.fingerprint_json))
             if difference:
                 raise ConfigError(f"{folder.path} cannot be gone on with: {difference}")
-            shared = split.gather(saved.shift.numpy())
+            shared = split.shared_values(saved.shift.numpy())
             restore_state(averaging, _state_path(folder, saved.round), size=split.shared.size)
         except (ShiftFileError, StateError) as error:
             problems.append(str(error))

@@ -202,7 +202,7 @@ class SiteManager:
             theirs = Fingerprint.from_json(reply.fingerprint)
         except (ValueError, RecursionError):
             return PROBLEMS[reply.problem] or "the site's fingerprint does not read"
-        difference = self.fingerprint.compare(theirs) or PROBLEMS[reply.problem]
+        difference = self.fingerprint.describe_mismatch(theirs) or PROBLEMS[reply.problem]
         if not difference and self.study.federation.masking and not reply.mask_key:
             return "the study masks what sites send, and the site has no identity to sign its key with"
         return difference

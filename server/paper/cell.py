@@ -138,7 +138,7 @@ def _train(cell: Cell, study: StudyConfig, trained_on: PublishedSet, folder: Pat
         case setting if setting.way == "central":
             return _in_one_place(learner, study, _central(cell, study, trained_on, learner))
         case setting if setting.pooled:
-            images = load_sites(study, side=learner.side)
+            images = load_sites(study, side=learner.image_side)
             together = [example for one in images.values() for example in one.train]
             return _in_one_place(learner, study, together, sites=len(images))
     return _among_sites(learner, study, folder)
@@ -152,7 +152,7 @@ def _central(cell: Cell, study: StudyConfig, chosen: PublishedSet, learner: Trai
     half = "base" if cell.protocol == "base_to_novel" else None
     source, records = chosen.records("train", half)
     drawn = few_shot(records, shots=study.shots, classes=study.classes, seed=study.seed)
-    return load_examples(source, drawn, study.classes, side=learner.side)
+    return load_examples(source, drawn, study.classes, side=learner.image_side)
 
 
 def _in_one_place(
@@ -171,7 +171,7 @@ def _among_sites(learner: Trainer, study: StudyConfig, path: Path) -> _Trained:
     os.environ["FEDSIGMA_AUDIT"] = str(path / "audit")
     count = len(simulated_sites(StudySpec.of(study).data, study.classes, study.seed)[1])
     folder = RunDir.open(path) if (path / "study.yaml").exists() else RunDir.create(path, study.to_yaml())
-    averaging, split = make_averaging(study), learner.split(None)
+    averaging, split = make_averaging(study), learner.partition(None)
     with folder.lock():
         shift, done = checkpoint.latest(
             folder, averaging, study=study, split=split, fingerprint=learner.fingerprint
@@ -182,7 +182,7 @@ def _among_sites(learner: Trainer, study: StudyConfig, path: Path) -> _Trained:
     rows = [row for row in folder.rounds() if row["status"] == "accepted"]
     examples = {row["site"]: row["examples"] or 0 for row in rows}  # under masks a site does not tell
     return _Trained(
-        shift=split.scatter(shift),
+        shift=split.combine(shift),
         sites=len(examples),
         examples=sum(examples.values()),
         steps=math.ceil(all_steps(study, count) / count),
@@ -196,12 +196,12 @@ def _judge(shift: Vector, cell: Cell, study: StudyConfig, chosen: PublishedSet) 
     for half in ("base", "novel") if cell.protocol == "base_to_novel" else (None,):
         learner = open_trainer(study.backbone, study.sigma, chosen.half(half), chosen.prompts(half))
         source, records = chosen.records("test", half)
-        examples: Any = LazyExamples(source, records, chosen.half(half), side=learner.side)
+        examples: Any = LazyExamples(source, records, chosen.half(half), side=learner.image_side)
         try:
             judged = learner.evaluate(shift, examples)
         finally:
             examples.close()
         found.append(
-            Score(judged_on=chosen.name, half=half or "", images=len(examples), scores=judged.scores)
+            Score(judged_on=chosen.name, half=half or "", images=len(examples), scores=judged.metrics)
         )
     return found

@@ -41,8 +41,8 @@ baselines: [zero_shot, local_only, pooled]
 class FakeTrainer:
     """See `fedsigma.common.training.trainer.Trainer`."""
 
-    side = 32
-    parameters = 1000
+    image_side = 32
+    parameter_count = 1000
     layout = LAYOUT
     fingerprint = FINGERPRINT
 
@@ -50,7 +50,7 @@ class FakeTrainer:
         if backbone == "other":
             self.fingerprint = Fingerprint("b" * 64, LAYOUT.digest, ((1.0, 2.0),))
 
-    def split(self, personal: Any) -> ParameterPartition:
+    def partition(self, personal: Any) -> ParameterPartition:
         return ParameterPartition(
             self.layout, None if personal is None else frozenset({self.layout.entries[-1].key})
         )
@@ -80,7 +80,7 @@ class FakeTrainer:
         distance = float(np.linalg.norm(shift - examples[0].target))
         right = round(len(examples) / (1 + distance))
         scores = {"accuracy": right / len(examples), "balanced_accuracy": 0.5, "f1": 0.5, "ece": 0.1}
-        return EvalOutput(scores=scores, confusion=(right, 0, len(examples) - right, 0))
+        return EvalOutput(metrics=scores, confusion=(right, 0, len(examples) - right, 0))
 
 
 def parts(data: str, classes: Any, seed: int) -> Any:

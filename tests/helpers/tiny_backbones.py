@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedsigma.common.backbones import Backbone, Preprocessing, assemble, build_model
-from fedsigma.common.backbones.tokenizer import tokenizer_for
+from fedsigma.common.backbones.tokenizer import load_tokenizer
 
 CLIP_CFG: dict[str, Any] = {
     "embed_dim": 16,
@@ -47,7 +47,7 @@ def tiny_clip(seed: int = 0) -> Backbone:
     cfg = copy.deepcopy(CLIP_CFG)
     model = build_model(cfg)
     return assemble(
-        "tiny", model, tokenizer_for(cfg, model, "", "tiny"), PREPROCESS, cfg, architecture="tiny"
+        "tiny", model, load_tokenizer(cfg, model, "", "tiny"), PREPROCESS, cfg, architecture="tiny"
     )
 
 
@@ -76,7 +76,7 @@ def tiny_biomed(bert: Path, seed: int = 0) -> Backbone:
     cfg["text_cfg"]["hf_model_name"] = cfg["text_cfg"]["hf_tokenizer_name"] = str(bert)
     model = build_model(cfg)
     return assemble(
-        "biomed", model, tokenizer_for(cfg, model, bert, "biomed"), replace(PREPROCESS, size=160), cfg
+        "biomed", model, load_tokenizer(cfg, model, bert, "biomed"), replace(PREPROCESS, size=160), cfg
     )
 
 

@@ -243,7 +243,7 @@ def test_unexpected_error_is_one_line_unless_debugging(
     def broken(_: str) -> None:
         raise ZeroDivisionError("over\nthere")
 
-    monkeypatch.setattr("fedsigma.common.backbones.count_backbone", broken)
+    monkeypatch.setattr("fedsigma.common.backbones.load_meta_model", broken)
     code, _, err = run("inspect", "ViT-B-16")
     assert code == 1
     assert err == "Error: unexpected ZeroDivisionError: over there (FEDSIGMA_DEBUG=1 shows where)\n"

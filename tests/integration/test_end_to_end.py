@@ -15,7 +15,7 @@ from fedsigma.client.site.personal_state import PersonalError
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.common.backbones import save_backbone
 from fedsigma.common.sigma import Layout
-from fedsigma.common.training.trainer import parameter_partition
+from fedsigma.common.training.trainer import make_partition
 from fedsigma.server.app import app as server
 from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
@@ -88,10 +88,10 @@ def test_personal_values_go_on_top_of_a_study(places: Path) -> None:
     folder = study_of(places, STUDY.replace("local_only, ", "") + "personal: {{towers: [text]}}\n")
     file = next((places / "audit" / "personal").rglob("*.safetensors"))
     plain, own = load_model(folder.path), load_model(folder.path, personal=file)
-    split = parameter_partition(own.sigma, own.study.personal)
+    split = make_partition(own.sigma, own.study.personal)
     shared, mine = plain.sigma.get_shift().numpy(), own.sigma.get_shift().numpy()
-    assert np.array_equal(split.gather(shared), split.gather(mine))
-    assert not split.personal(shared).any() and np.abs(split.personal(mine)).min() > 0
+    assert np.array_equal(split.shared_values(shared), split.shared_values(mine))
+    assert not split.personal_values(shared).any() and np.abs(split.personal_values(mine)).min() > 0
     with pytest.raises(PersonalError, match="name the one that a site wrote"):
         load_model(folder.path, personal=folder.path / "sigma.safetensors")
 

@@ -26,8 +26,8 @@ PRIVATE = PLAIN + "privacy: {level: LEVEL, noise_multiplier: 20.0, clip_norm: 0.
 def words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the learner say a shift's length, as a share, in place of words."""
 
-    def explain(self: FakeTrainer, shift: np.ndarray, *, heads: int = 8, words: int = 5) -> list[dict]:
-        told = [{"phrase": f"word {n}", "g": 1.0} for n in range(words)]
+    def explain(self: FakeTrainer, shift: np.ndarray, *, heads: int = 8, phrases: int = 5) -> list[dict]:
+        told = [{"phrase": f"word {n}", "g": 1.0} for n in range(phrases)]
         row = {
             "tower": "image",
             "layer": 0,

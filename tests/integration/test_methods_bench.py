@@ -42,7 +42,7 @@ from bench.tune import validation_sites
 from fedsigma.client.app import app as client
 from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import Backbone, assemble, build_model, load_backbone, save_backbone
-from fedsigma.common.backbones.tokenizer import tokenizer_for
+from fedsigma.common.backbones.tokenizer import load_tokenizer
 from fedsigma.common.config.study import ConfigError, LocalTrainingConfig, StudyConfig
 from fedsigma.common.data.loading import Example
 from fedsigma.common.training.classifier import TrainingError
@@ -85,7 +85,7 @@ def made() -> Backbone:
     cfg = copy.deepcopy(CLIP_CFG)
     cfg["text_cfg"]["context_length"] = 32
     model = build_model(cfg)
-    return assemble("tiny", model, tokenizer_for(cfg, model, "", "tiny"), PREPROCESS, cfg)
+    return assemble("tiny", model, load_tokenizer(cfg, model, "", "tiny"), PREPROCESS, cfg)
 
 
 def backbone() -> Backbone:
@@ -284,7 +284,7 @@ def test_lora_adds_its_products_to_q_k_and_v_over_the_root_of_the_rank() -> None
     method._tuning.load(state)
     name = "transformer.resblocks.1.attn.in_proj_weight"
     before = dict(plain.model.named_parameters())[name]
-    with method._tuning.frozen() as model:
+    with method._tuning.inference_mode() as model:
         after = model.get_submodule("transformer.resblocks.1.attn").in_proj_weight
     keys = [f"{name}[{low}:{low + 16}]" for low in (0, 16, 32)]
     products = [state[f"{key}.B"] @ state[f"{key}.A"] / 2**0.5 for key in keys]
@@ -340,10 +340,10 @@ def test_learned_context_stands_where_its_words_were() -> None:
     with torch.no_grad():
         expected = F.normalize(plain.model.encode_text(plain.tokenizer(words)), dim=-1)
     method._tuning.load({"context": table[word].expand(16, -1).clone()})
-    with method._tuning.frozen():
+    with method._tuning.inference_mode():
         torch.testing.assert_close(method.task.text_features(), expected, rtol=1e-4, atol=1e-5)
     method._tuning.load({"context": torch.randn(16, 16)})
-    with method._tuning.frozen():
+    with method._tuning.inference_mode():
         assert (method.task.text_features() - expected).abs().max() > 0.01
 
 
@@ -365,7 +365,7 @@ def test_the_adapter_weighs_features_by_two_layers_of_their_width() -> None:
         x = plain.model.encode_image((images.float() / 255 - mean) / std)
         hidden = torch.tanh(x @ state["first.weight"].T + state["first.bias"])
         weights = (hidden @ state["second.weight"].T + state["second.bias"]).softmax(1)
-    with method._tuning.frozen():
+    with method._tuning.inference_mode():
         features = method.task.image_features(images)
     torch.testing.assert_close(features, F.normalize(weights * x, dim=-1), rtol=1e-4, atol=1e-6)
 

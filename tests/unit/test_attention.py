@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.attention import Attention, by_products, training_attention
+from fedsigma.common.training.attention import BatchedAttention, training_attention, use_batched_products
 from tests.helpers.tiny import outputs, timm_clip, tiny_clip
 
 CPU = torch.device("cpu")
@@ -30,12 +30,12 @@ def test_value_and_gradient_are_those_of_torchs_attention(mask: Tensor | None) -
     inputs = [torch.randn(2, 5, 36, dtype=torch.float64, requires_grad=True)]
     inputs.append(inputs[0].detach().clone().requires_grad_())
     of_output = torch.randn(2, 5, 12, dtype=torch.float64)
-    for form, qkv in zip((fused, Attention.apply), inputs, strict=True):
+    for form, qkv in zip((fused, BatchedAttention.apply), inputs, strict=True):
         out = form(qkv, 3, mask)
         out.backward(of_output)
         torch.testing.assert_close(out, fused(inputs[0], 3, mask))
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
-    assert torch.autograd.gradcheck(lambda x: Attention.apply(x, 3, mask), inputs[1])
+    assert torch.autograd.gradcheck(lambda x: BatchedAttention.apply(x, 3, mask), inputs[1])
 
 
 def gradient(sigma: SigmaModel) -> Tensor:
@@ -48,7 +48,10 @@ def gradient(sigma: SigmaModel) -> Tensor:
 def test_models_give_the_same_features_and_gradients(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     sigma = SigmaModel.adapt(build(), cache_dir=tmp_path)
     expected, slope = outputs(sigma.model), gradient(sigma)
-    with by_products(sigma.model), patch.object(Attention, "apply", wraps=Attention.apply) as product:
+    with (
+        use_batched_products(sigma.model),
+        patch.object(BatchedAttention, "apply", wraps=BatchedAttention.apply) as product,
+    ):
         found, other = outputs(sigma.model), gradient(sigma)
     assert product.called
     for a, b in zip(found, expected, strict=True):
@@ -57,7 +60,7 @@ def test_models_give_the_same_features_and_gradients(build: Callable[[], nn.Modu
 
 
 def switches(model: nn.Module) -> list[object]:
-    """Whatever `by_products` may change."""
+    """Whatever `use_batched_products` may change."""
     return [(m.__dict__.get("forward"), getattr(m, "fused_attn", None)) for m in model.modules()]
 
 
@@ -65,7 +68,7 @@ def switches(model: nn.Module) -> list[object]:
 def test_a_model_is_left_as_it_was_even_by_an_error(build: Callable[[], nn.Module]) -> None:
     model = build()
     before = switches(model)
-    with pytest.raises(RuntimeError, match="in the block"), by_products(model):
+    with pytest.raises(RuntimeError, match="in the block"), use_batched_products(model):
         assert switches(model) != before
         raise RuntimeError("in the block")
     assert switches(model) == before
@@ -89,7 +92,7 @@ def test_other_calls_and_other_layers_are_left_to_torch() -> None:
     ]
     for of, options in calls:
         expected = layer(*of, **options)
-        with by_products(model), patch.object(Attention, "apply") as product:
+        with use_batched_products(model), patch.object(BatchedAttention, "apply") as product:
             found = model[0](*of, **options)
             assert model[1](x, x, x) == "own"
         product.assert_not_called()

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from fedsigma.common import backbones
 from fedsigma.common.backbones import (
     BackboneError,
+    build_meta_model,
     convert,
-    count_model,
     export_merged,
     fetch,
     load_backbone,
-    open_folder,
+    load_folder,
     parse_name,
     save_backbone,
 )
@@ -154,23 +154,25 @@ def test_random_weights_on_request() -> None:
 
 
 def test_counting_takes_no_memory() -> None:
-    model = count_model(open_clip.get_model_config("ViT-B-16"))
+    model = build_meta_model(open_clip.get_model_config("ViT-B-16"))
     assert sum(p.numel() for p in model.parameters()) == 149_620_737
     assert all(p.is_meta for p in model.parameters())
 
 
 def test_a_tag_brings_its_activation() -> None:
     """open_clip only warns there, and the features of OpenAI's weights come out wrong."""
-    made = hub_module.recipe(parse_name("ViT-B-16/openai"))
+    made = hub_module.resolve_settings(parse_name("ViT-B-16/openai"))
     assert made.model_cfg["quick_gelu"] is True
-    assert not hub_module.recipe(parse_name("ViT-B-16/laion2b_s34b_b88k")).model_cfg.get("quick_gelu")
+    assert not hub_module.resolve_settings(parse_name("ViT-B-16/laion2b_s34b_b88k")).model_cfg.get(
+        "quick_gelu"
+    )
 
 
 def test_every_tag_has_a_recipe() -> None:
     for architecture, tag in open_clip.list_pretrained():
-        made = hub_module.recipe(parse_name(f"{architecture}/{tag}"))
+        made = hub_module.resolve_settings(parse_name(f"{architecture}/{tag}"))
         assert {"mean", "std", "interpolation", "resize_mode"} <= made.preprocess.keys()
-        assert hub_module.safe_file(parse_name(f"{architecture}/{tag}"))[1].endswith(".safetensors")
+        assert hub_module.find_weights_file(parse_name(f"{architecture}/{tag}"))[1].endswith(".safetensors")
 
 
 # Offline
@@ -288,13 +290,13 @@ def test_biomed_folder_works_wherever_it_lies(biomed_folder: Path, copied: Calla
 
 def test_tokenizer_of_a_native_text_tower(tmp_path: Path) -> None:
     """A Hugging Face tokenizer on open_clip's own text tower, as SigLIP and CLIPA have it."""
-    from fedsigma.common.backbones.tokenizer import tokenizer_for
+    from fedsigma.common.backbones.tokenizer import load_tokenizer
 
     plain = tiny_clip()
     cfg = {**plain.model_cfg, "text_cfg": {**plain.model_cfg["text_cfg"], "hf_tokenizer_name": "x/y"}}
-    tokenizer = tokenizer_for(cfg, plain.model, bert_folder(tmp_path / "bert"), "t")
+    tokenizer = load_tokenizer(cfg, plain.model, bert_folder(tmp_path / "bert"), "t")
     both = dataclasses.replace(plain, tokenizer=tokenizer, model_cfg=cfg)
-    loaded = open_folder(save_backbone(both, tmp_path / "b", source="tests"))
+    loaded = load_folder(save_backbone(both, tmp_path / "b", source="tests"))
     assert not (tmp_path / "b" / "config.json").exists()
     assert torch.equal(loaded.tokenizer(["a round cell"]), tokenizer(["a round cell"]))
 
@@ -308,7 +310,7 @@ def test_size_that_timm_does_not_take(biomed_folder: Path, copied: Callable[[Pat
 
     edit(folder, CONFIG, change)
     with pytest.raises(BackboneError, match="takes 160 pixels"):
-        open_folder(folder)
+        load_folder(folder)
 
 
 def test_folder_in_use_is_not_overwritten(clip_folder: Path) -> None:
@@ -328,7 +330,7 @@ def test_partial_preprocessing_is_refused(
     folder = copied(clip_folder)
     edit(folder, CONFIG, lambda c: c["preprocess_cfg"].pop(key))
     with pytest.raises(BackboneError, match=f"lacks {key}"):
-        open_folder(folder)
+        load_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +366,7 @@ def test_wrong_configuration_is_refused(
     folder = copied(clip_folder)
     edit(folder, CONFIG, change)
     with pytest.raises(BackboneError, match=message):
-        open_folder(folder)
+        load_folder(folder)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -376,19 +378,19 @@ def test_every_changed_or_missing_file_is_noticed(
     content[-3] ^= 1
     (folder / name).write_bytes(bytes(content))
     with pytest.raises(BackboneError, match=f"{name} was changed"):
-        open_folder(folder)
+        load_folder(folder)
     (folder / name).unlink()
     with pytest.raises(BackboneError, match=f"{name} is missing"):
-        open_folder(folder)
+        load_folder(folder)
 
 
 def test_added_file_is_noticed_and_a_note_is_not(clip_folder: Path, copied: Callable[[Path], Path]) -> None:
     folder = copied(clip_folder)
     (folder / "NOTES.md").write_text("ours")
-    open_folder(folder)
+    load_folder(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(BackboneError, match=r"tokenizer.json is not in"):
-        open_folder(folder)
+        load_folder(folder)
 
 
 def test_interrupted_copy_and_foreign_folder(
@@ -397,7 +399,7 @@ def test_interrupted_copy_and_foreign_folder(
     folder = copied(clip_folder)
     (folder / MANIFEST).unlink()
     with pytest.raises(BackboneError, match=f"fetch local-dir:{folder} NEW_DIR"):
-        open_folder(folder)
+        load_folder(folder)
     adopted = fetch(f"local-dir:{folder}", tmp_path / "adopted")
     assert torch.equal(features(adopted)[0], features(tiny_clip())[0])
     (folder / WEIGHTS).rename(folder / "open_clip_pytorch_model.bin")
@@ -417,7 +419,7 @@ def test_missing_vocabulary_is_not_replaced_by_an_empty_one(
     del manifest["files"]["tokenizer.json"]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BackboneError, match="the tokenizer is missing"):
-        open_folder(folder)
+        load_folder(folder)
 
 
 def test_tokenizer_without_words_or_of_another_model(tmp_path: Path) -> None:
@@ -434,7 +436,7 @@ def test_code_in_a_folder_is_refused(biomed_folder: Path, copied: Callable[[Path
     folder = copied(biomed_folder)
     edit(folder, name, lambda c: c.update(auto_map={"AutoConfig": "evil.Config"}))
     with pytest.raises(BackboneError, match="run code"):
-        open_folder(folder)
+        load_folder(folder)
 
 
 def test_manifest_cannot_point_outside(clip_folder: Path, copied: Callable[[Path], Path]) -> None:
@@ -443,7 +445,7 @@ def test_manifest_cannot_point_outside(clip_folder: Path, copied: Callable[[Path
     manifest["files"]["../x"] = "0" * 64
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BackboneError, match="is missing"):
-        open_folder(folder)
+        load_folder(folder)
 
 
 def test_weights_that_are_not_finite(clip_folder: Path, copied: Callable[[Path], Path]) -> None:
@@ -453,7 +455,7 @@ def test_weights_that_are_not_finite(clip_folder: Path, copied: Callable[[Path],
     save_file(state, folder / WEIGHTS)
     resign(folder)
     with pytest.raises(BackboneError, match="not finite"):
-        open_folder(folder)
+        load_folder(folder)
 
 
 # Checkpoints and conversion

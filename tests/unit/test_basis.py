@@ -20,14 +20,14 @@ def basis_of(model: torch.nn.Module) -> Basis:
     return Basis.compute(model, find_layout(model))
 
 
-def resketched(basis: Basis, triples: list[SVD]) -> Fingerprint:
-    rows = tuple(sketch(e, t) for e, t in zip(basis.layout.entries, triples, strict=True))
+def resketched(basis: Basis, svds: list[SVD]) -> Fingerprint:
+    rows = tuple(sketch(e, t) for e, t in zip(basis.layout.entries, svds, strict=True))
     return replace(basis.fingerprint, sketch=rows)
 
 
 def test_same_backbone_agrees_through_json() -> None:
     one, two = basis_of(tiny_clip()), basis_of(tiny_clip())
-    assert one.fingerprint.compare(Fingerprint.from_json(two.fingerprint.to_json())) is None
+    assert one.fingerprint.describe_mismatch(Fingerprint.from_json(two.fingerprint.to_json())) is None
 
 
 @settings(max_examples=20, deadline=None)
@@ -36,10 +36,10 @@ def test_joint_sign_flips_pass(seed: int) -> None:
     basis = basis_of(tiny_clip())
     generator = torch.Generator().manual_seed(seed)
     flipped = []
-    for t in basis.triples:
+    for t in basis.svds:
         signs = torch.randint(0, 2, t.s.shape, generator=generator) * 2.0 - 1
         flipped.append(SVD(t.u * signs, t.s, signs[:, None] * t.vh))
-    assert basis.fingerprint.compare(resketched(basis, flipped)) is None
+    assert basis.fingerprint.describe_mismatch(resketched(basis, flipped)) is None
 
 
 @pytest.mark.parametrize("angle", [0.01, 0.5, 3.0])
@@ -47,7 +47,7 @@ def test_joint_sign_flips_pass(seed: int) -> None:
 def test_rotated_near_degenerate_pair_is_refused(angle: float, number: int) -> None:
     """The weights are the same to the last digit; only the choice of vectors differs."""
     basis = basis_of(tiny_clip())
-    t = basis.triples[number]
+    t = basis.svds[number]
     turn = torch.tensor(
         [
             [torch.tensor(angle).cos(), -torch.tensor(angle).sin()],
@@ -59,32 +59,34 @@ def test_rotated_near_degenerate_pair_is_refused(angle: float, number: int) -> N
     pair = SVD(u, t.s, vh)
     same = torch.ones_like(t.s)
     torch.testing.assert_close(u @ torch.diag(same) @ vh, t.u @ torch.diag(same) @ t.vh, atol=1e-5, rtol=1e-4)
-    triples = [pair if i == number else x for i, x in enumerate(basis.triples)]
-    verdict = basis.fingerprint.compare(resketched(basis, triples))
+    svds = [pair if i == number else x for i, x in enumerate(basis.svds)]
+    verdict = basis.fingerprint.describe_mismatch(resketched(basis, svds))
     assert verdict is not None and f"bases differ at entry {number}" in verdict
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_refused(dtype: torch.dtype) -> None:
     exact, half = basis_of(tiny_clip()), basis_of(tiny_clip().to(dtype).float())
-    verdict = exact.fingerprint.compare(half.fingerprint)
+    verdict = exact.fingerprint.describe_mismatch(half.fingerprint)
     assert verdict is not None and "backbone weights differ" in verdict
     # The sketch alone notices too, should a digest ever be forged or left out.
-    verdict = exact.fingerprint.compare(replace(half.fingerprint, weights=exact.fingerprint.weights))
+    verdict = exact.fingerprint.describe_mismatch(
+        replace(half.fingerprint, weights=exact.fingerprint.weights)
+    )
     assert verdict is not None and "bases differ" in verdict
 
 
 def test_other_layout_is_refused() -> None:
     model = tiny_clip()
     part = Basis.compute(model, find_layout(model, SigmaConfig(parts=("o",))))
-    verdict = basis_of(model).fingerprint.compare(part.fingerprint)
+    verdict = basis_of(model).fingerprint.describe_mismatch(part.fingerprint)
     assert verdict is not None and "layouts differ" in verdict
 
 
 def test_nan_in_a_sketch_is_a_difference() -> None:
     mine = basis_of(tiny_clip()).fingerprint
     forged = replace(mine, sketch=((float("nan"),) * len(mine.sketch[0]), *mine.sketch[1:]))
-    assert mine.compare(forged) is not None and forged.compare(mine) is not None
+    assert mine.describe_mismatch(forged) is not None and forged.describe_mismatch(mine) is not None
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,8 @@ def test_a_cached_basis_is_not_computed_again(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("fedsigma.common.sigma.basis.decompose", never)
     again = cached_basis(model, find_layout(model), tmp_path)
-    assert again.fingerprint.compare(first.fingerprint) is None
-    assert all(torch.equal(a.u, b.u) for a, b in zip(first.triples, again.triples, strict=True))
+    assert again.fingerprint.describe_mismatch(first.fingerprint) is None
+    assert all(torch.equal(a.u, b.u) for a, b in zip(first.svds, again.svds, strict=True))
 
 
 def test_processes_share_the_pages_of_a_cached_basis(tmp_path: Path) -> None:
@@ -124,8 +126,8 @@ def test_processes_share_the_pages_of_a_cached_basis(tmp_path: Path) -> None:
         line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line
     ]
     parts = [tuple(int(end, 16) for end in part.split("-")) for part in mapped]
-    for triple in basis.triples:
-        for tensor in (triple.u, triple.s, triple.vh):
+    for svd in basis.svds:
+        for tensor in (svd.u, svd.s, svd.vh):
             assert any(start <= tensor.data_ptr() < end for start, end in parts)
 
 
@@ -159,7 +161,7 @@ def test_vectors_that_are_not_those_of_their_fingerprint_are_refused(tmp_path: P
     cached_basis(model, layout, tmp_path)
     # Another backbone's vectors under this one's name and fingerprint.
     mine, other = basis_of(model), basis_of(tiny_clip(1))
-    replace(mine, triples=other.triples).save(file)
+    replace(mine, svds=other.svds).save(file)
     with pytest.raises(BasisError, match="is damaged"):
         cached_basis(model, layout, tmp_path)
 

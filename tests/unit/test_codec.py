@@ -54,8 +54,8 @@ levels = st.sampled_from(CODECS)
 
 def per_block(vector: np.ndarray, layout: Layout) -> np.ndarray:
     """The largest magnitude of each value's matrix."""
-    starts = np.cumsum((0, *layout.blocks[:-1]))
-    return np.repeat(np.maximum.reduceat(np.abs(vector), starts), layout.blocks)
+    starts = np.cumsum((0, *layout.entry_sizes[:-1]))
+    return np.repeat(np.maximum.reduceat(np.abs(vector), starts), layout.entry_sizes)
 
 
 @given(cases())
@@ -101,7 +101,7 @@ def test_every_level_gives_finite_values_of_the_right_length(
 def changes(seed: int, spread: float = 0.0) -> np.ndarray:
     """Values of matrices of different scale; a few lie far out if spread is large."""
     rng = np.random.default_rng(seed)
-    scale = np.repeat(np.exp(rng.normal(size=len(MANY.blocks))), MANY.blocks) * 1e-2
+    scale = np.repeat(np.exp(rng.normal(size=len(MANY.entry_sizes))), MANY.entry_sizes) * 1e-2
     return (scale * rng.normal(size=MANY.size) * np.exp(spread * rng.normal(size=MANY.size))).astype(
         np.float32
     )
@@ -111,7 +111,7 @@ def changes(seed: int, spread: float = 0.0) -> np.ndarray:
 def test_small_keeps_to_its_size_whatever_the_values(spread: float) -> None:
     for seed in range(5):
         data = encode(changes(seed, spread), MANY, level="small", seed=seed)
-        assert len(data) <= HEADER_BYTES + 9 + len(MANY.blocks) + MANY.size * SMALL_BITS / 8 + SMALL_ROOM
+        assert len(data) <= HEADER_BYTES + 9 + len(MANY.entry_sizes) + MANY.size * SMALL_BITS / 8 + SMALL_ROOM
         error = decode(data, MANY) - changes(seed, spread)
         assert np.linalg.norm(error) < 0.35 * np.linalg.norm(changes(seed, spread))
 
@@ -120,14 +120,19 @@ def test_rounding_is_unbiased_and_as_small_as_dither_makes_it() -> None:
     vector, total = changes(1), np.zeros(MANY.size)
     for seed in range(400):
         total += (
-            quantization.unpack(quantization.pack(vector, MANY.blocks, seed, fraction=0.6), MANY.blocks)
+            quantization.unpack(
+                quantization.pack(vector, MANY.entry_sizes, seed, fraction=0.6), MANY.entry_sizes
+            )
             - vector
         )
-    codes = np.frombuffer(quantization.pack(vector, MANY.blocks, 0, fraction=0.6), np.uint8, 40, 9)
-    steps = np.repeat(2.0 ** (codes / 8 - 27), MANY.blocks)
+    codes = np.frombuffer(quantization.pack(vector, MANY.entry_sizes, 0, fraction=0.6), np.uint8, 40, 9)
+    steps = np.repeat(2.0 ** (codes / 8 - 27), MANY.entry_sizes)
     # Each error is uniform over a step: variance step^2 / 12, so a mean of 400 is within five sigmas of zero.
     assert (np.abs(total / 400) < 5 * steps / np.sqrt(12 * 400)).all()
-    error = quantization.unpack(quantization.pack(vector, MANY.blocks, 7, fraction=0.6), MANY.blocks) - vector
+    error = (
+        quantization.unpack(quantization.pack(vector, MANY.entry_sizes, 7, fraction=0.6), MANY.entry_sizes)
+        - vector
+    )
     assert np.square(error / steps).mean() == pytest.approx(1 / 12, rel=0.05)
 
 

@@ -17,15 +17,15 @@ from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.privacy.noise import SecureRandom
-from fedsigma.common.sigma import NotSeparable, SigmaModel
+from fedsigma.common.sigma import PerSampleUnsupported, SigmaModel
 from fedsigma.common.training import dp_sgd
 from fedsigma.common.training.classifier import ClipClassifier, TrainingError, resize_image
 from fedsigma.common.training.dp_sgd import (
     DPSGDGradient,
     clipped_sum,
-    example_gradients,
-    gradients_one_by_one,
-    separable,
+    per_sample_gradients,
+    sequential_gradients,
+    supports_per_sample_gradients,
 )
 from fedsigma.common.training.loop import train
 from tests.helpers.tiny import timm_clip, tiny_clip
@@ -83,9 +83,9 @@ def test_each_examples_gradient_is_that_of_the_loop(name: str, tmp_path: Path) -
     job = adapted(build(), tmp_path, side, **selection)
     images, labels = batch(job)
     expected = one_by_one(job, images, labels)
-    assert separable(job, precision="float32")
-    fast = torch.cat(list(example_gradients(job, images, labels, precision="float32")))
-    slow = torch.cat(list(gradients_one_by_one(job, images, labels, precision="float32")))
+    assert supports_per_sample_gradients(job, precision="float32")
+    fast = torch.cat(list(per_sample_gradients(job, images, labels, precision="float32")))
+    slow = torch.cat(list(sequential_gradients(job, images, labels, precision="float32")))
     assert (expected.norm(dim=1) > 1e-3).all()
     assert torch.allclose(fast, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-3)
     assert torch.allclose(slow, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-3)
@@ -95,7 +95,7 @@ def test_bfloat16_is_as_near_as_it_can_be(tmp_path: Path) -> None:
     job = adapted(tiny_clip(), tmp_path, 32)
     images, labels = batch(job)
     expected = one_by_one(job, images, labels)
-    fast = torch.cat(list(example_gradients(job, images, labels, precision="bfloat16")))
+    fast = torch.cat(list(per_sample_gradients(job, images, labels, precision="bfloat16")))
     assert ((fast - expected).norm(dim=1) < 0.05 * expected.norm(dim=1)).all()
 
 
@@ -105,7 +105,7 @@ def test_the_model_is_as_before_afterwards(tmp_path: Path) -> None:
     before = one_by_one(job, images, labels)
     with pytest.raises(KeyError), job.sigma.per_sample_gradients():
         raise KeyError
-    list(example_gradients(job, images, labels, precision="float32"))
+    list(per_sample_gradients(job, images, labels, precision="float32"))
     assert torch.equal(one_by_one(job, images, labels), before)
 
 
@@ -123,11 +123,11 @@ def test_a_model_that_cannot_be_separated_takes_the_loop(tmp_path: Path) -> None
 
     block.__class__ = type("Own", (block.__class__,), {"forward": Own.forward})
     images, labels = batch(job)
-    with pytest.raises(NotSeparable, match="way of its own"):
-        list(example_gradients(job, images, labels, precision="float32"))
-    assert not separable(job, precision="float32")
+    with pytest.raises(PerSampleUnsupported, match="way of its own"):
+        list(per_sample_gradients(job, images, labels, precision="float32"))
+    assert not supports_per_sample_gradients(job, precision="float32")
     gradient = DPSGDGradient(job, coloured(5), RECIPE, IMAGE)
-    assert gradient._gradients is gradients_one_by_one
+    assert gradient._gradients is sequential_gradients
 
 
 def test_a_layer_that_mixes_examples_is_found_out(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_layer_that_mixes_examples_is_found_out(tmp_path: Path) -> None:
     for block in job.backbone.model.transformer.resblocks:
         inner = block.mlp.forward
         block.mlp.forward = lambda x, inner=inner: inner(x.transpose(0, 1).contiguous()).transpose(0, 1)
-    assert not separable(job, precision="float32")
+    assert not supports_per_sample_gradients(job, precision="float32")
 
 
 def test_clipping_shortens_and_never_lengthens() -> None:
@@ -250,6 +250,6 @@ def test_two_calls_with_one_seed_differ(tmp_path: Path) -> None:
 
 
 def test_the_log_says_which_way_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with patch.object(dp_sgd, "example_gradients", side_effect=NotSeparable("of a reason")):
-        assert not separable(task(tmp_path))
+    with patch.object(dp_sgd, "per_sample_gradients", side_effect=PerSampleUnsupported("of a reason")):
+        assert not supports_per_sample_gradients(task(tmp_path))
     assert "of a reason" in caplog.text

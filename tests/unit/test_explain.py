@@ -18,9 +18,9 @@ from fedsigma.cli.main import main
 from fedsigma.client.inference.loaded_model import load_model
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.study import SigmaConfig
-from fedsigma.common.explain import Explainer, ExplainError, Phrases, head_changes, report
-from fedsigma.common.explain.report import explainer
-from fedsigma.common.explain.text_directions import projection
+from fedsigma.common.explain import Explainer, ExplainError, Phrases, rank_heads, report
+from fedsigma.common.explain.report import build_explainer
+from fedsigma.common.explain.text_directions import joint_space_projection
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Basis, SigmaModel, find_layout
 from fedsigma.common.training.trainer import SigmaTrainer
@@ -49,7 +49,7 @@ def test_the_heads_energies_are_those_of_their_slices_and_sum_to_the_whole(seed:
     model = tiny()
     basis = basis_of(model)
     shift = torch.randn(basis.layout.size, generator=torch.Generator().manual_seed(seed))
-    changes = head_changes(model, basis, shift)
+    changes = rank_heads(model, basis, shift)
     assert len(changes) == 2 * 2 * HEADS and sum(c.share for c in changes) == pytest.approx(1)
     total = sum(
         shift[e.offset : e.offset + e.size].square().sum().item()
@@ -59,9 +59,9 @@ def test_the_heads_energies_are_those_of_their_slices_and_sum_to_the_whole(seed:
     assert sum(c.value + c.output for c in changes) == pytest.approx(total, rel=1e-5)
     one = next(c for c in changes if (c.tower, c.layer, c.head) == ("image", 1, 2))
     rows = slice(2 * WIDTH // HEADS, 3 * WIDTH // HEADS)
-    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
+    for entry, svd in zip(basis.layout.entries, basis.svds, strict=True):
         if (entry.tower, entry.layer) == ("image", 1):
-            change = triple.u * shift[entry.offset : entry.offset + entry.size] @ triple.vh
+            change = svd.u * shift[entry.offset : entry.offset + entry.size] @ svd.vh
             if entry.part == "v":
                 assert one.value == pytest.approx(change[rows].square().sum().item(), rel=1e-4)
             if entry.part == "o":
@@ -77,7 +77,7 @@ def planted(head: int, phrase: int) -> tuple[nn.Module, int]:
     """A model in which one column of a head's output matrix writes a phrase; and that column."""
     model, texts = tiny(), features()
     target = (texts - texts.mean(0))[phrase]
-    reads = projection(model, "image")
+    reads = joint_space_projection(model, "image")
     writes = nn.functional.normalize(torch.linalg.pinv(reads) @ target, dim=0)
     others = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))
     column = head * WIDTH // HEADS
@@ -95,13 +95,13 @@ def test_a_planted_phrase_comes_out_first_at_its_head(head: int, phrase: int, am
     model, column = planted(head, phrase)
     basis = basis_of(model)
     shift = torch.zeros(basis.layout.size)
-    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
+    for entry, svd in zip(basis.layout.entries, basis.svds, strict=True):
         if (entry.tower, entry.layer, entry.part) == ("image", 1, "o"):
-            shift[entry.offset + int(triple.vh[:, column].abs().argmax())] = amount
+            shift[entry.offset + int(svd.vh[:, column].abs().argmax())] = amount
     phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
     first = Explainer(model, basis, phrases, features()).explain(shift)[0]
-    assert (first.change.tower, first.change.layer, first.change.head) == ("image", 1, head)
-    assert first.change.share == pytest.approx(1)
+    assert (first.head.tower, first.head.layer, first.head.head) == ("image", 1, head)
+    assert first.head.share == pytest.approx(1)
     told = first.gained if amount > 0 else first.lost
     assert told[0][0] == f"phrase {phrase}"
     assert (told[0][1] > 0) == (amount > 0)
@@ -112,17 +112,17 @@ def test_a_head_writes_what_its_slices_of_the_whole_matrices_do() -> None:
     basis = basis_of(model)
     shift = 0.3 * torch.randn(basis.layout.size, generator=torch.Generator().manual_seed(5))
     report = {}
-    for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
+    for entry, svd in zip(basis.layout.entries, basis.svds, strict=True):
         for name, d in (("before", 0.0), ("after", shift[entry.offset : entry.offset + entry.size])):
             place = entry.tower, entry.layer, entry.part, name
-            report[place] = ((triple.u * (triple.s + d)) @ triple.vh).double()
+            report[place] = ((svd.u * (svd.s + d)) @ svd.vh).double()
     unit = nn.functional.normalize(texts.double() - texts.double().mean(0), dim=1)
     phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
-    found = Explainer(model, basis, phrases, texts).explain(shift, heads=3, words=PHRASES)
+    found = Explainer(model, basis, phrases, texts).explain(shift, heads=3, phrases=PHRASES)
     for one in found:
-        place, where = (one.change.tower, one.change.layer), one.change.head * WIDTH // HEADS
+        place, where = (one.head.tower, one.head.layer), one.head.head * WIDTH // HEADS
         cut = slice(where, where + WIDTH // HEADS)
-        reads = unit @ projection(model, one.change.tower).double()
+        reads = unit @ joint_space_projection(model, one.head.tower).double()
         before, after = (
             (reads @ report[*place, "o", name][:, cut] @ report[*place, "v", name][cut]).square().sum(1)
             for name in ("before", "after")
@@ -149,10 +149,10 @@ def test_explaining_one_shift_does_not_change_what_is_said_of_the_next() -> None
 def test_the_learner_reads_the_descriptions_once(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = SigmaTrainer("starter", SigmaConfig(parts=("v", "o")), ("a", "b"), ("a", "b"))
     shift = np.random.default_rng(0).normal(scale=0.1, size=learner.layout.size).astype(np.float32)
-    rows = learner.explain(shift, heads=3, words=2)
+    rows = learner.explain(shift, heads=3, phrases=2)
     assert len(rows) == 3 and all(len(row["gained"]) == 2 for row in rows)
     monkeypatch.setattr(report, "_text_features", lambda *a: pytest.fail("read again"))
-    assert learner.explain(-shift, heads=3) != rows and learner.explain(shift, heads=3, words=2) == rows
+    assert learner.explain(-shift, heads=3) != rows and learner.explain(shift, heads=3, phrases=2) == rows
 
 
 def test_nothing_changed_is_nothing_gained() -> None:
@@ -160,17 +160,17 @@ def test_nothing_changed_is_nothing_gained() -> None:
     basis = basis_of(model)
     phrases = Phrases(tuple(f"phrase {i}" for i in range(PHRASES)), ("own",) * PHRASES)
     found = Explainer(model, basis, phrases, features()).explain(torch.zeros(basis.layout.size))
-    assert all(one.gained == one.lost == () and one.change.share == 0 for one in found)
+    assert all(one.gained == one.lost == () and one.head.share == 0 for one in found)
 
 
 def test_what_cannot_be_explained_says_why() -> None:
     model = tiny()
     basis = basis_of(model, parts=("q", "mlp"))
     with pytest.raises(ExplainError, match="value and output"):
-        head_changes(model, basis, torch.zeros(basis.layout.size))
+        rank_heads(model, basis, torch.zeros(basis.layout.size))
     model.visual.ln_post = nn.Identity()
     with pytest.raises(ExplainError, match="image tower ends otherwise"):
-        projection(model, "image")
+        joint_space_projection(model, "image")
 
 
 @pytest.mark.parametrize(
@@ -217,5 +217,7 @@ def test_the_command_explains_a_run_and_leaves_the_model_as_it_was(tmp_path: Pat
     told = CliRunner().invoke(main, [*words, "--phrases", str(own), "--template", "a photo of {}"]).output
     assert "% of the heads' change" in told and "cell" in told
     restored = load_model(tmp_path)
-    explainer(restored.backbone, restored.sigma, Phrases(("one", "two"), ("own", "own"))).explain(2 * shift)
+    build_explainer(restored.backbone, restored.sigma, Phrases(("one", "two"), ("own", "own"))).explain(
+        2 * shift
+    )
     torch.testing.assert_close(restored.sigma.get_shift(), shift)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common.training.metrics import Predictions, score
+from fedsigma.common.training.metrics import Predictions, compute_metrics
 from fedsigma.server.federation.validation import metrics_of_confusion
 
 
@@ -17,7 +17,7 @@ def predictions(rows: list[list[float]], labels: list[int]) -> Predictions:
 
 def test_hand_made_case() -> None:
     p = predictions([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]], [0, 0, 1, 1])
-    s = score(p)
+    s = compute_metrics(p)
     assert s.accuracy == pytest.approx(0.75)
     assert s.balanced_accuracy == pytest.approx(0.75)
     assert s.auroc == pytest.approx(1.0)
@@ -27,20 +27,20 @@ def test_hand_made_case() -> None:
 
 
 def test_balanced_accuracy_differs_from_accuracy() -> None:
-    s = score(predictions([[1.0, 0.0]] * 10, [0] * 9 + [1]))
+    s = compute_metrics(predictions([[1.0, 0.0]] * 10, [0] * 9 + [1]))
     assert s.accuracy == pytest.approx(0.9) and s.balanced_accuracy == pytest.approx(0.5)
 
 
 def test_class_that_never_occurs_is_left_out() -> None:
-    s = score(predictions([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]], [0, 1]))
+    s = compute_metrics(predictions([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]], [0, 1]))
     assert s.balanced_accuracy == s.f1 == s.auroc == pytest.approx(1.0)
 
 
 def test_undefined_metrics_are_absent() -> None:
-    one = score(predictions([[0.8, 0.2]], [0]))
-    assert one.auroc is None and "auroc" not in one.scalars() and one.scalars()["accuracy"] == 1
-    nothing = score(Predictions(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)))
-    assert nothing.scalars() == {"examples": 0}
+    one = compute_metrics(predictions([[0.8, 0.2]], [0]))
+    assert one.auroc is None and "auroc" not in one.to_dict() and one.to_dict()["accuracy"] == 1
+    nothing = compute_metrics(Predictions(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)))
+    assert nothing.to_dict() == {"examples": 0}
 
 
 def test_shapes_and_labels_are_checked() -> None:
@@ -58,10 +58,10 @@ def test_pooled_accuracy_is_the_weighted_mean_of_sites(classes: int, count: int,
         Predictions(torch.rand(n, classes, generator=g).softmax(1), torch.randint(classes, (n,), generator=g))
         for n in (count, 7)
     ]
-    pooled, (a, b) = score(Predictions.join(parts)), (score(p) for p in parts)
+    pooled, (a, b) = compute_metrics(Predictions.concatenate(parts)), (compute_metrics(p) for p in parts)
     assert pooled.accuracy == pytest.approx((count * a.accuracy + 7 * b.accuracy) / (count + 7))
     assert torch.equal(pooled.confusion, a.confusion + b.confusion)
-    assert all(0 <= v <= 1 for k, v in pooled.scalars().items() if k != "examples")
+    assert all(0 <= v <= 1 for k, v in pooled.to_dict().items() if k != "examples")
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,6 +71,6 @@ def test_what_a_confusion_matrix_settles_is_what_the_predictions_give(
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=g)
-    s = score(Predictions(torch.rand(count, classes, generator=g).softmax(1), labels))
+    s = compute_metrics(Predictions(torch.rand(count, classes, generator=g).softmax(1), labels))
     settled = metrics_of_confusion(s.confusion.numpy())
     assert settled == pytest.approx({name: getattr(s, name) for name in settled}, abs=1e-6)

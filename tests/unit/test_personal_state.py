@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedsigma.client.site.personal_state import PersonalError, PersonalState, read_personal
 from fedsigma.common.config.study import ConfigError, PersonalConfig, StudyConfig
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, LayoutError, ParameterPartition
-from fedsigma.common.training.trainer import parameter_partition, trainers
+from fedsigma.common.training.trainer import make_partition, trainers
 from fedsigma.common.wire.codec import decode
 from fedsigma.common.wire.messages import TrainReply, TrainTask
 from fedsigma.common.wire.records import from_record
@@ -73,12 +73,12 @@ def test_gather_and_scatter_are_inverse(entries: list[tuple[int, bool]]) -> None
     own = frozenset(e.key for e, (_, is_own) in zip(made, entries, strict=True) if is_own)
     split, shift = ParameterPartition(full, own), np.arange(1, offset + 1, dtype=np.float32)
     assert split.shared.size + split.personal_size == offset
-    assert np.array_equal(split.scatter(split.gather(shift), split.personal(shift)), shift)
+    assert np.array_equal(split.combine(split.shared_values(shift), split.personal_values(shift)), shift)
     for entry in split.shared.entries:
         before = next(e for e in made if e.key == entry.key)
-        values = split.gather(shift)[entry.offset : entry.offset + entry.size]
+        values = split.shared_values(shift)[entry.offset : entry.offset + entry.size]
         assert np.array_equal(values, shift[before.offset : before.offset + before.size])
-    assert split.scatter(split.gather(shift)).sum() == split.gather(shift).sum()
+    assert split.combine(split.shared_values(shift)).sum() == split.shared_values(shift).sum()
 
 
 def test_without_a_personal_part_the_layout_is_as_it_was() -> None:
@@ -104,7 +104,7 @@ def test_all_or_nothing_cannot_be_personal() -> None:
 )
 def test_what_a_section_picks_of_a_real_model(personal: PersonalConfig, picked: Any, tmp_path: Path) -> None:
     sigma = tiny_task(tmp_path).sigma
-    split = parameter_partition(sigma, personal)
+    split = make_partition(sigma, personal)
     own = sum(e.size for e in sigma.layout.entries if picked(e))
     assert split.personal_size == own > 0
     assert {e.key for e in split.shared.entries} == {e.key for e in sigma.layout.entries if not picked(e)}
@@ -144,8 +144,8 @@ def test_it_is_judged_with_the_sites_own_values_and_without(tmp_path: Path) -> N
     both, alone = summary["federated"]["accuracy"], summary["shared_only"]["accuracy"]
     assert both > alone > summary["zero_shot"]["accuracy"]
     for site in NAMES:
-        own = SPLIT.scatter(shift_of(folder)[:SHARED], kept(tmp_path, folder.key, site).now())
-        found = TwoEntries("fake", None, None, None).evaluate(own, _tests(site)).scores["accuracy"]
+        own = SPLIT.combine(shift_of(folder)[:SHARED], kept(tmp_path, folder.key, site).now())
+        found = TwoEntries("fake", None, None, None).evaluate(own, _tests(site)).metrics["accuracy"]
         assert summary["federated"]["per_site"][site] == pytest.approx(found)
     assert "Shared part only" in write_report(folder).read_text()
     assert "shared_only" not in run(tmp_path, PLAIN, out="open").read_summary()

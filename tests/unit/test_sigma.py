@@ -173,7 +173,7 @@ def test_zero_shift_changes_no_bit(tmp_path: Path) -> None:
     sigma = SigmaModel.adapt(model, cache_dir=tmp_path)
     with torch.no_grad():
         after = outputs(model)
-    with sigma.frozen():
+    with sigma.inference_mode():
         frozen = outputs(model)
     for a, b, c in zip(before, after, frozen, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
@@ -220,17 +220,17 @@ def test_gradient_equals_that_of_the_explicit_form(tmp_path: Path) -> None:
         ).square()
 
     (gradient,) = torch.autograd.grad(loss(), sigma.shift)
-    with sigma.accumulating():
+    with sigma.accumulate_gradients():
         loss().backward()
 
     other, shift = tiny_clip().double(), sigma.shift.detach().clone().requires_grad_()
     weights = {}
     for name, weight in plain.items():
         blocks = []
-        for entry, triple in zip(basis.layout.entries, basis.triples, strict=True):
+        for entry, svd in zip(basis.layout.entries, basis.svds, strict=True):
             if entry.weight == name:
                 d = shift[entry.offset : entry.offset + entry.size]
-                update = triple.u.double() @ torch.diag(d) @ triple.vh.double()
+                update = svd.u.double() @ torch.diag(d) @ svd.vh.double()
                 blocks.append(weight[slice(*entry.rows)] + update)
         weights[name] = torch.cat(blocks)
 
@@ -264,7 +264,7 @@ def test_accumulating_over_parts_gives_the_gradient_of_the_whole(
         SigmaParametrization, "_adapted", lambda self, weight: built.append(self) or adapted(self, weight)
     )
     sigma.shift.grad = torch.ones_like(sigma.shift)
-    with sigma.accumulating() as model:
+    with sigma.accumulate_gradients() as model:
         for part in images.split(1):
             model.encode_image(part).cos().sum().backward()
         model.encode_text(tokens).sin().sum().backward()
@@ -278,7 +278,7 @@ def test_accumulating_over_parts_gives_the_gradient_of_the_whole(
 
 def test_accumulating_leaves_the_gradient_alone_if_it_fails(tmp_path: Path) -> None:
     sigma = SigmaModel.adapt(tiny_clip(), cache_dir=tmp_path)
-    with pytest.raises(ZeroDivisionError), sigma.accumulating() as model:
+    with pytest.raises(ZeroDivisionError), sigma.accumulate_gradients() as model:
         model.encode_image(pictures()).sum().backward()
         _ = 1 / 0
     assert sigma.shift.grad is None
@@ -304,7 +304,7 @@ def test_accumulating_computes_what_the_model_does(
     )
     want = sigma.model.encode_image(pictures())
     assert not calls
-    with sigma.accumulating() as model:
+    with sigma.accumulate_gradients() as model:
         torch.testing.assert_close(model.encode_image(pictures()), want, atol=1e-5, rtol=1e-4)
     assert bool(calls) == factored
     assert torch.equal(sigma.model.encode_image(pictures()), want)
@@ -345,7 +345,7 @@ def test_detach_gives_the_pretrained_weights_back(tmp_path: Path) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     sigma = SigmaModel.adapt(model, cache_dir=tmp_path)
     shifted(sigma)
-    assert all(torch.equal(v, before[k]) for k, v in sigma.detach().state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in sigma.unload().state_dict().items())
 
 
 def test_only_the_shift_is_trainable(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.augment import AUGMENTERS
+from fedsigma.common.training.augment import BUILDERS
 from fedsigma.common.training.classifier import ClipClassifier, TrainingError, autocast, resize_image
 from fedsigma.common.training.loop import accumulate_gradient, evaluate, train
 from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
@@ -135,9 +135,9 @@ def test_no_example_and_unknown_augmentation_are_named(tmp_path: Path) -> None:
         run(job, coloured(2), TrainingConfig(augment="heavy"))
 
 
-@pytest.mark.parametrize("name", [name for name, build in AUGMENTERS.items() if build])
+@pytest.mark.parametrize("name", [name for name, build in BUILDERS.items() if build])
 def test_augmentation_varies_pictures_of_the_right_shape(name: str) -> None:
-    augment = AUGMENTERS[name](32)
+    augment = BUILDERS[name](32)
     image = coloured(1)[0].image
     found = [augment(image) for _ in range(8)]
     assert all(x.shape == (3, 32, 32) and x.dtype == torch.uint8 for x in found)
@@ -233,7 +233,7 @@ def test_a_plain_step_is_the_rate_times_the_gradient_all_through_a_study(tmp_pat
     recipe = TrainingConfig(
         learning_rate=0.5, batch_size=5, optimiser="sgd", augment="none", precision="float32"
     )
-    images, labels = torch.stack([job.fitted(p) for p in pictures]), torch.tensor([p.label for p in pictures])
+    images, labels = torch.stack([job.resize(p) for p in pictures]), torch.tensor([p.label for p in pictures])
     accumulate_gradient(job, images, labels, precision="float32")
     assert job.sigma.shift.grad is not None
     wanted, job.sigma.shift.grad = -0.5 * job.sigma.shift.grad, None
@@ -248,7 +248,7 @@ def test_gradient_in_parts_is_that_of_the_batch(
 ) -> None:
     job = task(tmp_path, towers=towers)
     job.sigma.set_shift(0.05 * torch.randn(job.sigma.layout.size))
-    images, labels = torch.stack([job.fitted(e) for e in coloured(7)]), torch.arange(7) % 3
+    images, labels = torch.stack([job.resize(e) for e in coloured(7)]), torch.arange(7) % 3
     losses, gradients = [], []
     for size in (7, 3, 1):
         job.micro_batch, job.sigma.shift.grad = size, None

@@ -26,7 +26,7 @@ from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.loop import evaluate, train
-from fedsigma.common.training.metrics import score
+from fedsigma.common.training.metrics import compute_metrics
 from tools.starter.package import load_trained
 
 SHOTS = 16
@@ -42,7 +42,10 @@ def task_for(backbone: Backbone, source: Source, cache: Path) -> tuple[ClipClass
 def accuracy(task: ClipClassifier, source: Source, classes: list[str]) -> float:
     """On the test part."""
     test = [r for r in source.records if r.split == "test"]
-    return score(evaluate(task, load_examples(source, test, classes, side=task.size))).accuracy or 0.0
+    return (
+        compute_metrics(evaluate(task, load_examples(source, test, classes, side=task.image_size))).accuracy
+        or 0.0
+    )
 
 
 def adapted(task: ClipClassifier, source: Source, classes: list[str], steps: int) -> float:
@@ -55,7 +58,7 @@ def adapted(task: ClipClassifier, source: Source, classes: list[str], steps: int
             [r for r in source.records if r.site == site], shots=SHOTS, classes=classes, seed=1
         )
     ]
-    examples = load_examples(source, chosen, classes, side=task.size * 3 // 2)
+    examples = load_examples(source, chosen, classes, side=task.image_size * 3 // 2)
     recipe = TrainingConfig(learning_rate=0.04, batch_size=16, augment="microscopy")  # as in the studies
     train(task, examples, recipe, steps=steps, total_steps=steps, seed=1, progress=True)
     return accuracy(task, source, classes)

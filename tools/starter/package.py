@@ -26,8 +26,8 @@ from fedsigma.common.backbones import (
     build_model,
     save_backbone,
 )
-from fedsigma.common.backbones.build import fill_from_file
-from fedsigma.common.backbones.tokenizer import tokenizer_for
+from fedsigma.common.backbones.build import load_weights_file
+from fedsigma.common.backbones.tokenizer import load_tokenizer
 from tools.pretrain_starter import MEAN, MODEL, STD
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -86,11 +86,11 @@ def load_trained(weights: Path) -> Backbone:
     cfg = copy.deepcopy(MODEL)
     vision: Any = cfg["vision_cfg"]
     model = build_model(cfg, "starter")
-    fill_from_file(model, weights, "starter")
+    load_weights_file(model, weights, "starter")
     preprocessing = Preprocessing(
         size=vision["image_size"], mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest"
     )
-    tokenizer = tokenizer_for(cfg, model, "", "starter")
+    tokenizer = load_tokenizer(cfg, model, "", "starter")
     return assemble("starter", model, tokenizer, preprocessing, cfg, architecture="starter")
 
 

@@ -38,7 +38,7 @@ def download(url: str, target: Path, *, size: int = 0, progress: Progress = lamb
         url: http or https.
         target: the file; until it is whole it is called `target`.part.
         size: of the whole in bytes, 0 if not known; a file of another size is refused.
-        progress: see `Progress`.
+        progress: see `ProgressCallback`.
 
     Raises:
         DownloadError: the server is not reached or refuses, the connection ends early, the size is another,
