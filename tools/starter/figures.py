@@ -49,7 +49,7 @@ def accuracy(task: ClipClassifier, source: Source, classes: list[str]) -> float:
 
 
 def adapted(task: ClipClassifier, source: Source, classes: list[str], steps: int) -> float:
-    """Test accuracy after training on SHOTS pictures a class and site, all in one place."""
+    """Test accuracy after training on SHOTS images a class and site, all in one place."""
     sites = {r.site for r in source.records}
     chosen = [
         record
@@ -96,7 +96,7 @@ def main() -> None:
                 row[title] = adapted(task, source, classes, a.steps)
             held[file.stem] = {name: round(value, 4) for name, value in row.items()}
             print(file.stem, held[file.stem], flush=True)
-    budget = f"{a.steps} steps on {SHOTS} pictures a class and site"
+    budget = f"{a.steps} steps on {SHOTS} images a class and site"
     figures = {
         "Zero-shot accuracy on the test parts of its own sets": seen,
         f"Sets it never saw: accuracy zero-shot and after {budget}": held,

@@ -34,44 +34,44 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LIMIT = 30_000_000
 CARD = """# The starter backbone
 
-A small CLIP that comes with FedSigma, so that the demonstration and the tests need no download.
+A small CLIP that comes with FedSigma: with it you can run the demonstration and the tests without a download.
 
 **For research and demonstration only. Not a medical device, not for clinical use, never validated on
 patients.**
 
 | | |
 |---|---|
-| form | open_clip: an image tower of timm's, open_clip's own text tower |
+| form | open_clip: an image tower from timm, open_clip's own text tower |
 | image tower | {image} |
 | text tower | {text} |
 | parameters | {parameters:,} ({image_parameters:,} in the image tower) |
-| pictures | {size} x {size} pixels, bicubic, OpenAI's mean and std |
+| images | {size} x {size} pixels, bicubic, OpenAI's mean and std |
 | weights | {megabytes:.1f} MB safetensors, float16; loaded as float32 |
 | loaded by | `backbone: starter` in a study, or `open_clip.create_model("local-dir:PATH")` |
 
 ## Trained on
 
-Public pictures of brain MRI, chest X-ray, abdominal CT, knee X-ray and lung histology, at 128 pixels, and
-procedural drawings of shapes that are described by caption. No blood smear and no skin picture was shown to
-it: those two are kept for judging adaptation. The licences of the public sets are known in part only, and
-none is confirmed for commercial use; so neither is this model.
+Public images of brain MRI, chest X-ray, abdominal CT, knee X-ray and lung histology, at 128 pixels, and
+procedural drawings of shapes with captions. It has seen no blood smear and no skin image: these two are kept
+to evaluate adaptation. The licences of the public sets are known only in part, and none is confirmed for
+commercial use. The same holds for this model.
 
 ## Recipe
 
 Contrastive training of both towers from random weights by `tools/pretrain_starter.py`, with a class term
-within each source and an attribute term on the drawings; Muon and AdamW, batches of 96 pictures and 32
+within each source and an attribute term on the drawings; Muon and AdamW, batches of 96 images and 32
 drawings, moving average of the weights. The image tower was chosen among a few by the training loss after
-equal time. No picture of a test part was trained on, and none decided when to stop; their accuracy was
-printed along the way.
+equal time. Test images were neither trained on nor used to decide when to stop; their accuracy was printed
+during training.
 
 {steps}
 {figures}
 ## Known limits
 
-- It has seen few kinds of pictures, most of them grey, all of them small: expect it to be weak far from them.
+- It has seen few kinds of images, most of them grey, all of them small: expect it to be weak on others.
 - Several of its sets have no patient numbers, so its scores on their test parts may be too high.
 - Its text tower knows the words of its captions and little else; name classes in plain words.
-- Its sets are not balanced by age, sex, ethnicity, scanner or country, and it will carry their biases on.
+- Its sets are not balanced by age, sex, ethnicity, scanner or country, and it has their biases.
 """
 
 
