@@ -74,7 +74,7 @@ class Site:
 
     def load(self, backbone: str) -> None:
         """Build the learner as a site does."""
-        from fedsigma.common.config.study import SigmaConfig
+        from fedsigma.common.config.sigma import SigmaConfig
         from fedsigma.common.training.trainer import open_trainer
 
         self.learner = open_trainer(backbone, SigmaConfig(), CLASSES, tuple(f"a {c}." for c in CLASSES))
@@ -84,7 +84,7 @@ class Site:
         import numpy as np
         import torch
 
-        from fedsigma.common.config.study import LocalTrainingConfig
+        from fedsigma.common.config.training import LocalTrainingConfig
 
         side = 224
         images = torch.randint(0, 256, (32, 3, side, side), dtype=torch.uint8)

@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.config.study import PersonalConfig, StudyConfig, load_study
+from fedsigma.common.config.sigma import PersonalConfig
+from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
 

@@ -13,8 +13,8 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedsigma.common.config.schema import flatten
-from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
+from fedsigma.common.config.schema import ConfigError, flatten
+from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.training.trainer import Trainer, open_trainer
 from fedsigma.common.utils.errors import FedSigmaError

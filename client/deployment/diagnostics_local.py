@@ -38,7 +38,7 @@ def _gpu(policy: SitePolicy) -> str:
 
 
 def _backbone(place: str) -> str:
-    from fedsigma.common.config.study import SigmaConfig
+    from fedsigma.common.config.sigma import SigmaConfig
     from fedsigma.common.training.trainer import open_trainer
 
     try:
@@ -69,7 +69,8 @@ def _dry_round(site: SiteHome, policy: SitePolicy) -> str:
     """Train a step on three images, and judge them; nothing of it is kept or sent."""
     import numpy as np
 
-    from fedsigma.common.config.study import LocalTrainingConfig, SigmaConfig
+    from fedsigma.common.config.sigma import SigmaConfig
+    from fedsigma.common.config.training import LocalTrainingConfig
     from fedsigma.common.data.loading import load_examples
     from fedsigma.common.data.sources.registry import open_source
     from fedsigma.common.training.trainer import open_trainer

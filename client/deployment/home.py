@@ -17,15 +17,17 @@ import datetime
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from pydantic import Field
 
 from fedsigma.client.site.identity import new_identity, read_identity
 from fedsigma.client.site.policy import SitePolicy
-from fedsigma.common.config.schema import ConfigError, build, read_yaml, split_address, write_yaml
+from fedsigma.common.config.fields import Address, OptionalAddress
+from fedsigma.common.config.schema import ConfigError, build, read_yaml, settings, write_yaml
 from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, SiteKeys
 from fedsigma.common.utils.files import write_secret, write_whole
 
@@ -80,29 +82,31 @@ personal: worker/personal
 """
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Connection:
-    """What connection.yaml says.
-
-    Fields: site, server_name, address (HOST:PORT) from the invitation; node, HOST:PORT where the node serves
-    the worker, which must not be reachable from outside; listen, where it listens for that (empty: the same);
-    node_health and worker_health, their gRPC health services (empty: none).
-    """
+    """Which server a site belongs to, and where its own processes find each other: connection.yaml."""
 
     section: ClassVar[str] = ""
+    renamed: ClassVar[dict[str, str]] = {"centre": "server_name", "server": "address"}
 
-    site: str
-    server_name: str
-    address: str
-    node: str = "127.0.0.1:9101"
-    listen: str = ""
-    node_health: str = "127.0.0.1:9102"
-    worker_health: str = "127.0.0.1:9103"
-
-    def __post_init__(self) -> None:
-        for key in ("address", "node", "listen", "node_health", "worker_health"):
-            if value := getattr(self, key):
-                split_address(value, where=key)
+    site: Annotated[str, Field(description="Name of the site, from the invitation.")]
+    server_name: Annotated[str, Field(description="Name of the server, from the invitation.")]
+    address: Annotated[Address, Field(description="HOST:PORT of the server, from the invitation.")]
+    node: Annotated[
+        Address,
+        Field(
+            description="HOST:PORT where the node serves the worker; it must not be reachable from outside."
+        ),
+    ] = "127.0.0.1:9101"
+    listen: Annotated[
+        OptionalAddress, Field(description="HOST:PORT where the node listens for the worker; empty: node.")
+    ] = ""
+    node_health: Annotated[
+        OptionalAddress, Field(description="HOST:PORT of the node's gRPC health service; empty: none.")
+    ] = "127.0.0.1:9102"
+    worker_health: Annotated[
+        OptionalAddress, Field(description="HOST:PORT of the worker's gRPC health service; empty: none.")
+    ] = "127.0.0.1:9103"
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,48 @@
-"""The section `privacy` of a study."""
+"""Section `privacy` of a study."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from fedsigma.common.config.constants import PRIVACY_LEVELS
-from fedsigma.common.config.schema import check_choice, check_number
+from fedsigma.common.config.fields import one_of
+from fedsigma.common.config.schema import settings
 
 __all__ = ["PrivacyConfig"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PrivacyConfig:
-    """What a study demands of training, or of the mean.
-
-    Fields: level, `none`, or whose presence is hidden: `image`, `group` (all images of one group of the data
-    source, such as a patient) or `site`; noise_multiplier, the noise's standard deviation over the clipping
-    norm; clip_norm, the longest gradient of an image or group, or change of a site, that counts in full (L2);
-    delta, and epsilon, the budget: what would spend more is refused.
-    """
+    """Differential privacy of training, or of the sites' mean update."""
 
     section: ClassVar[str] = "privacy"
 
-    level: str = "none"
-    noise_multiplier: float = 1.0
-    clip_norm: float = 1.0
-    delta: float = 1e-5
-    epsilon: float = 8.0
-
-    def __post_init__(self) -> None:
-        check_choice("privacy.level", self.level, PRIVACY_LEVELS)
-        check_number("privacy.noise_multiplier", self.noise_multiplier, low=1e-3, high=1e6)
-        check_number("privacy.clip_norm", self.clip_norm, low=1e-9, high=1e9)
-        check_number("privacy.delta", self.delta, low=1e-15, high=0.1)
-        check_number("privacy.epsilon", self.epsilon, low=1e-3, high=1e9)
+    level: Annotated[
+        str,
+        one_of(PRIVACY_LEVELS),
+        Field(
+            description="Whose presence is hidden: none, image, group (all images of one group of the data"
+            " source, such as a patient) or site."
+        ),
+    ] = "none"
+    noise_multiplier: Annotated[
+        float,
+        Field(ge=1e-3, le=1e6, description="Standard deviation of the noise divided by the clipping norm."),
+    ] = 1.0
+    clip_norm: Annotated[
+        float,
+        Field(
+            ge=1e-9,
+            le=1e9,
+            description="L2 norm to which the gradient of an image or group, or a site's update, is clipped.",
+        ),
+    ] = 1.0
+    delta: Annotated[float, Field(ge=1e-15, le=0.1, description="Delta of the guarantee.")] = 1e-5
+    epsilon: Annotated[
+        float, Field(ge=1e-3, le=1e9, description="Budget: training that would exceed it is refused.")
+    ] = 8.0
 
     @property
     def in_training(self) -> bool:
@@ -43,5 +51,5 @@ class PrivacyConfig:
 
     @property
     def of_sites(self) -> bool:
-        """Whether whole changes are clipped, and noise is added to their mean."""
+        """Whether the sites' updates are clipped, and noise is added to their mean."""
         return self.level == "site"

@@ -1,17 +1,19 @@
-"""Reading YAML into small dataclasses, strictly: unknown keys and wrong types are errors that help."""
+"""Settings classes and their YAML: strict types, bounds beside fields, and errors that say what to change."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, dataclass_transform
 
+import pydantic
 import yaml
+from pydantic_core import core_schema
 
 from fedsigma.common.utils.errors import FedSigmaError
 
@@ -21,30 +23,32 @@ __all__ = [
     "check_choice",
     "check_number",
     "check_printable",
-    "check_subset",
     "did_you_mean",
     "flatten",
+    "json_schema",
     "read_yaml",
     "resolve_relative",
+    "settings",
     "split_address",
+    "to_plain",
     "write_yaml",
 ]
 
 T = TypeVar("T")
 
-_WORDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    dict: "keys and values",
-    tuple: "a list",
-    type(None): "nothing",
+_STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_BOUNDS = ("greater_than_equal", "less_than_equal", "finite_number")
+# What a field expects, by the type of pydantic's error.
+_WORDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dict_type": "keys and values",
+    "dataclass_type": "keys and values",
+    "dataclass_exact_type": "keys and values",
+    "tuple_type": "a list",
 }
-
-
-# Sections that are there or not: an empty one is not written.
-_LEFT_OUT = ("data", "personal")
 
 
 class ConfigError(FedSigmaError, ValueError):
@@ -76,16 +80,6 @@ def check_printable(where: str, value: str) -> None:
     # A line break or control character in a name would end up in logs, prompts and reports.
     if not value.strip() or not value.isprintable():
         raise ConfigError(f"{where} is {value!r}, expected printable text on one line")
-
-
-def check_subset(where: str, values: tuple[str, ...], known: tuple[str, ...], *, empty: bool = False) -> None:
-    """Refuse unknown or repeated words, and (unless allowed) an empty list."""
-    for value in values:
-        check_choice(where, value, known)
-    if len(set(values)) != len(values):
-        raise ConfigError(f"{where} names something twice: {list(values)}")
-    if not values and not empty:
-        raise ConfigError(f"{where} is empty, expected at least one of {', '.join(known)}")
 
 
 def flatten(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
@@ -161,95 +155,157 @@ def read_yaml(text: str, *, where: str) -> dict[str, Any]:
     return content
 
 
-def build(cls: type[T], content: Mapping[str, Any], *, where: str) -> T:
-    """Build a settings dataclass from plain values, refusing unknown keys and wrong types.
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make a class of annotated fields into frozen, keyword-only settings that check themselves.
 
-    A class may have a table `renamed` from old keys to new ones, which the error then names.
+    Values are not converted, except a whole number to a float and a list to a tuple. A field of another
+    settings class also takes a mapping. Class variables: `section` is the section's name, which errors put
+    before a key; `renamed` maps old keys to new ones, which errors name.
 
     Raises:
-        ConfigError: a key is unknown (the nearest known one is named) or missing, or a value is not allowed.
+        ConfigError: When an instance is made with an unknown or missing key, or with an invalid value.
     """
-    section = getattr(cls, "section", "")
-    prefix = f"{section}." if section else ""
-    hints = typing.get_type_hints(cls)
-    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
+    cls.__get_pydantic_core_schema__ = classmethod(_accept_mapping)  # type: ignore[attr-defined]
+    made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
+    check = made.__init__
+
+    @functools.wraps(check)
+    def init(self: Any, **values: Any) -> None:
+        try:
+            check(self, **values)
+        except pydantic.ValidationError as error:
+            raise _explain(type(self), error) from None
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return typing.cast(type[T], made)
+
+
+def _accept_mapping(cls: type, source: Any, handler: pydantic.GetCoreSchemaHandler) -> core_schema.CoreSchema:
+    def build_section(value: Any) -> Any:
+        return _make(cls, value) if isinstance(value, Mapping) else value
+
+    return core_schema.no_info_before_validator_function(build_section, handler(source))
+
+
+def build(cls: type[T], content: Mapping[str, Any], *, where: str) -> T:
+    """Build settings from plain values.
+
+    Args:
+        cls: A class decorated with `settings`.
+        content: Values by key.
+        where: File or other source of the values, for errors.
+
+    Raises:
+        ConfigError: A key is unknown (the error suggests the nearest one) or missing, or a value is invalid.
+    """
     try:
-        for key, value in content.items():
-            if key in (renamed := getattr(cls, "renamed", {})):
-                raise ConfigError(f"the key '{prefix}{key}' is now called '{prefix}{renamed[key]}'")
-            if key not in known:
-                raise ConfigError(f"the key '{prefix}{key}' is not known{did_you_mean(str(key), known)}")
-            values[key] = _convert(f"{prefix}{key}", hints[key], value, where)
-        return cls(**values)
+        return _make(cls, content)
     except ConfigError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
-    except TypeError as error:
-        # The only TypeError left is a required field that was not given.
-        missing = ", ".join(f"'{prefix}{name}'" for name in _required(cls) if name not in values)
-        raise ConfigError(f"{where}: {missing or error} is missing") from error
 
 
-def _required(cls: type) -> list[str]:
-    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+def _make(cls: type[T], content: Mapping[Any, Any]) -> T:
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise _unknown_key(cls, odd[0])
+    return cls(**content)
 
 
-def _convert(key: str, hint: Any, value: Any, where: str) -> Any:
-    """Bring one value to its field's type, or say what was expected."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        errors = []
-        for option in (option for option in options if option is not type(None)):
-            try:
-                return _convert(key, option, value, where)
-            except ConfigError as error:
-                errors.append(error)
-        if len(errors) == 1:
-            raise errors[0]
-        raise ConfigError(f"{key} is {value!r}, expected {' or '.join(_say(option) for option in options)}")
-    if is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key} is {value!r}, expected keys and values")
-        return build(typing.cast(type, hint), value, where=where)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key} is {value!r}, expected a list")
-        return tuple(_convert(key, typing.get_args(hint)[0], item, where) for item in value)
-    return _scalar(key, hint, value)
+def json_schema(cls: type) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a settings class, for editors and validators."""
+    schema = pydantic.TypeAdapter(cls).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _scalar(key: str, hint: Any, value: Any) -> Any:
-    origin = typing.get_origin(hint) or hint
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, origin) and not (origin in (int, float) and isinstance(value, bool)):
-        if origin is dict:
-            if not all(isinstance(name, str) for name in value):
-                raise ConfigError(f"{key} has a key that is not text: put it in quotes")
-            return dict(value)
-        return value
-    hint_text = ": put it in quotes if it is meant as text" if origin is str else ""
-    raise ConfigError(f"{key} is {value!r}, expected {_say(hint)}{hint_text}")
+def _explain(cls: type, error: pydantic.ValidationError) -> ConfigError:
+    """Return the first problem of a validation as one sentence: key, value, what was expected."""
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        if problem["type"] == "unexpected_keyword_argument":
+            return _unknown_key(cls, problem["loc"][0])
+    missing = [f"'{_key(cls, problem['loc'][0])}'" for problem in problems if problem["type"] == "missing"]
+    if missing:
+        return ConfigError(f"{', '.join(missing)} is missing")
+    cause = problems[0].get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause
+    name = str(problems[0]["loc"][0])
+    # A field of several types has a problem for each; those of a list's items are the most exact.
+    problems = [problem for problem in problems if problem["loc"][0] == name]
+    depth = max(len(problem["loc"]) for problem in problems)
+    problems = [problem for problem in problems if len(problem["loc"]) == depth]
+    key, value, loc = _key(cls, name), problems[0]["input"], problems[0]["loc"]
+    if loc[-1] == "[key]":
+        return ConfigError(f"{key} has a key that is not text: put it in quotes")
+    if depth > 1 and typing.get_origin(_field(cls, name).annotation) is dict:
+        key = f"{key}.{loc[1]}"
+    expected = [_expected(cls, name, problem) for problem in problems]
+    if len(set(expected)) > 1:
+        expected = [f"expected {' or '.join(_WORDS.get(p['type'], p['msg']) for p in problems)}"]
+    value = list(value) if isinstance(value, tuple) else value
+    return ConfigError(f"{key} is {'empty' if value == [] else repr(value)}, {expected[0]}")
 
 
-def _say(hint: Any) -> str:
-    """Say in words what a field expects."""
-    return _WORDS.get(typing.get_origin(hint) or hint, str(hint))
+def _unknown_key(cls: type, key: Any) -> ConfigError:
+    renamed = getattr(cls, "renamed", {})
+    if key in renamed:
+        return ConfigError(f"the key '{_key(cls, key)}' is now called '{_key(cls, renamed[key])}'")
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    return ConfigError(f"the key '{_key(cls, key)}' is not known{did_you_mean(str(key), known)}")
+
+
+def _key(cls: type, name: Any) -> str:
+    section = getattr(cls, "section", "")
+    return f"{section}.{name}" if section else str(name)
+
+
+def _expected(cls: Any, name: str, problem: Any) -> str:
+    """Return the second half of an error, which says what was expected."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _BOUNDS:
+        low, high = _bound(cls, name, "ge"), _bound(cls, name, "le")
+        if high is not None:
+            return f"expected a number between {low or 0:g} and {high:g}"
+        return "expected a finite number" if low is None else f"expected a number at least {low:g}"
+    if kind == "too_short":
+        return f"expected at least {context['min_length']} of them"
+    if kind == "value_error":
+        return str(context["error"])
+    hint = ": put it in quotes if it is meant as text" if kind == "string_type" else ""
+    return f"expected {_WORDS[kind]}{hint}" if kind in _WORDS else problem["msg"]
+
+
+def _bound(cls: type, name: str, key: str) -> float | None:
+    bounds = (getattr(item, key, None) for item in _field(cls, name).metadata)
+    return next((bound for bound in bounds if bound is not None), None)
+
+
+def _field(cls: type, name: str) -> pydantic.fields.FieldInfo:
+    found: pydantic.fields.FieldInfo = vars(cls)["__pydantic_fields__"][name]
+    return found
 
 
 def write_yaml(settings: Any) -> str:
-    """Write settings as YAML that `read_yaml` and `build` turn back into equal ones."""
+    """Write settings as YAML from which `read_yaml` and `build` make equal ones."""
     return yaml.dump(to_plain(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def to_plain(value: Any) -> Any:
-    """Turn settings into what YAML can hold: mappings, lists and scalars."""
+    """Turn settings into mappings, lists and scalars, without the optional sections that are not there."""
     if is_dataclass(value) and not isinstance(value, type):
-        items = {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
-        return {key: item for key, item in items.items() if item is not None or key not in _LEFT_OUT}
+        hints = typing.get_type_hints(type(value))
+        return {
+            item.name: to_plain(getattr(value, item.name))
+            for item in fields(value)
+            if not (
+                getattr(value, item.name) is None and item.default is None and _is_section(hints[item.name])
+            )
+        }
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_section(hint: Any) -> bool:
+    return any(is_dataclass(option) for option in typing.get_args(hint))

@@ -1,46 +1,60 @@
-"""The sections `sigma` and `personal` of a study: the adapted weights and those that stay at a site."""
+"""Sections `sigma` and `personal` of a study: which weights are adapted, and which of them stay at a site."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from fedsigma.common.config.constants import PARTS, THIRDS, TOWERS
-from fedsigma.common.config.schema import ConfigError, check_choice, check_subset
+from fedsigma.common.config.fields import Check, ListOf, distinct, one_of
+from fedsigma.common.config.schema import did_you_mean, settings
 
 __all__ = ["PersonalConfig", "SigmaConfig"]
 
 
-@dataclass(frozen=True, kw_only=True)
+def _check_layers(layers: str | tuple[int, ...]) -> None:
+    if isinstance(layers, str):
+        if layers not in THIRDS:
+            raise ValueError(f"which is not known{did_you_mean(layers, THIRDS)}")
+    elif not layers or min(layers) < 0 or len(set(layers)) != len(layers):
+        raise ValueError("expected different layer numbers from 0, at least one")
+
+
+_LAYERS = {
+    "anyOf": [
+        {"type": "string", "enum": list(THIRDS)},
+        {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0},
+            "minItems": 1,
+            "uniqueItems": True,
+        },
+    ]
+}
+
+
+Tower = Annotated[str, one_of(TOWERS)]
+Part = Annotated[str, one_of(PARTS)]
+
+
+@settings
 class SigmaConfig:
-    """Which weights are adapted.
-
-    Attributes:
-        towers: `image`, `text` or both.
-        layers: `all`, a third of each tower (`bottom` is nearest the input), or layer numbers from 0.
-        parts: the matrices of a layer, of `q`, `k`, `v`, `o` and `mlp`.
-
-    Raises:
-        ConfigError: an unknown or repeated value, or an empty list.
-    """
+    """Which weights are adapted: those of these parts in these layers of these towers."""
 
     section: ClassVar[str] = "sigma"
 
-    towers: tuple[str, ...] = TOWERS
-    layers: str | tuple[int, ...] = "all"
-    parts: tuple[str, ...] = PARTS
-
-    def __post_init__(self) -> None:
-        section = self.section
-        check_subset(f"{section}.towers", self.towers, TOWERS)
-        check_subset(f"{section}.parts", self.parts, PARTS)
-        if isinstance(self.layers, str):
-            check_choice(f"{section}.layers", self.layers, THIRDS)
-        elif not self.layers or min(self.layers) < 0 or len(set(self.layers)) != len(self.layers):
-            raise ConfigError(
-                f"{section}.layers is {list(self.layers)}, expected different layer numbers from 0, at least"
-                " one"
-            )
+    towers: Annotated[ListOf[Tower], distinct, Field(min_length=1, description="image, text or both.")] = (
+        TOWERS
+    )
+    layers: Annotated[
+        str | ListOf[int],
+        Check(_check_layers, _LAYERS),
+        Field(description="Layers: all, a third (bottom, middle, top), or a list of numbers from 0."),
+    ] = "all"
+    parts: Annotated[
+        ListOf[Part], distinct, Field(min_length=1, description="Parts of a layer: q, k, v, o, mlp.")
+    ] = PARTS
 
     def __str__(self) -> str:
         layers = self.layers if isinstance(self.layers, str) else list(self.layers)
@@ -56,8 +70,8 @@ class SigmaConfig:
         return layer in self.layers
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PersonalConfig(SigmaConfig):
-    """Which of the adapted weights stay at the site that trains them: those that match all three fields."""
+    """Which of the adapted weights stay at the site that trains them: those of all three kinds."""
 
     section: ClassVar[str] = "personal"

@@ -1,50 +1,98 @@
-"""The settings of local training and their schedule; needs no torch, so that settings are read quickly."""
+"""Section `training` of a study, and the learning rate's schedule; imports no torch, to be fast."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from fedsigma.common.config.constants import AUGMENTATIONS, OPTIMISERS, PRECISIONS
+from fedsigma.common.config.fields import one_of
+from fedsigma.common.config.schema import ConfigError, settings
+
+__all__ = ["LocalTrainingConfig", "TrainingConfig", "cosine_decay"]
 
 
-def cosine_decay(done: float) -> float:
-    """Half a cosine from 1 to 0, and 0 after that; done: the share of the way, from 0."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def cosine_decay(progress: float) -> float:
+    """Half a cosine from 1 at progress 0 to 0 at progress 1, and 0 after it."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainingConfig:
     """How a site trains. The defaults are those of CLIP-SVD's biomedical runs.
 
-    learning_rate, final_learning_rate: of the steps, at the start and the end of the whole study.
-    optimiser: "adamw", or "sgd" for plain steps, whose mean over unlike sites is a step on all their images,
-    which that of AdamW's is not. They keep the learning rate of the start: how far the model goes is for the
-    server to say (`federation.schedule`). Training that is not part of a round takes AdamW.
-    schedule: "cosine" or "constant", counted in steps over the whole study.
-    warmup_steps: linear, at the start of the study.
-    weight_decay: pulls the shift, and so each singular value to its pretrained one.
-    augment: one of `names.AUGMENTATIONS`.
-    proximal: FedProx's mu, the pull to the shift that the round began with (Li et al. 2020, eq. 2).
-    precision: "auto" takes bfloat16 where the processor computes in it.
+    Steps are counted over the whole study. Training outside of rounds always uses AdamW.
     """
 
-    learning_rate: float = 0.01
-    optimiser: str = "adamw"
-    batch_size: int = 32
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    final_learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    augment: str = "paper"
-    proximal: float = 0.0
-    precision: str = "auto"
+    section: ClassVar[str] = "training"
+
+    learning_rate: Annotated[
+        float,
+        Field(ge=1e-9, le=10, description="Learning rate at the start of the study, after the warm-up."),
+    ] = 0.01
+    optimiser: Annotated[
+        str,
+        one_of(OPTIMISERS),
+        Field(
+            description="adamw, or sgd for plain steps, whose mean over unlike sites is a step on all their"
+            " images. sgd keeps its learning rate; federation.schedule is the server's step's."
+        ),
+    ] = "adamw"
+    batch_size: Annotated[int, Field(ge=1, le=65536, description="Images in a step.")] = 32
+    weight_decay: Annotated[
+        float, Field(ge=0, le=100, description="Pull of each singular value to its pretrained one.")
+    ] = 0.0
+    schedule: Annotated[
+        str, one_of(("cosine", "constant")), Field(description="Schedule of the learning rate.")
+    ] = "cosine"
+    final_learning_rate: Annotated[
+        float,
+        Field(ge=0, le=10, description="Learning rate at the end of the study, for the cosine schedule."),
+    ] = 1e-6
+    warmup_steps: Annotated[
+        int, Field(ge=0, le=1_000_000, description="Steps of linear warm-up at the start of the study.")
+    ] = 0
+    augment: Annotated[
+        str, one_of(AUGMENTATIONS), Field(description="Augmentation of the training images.")
+    ] = "paper"
+    proximal: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1e6,
+            description="FedProx's mu, the pull to the shift that the round began with (Li et al. 2020).",
+        ),
+    ] = 0.0
+    precision: Annotated[
+        str,
+        one_of(PRECISIONS),
+        Field(description="Number format of the forward pass; auto: bfloat16 where the processor has it."),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.schedule == "cosine" and self.final_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"training.final_learning_rate is {self.final_learning_rate:g}, above training.learning_rate"
+                f" ({self.learning_rate:g}): the schedule would rise; set it to the learning rate or below"
+            )
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The learning rate of step 0 <= step < total_steps of the study."""
+        """Return the learning rate of a step of the study, 0 <= step < total_steps."""
         if self.optimiser == "sgd":
             return self.learning_rate
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
-        done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine_decay(done)
+        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        decay = cosine_decay(progress)
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * decay
+
+
+@settings
+class LocalTrainingConfig(TrainingConfig):
+    """How a site trains in a round."""
+
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000, description="Steps of one site in one round.")] = 20

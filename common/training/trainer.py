@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsigma.common.config.study import LocalTrainingConfig, PersonalConfig, PrivacyConfig, SigmaConfig
+from fedsigma.common.config.privacy import PrivacyConfig
+from fedsigma.common.config.sigma import PersonalConfig, SigmaConfig
+from fedsigma.common.config.training import LocalTrainingConfig
 
 if TYPE_CHECKING:
     from fedsigma.common.explain import Explainer

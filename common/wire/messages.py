@@ -15,13 +15,9 @@ from typing import Any, TypeVar
 from fedsigma.common.config.constants import METRICS
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import build
-from fedsigma.common.config.study import (
-    DataConfig,
-    LocalTrainingConfig,
-    PersonalConfig,
-    SigmaConfig,
-    StudyConfig,
-)
+from fedsigma.common.config.sigma import PersonalConfig, SigmaConfig
+from fedsigma.common.config.study import DataConfig, StudyConfig
+from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.privacy.secure_aggregation import Member
 from fedsigma.common.utils.errors import FedSigmaError
 

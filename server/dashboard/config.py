@@ -1,13 +1,16 @@
-"""How the dashboard of a server is served: dashboard.yaml in the server's folder."""
+"""Settings of a server's dashboard: dashboard.yaml in the server's folder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from fedsigma.common.config.schema import ConfigError, build, read_yaml, split_address
+from pydantic import Field
+
+from fedsigma.common.config.fields import Address
+from fedsigma.common.config.schema import ConfigError, build, read_yaml, settings
 from fedsigma.server.dashboard.auth.passwords import AccountsError
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 
@@ -16,50 +19,50 @@ __all__ = ["DashboardConfig", "check_installed"]
 FILE = "dashboard.yaml"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DashboardConfig:
-    """What dashboard.yaml says; all of it may be left out.
-
-    Fields: listen, HOST:PORT; certificate and key, PEM files for TLS, beside dashboard.yaml unless they are
-    whole paths, empty where a proxy in front ends TLS; access, by which names it is reached, and limits.
-    """
+    """How a server's dashboard is served: dashboard.yaml, in which each key is optional."""
 
     section: ClassVar[str] = ""
 
-    listen: str = "127.0.0.1:8050"
-    certificate: str = ""
-    key: str = ""
-    access: AccessSettings = field(
+    listen: Annotated[Address, Field(description="HOST:PORT where the dashboard listens.")] = "127.0.0.1:8050"
+    certificate: Annotated[
+        str,
+        Field(description="PEM file of the TLS certificate, beside dashboard.yaml; empty: a proxy ends TLS."),
+    ] = ""
+    key: Annotated[str, Field(description="PEM file of the certificate's private key.")] = ""
+    access: Annotated[AccessSettings, Field(description="URLs of the dashboard, and limits.")] = field(
         default_factory=lambda: AccessSettings(origins=("http://127.0.0.1:8050", "http://localhost:8050"))
     )
 
     def __post_init__(self) -> None:
-        split_address(self.listen, where="listen")
         if bool(self.certificate) != bool(self.key):
-            raise ConfigError("certificate and key belong together: name both, or none")
+            raise ConfigError("certificate and key belong together: set both, or neither")
         if self.certificate and not self.access.secure:
-            raise ConfigError("access.origins has http, and there is a certificate: expected https://...")
+            raise ConfigError("access.origins has http, and certificate is set: expected https://...")
         if self.access.secure and not self.certificate and not self.access.proxies:
             raise ConfigError(
-                "access.origins has https, and there is neither a certificate nor a proxy: name certificate"
+                "access.origins has https, and neither certificate nor access.proxies is set: set certificate"
                 " and key, or in access.proxies the address of the proxy that ends TLS"
             )
 
     @classmethod
     def read(cls, folder: Path) -> DashboardConfig:
-        """That of a server's folder; what goes without saying where there is no such file.
+        """Read the dashboard.yaml of a server's folder; without such a file, return the defaults.
 
         Raises:
-            ConfigError: it does not read, or holds what does not do.
+            ConfigError: The file cannot be parsed, or a key or value is invalid.
         """
         file = folder / FILE
         if not file.is_file():
             return cls()
-        found = build(cls, read_yaml(file.read_text(encoding="utf-8"), where=str(file)), where=str(file))
-        if not found.certificate:
-            return found
-        certificate, key = (str(folder / Path(name).expanduser()) for name in (found.certificate, found.key))
-        return replace(found, certificate=certificate, key=key)
+        config = build(cls, read_yaml(file.read_text(encoding="utf-8"), where=str(file)), where=str(file))
+        if not config.certificate:
+            return config
+        certificate, key = (
+            str(folder / Path(name).expanduser()) for name in (config.certificate, config.key)
+        )
+        return replace(config, certificate=certificate, key=key)
 
 
 _MODULES = (
@@ -76,10 +79,10 @@ _MODULES = (
 
 
 def check_installed() -> None:
-    """Find out before anything of the dashboard is imported.
+    """Check that the packages of the extra `dashboard` are installed, before any of them is imported.
 
     Raises:
-        AccountsError: a package of the extra is not there.
+        AccountsError: A package is not installed.
     """
     for name in _MODULES:
         if find_spec(name) is None:

@@ -15,17 +15,17 @@ logs/            of the processes
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
+
+from fedsigma.common.config.fields import Address, Line, ListOf, one_of
 from fedsigma.common.config.schema import (
-    ConfigError,
     build,
-    check_choice,
-    check_printable,
     read_yaml,
     resolve_relative,
+    settings,
     split_address,
     write_yaml,
 )
@@ -42,38 +42,34 @@ class ServerHomeError(FedSigmaError, ValueError):
     """The server's folder is missing, taken or damaged, or a command does not fit its state."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ServerConfig:
-    """What server.yaml says.
-
-    Fields: name, of the server, as certificates and invitations say it; address, HOST:PORT by which sites
-    reach the proxy; listen, where the proxy listens; superlink, where Flower's SuperLink listens, which no
-    site may reach; health, of the SuperLink (gRPC), and worker_health, of the process that runs studies;
-    proxy, which one `fedsigma server up` starts (`none`: it runs by itself, with a file from proxy/); names,
-    host names and addresses in the SuperLink's certificate; largest_message, in MiB.
-    """
+    """Names, addresses and limits of a server: server.yaml."""
 
     section: ClassVar[str] = ""
 
-    name: str
-    address: str
-    listen: str = "0.0.0.0:443"
-    superlink: str = "127.0.0.1:8000"
-    health: str = "127.0.0.1:8001"
-    worker_health: str = "127.0.0.1:8002"
-    proxy: str = "nginx"
-    names: tuple[str, ...] = field(default=("localhost", "127.0.0.1", "superlink"))
-    largest_message: int = 16
-
-    def __post_init__(self) -> None:
-        check_printable("name", self.name)
-        for key in ("address", "listen", "superlink", "health", "worker_health"):
-            split_address(getattr(self, key), where=key)
-        check_choice("proxy", self.proxy, PROXIES)
-        if not 1 <= self.largest_message <= 1024:
-            raise ConfigError(f"largest_message is {self.largest_message}, expected 1 to 1024 MiB")
-        if not self.names:
-            raise ConfigError("names is empty, expected at least the host of superlink")
+    name: Annotated[Line, Field(description="Name of the server, as certificates and invitations have it.")]
+    address: Annotated[Address, Field(description="HOST:PORT by which sites reach the proxy.")]
+    listen: Annotated[Address, Field(description="HOST:PORT where the proxy listens.")] = "0.0.0.0:443"
+    superlink: Annotated[
+        Address, Field(description="HOST:PORT where Flower's SuperLink listens; no site may reach it.")
+    ] = "127.0.0.1:8000"
+    health: Annotated[Address, Field(description="HOST:PORT of the SuperLink's gRPC health service.")] = (
+        "127.0.0.1:8001"
+    )
+    worker_health: Annotated[
+        Address, Field(description="HOST:PORT of the health service of the process that runs studies.")
+    ] = "127.0.0.1:8002"
+    proxy: Annotated[
+        str,
+        one_of(PROXIES),
+        Field(description="Proxy that fedsigma server up starts; none: it is run by other means."),
+    ] = "nginx"
+    names: Annotated[
+        ListOf[str],
+        Field(min_length=1, description="Host names and addresses in the SuperLink's certificate."),
+    ] = ("localhost", "127.0.0.1", "superlink")
+    largest_message: Annotated[int, Field(ge=1, le=1024, description="Largest message in MiB.")] = 16
 
 
 class ServerHome:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsigma.common.config.study import LocalTrainingConfig, StudyConfig
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.training.trainer import Trainer, TrainOutput, derive_seed
 from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import EvaluateTask, Evaluation, StudySpec, TrainTask

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.registry import ModelRegistry, registry_folder
 from fedsigma.common.registry.shift_file import load_shift
 from fedsigma.server.evaluation.baselines import Baselines, result

@@ -15,8 +15,9 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from fedsigma.common.config.schema import check_number, did_you_mean
-from fedsigma.common.config.study import STEPS, ConfigError, StudyConfig
+from fedsigma.common.config.federation import STEPS
+from fedsigma.common.config.schema import ConfigError, check_number, did_you_mean
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import cosine_decay
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic

@@ -13,7 +13,8 @@ import numpy as np
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.registry.shift_file import SavedShift, ShiftFileError, load_shift
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.federation.aggregation import StateError, restore_state, save_state

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.privacy.accounting import (
     PrivacyEvent,
     calibrate_noise_multiplier,

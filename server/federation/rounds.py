@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.supercore import log
 from numpy.typing import NDArray
 
-from fedsigma.common.config.study import MEANS
+from fedsigma.common.config.federation import MEANS
 from fedsigma.common.privacy.noise import noisy_mean
 from fedsigma.common.privacy.secure_aggregation import Member
 from fedsigma.common.training.trainer import derive_seed

@@ -13,7 +13,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from fedsigma.common import __version__
-from fedsigma.common.config.study import ConfigError, DataConfig, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import DataConfig, StudyConfig
 from fedsigma.server.paper.cell import Finished, Score
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell

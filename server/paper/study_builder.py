@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fedsigma.common.config.schema import build, did_you_mean, read_yaml
-from fedsigma.common.config.study import ConfigError, FederationConfig, LocalTrainingConfig, StudyConfig
+from fedsigma.common.config.federation import FederationConfig
+from fedsigma.common.config.schema import ConfigError, build, did_you_mean, read_yaml
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.data.catalog import Protocol
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsigma.common.config.study import ConfigError
+from fedsigma.common.config.schema import ConfigError
 
 __all__ = [
     "CENTRAL",

@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedsigma.common.config.study import ConfigError, StudyConfig, load_study
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.ops.supervisor import flower_environment, free_ports
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire.records import StudySpec

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedsigma.client.site import site as client_site
-from fedsigma.common.config.study import PrivacyConfig
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, ParameterPartition
 from fedsigma.common.training.trainer import EvalOutput, TrainOutput, trainers

@@ -22,7 +22,8 @@ from fedsigma.client.inference.loaded_model import ModelLoadError, load_model
 from fedsigma.client.site.privacy_ledger import Entry, PrivacyLedger
 from fedsigma.common.backbones import load_backbone, save_backbone
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.config.study import SigmaConfig, StudyConfig
+from fedsigma.common.config.sigma import SigmaConfig
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import SigmaModel

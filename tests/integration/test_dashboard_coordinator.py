@@ -185,7 +185,7 @@ def test_the_audit_log_is_verified_and_shown(browsers: dict[str, TestClient], se
         ("listen: here", "expected HOST:PORT"),
         ("certificate: a.pem", "belong together"),
         ("access: {origins: ['http://fl.example.org']}", "expected https"),
-        ("access: {origins: ['https://fl.example.org']}", "neither a certificate nor a proxy"),
+        ("access: {origins: ['https://fl.example.org']}", "neither certificate nor access.proxies"),
         ("lisen: 127.0.0.1:1", "did you mean 'listen'"),
     ],
 )

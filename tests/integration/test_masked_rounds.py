@@ -13,7 +13,8 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from fedsigma.client.site import site
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.wire.records import MaskedReply, TrainTask, from_record, to_record
 from fedsigma.server.app import NoModel
 from tests.helpers.fake_grid import FakeGrid
@@ -69,7 +70,7 @@ def test_the_strategies_of_means_give_the_same_as_unmasked(strategy: str, tmp_pa
 
 @pytest.mark.parametrize("strategy", ["fedmedian", "fedtrimmedavg", "krum", "multikrum", "qfedavg"])
 def test_a_strategy_that_needs_single_changes_is_refused(strategy: str) -> None:
-    with pytest.raises(ConfigError, match=f"{strategy} needs each site's change: use one of fedavg"):
+    with pytest.raises(ConfigError, match=f"{strategy} needs each site's update: use one of fedavg"):
         StudyConfig.from_yaml(MASKED.replace("rounds:", f"strategy: {strategy}, rounds:"))
 
 

@@ -43,7 +43,9 @@ from fedsigma.client.app import app as client
 from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import Backbone, assemble, build_model, load_backbone, save_backbone
 from fedsigma.common.backbones.tokenizer import load_tokenizer
-from fedsigma.common.config.study import ConfigError, LocalTrainingConfig, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.data.loading import Example
 from fedsigma.common.training.classifier import TrainingError
 from fedsigma.common.training.loop import accumulate_gradient, evaluate

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import save_backbone
-from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data.catalog import Protocol, card, cards
 from fedsigma.common.data.records import PictureError
 from fedsigma.common.data.sources.registry import open_source

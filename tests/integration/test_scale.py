@@ -16,7 +16,8 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.config.study import MEANS, StudyConfig
+from fedsigma.common.config.federation import MEANS
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.sigma import ParameterPartition
 from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import (

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.privacy.accounting import (
     PrivacyEvent,
     calibrate_noise_multiplier,
@@ -174,7 +175,7 @@ def test_shares_of_noise_add_up_to_it(sites: int) -> None:
         ("noise_multiplier: 2.0", "noise_multiplier: 0|privacy.noise_multiplier is 0"),
         ("epsilon: 4", "epsilon: 4, delta: 0.5|privacy.delta is 0.5"),
         ("epsilon: 4", "epsilom: 4|did you mean 'epsilon'"),
-        ("rounds: 10", "rounds: 10, strategy: qfedavg|privacy.level is 'image', which keeps"),
+        ("rounds: 10", "rounds: 10, strategy: qfedavg|privacy.level is 'image', which hides"),
         ("level: image", "level: site, clip_norm: .inf|privacy.clip_norm is inf"),
     ],
 )

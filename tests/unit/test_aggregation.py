@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.methods.federation import _Strategy
-from fedsigma.common.config.study import STRATEGIES, ConfigError, StudyConfig
+from fedsigma.common.config.federation import STRATEGIES
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.wire.records import PROTOCOL, Evaluation, HandshakeReply, to_record
 from fedsigma.server.federation import site_manager as roster_of
 from fedsigma.server.federation.aggregation import (

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.client.inference.loaded_model import load_model
 from fedsigma.common.backbones import load_backbone
-from fedsigma.common.config.study import SigmaConfig
+from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.explain import Explainer, ExplainError, Phrases, rank_heads, report
 from fedsigma.common.explain.report import build_explainer
 from fedsigma.common.explain.text_directions import joint_space_projection

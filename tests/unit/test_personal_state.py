@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsigma.client.site.personal_state import PersonalError, PersonalState, read_personal
-from fedsigma.common.config.study import ConfigError, PersonalConfig, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.sigma import PersonalConfig
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, LayoutError, ParameterPartition
 from fedsigma.common.training.trainer import make_partition, trainers
 from fedsigma.common.wire.codec import decode

@@ -8,7 +8,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.config.study import LocalTrainingConfig, StudyConfig
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.wire import records
 from fedsigma.common.wire.records import (
     EvaluateReply,

@@ -20,8 +20,10 @@ from fedsigma.client.site import site as client_site
 from fedsigma.client.site.identity import new_identity
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.client.site.site import SitePolicy
+from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.config.study import LocalTrainingConfig, PrivacyConfig, StudyConfig
+from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.data.loading import SiteData
 from fedsigma.common.data.records import Record
 from fedsigma.common.data.sources import site_data
@@ -151,7 +153,7 @@ def test_a_node_without_site_yaml_or_partition_says_nothing(ask: Any, tmp_path: 
         (POLICY + "max_steps: 1", "did you mean 'max_local_steps'?"),
         (POLICY + "min_cohort: 0", "min_cohort is 0"),
         (POLICY.replace("barcelona", "pooled"), "not 'pooled'"),
-        (POLICY.replace("local-dir:/models/fake", "3"), "backbones says 'fake' is 3"),
+        (POLICY.replace("local-dir:/models/fake", "3"), "backbones.fake is 3, expected text"),
     ],
 )
 def test_a_site_yaml_is_read_strictly(tmp_path: Path, text: str, words: str) -> None:
@@ -215,7 +217,7 @@ def test_a_site_says_whether_its_shift_may_be_explained(ask: Any, line: str, exp
 def test_a_peers_key_that_is_none_is_named(tmp_path: Path) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(POLICY + "peers: {north: abc}\n")
-    with pytest.raises(ConfigError, match="peers says 'north' is 'abc', expected 64 hex digits"):
+    with pytest.raises(ConfigError, match=r"peers\.north is 'abc', expected 64 hex digits"):
         SitePolicy.read(file)
 
 
@@ -268,7 +270,7 @@ def test_class_counts_stay_untold_where_training_is_private(ask: Any) -> None:
     ("line", "words"),
     [
         ("privacy: site", "privacy is 'site'"),
-        ("epsilon: 3", "epsilon is 3, and privacy 'none' lets studies train"),
+        ("epsilon: 3", "epsilon is 3, and privacy 'none' allows studies that spend"),
         ("privacy: image\nepsilon: 0", "epsilon is 0"),
         ("delta: 0", "delta is 0"),
     ],

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.config.study import ConfigError, StudyConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.study import StudyConfig
 from fedsigma.server.federation.site_sampling import (
     cohort_size,
     inclusion_probabilities,

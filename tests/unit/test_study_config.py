@@ -7,18 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsigma.common.config.study import (
-    BASELINES,
-    STRATEGIES,
-    ConfigError,
-    DataConfig,
-    FederationConfig,
-    LocalTrainingConfig,
-    SigmaConfig,
-    StudyConfig,
-    load_study,
-    study_names,
-)
+from fedsigma.common.config.federation import STRATEGIES, FederationConfig
+from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.sigma import SigmaConfig
+from fedsigma.common.config.study import BASELINES, DataConfig, StudyConfig, load_study, study_names
+from fedsigma.common.config.training import LocalTrainingConfig
 
 SMALL = """
 name: small

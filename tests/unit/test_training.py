@@ -127,12 +127,10 @@ def test_one_image_missing_classes_and_odd_batches_work(count: int, tmp_path: Pa
     assert job.sigma.get_shift().abs().max() > 0
 
 
-def test_no_example_and_unknown_augmentation_are_named(tmp_path: Path) -> None:
+def test_training_without_examples_is_refused(tmp_path: Path) -> None:
     job = task(tmp_path)
     with pytest.raises(TrainingError, match="no training example"):
         run(job, [])
-    with pytest.raises(TrainingError, match="unknown augmentation 'heavy'"):
-        run(job, coloured(2), TrainingConfig(augment="heavy"))
 
 
 @pytest.mark.parametrize("name", [name for name, build in BUILDERS.items() if build])
@@ -151,7 +149,8 @@ def test_augmentation_varies_pictures_of_the_right_shape(name: str) -> None:
 def test_loss_that_is_not_finite_is_named(precision: str, rate: float, tmp_path: Path) -> None:
     job = task(tmp_path)
     # At 1e9 in bfloat16 nothing overflows but what the last layer norm turns into zeros.
-    recipe = TrainingConfig(learning_rate=rate, batch_size=8, schedule="constant", precision=precision)
+    recipe = TrainingConfig(batch_size=8, schedule="constant", precision=precision)
+    object.__setattr__(recipe, "learning_rate", rate)  # above what a study may have
     with pytest.raises(TrainingError, match="lower the learning rate"):
         run(job, coloured(8), recipe, steps=5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
 
+from fedsigma.common.config.fields import ListOf
 from fedsigma.common.config.schema import (
     ConfigError,
     build,
@@ -20,6 +21,7 @@ from fedsigma.common.config.schema import (
     check_printable,
     did_you_mean,
     read_yaml,
+    settings,
 )
 
 __all__ = [
@@ -48,7 +50,7 @@ class CardError(ConfigError):
     """There is no such data set, or it cannot be had or used as asked."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Protocol:
     """How CLIP-SVD was trained on this set in one protocol, as its published configuration says.
 
@@ -72,7 +74,7 @@ class Protocol:
             check_number("iterations_per_shot", self.iterations_per_shot, low=1, high=1_000_000)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Protocols:
     """The published configurations of this set, by protocol; None where there is none."""
 
@@ -89,7 +91,7 @@ class Protocols:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Images:
     """Number of images in each part of the official split; 0 where the set has no such part."""
 
@@ -104,7 +106,7 @@ class Images:
             check_number(f"images.{name}", getattr(self, name), low=0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Layout:
     """What a folder of this set holds.
 
@@ -129,7 +131,7 @@ class Layout:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Archive:
     """A public file of a set and its checksum, if somebody states one.
 
@@ -166,7 +168,7 @@ class Archive:
         return urlsplit(self.url).path.rpartition("/")[2]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DatasetCard:
     """One published data set.
 
@@ -183,7 +185,7 @@ class DatasetCard:
     title: str
     domain: str
     backbone: str
-    classes: str | tuple[str, ...]
+    classes: str | ListOf[str]
     class_count: int
     template: str
     page: str
@@ -192,8 +194,8 @@ class DatasetCard:
     images: Images
     first_path: str = ""
     protocols: Protocols = field(default_factory=Protocols)
-    archives: tuple[Archive, ...] = ()
-    by_hand: tuple[str, ...] = ()
+    archives: ListOf[Archive] = ()
+    by_hand: ListOf[str] = ()
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from fedsigma.common.config.schema import build
+from fedsigma.common.config.fields import ListOf
+from fedsigma.common.config.schema import build, settings
 from fedsigma.common.data.catalog.card import Archive, CardError
 from fedsigma.common.data.catalog.download import Progress, download
 from fedsigma.common.data.catalog.extract import ArchiveError, NoPlace, unpack
@@ -24,7 +25,7 @@ class DigestError(CardError):
     """A file is not the one that was expected; it was removed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Fetched:
     """One file as it came.
 
@@ -36,7 +37,7 @@ class Fetched:
     size: int
     sha256: str
     checked_by: str
-    content: tuple[str, ...]
+    content: ListOf[str]
 
 
 def fetched(folder: Path) -> dict[str, Fetched]:

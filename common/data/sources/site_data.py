@@ -8,8 +8,8 @@ from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedsigma.common.config.schema import build
-from fedsigma.common.config.study import ConfigError, DataConfig, StudyConfig
+from fedsigma.common.config.schema import ConfigError, build
+from fedsigma.common.config.study import DataConfig, StudyConfig
 from fedsigma.common.utils.errors import FedSigmaError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fedsigma.common.config.schema import ConfigError, build, check_printable, read_yaml
+from fedsigma.common.config.fields import ListOf
+from fedsigma.common.config.schema import ConfigError, build, check_printable, read_yaml, settings
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.dashboard.auth.accounts import OPERATOR, VIEWER
 from fedsigma.server.dashboard.auth.settings import check_url
@@ -37,7 +38,7 @@ class OidcError(FedSigmaError, ValueError):
     """The provider does not answer as one has to, or says nothing by which somebody gets in."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class OidcSettings:
     """An OpenID provider, and whom of its people the dashboard lets in.
 
@@ -54,10 +55,10 @@ class OidcSettings:
     client_secret_file: str
     name: str = "your organisation"
     roles_claim: str = "groups"
-    operators: tuple[str, ...] = ()
-    viewers: tuple[str, ...] = ()
+    operators: ListOf[str] = ()
+    viewers: ListOf[str] = ()
     name_claim: str = "preferred_username"
-    scopes: tuple[str, ...] = ("openid", "profile")
+    scopes: ListOf[str] = ("openid", "profile")
 
     def __post_init__(self) -> None:
         check_url("oidc.issuer", self.issuer)
@@ -76,8 +77,8 @@ class OidcSettings:
             ConfigError: it does not read, or holds what does not do.
         """
         content = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
-        settings = build(cls, content, where=str(path))
-        secret = path.parent / Path(settings.client_secret_file).expanduser()
+        found = build(cls, content, where=str(path))
+        secret = path.parent / Path(found.client_secret_file).expanduser()
         return build(cls, {**content, "client_secret_file": str(secret)}, where=str(path))
 
     def secret(self) -> str:

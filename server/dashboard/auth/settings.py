@@ -1,91 +1,98 @@
-"""How a dashboard is reached, and what it puts up with."""
+"""Section `access` of dashboard.yaml: URLs and limits of a dashboard."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 from urllib.parse import urlsplit
 
-from fedsigma.common.config.schema import ConfigError, check_number
+from pydantic import Field
+
+from fedsigma.common.config.fields import Check, ListOf
+from fedsigma.common.config.schema import ConfigError, settings
 
 __all__ = ["HERE", "AccessSettings", "check_url"]
 
 HERE = ("127.0.0.1", "localhost", "::1")
-"""Hosts that are this machine itself."""
+"""Host names of this machine itself."""
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
 
 
-@dataclass(frozen=True, kw_only=True)
-class AccessSettings:
-    """Who is let near the dashboard.
+def _check_origin(origin: str) -> None:
+    check_url("access.origins", origin)
+    default_port = ":443" if origin.startswith("https:") else ":80"
+    if not _ORIGIN.fullmatch(origin) or origin.endswith(default_port):
+        raise ValueError(
+            f"expected it as browsers send it: in small letters, without a path and without '{default_port}'"
+        )
 
-    Fields: origins, by which browsers reach it, such as https://fl.example.org (http may only be this
-    machine's own); other hosts are refused, and the first is where an OpenID provider sends people back to.
-    proxies, addresses or networks whose X-Forwarded-For is believed. per_name and per_address, attempts to
-    sign in within `window` seconds. body, the most bytes of a request. patience, the most seconds for it.
-    """
+
+def _check_network(proxy: str) -> None:
+    try:
+        ipaddress.ip_network(proxy)
+    except ValueError:
+        # `*` among them: then a client could claim any address.
+        raise ValueError("expected an address or network, such as 10.0.0.0/8") from None
+
+
+@settings
+class AccessSettings:
+    """By which URLs a dashboard is reached, and its limits."""
 
     section: ClassVar[str] = "access"
 
-    origins: tuple[str, ...]
-    proxies: tuple[str, ...] = ()
-    per_name: int = 10
-    per_address: int = 30
-    window: int = 300
-    body: int = 65536
-    patience: float = 30.0
+    origins: Annotated[
+        ListOf[Annotated[str, Check(_check_origin, {"pattern": "^https?://"})]],
+        Field(
+            min_length=1,
+            description="URLs by which browsers reach it, such as https://fl.example.org; http only for this"
+            " machine. Other hosts are refused. An OpenID provider redirects to the first.",
+        ),
+    ]
+    proxies: Annotated[
+        ListOf[Annotated[str, Check(_check_network, {})]],
+        Field(description="Addresses or networks of proxies whose X-Forwarded-For is trusted."),
+    ] = ()
+    per_name: Annotated[int, Field(ge=1, description="Login attempts for a name in a window.")] = 10
+    per_address: Annotated[int, Field(ge=1, description="Login attempts from an address in a window.")] = 30
+    window: Annotated[int, Field(ge=1, description="Length of the window in seconds.")] = 300
+    body: Annotated[int, Field(ge=1, description="Largest body of a request in bytes.")] = 65536
+    patience: Annotated[float, Field(ge=1, description="Timeout of a request in seconds.")] = 30.0
 
     def __post_init__(self) -> None:
-        if not self.origins:
-            raise ConfigError("access.origins is empty, expected such as https://fl.example.org")
-        for origin in self.origins:
-            check_url("access.origins", origin)
-            usual = ":443" if origin.startswith("https:") else ":80"
-            if not _ORIGIN.fullmatch(origin) or origin.endswith(usual):
-                raise ConfigError(
-                    f"access.origins has '{origin}', expected it as browsers write it: in small letters,"
-                    f" without a path and without '{usual}'"
-                )
         if len({origin.partition(":")[0] for origin in self.origins}) > 1:
             raise ConfigError("access.origins has both http and https, expected one of them")
-        for proxy in self.proxies:
-            try:
-                ipaddress.ip_network(proxy)
-            except ValueError:
-                # `*` among them: then anybody could give any address.
-                raise ConfigError(
-                    f"access.proxies has '{proxy[:80]}', expected an address or network, such as 10.0.0.0/8"
-                ) from None
-        for key in ("per_name", "per_address", "window", "body", "patience"):
-            check_number(f"access.{key}", getattr(self, key), low=1)
 
     @property
     def secure(self) -> bool:
-        """Whether browsers come by TLS."""
+        """Whether browsers connect by TLS."""
         return self.origins[0].startswith("https:")
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """What requests may have as their `Host`."""
+        """Allowed values of a request's `Host` header."""
         return tuple(origin.partition("://")[2] for origin in self.origins)
 
     @property
     def cookie(self) -> str:
-        """The name of the session's cookie.
+        """Name of the session cookie.
 
-        A browser lets nobody but this very host set one that begins with `__Host-`. Without TLS there is no
-        such name; then it holds the port, since cookies are shared by all ports of a machine.
+        Only this host can set a cookie that begins with `__Host-`. Without TLS the prefix is not allowed; the
+        name then has the port, since all ports of a machine share their cookies.
         """
         return "__Host-fedsigma" if self.secure else f"fedsigma-{urlsplit(self.origins[0]).port or 80}"
 
 
 def check_url(where: str, url: str) -> None:
-    """Refuse an address without TLS, unless it is this machine's own.
+    """Refuse a URL without TLS, unless its host is this machine.
+
+    Args:
+        where: Key of the URL, for the error.
+        url: The URL.
 
     Raises:
-        ConfigError: it is neither https://... nor http:// and this machine.
+        ConfigError: It is neither https://HOST nor http:// with a host of this machine.
     """
     try:
         parts = urlsplit(url)
@@ -95,5 +102,5 @@ def check_url(where: str, url: str) -> None:
         good = False
     if not good:
         raise ConfigError(
-            f"{where} has '{url[:200]}', expected https://..., or http://127.0.0.1:PORT on one's own machine"
+            f"{where} has '{url[:200]}', expected https://..., or http://127.0.0.1:PORT on this machine"
         )
