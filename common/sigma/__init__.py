@@ -1,4 +1,4 @@
-"""The method: adapt a CLIP model by its singular values alone. Needs torch and safetensors only."""
+"""The method: adapt a CLIP model by its singular values alone (CLIP-SVD: Koleilat et al., TMLR 2026)."""
 
 from fedsigma.common.sigma.architectures import LAYER_SPECS, LayerSpec, WeightSpec, find_layout
 from fedsigma.common.sigma.autograd import PerSampleUnsupported

@@ -1,14 +1,14 @@
-"""The table of weight families: which matrices of a layer are q, k, v, o and mlp.
+"""The table of supported layer types: where a layer's q, k, v, o and mlp matrices are.
 
-A row names a module type and says where its matrices are. A layer is a module of such a type; layers
-are numbered within their tower in the order of the model. Pooling heads, projections and convolutions
-stay as they are, as in CLIP-SVD. A new family is a new row.
+A layer is a module of one of these types. Layers are numbered within their tower in the order of the model.
+Pooling heads, projections and convolutions are not adapted, as in CLIP-SVD (Koleilat, Rivaz and Xiao, TMLR
+2026). To support another layer type, add a row.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,7 +19,14 @@ from fedsigma.common.sigma.layout import Entry, Layout, LayoutError
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A matrix of a layer: `block` number of `blocks` equal row blocks of the parameter at `path`."""
+    """Where one matrix of a layer is.
+
+    Attributes:
+        part: `q`, `k`, `v`, `o` or `mlp`.
+        path: the parameter's name within the layer.
+        block: which of the parameter's row blocks the matrix is, from 0.
+        blocks: number of equal row blocks of the parameter.
+    """
 
     part: str
     path: str
@@ -28,7 +35,7 @@ class WeightSpec:
 
 
 def _packed(path: str) -> tuple[WeightSpec, ...]:
-    """Query, key and value stacked in one parameter."""
+    """Query, key and value matrices stacked in one parameter."""
     return tuple(WeightSpec(part, path, i, 3) for i, part in enumerate(("q", "k", "v")))
 
 
@@ -44,10 +51,16 @@ def _outputs(o: str, *mlp: str) -> tuple[WeightSpec, ...]:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One row: a module type by its import path, and its slots.
+    """One supported layer type.
 
-    Slots whose parameter a given layer lacks are left out, provided `optional` names their path: one
-    timm type serves packed and separate projections, plain and gated mlps.
+    Attributes:
+        name: for messages.
+        module: import path of the module that has the type.
+        type_name: name of the type in that module.
+        weights: where the layer's matrices are.
+        optional: paths of weights that a layer may lack: one timm type has packed or separate projections,
+            and
+            plain or gated MLPs.
     """
 
     name: str
@@ -57,7 +70,7 @@ class LayerSpec:
     optional: frozenset[str] = frozenset()
 
     def module_type(self) -> type[nn.Module] | None:
-        """The module type, or None where its library is not installed or is another version."""
+        """The module type, or None if its library is missing or has no such type in this version."""
         try:
             return getattr(importlib.import_module(self.module), self.type_name, None)
         except ImportError:
@@ -136,62 +149,69 @@ def _parameter(module: nn.Module, path: str) -> Tensor | None:
 
 
 def find_layers(model: nn.Module) -> Iterator[tuple[str, str, int, LayerSpec]]:
-    """Every layer of a known family: module name, tower, number within the tower, family."""
-    table = [(kind, family) for family in LAYER_SPECS if (kind := family.module_type()) is not None]
+    """Yield every layer of a supported type: module name, tower, number within the tower, type."""
+    table = [(module_type, spec) for spec in LAYER_SPECS if (module_type := spec.module_type()) is not None]
     count = {"image": 0, "text": 0}
     for name, module in model.named_modules():
-        for kind, family in table:
-            if isinstance(module, kind):
+        for module_type, spec in table:
+            if isinstance(module, module_type):
                 tower = _tower(name)
-                yield name, tower, count[tower], family
+                yield name, tower, count[tower], spec
                 count[tower] += 1
                 break
 
 
-def _entries(
-    module: nn.Module, family: LayerSpec, wanted: Callable[[str], bool]
+def _matrices(
+    layer: nn.Module, spec: LayerSpec, parts: tuple[str, ...]
 ) -> Iterator[tuple[WeightSpec, tuple[int, int], int]]:
-    for slot in family.weights:
-        weight = _parameter(module, slot.path)
-        if weight is None:
-            if slot.path in family.optional:
+    """Yield a layer's matrices of these parts, with their rows in the parameter and their ranks."""
+    for weight in spec.weights:
+        value = _parameter(layer, weight.path)
+        if value is None:
+            if weight.path in spec.optional:
                 continue
             raise LayoutError(
-                f"a layer of family {family.name!r} has no matrix {slot.path!r}: this version of "
-                f"{family.module} is not known here; please report it with the model's name"
+                f"a layer of type {spec.name!r} has no matrix {weight.path!r}: this version of {spec.module}"
+                " is not supported; please report it with the model's name"
             )
-        if wanted(slot.part):
-            height = weight.shape[0] // slot.blocks
-            rows = (slot.block * height, (slot.block + 1) * height)
-            yield slot, rows, min(height, weight.shape[1])
+        if weight.part in parts:
+            height = value.shape[0] // weight.blocks
+            rows = (weight.block * height, (weight.block + 1) * height)
+            yield weight, rows, min(height, value.shape[1])
 
 
 def find_layout(model: nn.Module, selection: SigmaConfig | None = None) -> Layout:
-    """The layout of an open_clip model under a selection (default: everything).
+    """Find the matrices of an open_clip model that a selection adapts.
+
+    Args:
+        model: a plain or adapted open_clip model; on the meta device, too.
+        selection: which weights to adapt; all by default.
+
+    Returns:
+        The layout, in the order of the model.
 
     Raises:
-        LayoutError: the model has no layer of a known family, or the selection fits none of them.
+        LayoutError: the model has no layer of a supported type, or the selection matches none of them.
     """
     selection = selection or SigmaConfig()
-    found = list(find_layers(model))
-    if not found:
-        known = ", ".join(f.name for f in LAYER_SPECS)
-        raise LayoutError(f"{type(model).__name__} has no layer of a known family; known: {known}")
-    depth = {tower: sum(t == tower for _, t, _, _ in found) for tower in ("image", "text")}
+    layers = list(find_layers(model))
+    if not layers:
+        supported = ", ".join(spec.name for spec in LAYER_SPECS)
+        raise LayoutError(f"{type(model).__name__} has no layer of a supported type; supported: {supported}")
+    depth = {tower: sum(t == tower for _, t, _, _ in layers) for tower in ("image", "text")}
     if not isinstance(selection.layers, str):
-        deepest = max(depth[t] for t in selection.towers)
+        deepest = max(depth[tower] for tower in selection.towers)
         if max(selection.layers) >= deepest:
             raise LayoutError(
-                f"layer {max(selection.layers)} asked for, the deepest tower has {deepest} (0 on)"
+                f"layer {max(selection.layers)} is selected, but the deepest tower has {deepest} layers,"
+                " counted from 0"
             )
     entries: list[Entry] = []
     offset = 0
-    for name, tower, number, family in found:
+    for name, tower, number, spec in layers:
         if tower not in selection.towers or not selection.picks(number, depth[tower]):
             continue
-        module = model.get_submodule(name)
-        for slot, rows, size in _entries(module, family, lambda part: part in selection.parts):
-            weight = f"{name}.{slot.path}"
-            entries.append(Entry(weight, slot.part, tower, number, offset, size, rows))
-            offset += size
+        for weight, rows, rank in _matrices(model.get_submodule(name), spec, selection.parts):
+            entries.append(Entry(f"{name}.{weight.path}", weight.part, tower, number, offset, rank, rows))
+            offset += rank
     return Layout(tuple(entries))

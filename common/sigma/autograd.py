@@ -1,10 +1,15 @@
-"""The two ways to compute with U diag(s0 + d) V^T: as a dense weight, and factored, without building it.
+"""Autograd functions for U diag(s0 + d) V^T, as a dense weight and in factored form.
 
-A plain layer of a weight (r, c) and rank k = min(r, c) costs r c multiplications a token forward and as many
-for each of the two gradients backward. The dense way costs that, 3 r c, and the weight and its gradient
-once a step. The factored way costs k (r + c) forward and again backward, for the gradient of d needs no
-product of its own: 2 k (r + c). So a weight whose longer side is more than twice its rank, as an mlp's, is
-cheaper factored, and a square one dense.
+The adapted weight is W(d) = W0 + U diag(d) V^T = U diag(s0 + d) V^T (CLIP-SVD: Koleilat, Rivaz and Xiao, TMLR
+2026), with W0 (r, c) of rank k = min(r, c), and d (k,) the only trained values.
+
+Cost in multiplications per token: a plain layer takes r c forward and r c for each of the two gradients. The
+dense form takes the same 3 r c, and the weight and its gradient once per step. The factored form takes
+k (r + c) forward and k (r + c) backward, since the gradient of d needs no product of its own. So the factored
+form is cheaper where the longer side is more than twice the rank, as in most MLPs; the dense form is cheaper
+for square weights.
+
+`reference_weight` is the formula in plain torch operations, which the tests compare all of these with.
 """
 
 from __future__ import annotations
@@ -18,30 +23,76 @@ from torch.nn import functional as F
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-# Rows of a packed weight, their values within the shift's part for this weight, U and V^T.
 Block = tuple[tuple[int, int], tuple[int, int], Tensor, Tensor]
+"""One adapted matrix of a (packed) weight: its first and last row + 1, the start and end of its values within
+the shift's part for this weight, U (rows, k) and V^T (k, columns)."""
+
+
+class PerSampleUnsupported(FedSigmaError, RuntimeError):
+    """Per-sample gradients of this model cannot be computed in one backward pass."""
+
+
+def reference_weight(weight: Tensor, shift: Tensor, blocks: list[Block]) -> Tensor:
+    """The adapted weight by the formula, for tests: slow, differentiable by autograd.
+
+    Args:
+        weight: W0, shape (rows, columns).
+        shift: d of all blocks, shape (values,).
+        blocks: the adapted row blocks.
+
+    Returns:
+        W0 + U diag(d) V^T in each block's rows, shape (rows, columns).
+    """
+    out = weight.clone()
+    for (low, high), (start, stop), u, vh in blocks:
+        out[low:high] += u @ torch.diag(shift[start:stop]) @ vh
+    return out
 
 
 def is_factored_cheaper(rows: int, columns: int) -> bool:
-    """Whether a training step multiplies less by U and V than by the dense weight."""
+    """Whether a training step multiplies less with U and V^T than with the dense weight (rows, columns)."""
     return max(rows, columns) > 2 * min(rows, columns)
 
 
 def autocast_dtype(like: Tensor) -> torch.dtype:
-    """What matrices are multiplied in on a tensor's device: autocast's choice, or the tensor's own."""
+    """The dtype of matrix products on a tensor's device: autocast's if it is enabled, else the tensor's."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 
-class DenseShift(torch.autograd.Function):
-    """W0 with U diag(d) V^T added to row blocks.
+def sum_per_example(left: Tensor, right: Tensor, examples: int) -> Tensor:
+    """Sum left * right over the tokens of each example.
 
-    The derivative needs no dense matrix product with the data: dL/dd_k = u_k^T (dL/dW) v_k.
+    Args:
+        left: shape (tokens, k), the tokens of one example after those of another.
+        right: shape (tokens, k).
+        examples: number of examples; it divides tokens.
+
+    Returns:
+        Shape (examples, k), float32 whatever the inputs are: a sum over hundreds of tokens needs it.
+    """
+    return (left.float() * right).view(examples, -1, left.shape[-1]).sum(1)
+
+
+class DenseShift(torch.autograd.Function):
+    """The adapted weight W0 + U diag(d) V^T.
+
+    Its backward pass needs no dense product with the data: dL/dd_k = u_k^T (dL/dW) v_k.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, shift: Tensor, blocks: list[Block]) -> Tensor:
-        """The shifted weight (rows, columns); shift (values,) is the part that belongs to it."""
+        """Compute the adapted weight.
+
+        Args:
+            ctx: the autograd context.
+            weight: W0, shape (rows, columns).
+            shift: d of all blocks, shape (values,).
+            blocks: the adapted row blocks.
+
+        Returns:
+            Shape (rows, columns), in the dtype of the weight.
+        """
         dtype = autocast_dtype(weight)
         # The sum stays in the weight's own precision: models ask their weights for a dtype (open_clip's
         # get_cast_dtype), and zero must change no bit.
@@ -57,41 +108,50 @@ class DenseShift(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        """The shift's gradient (values,)."""
+        """The gradient of the shift, shape (values,)."""
         (grad,) = grads
-        result = torch.zeros_like(ctx.shift_like)
+        shift_grad = torch.zeros_like(ctx.shift_like)
         for (low, high), (start, stop), u, vh in ctx.blocks:
             left = u.t().to(ctx.dtype) @ grad[low:high].to(ctx.dtype)
-            result[start:stop] = (left.to(vh.dtype) * vh).sum(1)
-        return None, result, None
-
-
-def sum_per_example(left: Tensor, right: Tensor, examples: int) -> Tensor:
-    """The products of left and right (tokens, k), summed over the tokens of each example: (examples, k).
-
-    In float32, whatever they were multiplied in: a sum over hundreds of tokens needs it.
-    """
-    return (left.float() * right).view(examples, -1, left.shape[-1]).sum(1)
+            shift_grad[start:stop] = (left.to(vh.dtype) * vh).sum(1)
+        return None, shift_grad, None
 
 
 class FactoredLinear(torch.autograd.Function):
-    """y = (x V * s) U^T + bias, for x (..., columns), U (rows, k), s (k,), V^T (k, columns).
+    """The linear layer y = (x V * s) U^T + bias, without its dense weight.
 
-    With a = x V and b = (dL/dy) U: dL/ds_k = sum of a_k b_k over the tokens, and dL/dx = (b * s) V^T. Only a
-    is kept for the way back. U and V^T are in the dtype to multiply in, s in its own.
-
-    With `each` (examples, k), whose values are not used, the sums over each example's tokens become its
-    gradient, and s has none. The first dimension of x then holds the examples one after another.
+    With a = x V and b = (dL/dy) U, the gradients are dL/ds_k = sum over tokens of a_k b_k, and
+    dL/dx = (b * s) V^T. Only a is kept for the backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor, u: Tensor, vh: Tensor, bias: Tensor | None, each: Tensor | None = None
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        u: Tensor,
+        vh: Tensor,
+        bias: Tensor | None,
+        sample_shifts: Tensor | None = None,
     ) -> Tensor:
-        """The layer's output (..., rows), in the dtype of U."""
+        """Compute the layer's output.
+
+        Args:
+            ctx: the autograd context.
+            x: shape (..., columns).
+            s: singular values s0 + d, shape (k,).
+            u: U, shape (rows, k), in the dtype to multiply in.
+            vh: V^T, shape (k, columns), in the same dtype.
+            bias: shape (rows,), or None.
+            sample_shifts: shape (examples, k); its gradient is that of each example, its values are not used.
+                The first dimension of x then holds the examples one after another, and s gets no gradient.
+
+        Returns:
+            Shape (..., rows), in the dtype of U.
+        """
         a = x.reshape(-1, x.shape[-1]).to(u.dtype) @ vh.t()
         ctx.save_for_backward(a, s, u, vh)
-        ctx.examples = None if each is None else each.shape[0]
+        ctx.examples = None if sample_shifts is None else sample_shifts.shape[0]
         out = F.linear((a * s).to(u.dtype), u, None if bias is None else bias.to(u.dtype))
         return out.view(*x.shape[:-1], -1)
 
@@ -100,26 +160,26 @@ class FactoredLinear(torch.autograd.Function):
     def backward(
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, Tensor | None]:
-        """The gradients of x (..., columns), where it is asked for, and of s (k,) or each (examples, k)."""
+        """The gradients of x (..., columns), if needed, and of s (k,) or sample_shifts (examples, k)."""
         (grad,) = grads
         a, s, u, vh = ctx.saved_tensors
         b = grad.reshape(-1, grad.shape[-1]) @ u
-        of_s = of_each = of_x = None
+        s_grad = sample_grads = x_grad = None
         if ctx.examples is None:
-            of_s = (a.to(s.dtype) * b).sum(0)
+            s_grad = (a.to(s.dtype) * b).sum(0)
         else:
-            of_each = sum_per_example(a, b, ctx.examples)
+            sample_grads = sum_per_example(a, b, ctx.examples)
         if ctx.needs_input_grad[0]:
-            of_x = ((b * s).to(u.dtype) @ vh).view(*grad.shape[:-1], -1)
-        return of_x, of_s, None, None, None, of_each
+            x_grad = ((b * s).to(u.dtype) @ vh).view(*grad.shape[:-1], -1)
+        return x_grad, s_grad, None, None, None, sample_grads
 
 
 class PerSampleLinear(torch.autograd.Function):
-    """y = x W^T + bias with the dense adapted weight, and the gradient of its shift for each example.
+    """The linear layer y = x W^T + bias with the dense adapted weight, and the shift's gradient per example.
 
-    For a block of rows with U and V^T: a = x V, b = (dL/dy of these rows) U, and an example's gradient is the
-    sum of a b over its tokens, as in `FactoredLinear` (Goodfellow 2015, arXiv:1510.01799, has it for a dense
-    weight and its norm). Both are computed on the way back, so that x alone is kept.
+    With a = x V and b = (dL/dy of the block's rows) U, an example's gradient is the sum of a b over its
+    tokens, as in `FactoredLinear` (for dense weights: Goodfellow 2015, arXiv:1510.01799). Both are computed
+    in the backward pass, so that only x is kept.
     """
 
     @staticmethod
@@ -127,52 +187,52 @@ class PerSampleLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        each: Tensor,
+        sample_shifts: Tensor,
         blocks: list[Block],
         vh: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """The layer's output (..., rows), in the dtype of the weight.
+        """Compute the layer's output.
 
         Args:
-            ctx: autograd's.
-            x: (examples or a multiple of it, ..., columns), the examples one after another.
-            weight: (rows, columns).
-            each: (examples, values), whose gradient is asked for; its values are not used.
-            blocks: as of `DenseShift`, U in the weight's dtype.
-            vh: the blocks' V^T one above the other (values, columns), in the weight's dtype.
-            bias: (rows,).
+            ctx: the autograd context.
+            x: shape (examples or a multiple of it, ..., columns), the examples one after another.
+            weight: the adapted weight, shape (rows, columns).
+            sample_shifts: shape (examples, values); its gradient is that of each example, its values are not
+                used.
+            blocks: the adapted row blocks, with U in the weight's dtype.
+            vh: the blocks' V^T stacked, shape (values, columns), in the weight's dtype.
+            bias: shape (rows,), or None.
+
+        Returns:
+            Shape (..., rows), in the dtype of the weight.
         """
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         ctx.save_for_backward(flat, weight, vh)
-        ctx.blocks, ctx.examples, ctx.shape = blocks, each.shape[0], x.shape
+        ctx.blocks, ctx.examples, ctx.shape = blocks, sample_shifts.shape[0], x.shape
         return F.linear(flat, weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor, None, None, None]:
-        """The gradients of x, where it is asked for, and of each (examples, values), float32."""
+        """The gradients of x, if needed, and of sample_shifts (examples, values), float32."""
         flat, weight, vh = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         a = flat @ vh.t()
         b = torch.cat([grad[:, low:high] @ u for (low, high), _, u, _ in ctx.blocks], 1)
-        of_x = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, sum_per_example(a, b, ctx.examples), None, None, None
-
-
-class PerSampleUnsupported(FedSigmaError, RuntimeError):
-    """A model whose examples' gradients cannot be told apart in one backward pass."""
+        x_grad = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return x_grad, None, sum_per_example(a, b, ctx.examples), None, None, None
 
 
 class UnavailableWeight(torch.autograd.Function):
-    """A weight of which the shape and dtype may be asked (open_clip does), but not the gradient."""
+    """A placeholder for a weight: its shape and dtype can be read (open_clip does), but has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, shift: Tensor) -> Tensor:
-        """The weight as it is, without the shift: whatever is computed from it does not count."""
+        """The weight without its shift; results computed from it must not be used."""
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        """Raises PerSampleUnsupported: a gradient of the whole weight is no example's own."""
-        raise PerSampleUnsupported("a layer computes with its adapted weight in a way of its own")
+        """Raise PerSampleUnsupported: the gradient of the whole weight mixes the examples."""
+        raise PerSampleUnsupported("a layer uses its adapted weight in a way of its own")

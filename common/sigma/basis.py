@@ -1,7 +1,7 @@
-"""The basis: frozen singular vectors of each adapted matrix, its cache, and the fingerprint.
+"""The basis: the frozen singular vectors of each adapted matrix, their cache, and the fingerprint.
 
-W0 = U diag(s0) V^T. Sites average shifts, so all must hold the same U and V. The fingerprint tells
-whether they do.
+With W0 = U diag(s0) V^T, the mean of several shifts is meaningful only in one common basis. The fingerprint
+shows whether two parties have the same U and V.
 """
 
 from __future__ import annotations
@@ -27,23 +27,30 @@ PROBES = 4
 # A pair of singular vectors rotated by an angle t moves a probe by about t (of sqrt(size) in all). Two
 # LAPACKs differ by less than 1e-8; half-precision weights move probes by about 1.
 TOLERANCE = 1e-4
-# Above this many elements a float64 decomposition costs minutes a matrix; float32 is then used, and
-# vectors of near-degenerate pairs may differ between machines, which the fingerprint will say.
+# Above this many elements a float64 decomposition takes minutes per matrix, so float32 is used. The
+# vectors of near-degenerate pairs may then differ between machines; the fingerprint shows it.
 FLOAT64_ELEMENTS = 64 * 2**20
 
 ProgressCallback = Callable[[int, int], None]
+"""Called with the number of finished matrices and of all matrices."""
 
-_checked: set[tuple[str, int, int, int]] = set()
-"""The files whose vectors were seen to be those of their fingerprint: path, inode, size, time of change."""
+_verified: set[tuple[str, int, int, int]] = set()
+"""Files whose vectors match their fingerprint: path, inode, size in bytes, modification time in ns."""
 
 
 class BasisError(FedSigmaError, ValueError):
-    """A basis that cannot be computed or read; the message says why and what to do."""
+    """A basis or fingerprint cannot be computed or read."""
 
 
 @dataclass(frozen=True)
 class SVD:
-    """U (rows, size), s (size,), V^T (size, columns) of one matrix, float32."""
+    """The singular value decomposition of one matrix (rows, columns) of rank k, float32.
+
+    Attributes:
+        u: U, shape (rows, k).
+        s: the singular values, shape (k,), in descending order.
+        vh: V^T, shape (k, columns).
+    """
 
     u: Tensor
     s: Tensor
@@ -51,48 +58,61 @@ class SVD:
 
 
 def decompose(weight: Tensor) -> SVD:
-    """Singular value decomposition of a matrix (rows, columns), on the CPU.
+    """Decompose a matrix on the CPU, in float64 unless it is very large.
+
+    Args:
+        weight: shape (rows, columns).
+
+    Returns:
+        The decomposition, rounded to float32.
 
     Raises:
-        BasisError: a value that is not finite.
+        BasisError: the matrix has a value that is not finite.
     """
     matrix = weight.detach().to("cpu", torch.float32)
     if not torch.isfinite(matrix).all():
-        raise BasisError("a weight is not finite: the backbone file is damaged, fetch it again")
+        raise BasisError("a weight is not finite: the backbone file is damaged; fetch it again")
     exact = matrix.numel() <= FLOAT64_ELEMENTS
     u, s, vh = torch.linalg.svd(matrix.double() if exact else matrix, full_matrices=False)
     return SVD(*(t.float().contiguous() for t in (u, s, vh)))
 
 
 def _signs(seed: str, length: int) -> Tensor:
-    """A +1/-1 vector that every machine and library version derives alike."""
+    """A vector of +1 and -1, float64, shape (length,), the same on every machine and library version."""
     raw = hashlib.shake_256(seed.encode()).digest(length)
     return (torch.frombuffer(bytearray(raw), dtype=torch.uint8) & 1).double() * 2 - 1
 
 
 def _levels(seed: str, length: int) -> Tensor:
-    """Weights in -1..1 for the singular directions, likewise reproducible."""
+    """Values in [-1, 1], float64, shape (length,), the same on every machine and library version."""
     raw = hashlib.shake_256(seed.encode()).digest(2 * length)
-    words = torch.frombuffer(bytearray(raw), dtype=torch.uint8).double().reshape(length, 2)
-    return (words[:, 0] * 256 + words[:, 1]) / 32767.5 - 1
+    pairs = torch.frombuffer(bytearray(raw), dtype=torch.uint8).double().reshape(length, 2)
+    return (pairs[:, 0] * 256 + pairs[:, 1]) / 32767.5 - 1
 
 
 def sketch(entry: Entry, svd: SVD) -> tuple[float, ...]:
-    """Probes a^T U diag(w) V^T b with fixed random a, w, b.
+    """Compute the probes a^T U diag(w) V^T b of one matrix, with fixed random a, w and b.
 
-    A joint sign flip of a pair (u, v) leaves every probe as it is; a rotation within a pair with
-    different w changes it.
+    A joint sign flip of a pair (u, v) leaves every probe as it is. A rotation within a pair with different w
+    changes it.
+
+    Args:
+        entry: the matrix; its key is the seed of a, w and b.
+        svd: its decomposition.
+
+    Returns:
+        PROBES numbers.
     """
     names = [f"fedsigma/{VERSION}/{entry.key}/{probe}" for probe in range(PROBES)]
     left = torch.stack([_signs(name + "/a", svd.u.shape[0]) for name in names])
     right = torch.stack([_signs(name + "/b", svd.vh.shape[1]) for name in names])
     weights = torch.stack([_levels(name + "/w", entry.size) for name in names])
-    found = (left @ svd.u.double()) * weights * (svd.vh.double() @ right.T).T
-    return tuple(float(probe) for probe in found.sum(1))
+    products = (left @ svd.u.double()) * weights * (svd.vh.double() @ right.T).T
+    return tuple(float(probe) for probe in products.sum(1))
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers of a plain model in their own precision, with names."""
+    """SHA-256 of all parameters and buffers of a plain model with their names, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         data = value.detach().to("cpu").contiguous()
@@ -104,7 +124,13 @@ def weights_digest(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What two parties must share: digest of the weights, digest of the layout, sketch of the basis."""
+    """What two parties must have in common to average their shifts.
+
+    Attributes:
+        weights: SHA-256 of the backbone's weights, see `weights_digest`.
+        layout: SHA-256 of the layout.
+        sketch: the probes of each entry of the layout.
+    """
 
     weights: str
     layout: str
@@ -112,7 +138,13 @@ class Fingerprint:
 
     @classmethod
     def compute(cls, weights: str, layout: Layout, svds: Sequence[SVD]) -> Fingerprint:
-        """The fingerprint of a basis: of weights with this digest, one svd an entry of the layout."""
+        """Compute the fingerprint of a basis.
+
+        Args:
+            weights: SHA-256 of the backbone's weights.
+            layout: the adapted matrices.
+            svds: one decomposition for each entry of the layout.
+        """
         rows = tuple(sketch(entry, svd) for entry, svd in zip(layout.entries, svds, strict=True))
         return cls(weights, layout.digest, rows)
 
@@ -125,28 +157,32 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, text: str) -> Fingerprint:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            BasisError: not a fingerprint, or one of another version.
+            BasisError: the text is not a fingerprint, or it has another version.
         """
         try:
             raw = json.loads(text)
             version = raw["version"]
             rows = tuple(tuple(float(x) for x in row) for row in raw.get("sketch", ()))
-            found = cls(str(raw.get("weights")), str(raw.get("layout")), rows)
+            fingerprint = cls(str(raw.get("weights")), str(raw.get("layout")), rows)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BasisError(
-                f"not a fingerprint ({error}): expected what Fingerprint.to_json writes"
+                f"not a fingerprint ({error}): expected the JSON that Fingerprint.to_json writes"
             ) from None
         if version != VERSION or not rows:
             raise BasisError(
-                f"fingerprint version {version}, this program has {VERSION}: update the older side"
+                f"the fingerprint has version {version}, expected {VERSION}: update the older side"
             )
-        return found
+        return fingerprint
 
     def describe_mismatch(self, other: Fingerprint) -> str | None:
-        """None if both may average their shifts, else one sentence that says what differs."""
+        """Describe why two parties cannot average their shifts.
+
+        Returns:
+            One sentence that names the difference and the remedy, or None if the fingerprints match.
+        """
         if self.layout != other.layout:
             return (
                 f"the layouts differ ({self.layout[:12]} and {other.layout[:12]}): "
@@ -161,7 +197,7 @@ class Fingerprint:
             return "the sketches have different shapes: update the older side"
         for number, (mine, theirs) in enumerate(zip(self.sketch, other.sketch, strict=True)):
             scale = max(1.0, max(abs(x) for x in mine))
-            # `not <=` rather than `>`: a NaN must count as a difference.
+            # `not <=` rather than `>`: a NaN is a difference.
             if not all(abs(a - b) <= TOLERANCE * scale for a, b in zip(mine, theirs, strict=True)):
                 return (
                     f"the bases differ at entry {number}: the same weights were decomposed differently; "
@@ -172,7 +208,13 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Basis:
-    """One svd an entry of the layout, in its order, and their fingerprint."""
+    """The decompositions of all adapted matrices of a backbone.
+
+    Attributes:
+        layout: the adapted matrices.
+        svds: one decomposition for each entry of the layout, in its order.
+        fingerprint: of the backbone's weights, the layout and the decompositions.
+    """
 
     layout: Layout
     svds: tuple[SVD, ...]
@@ -180,7 +222,16 @@ class Basis:
 
     @classmethod
     def compute(cls, model: nn.Module, layout: Layout, *, progress: ProgressCallback | None = None) -> Basis:
-        """Decompose every adapted matrix of a plain model; minutes for a ViT-B/16, once."""
+        """Decompose every adapted matrix of a plain model, which takes minutes for a ViT-B/16.
+
+        Args:
+            model: the plain model.
+            layout: its adapted matrices.
+            progress: called after each matrix.
+
+        Raises:
+            BasisError: a weight is not finite.
+        """
         svds = []
         for number, entry in enumerate(layout.entries):
             rows = slice(*entry.rows)
@@ -190,7 +241,7 @@ class Basis:
         return cls(layout, tuple(svds), Fingerprint.compute(weights_digest(model), layout, svds))
 
     def save(self, path: Path) -> None:
-        """Write as safetensors; readers see the whole file or none."""
+        """Write the basis as safetensors, atomically."""
         tensors: dict[str, Tensor] = {}
         for number, svd in enumerate(self.svds):
             tensors |= {f"{number}.u": svd.u, f"{number}.s": svd.s, f"{number}.vh": svd.vh}
@@ -208,10 +259,10 @@ class Basis:
 
     @classmethod
     def load(cls, path: Path) -> Basis:
-        """Read a basis memory-mapped: pages are shared between processes and read when first used.
+        """Open a basis file, memory-mapped: processes share its pages, which are read when first used.
 
         Raises:
-            BasisError: not a basis file, or a damaged one.
+            BasisError: the file is not a basis, or is damaged.
         """
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -224,13 +275,19 @@ class Basis:
                 )
         except (SafetensorError, KeyError, LayoutError, OSError) as error:
             raise BasisError(
-                f"{path} is no basis file ({error}): delete it, it will be computed again"
+                f"{path} is not a basis file ({error}): delete it, and it is computed again"
             ) from None
         return cls(layout, svds, fingerprint)
 
 
 def cache_path(cache_dir: Path, weights: str, layout: Layout) -> Path:
-    """Where the basis of a backbone and layout is cached."""
+    """The path of a cached basis.
+
+    Args:
+        cache_dir: the folder of cached bases.
+        weights: SHA-256 of the backbone's weights.
+        layout: the adapted matrices.
+    """
     key = hashlib.sha256(f"{VERSION}/{weights}/{layout.digest}".encode()).hexdigest()[:32]
     return cache_dir / f"basis-{key}.safetensors"
 
@@ -238,35 +295,47 @@ def cache_path(cache_dir: Path, weights: str, layout: Layout) -> Path:
 def cached_basis(
     model: nn.Module, layout: Layout, cache_dir: Path, *, progress: ProgressCallback | None = None
 ) -> Basis:
-    """The basis of a plain model from the cache, computed and cached if it is not there."""
+    """Load the basis of a plain model from the cache, or compute and cache it.
+
+    Args:
+        model: the plain model.
+        layout: its adapted matrices.
+        cache_dir: the folder of cached bases.
+        progress: called after each decomposed matrix.
+
+    Raises:
+        BasisError: the cached file is damaged or belongs to another backbone.
+    """
     weights = weights_digest(model)
     path = cache_path(cache_dir, weights, layout)
     if path.exists():
         basis = Basis.load(path)
         if basis.fingerprint.weights == weights and basis.layout == layout:
-            _check(basis, path)
+            _verify(basis, path)
             return basis
-        raise BasisError(f"{path} belongs to another backbone: delete it, it will be computed again")
+        raise BasisError(f"{path} belongs to another backbone: delete it, and it is computed again")
     basis = Basis.compute(model, layout, progress=progress)
     basis.save(path)
     return Basis.load(path)
 
 
-def _check(basis: Basis, path: Path) -> None:
-    """See that the vectors in a file are those of its fingerprint, once in a process.
+def _verify(basis: Basis, path: Path) -> None:
+    """Check that a file's vectors match its fingerprint, once per process and file.
 
-    Else a damaged file, or vectors under another file's fingerprint, would be averaged with those of other
-    sites, and nobody would know.
+    Otherwise a damaged file, or vectors under another file's fingerprint, would be averaged with those of
+    other sites unnoticed.
 
     Raises:
-        BasisError: they are not.
+        BasisError: they do not match.
     """
-    found = path.stat()
-    file = (str(path), found.st_ino, found.st_size, found.st_mtime_ns)
-    if file in _checked:
+    status = path.stat()
+    file = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+    if file in _verified:
         return
     fingerprint = basis.fingerprint
     if fingerprint.describe_mismatch(Fingerprint.compute(fingerprint.weights, basis.layout, basis.svds)):
-        raise BasisError(f"{path} is damaged: its vectors are not those that it was written with; delete it,"
-                         " it will be computed again")  # fmt: skip
-    _checked.add(file)
+        raise BasisError(
+            f"{path} is damaged: its vectors do not match its fingerprint; delete it, and it is computed"
+            " again"
+        )
+    _verified.add(file)

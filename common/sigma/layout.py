@@ -1,4 +1,4 @@
-"""Which weights a study adapts, and where each one's values lie in the flat vector."""
+"""The layout: which matrices are adapted, and where the values of each are in the flat sigma shift."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from fedsigma.common.utils.errors import FedSigmaError
 
 
 class LayoutError(FedSigmaError, ValueError):
-    """A selection or a layout that cannot be used; the message says why and what to do."""
+    """A layout or shift is invalid, or does not fit the model."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapted matrix: rows `rows[0]:rows[1]` of the parameter `weight`.
+    """One adapted matrix.
 
-    Its `size` = min(rows, columns) values lie at `offset` in the flat vector.
+    Attributes:
+        weight: name of the model's parameter that holds the matrix.
+        part: `q`, `k`, `v`, `o` or `mlp`.
+        tower: `image` or `text`.
+        layer: number of the layer within its tower, from 0.
+        offset: position of the matrix's first value in the flat shift.
+        size: number of its values: min(rows, columns) of the matrix.
+        rows: first row and last row + 1 of the matrix in the parameter.
     """
 
     weight: str
@@ -31,16 +38,19 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """A name that no other entry of the layout has."""
+        """A name that is unique in the layout."""
         return f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The ordered entries that map a flat vector to the adapted matrices.
+    """The ordered entries that map a flat shift to the adapted matrices.
+
+    Attributes:
+        entries: one for each adapted matrix, in the order of their offsets.
 
     Raises:
-        LayoutError: entries that overlap, leave a gap, or none at all.
+        LayoutError: entries overlap or leave a gap, or there are none.
     """
 
     entries: tuple[Entry, ...]
@@ -56,18 +66,18 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Length of the flat vector."""
+        """Number of values of the flat shift."""
         last = self.entries[-1]
         return last.offset + last.size
 
     @cached_property
     def entry_sizes(self) -> tuple[int, ...]:
-        """The number of values of each entry, in order."""
+        """Number of values of each entry, in order."""
         return tuple(entry.size for entry in self.entries)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the layout, as 64 hexadecimal characters; equal layouts have equal digests."""
+        """SHA-256 of the layout, 64 hexadecimal digits."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -76,10 +86,10 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            LayoutError: not a layout.
+            LayoutError: the text is not a layout.
         """
         try:
             rows = json.loads(text)

@@ -1,4 +1,8 @@
-"""The adapter: W(d) = W0 + U diag(d) V^T on a model's own modules, by `torch.nn.utils.parametrize`."""
+"""The adapter: W(d) = W0 + U diag(d) V^T on a model's own modules, by `torch.nn.utils.parametrize`.
+
+W0 = U diag(s0) V^T is frozen and only the shift d of the singular values is trained (CLIP-SVD: Koleilat,
+Rivaz and Xiao, TMLR 2026). A shift of zeros is the pretrained model, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,10 @@ from fedsigma.common.sigma.per_sample import PerSampleGradients
 
 
 def default_cache_dir() -> Path:
-    """Where bases are cached: $FEDSIGMA_CACHE, or else the user's cache directory."""
+    """The folder of cached bases: $FEDSIGMA_CACHE, or else `bases` in the user's cache directory."""
     if chosen := os.environ.get("FEDSIGMA_CACHE"):
         return Path(chosen)
-    import platformdirs  # here, so that the method itself needs torch and safetensors only
+    import platformdirs
 
     return Path(platformdirs.user_cache_dir("fedsigma")) / "bases"
 
@@ -37,12 +41,16 @@ def _owner(model: nn.Module, weight: str) -> tuple[nn.Module, str]:
 class SigmaModel:
     """An open_clip model whose only trainable tensor is the flat sigma shift.
 
+    Args:
+        model: a plain model, which is adapted in place and frozen.
+        basis: the basis of this model.
+
     Attributes:
-        model: the wrapped model; its forward code is untouched and its other parameters are frozen.
-        shift: the one trainable parameter, float32 (layout.size,).
-        layout: what each value belongs to.
+        model: the adapted model; its forward code is unchanged.
+        shift: the one trainable parameter, shape (layout.size,), float32.
+        layout: the adapted matrices, and where their values are in the shift.
         fingerprint: of the backbone and its basis.
-        basis: the frozen singular vectors, memory-mapped where they come from the cache.
+        basis: the frozen singular vectors, memory-mapped if they come from the cache.
     """
 
     def __init__(self, model: nn.Module, basis: Basis) -> None:
@@ -75,36 +83,41 @@ class SigmaModel:
 
         Args:
             model: loaded by open_clip, float32.
-            selection: what to adapt; everything by default.
-            cache_dir: where bases are cached; the user's cache directory by default.
-            progress: called with (done, all) while a basis is computed.
+            selection: which weights to adapt; all by default.
+            cache_dir: the folder of cached bases; `default_cache_dir()` by default.
+            progress: called after each decomposed matrix, if the basis must be computed.
 
         Raises:
-            LayoutError: the model or the selection has nothing to adapt, or the model is adapted already.
+            LayoutError: no weight of the model matches the selection, or the model is adapted already.
             BasisError: the cached basis is damaged.
         """
         if any(parametrize.is_parametrized(m) for m in model.modules()):
-            raise LayoutError("this model is adapted already: load the backbone anew or merge it first")
+            raise LayoutError(
+                "this model is adapted already: load the backbone again, or merge the shift first"
+            )
         layout = find_layout(model, selection)
         return cls(model, cached_basis(model, layout, cache_dir or default_cache_dir(), progress=progress))
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable tensors: the shift alone."""
+        """The trainable parameters: the shift alone."""
         return [self.shift]
 
     def get_shift(self) -> Tensor:
-        """A copy of the shift, float32 (layout.size,) on the CPU."""
+        """A copy of the shift, shape (layout.size,), float32, on the CPU."""
         return self.shift.detach().to("cpu", torch.float32).clone()
 
     def set_shift(self, shift: Tensor) -> None:
         """Replace the shift.
 
+        Args:
+            shift: shape (layout.size,), on any device.
+
         Raises:
-            LayoutError: wrong length, or a value that is not finite.
+            LayoutError: the shape is wrong, or a value is not finite.
         """
         if shift.shape != self.shift.shape:
             raise LayoutError(
-                f"the shift has {tuple(shift.shape)} values, this layout has {self.layout.size}: "
+                f"the shift has shape {tuple(shift.shape)}, expected ({self.layout.size},): "
                 "it belongs to another backbone or selection"
             )
         if not torch.isfinite(shift).all():
@@ -114,20 +127,19 @@ class SigmaModel:
 
     @contextmanager
     def inference_mode(self) -> Iterator[nn.Module]:
-        """Inference at the plain model's cost: each adapted weight is computed once, no gradients."""
+        """Disable gradients and compute each adapted weight once for all forward passes in the block."""
         with torch.no_grad(), parametrize.cached():
             yield self.model
 
     @contextmanager
     def accumulate_gradients(self) -> Iterator[nn.Module]:
-        """Any number of forward and backward passes for which each adapted weight is computed once.
+        """Compute each adapted weight once for all forward and backward passes in the block.
 
-        Gradients accumulate on the adapted weights and are added to the shift's when the block ends. So a
-        batch can go through the model in parts, without the activations of all being held at once, and the
-        gradient is that of the whole. If the block raises, the shift's gradient stays as it was.
+        Gradients accumulate on the adapted weights and are added to the shift's gradient at the end of the
+        block. So a batch can go through the model in parts, without all activations in memory at once, and
+        the gradient is that of the whole batch. If the block raises, the shift's gradient is unchanged.
 
-        Linear layers much longer than wide, or the reverse, are computed factored meanwhile: their outputs
-        differ from those outside of the block by rounding.
+        Linear layers whose factored form is cheaper use it in the block; their outputs differ by rounding.
         """
         for module, parametrization in self._adapted:
             parametrization.start_accumulating(module)
@@ -144,24 +156,24 @@ class SigmaModel:
 
     @contextmanager
     def per_sample_gradients(self) -> Iterator[PerSampleGradients]:
-        """Forward and backward passes that give the shift's gradient of each example by itself.
+        """Compute the shift's gradient of each example in the block, see `PerSampleGradients`.
 
-        See `PerSampleGradients` for how to go about it. The shift's own gradient is left alone.
+        The gradient of `shift` itself is unchanged.
         """
-        separation = PerSampleGradients(self._adapted, self.layout.size, self.shift.device)
+        gradients = PerSampleGradients(self._adapted, self.layout.size, self.shift.device)
         try:
-            yield separation
+            yield gradients
         finally:
-            separation.end()
+            gradients.end()
 
     def to(self, device: torch.device | str) -> SigmaModel:
-        """Move the model, its basis and the shift."""
+        """Move the model, its basis and the shift to a device."""
         self.model.to(device)
         self.shift.data = self.shift.data.to(device)
         return self
 
     def merge(self) -> nn.Module:
-        """Fold the shift into the weights and return the plain model; this object is then spent."""
+        """Add the shift to the weights and return the plain model. The adapter is then removed."""
         with torch.no_grad():
             for weight in self._weights:
                 module, name = _owner(self.model, weight)
@@ -170,7 +182,7 @@ class SigmaModel:
         return self.model
 
     def unload(self) -> nn.Module:
-        """Take the adapter off and return the model with its pretrained weights."""
+        """Remove the adapter and return the plain model with its pretrained weights."""
         for weight in self._weights:
             module, name = _owner(self.model, weight)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)

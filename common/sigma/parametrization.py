@@ -1,4 +1,4 @@
-"""The parametrization of one weight: the frozen matrix plus U diag(d) V^T."""
+"""The parametrization of one weight: the frozen matrix plus U diag(d) V^T, see `autograd`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,26 @@ __all__ = ["SigmaParametrization", "is_plain_linear"]
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is torch's linear layer, or computes as it does."""
+    """Whether a module computes its output by `nn.Linear.forward`."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 class SigmaParametrization(nn.Module):
-    """Adds the shift's matrix to one (perhaps packed) weight.
+    """Adds U diag(d) V^T to one weight, which may hold several matrices.
 
-    The flat shift belongs to the SigmaModel and is not registered here, so that the wrapped model's
-    parameters and state stay its own.
+    The shift belongs to the `SigmaModel` and is not registered here, so that the adapted model has no new
+    parameters and an unchanged state dict.
+
+    Args:
+        entries: the layout's entries of this weight, in order.
+        basis: the basis that has their singular vectors.
+        shift: the whole flat shift, shape (layout.size,).
+
+    Attributes:
+        entries: the layout's entries of this weight.
+        start: position of this weight's first value in the flat shift.
+        stop: position after its last value.
+        per_sample: whether per-sample gradients are computed, so that the whole weight must not be used.
     """
 
     u0: Tensor
@@ -46,7 +57,6 @@ class SigmaParametrization(nn.Module):
         self._shift = (shift,)
         self._accumulating = False
         self.per_sample = False
-        """Whether the layer computes with parts of the weight, and must not use the whole."""
         self._shared: dict[str, tuple[Tensor, Tensor]] = {}
         self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
@@ -57,29 +67,36 @@ class SigmaParametrization(nn.Module):
             self.register_buffer(f"vh{i}", svd.vh, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The adapted weight, of the shape of `weight`; a placeholder while gradients are per sample."""
+        """The adapted weight, of the shape of `weight`; a placeholder while `per_sample` is set."""
         if self.per_sample:
             return UnavailableWeight.apply(weight, self.values)
         return self._once("weight", partial(self._adapted, weight))
 
     def start_accumulating(self, owner: nn.Module) -> None:
-        """From here on compute what is adapted once, as a leaf on which gradients accumulate.
+        """Compute the adapted weight once, as a leaf on which gradients accumulate.
 
         Args:
-            owner: the module whose weight this is. If it is a plain linear layer that costs less factored
-                than dense, its forward pass is until `release` the factored one.
+            owner: the module that has the weight. If it is a plain linear layer whose factored form is
+                cheaper, it uses that form until `stop_accumulating`.
         """
         self._accumulating = True
         if is_plain_linear(owner) and self.uses_factored_forward(owner):
             owner.__dict__["forward"] = partial(self._linear, owner.bias)
 
     def uses_factored_forward(self, owner: nn.Linear) -> bool:
-        """Whether a linear layer costs less by U and V^T than by the dense weight."""
+        """Whether a linear layer's factored form is cheaper than its dense form."""
         rows, columns = owner.out_features, owner.in_features
         return [e.rows for e in self.entries] == [(0, rows)] and is_factored_cheaper(rows, columns)
 
     def stop_accumulating(self, owner: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """End `accumulate`: what was adapted, and the gradient accumulated on it where there is one."""
+        """End `start_accumulating`.
+
+        Args:
+            owner: the module that has the weight.
+
+        Returns:
+            Pairs of a computed tensor and its accumulated gradient, for tensors that have one.
+        """
         owner.__dict__.pop("forward", None)
         shared, self._shared, self._cast, self._accumulating = self._shared, {}, {}, False
         return [(value, leaf.grad) for value, leaf in shared.values() if leaf.grad is not None]
@@ -98,12 +115,12 @@ class SigmaParametrization(nn.Module):
 
     @property
     def values(self) -> Tensor:
-        """The shift's part for this weight."""
+        """The shift's part for this weight, shape (stop - start,)."""
         return self._shift[0][self.start : self.stop]
 
     @property
     def blocks(self) -> list[Block]:
-        """The adapted row blocks, as `DenseShift` takes them."""
+        """The adapted row blocks, see `autograd.Block`."""
         return [
             (
                 entry.rows,

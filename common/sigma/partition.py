@@ -1,4 +1,4 @@
-"""Which values of the shift are shared, and which stay at the site that trained them."""
+"""The division of a shift into values that are shared and values that stay at the site."""
 
 from __future__ import annotations
 
@@ -14,54 +14,65 @@ Vector = NDArray[np.float32]
 
 
 class ParameterPartition:
-    """A layout, of which some entries are personal: never sent, a site's own.
+    """A layout with shared and personal entries. Personal values are never sent.
 
     Args:
-        full: the layout of all that is trained.
-        personal: keys of the personal entries; others than the layout's are left out.
+        full: the layout of all trained values.
+        personal: keys of the personal entries; keys that are not in the layout are ignored. None: all entries
+            are shared.
 
     Attributes:
-        full: as given.
-        shared: the layout of what is sent, its values in their order.
+        full: the layout of all trained values.
+        shared: the layout of the shared values, in the same order.
 
     Raises:
-        LayoutError: everything is personal, or nothing of what is trained although something should be.
+        LayoutError: all entries are personal, or `personal` is given and matches no entry.
     """
 
     def __init__(self, full: Layout, personal: frozenset[str] | None = None) -> None:
         self.full = full
-        own = frozenset() if personal is None else personal & {entry.key for entry in full.entries}
-        if personal is not None and not own:
-            raise LayoutError("this is nothing that sigma adapts: choose some of that, or leave personal out")
-        if len(own) == len(full.entries):
-            raise LayoutError("this is all that sigma adapts, so nothing is shared: choose less of it")
-        self._own = np.zeros(full.size, dtype=bool)
+        keys = frozenset() if personal is None else personal & {entry.key for entry in full.entries}
+        if personal is not None and not keys:
+            raise LayoutError(
+                "no adapted weight is personal: select some of the weights in sigma, or remove personal"
+            )
+        if len(keys) == len(full.entries):
+            raise LayoutError("all adapted weights are personal, so none are shared: select fewer")
+        self._personal = np.zeros(full.size, dtype=bool)
         entries, offset = [], 0
         for entry in full.entries:
-            if entry.key in own:
-                self._own[entry.offset : entry.offset + entry.size] = True
+            if entry.key in keys:
+                self._personal[entry.offset : entry.offset + entry.size] = True
             else:
                 entries.append(replace(entry, offset=offset))
                 offset += entry.size
-        self.shared = full if not own else Layout(tuple(entries))
+        self.shared = full if not keys else Layout(tuple(entries))
 
     @cached_property
     def personal_size(self) -> int:
-        """How many values are personal."""
-        return int(self._own.sum())
+        """Number of personal values."""
+        return int(self._personal.sum())
 
     def shared_values(self, shift: Vector) -> Vector:
-        """The shared values (shared size,) of a whole shift (full size,)."""
-        return shift[~self._own]
+        """The shared values, shape (shared.size,), of a full shift, shape (full.size,)."""
+        return shift[~self._personal]
 
     def personal_values(self, shift: Vector) -> Vector:
-        """The personal values (personal_size,) of a whole shift (full size,)."""
-        return shift[self._own]
+        """The personal values, shape (personal_size,), of a full shift, shape (full.size,)."""
+        return shift[self._personal]
 
     def combine(self, shared: Vector, personal: Vector | None = None) -> Vector:
-        """The whole shift (full size,) of shared values and personal ones, which are zeros by default."""
-        whole = np.zeros(self.full.size, np.float32)
-        whole[~self._own] = shared
+        """Combine shared and personal values into a full shift.
+
+        Args:
+            shared: shape (shared.size,).
+            personal: shape (personal_size,); zeros by default.
+
+        Returns:
+            Shape (full.size,), float32.
+        """
+        shift = np.zeros(self.full.size, np.float32)
+        shift[~self._personal] = shared
         if personal is not None:
-            whole[self._own] = personal
-        return whole
+            shift[self._personal] = personal
+        return shift

@@ -155,7 +155,7 @@ def test_vectors_that_are_not_those_of_their_fingerprint_are_refused(tmp_path: P
     damaged = bytearray(whole)
     damaged[len(whole) // 2 : len(whole) // 2 + 4096] = bytes(4096)
     file.write_bytes(damaged)
-    with pytest.raises(BasisError, match="is damaged: its vectors are not those"):
+    with pytest.raises(BasisError, match="is damaged: its vectors do not match"):
         cached_basis(model, layout, tmp_path)
     file.write_bytes(whole)
     cached_basis(model, layout, tmp_path)

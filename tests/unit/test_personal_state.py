@@ -89,9 +89,9 @@ def test_without_a_personal_part_the_layout_is_as_it_was() -> None:
 
 
 def test_all_or_nothing_cannot_be_personal() -> None:
-    with pytest.raises(LayoutError, match="so nothing is shared"):
+    with pytest.raises(LayoutError, match="so none are shared"):
         ParameterPartition(LAYOUT, frozenset(e.key for e in LAYOUT.entries))
-    with pytest.raises(LayoutError, match="nothing that sigma adapts"):
+    with pytest.raises(LayoutError, match="no adapted weight is personal"):
         ParameterPartition(LAYOUT, frozenset({"elsewhere"}))
 
 

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from torch.nn import functional as F
 
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.sigma import Basis, Layout, LayoutError, SigmaModel, find_layout
+from fedsigma.common.sigma.autograd import DenseShift, FactoredLinear, PerSampleLinear, reference_weight
 from fedsigma.common.sigma.parametrization import SigmaParametrization
 from tests.helpers.tiny import outputs, pictures, timm_clip, tiny_clip, words
 
@@ -145,12 +147,12 @@ def test_bad_selection_says_what_to_do(wrong: dict[str, object], says: str) -> N
 
 
 def test_layer_beyond_the_model_is_refused() -> None:
-    with pytest.raises(LayoutError, match="layer 9 asked for, the deepest tower has 3"):
+    with pytest.raises(LayoutError, match="layer 9 is selected, but the deepest tower has 3 layers"):
         find_layout(tiny_clip(), SigmaConfig(layers=(9,)))
 
 
 def test_model_of_no_family_is_refused() -> None:
-    with pytest.raises(LayoutError, match="no layer of a known family"):
+    with pytest.raises(LayoutError, match="no layer of a supported type"):
         find_layout(torch.nn.Linear(2, 2))
 
 
@@ -380,7 +382,7 @@ def test_wrong_shift_is_refused(wrong: torch.Tensor, tmp_path: Path) -> None:
     sigma = adapted(tmp_path)
     if wrong.numel() == 1:
         wrong = wrong.expand(sigma.layout.size)
-    with pytest.raises(LayoutError, match=r"this layout has|not finite"):
+    with pytest.raises(LayoutError, match=r"expected \(1152,\)|not finite"):
         sigma.set_shift(wrong)
 
 
@@ -388,3 +390,43 @@ def test_adapting_twice_is_refused(tmp_path: Path) -> None:
     sigma = adapted(tmp_path)
     with pytest.raises(LayoutError, match="adapted already"):
         SigmaModel.adapt(sigma.model, cache_dir=tmp_path)
+
+
+# the functions of a layer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [(9,), (4, 4, 4)])
+def test_layer_functions_agree_with_the_reference(rows: tuple[int, ...]) -> None:
+    """The dense, the factored and the per-sample layer, against the formula and torch's own gradients."""
+    random = torch.Generator().manual_seed(0)
+    blocks, singular, offset = [], [], 0
+    for i, height in enumerate(rows):
+        u, s, vh = torch.linalg.svd(torch.randn(height, 5, generator=random).double(), full_matrices=False)
+        blocks.append(((i * height, (i + 1) * height), (offset, offset + len(s)), u, vh))
+        singular.append(s)
+        offset += len(s)
+    weight = torch.cat([(u * s) @ vh for (_, _, u, vh), s in zip(blocks, singular, strict=True)])
+    shift = torch.randn(offset, generator=random).double().requires_grad_()
+    x = torch.randn(2, 3, 5, generator=random).double()
+    bias = torch.randn(sum(rows), generator=random).double()
+
+    def loss(out: torch.Tensor) -> torch.Tensor:
+        return out.sin().flatten(1).sum(1)
+
+    expected = F.linear(x, reference_weight(weight, shift, blocks), bias)
+    each = [torch.autograd.grad(part, shift, retain_graph=True)[0] for part in loss(expected)]
+    dense = F.linear(x, DenseShift.apply(weight, shift, blocks), bias)
+    torch.testing.assert_close(dense, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss(dense).sum(), shift)[0], sum(each))
+    stacked = torch.cat([vh for _, _, _, vh in blocks])
+    adapted = reference_weight(weight, shift, blocks).detach()
+    samples = torch.zeros(2, offset, requires_grad=True)
+    by_sample = PerSampleLinear.apply(x, adapted, samples, blocks, stacked, bias)
+    torch.testing.assert_close(by_sample, expected)
+    (found,) = torch.autograd.grad(loss(by_sample).sum(), samples)
+    torch.testing.assert_close(found, torch.stack(each).float(), atol=1e-5, rtol=1e-5)
+    if len(rows) == 1:
+        _, _, u, vh = blocks[0]
+        factored = FactoredLinear.apply(x, singular[0] + shift, u, vh, bias)
+        torch.testing.assert_close(factored, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss(factored).sum(), shift)[0], sum(each))
