@@ -52,7 +52,7 @@ Change = Callable[[Values, Layout], Values | None]
 
 def moved(by: Callable[[np.ndarray], np.ndarray]) -> Change:
     """Send another change than the trained one."""
-    return lambda values, layout: {"change": encode(by(decode(values["change"], layout)), layout)}
+    return lambda values, layout: {"update": encode(by(decode(values["update"], layout)), layout)}
 
 
 def noise(x: np.ndarray) -> np.ndarray:
@@ -65,10 +65,10 @@ def forged(value: float) -> Change:
     """A change with one value that no FedSigma would send, behind a right checksum."""
 
     def change(values: Values, _: Layout) -> Values:
-        data = bytearray(values["change"])
+        data = bytearray(values["update"])
         data[-4:] = struct.pack("<f", value)
         data[48:52] = struct.pack("<I", zlib.crc32(bytes(data[52:]), zlib.crc32(bytes(data[:48]))))
-        return {"change": bytes(data)}
+        return {"update": bytes(data)}
 
     return change
 
@@ -77,7 +77,7 @@ def other_layout(values: Values, layout: Layout) -> Values:
     """A change of a layout with the towers named the other way round."""
     swapped = {"image": "text", "text": "image"}
     entries = tuple(replace(entry, tower=swapped[entry.tower]) for entry in layout.entries)
-    return {"change": encode(decode(values["change"], layout), Layout(entries))}
+    return {"update": encode(decode(values["update"], layout), Layout(entries))}
 
 
 def replay() -> Change:
@@ -98,7 +98,7 @@ REFUSED: dict[str, Change] = {
     "wrong layout": other_layout,
     "wrong fingerprint": lambda values, _: {"fingerprint": values["fingerprint"].replace("0", "1")},
     "10^9 examples": lambda *_: {"examples": 10**9},
-    "100 MB reply": lambda *_: {"change": b"\0" * 100_000_000},
+    "100 MB reply": lambda *_: {"update": b"\0" * 100_000_000},
     "silence": lambda *_: None,
 }
 SUBTLE: dict[str, Change] = {

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
@@ -153,9 +153,10 @@ def record(out: Path, codecs: Iterable[str], count: int) -> None:
 
 def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, uploads: int) -> dict[str, Any]:
     """So many rounds in this process: the server's seconds of the quickest and its peak memory."""
-    from fedsigma.server.federation.aggregation import ARRAY, make_averaging
+    from fedsigma.server.federation import checkpoint
+    from fedsigma.server.federation.aggregation import Aggregator
     from fedsigma.server.federation.messenger import Messenger
-    from fedsigma.server.federation.rounds import SigmaStrategy
+    from fedsigma.server.federation.rounds import Federation, run_round
     from fedsigma.server.federation.site_manager import SiteManager
     from fedsigma.server.runs.run_dir import RunDir
 
@@ -167,12 +168,32 @@ def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, up
     exchange = Messenger(grid)
     roster = SiteManager(exchange, folder, study, fingerprint)
     roster.wait_for_sites()
-    ours = SigmaStrategy(make_averaging(study), roster, split=ParameterPartition(layout))
+    federation = Federation(
+        study=study,
+        site_manager=roster,
+        messenger=exchange,
+        run_dir=folder,
+        aggregator=Aggregator(study),
+        partition=ParameterPartition(layout),
+        fingerprint=fingerprint,
+    )
+    shift = np.zeros(layout.size, np.float32)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     took = []
-    for ours.done in range(rounds):
+    for number in range(1, rounds + 1):
         start = now() - grid.taken
-        ours.start(exchange.grid, ArrayRecord({ARRAY: Array(ours.model)}), num_rounds=1)
+        outcome = run_round(federation, number, shift)
+        assert outcome.shift is not None
+        shift = outcome.shift
+        checkpoint.save(
+            folder,
+            federation.aggregator,
+            shift,
+            study=study,
+            split=federation.partition,
+            fingerprint=fingerprint,
+            round=number,
+        )
         took.append((now() - grid.taken - start).tolist())
     seconds, clock, cpu = min(took)
     peak = peak_mb()

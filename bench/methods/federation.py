@@ -6,14 +6,11 @@ draw of images, the seeds, the schedule, the coding and the order of averaging a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity  # a Message needs one outside of a task's process
 
 from bench.methods.method import Method, Place, Rule, Vector
 from bench.methods.tuning import State
@@ -23,15 +20,7 @@ from fedsigma.common.data.sources.site_data import load_sites
 from fedsigma.common.training.classifier import Example
 from fedsigma.common.training.metrics import Predictions
 from fedsigma.common.training.trainer import derive_seed
-from fedsigma.server.federation.aggregation import (
-    ARRAY,
-    EXAMPLES,
-    LOSS,
-    begin_round,
-    make_averaging,
-    proximal,
-    set_step,
-)
+from fedsigma.server.federation.aggregation import Aggregator, RoundUpdates
 
 __all__ = ["Run", "accuracy", "federate", "study_sites"]
 
@@ -46,12 +35,10 @@ class Run:
 
 
 class _Strategy:
-    """The study's Flower strategy on vectors."""
+    """The study's aggregation rule on vectors."""
 
     def __init__(self, study: StudyConfig) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        logging.getLogger("flwr").setLevel(logging.WARNING)
-        self.averaging, self._study = make_averaging(study), study
+        self.aggregator = Aggregator(study)
 
     def of_round(self, number: int, losses: Sequence[float]) -> Rule:
         """What the server does in a round in which the sites had these training losses."""
@@ -65,17 +52,13 @@ class _Strategy:
         vectors: Sequence[Vector],
         weights: Sequence[int],
     ) -> Vector:
-        set_step(self.averaging, self._study, number)
-        begin_round(self.averaging, number, start.astype(np.float32), range(100, 100 + len(vectors)))
-        replies = []
-        for node, (vector, weight, loss) in enumerate(zip(vectors, weights, losses, strict=True), 100):
-            metrics = MetricRecord({EXAMPLES: weight, LOSS: loss})
-            content = RecordDict({"arrays": ArrayRecord({ARRAY: Array(vector)}), "metrics": metrics})
-            replies.append(Message(content, dst_node_id=node, message_type="train"))
-        arrays, _ = self.averaging.aggregate_train(number, replies)
-        if arrays is None:
-            raise RuntimeError("the strategy made no model")
-        return arrays[ARRAY].numpy().astype(np.float64)
+        updates = [vector - start for vector in vectors]
+        mean = np.average(updates, axis=0, weights=weights)
+        each = zip(updates, weights, losses, strict=True)
+        shift = self.aggregator.step(
+            start.astype(np.float32), RoundUpdates(mean=mean, each=each), round=number
+        )
+        return shift.astype(np.float64)
 
 
 def federate(method: Method, sites: Mapping[str, Sequence[Example]], study: StudyConfig) -> Run:
@@ -87,7 +70,7 @@ def federate(method: Method, sites: Mapping[str, Sequence[Example]], study: Stud
         study: rounds, recipe, strategy and seed.
     """
     strategy, rounds, steps = _Strategy(study), study.federation.rounds, study.training.local_steps
-    recipe = replace(study.training, proximal=proximal(strategy.averaging, study))
+    recipe = replace(study.training, proximal=strategy.aggregator.proximal)
     state = method.initial(sites)
     weights = [len(examples) for examples in sites.values()]
     total, uploads = float(sum(map(method.bytes_before, weights))), 0

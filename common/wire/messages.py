@@ -22,9 +22,9 @@ from fedsigma.common.privacy.secure_aggregation import Member
 from fedsigma.common.utils.errors import FedSigmaError
 
 __all__ = [
+    "HANDSHAKE_PROBLEMS",
     "LOSS_UNIT",
     "MASKED_COUNTS",
-    "PROBLEMS",
     "EvaluateReply",
     "EvaluateTask",
     "Evaluation",
@@ -37,7 +37,7 @@ __all__ = [
     "TrainTask",
 ]
 
-PROBLEMS = {
+HANDSHAKE_PROBLEMS = {
     "": "",
     "protocol": "the site runs another version of FedSigma",
     "fingerprint": "the site's backbone or basis differs from the server's",
@@ -183,7 +183,7 @@ class HandshakeReply:
         _require(plain_name, "the site's name is empty, too long, reserved or not printable")
         plain = 0 < len(self.version) <= 64 and self.version.isprintable()
         _require(plain, "the version is empty, too long or not printable")
-        _require(self.problem in PROBLEMS, "the problem is not one of the known ones")
+        _require(self.problem in HANDSHAKE_PROBLEMS, "the problem is not one of the known ones")
         _require(0 <= self.sites < 2**31, "the number of sites is out of range")
         sizes = len(self.mask_key), len(self.mask_signature)
         _require(sizes in ((0, 0), (32, 64)), "the mask's key or its signature has a wrong length")

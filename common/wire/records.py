@@ -16,9 +16,9 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.wire.messages import (
+    HANDSHAKE_PROBLEMS,
     LOSS_UNIT,
     MASKED_COUNTS,
-    PROBLEMS,
     EvaluateReply,
     EvaluateTask,
     Evaluation,
@@ -33,10 +33,10 @@ from fedsigma.common.wire.messages import (
 
 __all__ = [
     "HANDSHAKE",
+    "HANDSHAKE_PROBLEMS",
     "LOSS_UNIT",
     "MASKED_COUNTS",
     "MAX_REPLY_BYTES",
-    "PROBLEMS",
     "PROTOCOL",
     "EvaluateReply",
     "EvaluateTask",
@@ -50,7 +50,7 @@ __all__ = [
     "TrainTask",
     "fields_of",
     "from_record",
-    "spoken_version",
+    "protocol_version",
     "to_record",
     "wire_bytes",
 ]
@@ -122,7 +122,7 @@ def from_record(cls: type[T], content: RecordDict) -> T:
     return message
 
 
-def spoken_version(content: RecordDict) -> int | None:
+def protocol_version(content: RecordDict) -> int | None:
     """The version of the messages that an answer to the handshake names, if any; the rest may be anything."""
     record = content.config_records.get(_RECORD)
     version = None if record is None else record.get("protocol")

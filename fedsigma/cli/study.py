@@ -192,12 +192,12 @@ def study_privacy(
     from dataclasses import asdict
 
     from fedsigma.common.config.study import load_study
-    from fedsigma.server.federation.privacy_plan import plan
+    from fedsigma.server.federation.privacy_plan import privacy_plan
 
     config = load_study(study)
     number = images or config.max_examples_per_site
     with Console(stderr=True).status("reckoning"):
-        found = plan(config, images=number)
+        found = privacy_plan(config, images=number)
     if as_json:
         typer.echo(json.dumps({"images": number, **asdict(found)}, indent=2))
         return

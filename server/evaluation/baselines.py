@@ -15,7 +15,7 @@ from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.training.trainer import Trainer, TrainOutput, derive_seed
 from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import EvaluateTask, Evaluation, StudySpec, TrainTask
-from fedsigma.server.federation.site_sampling import all_steps
+from fedsigma.server.federation.site_sampling import total_steps
 from fedsigma.server.federation.validation import (
     InvalidReply,
     SiteEvaluation,
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from fedsigma.server.federation.site_manager import SiteManager
     from fedsigma.server.runs.run_dir import RunDir
 
-__all__ = ["Baselines", "result", "train_pooled"]
+__all__ = ["Baselines", "method_entry", "train_pooled"]
 
 Vector = NDArray[np.float32]
 # Several shifts go to a site in one message; this keeps it below what a proxy lets through.
 SHIFT_BYTES_A_MESSAGE = 8 * 1024 * 1024
 
 
-def result(judged: Mapping[str, SiteEvaluation]) -> dict[str, Any]:
+def method_entry(judged: Mapping[str, SiteEvaluation]) -> dict[str, Any]:
     """Put one method's results into the form of summary.json: accuracy, per_site and metrics.
 
     Where sites tell them, confusion matrices come along: of each such site, and of all together if all tell,
@@ -59,18 +59,18 @@ def result(judged: Mapping[str, SiteEvaluation]) -> dict[str, Any]:
     return entry
 
 
-def evaluate_local_models(recipe: LocalTrainingConfig) -> LocalTrainingConfig:
+def standalone_recipe(recipe: LocalTrainingConfig) -> LocalTrainingConfig:
     """The recipe for training outside of rounds, where no server makes plain steps adaptive."""
     return replace(recipe, optimiser="adamw")
 
 
 def train_pooled(learner: Trainer, study: StudyConfig, examples: Sequence[Any], *, sites: int) -> TrainOutput:
     """Train from the zero shift on these images in one place, for the steps of so many sites together."""
-    steps = all_steps(study, sites)
+    steps = total_steps(study, sites)
     return learner.train(
         np.zeros(learner.layout.size, np.float32),
         examples,
-        evaluate_local_models(study.training),
+        standalone_recipe(study.training),
         first_step=0,
         steps=steps,
         total_steps=steps,
@@ -98,8 +98,8 @@ class Baselines:
         study: StudyConfig,
         split: ParameterPartition,
     ) -> None:
-        self.exchange, self.roster, self.folder = exchange, roster, folder
-        self.study, self.split, self.layout = study, split, split.shared
+        self.messenger, self.site_manager, self.run_dir = exchange, roster, folder
+        self.study, self.partition, self.layout = study, split, split.shared
 
     def evaluate(
         self, shifts: Mapping[str, Vector], *, round: int, personal: bool = False
@@ -120,7 +120,7 @@ class Baselines:
                 round=round,
                 shifts=tuple(coded[name] for name in part),
                 personal=personal,
-                run=self.folder.key,
+                run=self.run_dir.key,
             )
             for site, results in self._evaluate(task).items():
                 for name, one in zip(part, results, strict=True):
@@ -128,24 +128,26 @@ class Baselines:
         return found
 
     def _evaluate(self, task: EvaluateTask) -> dict[str, tuple[SiteEvaluation, ...]]:
-        sites = self.roster.available()
+        sites = self.site_manager.available()
         timeout = self.study.federation.round_timeout_s
         found: dict[str, tuple[SiteEvaluation, ...]] = {}
-        for answer in self.exchange.send_tasks(dict.fromkeys(sites, task), kind="evaluate", timeout=timeout):
+        for answer in self.messenger.send_tasks(dict.fromkeys(sites, task), kind="evaluate", timeout=timeout):
             site = sites[answer.node]
             if answer.timed_out:
-                self.folder.log_event("site_timed_out", round=task.round, site=site)
+                self.run_dir.log_event("site_timed_out", round=task.round, site=site)
             elif answer.content is None:
-                self.folder.log_event("site_failed", round=task.round, site=site, reason=answer.failure)
+                self.run_dir.log_event("site_failed", round=task.round, site=site, reason=answer.failure)
             else:
                 try:
                     found[site] = validate_evaluations(
                         answer.content, shifts=len(task.shifts), classes=len(self.study.classes)
                     )
-                    self.folder.log_event("evaluation_accepted", round=task.round, site=site, **answer.traces)
+                    self.run_dir.log_event(
+                        "evaluation_accepted", round=task.round, site=site, **answer.traces
+                    )
                 except InvalidReply as error:
                     reason = str(error)
-                    self.folder.log_event(
+                    self.run_dir.log_event(
                         "reply_rejected", round=task.round, site=site, reason=reason, **answer.traces
                     )
         # Means over the sites must not depend, in their last bit, on who answered first.
@@ -166,19 +168,19 @@ class Baselines:
         home = {site: judged[site][site] for site in shifts if site in judged[site]}
         everywhere = {site: aggregate_metrics(_evaluations(judged[site])).get("accuracy") for site in shifts}
         known = [value for value in everywhere.values() if value is not None]
-        summary = result(home)
+        summary = method_entry(home)
         summary["everywhere"] = sum(known) / len(known) if known else None
         summary["everywhere_per_site"] = everywhere
         self._record("local_only", home)
         return summary
 
     def _train_alone(self) -> dict[str, Vector]:
-        sites = self.roster.available()
-        steps = math.ceil(all_steps(self.study, len(sites)) / max(1, len(sites)))
+        sites = self.site_manager.available()
+        steps = math.ceil(total_steps(self.study, len(sites)) / max(1, len(sites)))
         start = np.zeros(self.layout.size, np.float32)
         task = TrainTask(
             study=StudySpec.of(self.study),
-            recipe=evaluate_local_models(self.study.training),
+            recipe=standalone_recipe(self.study.training),
             mode="local",
             round=1,
             cohort=1,
@@ -188,11 +190,11 @@ class Baselines:
             codec="exact",
             evaluate=False,
             shift=encode(start, self.layout),
-            run=self.folder.key,
+            run=self.run_dir.key,
             privacy=self.study.privacy,
         )
         timeout = self.study.federation.round_timeout_s * self.study.federation.rounds
-        answers = self.exchange.send_tasks(dict.fromkeys(sites, task), kind="train", timeout=timeout)
+        answers = self.messenger.send_tasks(dict.fromkeys(sites, task), kind="train", timeout=timeout)
         shifts: dict[str, Vector] = {}
         for answer in answers:
             reason = answer.failure or "no reply in time"
@@ -209,7 +211,7 @@ class Baselines:
                 )
                 shifts[sites[answer.node]] = start + change
             except InvalidReply as error:
-                self.folder.log_event(
+                self.run_dir.log_event(
                     "baseline", method="local_only", site=sites[answer.node], metrics={}, reason=str(error)
                 )
         return {site: shifts[site] for site in sites.values() if site in shifts}
@@ -231,12 +233,12 @@ class Baselines:
                 evaluation = Evaluation.of(found.metrics, len(one.test))
                 judged[name] = SiteEvaluation(evaluation=evaluation, confusion=found.confusion)
         self._record("pooled", judged)
-        return result(judged)
+        return method_entry(judged)
 
     def _record(self, method: str, judged: Mapping[str, SiteEvaluation]) -> None:
         evaluations = _evaluations(judged)
         for site, one in evaluations.items():
-            self.folder.log_event("baseline", method=method, site=site, metrics=one.metrics())
-        self.folder.log_event(
+            self.run_dir.log_event("baseline", method=method, site=site, metrics=one.metrics())
+        self.run_dir.log_event(
             "baseline", method=method, site=ALL_SITES, metrics=aggregate_metrics(evaluations)
         )

@@ -13,7 +13,7 @@ from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.registry import ModelRegistry, registry_folder
 from fedsigma.common.registry.shift_file import load_shift
-from fedsigma.server.evaluation.baselines import Baselines, result
+from fedsigma.server.evaluation.baselines import Baselines, method_entry
 from fedsigma.server.federation.validation import SiteEvaluation
 from fedsigma.server.runs.run_dir import RunDir
 
@@ -39,7 +39,7 @@ def evaluate_versions(
     """
     from fedsigma.common.sigma import Fingerprint
 
-    split = baselines.split
+    split = baselines.partition
     shifts = {ZERO: np.zeros(split.shared.size, np.float32)} if ZERO in study.baselines else {}
     for reference in study.evaluate_versions:
         saved = load_shift(find_version(reference, folder.path.parent))
@@ -50,7 +50,7 @@ def evaluate_versions(
             raise ConfigError(f"judge names {reference}, a part of which is at the sites that trained it")
         shifts[reference] = split.shared_values(saved.shift.numpy())
     judged = baselines.evaluate(shifts, round=1)
-    versions = {name: {**result(sites), "fairness": fairness(sites)} for name, sites in judged.items()}
+    versions = {name: {**method_entry(sites), "fairness": fairness(sites)} for name, sites in judged.items()}
     for name, entry in versions.items():
         folder.log_event("version_judged", model=name, metrics=entry["metrics"], fairness=entry["fairness"])
     sites = sorted({site for found in judged.values() for site in found})

@@ -1,18 +1,26 @@
-"""Flower's averaging strategies by name, and what has to be kept of them to go on after an interruption."""
+"""How a round's updates become the next global shift: the weighted mean, and server optimisers on top of it.
+
+With w the global shift of the round, u_i the update of site i and n_i its weight, the weighted mean update is
+u = sum_i n_i u_i / sum_i n_i, and FedAvg's next shift is w + u. The server optimisers (Reddi et al. 2021,
+arXiv:2003.00295; Hsu et al. 2019, arXiv:1909.06335) take -u as a gradient. Names, defaults and results are
+those of Flower's strategies, bit for bit.
+
+An optimiser is a function `rule(shift, mean_model, state, *, round, **options) -> (next shift, state)`:
+
+    shift, mean_model: w and w + u, shape (values,), float64.
+    state: what the rule keeps from round to round, by name, shape (values,) each; empty before the first
+    round. round: the number of the round, from 1.
+"""
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord
-from flwr.serverapp import Grid
-from flwr.serverapp import strategy as flower
-from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from fedsigma.common.config.federation import STEPS
@@ -21,52 +29,119 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import cosine_decay
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic
+from fedsigma.server.federation import robust_aggregation
 from fedsigma.server.federation.validation import ValidUpdate, dot, l2_norm
 
 __all__ = [
-    "ARRAY",
-    "EXAMPLES",
-    "LOSS",
-    "StateError",
-    "begin_round",
-    "drift",
-    "make_averaging",
-    "proximal",
-    "restore_state",
-    "save_state",
-    "set_step",
+    "AggregationError",
+    "Aggregator",
+    "OptimizerStateError",
+    "RoundUpdates",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "fedprox",
+    "fedyogi",
+    "update_statistics",
     "weighted_mean_update",
 ]
 
-ARRAY = "shift"
-EXAMPLES = "num-examples"
-LOSS = "train_loss"
+Vector = NDArray[np.float32]
+Values = NDArray[np.float64]
+State = dict[str, Values]
 
 
-class StateError(FedSigmaError, ValueError):
-    """What was kept of a strategy cannot be put back."""
+class OptimizerStateError(FedSigmaError, ValueError):
+    """The saved state of a server optimiser cannot be used."""
 
 
-_STRATEGIES: dict[str, type[FedAvg]] = {
-    "fedavg": flower.FedAvg,
-    "fedprox": flower.FedProx,
-    "fedavgm": flower.FedAvgM,
-    "fedadam": flower.FedAdam,
-    "fedyogi": flower.FedYogi,
-    "fedmedian": flower.FedMedian,
-    "fedtrimmedavg": flower.FedTrimmedAvg,
-    "krum": flower.Krum,
-    "multikrum": flower.MultiKrum,
-    "qfedavg": flower.QFedAvg,
+class AggregationError(FedSigmaError, RuntimeError):
+    """A rule's result is not a finite shift."""
+
+    code = 1
+
+
+def fedavg(shift: Values, mean_model: Values, state: State, *, round: int) -> tuple[Values, State]:
+    """The weighted mean of the sites' models (McMahan et al. 2017, arXiv:1602.05629)."""
+    return mean_model, state
+
+
+def fedprox(
+    shift: Values, mean_model: Values, state: State, *, round: int, proximal_mu: float = 0.0
+) -> tuple[Values, State]:
+    """As `fedavg`; the proximal term acts while sites train (Li et al. 2020, arXiv:1812.06127)."""
+    return mean_model, state
+
+
+def fedavgm(
+    shift: Values,
+    mean_model: Values,
+    state: State,
+    *,
+    round: int,
+    server_learning_rate: float = 1.0,
+    server_momentum: float = 0.0,
+) -> tuple[Values, State]:
+    """Server momentum: m = momentum m - u, w = w - rate m (Hsu et al. 2019, arXiv:1909.06335)."""
+    if server_momentum == 0.0 and server_learning_rate == 1.0:
+        return mean_model, state
+    gradient = shift - mean_model
+    if server_momentum > 0.0:
+        if "momentum" in state:
+            gradient = server_momentum * state["momentum"] + gradient
+        state = {"momentum": gradient}
+    return shift - server_learning_rate * gradient, state
+
+
+def fedadam(
+    shift: Values,
+    mean_model: Values,
+    state: State,
+    *,
+    round: int,
+    eta: float = 1e-1,
+    beta_1: float = 0.9,
+    beta_2: float = 0.99,
+    tau: float = 1e-3,
+) -> tuple[Values, State]:
+    """Adam on the mean update, with Flower's bias correction by round + 1 (Reddi et al. 2021)."""
+    update = mean_model - shift
+    first = beta_1 * state.get("first", np.zeros_like(shift)) + (1 - beta_1) * update
+    second = beta_2 * state.get("second", np.zeros_like(shift)) + (1 - beta_2) * (update**2)
+    rate = eta * np.sqrt(1 - np.power(beta_2, round + 1.0)) / (1 - np.power(beta_1, round + 1.0))
+    return shift + rate * first / (np.sqrt(second) + tau), {"first": first, "second": second}
+
+
+def fedyogi(
+    shift: Values,
+    mean_model: Values,
+    state: State,
+    *,
+    round: int,
+    eta: float = 1e-2,
+    beta_1: float = 0.9,
+    beta_2: float = 0.99,
+    tau: float = 1e-3,
+) -> tuple[Values, State]:
+    """Yogi on the mean update (Reddi et al. 2021)."""
+    update = mean_model - shift
+    first = beta_1 * state.get("first", np.zeros_like(shift)) + (1 - beta_1) * update
+    second = state.get("second", np.zeros_like(shift))
+    second = second - (1.0 - beta_2) * (update**2) * np.sign(second - update**2)
+    return shift + eta * first / (np.sqrt(second) + tau), {"first": first, "second": second}
+
+
+Rule = Callable[..., Any]
+OPTIMISERS: dict[str, Rule] = {rule.__name__: rule for rule in (fedavg, fedprox, fedavgm, fedadam, fedyogi)}
+ROBUST_RULES: dict[str, Rule] = {
+    name: getattr(robust_aggregation, name) for name in robust_aggregation.__all__
 }
-# Flower takes any value, and fails in the first round, or makes models that are none.
 _BELOW_1 = 0.999999
 _BOUNDS: dict[str, tuple[float, float]] = {
     "proximal_mu": (0, 1e6),
     "server_learning_rate": (1e-9, 1e6),
     "server_momentum": (0, _BELOW_1),
     "eta": (1e-9, 1e6),
-    "eta_l": (1e-9, 1e6),
     "beta_1": (0, _BELOW_1),
     "beta_2": (0, _BELOW_1),
     "tau": (1e-12, 1e6),
@@ -76,182 +151,193 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "client_learning_rate": (1e-12, 1e6),
     "q": (0, 1e6),
 }
-# Choosing sites, naming records and averaging metrics are not the inner strategy's business here.
-_OURS = set(inspect.signature(FedAvg.__init__).parameters) | {"train_loss_key"}
 
 
-class _Cohort(Grid):
-    """A grid of the sites that are asked anyway, for the inner strategy to choose from; it sends nothing."""
+@dataclass(frozen=True, kw_only=True)
+class RoundUpdates:
+    """The accepted updates of one round, as a rule needs them.
 
-    def __init__(self, nodes: Iterable[int]) -> None:
-        self._nodes = list(nodes)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the cohort's node ids."""
-        return self._nodes
-
-    def _no(self, *args: object, **kwargs: object) -> None:
-        raise NotImplementedError("the inner strategy averages only")
-
-    set_run = create_message = get_nodes = push_messages = pull_messages = send_and_receive = _no  # type: ignore[assignment]
-    run = property(_no)  # type: ignore[assignment]
-
-
-def set_step(averaging: FedAvg, study: StudyConfig, number: int) -> None:
-    """Give the inner strategy its own step for a round, by the study's schedule.
-
-    Cosine: from the step that the study names in round 1 towards zero after the last.
+    Attributes:
+        mean: The weighted mean update, shape (values,), float64.
+        each: The update, weight and training loss of each accepted site, one at a time; empty where the
+        server
+            learns the mean alone (masked sums, noisy means).
     """
-    federation = study.federation
-    if federation.schedule == "cosine":
-        name = STEPS[federation.strategy]
-        default = inspect.signature(type(averaging).__init__).parameters[name].default
-        factor = cosine_decay((number - 1) / federation.rounds)
-        setattr(averaging, name, factor * float(federation.options.get(name, default)))
-        if isinstance(averaging, flower.FedAvgM):
-            # Flower decides once, by the step and momentum that it is built with, whether it makes a step.
-            averaging.server_opt = True
+
+    mean: Values
+    each: Iterable[tuple[Vector, float, float]] = ()
 
 
-def begin_round(averaging: FedAvg, number: int, shift: NDArray[np.float32], nodes: Iterable[int]) -> None:
-    """Tell the inner strategy a round's model; the messages that it builds are not used."""
-    _forget_model(averaging)
-    arrays = ArrayRecord({ARRAY: Array(shift.astype(np.float64))})
-    list(averaging.configure_train(number, arrays, ConfigRecord(), _Cohort(nodes)))
+class Aggregator:
+    """The aggregation rule of a study, with its options and its state.
 
+    Args:
+        study: Its `federation.strategy`, `federation.options` and `federation.schedule` are used.
 
-def make_averaging(study: StudyConfig) -> FedAvg:
-    """Build the Flower strategy that the study names, with the study's options for it.
+    Attributes:
+        needs_all_updates: Whether the rule needs all updates at once, so that memory grows with the sites.
+        proximal: Weight of the proximal term at the sites.
+        state: What the rule keeps from round to round.
 
     Raises:
-        ConfigError: an option is not one of the strategy's, or the strategy refuses its value.
+        ConfigError: An option is unknown, of the wrong type or out of bounds.
     """
-    name, options = study.federation.strategy, dict(study.federation.options)
-    cls = _STRATEGIES[name]
-    own = [key for key in inspect.signature(cls.__init__).parameters if key not in _OURS]
-    for key, value in options.items():
-        if key not in own:
-            hint = did_you_mean(key, own) if own else f": {name} has no options"
-            raise ConfigError(f"federation.options.{key} is not an option of {name}{hint}")
-        _check_option(f"federation.options.{key}", value, *_BOUNDS.get(key, (-math.inf, math.inf)))
-    if name == "qfedavg":
-        options.setdefault("client_learning_rate", study.training.learning_rate)
-    if name == "fedprox":
-        options.setdefault("proximal_mu", study.training.proximal)
-    try:
-        return cls(
-            min_train_nodes=1,
-            min_evaluate_nodes=1,
-            min_available_nodes=1,
-            weighted_by_key=EXAMPLES,
-            **options,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"federation.options: {name} refuses {options}: {error}") from error
 
+    def __init__(self, study: StudyConfig) -> None:
+        self.name = study.federation.strategy
+        self.needs_all_updates = self.name in ROBUST_RULES
+        self._rule = (OPTIMISERS | ROBUST_RULES)[self.name]
+        self._federation = study.federation
+        self._defaults = {
+            parameter.name: parameter.default
+            for parameter in inspect.signature(self._rule).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "round"
+        }
+        self._options = dict(study.federation.options)
+        self._check_options()
+        if self.name == "qfedavg":
+            self._options.setdefault("client_learning_rate", study.training.learning_rate)
+        self.proximal = float(self._options.get("proximal_mu", study.training.proximal))
+        self.state: State = {}
 
-def _check_option(where: str, value: object, low: float, high: float) -> None:
-    whole = where.rpartition(".")[2].startswith("num_")
-    kinds = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ConfigError(f"{where} is {value!r}, expected a {'whole ' if whole else ''}number")
-    check_number(where, value, low=low, high=high)
+    def _check_options(self) -> None:
+        for name, value in self._options.items():
+            where = f"federation.options.{name}"
+            if name not in self._defaults:
+                known = list(self._defaults)
+                hint = did_you_mean(name, known) if known else f": {self.name} has no options"
+                raise ConfigError(f"{where} is not an option of {self.name}{hint}")
+            is_count = name.startswith("num_")
+            if isinstance(value, bool) or not isinstance(value, int if is_count else int | float):
+                raise ConfigError(f"{where} is {value!r}, expected a {'whole ' if is_count else ''}number")
+            low, high = _BOUNDS[name]
+            check_number(where, value, low=low, high=high)
 
+    def options(self, round: int) -> dict[str, Any]:
+        """The rule's options in a round: the study's, with the server's step by its schedule."""
+        if self._federation.schedule != "cosine":
+            return self._options
+        name = STEPS[self.name]
+        factor = cosine_decay((round - 1) / self._federation.rounds)
+        return self._options | {name: factor * float(self._options.get(name, self._defaults[name]))}
 
-def proximal(averaging: FedAvg, study: StudyConfig) -> float:
-    """Return the weight of the proximal term at the sites: FedProx's own, else the training recipe's."""
-    return float(getattr(averaging, "proximal_mu", study.training.proximal))
+    def step(self, shift: Vector, updates: RoundUpdates, *, round: int) -> Vector:
+        """Compute the next global shift, and keep the rule's new state.
 
+        Args:
+            shift: The global shift that the round began with, shape (values,), float32.
+            updates: What the round brought.
+            round: Number of the round, from 1.
 
-def _forget_model(averaging: FedAvg) -> None:
-    """Make FedAvgM take the model of this round as its starting point, as the other strategies do.
+        Returns:
+            The next global shift, shape (values,), float32.
 
-    It keeps the model it made; ours is rounded to float32 for the wire, and a resumed run has no other.
-    """
-    if isinstance(averaging, flower.FedAvgM):
-        averaging.current_arrays = None
+        Raises:
+            AggregationError: The result is not finite.
+        """
+        start, options = shift.astype(np.float64), self.options(round)
+        if self.needs_all_updates:
+            each = [(start + update, weight, loss) for update, weight, loss in updates.each]
+            models, weights, losses = zip(*each, strict=True)
+            result = self._rule(start, models, weights, losses, **options)
+        else:
+            result, self.state = self._rule(start, start + updates.mean, self.state, round=round, **options)
+        next_shift: Vector = result.astype(np.float32)
+        if not bool(np.isfinite(next_shift).all()):
+            raise AggregationError(
+                f"{self.name} gave no finite shift in round {round}: check federation.options"
+            )
+        return next_shift
 
+    def save_state(self, path: Path) -> None:
+        """Write the state to a safetensors file; nothing is written while there is none.
 
-def save_state(averaging: FedAvg, path: Path) -> None:
-    """Write the strategy's momentum arrays, if it has any, to a safetensors file."""
-    from safetensors.numpy import save
+        Raises:
+            OSError: The file cannot be written.
+        """
+        from safetensors.numpy import save
 
-    arrays = _state(averaging)
-    if arrays:
-        write_atomic(path, save(arrays))
+        if self.state:
+            write_atomic(path, save({name: np.ascontiguousarray(v) for name, v in self.state.items()}))
 
+    def load_state(self, path: Path, *, size: int) -> None:
+        """Read what `save_state` wrote; without a file the state stays empty.
 
-def restore_state(averaging: FedAvg, path: Path, *, size: int) -> None:
-    """Put back what `save_state` wrote; a strategy without state, or a file never written, changes nothing.
+        Args:
+            path: The file.
+            size: Number of values of each array.
 
-    Shapes: every array is (size,).
+        Raises:
+            OptimizerStateError: The file cannot be parsed or is of another study.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
 
-    Raises:
-        StateError: the file does not read or does not fit this study.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    if not path.is_file():
-        return
-    try:
-        arrays = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise StateError(f"{path} cannot be read ({error}): delete it to go on without momentum") from error
-    fits = all(array.shape == (size,) and bool(np.isfinite(array).all()) for array in arrays.values())
-    if not fits or not set(arrays) <= {"momentum", "first", "second"}:
-        raise StateError(f"{path} is not of this study: delete it to go on without momentum")
-    if isinstance(averaging, flower.FedAvgM) and "momentum" in arrays:
-        averaging.momentum_vector = [arrays["momentum"]]
-    elif {"first", "second"} <= set(arrays) and isinstance(averaging, flower.FedAdam | flower.FedYogi):
-        averaging.m_t, averaging.v_t = {ARRAY: arrays["first"]}, {ARRAY: arrays["second"]}
-
-
-def _state(averaging: Any) -> dict[str, NDArray[Any]]:
-    if isinstance(averaging, flower.FedAvgM) and averaging.momentum_vector:
-        return {"momentum": np.ascontiguousarray(averaging.momentum_vector[0])}
-    if isinstance(averaging, flower.FedAdam | flower.FedYogi) and averaging.m_t and averaging.v_t:
-        first, second = averaging.m_t[ARRAY], averaging.v_t[ARRAY]
-        return {"first": np.ascontiguousarray(first), "second": np.ascontiguousarray(second)}
-    return {}
-
-
-Vector = NDArray[np.float32]
+        if not path.is_file():
+            return
+        try:
+            arrays = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise OptimizerStateError(
+                f"{path} cannot be read ({error}): delete it to resume without momentum"
+            ) from error
+        fits = all(array.shape == (size,) and bool(np.isfinite(array).all()) for array in arrays.values())
+        if not fits or not set(arrays) <= {"momentum", "first", "second"}:
+            raise OptimizerStateError(f"{path} is not of this study: delete it to resume without momentum")
+        self.state = arrays
 
 
 def weighted_mean_update(
-    accepted: Mapping[int, ValidUpdate], changes: Mapping[int, Vector]
+    accepted: Mapping[int, ValidUpdate], updates: Mapping[int, Vector]
 ) -> NDArray[np.float64]:
-    """The weighted mean of the changes of the accepted replies (layout size,), at least one.
+    """Compute the weighted mean update of the accepted sites.
 
-    Added up in float64 and in the order of `accepted`, so that its last bit does not depend on who was first.
-    One change is in memory at a time.
+    Summed in float64 and in the order of `accepted`, so that the last bit does not depend on who replied
+    first. One update is in memory at a time.
+
+    Args:
+        accepted: Accepted replies by node, at least one.
+        updates: The updates by node, shape (values,) each.
+
+    Returns:
+        Shape (values,).
     """
     total: NDArray[np.float64] | None = None
-    for node, one in accepted.items():
-        change = changes[node]
+    for node, reply in accepted.items():
+        update = updates[node]
         if total is None:
-            total, part = np.zeros((2, change.size))
-        total += np.multiply(change, one.weight, out=part, dtype=np.float64)
+            total, product = np.zeros((2, update.size))
+        total += np.multiply(update, reply.weight, out=product, dtype=np.float64)
     assert total is not None
-    return total / sum(one.weight for one in accepted.values())
+    return total / sum(reply.weight for reply in accepted.values())
 
 
-def drift(
-    accepted: Mapping[int, ValidUpdate], changes: Mapping[int, Vector], mean: NDArray[np.float64]
+def update_statistics(
+    accepted: Mapping[int, ValidUpdate], updates: Mapping[int, Vector], mean: NDArray[np.float64]
 ) -> dict[int, dict[str, float]]:
-    """The drift of each accepted reply of a round, by the names of its columns in rounds.csv.
+    """How far each site moved in a round, and whether it moved the way of the others.
 
-    A change, or a mean of them, that is zero has no direction: `update_cosine` is then absent.
+    With w the global shift, u_i the update of site i and u the weighted mean update:
 
-    Shapes: mean, that of `weighted_mean_update`, (layout size,).
+        update_norm_i = ||u_i||,  update_cosine_i = u_i . u / (||u_i|| ||u||),  shift_norm_i = ||w + u_i||.
+
+    A site whose cosine is far below the others', or negative, has images that ask for another model. Its own
+    update is part of the mean, so a single site has a cosine of 1.
+
+    Args:
+        accepted: Accepted replies by node.
+        updates: The updates by node, shape (values,) each.
+        mean: The result of `weighted_mean_update`, shape (values,).
+
+    Returns:
+        The values by node and by column of rounds.csv; no cosine where an update or the mean is zero.
     """
-    length = l2_norm(mean)
-    found = {}
-    for node, one in accepted.items():
-        found[node] = {"update_norm": one.update_norm, "shift_norm": one.shift_norm}
-        if lengths := one.update_norm * length:
-            cosine = dot(changes[node], mean) / lengths
-            # Rounding may take it a little past 1.
-            found[node]["update_cosine"] = float(np.clip(cosine, -1.0, 1.0))
-    return found
+    mean_norm = l2_norm(mean)
+    statistics = {}
+    for node, reply in accepted.items():
+        statistics[node] = {"update_norm": reply.update_norm, "shift_norm": reply.shift_norm}
+        if norms := reply.update_norm * mean_norm:
+            cosine = dot(updates[node], mean) / norms
+            # Rounding may take it slightly past 1.
+            statistics[node]["update_cosine"] = float(np.clip(cosine, -1.0, 1.0))
+    return statistics

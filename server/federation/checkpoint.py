@@ -1,7 +1,8 @@
-"""What a run is gone on with: its model after the last finished round, and after the one before.
+"""The checkpoints from which a run resumes: its model after the last finished round, and after the one
+before.
 
-A file that a failing disk or a careless hand has changed must not end a study of many hours. So two rounds
-are kept, and the one before is used, and trained on again, where the last does not read.
+A damaged file must not end a study of many hours: where the last checkpoint cannot be read, the run resumes
+from the one before.
 """
 
 from __future__ import annotations
@@ -10,30 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.registry.shift_file import SavedShift, ShiftFileError, load_shift
 from fedsigma.common.utils.files import write_atomic
-from fedsigma.server.federation.aggregation import StateError, restore_state, save_state
+from fedsigma.server.federation.aggregation import Aggregator, OptimizerStateError
 from fedsigma.server.runs.shift_magnitude import shift_magnitudes, to_towers
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, ParameterPartition
     from fedsigma.server.runs.run_dir import RunDir
 
-__all__ = ["PREVIOUS", "keep", "latest"]
+__all__ = ["PREVIOUS", "load", "save"]
 
 LAST, PREVIOUS = "sigma.safetensors", "sigma-previous.safetensors"
 
 Vector = NDArray[np.float32]
 
 
-def keep(
-    folder: RunDir,
-    averaging: FedAvg,
+def save(
+    run_dir: RunDir,
+    aggregator: Aggregator,
     shift: Vector,
     *,
     study: StudyConfig,
@@ -41,74 +41,91 @@ def keep(
     fingerprint: Fingerprint,
     round: int,
 ) -> None:
-    """Keep what a round made, model, heat and the averaging's state; the round before's stay beside them.
+    """Save the model of a round, its shift magnitudes and the optimiser's state; the round before is kept,
+    too.
 
-    Shapes: shift (size of the shared values,).
+    Args:
+        run_dir: The run.
+        aggregator: Its state is saved.
+        shift: The global shift, shape (shared values,).
+        study: The study.
+        split: Which values are shared.
+        fingerprint: Of the server's backbone and basis.
+        round: Number of the round.
 
     Raises:
-        ArtefactError: the shift is not a finite vector.
-        OSError: a file cannot be written; the last round's are whole.
+        ShiftFileError: The shift is not a finite vector.
+        OSError: A file cannot be written; the files of the round before are intact.
     """
-    before = _read(folder.path / LAST)
+    before = _read(run_dir.path / LAST)
     if before is not None and before.round < round:
-        # A damaged file is not copied over a good one.
-        write_atomic(folder.path / PREVIOUS, (folder.path / LAST).read_bytes())
+        # A damaged file must not replace a good one.
+        write_atomic(run_dir.path / PREVIOUS, (run_dir.path / LAST).read_bytes())
         previous: SavedShift | None = before
     else:  # of another round than the one before, if LAST was damaged
-        previous = _read(folder.path / PREVIOUS)
-    save_state(averaging, _state_path(folder, round))
-    # Whole, with zeros where values are personal: the pretrained ones, and a file like any other.
-    whole = split.combine(shift)
-    # Before the model: a run killed between the two goes on with the round before, and writes both again.
-    folder.log_shift_magnitude(round, to_towers(shift_magnitudes(whole, split.full)))
-    folder.save_shift(
-        whole,
+        previous = _read(run_dir.path / PREVIOUS)
+    aggregator.save_state(_state_path(run_dir, round))
+    # All values, with zeros (the pretrained ones) where they are personal.
+    full = split.combine(shift)
+    # Before the model: a run that is killed in between resumes from the round before and writes both again.
+    run_dir.log_shift_magnitude(round, to_towers(shift_magnitudes(full, split.full)))
+    run_dir.save_shift(
+        full,
         layout_json=split.full.to_json(),
         fingerprint_json=fingerprint.to_json(),
         study_yaml=study.to_yaml(),
         round=round,
-        run=folder.key if split.personal_size else "",
+        run=run_dir.key if split.personal_size else "",
     )
-    kept = {_state_path(folder, round), _state_path(folder, previous.round if previous else 0)}
-    for old in set(folder.path.glob("strategy-*.safetensors")) - kept:
+    current = {_state_path(run_dir, round), _state_path(run_dir, previous.round if previous else 0)}
+    for old in set(run_dir.path.glob("strategy-*.safetensors")) - current:
         old.unlink(missing_ok=True)
 
 
-def latest(
-    folder: RunDir,
-    averaging: FedAvg,
+def load(
+    run_dir: RunDir,
+    aggregator: Aggregator,
     *,
     study: StudyConfig,
     split: ParameterPartition,
     fingerprint: Fingerprint,
 ) -> tuple[Vector, int]:
-    """The model to go on with and the round that made it, and put the averaging's state back.
+    """Load the last readable checkpoint, and the optimiser's state with it.
 
-    Zeros and 0 if the run ended before its first round did. What does not read is an event.
+    Args:
+        run_dir: The run.
+        aggregator: Receives the saved state.
+        study: The study.
+        split: Which values are shared.
+        fingerprint: Of the server's backbone and basis.
+
+    Returns:
+        The global shift, shape (shared values,), and the round that produced it; zeros and 0 if the run ended
+        before its first round did. A damaged file is logged as an event.
 
     Raises:
-        ConfigError: the run has another backbone or layout, or nothing that it kept reads.
+        ConfigError: The run has another backbone or layout, or no checkpoint can be read.
     """
     from fedsigma.common.sigma import Fingerprint
 
     problems = []
     for name in (LAST, PREVIOUS):
-        if not (folder.path / name).exists():
+        if not (run_dir.path / name).exists():
             continue
         try:
-            saved = load_shift(folder.path / name)
+            saved = load_shift(run_dir.path / name)
             difference = fingerprint.describe_mismatch(Fingerprint.from_json(saved.fingerprint_json))
             if difference:
-                raise ConfigError(f"{folder.path} cannot be gone on with: {difference}")
+                raise ConfigError(f"{run_dir.path} cannot be resumed: {difference}")
             shared = split.shared_values(saved.shift.numpy())
-            restore_state(averaging, _state_path(folder, saved.round), size=split.shared.size)
-        except (ShiftFileError, StateError) as error:
+            aggregator.load_state(_state_path(run_dir, saved.round), size=split.shared.size)
+        except (ShiftFileError, OptimizerStateError) as error:
             problems.append(str(error))
-            folder.log_event("checkpoint_damaged", file=name, reason=str(error))
+            run_dir.log_event("checkpoint_damaged", file=name, reason=str(error))
             continue
         return shared, min(saved.round, study.federation.rounds)
     if problems:
-        raise ConfigError(f"{folder.path} cannot be gone on with: {'; '.join(problems)}")
+        raise ConfigError(f"{run_dir.path} cannot be resumed: {'; '.join(problems)}")
     return np.zeros(split.shared.size, dtype=np.float32), 0
 
 
@@ -119,5 +136,5 @@ def _read(path: Path) -> SavedShift | None:
         return None
 
 
-def _state_path(folder: RunDir, round: int) -> Path:
-    return folder.path / f"strategy-{round}.safetensors"
+def _state_path(run_dir: RunDir, round: int) -> Path:
+    return run_dir.path / f"strategy-{round}.safetensors"

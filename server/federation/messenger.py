@@ -1,46 +1,58 @@
-"""Sending tasks to sites and attributing what comes back: the server's wrapper around Flower's messages."""
+"""Sends tasks to sites over Flower's Grid and matches replies to sites as they arrive."""
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from logging import WARNING
 from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore import log
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
-from flwr.supercore.run import Run
 
 from fedsigma.common.wire.digest import digest
 from fedsigma.common.wire.records import fields_of, to_record, wire_bytes
 
-__all__ = ["AT_ONCE", "Messenger", "SiteReply", "StreamingGrid", "in_order", "match_replies"]
+__all__ = ["BATCH", "Messenger", "SiteReply", "in_order", "match_replies"]
 
 T = TypeVar("T")
+log = logging.getLogger("flwr.fedsigma")
 
-# What Flower's own error codes mean for the people who read the events.
+BATCH = 32
+"""The most messages that are pushed, and the most replies that are pulled, at a time."""
+PUSH_RETRIES_S = (1.0, 5.0, 15.0)
+"""Seconds to wait before messages are pushed again whose content the SuperLink did not take."""
+SHORTEST_POLL_S, LONGEST_POLL_S = 0.1, 3.0
+"""Seconds between two polls for replies: short while replies arrive, longer while none do."""
+GRACE_S = 60.0
+"""A message that no node fetched expires this many seconds after the server stopped waiting for it."""
+
+# Flower's error codes, in words for the events.
 _FLOWER_ERRORS = {
     2: "the site's app failed",
     3: "the site could not be reached in time",
     5: "the site went away",
     8: "the site's process ended",
 }
+_LOST = (_FLOWER_ERRORS[3], _FLOWER_ERRORS[5], _FLOWER_ERRORS[8])
 _TYPE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,79}")
-# A message that nobody fetched is forgotten this long after the server stopped waiting for it.
-GRACE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReply:
-    """What came back from one site: a record, or the reason why not, or nothing in time.
+    """What came back from one site: a record, the reason why not, or nothing in time.
 
-    bytes_down is the size of the task that was sent, bytes_up that of the reply, 0 if there was none. traces
-    is what the site's own log says of the reply, bytes and sha256. late: no reply of any kind came in time.
+    Attributes:
+        node: Flower's id of the site's node.
+        bytes_down: Size of the task.
+        content: The reply's record; None if there was none.
+        failure: Why there is no record, in words; empty if there is one or the site timed out.
+        timed_out: Whether no reply of any kind arrived in time.
+        bytes_up: Size of the reply; 0 without one.
+        traces: Size and SHA-256 of the reply, as in the site's audit log.
     """
 
     node: int
@@ -53,189 +65,163 @@ class SiteReply:
 
     @property
     def connection_lost(self) -> bool:
-        """Whether nothing came for want of the way to the site, or its machine, and not by its own word."""
-        return self.timed_out or self.failure in (_FLOWER_ERRORS[3], _FLOWER_ERRORS[5], _FLOWER_ERRORS[8])
+        """Whether the network, the machine or a process failed, rather than the site declining."""
+        return self.timed_out or self.failure in _LOST
 
     def emptied(self) -> SiteReply:
-        """The same without the record, which is most of it, once that is read."""
+        """The same without the record, which is most of it."""
         return replace(self, content=None)
 
 
 class Messenger:
-    """Asks the sites that are online."""
+    """Sends tasks to the nodes that are online and yields their replies as they arrive.
+
+    Args:
+        grid: Flower's connection to the SuperLink.
+    """
 
     def __init__(self, grid: Grid) -> None:
-        self.grid = StreamingGrid(grid)
+        self._grid = grid
 
     def online(self) -> set[int]:
-        """Return the node ids of the sites that are connected now."""
-        return set(self.grid.get_node_ids())
-
-    def messages(
-        self, tasks: Mapping[int, object], *, kind: str, timeout: float, group: str = ""
-    ) -> dict[int, Message]:
-        """Build the messages that carry each site its task. Units: timeout in seconds.
-
-        Sites with the same task share one record, so that a task lies in memory once.
-        """
-        contents = {id(task): to_record(task) for task in _once(tasks.values())}
-        ttl = timeout + GRACE_S
-        return {
-            node: Message(contents[id(task)], dst_node_id=node, message_type=kind, ttl=ttl, group_id=group)
-            for node, task in tasks.items()
-        }
+        """The ids of the nodes that are connected now."""
+        return set(self._grid.get_node_ids())
 
     def send_tasks(
         self, tasks: Mapping[int, object], *, kind: str, timeout: float, group: str = ""
     ) -> Iterator[SiteReply]:
-        """Send each site its task; the answers as they come, for at most `timeout` seconds."""
-        return self.send(self.messages(tasks, kind=kind, timeout=timeout, group=group), timeout=timeout)
+        """Send each node its task, at once; the iterator then yields one reply for each node.
 
-    def send(self, sent: Mapping[int, Message], *, timeout: float) -> Iterator[SiteReply]:
-        """Send each site its message; the answers as they come, for at most `timeout` seconds."""
-        return match_replies(sent, self.grid.send_and_receive(list(sent.values()), timeout=timeout))
+        A reply that arrived in time counts however long the receiver takes with those before it.
 
+        Args:
+            tasks: The task of each node. Nodes with the same task share one record in memory.
+            kind: Flower's message type.
+            timeout: Seconds to wait for replies.
+            group: Flower's group id of the messages.
 
-def match_replies(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[SiteReply]:
-    """Say of each reply which site it is of, as they come, and in the end which sites sent none.
-
-    An error that Flower itself makes, for a site that went away, does not say which site it is about: its
-    sender is the server. What it replies to does. A second reply of one site is ignored.
-    """
-    by_message = {message.metadata.message_id: node for node, message in sent.items()}
-    contents = {node: message.content for node, message in sent.items()}
-    sizes = {id(content): wire_bytes(content) for content in _once(contents.values())}
-    waiting = {node: sizes[id(content)] for node, content in contents.items()}
-    for reply in replies:
-        node = by_message.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-        if node in waiting:
-            yield _answer(node, waiting.pop(node), reply)
-        del reply  # the loop would hold it while the next one is waited for
-    for node, down in waiting.items():
-        yield SiteReply(node=node, bytes_down=down, timed_out=True)
-
-
-def in_order(nodes: Iterable[int], answers: Iterable[SiteReply]) -> dict[int, SiteReply]:
-    """All answers by node, in the order of `nodes`, so that what follows does not depend on who was first."""
-    found = {answer.node: answer for answer in answers}
-    return {node: found[node] for node in nodes}
-
-
-def _once(things: Iterable[T]) -> Iterable[T]:
-    """Each thing once, told apart by identity: tasks hold lists and cannot be compared quickly."""
-    return {id(thing): thing for thing in things}.values()
-
-
-def _answer(node: int, down: int, reply: Message) -> SiteReply:
-    if reply.has_content():
-        content = reply.content
-        traces = _traces(content)
-        return SiteReply(
-            node=node, bytes_down=down, content=content, bytes_up=wire_bytes(content), traces=traces
-        )
-    known = _FLOWER_ERRORS.get(reply.error.code, "")
-    # FedSigma's sites tell a type's name. Any other text was not written by us, so it is not repeated.
-    kind = reply.error.reason if _TYPE_NAME.fullmatch(reply.error.reason or "") else ""
-    told = f"{known}: {kind}" if known and kind else known or kind
-    return SiteReply(node=node, bytes_down=down, failure=told or f"error {reply.error.code}")
-
-
-def _traces(content: RecordDict) -> dict[str, Any]:
-    try:
-        return digest(fields_of(content))
-    except (KeyError, TypeError):  # not a record of ours, which is rejected
-        return {"bytes": wire_bytes(content)}
-
-
-AT_ONCE = 32
-"""The most messages that are pushed, and the most replies that are pulled, at a time."""
-PUSH_AGAIN_S = (1.0, 5.0, 15.0)
-"""How long to wait before messages are pushed again whose content the SuperLink did not take."""
-SHORTEST_S, LONGEST_S = 0.1, 3.0
-"""How long to wait before looking again: a little while replies come, longer while none do."""
-
-
-class StreamingGrid(Grid):
-    """A Flower grid whose `send_and_receive` sends at once and returns an iterator over the replies."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-
-    def set_run(self, run: Run) -> None:
-        """See `Grid.set_run`."""
-        self.grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """See `Grid.run`."""
-        return self.grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """See `Grid.create_message`."""
-        return self.grid.create_message(*args, **kwargs)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """See `Grid.get_node_ids`."""
-        return self.grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """See `Grid.get_nodes`."""
-        return self.grid.get_nodes()
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Push the messages, `AT_ONCE` at a time; returns the ids of those that the grid took."""
-        every = list(messages)
-        taken: list[str] = []
-        for start in range(0, len(every), AT_ONCE):
-            taken += [one for one in self._push(every[start : start + AT_ONCE]) if one]
-        return taken
+        Raises:
+            ObjectPushError: The SuperLink did not take the messages.
+        """
+        messages = build_messages(tasks, kind=kind, ttl=timeout + GRACE_S, group=group)
+        pushed = self._push(list(messages.values()))
+        return match_replies(messages, self._replies(pushed, time.monotonic() + timeout))
 
     def _push(self, messages: list[Message]) -> list[str]:
-        """Push messages, again if the SuperLink was started anew after it took them and before their content.
+        """Push messages in batches; returns the ids of those that the SuperLink took."""
+        ids: list[str] = []
+        for start in range(0, len(messages), BATCH):
+            ids += [
+                message_id for message_id in self._push_batch(messages[start : start + BATCH]) if message_id
+            ]
+        return ids
 
-        It takes a message that it has already for the same, and asks for what it lacks.
+    def _push_batch(self, messages: list[Message]) -> list[str]:
+        """Push messages, again if the SuperLink restarted after it took them and before their content.
+
+        A message that it has already is taken for the same, and what it lacks is sent.
         """
-        for pause in PUSH_AGAIN_S:
+        for pause in PUSH_RETRIES_S:
             try:
-                return list(self.grid.push_messages(messages))
+                return list(self._grid.push_messages(messages))
             except ObjectPushError as error:
-                log(WARNING, "%s The messages are pushed again.", error)
+                log.warning("%s The messages are pushed again.", error)
                 time.sleep(pause)
-        return list(self.grid.push_messages(messages))
+        return list(self._grid.push_messages(messages))
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """The replies that are there to these messages, pulled `AT_ONCE` at a time as they are taken."""
-        every = list(message_ids)
-        for start in range(0, len(every), AT_ONCE):
-            found = list(self.grid.pull_messages(every[start : start + AT_ONCE]))
-            found.reverse()
-            while found:  # popped, so that a reply is the receiver's alone
-                yield found.pop()
+    def _pull(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """The replies that have arrived to these messages, pulled in batches as they are consumed."""
+        ids = list(message_ids)
+        for start in range(0, len(ids), BATCH):
+            replies = list(self._grid.pull_messages(ids[start : start + BATCH]))
+            replies.reverse()
+            while replies:  # popped, so that the consumer alone keeps a reply in memory
+                yield replies.pop()
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterator[Message]:
-        """Push the messages; the iterator ends with the last reply, or `timeout` seconds after the push.
-
-        A reply that came in time counts however long the receiver takes with those before it.
-        """
-        sent = self.push_messages(messages)
-        end = None if timeout is None else time.monotonic() + timeout
-        return self._replies(sent, end)
-
-    def _replies(self, sent: list[str], end: float | None) -> Iterator[Message]:
-        waiting, pause = dict.fromkeys(sent), SHORTEST_S
+    def _replies(self, pushed: list[str], deadline: float) -> Iterator[Message]:
+        waiting, pause = dict.fromkeys(pushed), SHORTEST_POLL_S
         while waiting:
-            began, before = time.monotonic(), len(waiting)
-            over = end is not None and began >= end
-            for reply in self.pull_messages(waiting):
+            started, before = time.monotonic(), len(waiting)
+            expired = started >= deadline
+            for reply in self._pull(waiting):
                 waiting.pop(reply.metadata.reply_to_message_id, None)
                 yield reply
                 del reply
-            if over or not waiting:
+            if expired or not waiting:
                 return
-            pause = SHORTEST_S if len(waiting) < before else pause * 1.5
-            # To ask for thousands takes a while: no more than half of the time, for others ask, too.
-            pause = min(max(pause, time.monotonic() - began), LONGEST_S)
-            left = pause if end is None else min(pause, end - time.monotonic())
-            time.sleep(max(left, 0.0))
+            pause = SHORTEST_POLL_S if len(waiting) < before else pause * 1.5
+            # A poll for thousands takes a while: it uses half of the time at most, since others poll, too.
+            pause = min(max(pause, time.monotonic() - started), LONGEST_POLL_S)
+            time.sleep(max(min(pause, deadline - time.monotonic()), 0.0))
+
+
+def build_messages(
+    tasks: Mapping[int, object], *, kind: str, ttl: float, group: str = ""
+) -> dict[int, Message]:
+    """Build the message that carries each node's task.
+
+    Args:
+        tasks: The task of each node; equal objects share one record.
+        kind: Flower's message type.
+        ttl: Seconds until the message expires.
+        group: Flower's group id.
+    """
+    records = {id(task): to_record(task) for task in _distinct(tasks.values())}
+    return {
+        node: Message(records[id(task)], dst_node_id=node, message_type=kind, ttl=ttl, group_id=group)
+        for node, task in tasks.items()
+    }
+
+
+def match_replies(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[SiteReply]:
+    """Yield each reply with its node, and at the end the nodes that sent none.
+
+    An error message of Flower's own, about a node that went away, has the server as its sender; the message
+    that it replies to names the node. A second reply of one node is ignored.
+    """
+    by_message = {message.metadata.message_id: node for node, message in sent.items()}
+    records = {node: message.content for node, message in sent.items()}
+    sizes = {id(record): wire_bytes(record) for record in _distinct(records.values())}
+    waiting = {node: sizes[id(record)] for node, record in records.items()}
+    for reply in replies:
+        node = by_message.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+        if node in waiting:
+            yield _site_reply(node, waiting.pop(node), reply)
+        del reply  # the loop variable would keep it in memory while the next one is awaited
+    for node, size in waiting.items():
+        yield SiteReply(node=node, bytes_down=size, timed_out=True)
+
+
+def in_order(nodes: Iterable[int], replies: Iterable[SiteReply]) -> dict[int, SiteReply]:
+    """The replies by node in the order of `nodes`, so that results do not depend on who replied first."""
+    by_node = {reply.node: reply for reply in replies}
+    return {node: by_node[node] for node in nodes}
+
+
+def _distinct(items: Iterable[T]) -> Iterable[T]:
+    """Each object once, by identity: tasks hold lists and are slow to compare."""
+    return {id(item): item for item in items}.values()
+
+
+def _site_reply(node: int, bytes_down: int, reply: Message) -> SiteReply:
+    if reply.has_content():
+        record = reply.content
+        return SiteReply(
+            node=node,
+            bytes_down=bytes_down,
+            content=record,
+            bytes_up=wire_bytes(record),
+            traces=_traces(record),
+        )
+    cause = _FLOWER_ERRORS.get(reply.error.code, "")
+    # FedSigma's sites send the name of a type. Any other text was written by someone else: it is dropped.
+    kind = reply.error.reason if _TYPE_NAME.fullmatch(reply.error.reason or "") else ""
+    failure = f"{cause}: {kind}" if cause and kind else cause or kind
+    return SiteReply(node=node, bytes_down=bytes_down, failure=failure or f"error {reply.error.code}")
+
+
+def _traces(record: RecordDict) -> dict[str, Any]:
+    try:
+        return digest(fields_of(record))
+    except (KeyError, TypeError):  # not one of FedSigma's records: it will be rejected
+        return {"bytes": wire_bytes(record)}

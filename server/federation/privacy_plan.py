@@ -15,7 +15,7 @@ from fedsigma.common.privacy.accounting import (
     sampling_rate,
 )
 
-__all__ = ["PrivacyPlan", "check_budget", "plan", "spent_of_sites"]
+__all__ = ["PrivacyPlan", "check_budget", "privacy_plan", "site_level_epsilon"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def _after(study: StudyConfig, one: PrivacyEvent, rounds: int) -> float:
     return epsilon([many], study.privacy.delta)
 
 
-def plan(study: StudyConfig, *, images: int, targets: Sequence[float] = (1, 2, 4, 8)) -> PrivacyPlan:
+def privacy_plan(study: StudyConfig, *, images: int, targets: Sequence[float] = (1, 2, 4, 8)) -> PrivacyPlan:
     """What the study spends of a site with so many training images.
 
     Raises:
@@ -76,7 +76,7 @@ def plan(study: StudyConfig, *, images: int, targets: Sequence[float] = (1, 2, 4
     )
 
 
-def spent_of_sites(study: StudyConfig, rounds: int) -> float:
+def site_level_epsilon(study: StudyConfig, rounds: int) -> float:
     """The epsilon of so many rounds of a study that hides sites."""
     return _after(study, _release(study, 1), rounds)
 
@@ -93,7 +93,7 @@ def check_budget(study: StudyConfig) -> None:
     privacy, rounds = study.privacy, study.federation.rounds
     if not privacy.of_sites:
         return
-    spent = spent_of_sites(study, rounds)
+    spent = site_level_epsilon(study, rounds)
     if spent > privacy.epsilon:
         enough = calibrate_noise_multiplier(privacy.epsilon, delta=privacy.delta, rate=1.0, steps=rounds)
         raise ConfigError(

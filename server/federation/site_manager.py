@@ -10,14 +10,14 @@ from fedsigma.common.privacy.secure_aggregation import Member
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire.records import (
     HANDSHAKE,
-    PROBLEMS,
+    HANDSHAKE_PROBLEMS,
     PROTOCOL,
     HandshakeReply,
     HandshakeRequest,
     ProtocolError,
     StudySpec,
     from_record,
-    spoken_version,
+    protocol_version,
 )
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ BUDGET_SPENT = "PrivacyBudgetSpent"
 # A site that was refused is asked again after this time: its people may have put it right. One that does not
 # answer at all keeps a round from beginning for so long, and twice as long after each time that it did.
 RETRY_S = 60.0
-HELLO_S = 60.0
+HANDSHAKE_S = 60.0
 """How long a round waits for the handshake of a site that is new, or did not answer before."""
-LOOK_S = 1.0
+POLL_S = 1.0
 RETURN_S = 30.0
 """How long a round waits for a site that was there and went away: its node may have been started again."""
 
@@ -69,44 +69,50 @@ class SiteManager:
         self.names: dict[int, str] = {}
         self.members: dict[int, Member] = {}
         """The signed mask key of each site that has one."""
-        self.named: set[str] = set()
+        self.allow_attribution: set[str] = set()
         """The sites that finished models may name."""
-        self.explained: set[str] = set()
+        self.allow_explanation: set[str] = set()
         """The sites of whose own shifts it may be said in words what they changed."""
-        self.spent: set[int] = set()
+        self.without_budget: set[int] = set()
         """The sites that train no more, for their privacy budgets are spent; they still evaluate."""
-        self.exchange, self.folder, self.study, self.fingerprint = exchange, folder, study, fingerprint
+        self.messenger, self.run_dir, self.study, self.fingerprint = exchange, folder, study, fingerprint
         self._nodes = nodes
-        self._ask_again: dict[int, float] = {}
-        self._silent: dict[int, int] = {}
+        self._next_handshake: dict[int, float] = {}
+        self._unanswered: dict[int, int] = {}
         """How often in a row a node did not answer the handshake."""
-        self._away: dict[int, float] = {}
+        self._offline_since: dict[int, float] = {}
         self._reasons: dict[str, str] = {}
         self._sites = 0
 
-    def available(self, patience: float = HELLO_S) -> dict[int, str]:
+    def available(self, patience: float = HANDSHAKE_S) -> dict[int, str]:
         """Greet whoever is new and return the sites that are online and ready, node id -> name, by name.
 
         Args:
             patience: for how many seconds answers to the handshake are waited for.
         """
-        online = self.exchange.online()
+        online = self.messenger.online()
         now = time.monotonic()
-        new = [n for n in online if n not in self.names and self._ask_again.get(n, 0.0) <= now]
+        new = [n for n in online if n not in self.names and self._next_handshake.get(n, 0.0) <= now]
         if new:
-            self._greet(sorted(new), online, patience)
+            self._handshake(sorted(new), online, patience)
         ready = [node for node in self.names if node in online]
-        self._away = {n: self._away.get(n, now) for n in self.names if n not in online}
+        self._offline_since = {n: self._offline_since.get(n, now) for n in self.names if n not in online}
         return {node: self.names[node] for node in sorted(ready, key=lambda node: self.names[node])}
 
-    def trainable(self, patience: float = HELLO_S) -> dict[int, str]:
+    def trainable(self, patience: float = HANDSHAKE_S) -> dict[int, str]:
         """The sites of `present` that still train."""
-        return {node: name for node, name in self.available(patience).items() if node not in self.spent}
+        return {
+            node: name for node, name in self.available(patience).items() if node not in self.without_budget
+        }
 
     def stop_training(self, node: int, *, round: int) -> None:
         """Ask a site for no more training, from this round on."""
-        self.spent.add(node)
-        self.folder.log_event("site_budget_exhausted", round=round, site=self.names[node])
+        self.without_budget.add(node)
+        self.run_dir.log_event("site_budget_exhausted", round=round, site=self.names[node])
+
+    def budgets_exhausted(self) -> bool:
+        """Whether too few sites can still train, because their privacy budgets are exhausted."""
+        return bool(self.without_budget) and len(self.trainable()) < self.study.federation.min_sites
 
     def wait_for_sites(self) -> dict[int, str]:
         """Wait until enough sites are ready: min_sites, and in a simulation all.
@@ -121,13 +127,13 @@ class SiteManager:
         federation = self.study.federation
         deadline = time.monotonic() + federation.wait_for_sites_s
         # At the start of a study a site may have a basis to compute, which takes minutes.
-        patience = HELLO_S if self.names else federation.round_timeout_s
+        patience = HANDSHAKE_S if self.names else federation.round_timeout_s
         while True:
             ready = self.trainable(patience)
             # A simulation's sites cannot come later; one that was refused there is left out.
-            settled = len(ready) + len(self.spent) + len(self._reasons) >= self._sites
+            settled = len(ready) + len(self.without_budget) + len(self._reasons) >= self._sites
             over = time.monotonic() >= deadline
-            if len(ready) >= federation.min_sites and settled and (over or not self._returning()):
+            if len(ready) >= federation.min_sites and settled and (over or not self._may_return()):
                 return ready
             if over:
                 refused = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._reasons.items()))
@@ -140,22 +146,24 @@ class SiteManager:
                     f"{len(ready)} of {wanted} were ready after {federation.wait_for_sites_s:g} s"
                     + (f" (refused: {refused})" if refused else "")
                 )
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
-    def _returning(self) -> bool:
+    def _may_return(self) -> bool:
         """Whether a site may come back any moment."""
         recently = time.monotonic() - RETURN_S
-        return any(since > recently for node, since in self._away.items() if node not in self.spent)
+        return any(
+            since > recently for node, since in self._offline_since.items() if node not in self.without_budget
+        )
 
-    def _greet(self, nodes: list[int], online: set[int], patience: float) -> None:
+    def _handshake(self, nodes: list[int], online: set[int], patience: float) -> None:
         hello = HandshakeRequest(
             protocol=PROTOCOL, study=StudySpec.of(self.study), fingerprint=self.fingerprint.to_json()
         )
         timeout = min(patience, self.study.federation.round_timeout_s)
-        for answer in self.exchange.send_tasks(dict.fromkeys(nodes, hello), kind=HANDSHAKE, timeout=timeout):
-            silent = self._silent.get(answer.node, 0) + 1 if answer.timed_out else 0
-            self._silent[answer.node] = silent
-            self._ask_again[answer.node] = time.monotonic() + RETRY_S * 2 ** min(silent, 10)
+        for answer in self.messenger.send_tasks(dict.fromkeys(nodes, hello), kind=HANDSHAKE, timeout=timeout):
+            silent = self._unanswered.get(answer.node, 0) + 1 if answer.timed_out else 0
+            self._unanswered[answer.node] = silent
+            self._next_handshake[answer.node] = time.monotonic() + RETRY_S * 2 ** min(silent, 10)
             self._check_reply(answer.node, answer, online)
 
     def _check_reply(self, node: int, answer: SiteReply, online: set[int]) -> None:
@@ -167,7 +175,7 @@ class SiteManager:
             reply = from_record(HandshakeReply, answer.content)
         except ProtocolError as error:
             # Another version's answer has other fields.
-            reason = _other_version(spoken_version(answer.content)) if answer.content is not None else ""
+            reason = _version_mismatch(protocol_version(answer.content)) if answer.content is not None else ""
             return self._refuse(name, reason or f"its answer to the handshake is not valid: {error}")
         if reply.problem == "site-count" or (reply.sites and len(online) != reply.sites):
             raise WrongSiteCount(
@@ -175,39 +183,39 @@ class SiteManager:
                 f" run it with --federation-config 'num-supernodes={reply.sites}'"
             )
         self._sites = max(self._sites, reply.sites)
-        reason = self._difference(reply) or self._taken(node, reply.site, online)
+        reason = self._mismatch(reply) or self._name_conflict(node, reply.site, online)
         if reason:
             return self._refuse(reply.site, reason)
         self._reasons.pop(reply.site, None)
         self._reasons.pop(name, None)
         self.names[node] = reply.site
         if reply.allow_attribution:
-            self.named.add(reply.site)
+            self.allow_attribution.add(reply.site)
         if reply.allow_explanation:
-            self.explained.add(reply.site)
+            self.allow_explanation.add(reply.site)
         else:  # it may have changed its mind since it was here last
-            self.explained.discard(reply.site)
+            self.allow_explanation.discard(reply.site)
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
-        self.folder.log_event("site_ready", site=reply.site, version=reply.version, **answer.traces)
+        self.run_dir.log_event("site_ready", site=reply.site, version=reply.version, **answer.traces)
         return None
 
-    def _difference(self, reply: HandshakeReply) -> str:
+    def _mismatch(self, reply: HandshakeReply) -> str:
         """Say why this site cannot take part; empty if it can."""
         from fedsigma.common.sigma import Fingerprint
 
-        if reason := _other_version(reply.protocol):
+        if reason := _version_mismatch(reply.protocol):
             return reason
         try:
             theirs = Fingerprint.from_json(reply.fingerprint)
         except (ValueError, RecursionError):
-            return PROBLEMS[reply.problem] or "the site's fingerprint does not read"
-        difference = self.fingerprint.describe_mismatch(theirs) or PROBLEMS[reply.problem]
+            return HANDSHAKE_PROBLEMS[reply.problem] or "the site's fingerprint does not read"
+        difference = self.fingerprint.describe_mismatch(theirs) or HANDSHAKE_PROBLEMS[reply.problem]
         if not difference and self.study.federation.masking and not reply.mask_key:
             return "the study masks what sites send, and the site has no identity to sign its key with"
         return difference
 
-    def _taken(self, node: int, name: str, online: set[int]) -> str:
+    def _name_conflict(self, node: int, name: str, online: set[int]) -> str:
         if self._nodes is not None and (problem := self._nodes.problem(node, name)):
             return problem
         for other, known in list(self.names.items()):
@@ -219,11 +227,11 @@ class SiteManager:
 
     def _refuse(self, name: str, reason: str) -> None:
         if self._reasons.get(name) != reason:
-            self.folder.log_event("site_refused", site=name, reason=reason)
+            self.run_dir.log_event("site_refused", site=name, reason=reason)
         self._reasons[name] = reason
 
 
-def _other_version(spoken: int | None) -> str:
+def _version_mismatch(spoken: int | None) -> str:
     if spoken in (None, PROTOCOL):
         return ""
     return f"the site speaks version {spoken} of the messages, the server {PROTOCOL}"

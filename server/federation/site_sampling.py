@@ -21,7 +21,14 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.server.federation.validation import aggregation_weight
 
-__all__ = ["Cohort", "all_steps", "cohort_size", "inclusion_probabilities", "known_images", "sample_sites"]
+__all__ = [
+    "Cohort",
+    "cohort_size",
+    "inclusion_probabilities",
+    "reported_examples",
+    "sample_sites",
+    "total_steps",
+]
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -71,7 +78,7 @@ def cohort_size(study: StudyConfig, sites: int) -> int:
     return min(sites, max(federation.min_sites, math.ceil(share)))
 
 
-def all_steps(study: StudyConfig, sites: int) -> int:
+def total_steps(study: StudyConfig, sites: int) -> int:
     """The steps that so many sites make together in the whole study, if each answers whenever it is asked."""
     return study.federation.rounds * study.training.local_steps * cohort_size(study, sites)
 
@@ -120,7 +127,7 @@ def inclusion_probabilities(images: Mapping[int, float], count: int) -> dict[int
     return found
 
 
-def known_images(rows: Iterable[Mapping[str, Any]], study: StudyConfig, *, done: int) -> dict[str, int]:
+def reported_examples(rows: Iterable[Mapping[str, Any]], study: StudyConfig, *, done: int) -> dict[str, int]:
     """The training images that sites have told by the end of round `done`, as far as they count; by name."""
     return {
         row["site"]: aggregation_weight(int(row["examples"]), study)

@@ -24,12 +24,11 @@ from fedsigma.common.data.sources.site_data import NoImages, load_sites, simulat
 from fedsigma.common.training.trainer import Trainer, open_trainer
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.common.wire.records import StudySpec
-from fedsigma.server.app import run_rounds
 from fedsigma.server.evaluation.baselines import train_pooled
 from fedsigma.server.federation import checkpoint
-from fedsigma.server.federation.aggregation import make_averaging
+from fedsigma.server.federation.aggregation import Aggregator
 from fedsigma.server.federation.messenger import Messenger
-from fedsigma.server.federation.rounds import SigmaStrategy
+from fedsigma.server.federation.rounds import Federation, train
 from fedsigma.server.federation.site_manager import SiteManager
 from fedsigma.server.federation.site_sampling import all_steps
 from fedsigma.server.paper.lazy_images import LazyExamples
@@ -171,14 +170,23 @@ def _among_sites(learner: Trainer, study: StudyConfig, path: Path) -> _Trained:
     os.environ["FEDSIGMA_AUDIT"] = str(path / "audit")
     count = len(simulated_sites(StudySpec.of(study).data, study.classes, study.seed)[1])
     folder = RunDir.open(path) if (path / "study.yaml").exists() else RunDir.create(path, study.to_yaml())
-    averaging, split = make_averaging(study), learner.partition(None)
+    aggregator, split = Aggregator(study), learner.partition(None)
     with folder.lock():
-        shift, done = checkpoint.latest(
-            folder, averaging, study=study, split=split, fingerprint=learner.fingerprint
+        shift, done = checkpoint.load(
+            folder, aggregator, study=study, split=split, fingerprint=learner.fingerprint
         )
         exchange = Messenger(InProcessGrid(importlib.import_module(CLIENT_APP).app, count))
         roster = SiteManager(exchange, folder, study, learner.fingerprint)
-        shift = run_rounds(SigmaStrategy(averaging, roster, split=split, done=done), shift)
+        federation = Federation(
+            study=study,
+            site_manager=roster,
+            messenger=exchange,
+            run_dir=folder,
+            aggregator=aggregator,
+            partition=split,
+            fingerprint=learner.fingerprint,
+        )
+        shift = train(federation, shift, done=done)
     rows = [row for row in folder.rounds() if row["status"] == "accepted"]
     examples = {row["site"]: row["examples"] or 0 for row in rows}  # under masks a site does not tell
     return _Trained(

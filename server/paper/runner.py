@@ -17,7 +17,7 @@ from fedsigma.common.data.records import DataError
 from fedsigma.common.data.sources.site_data import NoImages
 from fedsigma.common.training.classifier import TrainingError
 from fedsigma.common.utils.errors import InputError
-from fedsigma.server.app import NoModel
+from fedsigma.server.federation.rounds import NoModel
 from fedsigma.server.federation.site_manager import TooFewSites
 from fedsigma.server.paper import NO_END, ROUNDS
 from fedsigma.server.paper.cell import Score, run_cell

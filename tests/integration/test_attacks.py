@@ -48,17 +48,17 @@ def attack(change: Change) -> Tamper:
 
 def moved(by: Callable[[np.ndarray], np.ndarray]) -> Callable[[Values, int], Values]:
     """Send another change than the trained one."""
-    return lambda values, _: {"change": encode(by(decode(values["change"], LAYOUT)), LAYOUT)}
+    return lambda values, _: {"update": encode(by(decode(values["update"], LAYOUT)), LAYOUT)}
 
 
 def forged(value: float) -> Callable[[Values, int], Values]:
     """A change that no FedSigma would send, behind a right checksum."""
 
     def change(values: Values, _: int) -> Values:
-        data = bytearray(values["change"])
+        data = bytearray(values["update"])
         data[-4:] = struct.pack("<f", value)
         data[48:52] = struct.pack("<I", zlib.crc32(bytes(data[52:]), zlib.crc32(bytes(data[:48]))))
-        return {"change": bytes(data)}
+        return {"update": bytes(data)}
 
     return change
 
@@ -92,8 +92,8 @@ def clean(tmp_path: Path) -> np.ndarray:
     [
         (forged(float("nan")), "not finite"),
         (forged(float("inf")), "not finite"),
-        (lambda *_: {"change": b"\0" * 100_000_000}, "at most"),
-        (lambda *_: {"change": b"\0" * 1000}, "not a coded shift"),
+        (lambda *_: {"update": b"\0" * 100_000_000}, "at most"),
+        (lambda *_: {"update": b"\0" * 1000}, "not a coded shift"),
         (lambda *_: {"examples": 10**9}, "1000000000 training images are claimed"),
         (lambda *_: {"steps": 10**6}, "1000000 steps were taken"),
         (moved(lambda x: 100 * x), "times the round's median"),
@@ -152,7 +152,7 @@ def test_of_two_sites_neither_is_called_the_longer(tmp_path: Path) -> None:
     def change(node: int, task: Message, reply: Message) -> Message:
         values = reply.content.config_records["fedsigma"]
         if node == 101 and "change" in values:
-            values["change"] = encode(100 * decode(values["change"], LAYOUT), LAYOUT)
+            values["update"] = encode(100 * decode(values["update"], LAYOUT), LAYOUT)
         return reply
 
     folder = run(tmp_path, study, sites=2, tamper=change)

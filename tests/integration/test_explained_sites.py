@@ -59,7 +59,7 @@ def test_each_willing_sites_last_shift_is_explained_in_few_words(tmp_path: Path)
         if task.metadata.message_type == "train":
             fields = reply.content.config_records["fedsigma"]
             start = decode(task.content.config_records["fedsigma"]["shift"], LAYOUT)
-            last[NAMES[node - 100]] = float(np.linalg.norm(start + decode(fields["change"], LAYOUT)))
+            last[NAMES[node - 100]] = float(np.linalg.norm(start + decode(fields["update"], LAYOUT)))
         return refuses(node, task, reply)  # type: ignore[return-value]
 
     folder = run(tmp_path, PLAIN, tamper=watch)

@@ -16,7 +16,7 @@ from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.wire.records import MaskedReply, TrainTask, from_record, to_record
-from fedsigma.server.app import NoModel
+from fedsigma.server.federation.rounds import NoModel
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, FakeTrainer, fake_method  # noqa: F401
 from tests.integration.test_rounds import events, out, run, shift_of
@@ -255,7 +255,7 @@ def test_a_reply_that_is_not_masked_as_agreed_makes_no_model(tmp_path: Path) -> 
     with pytest.raises(NoModel):
         run(tmp_path, MASKED, rounds=1, tamper=tamper)
     (event,) = events(out(tmp_path), "masked_sum_rejected")
-    assert "has sent something else" in event["reason"]
+    assert "sent other values than" in event["reason"]
 
 
 def test_a_round_in_which_all_sites_were_lost_is_asked_for_again_under_new_masks(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from fedsigma.common.data.loading import Example
 from fedsigma.common.training.classifier import TrainingError
 from fedsigma.common.training.loop import accumulate_gradient, evaluate
 from fedsigma.server.app import app as server
-from fedsigma.server.federation.aggregation import make_averaging
+from fedsigma.server.federation.aggregation import Aggregator
 from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.tiny_backbones import CLIP_CFG, PREPROCESS
@@ -580,14 +580,14 @@ def test_every_candidates_settings_are_taken_by_its_study() -> None:
         assert not candidate.after or candidate.after in CANDIDATES
         for setting in grid(candidate, {}, list(candidate.rates)):
             found = with_setting(study, candidate, setting)
-            make_averaging(found)
+            Aggregator(found)
             assert found.training.learning_rate == setting.get("learning_rate", 0.05)
             lowest = study.training.final_learning_rate / study.training.learning_rate
             assert found.training.learning_rate_at(99, 99) == pytest.approx(
                 found.training.learning_rate * lowest
             )
     with pytest.raises(ConfigError, match="not an option"):
-        make_averaging(with_setting(study, CANDIDATES["fedadam"], {"options": {"etta": 1}}))
+        Aggregator(with_setting(study, CANDIDATES["fedadam"], {"options": {"etta": 1}}))
 
 
 def test_what_was_run_is_shown_without_running_anything(

@@ -18,7 +18,7 @@ from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 from fedsigma.common.privacy.noise import SecureRandom
 from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import TrainReply, TrainTask, from_record, to_record
-from fedsigma.server.app import NoModel
+from fedsigma.server.federation.rounds import NoModel
 from fedsigma.server.report import write_report
 from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
 from tests.integration.test_rounds import audit_of, events, out, run, shift_of
@@ -163,7 +163,7 @@ def moved(tmp_path: Path, study: str, size: float, name: str, monkeypatch: pytes
         if node == 103 and task.metadata.message_type == "train" and reply.has_content():
             told = from_record(TrainReply, reply.content)
             change = np.full(LAYOUT.size, size, np.float32)
-            values = {**told.__dict__, "change": encode(change, LAYOUT, level="exact")}
+            values = {**told.__dict__, "update": encode(change, LAYOUT, level="exact")}
             return Message(to_record(TrainReply(**values)), reply_to=task)
         return reply
 

@@ -20,10 +20,10 @@ from fedsigma.common.sigma import Layout
 from fedsigma.common.utils.hash_chain import HashChainedLog, LogTampered
 from fedsigma.common.wire import records
 from fedsigma.common.wire.codec import decode, encode
-from fedsigma.server.app import NoModel
 from fedsigma.server.app import app as server
-from fedsigma.server.federation import rounds as strategy_of
+from fedsigma.server.federation import rounds as rounds_module
 from fedsigma.server.federation.aggregation import weighted_mean_update
+from fedsigma.server.federation.rounds import NoModel
 from fedsigma.server.federation.site_manager import TooFewSites, WrongSiteCount
 from fedsigma.server.federation.updates import UpdateBuffer, UpdateBufferError
 from fedsigma.server.runs import lock
@@ -149,7 +149,7 @@ def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.message_type == "train" and task.content.config_records["fedsigma"]["round"] == 2:
-            changes[NAMES[node - 100]] = decode(reply.content.config_records["fedsigma"]["change"], LAYOUT)
+            changes[NAMES[node - 100]] = decode(reply.content.config_records["fedsigma"]["update"], LAYOUT)
             if node == 103:  # its shift is long, so its reply does not count
                 return spoilt(task, reply)
         return reply
@@ -232,7 +232,7 @@ def test_the_model_is_the_weighted_mean_of_the_sites_shifts(tmp_path: Path) -> N
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.message_type == "train":
-            data = reply.content.config_records["fedsigma"]["change"]
+            data = reply.content.config_records["fedsigma"]["update"]
             sent[node] = decode(data, LAYOUT)
         return reply
 
@@ -242,7 +242,7 @@ def test_the_model_is_the_weighted_mean_of_the_sites_shifts(tmp_path: Path) -> N
     np.testing.assert_array_equal(shift_of(folder), mean.astype(np.float32))
 
 
-def change_reply(node: int, **values: Any) -> Tamper:
+def edit_reply(node: int, **values: Any) -> Tamper:
     """Make one site send other values than its app did."""
 
     def tamper(sender: int, task: Message, reply: Message) -> Message:
@@ -261,11 +261,11 @@ def coded(*values: float, tower: str = "image") -> bytes:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"change": coded(*[0.0] * 6, tower="text")}, f"this study has {LAYOUT.digest[:12]}"),
-        ({"change": coded(1.0, 2.0)}, f"this study has {LAYOUT.digest[:12]}"),
-        ({"change": coded(*[99.0] * 6)}, "norm 242.5 is above the bound 50"),
-        ({"change": b"\0" * 76}, "not a coded shift"),
-        ({"change": coded(*[0.0] * 6)[:-1] + b"\xff"}, "checksum"),
+        ({"update": coded(*[0.0] * 6, tower="text")}, f"this study has {LAYOUT.digest[:12]}"),
+        ({"update": coded(1.0, 2.0)}, f"this study has {LAYOUT.digest[:12]}"),
+        ({"update": coded(*[99.0] * 6)}, "norm 242.5 is above the bound 50"),
+        ({"update": b"\0" * 76}, "not a coded shift"),
+        ({"update": coded(*[0.0] * 6)[:-1] + b"\xff"}, "checksum"),
         ({"examples": 9}, "9 training images are claimed, 4 shots of 2 classes allow 8"),
         ({"examples": -5}, "examples is -5"),
         ({"steps": 6}, "6 steps were taken, 5 were asked for"),
@@ -278,7 +278,7 @@ def test_a_bad_reply_is_rejected_with_its_reason_and_the_round_goes_on(
     tmp_path: Path, values: dict, words: str
 ) -> None:
     study = STUDY.replace("rounds: 3", "rounds: 2, norm_bound: 50").replace(", local_only, pooled", "")
-    folder = run(tmp_path, study, tamper=change_reply(101, **values))
+    folder = run(tmp_path, study, tamper=edit_reply(101, **values))
     rejected = events(folder, "reply_rejected")
     assert [(event["round"], event["site"]) for event in rejected] == [(1, "bccd"), (2, "bccd")]
     assert words in rejected[0]["reason"]
@@ -344,7 +344,7 @@ def test_values_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
 
     data[-4:] = struct.pack("<f", float("nan"))
     data[48:52] = struct.pack("<I", zlib.crc32(bytes(data[52:]), zlib.crc32(bytes(data[:48]))))
-    folder = run(tmp_path, rounds=1, tamper=change_reply(102, change=bytes(data)))
+    folder = run(tmp_path, rounds=1, tamper=edit_reply(102, update=bytes(data)))
     assert "not finite" in events(folder, "reply_rejected")[0]["reason"]
 
 
@@ -504,11 +504,11 @@ def test_a_disk_that_is_full_ends_a_run_which_goes_on_where_it_stood(
                 self._file = full.open("r+b", buffering=0)
             super().put(key, vector)
 
-    monkeypatch.setattr(strategy_of, "UpdateBuffer", Filled)
+    monkeypatch.setattr(rounds_module, "UpdateBuffer", Filled)
     with pytest.raises(UpdateBufferError, match="Make room and resume the run"):
         run(tmp_path, study, out="broken")
     (end,) = events(out(tmp_path, "broken"), "run_end")
-    assert not end["ok"] and "does not take what the sites sent" in end["reason"]
+    assert not end["ok"] and "cannot store the sites' updates" in end["reason"]
     assert out(tmp_path, "broken").load_shift().round == 2
     resumed = run(tmp_path, study, out="broken", resume=True)
     np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
@@ -599,7 +599,7 @@ def test_everything_that_leaves_is_in_the_audit_log_first(tmp_path: Path) -> Non
         return reply
 
     run(tmp_path, tamper=watch)
-    assert [line["asked"]["message"] for line in left[:2]] == ["Hello", "TrainTask"]
+    assert [line["asked"]["message"] for line in left[:2]] == ["HandshakeRequest", "TrainTask"]
     assert left[1]["asked"]["round"] == 1 and left[1]["left"]["bytes"] > 4 * LAYOUT.size
     path = audit_of(tmp_path) / "bccd.jsonl"
     assert len(HashChainedLog(path).lines()) == len(left)
@@ -665,7 +665,7 @@ def test_without_any_checkpoint_that_reads_nothing_is_gone_on_with(tmp_path: Pat
         run(tmp_path, out="broken", tamper=stop_in_round(3))
     for name in ("sigma.safetensors", "sigma-previous.safetensors"):
         (tmp_path / "broken" / name).write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"cannot be gone on with: .*sigma.safetensors.*sigma-previous"):
+    with pytest.raises(ConfigError, match=r"cannot be resumed: .*sigma.safetensors.*sigma-previous"):
         run(tmp_path, out="broken", resume=True)
 
 
@@ -674,7 +674,7 @@ def test_a_servers_log_says_of_each_answer_what_the_sites_log_says(
 ) -> None:
     monkeypatch.setenv("FEDSIGMA_SERVER", str(tmp_path / "server"))
     study = STUDY.replace(", local_only, pooled", "")
-    run(tmp_path, study, rounds=1, tamper=change_reply(102, steps=7))
+    run(tmp_path, study, rounds=1, tamper=edit_reply(102, steps=7))
     told = HashChainedLog(tmp_path / "server" / "audit.jsonl").lines()
     assert [told[0]["kind"], told[-1]["kind"], told[-1]["ok"]] == ["run_start", "run_end", True]
     assert {line["site"] for line in told if line["kind"] == "reply_rejected"} == {"cellavision"}
@@ -827,7 +827,7 @@ def test_sites_with_more_images_are_asked_more_often_and_then_count_alike(
         weights.append([one.weight for one in accepted.values()])
         return weighted_mean_update(accepted, changes)
 
-    monkeypatch.setattr(strategy_of, "weighted_mean_update", spied)
+    monkeypatch.setattr(rounds_module, "weighted_mean_update", spied)
     study = STUDY.replace("rounds: 3", "rounds: 42, participation: 0.5, cohorts: by_images")
     folder = run(tmp_path, study.replace("baselines: [zero_shot, local_only, pooled]\n", "baselines: []\n"))
     drawn = [event["sites"] for event in events(folder, "round_start")]

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.common.config.federation import MEANS
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.sigma import ParameterPartition
 from fedsigma.common.wire.codec import encode
@@ -29,9 +27,9 @@ from fedsigma.common.wire.records import (
     to_record,
 )
 from fedsigma.server.federation import messenger
-from fedsigma.server.federation.aggregation import ARRAY, make_averaging, weighted_mean_update
+from fedsigma.server.federation.aggregation import Aggregator, weighted_mean_update
 from fedsigma.server.federation.messenger import Messenger
-from fedsigma.server.federation.rounds import SigmaStrategy
+from fedsigma.server.federation.rounds import Federation, train
 from fedsigma.server.federation.site_manager import SiteManager
 from fedsigma.server.federation.updates import UpdateBuffer, UpdateBufferError
 from fedsigma.server.federation.validation import ValidUpdate
@@ -45,7 +43,7 @@ backbone: fake
 classes: [a, b]
 shots: 50
 training: {{local_steps: 5}}
-federation: {{rounds: 2, min_sites: 2, round_timeout_s: 5, wait_for_sites_s: 0, {more}}}
+federation: {{min_sites: 2, round_timeout_s: 5, wait_for_sites_s: 0, {more}}}
 baselines: []
 """
 FOUND = Evaluation(accuracy=0.5, balanced_accuracy=0.5, auroc=0.5, f1=0.5, ece=0.1, test_examples=10)
@@ -80,26 +78,36 @@ class ManySites(FakeGrid):
         return found
 
 
+TASK = TrainReply(update=b"", examples=1, steps=1, loss=1.0, evaluation=FOUND)
+
+
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(messenger, "time", HurriedTime())
 
 
-def rounds(path: Path, grid: FakeGrid, more: str = "strategy: fedavg", count: int = 1) -> SigmaStrategy:
-    """Run rounds of these sites; the strategy's `averaging` and `folder` say what came of them."""
-    study = StudyConfig.from_yaml(STUDY.format(more=more))
-    folder = RunDir.create(path, study.to_yaml())
-    exchange = Messenger(grid)
-    roster = SiteManager(exchange, folder, study, FINGERPRINT)
-    roster.wait_for_sites()
-    ours = SigmaStrategy(make_averaging(study), roster, split=ParameterPartition(LAYOUT))
-    start = ArrayRecord({ARRAY: Array(np.zeros(LAYOUT.size, np.float32))})
-    ours.start(exchange.grid, start, num_rounds=count)
-    return ours
+def rounds(path: Path, grid: FakeGrid, more: str = "strategy: fedavg", count: int = 1) -> RunDir:
+    """Run rounds of these sites; the run folder says what came of them."""
+    study = StudyConfig.from_yaml(STUDY.format(more=f"{more}, rounds: {count}"))
+    run_dir = RunDir.create(path, study.to_yaml())
+    messenger = Messenger(grid)
+    site_manager = SiteManager(messenger, run_dir, study, FINGERPRINT)
+    site_manager.wait_for_sites()
+    federation = Federation(
+        study=study,
+        site_manager=site_manager,
+        messenger=messenger,
+        run_dir=run_dir,
+        aggregator=Aggregator(study),
+        partition=ParameterPartition(LAYOUT),
+        fingerprint=FINGERPRINT,
+    )
+    train(federation, np.zeros(LAYOUT.size, np.float32))
+    return run_dir
 
 
-def shift(ours: SigmaStrategy) -> np.ndarray:
-    return ours.folder.load_shift().shift.numpy()
+def shift(run_dir: RunDir) -> np.ndarray:
+    return run_dir.load_shift().shift.numpy()
 
 
 def random_changes(sites: int, seed: int = 0) -> np.ndarray:
@@ -109,26 +117,8 @@ def random_changes(sites: int, seed: int = 0) -> np.ndarray:
 def test_of_many_sites_no_more_replies_are_held_than_are_pulled_at_once(tmp_path: Path) -> None:
     grid = ManySites(random_changes(200))
     ours = rounds(tmp_path / "run", grid, count=2)
-    assert sum(row["status"] == "accepted" for row in ours.folder.rounds()) == 2 * 200
-    assert 0 < grid.most <= messenger.AT_ONCE + 1  # and the one at hand
-
-
-@pytest.mark.parametrize("strategy", MEANS)
-def test_one_by_one_gives_what_flowers_strategy_makes_of_all_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
-) -> None:
-    changes = random_changes(9)
-    told: list[int] = []
-    plain = FedAvg.aggregate_train
-    monkeypatch.setattr(
-        FedAvg, "aggregate_train", lambda self, n, r: told.append(len(r)) or plain(self, n, r)
-    )
-    one = rounds(tmp_path / "one", ManySites(changes), f"strategy: {strategy}", count=2)
-    monkeypatch.setattr("fedsigma.server.federation.rounds.MEANS", ())
-    every = rounds(tmp_path / "all", ManySites(changes), f"strategy: {strategy}", count=2)
-    assert told == [1, 1, 9, 9]
-    np.testing.assert_allclose(shift(one), shift(every), rtol=3e-7)
-    assert one.folder.rounds() == every.folder.rounds()
+    assert sum(row["status"] == "accepted" for row in ours.rounds()) == 2 * 200
+    assert 0 < grid.most <= messenger.BATCH + 1  # and the one that is being read
 
 
 def test_the_last_bit_does_not_depend_on_who_answers_first(tmp_path: Path) -> None:
@@ -140,7 +130,7 @@ def test_the_last_bit_does_not_depend_on_who_answers_first(tmp_path: Path) -> No
     for seed in range(3):
         shuffled = rounds(tmp_path / f"shuffled-{seed}", ManySites(changes, shuffle=seed), more)
         np.testing.assert_array_equal(shift(shuffled), shift(plain))
-        assert shuffled.folder.rounds() == plain.folder.rounds()
+        assert shuffled.rounds() == plain.rounds()
 
 
 def test_a_change_out_of_proportion_leaves_no_trace_in_the_mean(tmp_path: Path) -> None:
@@ -153,11 +143,11 @@ def test_a_change_out_of_proportion_leaves_no_trace_in_the_mean(tmp_path: Path) 
     weights[5] = 0
     exact = weights @ changes.astype(np.float64) / weights.sum()
     np.testing.assert_array_equal(shift(ours), exact.astype(np.float32))
-    (row,) = [row for row in ours.folder.rounds() if row["status"] == "rejected"]
+    (row,) = [row for row in ours.rounds() if row["status"] == "rejected"]
     assert row["site"] == "s0005" and "times the round's median" in row["reason"]
 
 
-def test_strategies_that_need_all_replies_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rules_that_need_all_updates_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="flwr"):
         rounds(tmp_path / "median", ManySites(random_changes(5)), "strategy: fedmedian")
         assert "memory grows with their number" in caplog.text
@@ -192,7 +182,7 @@ def test_vectors_come_back_as_they_were_put_and_leave_nothing(tmp_path: Path) ->
     np.testing.assert_array_equal(kept["a"], first + 1)
     np.testing.assert_array_equal(kept["b"], second)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UpdateBufferError, match=r"shape \(2,\) came, expected \(3,\)"):
+    with pytest.raises(UpdateBufferError, match=r"shape \(2,\), expected \(3,\)"):
         kept.put("c", np.zeros(2))
     with pytest.raises(KeyError):
         kept["c"]
@@ -213,17 +203,13 @@ def test_a_full_disk_is_said_to_be_one() -> None:
 
 def test_a_reply_that_came_in_time_counts_however_long_those_before_it_take() -> None:
     grid = ManySites(random_changes(100))
-    messages = Messenger(grid).messages(
-        dict.fromkeys(grid.contexts, TrainReply(update=b"", examples=1, steps=1, loss=1.0, evaluation=FOUND)),
-        kind="train",
-        timeout=5,
-    )
+    tasks = dict.fromkeys(grid.contexts, TASK)
     clock = messenger.time
-    taken = 0
-    for _ in messenger.StreamingGrid(grid).send_and_receive(messages.values(), timeout=5):
-        taken += 1
+    received = 0
+    for reply in Messenger(grid).send_tasks(tasks, kind="train", timeout=5):
+        received += reply.content is not None
         clock.skipped += 1.0  # type: ignore[attr-defined]
-    assert taken == 100
+    assert received == 100
 
 
 def test_one_record_goes_to_all_sites_with_the_same_task() -> None:
@@ -231,17 +217,17 @@ def test_one_record_goes_to_all_sites_with_the_same_task() -> None:
     same, other = (
         TrainReply(update=b"", examples=count, steps=1, loss=1.0, evaluation=FOUND) for count in (1, 2)
     )
-    sent = Messenger(FakeGrid(None, 0)).messages({1: same, 2: same, 3: other}, kind="train", timeout=5)
+    sent = messenger.build_messages({1: same, 2: same, 3: other}, kind="train", ttl=5)
     assert sent[1].content is sent[2].content is not sent[3].content
 
 
 @pytest.mark.parametrize(("failures", "ends"), [(2, True), (4, False)])
-def test_messages_are_pushed_again_if_the_superlink_was_started_anew_meanwhile(
+def test_messages_are_pushed_again_if_the_superlink_restarted_meanwhile(
     failures: int, ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after it took a message and before its content, a SuperLink refuses the content."""
 
-    class Anew(FakeGrid):
+    class Restarted(FakeGrid):
         pushes = 0
 
         def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -251,10 +237,10 @@ def test_messages_are_pushed_again_if_the_superlink_was_started_anew_meanwhile(
             return super().push_messages(messages)
 
     monkeypatch.setattr(messenger.time, "sleep", lambda seconds: None)
-    grid = Anew(lambda message, context: Message(RecordDict(), reply_to=message), 2)
-    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in (100, 101)]
+    grid = Restarted(lambda message, context: Message(RecordDict(), reply_to=message), 2)
+    tasks = dict.fromkeys((100, 101), TASK)
     if ends:
-        assert len(list(messenger.StreamingGrid(grid).send_and_receive(messages))) == 2
+        assert len(list(Messenger(grid).send_tasks(tasks, kind="train", timeout=5))) == 2
     else:
         with pytest.raises(ObjectPushError):
-            messenger.StreamingGrid(grid).send_and_receive(messages)
+            Messenger(grid).send_tasks(tasks, kind="train", timeout=5)

@@ -20,7 +20,7 @@ from fedsigma.common.privacy.accounting import (
     sampling_rate,
 )
 from fedsigma.common.privacy.noise import SecureRandom, clip, noisy_mean, shared_noise
-from fedsigma.server.federation.privacy_plan import check_budget, plan
+from fedsigma.server.federation.privacy_plan import check_budget, privacy_plan
 
 STUDY = """
 name: hidden
@@ -199,13 +199,13 @@ def test_masks_must_have_room_for_the_noise() -> None:
 
 
 def test_a_plan_says_what_a_study_spends() -> None:
-    found = plan(StudyConfig.from_yaml(STUDY), images=64, targets=(2.0,))
+    found = privacy_plan(StudyConfig.from_yaml(STUDY), images=64, targets=(2.0,))
     assert found.release == PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=2)
     assert set(found.epsilon_after) == {1, 2, 5, 10}
     assert found.epsilon_after[10] == epsilon([PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=20)], 1e-5)
     assert found.noise_multiplier_for[2.0] > 2.0
     with pytest.raises(ConfigError, match="has no privacy"):
-        plan(StudyConfig.from_yaml(STUDY.replace("level: image", "level: none")), images=64)
+        privacy_plan(StudyConfig.from_yaml(STUDY.replace("level: image", "level: none")), images=64)
 
 
 def test_a_study_that_hides_sites_and_spends_too_much_does_not_start() -> None:

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,14 +21,12 @@ from fedsigma.common.config.federation import STRATEGIES
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.wire.records import PROTOCOL, Evaluation, HandshakeReply, to_record
-from fedsigma.server.federation import site_manager as roster_of
+from fedsigma.server.federation import site_manager
 from fedsigma.server.federation.aggregation import (
-    StateError,
-    drift,
-    make_averaging,
-    restore_state,
-    save_state,
-    set_step,
+    Aggregator,
+    OptimizerStateError,
+    RoundUpdates,
+    update_statistics,
     weighted_mean_update,
 )
 from fedsigma.server.federation.messenger import SiteReply, in_order, match_replies
@@ -121,7 +122,7 @@ def drifts(*told: tuple[list[float], int]) -> list[dict[str, float]]:
         )
         for node, (_, weight) in enumerate(told)
     }
-    return list(drift(replies, changes, weighted_mean_update(replies, changes)).values())
+    return list(update_statistics(replies, changes, weighted_mean_update(replies, changes)).values())
 
 
 def test_drift_is_measured_from_the_rounds_model_and_against_the_weighted_mean() -> None:
@@ -153,7 +154,7 @@ def test_of_all_sites_changes_the_parts_along_the_mean_add_up_to_it(told: list[t
     assert all(-1 <= one.get("update_cosine", 0.0) <= 1 for one in found)
 
 
-class FakeExchange:
+class FakeMessenger:
     """Node id -> (name, fingerprint JSON), who is online, and how often each was asked."""
 
     def __init__(self, sites: dict[int, tuple[str, str]]) -> None:
@@ -162,7 +163,7 @@ class FakeExchange:
     def online(self) -> set[int]:
         return set(self.sites)
 
-    def ask(self, tasks: Any, *, kind: str, timeout: float, group: str = "") -> Any:
+    def send_tasks(self, tasks: Any, *, kind: str, timeout: float, group: str = "") -> Any:
         self.asked += list(tasks)
         replies = []
         messages = sent(*tasks)
@@ -178,7 +179,7 @@ def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
 ) -> None:
     folder = RunDir.create(tmp_path / "run", STUDY)
     good = FINGERPRINT.to_json()
-    exchange = FakeExchange({1: ("north", good), 2: ("south", "not json"), 3: ("north", good)})
+    exchange = FakeMessenger({1: ("north", good), 2: ("south", "not json"), 3: ("north", good)})
     roster = SiteManager(exchange, folder, StudyConfig.from_yaml(STUDY), FINGERPRINT)  # type: ignore[arg-type]
     assert roster.available() == {1: "north"}
     reasons = {(e["site"], e["reason"]) for e in folder.events() if e["kind"] == "site_refused"}
@@ -192,8 +193,8 @@ def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
     assert exchange.asked == [1, 2, 3, 4]
     ready = [e for e in folder.events() if e["kind"] == "site_ready"]
     assert [e["version"] for e in ready] == ["0.2.0rc1"] * 2
-    monkeypatch.setattr(roster_of, "RETRY_S", 0.0)
-    roster._ask_again.clear()
+    monkeypatch.setattr(site_manager, "RETRY_S", 0.0)
+    roster._next_handshake.clear()
     assert roster.available() == {4: "north", 2: "south"}
 
 
@@ -203,15 +204,15 @@ def test_a_round_waits_a_moment_for_a_site_that_went_away_and_only_once(
 ) -> None:
     good = FINGERPRINT.to_json()
     all_three = {1: ("east", good), 2: ("north", good), 3: ("south", good)}
-    exchange, clock = FakeExchange(all_three), [100.0]
+    exchange, clock = FakeMessenger(all_three), [100.0]
 
     def sleep(seconds: float) -> None:
         clock[0] += seconds
         if clock[0] >= 100 + back_after:
             exchange.sites = all_three
 
-    monkeypatch.setattr(roster_of.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(roster_of.time, "sleep", sleep)
+    monkeypatch.setattr(site_manager.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(site_manager.time, "sleep", sleep)
     folder = RunDir.create(tmp_path / "run", STUDY)
     roster = SiteManager(exchange, folder, study("fedavg"), FINGERPRINT)  # type: ignore[arg-type]
     assert set(roster.wait_for_sites()) == {1, 2, 3}
@@ -227,17 +228,17 @@ def test_a_node_that_never_answers_the_handshake_is_asked_ever_more_seldom(
 ) -> None:
     good, clock = FINGERPRINT.to_json(), [100.0]
 
-    class OneSilent(FakeExchange):
-        def ask(self, tasks: Any, *, kind: str, timeout: float, group: str = "") -> Any:
+    class OneSilent(FakeMessenger):
+        def send_tasks(self, tasks: Any, *, kind: str, timeout: float, group: str = "") -> Any:
             silent = {node for node in tasks if node == 3}
-            yield from super().ask(
+            yield from super().send_tasks(
                 {n: task for n, task in tasks.items() if n not in silent}, kind=kind, timeout=timeout
             )
             if silent:
                 clock[0] += timeout
                 yield SiteReply(node=3, bytes_down=0, timed_out=True)
 
-    monkeypatch.setattr(roster_of.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(site_manager.time, "monotonic", lambda: clock[0])
     exchange = OneSilent({1: ("east", good), 2: ("north", good), 3: ("south", good)})
     folder = RunDir.create(tmp_path / "run", STUDY)
     plain = study("fedavg")
@@ -263,7 +264,7 @@ def test_at_a_server_a_site_is_who_its_node_says(tmp_path: Path) -> None:
             return "" if (node, name) == (1, "north") else "its node belongs to site 'south'"
 
     folder, good = RunDir.create(tmp_path / "run", STUDY), FINGERPRINT.to_json()
-    exchange = FakeExchange({2: ("north", good), 1: ("north", good)})
+    exchange = FakeMessenger({2: ("north", good), 1: ("north", good)})
     study = StudyConfig.from_yaml(STUDY)
     roster = SiteManager(exchange, folder, study, FINGERPRINT, Nodes())  # type: ignore[arg-type]
     assert roster.available() == {1: "north"}
@@ -276,9 +277,97 @@ def study(strategy: str, **options: Any) -> StudyConfig:
     return StudyConfig.from_yaml(f"{{name: s, backbone: b, classes: [a, b], federation: {federation}}}")
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_every_strategy_is_built_by_name(name: str) -> None:
-    assert type(make_averaging(study(name))).__name__.lower() == name
+class Cohort(Grid):
+    """A grid of these nodes, for Flower's strategies to sample from; it sends nothing."""
+
+    def __init__(self, nodes: int) -> None:
+        self._nodes = range(100, 100 + nodes)
+
+    def get_node_ids(self) -> Any:
+        return list(self._nodes)
+
+    def _unused(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    set_run = create_message = get_nodes = push_messages = pull_messages = send_and_receive = _unused
+    run = property(_unused)  # type: ignore[assignment]
+
+
+def flower_strategy(name: str, options: dict[str, Any]) -> Any:
+    """Flower's own strategy of this name, which is the reference."""
+    if name == "qfedavg":
+        options = {"client_learning_rate": 0.01, **options}
+    cls = next(cls for cls in vars(flower).values() if getattr(cls, "__name__", "").lower() == name)
+    return cls(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in STRATEGIES),
+        ("fedavgm", {"server_learning_rate": 0.7}),
+        ("fedavgm", {"server_momentum": 0.9, "server_learning_rate": 0.5}),
+        ("fedadam", {"eta": 0.02, "beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2}),
+        ("fedyogi", {"eta": 0.02, "beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2}),
+        ("fedtrimmedavg", {"beta": 0.3}),
+        ("krum", {"num_malicious_nodes": 1}),
+        ("multikrum", {"num_malicious_nodes": 1, "num_nodes_to_select": 3}),
+        ("qfedavg", {"q": 0.5, "client_learning_rate": 0.1}),
+    ],
+)
+def test_four_rounds_equal_flowers_own_strategy_bit_for_bit(name: str, options: dict[str, Any]) -> None:
+    FakeGrid(None, 0)  # gives this process an identity, without which there are no messages
+    random = np.random.default_rng(5)
+    config = study(name, **options)
+    ours, reference = Aggregator(config), flower_strategy(name, options)
+    shift = random.normal(size=50).astype(np.float32)
+    # Flower's qFedAvg collects the process's garbage for each model, which takes a second.
+    for number in range(1, 2 if name == "qfedavg" else 5):
+        updates = [random.normal(size=50).astype(np.float32) for _ in range(7)]
+        weights, losses = random.integers(1, 60, 7).tolist(), random.uniform(0.1, 2, 7).tolist()
+        mean = sum(w * u.astype(np.float64) for w, u in zip(weights, updates, strict=True)) / sum(weights)
+        # Flower's mean of models is summed in another order, so the optimisers get the mean as one model.
+        models = [shift.astype(np.float64) + update for update in updates]
+        single = not ours.needs_all_updates
+        replies = []
+        for node, (model, weight, loss) in enumerate(
+            [(shift.astype(np.float64) + mean, 1, 0.0)]
+            if single
+            else zip(models, weights, losses, strict=True)
+        ):
+            metrics = MetricRecord({"num-examples": weight, "train_loss": loss})
+            content = RecordDict({"arrays": ArrayRecord({"shift": Array(model)}), "metrics": metrics})
+            replies.append(Message(content, dst_node_id=100 + node, message_type="train"))
+        if name == "fedavgm":
+            reference.current_arrays = None  # FedSigma's shift is rounded to float32 for the wire
+        arrays = ArrayRecord({"shift": Array(shift.astype(np.float64))})
+        list(reference.configure_train(number, arrays, ConfigRecord(), Cohort(len(replies))))
+        expected, _ = reference.aggregate_train(number, replies)
+        each = zip(updates, weights, losses, strict=True)
+        shift = ours.step(shift, RoundUpdates(mean=mean, each=each), round=number)
+        np.testing.assert_array_equal(shift, expected["shift"].numpy().astype(np.float32))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8))
+def test_the_mean_update_equals_flowers_mean_of_the_models(seed: int, sites: int) -> None:
+    random = np.random.default_rng(seed)
+    updates = {node: random.normal(size=20).astype(np.float32) for node in range(sites)}
+    weights = {node: int(random.integers(1, 500)) for node in range(sites)}
+    accepted = {
+        node: ValidUpdate(update_norm=0.0, shift_norm=0.0, weight=weight, reply=None)  # type: ignore[arg-type]
+        for node, weight in weights.items()
+    }
+    records = [
+        RecordDict(
+            {
+                "arrays": ArrayRecord({"shift": Array(updates[node].astype(np.float64))}),
+                "metrics": MetricRecord({"num-examples": weights[node]}),
+            }
+        )
+        for node in updates
+    ]
+    expected = aggregate_arrayrecords(records, "num-examples")["shift"].numpy()
+    np.testing.assert_allclose(weighted_mean_update(accepted, updates), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +391,7 @@ def test_every_strategy_is_built_by_name(name: str) -> None:
 )
 def test_options_are_checked_before_anything_starts(name: str, options: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        make_averaging(study(name, **options))
+        Aggregator(study(name, **options))
 
 
 @pytest.mark.parametrize(
@@ -318,38 +407,34 @@ def test_the_servers_step_follows_a_cosine_over_all_rounds(
 ) -> None:
     plain = study(name, **options)
     fading = replace(plain, federation=replace(plain.federation, schedule="cosine", rounds=4))
-    averaging = make_averaging(fading)
-    steps = []
-    for number in (1, 2, 3, 4, 2):  # a resumed run may begin anywhere
-        set_step(averaging, fading, number)
-        steps.append(getattr(averaging, option))
+    # A resumed run may begin with any round.
+    steps = [Aggregator(fading).options(number)[option] for number in (1, 2, 3, 4, 2)]
     shares = [1.0, 0.5 + 2**0.5 / 4, 0.5, 0.5 - 2**0.5 / 4, 0.5 + 2**0.5 / 4]
     assert steps == pytest.approx([first * share for share in shares])
-    set_step(averaging, plain, 3)
-    assert getattr(averaging, option) == steps[-1]  # nothing is set where the schedule is constant
+    assert Aggregator(plain).options(3) == options  # nothing is set where the schedule is constant
 
 
-def test_fedavgms_step_is_made_by_schedule_if_it_begins_at_one_without_momentum() -> None:
-    """Flower's FedAvgM looks once, when it is built, whether it has a step at all."""
+def test_fedavgm_follows_a_schedule_that_begins_at_one_without_momentum() -> None:
+    """Flower's FedAvgM decides once, when it is built, whether it makes a step."""
     plain = study("fedavgm")
     fading = replace(plain, federation=replace(plain.federation, schedule="cosine", rounds=4))
     start, there = np.zeros(3), np.ones(3, np.float32)
-    for of, wanted in ((fading, 0.5), (plain, 1.0)):
-        found = _Strategy(of).of_round(3, [1.0, 1.0])(start, [there, there], [1, 3])
-        assert found.tolist() == pytest.approx([wanted] * 3)
+    for config, expected in ((fading, 0.5), (plain, 1.0)):
+        shift = _Strategy(config).of_round(3, [1.0, 1.0])(start, [there, there], [1, 3])
+        assert shift.tolist() == pytest.approx([expected] * 3)
 
 
-def test_momentum_is_kept_and_a_foreign_file_is_refused(tmp_path: Path) -> None:
+def test_optimiser_state_is_saved_and_a_foreign_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "strategy-3.safetensors"
-    one, other = make_averaging(study("fedadam")), make_averaging(study("fedadam"))
-    save_state(one, path)
-    assert not path.exists()  # nothing to keep before the first round
-    one.m_t, one.v_t = {"shift": np.ones(4)}, {"shift": np.full(4, 2.0)}  # type: ignore[attr-defined]
-    save_state(one, path)
-    restore_state(other, path, size=4)
-    assert other.v_t["shift"].tolist() == [2.0] * 4  # type: ignore[attr-defined]
-    with pytest.raises(StateError, match="not of this study"):
-        restore_state(other, path, size=5)
+    first, second = Aggregator(study("fedadam")), Aggregator(study("fedadam"))
+    first.save_state(path)
+    assert not path.exists()  # there is no state before the first round
+    first.state = {"first": np.ones(4), "second": np.full(4, 2.0)}
+    first.save_state(path)
+    second.load_state(path, size=4)
+    assert second.state["second"].tolist() == [2.0] * 4
+    with pytest.raises(OptimizerStateError, match="not of this study"):
+        second.load_state(path, size=5)
     path.write_bytes(b"no safetensors")
-    with pytest.raises(StateError, match="cannot be read"):
-        restore_state(other, path, size=4)
+    with pytest.raises(OptimizerStateError, match="cannot be read"):
+        second.load_state(path, size=4)

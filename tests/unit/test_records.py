@@ -94,13 +94,13 @@ def test_a_missing_field_is_refused(name: str) -> None:
         ({"examples": True}, "'examples' is of type bool"),
         ({"loss": math.inf}, "loss is infinite"),
         ({"loss": 1}, "'loss' is of type int"),
-        ({"change": "text"}, "'change' is of type str"),
+        ({"update": "text"}, "'update' is of type str"),
         ({"class_counts": 3}, "'class_counts' is not a list"),
         ({"class_counts": ["a"]}, "'class_counts' is of type str"),
         ({"evaluation.accuracy": 1.5}, "accuracy is 1.5"),
         ({"evaluation.test_examples": 0}, "contradict"),
         ({"kind": "Hello"}, "not a TrainReply"),
-        ({"change": b"\0" * (5 * 1024 * 1024)}, "at most"),
+        ({"update": b"\0" * (5 * 1024 * 1024)}, "at most"),
     ],
 )
 def test_a_changed_field_is_refused_with_the_reason(change: dict, words: str) -> None:

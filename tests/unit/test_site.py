@@ -111,8 +111,8 @@ def test_a_real_site_uses_its_own_images_name_and_backbone(ask: Any, tmp_path: P
         ({"steps": 11}, "TooManySteps"),
         ({"cohort": 1}, "CohortTooSmall"),
         ({"mode": "local", "cohort": 1}, "CohortTooSmall"),
-        ({"setup": dataclasses.replace(SETUP, name="other")}, "StudyNotAllowed"),
-        ({"setup": dataclasses.replace(SETUP, backbone="hf-hub:evil/model")}, "BackboneNotAllowed"),
+        ({"study": dataclasses.replace(SETUP, name="other")}, "StudyNotAllowed"),
+        ({"study": dataclasses.replace(SETUP, backbone="hf-hub:evil/model")}, "BackboneNotAllowed"),
         ({"shift": b"\0" * 100}, "CodecError"),
     ],
 )

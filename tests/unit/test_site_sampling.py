@@ -15,7 +15,7 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.server.federation.site_sampling import (
     cohort_size,
     inclusion_probabilities,
-    known_images,
+    reported_examples,
     sample_sites,
 )
 
@@ -93,9 +93,9 @@ def test_what_sites_have_told_is_read_from_the_rounds_that_are_done() -> None:
         {"round": 3, "site": "d", "status": "accepted", "examples": 5},
         {"round": 2, "site": "e", "status": "accepted", "examples": None},
     ]
-    assert known_images(rows, study, done=2) == {"a": 9, "c": 50}
+    assert reported_examples(rows, study, done=2) == {"a": 9, "c": 50}
     capped = replace(study, federation=replace(study.federation, max_examples=20))
-    assert known_images(rows, capped, done=2) == {"a": 9, "c": 20}
+    assert reported_examples(rows, capped, done=2) == {"a": 9, "c": 20}
 
 
 @pytest.mark.parametrize(
