@@ -30,7 +30,7 @@ from fedsigma.server.federation.aggregation import Aggregator
 from fedsigma.server.federation.messenger import Messenger
 from fedsigma.server.federation.rounds import Federation, train
 from fedsigma.server.federation.site_manager import SiteManager
-from fedsigma.server.federation.site_sampling import all_steps
+from fedsigma.server.federation.site_sampling import total_steps
 from fedsigma.server.paper.lazy_images import LazyExamples
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
@@ -193,7 +193,7 @@ def _among_sites(learner: Trainer, study: StudyConfig, path: Path) -> _Trained:
         shift=split.combine(shift),
         sites=len(examples),
         examples=sum(examples.values()),
-        steps=math.ceil(all_steps(study, count) / count),
+        steps=math.ceil(total_steps(study, count) / count),
         bytes_up=round(sum(row["bytes_up"] for row in rows) / max(1, len(rows))),
     )
 
