@@ -15,20 +15,19 @@ from fedsigma.common.config.schema import to_plain
 from fedsigma.common.data.catalog import DatasetCard, cards
 from fedsigma.common.utils.files import write_atomic
 
-HEADS = ("name", "set", "classes", "train", "val", "test", "licence", "fetched and checked by")
+HEADS = ("name", "set", "classes", "train", "val", "test", "licence")
 
 
 def row(one: DatasetCard) -> str:
     """One line of the table, in Markdown."""
     sizes = [f"{size:,}" if size else "-" for size in (one.images.train, one.images.val, one.images.test)]
-    stated = list(dict.fromkeys(archive.stated_by or "its first download" for archive in one.archives))
     cells = [f"`{one.name}`", f"[{one.title}]({one.page})", f"{one.class_count:,}", *sizes, one.licence]
-    return f"| {' | '.join([*cells, '; '.join(stated) or 'by hand'])} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def table() -> str:
     """All cards, in Markdown."""
-    lines = [f"| {' | '.join(HEADS)} |", "|---|---|--:|--:|--:|--:|---|---|"]
+    lines = [f"| {' | '.join(HEADS)} |", "|---|---|--:|--:|--:|--:|---|"]
     return "\n".join([*lines, *(row(one) for one in cards().values())])
 
 
