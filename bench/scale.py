@@ -33,11 +33,11 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from fedsigma.common.config.constants import CODECS
 from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.ops.flower_compat import set_message_id, set_task_identity
 from fedsigma.common.sigma import Fingerprint, Layout, ParameterPartition
 from fedsigma.common.utils.console import print_table
 from fedsigma.common.wire.codec import VERSION, encode
@@ -76,7 +76,7 @@ class RecordedGrid(Grid):
     """Sites that answer at once, each with a recorded upload; it counts the seconds that it takes itself."""
 
     def __init__(self, sites: int, uploads: list[Path], fingerprint: Fingerprint) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        set_task_identity(1)
         self.sites, self.uploads = sites, uploads
         self.taken = np.zeros(3)
         self._hello = fingerprint.to_json()
@@ -90,7 +90,8 @@ class RecordedGrid(Grid):
         """Take the tasks; their answers are made when they are pulled."""
         start, ids = now(), []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = name = f"to-{message.metadata.dst_node_id}"
+            name = f"to-{message.metadata.dst_node_id}"
+            set_message_id(message, name)
             self._waiting[name] = message
             ids.append(name)
         self.taken += now() - start

@@ -24,10 +24,9 @@ class BundleNotApproved(FedSigmaError, PermissionError):
 
 def main() -> None:
     """Run one ClientApp under guard; the environment variable FEDSIGMA_SITE names site.yaml."""
-    # Flower's own modules, changed in this process alone; `tests/deployment` notices if they move.
-    import flwr.supernode.runtime.run_clientapp as flower
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+    from fedsigma.common.ops.flower_compat import clientapp_module, flwr_clientapp
 
+    flower = clientapp_module()  # its functions are replaced in this process only
     site_yaml = Path(os.environ["FEDSIGMA_SITE"])
     install, push_output, error = flower.install_from_fab, flower.push_task_output, flower.Error
 
@@ -43,9 +42,9 @@ def main() -> None:
     def quiet_error(code: int, reason: str | None = None) -> Any:
         return error(code, _kind(reason or ""))
 
-    flower.install_from_fab = guarded  # type: ignore[assignment]
-    flower.push_task_output = quiet_output
-    flower.Error = quiet_error  # type: ignore[misc, assignment]
+    flower.install_from_fab = guarded  # type: ignore[attr-defined]
+    flower.push_task_output = quiet_output  # type: ignore[attr-defined]
+    flower.Error = quiet_error  # type: ignore[attr-defined]
     flwr_clientapp()
 
 

@@ -1,4 +1,4 @@
-"""What a site does with Flower's own modules besides running its programs; Flower may move these monthly."""
+"""Ask a SuperLink whether it accepts a node's key."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ def node_status(server: str, key: Path, trust: Path) -> NodeStatus:
         httpx.HTTPError: it does not answer, or in another way.
         ValueError: the key is no key of a node.
     """
-    from flwr.proto.fleet_pb2 import ActivateNodeRequest
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+    from fedsigma.common.ops.flower_compat import (
+        ActivateNodeRequest,
+        FleetHttpClient,
+        NodeAuthHttpInterceptor,
+        public_key_to_bytes,
+    )
 
     private = load_ssh_private_key(key.read_bytes(), password=None)
     if not isinstance(private, EllipticCurvePrivateKey):

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+from fedsigma.common.ops.flower_compat import ObjectPushError
 from fedsigma.common.wire.digest import digest
 from fedsigma.common.wire.records import fields_of, to_record, wire_bytes
 

@@ -13,10 +13,9 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity  # a Message needs one outside of a task's process
+
+from fedsigma.common.ops.flower_compat import ErrorCode, NodeInfo, set_message_id, set_task_identity
 
 __all__ = ["InProcessGrid"]
 
@@ -42,7 +41,7 @@ class InProcessGrid(Grid):
         node_config: dict[str, Any] | None = None,
         run_id: int | None = None,
     ) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER
+        set_task_identity(SERVER)
         self.app = app
         self.run_id = secrets.randbits(62) + 1 if run_id is None else run_id
         self._numbers = itertools.count()
@@ -82,9 +81,10 @@ class InProcessGrid(Grid):
         """Keep the messages; returns their ids."""
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = name = f"m{next(self._numbers)}"
-            self._pushed[name] = message
-            ids.append(name)
+            message_id = f"m{next(self._numbers)}"
+            set_message_id(message, message_id)
+            self._pushed[message_id] = message
+            ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.cli.build import build_fab_from_disk
-
 from fedsigma.client.deployment.bundle_approval import BundleApprovals
 from fedsigma.client.deployment.home import SiteHome
+from fedsigma.common.ops.flower_compat import build_fab_from_disk
 from fedsigma.common.ops.supervisor import ProcessError, free_ports, running, states, stop
 from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.home import ServerConfig, ServerHome

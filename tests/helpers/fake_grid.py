@@ -7,6 +7,7 @@ from typing import Any
 
 from flwr.app import Error, Message
 
+from fedsigma.common.ops.flower_compat import set_source_node
 from fedsigma.server.simulation.in_process import SERVER, InProcessGrid
 
 Tamper = Callable[[int, Message, Message], "Message | None"]
@@ -46,5 +47,5 @@ class FakeGrid(InProcessGrid):
 def gone(task: Message, code: int = 5) -> Message:
     """The error that Flower makes up for a node that went away: it seems to come from the server."""
     reply = Message(Error(code, "Node Unavailable: /secret/path"), reply_to=task)
-    reply.metadata.__dict__["_src_node_id"] = SERVER
+    set_source_node(reply, SERVER)
     return reply

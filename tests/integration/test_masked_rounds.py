@@ -15,6 +15,7 @@ from fedsigma.client.site import site
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.ops.flower_compat import set_message_id
 from fedsigma.common.wire.records import MaskedReply, TrainTask, from_record, to_record
 from fedsigma.server.federation.rounds import NoModel
 from tests.helpers.fake_grid import FakeGrid
@@ -204,7 +205,7 @@ def test_tasks_that_come_at_once_are_answered_one_after_the_other(
     def send(task: TrainTask) -> None:
         copied = Context(grid.run_id, 100, grid.contexts[100].node_config, RecordDict(), {})
         message = Message(to_record(task), dst_node_id=100, message_type="train")
-        message.metadata.__dict__["_message_id"] = "m"
+        set_message_id(message, "m")
         answers.append(grid.app(message, copied))
 
     threads = [Thread(target=send, args=(task,)) for task in (whole, smaller)]

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.ops.flower_compat import ObjectPushError
 from fedsigma.common.sigma import ParameterPartition
 from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import (

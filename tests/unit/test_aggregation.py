@@ -20,6 +20,7 @@ from bench.methods.federation import _Strategy
 from fedsigma.common.config.federation import STRATEGIES
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
+from fedsigma.common.ops.flower_compat import set_message_id
 from fedsigma.common.wire.records import PROTOCOL, Evaluation, HandshakeReply, to_record
 from fedsigma.server.federation import site_manager
 from fedsigma.server.federation.aggregation import (
@@ -43,7 +44,7 @@ def sent(*nodes: int) -> dict[int, Message]:
     FakeGrid(None, 0)  # gives this process an identity, without which there are no messages
     messages = {node: Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes}
     for node, message in messages.items():
-        message.metadata.__dict__["_message_id"] = f"to-{node}"
+        set_message_id(message, f"to-{node}")
     return messages
 
 

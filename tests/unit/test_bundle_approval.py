@@ -130,7 +130,7 @@ def test_the_text_of_an_error_stays_at_the_site() -> None:
 
 def test_the_app_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     """Sites approve it once; were it different each time, approval would become a habit."""
-    from flwr.cli.build import build_fab_from_disk
+    from fedsigma.common.ops.flower_compat import build_fab_from_disk
 
     first, second = (build_fab_from_disk(write_app(tmp_path / name)) for name in ("a", "b"))
     assert first == second == build_fab_from_disk(write_app(tmp_path / "a"))
