@@ -771,7 +771,7 @@ def test_versions_are_evaluated_at_every_site_without_training(tmp_path: Path) -
     [
         ("evaluate_versions: [fake@7]", "no model 'fake'"),
         ("evaluate_versions: [x]\nbaselines: [pooled]", "evaluate_versions trains nothing"),
-        ("evaluate_versions: [x]\npersonal: {towers: [text]}", "leave personal out"),
+        ("evaluate_versions: [x]\npersonal: {towers: [text]}", "leave the section personal out"),
     ],
 )
 def test_versions_that_cannot_be_evaluated_are_named(tmp_path: Path, line: str, words: str) -> None:
