@@ -38,7 +38,7 @@ from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.loop import train
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.wire import quantization
-from fedsigma.common.wire.codec import SMALL_STEP, decode, encode
+from fedsigma.common.wire.codec import SMALL_STEP, encode_update
 from fedsigma.common.wire.records import Evaluation, TrainReply, to_record, wire_bytes
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
@@ -92,8 +92,7 @@ def measure(layout: Layout, changes: list[np.ndarray]) -> dict[str, dict[str, fl
         sizes, errors, lost = [], [], np.zeros(layout.size, np.float32)
         for number, change in enumerate(changes):
             wanted = change + lost
-            coded = encode(wanted, layout, level=level, seed=number)
-            lost = wanted - decode(coded, layout)
+            coded, lost = encode_update(change, lost, layout, level=level, seed=number)
             sizes.append(reply_bytes(coded))
             errors.append(float(np.linalg.norm(lost) / np.linalg.norm(wanted)))
         found[level] = {"bytes": max(sizes), "relative_error": statistics.mean(errors)}
@@ -104,7 +103,7 @@ def coders(layout: Layout, changes: list[np.ndarray]) -> dict[str, float]:
     """Bits a value of the integers of level small at its finest step, by coder; the mean over the changes."""
     found: dict[str, list[float]] = {"entropy": [], "zstandard": []}
     for number, change in enumerate(changes):
-        payload = quantization.pack(change, layout.entry_sizes, number, fraction=SMALL_STEP)
+        payload, _ = quantization.pack(change, layout.entry_sizes, number, fraction=SMALL_STEP)
         raw = np.frombuffer(zstandard.decompress(payload[9 + len(layout.entry_sizes) :]), np.uint8)
         symbols = np.stack([raw >> 4, raw & 15], 1).ravel() if payload[8] == 4 else raw
         _, index, counts = np.unique(symbols, return_inverse=True, return_counts=True)

@@ -23,7 +23,7 @@ from fedsigma.common.privacy.noise import shared_noise
 from fedsigma.common.training.trainer import EvalOutput, Trainer, TrainOutput, derive_seed
 from fedsigma.common.utils.hash_chain import LogTampered
 from fedsigma.common.wire import records
-from fedsigma.common.wire.codec import decode, encode
+from fedsigma.common.wire.codec import decode, encode, encode_update
 from fedsigma.common.wire.records import (
     EvaluateReply,
     EvaluateTask,
@@ -163,7 +163,7 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
     epsilon = _spend(site, task, images, context)
     before, learned, change = _work(site, task, learner, images)
     return TrainReply(
-        update=_coded(site, task, learner, change, ErrorFeedback(context.state)),
+        update=_encode_update(site, task, learner, change, ErrorFeedback(context.state)),
         examples=learned.examples,
         steps=learned.steps,
         loss=learned.loss,
@@ -249,15 +249,17 @@ def _work(
     return before, learned, split.shared_values(learned.shift - shift)
 
 
-def _coded(site: Site, task: TrainTask, learner: Trainer, change: Vector, feedback: ErrorFeedback) -> bytes:
-    """Code a change together with what coding lost of the last one, and remember what it loses now."""
-    layout = learner.partition(task.study.personal_config).shared
+def _encode_update(
+    site: Site, task: TrainTask, trainer: Trainer, update: Vector, feedback: ErrorFeedback
+) -> bytes:
+    """Code an update of a round with what coding lost of the last one, and store what it loses now."""
+    layout = trainer.partition(task.study.personal_config).shared
     seed = derive_seed(task.study.seed, site.name, task.mode, task.round, "codec")
-    if task.mode == "round":
-        change = change + feedback.residual(layout, before=task.round)
-    data = encode(change, layout, level=task.codec, seed=seed)
-    if task.mode == "round":
-        feedback.store(change - decode(data, layout), layout, round=task.round)
+    if task.mode != "round":
+        return encode(update, layout, level=task.codec, seed=seed)
+    residual = feedback.residual(layout, before=task.round)
+    data, residual = encode_update(update, residual, layout, level=task.codec, seed=seed)
+    feedback.store(residual, layout, round=task.round)
     return data
 
 

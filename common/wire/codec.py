@@ -26,7 +26,7 @@ from fedsigma.common.wire import quantization
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["HEADER_BYTES", "MAX_VALUES", "CodecError", "decode", "download_level", "encode"]
+__all__ = ["HEADER_BYTES", "MAX_VALUES", "CodecError", "decode", "download_level", "encode", "encode_update"]
 
 MAGIC = b"FSIG"
 VERSION = 3
@@ -46,15 +46,21 @@ class CodecError(FedSigmaError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One way of coding: pack turns float32 values into a payload, unpack turns it back.
+    """One way of coding.
 
-    blocks are the numbers of values of the layout's matrices. unpack raises `QuantiseError` for a payload
-    that it cannot read. download is the level in which the server sends the shift itself where the sites
-    send their changes in this one: a change may be coarser, for what it lacks comes with the next one.
+    Attributes:
+        number: The level's number in the header.
+        pack: Codes float32 values, given the number of values of each matrix and a seed; returns the payload
+            and the
+            values that `unpack` reads from it.
+        unpack: Reads a payload, given the number of values of each matrix; raises `QuantiseError`.
+        download: The level in which the server sends the shift itself. An update may be coded more coarsely,
+            since
+            what it lacks is added to the next one.
     """
 
     number: int
-    pack: Callable[[Vector, Blocks, int], bytes]
+    pack: Callable[[Vector, Blocks, int], tuple[bytes, Vector]]
     unpack: Callable[[bytes, Blocks], Vector]
     download: str
 
@@ -65,34 +71,60 @@ def download_level(level: str) -> str:
 
 
 def encode(shift: NDArray[np.floating], layout: Layout, *, level: str = "exact", seed: int = 0) -> bytes:
-    """Code a sigma shift, or a change of one.
-
-    Shapes: shift (layout size,), any floating type.
+    """Code a shift or an update.
 
     Args:
-        shift: the values.
-        layout: which matrices they belong to.
-        level: one of `CODECS`.
-        seed: of the rounding, for the levels that round at random; each message should have its own.
+        shift: Finite values of any floating type, shape (layout.size,).
+        layout: Which matrices the values belong to.
+        level: One of `CODECS`.
+        seed: Of the rounding, for the levels that round at random; each message should have its own.
 
     Raises:
-        CodecError: the level is not known, the shift is not of this layout, or a value cannot be coded.
+        CodecError: The level is unknown, the shift is not of this layout, or a value cannot be coded.
     """
+    return _encode(shift, layout, level, seed)[0]
+
+
+def encode_update(
+    update: Vector, residual: Vector, layout: Layout, *, level: str, seed: int
+) -> tuple[bytes, Vector]:
+    """Code an update with error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
+
+    Args:
+        update: The update, shape (layout.size,), float32.
+        residual: What coding lost of the last update, shape (layout.size,); added to this one.
+        layout: Which matrices the values belong to.
+        level: One of `CODECS`.
+        seed: As for `encode`.
+
+    Returns:
+        The coded update, and the new residual: `update + residual` minus what `decode` will give.
+
+    Raises:
+        CodecError: As for `encode`.
+    """
+    corrected = update + residual
+    data, values = _encode(corrected, layout, level, seed)
+    return data, corrected - values
+
+
+def _encode(shift: NDArray[np.floating], layout: Layout, level: str, seed: int) -> tuple[bytes, Vector]:
+    """The coded shift, and the values that `decode` reads from it."""
     if level not in LEVELS:
-        raise CodecError(f"codec level '{level}' is not known: known are {', '.join(LEVELS)}")
+        raise CodecError(f"codec level '{level}' is unknown: known are {', '.join(LEVELS)}")
     vector = np.ascontiguousarray(shift, dtype=np.float32)
     if vector.shape != (layout.size,) or vector.size > MAX_VALUES:
         raise CodecError(f"a shift of shape {vector.shape} cannot be coded, expected ({layout.size},)")
     if not bool(np.isfinite(vector).all()):
         raise CodecError("the shift holds a value that is not finite: lower the learning rate")
-    known = LEVELS[level]
+    coding = LEVELS[level]
     try:
-        payload = known.pack(vector, layout.entry_sizes, seed)
+        payload, values = coding.pack(vector, layout.entry_sizes, seed)
     except quantization.QuantiseError as error:
         raise CodecError(str(error)) from error
     digest = bytes.fromhex(layout.digest)
-    header = _HEADER.pack(MAGIC, VERSION, known.number, 0, vector.size, len(payload), digest)
-    return header + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) + payload
+    header = _HEADER.pack(MAGIC, VERSION, coding.number, 0, vector.size, len(payload), digest)
+    return header + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) + payload, values
 
 
 def decode(data: bytes, layout: Layout, *, level: str | None = None) -> Vector:
@@ -151,8 +183,8 @@ def _payload(data: bytes, layout: Layout) -> tuple[int, bytes]:
     return number, payload
 
 
-def _pack_exact(vector: Vector, blocks: Blocks, seed: int) -> bytes:
-    return vector.astype("<f4").tobytes()
+def _pack_exact(vector: Vector, blocks: Blocks, seed: int) -> tuple[bytes, Vector]:
+    return vector.astype("<f4").tobytes(), vector
 
 
 def _unpack_exact(payload: bytes, blocks: Blocks) -> Vector:
@@ -165,7 +197,7 @@ def _unpack_exact(payload: bytes, blocks: Blocks) -> Vector:
     return np.frombuffer(payload, dtype="<f4").astype(np.float32)
 
 
-def _pack_small(vector: Vector, blocks: Blocks, seed: int) -> bytes:
+def _pack_small(vector: Vector, blocks: Blocks, seed: int) -> tuple[bytes, Vector]:
     most = int(vector.size * SMALL_BITS / 8) + SMALL_ROOM
     return quantization.pack(vector, blocks, seed, fraction=SMALL_STEP, most_bytes=most)
 

@@ -47,20 +47,24 @@ class QuantiseError(FedSigmaError, ValueError):
 
 def pack(
     vector: Vector, blocks: tuple[int, ...], seed: int, *, fraction: float = 0.0, most_bytes: int = 0
-) -> bytes:
-    """Code a vector.
+) -> tuple[bytes, Vector]:
+    """Quantise a vector.
 
     Args:
-        vector: (sum of blocks,) finite float32.
-        blocks: the number of values of each matrix.
-        seed: of the dither, below 2^64; another for each message of a study.
-        fraction: the step as a share of the root mean square of a matrix; steps are never so small that an
-            integer would not fit a byte, and 0 asks for these.
-        most_bytes: if positive, steps grow until the compressed integers have at most so many bytes, up to
-            four times the root mean square.
+        vector: Finite values, shape (sum of blocks,), float32.
+        blocks: Number of values of each matrix.
+        seed: Of the dither, below 2^64; another one for each message of a study.
+        fraction: The step as a share of a matrix's root mean square. Steps are never so small that an integer
+            would not fit a byte; 0 asks for these.
+        most_bytes: If positive, steps grow until the compressed integers take at most this many bytes, up to
+            four
+            times the root mean square.
+
+    Returns:
+        The payload, and the values that `unpack` reads from it, shape (sum of blocks,).
 
     Raises:
-        QuantiseError: a value is above about 3,700.
+        QuantiseError: A value is above about 3,700.
     """
     x, starts = vector.astype(np.float64), np.cumsum((0, *blocks[:-1]))
     largest = np.maximum.reduceat(np.abs(x), starts)
@@ -69,9 +73,11 @@ def pack(
         raise QuantiseError(_TOO_LARGE)
     while True:
         codes = _codes(np.maximum(fraction * typical, largest / _LARGEST))
-        bits, integers = _integers(x, codes, blocks, seed)
-        if not 0 < most_bytes < len(integers) or fraction >= _COARSEST:
-            return _START.pack(seed, bits) + codes.tobytes() + integers
+        integers = _integers(x, codes, blocks, seed)
+        bits, compressed = _compress(integers)
+        if not 0 < most_bytes < len(compressed) or fraction >= _COARSEST:
+            payload = _START.pack(seed, bits) + codes.tobytes() + compressed
+            return payload, _values(integers, codes, blocks, seed)
         fraction = max(fraction, 0.1) * 2 ** (1 / 8)
 
 
@@ -84,13 +90,16 @@ def _codes(steps: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 def _integers(
     x: NDArray[np.float64], codes: NDArray[np.uint8], blocks: tuple[int, ...], seed: int
-) -> tuple[int, bytes]:
-    """How many bits an integer takes before compression, and the compressed integers."""
+) -> NDArray[np.int8]:
     steps = np.repeat(_STEPS[codes], blocks)
     zero = np.repeat(codes == 0, blocks)
-    whole = np.where(zero, 0, np.rint(x / steps + _dither(seed, x.size))).astype(np.int8)
-    bits = 4 if whole.min() >= -8 and whole.max() <= 7 else 8
-    raw = _pair(whole) if bits == 4 else whole.tobytes()
+    return np.where(zero, 0, np.rint(x / steps + _dither(seed, x.size))).astype(np.int8)
+
+
+def _compress(integers: NDArray[np.int8]) -> tuple[int, bytes]:
+    """How many bits an integer takes before compression, and the compressed integers."""
+    bits = 4 if integers.min() >= -8 and integers.max() <= 7 else 8
+    raw = _pair(integers) if bits == 4 else integers.tobytes()
     coder = zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True)
     return bits, coder.compress(raw)
 
@@ -111,17 +120,25 @@ def unpack(payload: bytes, blocks: tuple[int, ...]) -> Vector:
     raw = _decompress(payload[head:], values if bits == 8 else (values + 1) // 2)
     whole = np.frombuffer(raw, np.int8) if bits == 8 else _unpair(raw, values)
     codes = np.frombuffer(payload, np.uint8, len(blocks), _START.size)
-    steps, owners, drawn = _STEPS[codes], _owners(blocks), _drawn(seed, values)
-    read = np.empty(values, np.float32)
+    return _values(whole, codes, blocks, seed)
+
+
+def _values(
+    integers: NDArray[np.int8], codes: NDArray[np.uint8], blocks: tuple[int, ...], seed: int
+) -> Vector:
+    """The values of integers, shape (sum of blocks,): (integer - dither) times the step of the matrix."""
+    size = len(integers)
+    steps, owners, drawn = _STEPS[codes], _owners(blocks), _drawn(seed, size)
+    values = np.empty(size, np.float32)
     # In pieces: to the allocator, new arrays of all values in float64 cost more than what is done with them.
-    for start in range(0, values, _PIECE):
+    for start in range(0, size, _PIECE):
         part = slice(start, start + _PIECE)
-        scaled = whole[part] - _uniform(drawn[part])
+        scaled = integers[part] - _uniform(drawn[part])
         scaled *= steps[owners[part]]
-        read[part] = scaled
+        values[part] = scaled
     if not codes.all():
-        read[(codes == 0)[owners]] = 0.0
-    return read
+        values[(codes == 0)[owners]] = 0.0
+    return values
 
 
 @lru_cache(maxsize=4)
@@ -177,32 +194,40 @@ def _uniform(drawn: NDArray[np.uint32]) -> NDArray[np.float64]:
     return found
 
 
-def pack_half(vector: Vector, blocks: tuple[int, ...]) -> bytes:
+def pack_half(vector: Vector, blocks: tuple[int, ...]) -> tuple[bytes, Vector]:
     """Code a vector as float16 of each value over a power of two that fits its matrix (1 byte each).
 
+    Returns:
+        The payload, and the values that `unpack_half` reads from it, shape (sum of blocks,).
+
     Raises:
-        QuantiseError: a value is 2^127 or more.
+        QuantiseError: A value is 2^127 or more.
     """
     starts = np.cumsum((0, *blocks[:-1]))
     largest = np.maximum.reduceat(np.abs(vector), starts)
     if largest.max() >= 2.0**127:
         raise QuantiseError(_TOO_LARGE)
     _, exponents = np.frexp(largest)
-    exponents = exponents.clip(-126, None)
-    scaled = np.ldexp(vector, -np.repeat(exponents, blocks))
-    return exponents.astype(np.int8).tobytes() + scaled.astype("<f2").tobytes()
+    exponents = exponents.clip(-126, None).astype(np.int8)
+    scaled = np.ldexp(vector, -np.repeat(exponents.astype(np.int32), blocks)).astype("<f2")
+    payload = exponents.tobytes() + scaled.tobytes()
+    return payload, _half_values(scaled, exponents, blocks)
 
 
 def unpack_half(payload: bytes, blocks: tuple[int, ...]) -> Vector:
-    """Read what `pack_half` made.
+    """Read what `pack_half` wrote, shape (sum of blocks,), float32.
 
     Raises:
-        QuantiseError: the length is not right.
+        QuantiseError: The payload has another length than these blocks need.
     """
     values, head = sum(blocks), len(blocks)
     if len(payload) != head + 2 * values:
         raise QuantiseError(f"the payload has {len(payload)} bytes, expected {head + 2 * values}")
-    exponents = np.frombuffer(payload, np.int8, head).astype(np.int32)
-    scaled = np.frombuffer(payload, "<f2", values, head).astype(np.float32)
+    exponents = np.frombuffer(payload, np.int8, head)
+    return _half_values(np.frombuffer(payload, "<f2", values, head), exponents, blocks)
+
+
+def _half_values(scaled: NDArray[np.float16], exponents: NDArray[np.int8], blocks: tuple[int, ...]) -> Vector:
     with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
-        return np.ldexp(scaled, np.repeat(exponents, blocks)).astype(np.float32)
+        powers = np.repeat(exponents.astype(np.int32), blocks)
+        return np.ldexp(scaled.astype(np.float32), powers).astype(np.float32)

@@ -24,6 +24,7 @@ from fedsigma.common.wire.codec import (
     decode,
     download_level,
     encode,
+    encode_update,
 )
 
 
@@ -121,16 +122,16 @@ def test_rounding_is_unbiased_and_as_small_as_dither_makes_it() -> None:
     for seed in range(400):
         total += (
             quantization.unpack(
-                quantization.pack(vector, MANY.entry_sizes, seed, fraction=0.6), MANY.entry_sizes
+                quantization.pack(vector, MANY.entry_sizes, seed, fraction=0.6)[0], MANY.entry_sizes
             )
             - vector
         )
-    codes = np.frombuffer(quantization.pack(vector, MANY.entry_sizes, 0, fraction=0.6), np.uint8, 40, 9)
+    codes = np.frombuffer(quantization.pack(vector, MANY.entry_sizes, 0, fraction=0.6)[0], np.uint8, 40, 9)
     steps = np.repeat(2.0 ** (codes / 8 - 27), MANY.entry_sizes)
     # Each error is uniform over a step: variance step^2 / 12, so a mean of 400 is within five sigmas of zero.
     assert (np.abs(total / 400) < 5 * steps / np.sqrt(12 * 400)).all()
     error = (
-        quantization.unpack(quantization.pack(vector, MANY.entry_sizes, 7, fraction=0.6), MANY.entry_sizes)
+        quantization.unpack(quantization.pack(vector, MANY.entry_sizes, 7, fraction=0.6)[0], MANY.entry_sizes)
         - vector
     )
     assert np.square(error / steps).mean() == pytest.approx(1 / 12, rel=0.05)
@@ -252,7 +253,7 @@ def test_what_cannot_be_coded() -> None:
         encode(np.array([np.inf, 0]), TWO)
     with pytest.raises(CodecError, match=r"shape \(2, 2\) cannot be coded, expected \(2,\)"):
         encode(np.zeros((2, 2)), TWO)
-    with pytest.raises(CodecError, match="'tiny' is not known: known are exact, half, int8, small"):
+    with pytest.raises(CodecError, match="'tiny' is unknown: known are exact, half, int8, small"):
         encode(np.zeros(2), TWO, level="tiny")
     for level in ("half", "int8", "small"):
         with pytest.raises(CodecError, match="too large to be coded"):
@@ -270,3 +271,13 @@ def test_the_levels_table_is_consistent() -> None:
     assert tuple(LEVELS) == CODECS
     assert len({level.number for level in LEVELS.values()}) == len(LEVELS)
     assert [download_level(name) for name in CODECS] == ["exact", "half", "int8", "int8"]
+
+
+@pytest.mark.parametrize("level", CODECS)
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+def test_the_residual_is_what_decoding_lacks(level: str, seed: int) -> None:
+    update, residual = changes(seed), changes(seed + 1) / 10
+    data, lost = encode_update(update, residual, MANY, level=level, seed=seed)
+    assert data == encode(update + residual, MANY, level=level, seed=seed)
+    np.testing.assert_array_equal(lost, update + residual - decode(data, MANY))
