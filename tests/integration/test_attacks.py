@@ -151,7 +151,7 @@ def test_of_two_sites_neither_is_called_the_longer(tmp_path: Path) -> None:
 
     def change(node: int, task: Message, reply: Message) -> Message:
         values = reply.content.config_records["fedsigma"]
-        if node == 101 and "change" in values:
+        if node == 101 and "update" in values:
             values["update"] = encode(100 * decode(values["update"], LAYOUT), LAYOUT)
         return reply
 

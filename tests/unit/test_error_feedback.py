@@ -64,7 +64,7 @@ def test_the_servers_shift_takes_no_error_from_its_own_coding(tmp_path: Path) ->
     def watch(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.message_type == "train":
             tasks.append(from_record(TrainTask, task.content))
-            data = reply.content.config_records["fedsigma"]["change"]
+            data = reply.content.config_records["fedsigma"]["update"]
             changes.setdefault(tasks[-1].round, []).append(decode(data, LAYOUT, level="small"))
         return reply
 
