@@ -43,7 +43,7 @@ from fedsigma.client.inference.loaded_model import LoadedModel, export, load_mod
 from fedsigma.client.inference.predictor import Predictor
 from fedsigma.client.serving.app import asgi
 from fedsigma.client.serving.limits import Limits
-from fedsigma.client.serving.service import Service, describe
+from fedsigma.client.serving.service import Service, describe_model
 from fedsigma.common.backbones import load_backbone, save_backbone
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.ops.web import listening, server
@@ -129,8 +129,8 @@ def png(seed: int, side: int) -> bytes:
 @contextmanager
 def serving(judge: Predictor, restored: LoadedModel, path: Path, batch: int) -> Iterator[str]:
     """The address of a real server on this machine."""
-    limits = Limits(batch=batch, per_client=1000, requests=1000, waiting=4096, timeout_s=600)
-    service = Service(judge, describe(path, restored, None, 0.0, limits), limits)
+    limits = Limits(batch_size=batch, per_client=1000, requests=1000, queue_size=4096, timeout_s=600)
+    service = Service(judge, describe_model(path, restored, None, 0.0, limits), limits)
     made = server(asgi(service), grace_s=limits.grace_s)
     with listening("127.0.0.1", 0) as place:
         thread = threading.Thread(target=made.run, kwargs={"sockets": [place]})

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedsigma.client.site.audit_log import AuditLog
 from fedsigma.client.site.error_feedback import ErrorFeedback
-from fedsigma.client.site.secure_aggregation import SITE_COUNTS, SecureAggregationClient, counts_of
+from fedsigma.client.site.secure_aggregation import SITE_COUNTS, SecureAggregationClient, make_counts
 from fedsigma.client.site.site import Site, SiteCountDiffers, open_site
 from fedsigma.common import __version__
 from fedsigma.common.privacy.accounting import PrivacyEvent, sampling_rate
@@ -124,7 +124,7 @@ def _hello(site: Site, task: HandshakeRequest, *, context: Context) -> Handshake
     member = None
     if site.has_identity:
         masker = SecureAggregationClient(site, task.study.name, run=context.run_id)
-        with masker.held():
+        with masker.locked():
             member = masker.member()
     return HandshakeReply(
         protocol=records.PROTOCOL,
@@ -155,7 +155,7 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
     site.check_task(task)
     if task.members:
         masker = SecureAggregationClient(site, task.study.name, run=context.run_id)
-        with masker.held():  # from what was answered before to the answer
+        with masker.locked():  # from what was answered before to the answer
             return _train_masked(site, task, masker, context)
     learner = site.trainer(task.study)
     images = site.images(task.study, side=learner.image_side)
@@ -178,25 +178,25 @@ def _train_masked(
 ) -> MaskedReply:
     """As `_train`, with a reply of which the server can read the cohort's sum only."""
     masker.check_task(task)
-    if (answered := masker.answered(task)) is not None:
+    if (answered := masker.find_reply(task)) is not None:
         return answered
     _spend_of_site(site, task, context)  # each cohort that is answered gets noise of its own, so each counts
-    if (known := masker.trained()) is None:
+    if (known := masker.find_update()) is None:
         learner = site.trainer(task.study)
         images = site.images(task.study, side=learner.image_side)
         _spend(site, task, images, context)
         before, learned, change = _work(site, task, learner, images)
-        counts = counts_of(
+        counts = make_counts(
             examples=min(learned.examples, task.most_examples),
             loss=learned.loss,
             test_examples=before.test_examples,
             accuracy=before.accuracy,
         )
-        masker.keep(change, counts)
+        masker.store_update(change, counts)
         known = change, counts
     if task.privacy.of_sites:
         known = shared_noise(known[0], task.privacy, sites=len(task.members)), SITE_COUNTS
-    return masker.reply(task, *known)
+    return masker.make_reply(task, *known)
 
 
 def _spend_of_site(site: Site, task: TrainTask, context: Context) -> None:
@@ -227,8 +227,8 @@ def _work(
     and stay: the change is that of the shared ones.
     """
     split = learner.partition(task.study.personal_config)
-    personal = site.personal(task.study, learner, run=task.run)
-    own = personal.start(task.round if task.mode == "round" else 1)
+    personal = site.personal_state(task.study, learner, run=task.run)
+    own = personal.initial(task.round if task.mode == "round" else 1)
     shift = split.combine(decode(task.shift, split.shared), own)
     test = images.test if task.evaluate else []
     if test:
@@ -245,7 +245,7 @@ def _work(
         privacy=task.privacy,
     )
     if split.personal_size and task.mode == "round":
-        personal.keep(own, split.personal_values(learned.shift), round=task.round)
+        personal.store(own, split.personal_values(learned.shift), round=task.round)
     return before, learned, split.shared_values(learned.shift - shift)
 
 
@@ -275,7 +275,7 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     learner = site.trainer(task.study)
     images = site.images(task.study, side=learner.image_side)
     split = learner.partition(task.study.personal_config)
-    own = site.personal(task.study, learner, run=task.run).now() if task.personal else None
+    own = site.personal_state(task.study, learner, run=task.run).current() if task.personal else None
     shifts = [split.combine(decode(data, split.shared), own) for data in task.shifts]
     if images.test:
         site.charge_evaluation(task.study, len(shifts))

@@ -20,16 +20,16 @@ from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_whole
 
-__all__ = ["BundleApprovals", "BundleError", "difference", "digest_of"]
+__all__ = ["BundleApprovals", "BundleError", "bundle_digest", "diff_bundles"]
 
-MOST_PENDING, LARGEST_FILE = 20, 2 << 20
+MAX_PENDING, MAX_FILE_BYTES = 20, 2 << 20
 
 
 class BundleError(FedSigmaError, ValueError):
     """There is no such bundle, or it is no zip file of texts."""
 
 
-def digest_of(bundle: bytes) -> str:
+def bundle_digest(bundle: bytes) -> str:
     """The SHA-256 by which a bundle is known, 64 hex digits."""
     return hashlib.sha256(bundle).hexdigest()
 
@@ -45,11 +45,11 @@ class BundleApprovals:
         self._site_yaml = folder / "site.yaml"
         self._approved, self._pending = folder / "worker" / "approved", folder / "worker" / "pending"
 
-    def keep(self, bundle: bytes) -> None:
+    def add_pending(self, bundle: bytes) -> None:
         """Keep a refused bundle for `fedsigma site approve`; the oldest of many goes."""
         self._pending.mkdir(parents=True, exist_ok=True)
-        write_whole(self._pending / f"{digest_of(bundle)}.fab", bundle)
-        for old in self.pending()[MOST_PENDING:]:
+        write_whole(self._pending / f"{bundle_digest(bundle)}.fab", bundle)
+        for old in self.pending()[MAX_PENDING:]:
             old.unlink()
 
     def pending(self) -> list[Path]:
@@ -69,7 +69,7 @@ class BundleApprovals:
             waiting = ", ".join(path.stem[:12] for path in self.pending()) or "none"
             raise BundleError(f"'{digest}' names no single bundle here: waiting for approval are {waiting}")
         bundle = found[0].read_bytes()
-        if digest_of(bundle) != found[0].stem:
+        if bundle_digest(bundle) != found[0].stem:
             raise BundleError(f"{found[0]} was changed: remove it, and have the study submitted again")
         return bundle
 
@@ -84,13 +84,13 @@ class BundleApprovals:
         Raises:
             ConfigError: site.yaml has no `bundles:` list that can be added to; it stays as it is.
         """
-        digest, before = digest_of(bundle), SitePolicy.read(self._site_yaml)
+        digest, before = bundle_digest(bundle), SitePolicy.read(self._site_yaml)
         if digest not in before.bundles:
             text = self._site_yaml.read_text(encoding="utf-8")
             added = _with_bundle(text, digest, f"# approved {time.strftime('%Y-%m-%d')}")
             part = self._site_yaml.with_name("site.yaml.new")
             part.write_text(added, encoding="utf-8")
-            if not _only_added(before, part, digest):
+            if not _only_bundle_added(before, part, digest):
                 part.unlink()
                 raise ConfigError(f"{self._site_yaml}: add {digest} to the list `bundles` by hand")
             part.replace(self._site_yaml)
@@ -99,13 +99,13 @@ class BundleApprovals:
         (self._pending / f"{digest}.fab").unlink(missing_ok=True)
 
 
-def difference(before: bytes | None, after: bytes) -> str:
+def diff_bundles(before: bytes | None, after: bytes) -> str:
     """What one bundle has that the other has not, as a unified diff of all files.
 
     Raises:
         BundleError: one is no zip file of texts.
     """
-    old, new = _texts(before) if before else {}, _texts(after)
+    old, new = _read_texts(before) if before else {}, _read_texts(after)
     lines: list[str] = []
     for name in sorted({*old, *new}):
         lines += difflib.unified_diff(
@@ -114,12 +114,12 @@ def difference(before: bytes | None, after: bytes) -> str:
     return "\n".join(lines)
 
 
-def _texts(bundle: bytes) -> dict[str, str]:
+def _read_texts(bundle: bytes) -> dict[str, str]:
     found = {}
     try:
         with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
             for entry in archive.infolist():
-                if entry.file_size > LARGEST_FILE:
+                if entry.file_size > MAX_FILE_BYTES:
                     raise BundleError(f"the bundle's file {entry.filename!r} is larger than 2 MiB")
                 text = archive.read(entry).decode()
                 # What a terminal would act on is shown, not sent to it.
@@ -132,7 +132,7 @@ def _texts(bundle: bytes) -> dict[str, str]:
     return found
 
 
-def _only_added(before: SitePolicy, file: Path, digest: str) -> bool:
+def _only_bundle_added(before: SitePolicy, file: Path, digest: str) -> bool:
     """Whether a site.yaml says what it said before, and this bundle besides."""
     try:
         after = SitePolicy.read(file)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from fedsigma.client.deployment.findings import Problem
+from fedsigma.client.deployment.findings import CheckFailed
 from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.site.policy import SitePolicy
 
-__all__ = ["checks"]
+__all__ = ["data_checks"]
 
 DRY_IMAGES = 3
 
 
-def checks(site: SiteHome, policy: SitePolicy) -> dict[str, Callable[[], str]]:
+def data_checks(site: SiteHome, policy: SitePolicy) -> dict[str, Callable[[], str]]:
     """Each backbone that site.yaml allows, the GPU, the images, and a dry round with the first backbone."""
     found: dict[str, Callable[[], str]] = {"gpu": lambda: _gpu(policy)}
     for name, place in policy.backbones.items():
@@ -31,7 +31,9 @@ def _gpu(policy: SitePolicy) -> str:
 
     if not torch.cuda.is_available():
         if policy.gpus != "auto":
-            raise Problem(f"site.yaml names GPUs {policy.gpus}, and torch finds none", "look at the driver")
+            raise CheckFailed(
+                f"site.yaml names GPUs {policy.gpus}, and torch finds none", "look at the driver"
+            )
         return f"none found: training on {policy.cpus or os.cpu_count()} processors"
     free, total = torch.cuda.mem_get_info()
     return f"{torch.cuda.get_device_name()}: {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
@@ -44,7 +46,7 @@ def _backbone(place: str) -> str:
     try:
         learner = open_trainer(place, SigmaConfig(), ("one", "two"), ("one", "two"))
     except (ValueError, OSError) as error:
-        raise Problem(
+        raise CheckFailed(
             f"{place} cannot be loaded: {error}", "docs/backbones.md: how weights get to a site"
         ) from None
     return f"{learner.layout.size} singular values; weights {learner.fingerprint.weights[:12]}"
@@ -59,9 +61,9 @@ def _images(site: SiteHome, policy: SitePolicy) -> str:
         classes = sorted({record.label for record in source.records if record.label is not None})
         report = check(source, classes=classes)
     except (ValueError, OSError) as error:
-        raise Problem(f"the images cannot be opened: {error}", "correct `source` in site.yaml") from None
+        raise CheckFailed(f"the images cannot be opened: {error}", "correct `source` in site.yaml") from None
     if not report.ok:
-        raise Problem(report.headline(), f"fedsigma data check {policy.source}")
+        raise CheckFailed(report.headline(), f"fedsigma data check {policy.source}")
     return report.headline()
 
 
@@ -78,7 +80,7 @@ def _dry_round(site: SiteHome, policy: SitePolicy) -> str:
     source = open_source(policy.source, base=site.path, **policy.options)
     records = [record for record in source.records if record.label is not None][:DRY_IMAGES]
     if not records or not policy.backbones:
-        raise Problem(
+        raise CheckFailed(
             "no labelled image, or no backbone allowed", "correct `source` and `backbones` in site.yaml"
         )
     classes = tuple(sorted({str(record.label) for record in source.records if record.label is not None}))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["Finding", "Problem"]
+__all__ = ["CheckFailed", "CheckResult"]
 
 
-class Problem(FedSigmaError):
+class CheckFailed(FedSigmaError):
     """What is wrong, and what to do.
 
     Args:
@@ -17,16 +17,16 @@ class Problem(FedSigmaError):
         todo: the next step.
     """
 
-    def __init__(self, what: str, todo: str) -> None:
-        super().__init__(what)
-        self.what, self.todo = what, todo
+    def __init__(self, detail: str, remedy: str) -> None:
+        super().__init__(detail)
+        self.detail, self.remedy = detail, remedy
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One check: its name, whether all is well, what was seen, and what to do if it is not."""
 
     check: str
     ok: bool
-    seen: str
-    todo: str = ""
+    detail: str
+    remedy: str = ""

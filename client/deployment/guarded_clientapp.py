@@ -15,7 +15,7 @@ from typing import Any
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["BundleNotApproved", "main", "refuse"]
+__all__ = ["BundleNotApproved", "check_bundle", "main"]
 
 
 class BundleNotApproved(FedSigmaError, PermissionError):
@@ -31,7 +31,7 @@ def main() -> None:
     install, push_output, error = flower.install_from_fab, flower.push_task_output, flower.Error
 
     def guarded(bundle: bytes, *args: Any, **options: Any) -> Any:
-        refuse(bundle, site_yaml)
+        check_bundle(bundle, site_yaml)
         return install(bundle, *args, **options)
 
     def quiet_output(*args: Any, **options: Any) -> Any:
@@ -48,20 +48,20 @@ def main() -> None:
     flwr_clientapp()
 
 
-def refuse(bundle: bytes, site_yaml: Path) -> None:
+def check_bundle(bundle: bytes, site_yaml: Path) -> None:
     """Refuse a bundle that the site has not approved: keep it, and write that down.
 
     Raises:
         BundleNotApproved: its digest is not in site.yaml.
     """
-    from fedsigma.client.deployment.bundle_approval import BundleApprovals, digest_of
+    from fedsigma.client.deployment.bundle_approval import BundleApprovals, bundle_digest
     from fedsigma.client.site.audit_log import AuditLog
     from fedsigma.client.site.policy import SitePolicy
 
-    policy, digest = SitePolicy.read(site_yaml), digest_of(bundle)
+    policy, digest = SitePolicy.read(site_yaml), bundle_digest(bundle)
     if digest in policy.bundles:
         return
-    BundleApprovals(site_yaml.parent).keep(bundle)
+    BundleApprovals(site_yaml.parent).add_pending(bundle)
     log = AuditLog(site_yaml.parent / Path(policy.audit).expanduser())
     log.record({"message": "bundle", "bundle": digest}, {"error": BundleNotApproved.__name__})
     print(

@@ -31,7 +31,7 @@ from fedsigma.common.config.schema import ConfigError, build, read_yaml, setting
 from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, SiteKeys
 from fedsigma.common.utils.files import write_secret, write_whole
 
-__all__ = ["Connection", "SiteHome", "Trust"]
+__all__ = ["Connection", "SiteHome", "TrustedCertificates"]
 
 _SITE_YAML = """\
 # The rules of this site. Nothing that the server sends can widen them; docs/federation.md explains each.
@@ -110,10 +110,10 @@ class Connection:
 
 
 @dataclass(frozen=True)
-class Trust:
+class TrustedCertificates:
     """Certificates of authorities: their PEM text, and for people whose they are and until when."""
 
-    text: str
+    pem: str
     subjects: tuple[str, ...]
 
 
@@ -184,7 +184,7 @@ class SiteHome:
         (path / "connection.yaml").write_text(write_yaml(connection), encoding="utf-8")
         return cls(path), keys
 
-    def rotate(self) -> SiteKeys:
+    def rotate_key(self) -> SiteKeys:
         """Make a new node key beside the one in use; `switch` takes it into use once the server knows it."""
         node_key = _new_node_key(self.path / "node", name="next.key")
         identity = read_identity(self.path / "worker" / "identity.pem")
@@ -193,7 +193,7 @@ class SiteHome:
             site=site, node_key=node_key, identity=identity, made=_now().isoformat(), word=None
         )
 
-    def switch(self) -> None:
+    def switch_key(self) -> None:
         """Take the new node key into use; the old one stays as old.key until the next time.
 
         Raises:
@@ -207,7 +207,7 @@ class SiteHome:
                 (node / f"{old}.{suffix}").replace(node / f"{new}.{suffix}")
 
     @staticmethod
-    def read_trust(file: Path) -> Trust:
+    def read_trust(file: Path) -> TrustedCertificates:
         """Read the certificates that the server sent.
 
         Raises:
@@ -223,15 +223,15 @@ class SiteHome:
                 f"{file} holds no certificate that is valid now: ask the server for a new file"
             )
         ends = [f"{one.subject.rfc4514_string()}, until {one.not_valid_after_utc:%Y-%m-%d}" for one in found]
-        return Trust(text, tuple(ends))
+        return TrustedCertificates(text, tuple(ends))
 
-    def trust(self, found: Trust) -> None:
+    def trust(self, certificates: TrustedCertificates) -> None:
         """Trust these certificates and no others; what was trusted before stays as sites.old.crt."""
         file = self.path / "node" / "sites.crt"
         write_whole(file.with_name("sites.old.crt"), file.read_bytes())
-        write_whole(file, found.text.encode("ascii"))
+        write_whole(file, certificates.pem.encode("ascii"))
 
-    def policy(self) -> SitePolicy:
+    def read_policy(self) -> SitePolicy:
         """The site's rules.
 
         Raises:

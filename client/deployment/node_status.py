@@ -17,12 +17,12 @@ __all__ = ["NodeStatus", "node_status"]
 class NodeStatus(Enum):
     """How a SuperLink takes a node's key."""
 
-    LET_IN = "let in"
-    NOT_LET_IN = "not let in"
-    SIGNATURE_REFUSED = "signature refused"
+    ADMITTED = "let in"
+    NOT_ADMITTED = "not let in"
+    SIGNATURE_INVALID = "signature refused"
 
 
-_MEANING = {400: NodeStatus.LET_IN, 401: NodeStatus.SIGNATURE_REFUSED, 412: NodeStatus.NOT_LET_IN}
+_MEANING = {400: NodeStatus.ADMITTED, 401: NodeStatus.SIGNATURE_INVALID, 412: NodeStatus.NOT_ADMITTED}
 
 
 def node_status(server: str, key: Path, trust: Path) -> NodeStatus:
@@ -57,4 +57,4 @@ def node_status(server: str, key: Path, trust: Path) -> NodeStatus:
         return _MEANING[error.response.status_code]
     finally:
         client.close()
-    return NodeStatus.LET_IN
+    return NodeStatus.ADMITTED

@@ -59,7 +59,7 @@ def node_process(folder: SiteHome) -> Process:
 
 def worker_process(folder: SiteHome) -> Process:
     """The worker: sees images, runs approved bundles, and reaches nothing but the node."""
-    here, connection, policy = folder.path / "worker", folder.connection, folder.policy()
+    here, connection, policy = folder.path / "worker", folder.connection, folder.read_policy()
     command = flower_command("flower-superexec", "--insecure", "--runtime-api-address", connection.node)
     command += ["--superexec-auth-secret-file", str(here / "superexec.secret")]
     if connection.worker_health:

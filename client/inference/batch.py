@@ -15,17 +15,17 @@ from rich.progress import track
 from torch import Tensor
 
 from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError
-from fedsigma.client.inference.predictor import Prediction, Predictor, prepared
+from fedsigma.client.inference.predictor import Prediction, Predictor, preprocess
 from fedsigma.common.data.records import PictureError, Pictures, Record
 from fedsigma.common.data.sources.dicom import Slices, is_dicom
 from fedsigma.common.data.sources.folder import SUFFIXES
 from fedsigma.common.utils.files import write_atomic
 
-__all__ = ["View", "list_pictures", "predict", "views", "write_csv"]
+__all__ = ["Frame", "list_images", "predict_folder", "read_frames", "write_csv"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class Frame:
     """One picture as the model sees it: all of a file, or one frame of a DICOM file.
 
     Fields: file, its path in the folder; frame, counted from 0; series, the SeriesInstanceUID or empty;
@@ -33,12 +33,12 @@ class View:
     """
 
     file: str
-    frame: int
+    index: int
     series: str
     image: Tensor
 
 
-def list_pictures(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     """The picture and DICOM files in a folder and below it, as paths inside it, sorted; no hidden ones.
 
     Raises:
@@ -53,7 +53,7 @@ def list_pictures(folder: Path) -> list[str]:
         found += [
             (here / n).relative_to(folder).as_posix()
             for n in names
-            if not n.startswith(".") and (_is_picture(n) or is_dicom(here / n))
+            if not n.startswith(".") and (_has_image_suffix(n) or is_dicom(here / n))
         ]
     if not found:
         raise ModelLoadError(
@@ -62,11 +62,13 @@ def list_pictures(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _is_picture(name: str) -> bool:
+def _has_image_suffix(name: str) -> bool:
     return Path(name).suffix.lower() in SUFFIXES
 
 
-def views(restored: LoadedModel, folder: Path, names: Sequence[str], unreadable: list[str]) -> Iterator[View]:
+def read_frames(
+    model: LoadedModel, folder: Path, names: Sequence[str], unreadable: list[str]
+) -> Iterator[Frame]:
     """The pictures that can be read, frame by frame; the others are added to `unreadable`, one line each.
 
     A file of which one frame cannot be read is left out as a whole.
@@ -76,33 +78,33 @@ def views(restored: LoadedModel, folder: Path, names: Sequence[str], unreadable:
     """
     for name in names:
         try:
-            found = list(_of_file(restored, folder, name))
+            found = list(_read_file(model, folder, name))
         except PictureError as error:
             unreadable.append(str(error))
         else:
             yield from found
 
 
-def _of_file(restored: LoadedModel, folder: Path, name: str) -> Iterator[View]:
-    slices = None if _is_picture(name) else Slices.read(folder / name, name)
+def _read_file(restored: LoadedModel, folder: Path, name: str) -> Iterator[Frame]:
+    slices = None if _has_image_suffix(name) else Slices.read(folder / name, name)
 
     def opened(frame: int) -> Image.Image:
         return slices.image(frame) if slices else Image.open(folder / name)
 
     for frame in range(slices.frames if slices else 1):
         source = Pictures([], lambda _, f=frame: opened(f))  # type: ignore[misc]
-        image = prepared(restored.backbone, source.image(Record(key=name)))
-        yield View(file=name, frame=frame, series=slices.series if slices else "", image=image)
+        image = preprocess(restored.backbone, source.image(Record(key=name)))
+        yield Frame(file=name, index=frame, series=slices.series if slices else "", image=image)
 
 
-class _Means:
+class _MeanProbabilities:
     """Sums of the probabilities of what is judged together."""
 
     def __init__(self, *, by_series: bool) -> None:
         self._by_series = by_series
-        self._found: dict[tuple[str, str], tuple[View, int, Tensor]] = {}
+        self._found: dict[tuple[str, str], tuple[Frame, int, Tensor]] = {}
 
-    def add(self, view: View, probabilities: Tensor) -> None:
+    def add(self, view: Frame, probabilities: Tensor) -> None:
         key = ("series", view.series) if self._by_series and view.series else ("file", view.file)
         first, images, total = self._found.get(key, (view, 0, torch.zeros(len(probabilities))))
         self._found[key] = first, images + 1, total + probabilities
@@ -111,20 +113,22 @@ class _Means:
         found = []
         for first, images, total in self._found.values():
             mean = tuple((total / images).tolist())
-            one = Prediction(file=first.file, probabilities=mean, prediction=judge.name(mean), images=images)
+            one = Prediction(
+                file=first.file, probabilities=mean, prediction=judge.choose_class(mean), images=images
+            )
             found.append(replace(one, series=first.series) if self._by_series else one)
         return found
 
 
-def predict(
-    restored: LoadedModel,
+def predict_folder(
+    model: LoadedModel,
     folder: Path,
     out: Path,
     *,
     batch_size: int = 64,
     progress: bool = False,
     temperature: float = 1.0,
-    least: float = 0.0,
+    abstain_below: float = 0.0,
     by_series: bool = False,
 ) -> list[str]:
     """Judge every picture and DICOM file of a folder and write a CSV, see `write_csv`.
@@ -146,9 +150,9 @@ def predict(
         ApplyError: there is nothing to judge.
         DataError: there is DICOM, and pydicom is not installed.
     """
-    judge = Predictor(restored, temperature=temperature, least=least)
-    names, unreadable, means = list_pictures(folder), list[str](), _Means(by_series=by_series)
-    batch: list[View] = []
+    judge = Predictor(model, temperature=temperature, abstain_below=abstain_below)
+    names, unreadable, means = list_images(folder), list[str](), _MeanProbabilities(by_series=by_series)
+    batch: list[Frame] = []
 
     def flush() -> None:
         if batch:
@@ -157,9 +161,9 @@ def predict(
                 means.add(view, row)
             batch.clear()
 
-    with restored.sigma.inference_mode():
+    with model.sigma.inference_mode():
         for name in track(names, "judging", disable=not progress):
-            for view in views(restored, folder, [name], unreadable):
+            for view in read_frames(model, folder, [name], unreadable):
                 batch.append(view)
                 if len(batch) == batch_size:
                     flush()

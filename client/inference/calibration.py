@@ -15,16 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError, labelled, to_judge
+from fedsigma.client.inference.loaded_model import (
+    LoadedModel,
+    ModelLoadError,
+    prepare_evaluation,
+    select_labelled,
+)
 from fedsigma.common.data.records import Source
 from fedsigma.common.training.loop import evaluate
 from fedsigma.common.training.metrics import Predictions, compute_metrics
 from fedsigma.common.utils.files import write_whole
 
-__all__ = ["Calibration", "calibrate", "fit_temperature", "scaled"]
+__all__ = ["Calibration", "calibrate", "fit_temperature", "scale_probabilities"]
 
 FORMAT = "fedsigma-calibration-1"
-LEAST_IMAGES = 20
+MIN_IMAGES = 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Calibration:
         write_whole(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode())
 
     @classmethod
-    def read_for(cls, restored: LoadedModel, path: Path | None) -> Calibration | None:
+    def load_for(cls, model: LoadedModel, path: Path | None) -> Calibration | None:
         """Read the calibration of a model, where a file is named.
 
         Raises:
@@ -56,7 +61,7 @@ class Calibration:
         if path is None:
             return None
         found = cls.read(path)
-        found.check(restored)
+        found.check(model)
         return found
 
     @classmethod
@@ -79,17 +84,17 @@ class Calibration:
             )
         return found
 
-    def check(self, restored: LoadedModel) -> None:
+    def check(self, model: LoadedModel) -> None:
         """Refuse a model that it was not fitted for.
 
         Raises:
             ApplyError: study or round differ.
         """
-        saved = restored.saved
-        if (self.study, self.round) != (restored.study.name, saved.round):
+        saved = model.saved
+        if (self.study, self.round) != (model.study.name, saved.round):
             raise ModelLoadError(
                 f"the calibration belongs to study '{self.study}' after round {self.round}, and the model is"
-                f" '{restored.study.name}' after round {saved.round}: calibrate again"
+                f" '{model.study.name}' after round {saved.round}: calibrate again"
             )
 
 
@@ -113,32 +118,34 @@ def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
     return float(torch.exp(-inverse.detach().clamp(-6, 6)))
 
 
-def scaled(probabilities: Tensor, temperature: float) -> Tensor:
+def scale_probabilities(probabilities: Tensor, temperature: float) -> Tensor:
     """Probabilities at another temperature. Shapes: (n, classes)."""
     return (probabilities.double().clamp_min(1e-12).log() / temperature).softmax(1).to(probabilities.dtype)
 
 
-def calibrate(restored: LoadedModel, source: Source) -> Calibration:
+def calibrate(model: LoadedModel, source: Source) -> Calibration:
     """Fit the temperature of a model on labelled images that it was not trained on.
 
     Raises:
         ApplyError: fewer than 20 images have one of the study's classes.
     """
-    records = labelled(restored, source)
-    if len(records) < LEAST_IMAGES:
+    records = select_labelled(model, source)
+    if len(records) < MIN_IMAGES:
         raise ModelLoadError(
-            f"{len(records)} images there have one of the classes {', '.join(restored.study.classes)}:"
-            f" at least {LEAST_IMAGES} are needed to fit a temperature"
+            f"{len(records)} images there have one of the classes {', '.join(model.study.classes)}:"
+            f" at least {MIN_IMAGES} are needed to fit a temperature"
         )
-    task, examples = to_judge(restored, source, records)
+    task, examples = prepare_evaluation(model, source, records)
     found = evaluate(task, examples)
     temperature = fit_temperature(found.probabilities, found.labels)
-    after = Predictions(probabilities=scaled(found.probabilities, temperature), labels=found.labels)
+    after = Predictions(
+        probabilities=scale_probabilities(found.probabilities, temperature), labels=found.labels
+    )
     return Calibration(
         temperature=temperature,
         images=len(examples),
         before=compute_metrics(found).to_dict()["ece"],
         after=compute_metrics(after).to_dict()["ece"],
-        study=restored.study.name,
-        round=restored.saved.round,
+        study=model.study.name,
+        round=model.saved.round,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedsigma.client.inference.loaded_model import LoadedModel, labelled, to_judge
+from fedsigma.client.inference.loaded_model import LoadedModel, prepare_evaluation, select_labelled
 from fedsigma.common.data.records import Source
 from fedsigma.common.registry import ModelError
 from fedsigma.common.registry.shift_file import SavedShift
@@ -13,20 +13,20 @@ from fedsigma.common.registry.task_arithmetic import combine
 from fedsigma.common.training.loop import evaluate
 from fedsigma.common.training.metrics import compute_metrics
 
-__all__ = ["Point", "curve"]
+__all__ = ["CurvePoint", "evaluate_curve"]
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One place on the line: the factor, and the metrics over all labelled images, shares between 0 and 1."""
 
     factor: float
     metrics: dict[str, float]
 
 
-def curve(
-    restored: LoadedModel, other: SavedShift | None, source: Source, factors: Sequence[float]
-) -> Iterator[Point]:
+def evaluate_curve(
+    model: LoadedModel, other: SavedShift | None, source: Source, factors: Sequence[float]
+) -> Iterator[CurvePoint]:
     """Judge (1 - t) a + t b for each factor t; without `other`, t a: 0 is the pretrained model.
 
     Args:
@@ -38,12 +38,12 @@ def curve(
     Raises:
         ModelError: no image has a class of the study, or the two are of different bases.
     """
-    records = labelled(restored, source)
+    records = select_labelled(model, source)
     if not records:
-        raise ModelError(f"no image there has one of the classes {', '.join(restored.study.classes)}")
-    task, examples = to_judge(restored, source, records)
+        raise ModelError(f"no image there has one of the classes {', '.join(model.study.classes)}")
+    task, examples = prepare_evaluation(model, source, records)
     for factor in factors:
         own = factor if other is None else 1 - factor
-        ends = [(restored.saved, own), *([(other, factor)] if other is not None else [])]
-        restored.sigma.set_shift(combine(ends).shift)
-        yield Point(factor, compute_metrics(evaluate(task, examples)).to_dict())
+        ends = [(model.saved, own), *([(other, factor)] if other is not None else [])]
+        model.sigma.set_shift(combine(ends).shift)
+        yield CurvePoint(factor, compute_metrics(evaluate(task, examples)).to_dict())

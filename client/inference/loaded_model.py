@@ -24,10 +24,10 @@ __all__ = [
     "LoadedModel",
     "ModelLoadError",
     "export",
-    "labelled",
     "load_model",
-    "located",
-    "to_judge",
+    "prepare_evaluation",
+    "resolve_model_path",
+    "select_labelled",
 ]
 
 
@@ -46,21 +46,21 @@ class LoadedModel:
     study: StudyConfig
     backbone: Backbone
     sigma: SigmaModel
-    own_round: int | None = None
+    personal_round: int | None = None
 
 
-def located(model: Path) -> Path:
+def resolve_model_path(name: Path) -> Path:
     """Where a model lies that is named as in the registry, NAME@N or NAME@LABEL; a path stays what it is.
 
     Raises:
         ModelError: the registry has no such version, or it was changed.
     """
-    if "@" not in model.name or model.parent != Path() or model.exists():
-        return model
+    if "@" not in name.name or name.parent != Path() or name.exists():
+        return name
     from fedsigma.common.registry import ModelRegistry, registry_folder
     from fedsigma.common.utils.files import runs_folder
 
-    return ModelRegistry(registry_folder(runs_folder())).find(model.name).path
+    return ModelRegistry(registry_folder(runs_folder())).find(name.name).path
 
 
 def load_model(path: Path, backbone: str | None = None, personal: Path | None = None) -> LoadedModel:
@@ -79,7 +79,7 @@ def load_model(path: Path, backbone: str | None = None, personal: Path | None = 
     from fedsigma.common.backbones import load_backbone
     from fedsigma.common.sigma import Fingerprint, SigmaModel
 
-    saved = load_shift(located(path))
+    saved = load_shift(resolve_model_path(path))
     study = StudyConfig.from_yaml(saved.study_yaml, where=f"the study in {path}")
     loaded = load_backbone(backbone or study.backbone)
     sigma = SigmaModel.adapt(loaded.model, study.sigma)
@@ -95,7 +95,7 @@ def load_model(path: Path, backbone: str | None = None, personal: Path | None = 
     if personal is not None:
         shift, own_round = _with_personal(saved, study, sigma, personal)
     sigma.set_shift(shift)
-    return LoadedModel(saved=saved, study=study, backbone=loaded, sigma=sigma, own_round=own_round)
+    return LoadedModel(saved=saved, study=study, backbone=loaded, sigma=sigma, personal_round=own_round)
 
 
 def _with_personal(
@@ -104,23 +104,23 @@ def _with_personal(
     """The shared values with a site's own, as a whole shift, and the round after which those are."""
     import torch
 
-    from fedsigma.client.site.personal_state import read_personal
+    from fedsigma.client.site.personal_state import read_personal_values
     from fedsigma.common.training.trainer import make_partition
 
     if study.personal is None:
         raise ModelLoadError(f"study '{study.name}' keeps nothing at the sites: leave --personal out")
     split = make_partition(sigma, study.personal)
-    last, _, own = read_personal(file, split, sigma.fingerprint, study=study.name, run=saved.run)
+    last, _, own = read_personal_values(file, split, sigma.fingerprint, study=study.name, run=saved.run)
     return torch.from_numpy(split.combine(split.shared_values(saved.shift.numpy()), own)), last
 
 
-def labelled(restored: LoadedModel, source: Source) -> list[Record]:
+def select_labelled(model: LoadedModel, source: Source) -> list[Record]:
     """The images of a source that have one of the study's classes; others are left out."""
-    return [record for record in source.records if record.label in restored.study.classes]
+    return [record for record in source.records if record.label in model.study.classes]
 
 
-def to_judge(
-    restored: LoadedModel, source: Source, records: Sequence[Record]
+def prepare_evaluation(
+    model: LoadedModel, source: Source, records: Sequence[Record]
 ) -> tuple[ClipClassifier, list[Example]]:
     """What evaluation takes: the model with its prompts, and the labelled images, decoded.
 
@@ -130,12 +130,12 @@ def to_judge(
     from fedsigma.common.data.loading import load_examples
     from fedsigma.common.training.classifier import ClipClassifier
 
-    side = restored.backbone.image_size * 3 // 2
-    examples = load_examples(source, records, list(restored.study.classes), side=side)
-    return ClipClassifier(restored.backbone, restored.sigma, list(restored.study.prompts)), examples
+    side = model.backbone.image_size * 3 // 2
+    examples = load_examples(source, records, list(model.study.classes), side=side)
+    return ClipClassifier(model.backbone, model.sigma, list(model.study.prompts)), examples
 
 
-def export(restored: LoadedModel, folder: Path, *, onnx: bool = False) -> Path:
+def export(model: LoadedModel, folder: Path, *, onnx: bool = False) -> Path:
     """Write the adapted model as a plain open_clip folder, and both towers as ONNX files if wanted.
 
     Raises:
@@ -146,17 +146,17 @@ def export(restored: LoadedModel, folder: Path, *, onnx: bool = False) -> Path:
 
     from fedsigma.common.backbones import export_merged
 
-    merged = replace(restored.backbone, model=restored.sigma.merge())
-    study = restored.study
+    merged = replace(model.backbone, model=model.sigma.merge())
+    study = model.study
     notes = [
-        f"study {study.name}, after round {restored.saved.round}",
+        f"study {study.name}, after round {model.saved.round}",
         f"classes: {', '.join(study.classes)}",
         f"template: {study.template}",
     ]
-    if restored.own_round is not None:
+    if model.personal_round is not None:
         notes.append(
-            f"with one site's own values, after round {restored.own_round}: they are of its images alone, so"
-            " the model belongs to that site"
+            f"with one site's personal values, after round {model.personal_round}: they come from its images"
+            " alone, so the model belongs to that site"
         )
     written = export_merged(merged, folder, notes=notes)
     if onnx:

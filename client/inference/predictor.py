@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fedsigma.client.inference.calibration import scaled
+from fedsigma.client.inference.calibration import scale_probabilities
 from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.data.loading import to_tensor
 from fedsigma.common.training.classifier import ClipClassifier, autocast, resize_image
 
-__all__ = ["Prediction", "Predictor", "prepared"]
+__all__ = ["Prediction", "Predictor", "preprocess"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class Prediction:
     series: str = ""
 
 
-def prepared(backbone: Backbone, picture: Image.Image) -> Tensor:
+def preprocess(backbone: Backbone, image: Image.Image) -> Tensor:
     """An RGB picture as the model sees it in evaluation, uint8 (3, image_size, image_size)."""
-    return resize_image(to_tensor(picture, side=backbone.image_size * 3 // 2), backbone)
+    return resize_image(to_tensor(image, side=backbone.image_size * 3 // 2), backbone)
 
 
 class Predictor:
@@ -53,18 +53,18 @@ class Predictor:
 
     def __init__(
         self,
-        restored: LoadedModel,
+        model: LoadedModel,
         *,
         temperature: float = 1.0,
-        least: float = 0.0,
+        abstain_below: float = 0.0,
         precision: str = "auto",
     ) -> None:
-        self.backbone, self.classes = restored.backbone, tuple(restored.study.classes)
-        self.temperature, self.least = temperature, least
+        self.backbone, self.classes = model.backbone, tuple(model.study.classes)
+        self.temperature, self.abstain_below = temperature, abstain_below
         self._precision = precision
-        self._task = ClipClassifier(restored.backbone, restored.sigma, list(restored.study.prompts))
-        with restored.sigma.inference_mode(), autocast(precision, self._task.device):
-            self._text = self._task.text_features().detach()
+        self._classifier = ClipClassifier(model.backbone, model.sigma, list(model.study.prompts))
+        with model.sigma.inference_mode(), autocast(precision, self._classifier.device):
+            self._text = self._classifier.text_features().detach()
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Class probabilities (n, classes) of prepared images, uint8 (n, 3, image_size, image_size).
@@ -72,16 +72,16 @@ class Predictor:
         Raises:
             ApplyError: one is not a number.
         """
-        with self._task.sigma.inference_mode(), autocast(self._precision, self._task.device):
-            logits = self._task.logits(self._task.image_features(images), self._text)
+        with self._classifier.sigma.inference_mode(), autocast(self._precision, self._classifier.device):
+            logits = self._classifier.logits(self._classifier.image_features(images), self._text)
             found = logits.softmax(1).cpu()
         if not bool(torch.isfinite(found).all()):
             raise ModelLoadError(
                 "no finite probability comes out: the shift has diverged, take another version"
             )
-        return found if self.temperature == 1 else scaled(found, self.temperature)
+        return found if self.temperature == 1 else scale_probabilities(found, self.temperature)
 
-    def name(self, probabilities: Sequence[float]) -> str | None:
+    def choose_class(self, probabilities: Sequence[float]) -> str | None:
         """The most probable class, or None if it is less probable than the least that was asked for."""
         best = max(range(len(self.classes)), key=probabilities.__getitem__)
-        return self.classes[best] if probabilities[best] >= self.least else None
+        return self.classes[best] if probabilities[best] >= self.abstain_below else None

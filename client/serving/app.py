@@ -15,14 +15,14 @@ from starlette.types import ASGIApp
 from fedsigma.client.serving.errors import (
     Problem,
     ProblemDetails,
-    Quiet,
-    answer_problems,
-    documented,
+    RedactErrors,
+    add_problem_handlers,
+    problem_responses,
 )
 from fedsigma.client.serving.images import MEDIA_TYPES
 from fedsigma.client.serving.schemas import NOTICE, Health, ModelInfo, Predictions
 from fedsigma.client.serving.service import Service
-from fedsigma.client.serving.uploads import FIELD, received
+from fedsigma.client.serving.uploads import FIELD, read_images
 from fedsigma.common import __version__
 
 __all__ = ["asgi", "create_app", "openapi_document"]
@@ -100,7 +100,7 @@ def create_app(service: Service | None = None) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.service = service
-    answer_problems(app)
+    add_problem_handlers(app)
     _add_judging(app)
     _add_health(app)
     _complete(app)
@@ -109,7 +109,7 @@ def create_app(service: Service | None = None) -> FastAPI:
 
 def asgi(service: Service) -> ASGIApp:
     """The application as a server runs it: errors that nobody expected leave no trace in its log."""
-    return Quiet(create_app(service))
+    return RedactErrors(create_app(service))
 
 
 def openapi_document() -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _add_judging(app: FastAPI) -> None:
         operation_id="predict",
         summary="Judge one or several images",
         response_description="One judgement an image, in the order of the images.",
-        responses=documented(*asked),
+        responses=problem_responses(*asked),
         openapi_extra={"requestBody": _FORM, **_OPEN},
     )
     async def predict(request: Request, response: Response, service: Authorised) -> Predictions:
@@ -147,11 +147,11 @@ def _add_judging(app: FastAPI) -> None:
         response.headers["Cache-Control"] = "no-store"
         reading = True
         try:
-            with service.admitted(request.client.host if request.client else ""):
+            with service.admit(request.client.host if request.client else ""):
                 async with asyncio.timeout(service.limits.timeout_s):
-                    contents = await received(request, service.limits)
+                    contents = await read_images(request, service.limits)
                     reading = False
-                    return await service.judged(contents)
+                    return await service.predict(contents)
         except TimeoutError:
             seconds = f"{service.limits.timeout_s:g} seconds"
             if reading:
@@ -164,7 +164,7 @@ def _add_judging(app: FastAPI) -> None:
         operation_id="model",
         summary="What is served",
         response_description="The model, its limits, and what it may be used for.",
-        responses=documented("unauthorized"),
+        responses=problem_responses("unauthorized"),
         openapi_extra=_OPEN,
     )
     async def model(service: Authorised) -> ModelInfo:
@@ -190,7 +190,7 @@ def _add_health(app: FastAPI) -> None:
         operation_id="ready",
         summary="Whether images are judged",
         response_description="They are.",
-        responses=documented("busy"),
+        responses=problem_responses("busy"),
     )
     async def ready(service: Reachable) -> Health:
         """Needs no token."""

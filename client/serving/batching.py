@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["Batcher", "Full"]
+__all__ = ["Batcher", "QueueFull"]
 
 Row = tuple[float, ...]
 
 
-class Full(FedSigmaError):
+class QueueFull(FedSigmaError):
     """The queue takes no more images, or the service is stopping."""
 
 
@@ -38,13 +38,18 @@ class Batcher:
     """
 
     def __init__(
-        self, compute: Callable[[Tensor], Tensor], *, batch: int, wait_s: float, waiting: int
+        self, compute: Callable[[Tensor], Tensor], *, batch_size: int, wait_s: float, queue_size: int
     ) -> None:
-        self._compute, self._batch, self._wait_s, self._room = compute, batch, wait_s, waiting
+        self._compute, self._batch_size, self._wait_s, self._queue_size = (
+            compute,
+            batch_size,
+            wait_s,
+            queue_size,
+        )
         self._queue: deque[tuple[Tensor, Future[Row]]] = deque()
         self._changed = threading.Condition()
         self._expected, self._stopping = 0, False
-        self._thread = threading.Thread(target=self._work, name="judge", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -63,7 +68,7 @@ class Batcher:
         return self._thread.is_alive() and not self._stopping
 
     @contextmanager
-    def expecting(self) -> Iterator[None]:
+    def expect_images(self) -> Iterator[None]:
         """Say that images are about to be submitted, which a batch may wait for."""
         with self._changed:
             self._expected += 1
@@ -84,14 +89,14 @@ class Batcher:
         """
         futures: list[Future[Row]] = [Future() for _ in images]
         with self._changed:
-            if self._stopping or len(self._queue) + len(images) > self._room:
-                raise Full
+            if self._stopping or len(self._queue) + len(images) > self._queue_size:
+                raise QueueFull
             self._queue.extend(zip(images, futures, strict=True))
             self._changed.notify_all()
         return futures
 
-    def _work(self) -> None:
-        while (taken := self._next()) is not None:
+    def _run(self) -> None:
+        while (taken := self._next_batch()) is not None:
             wanted = [(image, future) for image, future in taken if future.set_running_or_notify_cancel()]
             if not wanted:
                 continue
@@ -104,16 +109,16 @@ class Batcher:
                 for (_, future), row in zip(wanted, found, strict=True):
                     future.set_result(tuple(row))
 
-    def _next(self) -> list[tuple[Tensor, Future[Row]]] | None:
+    def _next_batch(self) -> list[tuple[Tensor, Future[Row]]] | None:
         """The next batch; None when there is none and will be none."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
             end = time.monotonic() + self._wait_s
-            while self._expected and len(self._queue) < self._batch and not self._stopping:
+            while self._expected and len(self._queue) < self._batch_size and not self._stopping:
                 left = end - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)
             if not self._queue:
                 return None
-            return [self._queue.popleft() for _ in range(min(self._batch, len(self._queue)))]
+            return [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]

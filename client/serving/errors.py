@@ -15,7 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-__all__ = ["PROBLEMS", "Problem", "ProblemDetails", "Quiet", "answer_problems", "documented"]
+__all__ = [
+    "PROBLEMS",
+    "Problem",
+    "ProblemDetails",
+    "RedactErrors",
+    "add_problem_handlers",
+    "problem_responses",
+]
 
 logger = logging.getLogger("fedsigma.serving")
 
@@ -24,37 +31,45 @@ RETRY_S = 1
 
 
 @dataclass(frozen=True)
-class Kind:
+class ProblemType:
     """A kind of problem: its status, what it means, a header of its answer, whether the connection ends."""
 
     status: HTTPStatus
     meaning: str
     header: tuple[str, str] | None = None
-    ends: bool = False
+    closes_connection: bool = False
 
 
 _RETRY = ("Retry-After", str(RETRY_S))
 PROBLEMS = {
-    "malformed": Kind(HTTPStatus.BAD_REQUEST, "The form cannot be read, or has no file named `images`."),
-    "unauthorized": Kind(
+    "malformed": ProblemType(
+        HTTPStatus.BAD_REQUEST, "The form cannot be read, or has no file named `images`."
+    ),
+    "unauthorized": ProblemType(
         HTTPStatus.UNAUTHORIZED, "The bearer token is missing or wrong.", ("WWW-Authenticate", "Bearer")
     ),
-    "body-too-slow": Kind(HTTPStatus.REQUEST_TIMEOUT, "The body did not arrive in time.", ends=True),
-    "body-too-large": Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body has too many bytes."),
-    "too-many-images": Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "There are too many images or frames."),
-    "too-many-pixels": Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "An image has too many pixels."),
-    "not-a-form": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body is not multipart/form-data."),
-    "not-an-image": Kind(
+    "body-too-slow": ProblemType(
+        HTTPStatus.REQUEST_TIMEOUT, "The body did not arrive in time.", closes_connection=True
+    ),
+    "body-too-large": ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body has too many bytes."),
+    "too-many-images": ProblemType(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "There are too many images or frames."
+    ),
+    "too-many-pixels": ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "An image has too many pixels."),
+    "not-a-form": ProblemType(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body is not multipart/form-data."),
+    "not-an-image": ProblemType(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is, by its first bytes, no image of a kind that is read."
     ),
-    "unreadable-image": Kind(
+    "unreadable-image": ProblemType(
         HTTPStatus.UNPROCESSABLE_ENTITY, "An image of a known kind is damaged or of a form that is not read."
     ),
-    "too-many-requests": Kind(
+    "too-many-requests": ProblemType(
         HTTPStatus.TOO_MANY_REQUESTS, "This client has too many requests under way.", _RETRY
     ),
-    "failed": Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault of the service."),
-    "busy": Kind(HTTPStatus.SERVICE_UNAVAILABLE, "The service has too much to do, or is stopping.", _RETRY),
+    "failed": ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault of the service."),
+    "busy": ProblemType(
+        HTTPStatus.SERVICE_UNAVAILABLE, "The service has too much to do, or is stopping.", _RETRY
+    ),
 }
 
 
@@ -101,32 +116,32 @@ def _details(status: int, code: str, detail: str, image: int | None = None) -> d
     return found.model_dump(exclude_none=True)
 
 
-def _answer(details: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
+def _problem_response(details: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse(details, details["status"], headers, MEDIA_TYPE)
 
 
-def answer_problems(app: FastAPI) -> None:
+def add_problem_handlers(app: FastAPI) -> None:
     """Have every error of an app answered as a problem."""
 
     async def known(_: Request, problem: Exception) -> Response:
         assert isinstance(problem, Problem)
         kind = PROBLEMS[problem.code]
         headers = dict([kind.header] if kind.header else [])
-        if kind.ends:
+        if kind.closes_connection:
             headers["Connection"] = "close"
-        return _answer(_details(kind.status, problem.code, problem.detail, problem.image), headers)
+        return _problem_response(_details(kind.status, problem.code, problem.detail, problem.image), headers)
 
     async def by_status(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         phrase = _phrase(error.status_code)
         code = phrase.lower().replace(" ", "-")
-        return _answer(_details(error.status_code, code, f"{phrase}."), error.headers)
+        return _problem_response(_details(error.status_code, code, f"{phrase}."), error.headers)
 
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody reads it
 
     async def unexpected(_: Request, __: Exception) -> Response:
-        return _answer(_details(500, "failed", "A fault of the service; its log names the kind."))
+        return _problem_response(_details(500, "failed", "A fault of the service; its log names the kind."))
 
     app.add_exception_handler(Problem, known)
     app.add_exception_handler(HTTPException, by_status)
@@ -134,7 +149,7 @@ def answer_problems(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-class Quiet:
+class RedactErrors:
     """Around an app: an unexpected error is logged by its type alone.
 
     Its text and its trace can hold what was in a request.
@@ -154,7 +169,7 @@ class Quiet:
             logger.error("unexpected %s", type(error).__name__)
 
 
-def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
+def problem_responses(*codes: str) -> dict[int | str, dict[str, Any]]:
     """The problems of an operation, as its OpenAPI responses."""
     found: dict[int | str, dict[str, Any]] = {}
     for code in codes:

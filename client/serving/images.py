@@ -12,17 +12,17 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from fedsigma.client.inference.predictor import prepared
+from fedsigma.client.inference.predictor import preprocess
 from fedsigma.client.serving.errors import Problem
 from fedsigma.client.serving.limits import Limits
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.data.records import to_rgb
 from fedsigma.common.data.sources.dicom import Slices
 
-__all__ = ["MEDIA_TYPES", "decode", "restrain"]
+__all__ = ["MEDIA_TYPES", "decode_image", "restrict_decoders"]
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/dicom")
-_BEGINNINGS = {
+_SIGNATURES = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"II*\0": "TIFF",
@@ -33,7 +33,7 @@ _BEGINNINGS = {
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
-def restrain(pixels: int) -> None:
+def restrict_decoders(pixels: int) -> None:
     """Have the libraries that decode refuse larger pictures, and say nothing, in the whole process.
 
     Their warnings quote what is in a file, such as a name.
@@ -45,7 +45,7 @@ def restrain(pixels: int) -> None:
         logging.getLogger(name).disabled = True
 
 
-def decode(content: bytes, backbone: Backbone, limits: Limits, number: int) -> list[Tensor]:
+def decode_image(content: bytes, backbone: Backbone, limits: Limits, number: int) -> list[Tensor]:
     """The frames of an image as the model sees them, each uint8 (3, image_size, image_size).
 
     Args:
@@ -57,16 +57,18 @@ def decode(content: bytes, backbone: Backbone, limits: Limits, number: int) -> l
     Raises:
         Problem: it is no image that is read, too large, or damaged.
     """
-    kind = _kind(content)
+    kind = _detect_format(content)
     if kind is None or (kind == "DICOM" and importlib.util.find_spec("pydicom") is None):
-        raise Problem("not-an-image", f"Image {number} is none of {', '.join(_read_here())}.", image=number)
+        raise Problem(
+            "not-an-image", f"Image {number} is none of {', '.join(_supported_formats())}.", image=number
+        )
     frames = _slices(content, limits, number) if kind == "DICOM" else _picture(content, kind, limits, number)
     try:
-        return [prepared(backbone, to_rgb(frame)) for frame in frames]
+        return [preprocess(backbone, to_rgb(frame)) for frame in frames]
     except Problem:
         raise
     except (Image.DecompressionBombError, MemoryError):
-        raise _too_many(limits, number) from None
+        raise _too_many_pixels(limits, number) from None
     # Decoders of hostile bytes fail in every way there is; what they say can hold what they read.
     except Exception:
         raise Problem(
@@ -74,14 +76,14 @@ def decode(content: bytes, backbone: Backbone, limits: Limits, number: int) -> l
         ) from None
 
 
-def _kind(content: bytes) -> str | None:
+def _detect_format(content: bytes) -> str | None:
     if content[128:132] == b"DICM":
         return "DICOM"
-    return next((kind for start, kind in _BEGINNINGS.items() if content.startswith(start)), None)
+    return next((kind for start, kind in _SIGNATURES.items() if content.startswith(start)), None)
 
 
-def _read_here() -> list[str]:
-    kinds = sorted(set(_BEGINNINGS.values()))
+def _supported_formats() -> list[str]:
+    kinds = sorted(set(_SIGNATURES.values()))
     return [*kinds, "DICOM"] if importlib.util.find_spec("pydicom") else kinds
 
 
@@ -91,7 +93,7 @@ def _picture(content: bytes, kind: str, limits: Limits, number: int) -> Iterator
     tags: Any = getattr(picture, "tag_v2", {})
     tile = int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
     if max(picture.width * picture.height, tile) > limits.pixels:
-        raise _too_many(limits, number)
+        raise _too_many_pixels(limits, number)
     yield picture
 
 
@@ -110,7 +112,7 @@ def _slices(content: bytes, limits: Limits, number: int) -> Iterator[Image.Image
             image=number,
         )
     if int(slices.dataset.Rows) * int(slices.dataset.Columns) > limits.pixels:
-        raise _too_many(limits, number)
+        raise _too_many_pixels(limits, number)
     for frame in range(slices.frames):
         yield slices.image(frame)
 
@@ -126,6 +128,6 @@ def _deflated(content: bytes) -> bool:
     return bool(head.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian)
 
 
-def _too_many(limits: Limits, number: int) -> Problem:
+def _too_many_pixels(limits: Limits, number: int) -> Problem:
     detail = f"Image {number} has more than {limits.pixels} pixels: make a smaller copy."
     return Problem("too-many-pixels", detail, image=number)

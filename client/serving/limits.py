@@ -11,7 +11,7 @@ from fedsigma.common.utils.errors import FedSigmaError
 
 __all__ = ["Limits", "ServeError", "check_exposure", "is_loopback", "read_token"]
 
-LEAST_TOKEN = 16
+MIN_TOKEN_LENGTH = 16
 GRACE_S = 5
 
 
@@ -37,8 +37,8 @@ class Limits:
     pixels: int = 25_000_000
     requests: int = 32
     per_client: int = 16
-    waiting: int = 256
-    batch: int = 32
+    queue_size: int = 256
+    batch_size: int = 32
     wait_s: float = 0.005
     timeout_s: float = 60.0
 
@@ -52,10 +52,10 @@ class Limits:
             value, least = getattr(self, one.name), 0 if one.name == "wait_s" else 1e-9
             if not (math.isfinite(value) and value >= least):
                 raise ServeError(f"the limit {one.name} is {value}, expected a positive number")
-        if self.waiting < self.images:
+        if self.queue_size < self.images:
             raise ServeError(
-                f"the queue takes {self.waiting} images and a request {self.images}: lengthen the queue, or"
-                " such a request is never judged"
+                f"the queue holds {self.queue_size} images and a request may have {self.images}: expected a"
+                " queue_size of at least as many"
             )
 
 
@@ -66,10 +66,10 @@ def read_token(path: Path) -> str:
         ServeError: it is too short, or something else.
     """
     token = path.read_bytes().strip()
-    if len(token) < LEAST_TOKEN or not all(33 <= byte <= 126 for byte in token):
+    if len(token) < MIN_TOKEN_LENGTH or not all(33 <= byte <= 126 for byte in token):
         raise ServeError(
-            f"{path} holds no token: expected one line of at least {LEAST_TOKEN} visible ASCII characters,"
-            " such as `openssl rand -hex 32` prints"
+            f"{path} holds no token: expected one line of at least {MIN_TOKEN_LENGTH} visible ASCII"
+            " characters, such as the output of `openssl rand -hex 32`"
         )
     return token.decode("ascii")
 

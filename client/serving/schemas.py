@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-__all__ = ["NOTICE", "CalibrationInfo", "Health", "Judgement", "LimitsInfo", "ModelInfo", "Predictions"]
+__all__ = ["NOTICE", "CalibrationInfo", "Health", "ImagePrediction", "LimitsInfo", "ModelInfo", "Predictions"]
 
 NOTICE = "For research, not for clinical use: this is no medical device."
 
@@ -15,7 +15,7 @@ class Health(BaseModel):
     status: str = Field(description="Always ok.", examples=["ok"])
 
 
-class Judgement(BaseModel):
+class ImagePrediction(BaseModel):
     """What is said of one image."""
 
     image: int = Field(description="Which image of the request, counted from 1.", examples=[1])
@@ -37,7 +37,7 @@ class Predictions(BaseModel):
     """The judgements of a request, in the order of its images."""
 
     model: str = Field(description="NAME@N, or the study.", examples=["white-cells@3"])
-    results: list[Judgement]
+    results: list[ImagePrediction]
     notice: str = Field(description="What it may be used for.", examples=[NOTICE])
 
 

@@ -13,23 +13,23 @@ from pathlib import Path
 from torch import Tensor
 
 from fedsigma.client.inference.calibration import Calibration
-from fedsigma.client.inference.loaded_model import LoadedModel, located
+from fedsigma.client.inference.loaded_model import LoadedModel, resolve_model_path
 from fedsigma.client.inference.predictor import Predictor
-from fedsigma.client.serving.batching import Batcher, Full
+from fedsigma.client.serving.batching import Batcher, QueueFull
 from fedsigma.client.serving.errors import Problem
-from fedsigma.client.serving.images import decode
+from fedsigma.client.serving.images import decode_image
 from fedsigma.client.serving.limits import Limits
 from fedsigma.client.serving.schemas import (
     NOTICE,
     CalibrationInfo,
-    Judgement,
+    ImagePrediction,
     LimitsInfo,
     ModelInfo,
     Predictions,
 )
 from fedsigma.common import __version__
 
-__all__ = ["Service", "describe"]
+__all__ = ["Service", "describe_model"]
 
 
 class Service:
@@ -43,14 +43,17 @@ class Service:
     """
 
     def __init__(
-        self, judge: Predictor, info: ModelInfo, limits: Limits, *, token: str | None = None
+        self, predictor: Predictor, info: ModelInfo, limits: Limits, *, token: str | None = None
     ) -> None:
-        self.judge, self.info, self.limits, self.token = judge, info, limits, token
+        self.predictor, self.info, self.limits, self.token = predictor, info, limits, token
         self.batcher = Batcher(
-            judge.probabilities, batch=limits.batch, wait_s=limits.wait_s, waiting=limits.waiting
+            predictor.probabilities,
+            batch_size=limits.batch_size,
+            wait_s=limits.wait_s,
+            queue_size=limits.queue_size,
         )
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
-        self._under_way = Counter[str]()
+        self._active = Counter[str]()
 
     def start(self) -> None:
         """Start judging."""
@@ -62,70 +65,71 @@ class Service:
         self._decoders.shutdown()
 
     @contextmanager
-    def admitted(self, client: str) -> Iterator[None]:
+    def admit(self, client: str) -> Iterator[None]:
         """Let a request in, and count it while it is under way.
 
         Raises:
             Problem: this client, or all together, have too many.
         """
-        if self._under_way.total() >= self.limits.requests:
+        if self._active.total() >= self.limits.requests:
             raise Problem("busy", f"{self.limits.requests} requests are under way: try again later.")
-        if self._under_way[client] >= self.limits.per_client:
+        if self._active[client] >= self.limits.per_client:
             raise Problem(
                 "too-many-requests", f"{self.limits.per_client} of your requests are under way: wait for one."
             )
-        self._under_way[client] += 1
+        self._active[client] += 1
         try:
             yield
         finally:
-            self._under_way[client] -= 1
-            self._under_way += Counter()  # forgets those at zero
+            self._active[client] -= 1
+            self._active += Counter()  # forgets those at zero
 
-    async def judged(self, contents: Sequence[bytes]) -> Predictions:
+    async def predict(self, contents: Sequence[bytes]) -> Predictions:
         """Judge images, each by the mean of its frames.
 
         Raises:
             Problem: an image cannot be judged, there are too many frames, or the queue is full.
         """
-        with self.batcher.expecting():
-            images = await self._decoded(contents)
+        with self.batcher.expect_images():
+            images = await self._decode(contents)
             together = sum(map(len, images))
             if together > self.limits.images:
                 most = f"at most {self.limits.images} are judged in a request"
                 raise Problem("too-many-images", f"The images have {together} frames, {most}.")
             try:
                 futures = self.batcher.submit([frame for frames in images for frame in frames])
-            except Full:
+            except QueueFull:
                 raise Problem("busy", "The queue is full, or the service is stopping: try later.") from None
         rows = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
         results = [
-            self._judgement(number, [next(rows) for _ in frames]) for number, frames in enumerate(images, 1)
+            self._image_prediction(number, [next(rows) for _ in frames])
+            for number, frames in enumerate(images, 1)
         ]
         return Predictions(model=self.info.model, results=results, notice=NOTICE)
 
-    async def _decoded(self, contents: Sequence[bytes]) -> list[list[Tensor]]:
+    async def _decode(self, contents: Sequence[bytes]) -> list[list[Tensor]]:
         loop = asyncio.get_running_loop()
         return await asyncio.gather(
             *(
                 loop.run_in_executor(
-                    self._decoders, decode, content, self.judge.backbone, self.limits, number
+                    self._decoders, decode_image, content, self.predictor.backbone, self.limits, number
                 )
                 for number, content in enumerate(contents, 1)
             )
         )
 
-    def _judgement(self, number: int, rows: Sequence[tuple[float, ...]]) -> Judgement:
+    def _image_prediction(self, number: int, rows: Sequence[tuple[float, ...]]) -> ImagePrediction:
         mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        return Judgement(
+        return ImagePrediction(
             image=number,
-            prediction=self.judge.name(mean),
-            probabilities=dict(zip(self.judge.classes, mean, strict=True)),
+            prediction=self.predictor.choose_class(mean),
+            probabilities=dict(zip(self.predictor.classes, mean, strict=True)),
             frames=len(rows),
         )
 
 
-def describe(
-    path: Path, restored: LoadedModel, calibration: Calibration | None, least: float, limits: Limits
+def describe_model(
+    path: Path, model: LoadedModel, calibration: Calibration | None, abstain_below: float, limits: Limits
 ) -> ModelInfo:
     """What a service says of its model.
 
@@ -141,8 +145,8 @@ def describe(
     """
     from fedsigma.common.registry.manifest import MANIFEST, Manifest, digest_of
 
-    place = located(path)
-    study, file = restored.study, place / "sigma.safetensors" if place.is_dir() else place
+    place = resolve_model_path(path)
+    study, file = model.study, place / "sigma.safetensors" if place.is_dir() else place
     version = Manifest.read(place).reference if (place / MANIFEST).is_file() else study.name
     known = None
     if calibration is not None:
@@ -150,14 +154,14 @@ def describe(
     return ModelInfo(
         model=version,
         study=study.name,
-        round=restored.saved.round,
-        personal_round=restored.own_round,
+        round=model.saved.round,
+        personal_round=model.personal_round,
         classes=list(study.classes),
         backbone=study.backbone,
-        backbone_digest=restored.backbone.digest,
+        backbone_digest=model.backbone.digest,
         digest=digest_of(file.read_bytes()),
         calibration=known,
-        abstain_below=least,
+        abstain_below=abstain_below,
         limits=LimitsInfo.model_validate(limits, from_attributes=True),
         fedsigma=__version__,
         notice=NOTICE,

@@ -12,7 +12,7 @@ from python_multipart.multipart import parse_options_header
 from fedsigma.client.serving.errors import Problem
 from fedsigma.client.serving.limits import Limits
 
-__all__ = ["FIELD", "received"]
+__all__ = ["FIELD", "read_images"]
 
 FIELD = "images"
 
@@ -73,7 +73,7 @@ class _Form:
         self.complete = True
 
 
-async def received(request: Request, limits: Limits) -> list[bytes]:
+async def read_images(request: Request, limits: Limits) -> list[bytes]:
     """The contents of the files named `images` of a form.
 
     Raises:
@@ -87,7 +87,7 @@ async def received(request: Request, limits: Limits) -> list[bytes]:
         raise Problem("malformed", "The header Content-Type names no boundary.")
     try:
         form = _Form(boundary, limits.images)
-        async for chunk in _counted(request, limits.body_bytes):
+        async for chunk in _stream_body(request, limits.body_bytes):
             form.write(chunk)
     except FormParserError:
         raise Problem("malformed", "The form cannot be read: see RFC 7578.") from None
@@ -96,7 +96,7 @@ async def received(request: Request, limits: Limits) -> list[bytes]:
     return [bytes(part) for part in form.parts]
 
 
-async def _counted(request: Request, most: int) -> AsyncIterator[bytes]:
+async def _stream_body(request: Request, most: int) -> AsyncIterator[bytes]:
     """The body, until it is too long; what Content-Length says is believed only where it says too much."""
     told = request.headers.get("content-length", "")
     large = told.isdecimal() and len(told) < 20 and int(told) > most

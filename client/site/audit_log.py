@@ -23,7 +23,7 @@ class AuditLog:
     def __init__(self, path: Path) -> None:
         self._log = HashChainedLog(path)
 
-    def record(self, asked: Mapping[str, Any], left: Mapping[str, Any]) -> None:
+    def record(self, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
         """Write down what was asked and what is about to leave, and make sure that it is on the disk.
 
         Args:
@@ -34,4 +34,4 @@ class AuditLog:
             OSError, ChainBroken: the line cannot be written, or an earlier one was removed; the reply must
                 then not be sent.
         """
-        self._log.append({"time": round(time.time(), 3), "asked": dict(asked), "left": describe(left)})
+        self._log.append({"time": round(time.time(), 3), "asked": dict(request), "left": describe(reply)})

@@ -42,11 +42,11 @@ class ErrorFeedback:
             return np.zeros(layout.size, np.float32)
         return np.frombuffer(cast(bytes, kept["lost"]), "<f4").astype(np.float32)
 
-    def store(self, lost: Vector, layout: Layout, *, round: int) -> None:
+    def store(self, residual: Vector, layout: Layout, *, round: int) -> None:
         """Keep what coding lost in a round."""
-        if not lost.any():
+        if not residual.any():
             self._state.pop(_RECORD, None)
             return
         self._state[_RECORD] = ConfigRecord(
-            {"layout": layout.digest, "round": round, "lost": lost.astype("<f4").tobytes()}
+            {"layout": layout.digest, "round": round, "lost": residual.astype("<f4").tobytes()}
         )

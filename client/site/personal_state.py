@@ -18,7 +18,7 @@ from fedsigma.common.utils.files import write_atomic
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Fingerprint, ParameterPartition
 
-__all__ = ["FORMAT", "PersonalError", "PersonalState", "read_personal", "safe_name"]
+__all__ = ["FORMAT", "PersonalError", "PersonalState", "read_personal_values", "safe_name"]
 
 FORMAT = "fedsigma-personal-1"
 Vector = NDArray[np.float32]
@@ -29,8 +29,8 @@ class PersonalError(FedSigmaError, ValueError):
     """A file of personal values that is damaged or belongs to something else; the text says what to do."""
 
 
-def read_personal(
-    path: Path, split: ParameterPartition, fingerprint: Fingerprint, *, study: str, run: str
+def read_personal_values(
+    path: Path, partition: ParameterPartition, fingerprint: Fingerprint, *, study: str, run: str
 ) -> tuple[int, Vector, Vector]:
     """Read a file of personal values.
 
@@ -61,14 +61,14 @@ def read_personal(
                 f"{path} holds the values of {what} {told.get(what)!r}, this one's {what} is {wanted!r}: name"
                 " the file of the same study and run"
             )
-    if told.get("layout") != split.full.digest or told.get("shared") != split.shared.digest:
+    if told.get("layout") != partition.full.digest or told.get("shared") != partition.shared.digest:
         raise PersonalError(f"{path} was made with other parts personal: it does not fit this study")
     if told.get("weights") != _weights(fingerprint):
         raise PersonalError(f"{path} was trained on another backbone: it does not fit this study")
     for values in (before, after):
-        fits = values.shape == (split.personal_size,) and values.dtype == np.float32
+        fits = values.shape == (partition.personal_size,) and values.dtype == np.float32
         if not fits or not bool(np.isfinite(values).all()):
-            raise PersonalError(f"{path} holds no {split.personal_size} finite values: put back a backup")
+            raise PersonalError(f"{path} holds no {partition.personal_size} finite values: put back a backup")
     if not told.get("round", "").isdecimal():
         raise PersonalError(f"{path} says round {told.get('round')!r}, expected a whole number")
     return int(told["round"]), before, after
@@ -98,28 +98,28 @@ class PersonalState:
     """
 
     def __init__(
-        self, folder: Path, *, study: str, run: str, split: ParameterPartition, fingerprint: Fingerprint
+        self, folder: Path, *, study: str, run: str, partition: ParameterPartition, fingerprint: Fingerprint
     ) -> None:
         self.path = folder / f"{safe_name(study)}-{run}.safetensors"
         self._study, self._run = study, run
-        self._split, self._fingerprint = split, fingerprint
+        self._partition, self._fingerprint = partition, fingerprint
 
-    def now(self) -> Vector:
+    def current(self) -> Vector:
         """The values after the last round; zeros before the first."""
         return self._read()[2]
 
-    def start(self, round: int) -> Vector:
+    def initial(self, round: int) -> Vector:
         """The values that a round starts from."""
         last, before, after = self._read()
         if round == 1:
-            return np.zeros(self._split.personal_size, np.float32)
-        if not last and self._split.personal_size:
+            return np.zeros(self._partition.personal_size, np.float32)
+        if not last and self._partition.personal_size:
             log.warning("round %s finds no personal values in %s and starts from zeros", round, self.path)
         if round < last:
             log.warning("round %s is asked for, the personal values are those after round %s", round, last)
         return before if round == last else after
 
-    def keep(self, before: Vector, after: Vector, *, round: int) -> None:
+    def store(self, before: Vector, after: Vector, *, round: int) -> None:
         """Keep what a round has made of the values.
 
         Raises:
@@ -127,8 +127,8 @@ class PersonalState:
         """
         told: dict[str, Any] = {
             "format": FORMAT,
-            "layout": self._split.full.digest,
-            "shared": self._split.shared.digest,
+            "layout": self._partition.full.digest,
+            "shared": self._partition.shared.digest,
             "weights": _weights(self._fingerprint),
             "study": self._study,
             "run": self._run,
@@ -138,7 +138,9 @@ class PersonalState:
         write_atomic(self.path, save(arrays, metadata=told))
 
     def _read(self) -> tuple[int, Vector, Vector]:
-        if self._split.personal_size == 0 or not self.path.exists():
-            zeros = np.zeros(self._split.personal_size, np.float32)
+        if self._partition.personal_size == 0 or not self.path.exists():
+            zeros = np.zeros(self._partition.personal_size, np.float32)
             return 0, zeros, zeros
-        return read_personal(self.path, self._split, self._fingerprint, study=self._study, run=self._run)
+        return read_personal_values(
+            self.path, self._partition, self._fingerprint, study=self._study, run=self._run
+        )

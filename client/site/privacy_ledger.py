@@ -17,7 +17,7 @@ from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.hash_chain import HashChainedLog, LogTampered
 
-__all__ = ["Entry", "LedgerDamaged", "PrivacyBudgetSpent", "PrivacyLedger"]
+__all__ = ["LedgerDamaged", "LedgerEntry", "PrivacyBudgetSpent", "PrivacyLedger"]
 
 
 # The server sees the names of these types and nothing else.
@@ -30,7 +30,7 @@ class LedgerDamaged(FedSigmaError, ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class LedgerEntry:
     """One line: for which study and run, what is hidden, and the release."""
 
     study: str
@@ -38,7 +38,7 @@ class Entry:
     round: int
     mode: str
     level: str
-    release: PrivacyEvent
+    event: PrivacyEvent
 
 
 class PrivacyLedger:
@@ -52,7 +52,7 @@ class PrivacyLedger:
         self.path = path
         self._log = HashChainedLog(path)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[LedgerEntry]:
         """Everything released so far.
 
         Raises:
@@ -61,7 +61,9 @@ class PrivacyLedger:
         with _damage(self.path):
             return [_entry(values) for values in self._log.lines()]
 
-    def charge(self, entry: Entry, privacy: PrivacyConfig, *, budget: float | None, delta: float) -> float:
+    def charge(
+        self, entry: LedgerEntry, privacy: PrivacyConfig, *, budget: float | None, delta: float
+    ) -> float:
         """Write down a release if the budgets allow it.
 
         Args:
@@ -79,13 +81,13 @@ class PrivacyLedger:
         """
         with _damage(self.path), self._log.opened() as log:
             after = [*map(_entry, log.lines()), entry]
-            spent = epsilon([e.release for e in after if e.study == entry.study], privacy.delta)
+            spent = epsilon([e.event for e in after if e.study == entry.study], privacy.delta)
             if spent > privacy.epsilon:
                 raise PrivacyBudgetSpent(
                     f"study '{entry.study}' would have spent epsilon {spent:.2f}, its budget is"
                     f" {privacy.epsilon:g} at delta {privacy.delta:g}"
                 )
-            total = epsilon([e.release for e in after], delta) if budget is not None else 0.0
+            total = epsilon([e.event for e in after], delta) if budget is not None else 0.0
             if budget is not None and total > budget:
                 raise PrivacyBudgetSpent(
                     f"all studies together would have spent epsilon {total:.2f}, site.yaml allows {budget:g}"
@@ -112,7 +114,7 @@ class _NoEntry(ValueError):
     """A line of the ledger does not say what was released."""
 
 
-def _values(entry: Entry) -> dict[str, object]:
+def _values(entry: LedgerEntry) -> dict[str, object]:
     return {
         "time": round(time.time(), 3),
         "study": entry.study,
@@ -120,26 +122,26 @@ def _values(entry: Entry) -> dict[str, object]:
         "round": entry.round,
         "mode": entry.mode,
         "level": entry.level,
-        "rate": entry.release.rate,
-        "noise_multiplier": entry.release.noise_multiplier,
-        "steps": entry.release.steps,
+        "rate": entry.event.rate,
+        "noise_multiplier": entry.event.noise_multiplier,
+        "steps": entry.event.steps,
     }
 
 
-def _entry(values: dict[str, object]) -> Entry:
+def _entry(values: dict[str, object]) -> LedgerEntry:
     try:
         rate, noise, steps = values["rate"], values["noise_multiplier"], values["steps"]
         if not (isinstance(rate, float) and isinstance(noise, float) and isinstance(steps, int)):
             raise TypeError("rate, noise_multiplier and steps are no numbers")
         if not (0 < rate <= 1 and noise > 0 and steps > 0):
             raise ValueError("rate, noise_multiplier or steps cannot be")
-        return Entry(
+        return LedgerEntry(
             study=str(values["study"]),
             run=str(values["run"]),
             round=int(str(values["round"])),
             mode=str(values["mode"]),
             level=str(values["level"]),
-            release=PrivacyEvent(rate=rate, noise_multiplier=noise, steps=steps),
+            event=PrivacyEvent(rate=rate, noise_multiplier=noise, steps=steps),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _NoEntry(error) from None

@@ -34,9 +34,9 @@ from fedsigma.common.wire.records import LOSS_UNIT, MaskedReply, TrainTask, fiel
 if TYPE_CHECKING:
     from fedsigma.client.site.site import Site
 
-__all__ = ["SITE_COUNTS", "MaskFileDamaged", "SecureAggregationClient", "TooManyCohorts", "counts_of"]
+__all__ = ["SITE_COUNTS", "MaskFileDamaged", "SecureAggregationClient", "TooManyCohorts", "make_counts"]
 
-KEEP_S = 60 * 24 * 3600
+RETENTION_S = 60 * 24 * 3600
 """How long a run's file is kept after it was written last: a run may have to wait for other sites."""
 Vector = NDArray[np.float32]
 
@@ -50,7 +50,7 @@ class MaskFileDamaged(FedSigmaError, ValueError):
 
 
 @dataclass
-class _Kept:
+class _RunState:
     """What a site remembers of a run.
 
     private: its key. round: the one that was asked for last; work: a digest of what was to be trained in it;
@@ -60,9 +60,9 @@ class _Kept:
 
     private: bytes
     round: int = 0
-    work: str = ""
-    answered: dict[str, NDArray[np.uint32]] = field(default_factory=dict)
-    change: Vector | None = None
+    task_digest: str = ""
+    replies: dict[str, NDArray[np.uint32]] = field(default_factory=dict)
+    update: Vector | None = None
     counts: list[int] = field(default_factory=list)
 
 
@@ -78,12 +78,12 @@ class SecureAggregationClient:
     def __init__(self, site: Site, study: str, *, run: int) -> None:
         self._site, self._run, self._study = site, run, safe_name(study)
         self.path = site.personal_path / "masks" / f"{self._study}-{run}.masks"
-        self._kept: _Kept
-        self._place: MaskContext
+        self._state: _RunState
+        self._context: MaskContext
         """Of the task that was allowed last."""
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep other processes of the site out, and know what was answered before.
 
         Raises:
@@ -94,17 +94,17 @@ class SecureAggregationClient:
         with self.path.with_suffix(".lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.path.exists():
-                self._kept = _read(self.path)
+                self._state = _read(self.path)
             else:
                 self._remove_old()
-                self._kept = _Kept(X25519PrivateKey.generate().private_bytes_raw())
+                self._state = _RunState(X25519PrivateKey.generate().private_bytes_raw())
                 self._write()
             yield
 
     def member(self) -> Member:
         """This site's entry in a cohort: its key of this run, made at first use, signed by its identity."""
         return secure_aggregation.sign(
-            self._site.identity(), run=self._run, name=self._site.name, key=self._public()
+            self._site.identity(), run=self._run, name=self._site.name, key=self._public_key()
         )
 
     def check_task(self, task: TrainTask) -> None:
@@ -115,63 +115,63 @@ class SecureAggregationClient:
                 with other work to do.
             TooManyCohorts: see there.
         """
-        kept, place = self._kept, self._place_of(task)
-        self._place = place
+        kept, place = self._state, self._make_context(task)
+        self._context = place
         secure_aggregation.check_members(
-            place, self._site.peers(task.study), me=self._site.name, key=self._public()
+            place, self._site.peers(task.study), me=self._site.name, key=self._public_key()
         )
         work = _digest(replace(task, members=(), cohort=1, attempt=0, bound=1.0, most_examples=1)).hex()
-        if task.round == kept.round and place.info.hex() in kept.answered:
+        if task.round == kept.round and place.info.hex() in kept.replies:
             return
-        asked = len(kept.answered) if task.round == kept.round else 0
+        asked = len(kept.replies) if task.round == kept.round else 0
         if asked >= self._site.policy.max_cohorts or kept.round > task.round:
             raise TooManyCohorts(
                 f"round {task.round} was answered for {asked} cohorts, the last round was {kept.round};"
                 f" site.yaml allows {self._site.policy.max_cohorts} a round"
             )
-        if task.round == kept.round and work != kept.work:
+        if task.round == kept.round and work != kept.task_digest:
             raise secure_aggregation.MaskingError(
                 f"round {task.round} is asked for again with other work to do"
             )
         if task.round != kept.round:
-            self._kept = kept = _Kept(kept.private, round=task.round, work=work)
-        kept.answered[place.info.hex()] = np.zeros(0, np.uint32)
+            self._state = kept = _RunState(kept.private, round=task.round, task_digest=work)
+        kept.replies[place.info.hex()] = np.zeros(0, np.uint32)
         self._write()
 
-    def answered(self, task: TrainTask) -> MaskedReply | None:
+    def find_reply(self, task: TrainTask) -> MaskedReply | None:
         """The reply to just this task, if there was one: one mask is for one vector, so none is made anew."""
-        words = self._kept.answered[self._place.info.hex()]
+        words = self._state.replies[self._context.info.hex()]
         return MaskedReply(masked=words.astype("<u4").tobytes(), steps=task.steps) if words.size else None
 
-    def trained(self) -> tuple[Vector, list[int]] | None:
+    def find_update(self) -> tuple[Vector, list[int]] | None:
         """The change and counts of the round that was allowed last, if it was trained for another cohort."""
-        return None if self._kept.change is None else (self._kept.change, self._kept.counts)
+        return None if self._state.update is None else (self._state.update, self._state.counts)
 
-    def keep(self, change: Vector, counts: list[int]) -> None:
+    def store_update(self, update: Vector, counts: list[int]) -> None:
         """Remember what training gave, so that the round need not be trained again for another cohort."""
-        self._kept.change, self._kept.counts = change.astype(np.float32), counts
+        self._state.update, self._state.counts = update.astype(np.float32), counts
         self._write()
 
-    def reply(self, task: TrainTask, change: Vector, counts: list[int]) -> MaskedReply:
+    def make_reply(self, task: TrainTask, update: Vector, counts: list[int]) -> MaskedReply:
         """The masked, weighted change with the counts behind it; it is on the disk before it is returned.
 
         Raises:
             MaskingError: a value or a count has no room in the sum.
         """
-        sites, place = len(task.members), self._place
+        sites, place = len(task.members), self._context
         integers = secure_aggregation.to_integers(
-            change, weight=counts[0], scale=place.scale, bound=place.bound
+            update, weight=counts[0], scale=place.scale, bound=place.bound
         )
         if counts[0] > task.most_examples or max(counts) * sites >= 2**31:
             raise secure_aggregation.MaskingError("a count has no room in the masked sum")
         whole = np.concatenate([integers, np.array(counts, dtype=np.uint32)])
-        private = X25519PrivateKey.from_private_bytes(self._kept.private)
+        private = X25519PrivateKey.from_private_bytes(self._state.private)
         words = secure_aggregation.mask(whole, place, me=self._site.name, private=private)
-        self._kept.answered[place.info.hex()] = words
+        self._state.replies[place.info.hex()] = words
         self._write()
         return MaskedReply(masked=words.astype("<u4").tobytes(), steps=task.steps)
 
-    def _place_of(self, task: TrainTask) -> MaskContext:
+    def _make_context(self, task: TrainTask) -> MaskContext:
         return MaskContext(
             run=self._run,
             round=task.round,
@@ -182,40 +182,40 @@ class SecureAggregationClient:
             task=_digest(task),
         )
 
-    def _public(self) -> bytes:
-        return X25519PrivateKey.from_private_bytes(self._kept.private).public_key().public_bytes_raw()
+    def _public_key(self) -> bytes:
+        return X25519PrivateKey.from_private_bytes(self._state.private).public_key().public_bytes_raw()
 
     def _write(self) -> None:
-        kept = self._kept
+        kept = self._state
         arrays: dict[str, NDArray[Any]] = {"private": np.frombuffer(kept.private, np.uint8)}
-        arrays |= {f"answered.{info}": words for info, words in kept.answered.items()}
-        if kept.change is not None:
-            arrays["change"] = kept.change
-        told = {"round": str(kept.round), "work": kept.work, "counts": json.dumps(kept.counts)}
+        arrays |= {f"answered.{info}": words for info, words in kept.replies.items()}
+        if kept.update is not None:
+            arrays["update"] = kept.update
+        told = {"round": str(kept.round), "work": kept.task_digest, "counts": json.dumps(kept.counts)}
         write_secret(self.path, save(arrays, metadata=told))
 
     def _remove_old(self) -> None:
         """Remove what earlier runs of the study left: a change without noise or mask is in it."""
         for file in self.path.parent.glob(f"{self._study}-*.*"):
-            if time.time() - file.stat().st_mtime > KEEP_S and file != self.path.with_suffix(".lock"):
+            if time.time() - file.stat().st_mtime > RETENTION_S and file != self.path.with_suffix(".lock"):
                 file.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> _Kept:
+def _read(path: Path) -> _RunState:
     try:
         with safe_open(path, framework="np") as file:
             told, names = file.metadata(), set(file.keys())
             prefix = "answered."
-            return _Kept(
+            return _RunState(
                 file.get_tensor("private").tobytes(),
                 round=int(told["round"]),
-                work=told["work"],
-                answered={
+                task_digest=told["work"],
+                replies={
                     name.removeprefix(prefix): file.get_tensor(name)
                     for name in sorted(names)
                     if name.startswith(prefix)
                 },
-                change=file.get_tensor("change") if "change" in names else None,
+                update=file.get_tensor("update") if "update" in names else None,
                 counts=[int(count) for count in json.loads(told["counts"])],
             )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -229,7 +229,7 @@ def _digest(task: TrainTask) -> bytes:
     return bytes.fromhex(digest(fields_of(to_record(task)))["sha256"])
 
 
-def counts_of(*, examples: int, loss: float, test_examples: int, accuracy: float) -> list[int]:
+def make_counts(*, examples: int, loss: float, test_examples: int, accuracy: float) -> list[int]:
     """What is summed beside the change, in the order of `MASKED_COUNTS`.
 
     No loss is told below zero, and one that is not a number, as of private training, counts as zero.

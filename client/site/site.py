@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedsigma.client.site.identity import NoIdentity, read_identity, simulated_identity
 from fedsigma.client.site.personal_state import PersonalState, safe_name
 from fedsigma.client.site.policy import SitePolicy
-from fedsigma.client.site.privacy_ledger import Entry, PrivacyLedger
+from fedsigma.client.site.privacy_ledger import LedgerEntry, PrivacyLedger
 from fedsigma.common.config.constants import PRIVACY_LEVELS
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.data.sources import site_data as data_of
@@ -101,16 +101,16 @@ class Site:
     personal_path: Path
     sites: int = 0
 
-    def check_study(self, setup: StudySpec) -> None:
+    def check_study(self, study: StudySpec) -> None:
         """Refuse a study or backbone that the site's policy does not list.
 
         Raises:
             StudyNotAllowed, BackboneNotAllowed: it is not listed.
         """
-        if "*" not in self.policy.studies and setup.name not in self.policy.studies:
-            raise StudyNotAllowed(f"study '{setup.name}' is not in site.yaml's list of studies")
-        if not self.sites and setup.backbone not in self.policy.backbones:
-            raise BackboneNotAllowed(f"backbone '{setup.backbone}' is not in site.yaml's list of backbones")
+        if "*" not in self.policy.studies and study.name not in self.policy.studies:
+            raise StudyNotAllowed(f"study '{study.name}' is not in site.yaml's list of studies")
+        if not self.sites and study.backbone not in self.policy.backbones:
+            raise BackboneNotAllowed(f"backbone '{study.backbone}' is not in site.yaml's list of backbones")
 
     def check_task(self, task: TrainTask) -> None:
         """Refuse a training task that goes beyond the site's policy.
@@ -139,17 +139,17 @@ class Site:
                 f" level is {task.privacy.level}"
             )
 
-    def personal(self, setup: StudySpec, learner: Trainer, *, run: str) -> PersonalState:
+    def personal_state(self, study: StudySpec, trainer: Trainer, *, run: str) -> PersonalState:
         """Return this site's own part of the shift in a run of a study."""
         return PersonalState(
             self.personal_path,
-            study=setup.name,
+            study=study.name,
             run=run,
-            split=learner.partition(setup.personal_config),
-            fingerprint=learner.fingerprint,
+            partition=trainer.partition(study.personal_config),
+            fingerprint=trainer.fingerprint,
         )
 
-    def charge_privacy(self, task: TrainTask, release: PrivacyEvent, *, run: str) -> float:
+    def charge_privacy(self, task: TrainTask, event: PrivacyEvent, *, run: str) -> float:
         """Write down what is about to be released of this site's images.
 
         Returns:
@@ -159,20 +159,20 @@ class Site:
             PrivacyBudgetSpent: the study's budget or the site's own does not allow it.
             LedgerDamaged: what was spent before is not known.
         """
-        entry = Entry(
+        entry = LedgerEntry(
             study=task.study.name,
             run=run,
             round=task.round,
             mode=task.mode,
             level=task.privacy.level,
-            release=release,
+            event=event,
         )
         policy, path = self.policy, self.ledger_path
         if self.sites:  # the images of a simulation are no patients of a site, so each study begins anew
             path = path.with_stem(f"{path.stem}-{task.run}")
         return PrivacyLedger(path).charge(entry, task.privacy, budget=policy.epsilon, delta=policy.delta)
 
-    def charge_evaluation(self, setup: StudySpec, models: int) -> None:
+    def charge_evaluation(self, study: StudySpec, versions: int) -> None:
         """Write down that so many models are about to be judged on the site's test images.
 
         A score is a function of the images, and whoever may ask for any number of them, of models of their
@@ -185,13 +185,13 @@ class Site:
         if self.sites:
             return
         with HashChainedLog(self.ledger_path.with_name("judged.jsonl")).opened() as log:
-            before = sum(int(line["models"]) for line in log.lines() if line["study"] == setup.name)
-            if before + models > self.policy.max_evaluations:
+            before = sum(int(line["models"]) for line in log.lines() if line["study"] == study.name)
+            if before + versions > self.policy.max_evaluations:
                 raise TooManyEvaluations(
-                    f"{before} models of study '{setup.name}' were judged here, site.yaml allows"
-                    f" {self.policy.max_evaluations}: {models} more are not"
+                    f"{before} models of study '{study.name}' were judged here, site.yaml allows"
+                    f" {self.policy.max_evaluations}: {versions} more are not"
                 )
-            log.append({"time": round(time.time(), 3), "study": setup.name, "models": models})
+            log.append({"time": round(time.time(), 3), "study": study.name, "models": versions})
 
     @property
     def has_identity(self) -> bool:
@@ -210,24 +210,24 @@ class Site:
             raise NoIdentity("site.yaml names no identity")
         return read_identity(self.base / Path(self.policy.identity).expanduser())
 
-    def peers(self, setup: StudySpec) -> dict[str, bytes]:
+    def peers(self, study: StudySpec) -> dict[str, bytes]:
         """Return the public keys of the sites that this one knows, and its own."""
         own = {self.name: self.identity().public_key().public_bytes_raw()}
         if not self.sites:
             return {name: bytes.fromhex(key) for name, key in self.policy.peers.items()} | own
-        _, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
+        _, parts = data_of.simulated_sites(study.data, study.classes, study.seed)
         return {name: simulated_identity(name).public_key().public_bytes_raw() for name in parts}
 
-    def trainer(self, setup: StudySpec) -> Trainer:
+    def trainer(self, study: StudySpec) -> Trainer:
         """Return the learner of this study, with the backbone from where it lies at this site."""
-        backbone = setup.backbone if self.sites else self.policy.backbones[setup.backbone]
-        return open_trainer(backbone, setup.sigma, setup.classes, setup.prompts)
+        backbone = study.backbone if self.sites else self.policy.backbones[study.backbone]
+        return open_trainer(backbone, study.sigma, study.classes, study.prompts)
 
-    def images(self, setup: StudySpec, *, side: int) -> SiteData:
+    def images(self, study: StudySpec, *, side: int) -> SiteData:
         """Return the site's training and test images, kept between messages. Units: side in pixels."""
-        key = self, setup, side
+        key = self, study, side
         if key not in _kept:
-            _kept[key] = _load(self, setup, side)
+            _kept[key] = _load(self, study, side)
             while len(_kept) > 1 and sum(map(_bytes, _kept.values())) > MOST_IMAGE_BYTES:
                 del _kept[next(iter(_kept))]
         return _kept[key]
@@ -276,7 +276,7 @@ def _load(site: Site, setup: StudySpec, side: int) -> SiteData:
     )
 
 
-def open_site(node_config: Mapping[str, Any], setup: StudySpec, *, run: str) -> Site:
+def open_site(node_config: Mapping[str, Any], study: StudySpec, *, run: str) -> Site:
     """Find out which site this process is.
 
     A node with `site-config` (or the environment variable FEDSIGMA_SITE) is a real site; a node that has
@@ -298,9 +298,9 @@ def open_site(node_config: Mapping[str, Any], setup: StudySpec, *, run: str) -> 
             ledger_path=path.parent / Path(policy.ledger).expanduser(),
             personal_path=path.parent / Path(policy.personal).expanduser(),
         )
-    if "partition-id" not in node_config or not setup.data:
+    if "partition-id" not in node_config or not study.data:
         raise ConfigError("this node has no site.yaml: start it with --node-config 'site-config=\"PATH\"'")
-    _, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
+    _, parts = data_of.simulated_sites(study.data, study.classes, study.seed)
     federation = int(node_config["num-partitions"])
     if federation != len(parts):
         raise SiteCountDiffers(sites=len(parts), federation=federation)

@@ -72,10 +72,10 @@ def budget(
     policy = SitePolicy.read(file)
     entries = PrivacyLedger(file.resolve().parent / Path(policy.ledger).expanduser()).entries()
     studies = {
-        study: epsilon([e.release for e in entries if e.study == study], policy.delta)
+        study: epsilon([e.event for e in entries if e.study == study], policy.delta)
         for study in sorted({e.study for e in entries})
     }
-    total = epsilon([e.release for e in entries], policy.delta)
+    total = epsilon([e.event for e in entries], policy.delta)
     if as_json:
         values = {"studies": studies, "all": total, "budget": policy.epsilon, "delta": policy.delta}
         typer.echo(json.dumps(values, indent=2))
@@ -231,12 +231,12 @@ def predict(
 
     Example: fedsigma predict runs/demo pictures --out predictions.csv
     """
-    from fedsigma.client.inference.batch import predict as judge
+    from fedsigma.client.inference.batch import predict_folder as judge
     from fedsigma.client.inference.calibration import Calibration
     from fedsigma.client.inference.loaded_model import load_model
 
     restored = load_model(run, backbone, personal)
-    known = Calibration.read_for(restored, calibration)
+    known = Calibration.load_for(restored, calibration)
     unreadable = judge(
         restored,
         folder,
@@ -244,14 +244,14 @@ def predict(
         batch_size=batch_size,
         progress=True,
         temperature=known.temperature if known else 1.0,
-        least=abstain_below,
+        abstain_below=abstain_below,
         by_series=series,
     )
     typer.echo(f"Wrote {out}.")
     if maps is not None:
         from fedsigma.client.inference.attribution import write_maps
 
-        typer.echo(f"Wrote {write_maps(restored, folder, maps, most=most_maps)} maps into {maps}.")
+        typer.echo(f"Wrote {write_maps(restored, folder, maps, limit=most_maps)} maps into {maps}.")
     if unreadable:
         for line in unreadable:
             typer.echo(f"Could not read {line}", err=True)

@@ -166,7 +166,7 @@ def curve(
 
     Example: fedsigma models curve white-cells@3 --data folder:cells
     """
-    from fedsigma.client.inference.interpolation import curve as judge
+    from fedsigma.client.inference.interpolation import evaluate_curve as judge
     from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.data.sources.registry import open_source
     from fedsigma.common.registry.publish import load

@@ -80,7 +80,7 @@ def serve(
     if model is None:
         raise typer.BadParameter("name a MODEL, or --openapi FILE")
     from fedsigma.client.serving.app import asgi
-    from fedsigma.client.serving.images import restrain
+    from fedsigma.client.serving.images import restrict_decoders
     from fedsigma.client.serving.limits import Limits, check_exposure, read_token
     from fedsigma.common.ops.web import check_tls, listening, run, server
 
@@ -90,15 +90,15 @@ def serve(
         pixels=int(max_megapixels * 1e6),
         requests=max_requests,
         per_client=per_client,
-        waiting=queue,
-        batch=batch_size,
+        queue_size=queue,
+        batch_size=batch_size,
         wait_s=wait_ms / 1000,
         timeout_s=timeout,
     )
     token = read_token(token_file) if token_file else None
     check_exposure(host, token=token is not None, open_to_all=open_to_all)
     check_tls(certificate, key)
-    restrain(limits.pixels)
+    restrict_decoders(limits.pixels)
     service = _service(model, backbone, personal, calibration, abstain_below, limits, token)
     with listening(host, port, remedy="name a free one with --host and --port") as place:
         scheme, name = "https" if certificate else "http", f"[{host}]" if ":" in host else host
@@ -123,13 +123,13 @@ def _service(
     from fedsigma.client.inference.calibration import Calibration
     from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.client.inference.predictor import Predictor
-    from fedsigma.client.serving.service import Service, describe
+    from fedsigma.client.serving.service import Service, describe_model
 
     restored = load_model(model, backbone, personal)
-    known = Calibration.read_for(restored, calibration)
-    info = describe(model, restored, known, least, limits)
+    known = Calibration.load_for(restored, calibration)
+    info = describe_model(model, restored, known, least, limits)
     restored.sigma.merge()
-    judge = Predictor(restored, temperature=known.temperature if known else 1.0, least=least)
+    judge = Predictor(restored, temperature=known.temperature if known else 1.0, abstain_below=least)
     return Service(judge, info, limits, token=token)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fedsigma.client.deployment.bundle_approval import BundleApprovals, difference, digest_of
+from fedsigma.client.deployment.bundle_approval import BundleApprovals, bundle_digest, diff_bundles
 from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.deployment.services import node_process, worker_process
 from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, fingerprint
@@ -150,17 +150,17 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from fedsigma.client.deployment.diagnostics import examine
+    from fedsigma.client.deployment.diagnostics import run_checks
 
     _check_process(only)
     found = []
-    for one in examine(folder, offline=offline, deep=not quick, only=only):
+    for one in run_checks(folder, offline=offline, deep=not quick, only=only):
         found.append(one)
         if not as_json:
             typer.secho("ok   " if one.ok else "FAIL ", fg="green" if one.ok else "red", nl=False)
-            typer.echo(f"{one.check:<20} {one.seen}")
-            if one.todo:
-                typer.echo(f"{'':<26}-> {one.todo}")
+            typer.echo(f"{one.check:<20} {one.detail}")
+            if one.remedy:
+                typer.echo(f"{'':<26}-> {one.remedy}")
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found], indent=2))
     if not all(one.ok for one in found):
@@ -186,12 +186,14 @@ def approve(
     if digest is None and not pending:
         last = bundles.last_approved()
         typer.echo("No bundle waits for approval.")
-        typer.echo(f"The last approved one is {digest_of(last)}." if last else "None was approved yet.")
+        typer.echo(f"The last approved one is {bundle_digest(last)}." if last else "None was approved yet.")
         return
     bundle = bundles.find(digest or pending[0].stem)
     before = bundles.last_approved()
-    typer.echo(difference(before, bundle) or "(the same files as the last approved bundle)")
-    typer.echo(f"\nBundle {digest_of(bundle)}, beside {'the last approved one' if before else 'nothing'}.")
+    typer.echo(diff_bundles(before, bundle) or "(the same files as the last approved bundle)")
+    typer.echo(
+        f"\nBundle {bundle_digest(bundle)}, beside {'the last approved one' if before else 'nothing'}."
+    )
     if not yes:
         typer.confirm("Approve it?", abort=True)
     bundles.approve(bundle)
@@ -212,12 +214,12 @@ def rotate(
     """
     site = SiteHome(folder)
     if not switch:
-        keys = site.rotate()
+        keys = site.rotate_key()
         path = out or Path(f"{keys.site}.keys.json")
         keys.write(path)
         typer.echo(f"Send {path} to the server. When it has let the key in: fedsigma site rotate --switch")
         return
-    site.switch()
+    site.switch_key()
     typer.echo("The new key is in use from the node's next start.")
     if running(site.path):
         restart(site.path, "node")
@@ -238,7 +240,7 @@ def trust(
     found = site.read_trust(file)
     for one in found.subjects:
         typer.echo(f"  {one}")
-    typer.echo(f"The server reads this aloud: {fingerprint(found.text)}")
+    typer.echo(f"The server reads this aloud: {fingerprint(found.pem)}")
     if not yes:
         typer.confirm("Trust them, and nothing else?", abort=True)
     site.trust(found)

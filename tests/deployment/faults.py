@@ -218,7 +218,7 @@ def _revoked(deployment: Deployment, folder: RunDir) -> str:
     time.sleep(5)
     site = deployment.sites[HIT].path
     told = deployment.run(HIT, "site", "doctor", "--quick", "--json", "-f", site, check=False)
-    return "the doctor: " + next(one["seen"] for one in json.loads(told.stdout) if one["check"] == "key")
+    return "the doctor: " + next(one["detail"] for one in json.loads(told.stdout) if one["check"] == "key")
 
 
 def _come_back(deployment: Deployment) -> None:
@@ -259,7 +259,7 @@ def _right_backbone(deployment: Deployment) -> None:
 
 
 def _other_approved(deployment: Deployment) -> None:
-    (digest,) = deployment.sites[HIT].policy().bundles
+    (digest,) = deployment.sites[HIT].read_policy().bundles
     _set(deployment, digest, "f" * 64)
 
 

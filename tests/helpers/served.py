@@ -21,7 +21,7 @@ from fedsigma.client.inference.loaded_model import LoadedModel
 from fedsigma.client.inference.predictor import Predictor
 from fedsigma.client.serving.app import asgi
 from fedsigma.client.serving.limits import Limits
-from fedsigma.client.serving.service import Service, describe
+from fedsigma.client.serving.service import Service, describe_model
 from fedsigma.common.ops.web import listening, server
 
 PATIENT = "MUSTERMANN_19700101.png"
@@ -56,11 +56,13 @@ def serving(
 ) -> Iterator[tuple[httpx.Client, Service, Any]]:
     """A client of a service with this model, the service, and what holds its judge, if it is to be held."""
     bounds = Limits(**limits)
-    judge = Predictor(restored, temperature=calibration.temperature if calibration else 1.0, least=least)
+    judge = Predictor(
+        restored, temperature=calibration.temperature if calibration else 1.0, abstain_below=least
+    )
     holder = Held(judge) if held else None
     if holder:
         judge.probabilities = holder  # type: ignore[method-assign]
-    service = Service(judge, describe(run, restored, calibration, least, bounds), bounds, token=token)
+    service = Service(judge, describe_model(run, restored, calibration, least, bounds), bounds, token=token)
     made = server(asgi(service), grace_s=bounds.grace_s)
     with listening("127.0.0.1", 0) as place:
         thread = threading.Thread(target=made.run, kwargs={"sockets": [place]})

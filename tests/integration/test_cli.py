@@ -17,9 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import COMMANDS, FAILED, exit_code, main
-from fedsigma.client.inference.batch import list_pictures, predict
+from fedsigma.client.inference.batch import list_images, predict_folder
 from fedsigma.client.inference.loaded_model import ModelLoadError, load_model
-from fedsigma.client.site.privacy_ledger import Entry, PrivacyLedger
+from fedsigma.client.site.privacy_ledger import LedgerEntry, PrivacyLedger
 from fedsigma.common.backbones import load_backbone, save_backbone
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.sigma import SigmaConfig
@@ -169,7 +169,7 @@ def test_what_a_site_has_spent(tmp_path: Path) -> None:
     one = PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=2)
     ledger, asked = PrivacyLedger(tmp_path / "privacy.jsonl"), PrivacyConfig(level="image", epsilon=9)
     for study in ("cells", "skin"):
-        entry = Entry(study=study, run="1", round=1, mode="round", level="image", release=one)
+        entry = LedgerEntry(study=study, run="1", round=1, mode="round", level="image", event=one)
         ledger.charge(entry, asked, budget=8.0, delta=1e-5)
     values = json.loads(run("budget", rules, "--json")[1])
     each, both = epsilon([one], 1e-5), epsilon([one, one], 1e-5)
@@ -322,9 +322,9 @@ def test_predict_applies_the_shift(
     sigma_file: Path, pictures: Path, tmp_path: Path, backbone_folder: Path
 ) -> None:
     adapted = load_model(sigma_file)
-    predict(adapted, pictures, tmp_path / "with.csv")
+    predict_folder(adapted, pictures, tmp_path / "with.csv")
     adapted.sigma.set_shift(torch.zeros(adapted.sigma.layout.size))
-    predict(adapted, pictures, tmp_path / "without.csv")
+    predict_folder(adapted, pictures, tmp_path / "without.csv")
     assert (tmp_path / "with.csv").read_text() != (tmp_path / "without.csv").read_text()
 
 
@@ -348,7 +348,7 @@ def test_predict_without_anything_to_read(sigma_file: Path, tmp_path: Path) -> N
 
 
 def test_pictures_are_found_in_a_fixed_order(pictures: Path) -> None:
-    assert list_pictures(pictures) == ["a.png", "b.jpg", "below/e.png", "c.PNG", "d.tif"]
+    assert list_images(pictures) == ["a.png", "b.jpg", "below/e.png", "c.PNG", "d.tif"]
 
 
 # Data

@@ -76,7 +76,7 @@ def check_guarded(folder: RunDir, audit: Path) -> None:
     ledgers = list((audit / "privacy").glob("*.jsonl"))
     assert len(ledgers) == 4
     for ledger in ledgers:
-        assert [entry.release.steps for entry in PrivacyLedger(ledger).entries()] == [2, 2]
+        assert [entry.event.steps for entry in PrivacyLedger(ledger).entries()] == [2, 2]
     assert len(list((audit / "personal").rglob("*.safetensors"))) == 4
 
 

@@ -183,7 +183,7 @@ def test_one_site_moves_the_model_by_its_share_of_the_norm_at_most(
 def test_what_hides_sites_is_entered_at_each_site_too(tmp_path: Path) -> None:
     run(tmp_path, SITE)
     entries = ledger(tmp_path).entries()
-    assert [(e.round, e.level, e.release.rate, e.release.steps) for e in entries] == [
+    assert [(e.round, e.level, e.event.rate, e.event.steps) for e in entries] == [
         (number, "site", 1.0, 1) for number in (1, 2, 3)
     ]
 

@@ -29,7 +29,7 @@ from schemathesis.checks import load_all_checks
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.client.inference.batch import predict
+from fedsigma.client.inference.batch import predict_folder
 from fedsigma.client.inference.calibration import Calibration
 from fedsigma.client.inference.loaded_model import LoadedModel, load_model
 from fedsigma.server.deployment.certificates import issue, new_authority
@@ -70,7 +70,7 @@ def test_the_answers_are_those_of_predict(run: Path, restored: LoadedModel, tmp_
     save(make(noise(8), WindowCenter=2000, WindowWidth=3000), folder / "e.dcm")
     save(frames_of(noise(9), noise(10)), folder / "f.dcm")
     calibration = Calibration(0.2, 30, 0.2, 0.1, "s", 2)
-    assert predict(restored, folder, tmp_path / "x.csv", temperature=0.2, least=0.6) == []
+    assert predict_folder(restored, folder, tmp_path / "x.csv", temperature=0.2, abstain_below=0.6) == []
     rows = list(csv.DictReader((tmp_path / "x.csv").open()))
     contents = [(folder / row["file"]).read_bytes() for row in rows]
     with serving(restored, run, calibration=calibration, least=0.6) as (client, _, _):
@@ -219,7 +219,7 @@ def test_the_command_refuses_what_is_not_safe_or_cannot_work(
             ([run, "--token-file", tmp_path / "short"], "at least 16 visible ASCII characters"),
             ([run, "--certificate", chain], "TLS needs both"),
             ([run, "--certificate", key, "--key", chain], "cannot be used"),
-            ([run, "--queue", "10"], "lengthen the queue"),
+            ([run, "--queue", "10"], "expected a queue_size"),
             ([run, "--port", taken.getsockname()[1]], "cannot listen on 127.0.0.1"),
             (["nowhere"], "no sigma file"),
         ]

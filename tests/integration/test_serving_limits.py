@@ -29,9 +29,9 @@ from starlette.requests import Request
 from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError, load_model
 from fedsigma.client.inference.predictor import Predictor
 from fedsigma.client.serving.errors import Problem
-from fedsigma.client.serving.images import decode
+from fedsigma.client.serving.images import decode_image
 from fedsigma.client.serving.limits import Limits, ServeError, is_loopback, read_token
-from fedsigma.client.serving.uploads import received
+from fedsigma.client.serving.uploads import read_images
 from tests.helpers.finished_run import make_run
 from tests.helpers.served import PATIENT, picture, post, problem, serving
 from tests.unit.test_batch_prediction import frames_of, noise
@@ -154,9 +154,9 @@ def test_damaged_images_are_problems_and_nothing_else(restored: LoadedModel, dat
     content = bytearray(data.draw(st.sampled_from(WHOLE)))
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    limits = Limits(images=3, pixels=PIXELS, waiting=3)
+    limits = Limits(images=3, pixels=PIXELS, queue_size=3)
     try:
-        found = decode(bytes(content), restored.backbone, limits, 1)
+        found = decode_image(bytes(content), restored.backbone, limits, 1)
     except Problem as error:
         assert error.image == 1
     else:
@@ -199,7 +199,7 @@ def test_a_body_is_counted_whatever_it_says(client: httpx.Client) -> None:
     headers = [(b"content-type", kind["Content-Type"].encode())]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
     with pytest.raises(Problem, match="at most 200000 bytes"):
-        asyncio.run(received(request, Limits(body_bytes=200_000)))
+        asyncio.run(read_images(request, Limits(body_bytes=200_000)))
     assert len(taken) == 21
     # Refused by what it says alone, before anything is sent.
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as raw:
@@ -338,8 +338,8 @@ def test_settings(tmp_path: Path) -> None:
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "localhost.example.org", ""))
     with pytest.raises(ServeError, match="the limit pixels is 0"):
         Limits(pixels=0)
-    with pytest.raises(ServeError, match="lengthen the queue"):
-        Limits(images=9, waiting=8)
+    with pytest.raises(ServeError, match="expected a queue_size"):
+        Limits(images=9, queue_size=8)
     for bad in ("", "a" * 15, "a" * 16 + " b", "ä" * 16):
         (tmp_path / "token").write_text(bad)
         with pytest.raises(ServeError, match="16 visible ASCII"):

@@ -10,7 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fedsigma.client.inference.attribution import Relevance, _cells, draw, relevance, relevance_of
+from fedsigma.client.inference.attribution import (
+    Attribution,
+    _sum_cells,
+    attribute_images,
+    integrated_gradients,
+    plot_attribution,
+)
 from fedsigma.client.inference.loaded_model import LoadedModel
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.sigma import SigmaConfig
@@ -32,14 +38,14 @@ def test_the_map_lies_where_the_model_looks_and_adds_up_to_what_it_says() -> Non
         return (corner**2).sum(dim=(1, 2, 3)) + corner.mean(dim=(1, 2, 3)) ** 3
 
     picture = textured()
-    found = relevance(lead, picture, steps=64)
+    found = integrated_gradients(lead, picture, steps=64)
     outside = found.clone()
     outside[28:, :28] = 0
     assert outside.abs().max() == 0 and found.abs().max() > 0
     flat = picture.float()[None].mean(dim=(2, 3), keepdim=True).expand(1, 3, 56, 56)
     expected = lead(picture.float()[None]) - lead(flat)
     torch.testing.assert_close(found.sum()[None], expected, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(_cells(found).sum(), found.sum(), rtol=1e-4)
+    np.testing.assert_allclose(_sum_cells(found).sum(), found.sum(), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +69,20 @@ def test_both_models_maps_of_a_picture_add_up_to_each_models_lead(
 ) -> None:
     side = restored.backbone.image_size
     picture = textured(1, side)
-    (found,) = relevance_of(restored, [picture])
+    (found,) = attribute_images(restored, [picture])
     assert found.predicted in restored.study.classes and 0 < found.probability < 1
     torch.testing.assert_close(restored.sigma.get_shift(), restored.saved.shift)
     assert not np.allclose(found.before, found.after)
     # The probabilities are each model's own: a softmax of three, of which one is the class.
     assert found.probability > 1 / 3
-    draw(found, tmp_path / "map.png", title="one.png")
+    plot_attribution(found, tmp_path / "map.png", title="one.png")
     with Image.open(tmp_path / "map.png") as drawn:
         assert drawn.size[0] > 900
 
 
 def test_a_model_that_was_not_changed_has_one_map(restored: LoadedModel) -> None:
     restored.sigma.set_shift(torch.zeros_like(restored.saved.shift))
-    (found,) = relevance_of(restored, [textured(2, restored.backbone.image_size)])
+    (found,) = attribute_images(restored, [textured(2, restored.backbone.image_size)])
     restored.sigma.set_shift(restored.saved.shift)
     np.testing.assert_array_equal(found.before, found.after)
-    assert isinstance(found, Relevance) and found.probability == found.pretrained
+    assert isinstance(found, Attribution) and found.probability == found.pretrained_probability

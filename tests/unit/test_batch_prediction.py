@@ -13,8 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.client.inference.batch import list_pictures
-from fedsigma.client.inference.loaded_model import ModelLoadError, located
+from fedsigma.client.inference.batch import list_images
+from fedsigma.client.inference.loaded_model import ModelLoadError, resolve_model_path
 from tests.helpers.finished_run import CLASSES, make_run
 
 pydicom = pytest.importorskip("pydicom")
@@ -150,10 +150,10 @@ def test_without_pydicom_the_extra_is_named(run: Path, folder: Path, monkeypatch
 def test_only_pictures_and_dicom_are_listed(folder: Path, tmp_path: Path) -> None:
     (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
     (folder / ".hidden.dcm").write_bytes(b"x")
-    assert list_pictures(folder) == ["a/1.dcm", "a/2.dcm", "b/IM0001", "c.dcm", "d.png"]
+    assert list_images(folder) == ["a/1.dcm", "a/2.dcm", "b/IM0001", "c.dcm", "d.png"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelLoadError, match="expected DICOM, or files ending in"):
-        list_pictures(tmp_path / "empty")
+        list_images(tmp_path / "empty")
 
 
 def test_a_version_of_the_registry_is_found_by_its_name(
@@ -176,7 +176,7 @@ def test_a_version_of_the_registry_is_found_by_its_name(
     )
     content = (run / "sigma.safetensors").read_bytes()
     version = ModelRegistry(tmp_path / "models").add(draft, {"sigma.safetensors": content})
-    assert located(Path("cells@1")) == version.path
-    assert located(run) == run and located(Path("a@b/c")) == Path("a@b/c")
+    assert resolve_model_path(Path("cells@1")) == version.path
+    assert resolve_model_path(run) == run and resolve_model_path(Path("a@b/c")) == Path("a@b/c")
     done = CliRunner().invoke(main, ["predict", "cells@2", ".", "--out", str(tmp_path / "x.csv")])
     assert done.exit_code == 3 and "has no version '2'" in done.output

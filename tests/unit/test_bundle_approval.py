@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from fedsigma.client.deployment import bundle_approval as module
-from fedsigma.client.deployment.bundle_approval import BundleApprovals, BundleError, difference, digest_of
-from fedsigma.client.deployment.guarded_clientapp import BundleNotApproved, _kind, refuse
+from fedsigma.client.deployment.bundle_approval import (
+    BundleApprovals,
+    BundleError,
+    bundle_digest,
+    diff_bundles,
+)
+from fedsigma.client.deployment.guarded_clientapp import BundleNotApproved, _kind, check_bundle
 from fedsigma.client.site.policy import SitePolicy
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.utils.hash_chain import HashChainedLog
@@ -61,7 +66,7 @@ def test_approval_adds_to_site_yaml_and_changes_nothing_else(line: str, site: Pa
     BundleApprovals(site).approve(ONE)
     BundleApprovals(site).approve(TWO)
     after = SitePolicy.read(file)
-    assert set(after.bundles) == {*before.bundles, digest_of(ONE), digest_of(TWO)}
+    assert set(after.bundles) == {*before.bundles, bundle_digest(ONE), bundle_digest(TWO)}
     assert len(after.bundles) == len(before.bundles) + 2
     assert "# our name" in file.read_text() and after.max_rounds == 5
 
@@ -77,46 +82,46 @@ def test_a_list_that_cannot_be_added_to_is_left_alone(site: Path) -> None:
 
 def test_a_refused_bundle_waits_for_approval(site: Path) -> None:
     with pytest.raises(BundleNotApproved):
-        refuse(ONE, site / "site.yaml")
+        check_bundle(ONE, site / "site.yaml")
     (line,) = HashChainedLog(site / "audit.jsonl").lines()
-    assert line["asked"] == {"message": "bundle", "bundle": digest_of(ONE)}
+    assert line["asked"] == {"message": "bundle", "bundle": bundle_digest(ONE)}
     assert line["left"]["fields"] == {"error": "BundleNotApproved"}
     mine = BundleApprovals(site)
-    assert [path.stem for path in mine.pending()] == [digest_of(ONE)]
-    assert mine.find(digest_of(ONE)[:8]) == ONE
+    assert [path.stem for path in mine.pending()] == [bundle_digest(ONE)]
+    assert mine.find(bundle_digest(ONE)[:8]) == ONE
     mine.approve(ONE)
-    refuse(ONE, site / "site.yaml")
+    check_bundle(ONE, site / "site.yaml")
     assert mine.pending() == [] and mine.last_approved() == ONE
     with pytest.raises(BundleNotApproved):
-        refuse(TWO, site / "site.yaml")
+        check_bundle(TWO, site / "site.yaml")
 
 
 def test_refused_bundles_do_not_fill_the_disk(site: Path) -> None:
     mine = BundleApprovals(site)
-    for number in range(module.MOST_PENDING + 5):
-        mine.keep(bundle(a=str(number)))
-    assert len(mine.pending()) == module.MOST_PENDING
+    for number in range(module.MAX_PENDING + 5):
+        mine.add_pending(bundle(a=str(number)))
+    assert len(mine.pending()) == module.MAX_PENDING
 
 
 def test_a_bundle_that_was_exchanged_while_waiting_is_not_approved(site: Path) -> None:
     mine = BundleApprovals(site)
-    mine.keep(ONE)
+    mine.add_pending(ONE)
     mine.pending()[0].write_bytes(TWO)
     with pytest.raises(BundleError, match="was changed"):
-        mine.find(digest_of(ONE))
+        mine.find(bundle_digest(ONE))
     for wrong in ("zz", "abcdef", "*"):
         with pytest.raises(BundleError, match="names no single bundle"):
             mine.find(wrong)
 
 
 def test_what_a_bundle_changes_is_shown() -> None:
-    shown = difference(ONE, TWO)
+    shown = diff_bundles(ONE, TWO)
     assert "-x = 1" in shown and "+x = 2" in shown and "same" not in shown
-    assert "+same" in difference(None, ONE)
-    assert "\x1b" not in difference(None, bundle(a="\x1b[2Jprint()\n"))
+    assert "+same" in diff_bundles(None, ONE)
+    assert "\x1b" not in diff_bundles(None, bundle(a="\x1b[2Jprint()\n"))
     for bad in (b"no zip", bundle(a="x" * (3 << 20))):
         with pytest.raises(BundleError):
-            difference(None, bad)
+            diff_bundles(None, bad)
 
 
 def test_the_text_of_an_error_stays_at_the_site() -> None:
@@ -134,14 +139,14 @@ def test_the_app_is_the_same_bytes_each_time(tmp_path: Path) -> None:
 
     first, second = (build_fab_from_disk(write_app(tmp_path / name)) for name in ("a", "b"))
     assert first == second == build_fab_from_disk(write_app(tmp_path / "a"))
-    assert "from fedsigma.client.app import app" in difference(None, first)
+    assert "from fedsigma.client.app import app" in diff_bundles(None, first)
 
 
 def test_a_bundle_that_was_approved_once_and_is_no_longer_can_be_approved_again(site: Path) -> None:
     bundles = BundleApprovals(site)
     bundles.approve(ONE)
     (site / "site.yaml").write_text(RULES)
-    bundles.keep(ONE)
-    assert bundles.find(digest_of(ONE)) == ONE
+    bundles.add_pending(ONE)
+    assert bundles.find(bundle_digest(ONE)) == ONE
     bundles.approve(ONE)
-    assert SitePolicy.read(site / "site.yaml").bundles == (digest_of(ONE),) and bundles.pending() == []
+    assert SitePolicy.read(site / "site.yaml").bundles == (bundle_digest(ONE),) and bundles.pending() == []

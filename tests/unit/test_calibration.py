@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.client.inference.calibration import Calibration, fit_temperature, scaled
+from fedsigma.client.inference.calibration import Calibration, fit_temperature, scale_probabilities
 from fedsigma.client.inference.loaded_model import ModelLoadError
 from fedsigma.common.data.sources.registry import open_source
 from tests.helpers.finished_run import make_run
@@ -32,9 +32,9 @@ def test_the_temperature_that_made_overconfident_probabilities_is_found(true: fl
 @given(st.floats(0.2, 5.0))
 def test_scaling_changes_no_judgement_and_is_undone_by_its_inverse(temperature: float) -> None:
     probabilities = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)).softmax(1).double()
-    found = scaled(probabilities, temperature)
+    found = scale_probabilities(probabilities, temperature)
     assert torch.equal(found.argmax(1), probabilities.argmax(1))
-    torch.testing.assert_close(scaled(found, 1 / temperature), probabilities)
+    torch.testing.assert_close(scale_probabilities(found, 1 / temperature), probabilities)
     torch.testing.assert_close(found.sum(1), torch.ones(50, dtype=torch.float64))
 
 

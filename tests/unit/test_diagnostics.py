@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.client.deployment.diagnostics import examine
-from fedsigma.client.deployment.findings import Finding
+from fedsigma.client.deployment.diagnostics import run_checks
+from fedsigma.client.deployment.findings import CheckResult
 from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.enrolment_files import Invitation
 from fedsigma.server.deployment.certificates import Issued, issue, new_authority
@@ -81,15 +81,15 @@ def enrol(folder: Path, certificates: bytes, server: str = "127.0.0.1:9") -> Sit
     return SiteHome(site.path)
 
 
-def by_name(path: Path, **options: Any) -> dict[str, Finding]:
-    return {one.check: one for one in examine(path, **options)}
+def by_name(path: Path, **options: Any) -> dict[str, CheckResult]:
+    return {one.check: one for one in run_checks(path, **options)}
 
 
 def test_a_new_folder_is_in_order(authority: Issued, tmp_path: Path) -> None:
     site = enrol(tmp_path, authority.certificate)
     found = by_name(site.path, offline=True, deep=False)
     assert {name for name, one in found.items() if not one.ok} == OWN
-    assert "no answer" in found["node"].seen and "logs/node.log" in found["node"].todo
+    assert "no answer" in found["node"].detail and "logs/node.log" in found["node"].remedy
 
 
 def test_what_is_wrong_in_the_folder_is_named(authority: Issued, tmp_path: Path) -> None:
@@ -98,13 +98,13 @@ def test_what_is_wrong_in_the_folder_is_named(authority: Issued, tmp_path: Path)
     (site.path / "node" / "node.key").chmod(0o644)
     (site.path / "site.yaml").write_text("name: east\nsorce: x\n")
     found = by_name(site.path, offline=True)
-    assert "chmod 600" in found["secrets"].todo
-    assert "did you mean 'source'" in found["site.yaml"].seen
+    assert "chmod 600" in found["secrets"].remedy
+    assert "did you mean 'source'" in found["site.yaml"].detail
     (site.path / "node" / "node.key").chmod(0o600)
     (site.path / "worker" / "superexec.secret").write_bytes(b"other")
-    assert "different secrets" in by_name(site.path, offline=True)["secrets"].seen
+    assert "different secrets" in by_name(site.path, offline=True)["secrets"].detail
     (site.path / "worker" / "identity.pem").unlink()
-    assert "identity.pem is missing" in by_name(site.path, offline=True)["secrets"].seen
+    assert "identity.pem is missing" in by_name(site.path, offline=True)["secrets"].detail
 
 
 def test_the_way_to_the_server(server: tuple[str, type[Server]], authority: Issued, tmp_path: Path) -> None:
@@ -113,19 +113,19 @@ def test_the_way_to_the_server(server: tuple[str, type[Server]], authority: Issu
     found = by_name(site.path, deep=False)
     assert found["connection"].ok and found["path"].ok and found["clock"].ok
     # This server speaks no gRPC.
-    assert not found["server"].ok and "fedsigma server status" in found["server"].todo
+    assert not found["server"].ok and "fedsigma server status" in found["server"].remedy
 
     handler.answers = {"/v1/fleet/pull-messages": 415, "/v1/control/list-runs": 200}
-    assert "can start code here" in by_name(site.path, deep=False)["path"].seen
+    assert "can start code here" in by_name(site.path, deep=False)["path"].detail
     handler.answers = {}
-    assert "the Fleet path answers 404" in by_name(site.path, deep=False)["path"].seen
+    assert "the Fleet path answers 404" in by_name(site.path, deep=False)["path"].detail
     for status, words in (
         (401, "does not take this node's signature"),
         (412, "does not let this node's key in"),
         (500, "500"),
     ):
         handler.answers = {"/v1/fleet/activate-node": status}
-        assert words in by_name(site.path, deep=False)["key"].seen
+        assert words in by_name(site.path, deep=False)["key"].detail
     handler.answers = {"/v1/fleet/activate-node": 400}
     assert by_name(site.path, deep=False)["key"].ok
 
@@ -140,7 +140,7 @@ def test_a_clock_that_flower_would_refuse(
     address, handler = server
     handler.ahead = datetime.timedelta(seconds=ahead)
     found = by_name(enrol(tmp_path, authority.certificate, address).path, deep=False)["clock"]
-    assert found.ok == (not words) and words in found.seen
+    assert found.ok == (not words) and words in found.detail
 
 
 def test_a_server_that_is_not_trusted_or_not_there(
@@ -148,12 +148,12 @@ def test_a_server_that_is_not_trusted_or_not_there(
 ) -> None:
     site = enrol(tmp_path, new_authority("another").certificate, server[0])
     found = by_name(site.path, deep=False)
-    assert "is not one that this site trusts" in found["connection"].seen
+    assert "is not one that this site trusts" in found["connection"].detail
     # What would only say the same again is left out.
     assert "clock" not in found and "node" in found
     (tmp_path / "b").mkdir()
     found = by_name(enrol(tmp_path / "b", authority.certificate).path, deep=False)
-    assert "cannot be reached" in found["connection"].seen and "firewall" in found["connection"].todo
+    assert "cannot be reached" in found["connection"].detail and "firewall" in found["connection"].remedy
 
 
 def test_certificates_that_end_soon(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_certificates_that_end_soon(tmp_path: Path) -> None:
         (tmp_path / str(days)).mkdir()
         site = enrol(tmp_path / str(days), new_authority("old", days=days).certificate)
         found = by_name(site.path, deep=False)["certificates"]
-        assert not found.ok and words in found.seen
+        assert not found.ok and words in found.detail
 
 
 def test_a_dry_round_on_the_sites_own_images(
@@ -174,10 +174,10 @@ def test_a_dry_round_on_the_sites_own_images(
     file.write_text(rules.replace("folder:/data", "demo\noptions: {laboratories: [east], train: 1, test: 1}"))
     found = by_name(site.path, offline=True)
     assert found["images"].ok and found["backbone starter"].ok
-    assert found["dry round"].ok and "a step on 3 images" in found["dry round"].seen
+    assert found["dry round"].ok and "a step on 3 images" in found["dry round"].detail
     file.write_text(rules.replace("  starter: starter", "  other: local-dir:/nowhere"))
     result = CliRunner().invoke(main, ["site", "doctor", "-f", str(site.path), "--offline", "--json"])
     assert result.exit_code == 4
     told = {one["check"]: one for one in json.loads(result.stdout)}
-    assert "cannot be loaded" in told["backbone other"]["seen"]
-    assert "cannot be opened" in told["images"]["seen"] and not told["dry round"]["ok"]
+    assert "cannot be loaded" in told["backbone other"]["detail"]
+    assert "cannot be opened" in told["images"]["detail"] and not told["dry round"]["ok"]

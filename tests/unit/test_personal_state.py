@@ -12,7 +12,7 @@ from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsigma.client.site.personal_state import PersonalError, PersonalState, read_personal
+from fedsigma.client.site.personal_state import PersonalError, PersonalState, read_personal_values
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.sigma import PersonalConfig
 from fedsigma.common.config.study import StudyConfig
@@ -53,7 +53,7 @@ def two_entries(fake_method: None, monkeypatch: pytest.MonkeyPatch) -> None:  # 
 
 
 def part(folder: Path, run: str = "0" * 16, split: ParameterPartition = SPLIT) -> PersonalState:
-    return PersonalState(folder, study="fake", run=run, split=split, fingerprint=FINGERPRINT)
+    return PersonalState(folder, study="fake", run=run, partition=split, fingerprint=FINGERPRINT)
 
 
 def kept(tmp_path: Path, key: str, site: str = "bccd") -> PersonalState:
@@ -126,7 +126,7 @@ def test_no_personal_value_leaves_a_site(tmp_path: Path) -> None:
 
     folder = run(tmp_path, STUDY_OWN, tamper=watch)
     assert all(decode(one, SPLIT.shared).size == SHARED for one in sent) and len(sent) == 12
-    final = [kept(tmp_path, folder.key, site).now() for site in NAMES]
+    final = [kept(tmp_path, folder.key, site).current() for site in NAMES]
     assert all(np.abs(values).min() > 0.01 for values in final)
     assert len({values.tobytes() for values in final}) == len(NAMES)
     for values in final:
@@ -146,7 +146,7 @@ def test_it_is_judged_with_the_sites_own_values_and_without(tmp_path: Path) -> N
     both, alone = summary["federated"]["accuracy"], summary["shared_only"]["accuracy"]
     assert both > alone > summary["zero_shot"]["accuracy"]
     for site in NAMES:
-        own = SPLIT.combine(shift_of(folder)[:SHARED], kept(tmp_path, folder.key, site).now())
+        own = SPLIT.combine(shift_of(folder)[:SHARED], kept(tmp_path, folder.key, site).current())
         found = TwoEntries("fake", None, None, None).evaluate(own, _tests(site)).metrics["accuracy"]
         assert summary["federated"]["per_site"][site] == pytest.approx(found)
     assert "Shared part only" in write_report(folder).read_text()
@@ -185,7 +185,7 @@ def test_an_interrupted_study_finds_the_personal_values_again(tmp_path: Path) ->
     np.testing.assert_array_equal(shift_of(cut), shift_of(whole))
     for site in NAMES:
         np.testing.assert_array_equal(
-            kept(tmp_path, cut.key, site).now(), kept(tmp_path, whole.key, site).now()
+            kept(tmp_path, cut.key, site).current(), kept(tmp_path, whole.key, site).current()
         )
 
 
@@ -202,7 +202,7 @@ def test_under_masks_the_values_are_kept_once_a_round(tmp_path: Path) -> None:
     assert len(events(folder, "masked_round_retried")) == 1
     for site in NAMES:
         np.testing.assert_allclose(
-            kept(tmp_path, folder.key, site).now(), kept(tmp_path, plain.key, site).now(), atol=1e-4
+            kept(tmp_path, folder.key, site).current(), kept(tmp_path, plain.key, site).current(), atol=1e-4
         )
 
 
@@ -229,18 +229,18 @@ def test_a_round_that_is_asked_for_again_starts_where_it_started(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = part(tmp_path)
-    assert not one.now().any() and not one.start(1).any()
-    one.keep(values(0, 0), values(1, 2), round=1)
-    one.keep(values(1, 2), values(3, 4), round=2)
+    assert not one.current().any() and not one.initial(1).any()
+    one.store(values(0, 0), values(1, 2), round=1)
+    one.store(values(1, 2), values(3, 4), round=2)
     again = part(tmp_path)
-    assert again.start(2).tolist() == [1, 2]
-    assert again.start(3).tolist() == again.now().tolist() == [3, 4]
-    assert again.start(1).tolist() == [0, 0]
-    again.keep(values(3, 4), values(5, 6), round=5)
+    assert again.initial(2).tolist() == [1, 2]
+    assert again.initial(3).tolist() == again.current().tolist() == [3, 4]
+    assert again.initial(1).tolist() == [0, 0]
+    again.store(values(3, 4), values(5, 6), round=5)
     with caplog.at_level(logging.WARNING):
-        assert again.start(3).tolist() == [5, 6]
+        assert again.initial(3).tolist() == [5, 6]
     assert "those after round 5" in caplog.text
-    assert not part(tmp_path, "1" * 16).now().any()
+    assert not part(tmp_path, "1" * 16).current().any()
 
 
 @pytest.mark.parametrize(
@@ -253,25 +253,25 @@ def test_a_round_that_is_asked_for_again_starts_where_it_started(
 def test_a_file_of_something_else_is_refused(
     split: ParameterPartition, fingerprint: Fingerprint, words: str, tmp_path: Path
 ) -> None:
-    part(tmp_path).keep(values(0, 0), values(1, 2), round=1)
-    other = PersonalState(tmp_path, study="fake", run="0" * 16, split=split, fingerprint=fingerprint)
+    part(tmp_path).store(values(0, 0), values(1, 2), round=1)
+    other = PersonalState(tmp_path, study="fake", run="0" * 16, partition=split, fingerprint=fingerprint)
     with pytest.raises(PersonalError, match=words):
-        other.now()
+        other.current()
 
 
 def test_a_file_of_another_study_or_run_is_refused(tmp_path: Path) -> None:
     one = part(tmp_path)
-    one.keep(values(0, 0), values(1, 2), round=1)
+    one.store(values(0, 0), values(1, 2), round=1)
     other = part(tmp_path, "1" * 16)
     one.path.rename(other.path)
     with pytest.raises(PersonalError, match=r"values of run '0000.*this one's run is '1111"):
-        other.now()
+        other.current()
     with pytest.raises(PersonalError, match="values of study 'fake', this one's study is 'else'"):
-        read_personal(other.path, SPLIT, FINGERPRINT, study="else", run="0" * 16)
+        read_personal_values(other.path, SPLIT, FINGERPRINT, study="else", run="0" * 16)
 
 
 def test_a_study_s_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
-    one = PersonalState(tmp_path, study="../../x", run="0" * 16, split=SPLIT, fingerprint=FINGERPRINT)
+    one = PersonalState(tmp_path, study="../../x", run="0" * 16, partition=SPLIT, fingerprint=FINGERPRINT)
     assert one.path.parent == tmp_path and ".." not in one.path.name
 
 
@@ -284,9 +284,9 @@ def test_a_run_folder_that_was_moved_is_known_by_its_key(tmp_path: Path) -> None
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    part(tmp_path).keep(values(0, 0), values(1, np.nan), round=1)
+    part(tmp_path).store(values(0, 0), values(1, np.nan), round=1)
     with pytest.raises(PersonalError, match="finite values"):
-        part(tmp_path).now()
+        part(tmp_path).current()
 
 
 # --- settings -----------------------------------------------------------------------------------------

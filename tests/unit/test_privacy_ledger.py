@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedsigma.client.site import privacy_ledger as module
-from fedsigma.client.site.privacy_ledger import Entry, LedgerDamaged, PrivacyBudgetSpent, PrivacyLedger
+from fedsigma.client.site.privacy_ledger import LedgerDamaged, LedgerEntry, PrivacyBudgetSpent, PrivacyLedger
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 
@@ -18,8 +18,8 @@ PRIVACY = PrivacyConfig(level="image", noise_multiplier=2.0, epsilon=4.0)
 ONE = PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=2)
 
 
-def entry(round: int = 1, study: str = "cells") -> Entry:
-    return Entry(study=study, run="7", round=round, mode="round", level="image", release=ONE)
+def entry(round: int = 1, study: str = "cells") -> LedgerEntry:
+    return LedgerEntry(study=study, run="7", round=round, mode="round", level="image", event=ONE)
 
 
 def spend(ledger: PrivacyLedger, round: int = 1, study: str = "cells", budget: float | None = None) -> float:

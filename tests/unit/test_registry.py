@@ -233,7 +233,7 @@ def test_a_shift_of_which_a_part_is_at_the_sites_is_not_combined(
 
 def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path: Path) -> None:
     """With the bundled backbone: factor 0 is zero-shot, bit for bit, and 1 the version."""
-    from fedsigma.client.inference.interpolation import curve
+    from fedsigma.client.inference.interpolation import evaluate_curve
     from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.backbones import load_backbone
     from fedsigma.common.config.sigma import SigmaConfig
@@ -256,10 +256,16 @@ def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path
     )
     restored = load_model(tmp_path)
     source = open_source("demo", laboratories=["east"], train=2, test=1)
-    points = list(curve(restored, None, source, (0, 1)))
-    again = list(curve(restored, restored.saved, source, (0, 0.5, 1)))
+    points = list(evaluate_curve(restored, None, source, (0, 1)))
+    again = list(evaluate_curve(restored, restored.saved, source, (0, 0.5, 1)))
     assert [p.metrics for p in again] == [points[1].metrics] * 3 != [points[0].metrics] * 3
-    nothing = list(curve(restored, replace(restored.saved, shift=torch.zeros_like(shift)), source, (1,)))
+    nothing = list(
+        evaluate_curve(restored, replace(restored.saved, shift=torch.zeros_like(shift)), source, (1,))
+    )
     assert nothing[0].metrics == points[0].metrics
     with pytest.raises(ModelError, match="no image there"):
-        list(curve(replace(restored, study=replace(restored.study, classes=("x", "y"))), None, source, (0,)))
+        list(
+            evaluate_curve(
+                replace(restored, study=replace(restored.study, classes=("x", "y"))), None, source, (0,)
+            )
+        )

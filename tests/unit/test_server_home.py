@@ -130,7 +130,7 @@ def test_a_site_joins_by_two_files(enrolment: Enrolment, control: FakeControl, t
         content = (site.path / file).read_bytes()
         everything = b"".join(p.read_bytes() for p in tmp_path.glob("server/**/*") if p.is_file())
         assert content not in everything and content.hex().encode() not in everything
-    assert site.policy().name == "north"
+    assert site.read_policy().name == "north"
     # The same keys again, or the same invitation for other keys, do not do.
     with pytest.raises(ServerHomeError, match="has joined with this key already"):
         enrolment.admit(keys)
@@ -171,18 +171,18 @@ def test_a_superlink_that_is_down_loses_nothing(
 def test_a_key_is_renewed_with_an_overlap(enrolment: Enrolment, control: FakeControl, tmp_path: Path) -> None:
     site, keys = join(enrolment, tmp_path)
     old = enrolment.admit(keys).node_id
-    new = enrolment.admit(site.rotate()).node_id
+    new = enrolment.admit(site.rotate_key()).node_id
     assert set(enrolment.site_of_node()) == {old, new}
     control.status[old] = "online"
     assert enrolment.retire() == []
     before = (site.path / "node" / "node.key").read_bytes()
-    site.switch()
+    site.switch_key()
     assert (site.path / "node" / "old.key").read_bytes() == before
     control.status[new] = "online"
     assert [key.node_id for key in enrolment.retire()] == [old]
     assert enrolment.site_of_node() == {new: "north"} and control.status[old] == "unregistered"
     with pytest.raises(EnrolmentFileError, match=r"holds no next\.key"):
-        site.switch()
+        site.switch_key()
 
 
 def test_a_revoked_site_is_out_and_the_others_are_not(
@@ -222,7 +222,7 @@ def test_a_folder_is_one_sites(enrolment: Enrolment, tmp_path: Path) -> None:
         SiteHome.enrol(site.path, other)
     (site.path / "site.yaml").write_text((site.path / "site.yaml").read_text().replace("north", "south"))
     with pytest.raises(ConfigError, match="the server knows this site as 'north'"):
-        site.policy()
+        site.read_policy()
 
 
 def test_an_invitation_has_what_a_site_trusts(
