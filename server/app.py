@@ -212,7 +212,7 @@ def _explain(
             summary["explanation_by_site"] = by_site
     except Exception as error:
         print(f"FedSigma: the adaptation could not be explained: {error}", flush=True)
-    run_dir.summary(summary)
+    run_dir.write_summary(summary)
 
 
 def _publish(run_dir: RunDir, study: StudyConfig, summary: dict[str, Any], named: set[str]) -> None:

@@ -24,7 +24,7 @@ from fedsigma.server.federation.validation import (
     validate_evaluations,
     validate_update,
 )
-from fedsigma.server.runs.run_dir import ALL_SITES
+from fedsigma.server.runs.rounds_table import ALL_SITES
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import ParameterPartition

@@ -15,7 +15,8 @@ from fedsigma.common.wire.records import Evaluation
 from fedsigma.server.evaluation.baselines import Baselines, method_entry
 from fedsigma.server.federation.rounds import NoModel
 from fedsigma.server.federation.validation import SiteEvaluation
-from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
+from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.server.runs.run_dir import RunDir
 
 __all__ = ["evaluate_study", "write_summary"]
 
@@ -96,7 +97,7 @@ def evaluate_study(
 def write_summary(run_dir: RunDir, summary: dict[str, Any], started: float) -> None:
     """Write summary.json, with the seconds since `started` (by `time.monotonic`)."""
     summary["seconds"] = round(time.monotonic() - started, 1)
-    run_dir.summary(summary)
+    run_dir.write_summary(summary)
 
 
 def _first_round(run_dir: RunDir) -> dict[str, SiteEvaluation]:

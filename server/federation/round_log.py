@@ -14,7 +14,8 @@ from fedsigma.server.federation.privacy_plan import site_level_epsilon
 from fedsigma.server.federation.site_manager import BUDGET_SPENT, SiteManager
 from fedsigma.server.federation.site_sampling import Cohort
 from fedsigma.server.federation.validation import InvalidReply, ValidUpdate, aggregate_metrics
-from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
+from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.server.runs.run_dir import RunDir
 
 __all__ = ["RoundLog", "log_plan", "round_line"]
 

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from fedsigma.server.report.formatting import METHODS, round_list
-from fedsigma.server.runs.run_dir import ALL_SITES, RunDir, RunDirError
+from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.runs.shift_magnitude import ShiftMagnitude, shift_magnitudes
 from fedsigma.server.runs.summary import RunSummary, study_of, summarize_run
 

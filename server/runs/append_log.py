@@ -1,80 +1,178 @@
-"""Files that grow by whole lines, of JSON objects or as a table, and survive a process killed at any moment.
+"""Files that grow by whole lines and survive a process that is killed at any moment.
 
-A line is written by one write, so a killed process leaves either the line or a beginning of it. Readers
-ignore a last line that was cut short, and the next writer removes it.
+A line is written by one write, so a killed process leaves either the line or its beginning. Readers ignore a
+torn last line, and the next writer removes it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-__all__ = [
-    "CHUNK",
-    "append_line",
-    "as_object",
-    "cell",
-    "csv_cells",
-    "csv_line",
-    "first_line",
-    "last_lines",
-    "read_lines",
-    "read_table",
-    "repair",
-]
+__all__ = ["CHUNK", "AppendLog", "JsonLines", "Row", "first_line", "last_lines", "parse_object", "to_json"]
 
 CHUNK = 1 << 13
-"""How many bytes of the end of a file are read at first."""
+"""How many bytes of the end of a file `last_lines` reads at first."""
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
-
-
-def append_line(path: Path, text: str) -> None:
-    """Add a line to a file whose last line is whole."""
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode("utf-8", "replace") + b"\n")
+Row = dict[str, Any]
+T = TypeVar("T")
 
 
-def repair(path: Path, keep_tail: Callable[[str], bool] | None) -> None:
-    """Before the first append: end the last line if it is whole but for its newline, else remove it.
+class AppendLog(Generic[T]):
+    """A file of lines, each of which is one record.
+
+    One process may append. `read` reads the whole file; `follow` parses only what is new since the last call.
+    Neither changes the file.
+
+    Attributes:
+        path: The file; it is created by the first append.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._repaired = False
+        self._restart((0, 0))
+
+    def parser(self) -> Callable[[str, int], T | None]:
+        """Return a function that parses the lines of one file in order.
+
+        Returns:
+            From a line without its newline and its number, from 1, to its record; None if it holds none.
+        """
+        raise NotImplementedError
+
+    def is_complete(self, line: str) -> bool:
+        """Return whether a last line without a newline is nevertheless whole."""
+        return False
+
+    def append_line(self, line: str) -> None:
+        """Append one line, after the file's torn last line was repaired."""
+        self.repair()
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode("utf-8", "replace") + b"\n")
+
+    def repair(self) -> None:
+        """Before the first append, end a last line that lacks only its newline, and remove a torn one."""
+        if self._repaired:
+            return
+        self._repaired = True
+        content = _read_bytes(self.path)
+        if not content or content.endswith(b"\n"):
+            return
+        start = content.rfind(b"\n") + 1
+        with self.path.open("r+b") as file:
+            if self.is_complete(content[start:].decode("utf-8", "replace")):
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            else:
+                file.truncate(start)
+
+    def read(self) -> list[T]:
+        """Return all records, in the order in which they were written."""
+        *lines, tail = _read_bytes(self.path).decode("utf-8", "replace").split("\n")
+        if tail and self.is_complete(tail):
+            lines.append(tail)
+        parse = self.parser()
+        records = (parse(line.removesuffix("\r"), number) for number, line in enumerate(lines, start=1))
+        return [record for record in records if record is not None]
+
+    def follow(self) -> list[T]:
+        """Return all records of lines that end in a newline; only the new lines are parsed.
+
+        A file that was replaced or became shorter is read from its start. The list is the log's own, so
+        callers must not change it.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            self._restart((0, 0))
+            return self._records
+        with file:
+            status = os.fstat(file.fileno())
+            identity = status.st_dev, status.st_ino
+            if identity != self._identity or status.st_size < self._offset:
+                self._restart(identity)
+            file.seek(self._offset)
+            content = file.read()
+        content = content[: content.rfind(b"\n") + 1]
+        self._offset += len(content)
+        for line in content.decode("utf-8", "replace").split("\n")[:-1]:
+            self._number += 1
+            record = self._parse(line.removesuffix("\r"), self._number)
+            if record is not None:
+                self._records.append(record)
+        return self._records
+
+    def _restart(self, identity: tuple[int, int]) -> None:
+        self._identity, self._offset, self._number = identity, 0, 0
+        self._records: list[T] = []
+        self._parse = self.parser()
+
+
+class JsonLines(AppendLog[Row]):
+    """A file with one JSON object a line.
 
     Args:
-        path: of the file, if there is one.
-        keep_tail: whether a last line without a newline is whole; None where that cannot be told.
+        path: The file.
+        fields: Fields that each object has, with their types.
+        report_damage: Whether a damaged line is read as an event of kind `unreadable_line`; else it is
+            left out.
     """
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    if not content or content.endswith(b"\n"):
-        return
-    start = content.rfind(b"\n") + 1
-    tail = content[start:].decode("utf-8", "replace")
-    with path.open("r+b") as file:
-        if keep_tail is not None and keep_tail(tail):
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
-        else:
-            file.truncate(start)
+
+    def __init__(self, path: Path, *, fields: Mapping[str, type], report_damage: bool = False) -> None:
+        self._fields = fields
+        self._report_damage = report_damage
+        super().__init__(path)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append one object; numbers that are not finite are written as null.
+
+        Raises:
+            TypeError: A value cannot be written as JSON.
+        """
+        self.append_line(to_json(record))
+
+    def parser(self) -> Callable[[str, int], Row | None]:
+        """See `AppendLog.parser`."""
+        return self._parse_line
+
+    def _parse_line(self, line: str, number: int) -> Row | None:
+        record = parse_object(line, self._fields)
+        if record is None and self._report_damage and line.strip():
+            return {"time": None, "kind": "unreadable_line", "line": number}
+        return record
+
+    def is_complete(self, line: str) -> bool:
+        """See `AppendLog.is_complete`."""
+        return parse_object(line, self._fields) is not None
 
 
-def read_lines(path: Path) -> list[tuple[str, bool]]:
-    """Each line with whether its newline was written."""
-    if not path.is_file():
-        return []
-    *whole, tail = path.read_bytes().decode("utf-8", "replace").split("\n")
-    lines = [(line.removesuffix("\r"), True) for line in whole]
-    return [*lines, (tail, False)] if tail else lines
+def parse_object(line: str, fields: Mapping[str, type]) -> Row | None:
+    """Parse a line as a JSON object that has all these fields, each of its type; None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    return record if all(type(record.get(name)) is kind for name, kind in fields.items()) else None
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Write a value as JSON; arrays and scalars of numpy and torch become numbers, and NaN becomes null.
+
+    Raises:
+        TypeError: A value cannot be written as JSON.
+    """
+    return json.dumps(_plain(value), ensure_ascii=indent is None, allow_nan=False, indent=indent)
 
 
 def first_line(path: Path) -> str:
-    """The first whole line of a file, without its newline; empty if there is none."""
+    """Return the first whole line of a file, without its newline; empty if there is none."""
     try:
         with path.open("rb") as file:
             line = file.readline()
@@ -84,7 +182,7 @@ def first_line(path: Path) -> str:
 
 
 def last_lines(path: Path, *, size: int = CHUNK) -> list[str]:
-    """The whole lines in the last `size` bytes of a file; more bytes are read while they hold none."""
+    """Return the whole lines in the last `size` bytes of a file; more bytes are read while they hold none."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -92,57 +190,34 @@ def last_lines(path: Path, *, size: int = CHUNK) -> list[str]:
                 start = max(0, end - size)
                 file.seek(start)
                 content = file.read(end - start)
-                # The first piece began before `start`, and what follows the last newline is cut short.
-                pieces = content.split(b"\n")[0 if start == 0 else 1 : -1]
-                if pieces or start == 0:
-                    return [piece.decode("utf-8", "replace") for piece in pieces]
+                # The first piece began before `start`, and what follows the last newline is torn.
+                lines = content.split(b"\n")[0 if start == 0 else 1 : -1]
+                if lines or start == 0:
+                    return [line.decode("utf-8", "replace") for line in lines]
                 size *= 4
     except FileNotFoundError:
         return []
 
 
-def as_object(text: str, **fields: type) -> dict[str, Any] | None:
-    """A line as a JSON object that has these fields, each of its type; None if it is no whole one."""
+def _read_bytes(path: Path) -> bytes:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    good = isinstance(found, dict) and all(type(found.get(name)) is kind for name, kind in fields.items())
-    return found if good else None
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
-def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table, without a last line that a crash cut short.
-
-    Unlike an object, a cut row cannot be told from a whole one (12 may have been 128), so it never counts.
-    """
-    lines = [text for text, whole in read_lines(path) if whole and text.strip()]
-    cells = [csv_cells(text) for text in lines]
-    return (cells[0], cells[1:]) if cells else ([], [])
-
-
-def cell(value: Any) -> str:
-    """A value as it stands in a table; empty for None and for a number that is not finite."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return _CONTROL.sub(" ", value)  # one row stays one line
-    number = float(value)
-    if not math.isfinite(number):
-        return ""
-    return str(int(number)) if number.is_integer() else repr(number)
-
-
-def csv_line(cells: list[str]) -> str:
-    """A row of a table, without its newline."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(cells)
-    return buffer.getvalue()
-
-
-def csv_cells(line: str) -> list[str]:
-    """The cells of one line; none if it is damaged."""
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:  # a field longer than any that is written here: a damaged line
-        return []
+def _plain(value: Any) -> Any:
+    """A copy of the value in JSON's own types."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch, arrays and scalars alike
+        return _plain(value.tolist())
+    raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written as JSON: use numbers or text")

@@ -1,30 +1,30 @@
-"""Whether a living process writes a folder: an advisory lock that the system lets go when its holder dies.
+"""An advisory lock on a run folder, which the system releases when the process that holds it dies.
 
-The lock is flock's, on a file that stays. A writer holds it alone for as long as it runs. A reader asks for a
-shared lock without waiting and lets go at once, so a writer tries for a moment before it believes that
-another one writes.
+The lock is flock's, on a file that stays. A reader briefly takes a shared lock to ask whether a writer holds
+it, so a writer tries for a moment before it concludes that there is another one.
 
-Some file systems keep no locks. A writer then goes on without one, and a reader believes a folder that was
-ever held to be held still: a run that is wrongly thought dead invites a second writer, whom nothing would
-stop there.
+Some file systems have no locks. A writer then works without one, and a reader assumes that a folder which was
+ever locked still is: a run that is wrongly considered dead invites a second writer, whom nothing stops there.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["RunLocked", "hold", "is_held"]
+__all__ = ["RunLocked", "acquire", "is_locked"]
 
 PATIENCE_S = 2.0
-"""How long a writer tries: many times what a reader keeps the lock for."""
+"""How long a writer tries, in seconds: many times as long as a reader holds the lock."""
 PAUSE_S = 0.02
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class RunLocked(FedSigmaError, RuntimeError):
@@ -32,39 +32,37 @@ class RunLocked(FedSigmaError, RuntimeError):
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[None]:
-    """Hold the lock of this file, which is made if it is not there, until the end of the block.
+def acquire(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, which is created if it is missing, until the end of the block.
 
     Raises:
-        HeldElsewhere: another writer does.
-        OSError: the file cannot be made.
+        RunLocked: Another writer holds it.
+        OSError: The file cannot be created.
     """
-    # Closed when a program is started, so that none of them keeps the lock of a dead holder.
-    with path.open("ab") as file:
-        _take(file)
+    lock = FileLock(path, timeout=PATIENCE_S)
+    try:
+        lock.acquire(poll_interval=PAUSE_S)
+    except Timeout:
+        raise RunLocked(f"{path} is locked by another process") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _take(file: IO[bytes]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise RunLocked from None
-        except OSError:  # no locks here
-            return None
-        time.sleep(PAUSE_S)
+def is_locked(path: Path) -> bool:
+    """Return whether a living process, this one included, holds the lock of a file; changes nothing.
 
-
-def is_held(path: Path) -> bool:
-    """Whether a living process, this one included, holds the lock of this file; changes nothing."""
+    A `FileLock` would create the file, and could not ask where the reader may not write.
+    """
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # held, or there are no locks here
+    except OSError:  # it is locked, or the file system has no locks
         return True
     return False

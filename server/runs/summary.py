@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from fedsigma.common.utils.files import runs_folder
-from fedsigma.server.runs.append_log import CHUNK, as_object, csv_cells, first_line, last_lines
-from fedsigma.server.runs.run_dir import ALL_SITES, Row, RunDir, RunDirError, latest_rows, parse_row
+from fedsigma.server.runs.append_log import CHUNK, Row, first_line, last_lines, parse_object
+from fedsigma.server.runs.rounds_table import ALL_SITES, latest_rows, parse_row, split_cells
+from fedsigma.server.runs.run_dir import RunDir, RunDirError
 
 __all__ = ["RunSummary", "find_runs", "last_contacts", "runs_folder", "study_of", "summarize_run"]
 
@@ -94,10 +95,10 @@ def _newest_events(folder: RunDir) -> list[Row]:
 
 def _newest_rows(folder: RunDir) -> list[Row]:
     """The last rows, back to two judgements of the pooled model at least: one whole round is between them."""
-    header = csv_cells(first_line(folder.path / "rounds.csv"))
+    header = split_cells(first_line(folder.path / "rounds.csv"))
     for lines in _ever_more(folder.path / "rounds.csv"):
         # The header is no row: its cells are no numbers.
-        found = latest_rows(parse_row(header, csv_cells(line)) for line in lines)
+        found = latest_rows(parse_row(header, split_cells(line)) for line in lines)
         if sum(row["site"] == ALL_SITES and row.get("accuracy") is not None for row in found) > 1:
             break
     return found
@@ -115,7 +116,7 @@ def _ever_more(path: Path) -> Iterator[list[str]]:
 
 
 def _event(line: str) -> Row | None:
-    return as_object(line, kind=str)
+    return parse_object(line, {"kind": str})
 
 
 def last_contacts(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

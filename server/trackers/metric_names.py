@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedsigma.server.runs.run_dir import ALL_SITES
+from fedsigma.server.runs.rounds_table import ALL_SITES
 
 __all__ = ["final_figures", "parameters", "row_metrics", "safe"]
 

@@ -15,7 +15,8 @@ import yaml
 
 from fedsigma.common.sigma.layout import Entry, Layout
 from fedsigma.server.federation.validation import metrics_of_confusion
-from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
+from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.runs.shift_magnitude import shift_magnitudes, to_towers
 
 PARTS = ("q", "k", "v", "o", "mlp", "mlp")
@@ -129,7 +130,7 @@ def write_synthetic_run(
         summary = _summary(name, sites, classes, curves, done, baselines, rng)
         for method in baselines:
             folder.log_event("baseline", method=method, site=ALL_SITES, metrics=summary[method]["metrics"])
-        folder.summary(summary)
+        folder.write_summary(summary)
         folder.log_event("run_end", ok=True, reason="")
     return folder
 

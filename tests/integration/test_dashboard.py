@@ -15,7 +15,8 @@ import pytest
 
 from fedsigma.common.registry import ModelRegistry
 from fedsigma.common.registry.manifest import Manifest
-from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
+from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.browser import MISSING, Seen, chromium
 from tests.helpers.dashboard_process import dashboard
 from tests.helpers.synthetic_run import HOSTILE, write_synthetic_run

@@ -17,7 +17,8 @@ import pytest
 
 from fedsigma.common.config.study import load_study
 from fedsigma.common.ops.supervisor import free_ports
-from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
+from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.trackers import Tracking, choose_trackers
 from tests.unit.test_run_dir import STUDY as SMALL
 
@@ -40,7 +41,7 @@ def track(path: Path, names: str, *, rounds: tuple[int, ...], end: bool) -> RunD
     for number in rounds:
         write_round(folder, number)
     if end:
-        folder.summary({"rounds": 2, "federated": {"accuracy": 0.75, "per_site": {"north": 0.5}}})
+        folder.write_summary({"rounds": 2, "federated": {"accuracy": 0.75, "per_site": {"north": 0.5}}})
         folder.log_event("published", model="demo@1", folder="x")
         folder.log_event("run_end", ok=True, reason="")
         folder.report_path.write_text("<html></html>")

@@ -152,7 +152,7 @@ def test_a_run_that_tells_no_metrics_of_all_images_has_no_note(tmp_path: Path) -
     folder = write_synthetic_run(tmp_path / "run")
     summary = folder.read_summary()
     del summary["federated"]["confusion"]["metrics"]
-    folder.summary(summary)
+    folder.write_summary(summary)
     assert "Of all these images together" not in page_of(folder)[0].text
 
 

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from fedsigma.common.registry.shift_file import ShiftFileError
 from fedsigma.server.runs import lock
-from fedsigma.server.runs.run_dir import ALL_SITES, METRIC_COLUMNS, RunDir, RunDirError
+from fedsigma.server.runs.rounds_table import ALL_SITES, METRIC_COLUMNS
+from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.runs.summary import find_runs, summarize_run
 from tests.helpers.synthetic_run import synthetic_layout, synthetic_shift, write_synthetic_run
 
@@ -217,9 +219,10 @@ def test_a_line_that_is_no_heat_is_left_out(folder: RunDir) -> None:
 
 HOLDER = """
 import sys
+import time
 from pathlib import Path
-from fedsigma.server.runs.run_dir import RunFolder
-with RunFolder.open(Path(sys.argv[1])).hold():
+from fedsigma.server.runs.run_dir import RunDir
+with RunDir.open(Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -254,7 +257,7 @@ def test_a_reader_does_not_keep_a_writer_out(folder: RunDir, monkeypatch: pytest
     with (folder.path / "run.lock").open("rb") as reader:
         fcntl.flock(reader, fcntl.LOCK_SH)
         # The writer finds the lock taken, and the reader lets go before it looks again.
-        monkeypatch.setattr(lock.time, "sleep", lambda seconds: fcntl.flock(reader, fcntl.LOCK_UN))
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(reader, fcntl.LOCK_UN))
         with folder.lock():
             assert folder.locked
 
@@ -265,7 +268,7 @@ def test_without_locks_a_run_goes_on_and_is_thought_alive(
     def none(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     assert not folder.locked  # no run ever began here
     with folder.lock():
         folder.log_event("run_start")
@@ -276,7 +279,7 @@ def test_without_locks_a_run_goes_on_and_is_thought_alive(
 
 def test_summary_and_sigma_round_trip(folder: RunDir) -> None:
     assert folder.read_summary() == {}
-    folder.summary({"federated": {"accuracy": np.float32(0.5), "metrics": {"auroc": math.inf}}})
+    folder.write_summary({"federated": {"accuracy": np.float32(0.5), "metrics": {"auroc": math.inf}}})
     assert folder.read_summary() == {"federated": {"accuracy": 0.5, "metrics": {"auroc": None}}}
     (folder.path / "summary.json").write_text("[1]")
     with pytest.raises(RunDirError, match="expected an object"):
@@ -311,7 +314,7 @@ def test_overview_follows_a_run_through_failure_and_resume(folder: RunDir) -> No
     folder.log_event("round_end", round=1, sites=["a"], seconds=1.0)
     folder.log_event("run_end", ok=True, reason="")
     assert (summarize_run(folder).state, summarize_run(folder).rounds_done) == ("finished", 1)
-    folder.summary({"federated": {"accuracy": 0.75}})
+    folder.write_summary({"federated": {"accuracy": 0.75}})
     assert summarize_run(folder).federated_accuracy == 0.75
 
 

@@ -18,7 +18,8 @@ from fedsigma.common.config.study import load_study
 from fedsigma.server.deployment.auto_resume import resume_crashed_runs
 from fedsigma.server.deployment.studies import Studies
 from fedsigma.server.federation.site_manager import WrongSiteCount
-from fedsigma.server.runs.run_dir import ALL_SITES, RunDir
+from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.trackers import TrackerError, Tracking, callback, config, parse_trackers, worker
 from fedsigma.server.trackers.base import TrackedRun
 from fedsigma.server.trackers.metric_names import final_figures, parameters, row_metrics, safe

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from fedsigma.common.config.constants import METRICS
-from fedsigma.server.runs.run_dir import ALL_SITES, Row, RunDir
+from fedsigma.server.runs.append_log import Row
+from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.server.runs.run_dir import RunDir
 
 __all__ = ["charts", "comparison"]
 

@@ -19,7 +19,8 @@ from fedsigma.server.report.formatting import (
     format_timestamp,
 )
 from fedsigma.server.report.summary_text import LabelledValue, headline, study_facts
-from fedsigma.server.runs.run_dir import ALL_SITES, Row
+from fedsigma.server.runs.append_log import Row
+from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.summary import last_contacts
 from fedsigma.server.runs.tail import RunTailer
 
