@@ -5,9 +5,17 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from fedsigma.client.site.image_cache import IMAGES
+
 # Machines are shared and noisy: how long an example takes must not decide whether it passes.
 settings.register_profile("fedsigma", deadline=None, print_blob=True)
 settings.load_profile("fedsigma")
+
+
+@pytest.fixture(autouse=True)
+def empty_image_cache() -> None:
+    """Start each test without decoded images, as a new process does."""
+    IMAGES.reset()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,7 +1,7 @@
-"""The site's record of every answer it gave: one JSON line for each, written before the answer leaves.
+"""The site's audit log: one JSON line for each reply, written before the reply is sent.
 
-The log belongs to the site and never leaves it. Its lines are chained
-(`fedsigma.common.utils.hash_chain`), so that a line that was changed or removed later is found.
+The log never leaves the site. Its lines are chained (`fedsigma.common.utils.hash_chain`), so that a changed
+or removed line can be detected.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ __all__ = ["AuditLog"]
 
 
 class AuditLog:
-    """Appends to one site's log."""
+    """Appends to one site's audit log.
+
+    Args:
+        path: File of the log; created with the first line.
+    """
 
     def __init__(self, path: Path) -> None:
         self._log = HashChainedLog(path)
 
     def record(self, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
-        """Write down what was asked and what is about to leave, and make sure that it is on the disk.
+        """Append a request and its reply, and flush them to the disk.
 
         Args:
-            asked: what the server wanted: kind of message, study, round.
-            left: the fields of the reply as they lie on the wire, or `{"error": type name}`.
+            request: Kind of message, study, round and run.
+            reply: The fields of the reply as they are sent, or `{"error": type name}`.
 
         Raises:
-            OSError, ChainBroken: the line cannot be written, or an earlier one was removed; the reply must
-                then not be sent.
+            OSError: The line cannot be written; the reply must not be sent.
+            LogTampered: An earlier line was removed; the reply must not be sent.
         """
-        self._log.append({"time": round(time.time(), 3), "asked": dict(request), "left": describe(reply)})
+        entry = {"time": round(time.time(), 3), "request": dict(request), "reply": describe(reply)}
+        self._log.append(entry)

@@ -1,4 +1,4 @@
-"""What coding took from a site's changes, kept at the site and sent with the next one."""
+"""Error feedback: the residual of coding, which a site adds to its next update."""
 
 from __future__ import annotations
 
@@ -20,33 +20,40 @@ _RECORD = "fedsigma.feedback"
 class ErrorFeedback:
     """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) between rounds.
 
-    Coding a change coarsely loses some of it. What is lost is added to the site's next change, so that over
-    the rounds only the last loss is missing from what the server was told. It lies in the state that Flower
-    keeps for a site during a run; a site that starts anew begins without it, and misses one loss.
+    Coarse coding of an update leaves a residual. The site adds it to its next update, so that over all
+    rounds the server misses the last residual only. Flower stores it in the site's state of a run; a site
+    that restarts loses it, and so one residual is missing.
 
     Args:
-        state: of the site in this run.
+        state: Flower's state of the site in this run.
     """
 
     def __init__(self, state: RecordDict) -> None:
         self._state = state
 
     def residual(self, layout: Layout, *, before: int) -> Vector:
-        """What coding lost in the last round that this site took part in (layout size,).
+        """Return the residual of the last round that this site took part in.
 
-        Zeros if there is none. A round that is asked for again gets zeros, too: its first reply did not
-        count, so what that lost is not missing.
+        A round that is retried gets zeros: its first reply was not aggregated, so its residual is not
+        missing.
+
+        Args:
+            layout: Layout of the update; a residual of another layout is ignored.
+            before: The round that the update belongs to.
+
+        Returns:
+            Float32 of shape (layout.size,); zeros without a stored residual.
         """
-        kept = self._state.config_records.get(_RECORD)
-        if kept is None or kept["layout"] != layout.digest or int(str(kept["round"])) >= before:
+        record = self._state.config_records.get(_RECORD)
+        if record is None or record["layout"] != layout.digest or int(str(record["round"])) >= before:
             return np.zeros(layout.size, np.float32)
-        return np.frombuffer(cast(bytes, kept["lost"]), "<f4").astype(np.float32)
+        return np.frombuffer(cast(bytes, record["residual"]), "<f4").astype(np.float32)
 
     def store(self, residual: Vector, layout: Layout, *, round: int) -> None:
-        """Keep what coding lost in a round."""
+        """Store the residual of a round."""
         if not residual.any():
             self._state.pop(_RECORD, None)
             return
         self._state[_RECORD] = ConfigRecord(
-            {"layout": layout.digest, "round": round, "lost": residual.astype("<f4").tobytes()}
+            {"layout": layout.digest, "round": round, "residual": residual.astype("<f4").tobytes()}
         )

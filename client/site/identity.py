@@ -1,4 +1,4 @@
-"""The key by which other sites know a site: made once, and kept in a file that its owner alone can read."""
+"""A site's Ed25519 identity key, by which other sites recognise it."""
 
 from __future__ import annotations
 
@@ -20,38 +20,41 @@ __all__ = ["NoIdentity", "new_identity", "read_identity", "simulated_identity"]
 
 
 class NoIdentity(FedSigmaError, ValueError):
-    """The task is masked, and the site's policy names no identity or does not know the others."""
+    """The task uses secure aggregation, and the site's policy lacks an identity or the peers' keys."""
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:
-    """Read the key that `new_identity` made.
+    """Read the private key that `new_identity` wrote.
+
+    Args:
+        path: The PEM file.
 
     Raises:
-        NoIdentity: the file holds no Ed25519 key.
+        NoIdentity: The file holds no Ed25519 key.
     """
     key = load_pem_private_key(path.read_bytes(), password=None)
     if not isinstance(key, Ed25519PrivateKey):
-        raise NoIdentity(f"{path} holds no Ed25519 key")
+        raise NoIdentity(f"{path} holds no Ed25519 key: create one with `fedsigma identity`")
     return key
 
 
 def new_identity(path: Path) -> str:
-    """Make an Ed25519 key, keep it as PEM in a new file that its owner alone can read, and return the public
-    key.
+    """Create an Ed25519 key and write it as PEM to a new file, readable by its owner only.
+
+    Args:
+        path: The file to write.
 
     Returns:
         The public key as 64 hex digits.
 
     Raises:
-        FileExistsError: there is a file already; an identity is never replaced by accident.
-        FileNotFoundError: its folder does not exist.
+        FileExistsError: The file exists.
+        FileNotFoundError: The file's folder does not exist.
     """
     if path.exists():
-        raise FileExistsError(
-            f"{path} exists: an identity is not replaced, name another file or move it away"
-        )
+        raise FileExistsError(f"{path} exists and is not overwritten: name another file, or move it away")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is not a folder: make it first")
+        raise FileNotFoundError(f"{path.parent} is not a folder: create it first")
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -60,5 +63,5 @@ def new_identity(path: Path) -> str:
 
 
 def simulated_identity(name: str) -> Ed25519PrivateKey:
-    """The identity of a simulated site: made from its name, so no secret; a simulation has none to keep."""
+    """Return the key of a simulated site, derived from its name and so not secret."""
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"simulated {name}".encode()).digest())

@@ -1,4 +1,4 @@
-"""A site's own part of the shift: kept in a file of the site's, never sent."""
+"""A site's personal part of the shift, stored in a file of the site and never sent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger("fedsigma.client")
 
 
 class PersonalError(FedSigmaError, ValueError):
-    """A file of personal values that is damaged or belongs to something else; the text says what to do."""
+    """A file of personal values is damaged, or belongs to another study, run or backbone."""
 
 
 def read_personal_values(
@@ -35,47 +35,51 @@ def read_personal_values(
     """Read a file of personal values.
 
     Args:
-        path: of the file.
-        split, fingerprint: of the adapted model that the values are for.
-        study, run: its name, and the key of the server's run folder.
+        path: The file.
+        partition: Partition of the adapted model's parameters.
+        fingerprint: Fingerprint of the adapted model.
+        study: Name of the study.
+        run: Key of the server's run folder.
 
     Returns:
-        The round that was trained last, the values before it and after it, (split.personal_size,) each.
+        The last trained round, and the values before and after it, each of shape
+        (partition.personal_size,).
 
     Raises:
-        PersonalError: it is missing, damaged, or of another study, run, backbone or split.
+        PersonalError: The file is missing or damaged, or belongs to another study, run, backbone or
+            partition.
     """
     try:
         with safe_open(path, framework="np") as file:
-            told = file.metadata() or {}
-            if told.get("format") != FORMAT or set(file.keys()) != {"before", "after"}:
-                raise PersonalError(f"{path} is no file of personal values: name the one that a site wrote")
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or set(file.keys()) != {"before", "after"}:
+                raise PersonalError(f"{path} is not a file of personal values")
             before, after = (file.get_tensor(name) for name in ("before", "after"))
     except (SafetensorError, OSError) as error:
-        raise PersonalError(
-            f"{path} cannot be read ({error}): name the file that the site wrote, or put back a backup"
-        ) from error
-    for what, wanted in (("study", study), ("run", run)):
-        if told.get(what) != wanted:
+        raise PersonalError(f"{path} cannot be read ({error}): restore it from a backup") from error
+    for key, expected in (("study", study), ("run", run)):
+        if metadata.get(key) != expected:
             raise PersonalError(
-                f"{path} holds the values of {what} {told.get(what)!r}, this one's {what} is {wanted!r}: name"
-                " the file of the same study and run"
+                f"{path} holds the values of {key} {metadata.get(key)!r}, expected"
+                f" {key} {expected!r}: name the file of the same study and run"
             )
-    if told.get("layout") != partition.full.digest or told.get("shared") != partition.shared.digest:
-        raise PersonalError(f"{path} was made with other parts personal: it does not fit this study")
-    if told.get("weights") != _weights(fingerprint):
-        raise PersonalError(f"{path} was trained on another backbone: it does not fit this study")
+    if metadata.get("layout") != partition.full.digest or metadata.get("shared") != partition.shared.digest:
+        raise PersonalError(f"{path} has other personal parts than this study")
+    if metadata.get("weights") != _weights(fingerprint):
+        raise PersonalError(f"{path} was trained on another backbone than this study's")
     for values in (before, after):
-        fits = values.shape == (partition.personal_size,) and values.dtype == np.float32
-        if not fits or not bool(np.isfinite(values).all()):
-            raise PersonalError(f"{path} holds no {partition.personal_size} finite values: put back a backup")
-    if not told.get("round", "").isdecimal():
-        raise PersonalError(f"{path} says round {told.get('round')!r}, expected a whole number")
-    return int(told["round"]), before, after
+        valid = values.shape == (partition.personal_size,) and values.dtype == np.float32
+        if not valid or not bool(np.isfinite(values).all()):
+            raise PersonalError(
+                f"{path}: expected {partition.personal_size} finite float32 values; restore it from a backup"
+            )
+    if not metadata.get("round", "").isdecimal():
+        raise PersonalError(f"{path}: round is {metadata.get('round')!r}, expected a whole number")
+    return int(metadata["round"]), before, after
 
 
 def safe_name(name: str) -> str:
-    """A name as part of a file's."""
+    """Replace each character of a name that is not safe in a file name."""
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
 
 
@@ -105,27 +109,27 @@ class PersonalState:
         self._partition, self._fingerprint = partition, fingerprint
 
     def current(self) -> Vector:
-        """The values after the last round; zeros before the first."""
+        """Return the values after the last round; zeros before the first."""
         return self._read()[2]
 
     def initial(self, round: int) -> Vector:
-        """The values that a round starts from."""
+        """Return the values that a round starts from."""
         last, before, after = self._read()
         if round == 1:
             return np.zeros(self._partition.personal_size, np.float32)
         if not last and self._partition.personal_size:
-            log.warning("round %s finds no personal values in %s and starts from zeros", round, self.path)
+            log.warning("round %s: no personal values in %s, starting from zeros", round, self.path)
         if round < last:
-            log.warning("round %s is asked for, the personal values are those after round %s", round, last)
+            log.warning("round %s is trained with the personal values after round %s", round, last)
         return before if round == last else after
 
     def store(self, before: Vector, after: Vector, *, round: int) -> None:
-        """Keep what a round has made of the values.
+        """Write the values before and after a round.
 
         Raises:
-            OSError: they cannot be written; the round's reply must then not be sent.
+            OSError: They cannot be written; the round's reply must not be sent.
         """
-        told: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "format": FORMAT,
             "layout": self._partition.full.digest,
             "shared": self._partition.shared.digest,
@@ -135,7 +139,7 @@ class PersonalState:
             "round": str(round),
         }
         arrays = {"before": before.astype(np.float32), "after": after.astype(np.float32)}
-        write_atomic(self.path, save(arrays, metadata=told))
+        write_atomic(self.path, save(arrays, metadata=metadata))
 
     def _read(self) -> tuple[int, Vector, Vector]:
         if self._partition.personal_size == 0 or not self.path.exists():

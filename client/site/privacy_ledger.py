@@ -1,7 +1,8 @@
-"""What a site's images have been given away so far: every private release, and the budgets it may not exceed.
+"""The site's privacy ledger: every private release of its images, and the budgets that limit them.
 
-The ledger is a file at the site, not a state of one run: budgets protect patients, and those are the same in
-each run and study. A release is written down before training starts, so that a crash can only overstate it.
+The ledger is a file of the site and not the state of one run: a budget protects patients, and they are the
+same in all runs and studies. A release is entered before training starts, so that after a crash the ledger
+can only overstate what was spent.
 """
 
 from __future__ import annotations
@@ -20,18 +21,27 @@ from fedsigma.common.utils.hash_chain import HashChainedLog, LogTampered
 __all__ = ["LedgerDamaged", "LedgerEntry", "PrivacyBudgetSpent", "PrivacyLedger"]
 
 
-# The server sees the names of these types and nothing else.
+# The server receives the name of the exception's type and nothing else.
 class PrivacyBudgetSpent(FedSigmaError, ValueError):
-    """What is asked for would take more than a budget allows: the site takes no more part."""
+    """The release would exceed a budget, so the site rejects the task."""
 
 
 class LedgerDamaged(FedSigmaError, ValueError):
-    """The ledger was changed or cut: what has been spent is not known, so nothing more may be."""
+    """The ledger was changed or cut, so the amount spent is unknown and no release is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerEntry:
-    """One line: for which study and run, what is hidden, and the release."""
+    """One line of the ledger.
+
+    Attributes:
+        study: Name of the study.
+        run: Flower's id of the run.
+        round: Number of the round.
+        mode: Mode of the training task, such as `round` or `local`.
+        level: What the noise hides: image, group or site.
+        event: The release.
+    """
 
     study: str
     run: str
@@ -42,10 +52,10 @@ class LedgerEntry:
 
 
 class PrivacyLedger:
-    """A site's privacy.jsonl, a chained log.
+    """A site's privacy.jsonl, a hash-chained log.
 
     Args:
-        path: of the file; it is made at the first release.
+        path: The file; created with the first release.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,44 +63,44 @@ class PrivacyLedger:
         self._log = HashChainedLog(path)
 
     def entries(self) -> list[LedgerEntry]:
-        """Everything released so far.
+        """Return all releases so far.
 
         Raises:
-            LedgerDamaged: a line does not read or was changed or removed.
+            LedgerDamaged: A line is invalid, or was changed or removed.
         """
-        with _damage(self.path):
+        with _report_damage(self.path):
             return [_entry(values) for values in self._log.lines()]
 
     def charge(
         self, entry: LedgerEntry, privacy: PrivacyConfig, *, budget: float | None, delta: float
     ) -> float:
-        """Write down a release if the budgets allow it.
+        """Enter a release if the budgets allow it.
 
         Args:
-            entry: what is about to be released.
-            privacy: the study's; its budget counts the releases for this study.
-            budget: the site's own for all studies together, an epsilon; None for none.
-            delta: at which the site's own budget is counted.
+            entry: The release.
+            privacy: Privacy settings of the study; its budget covers the releases for this study.
+            budget: Epsilon of the site for all studies together; None for no limit.
+            delta: Delta at which the site's budget is counted.
 
         Returns:
-            The epsilon of all releases for this study, this one among them, at the study's delta.
+            The epsilon of all releases for this study, this one included, at the study's delta.
 
         Raises:
-            PrivacyBudgetSpent: a budget does not allow it; nothing is written.
-            LedgerDamaged: see `entries`.
+            PrivacyBudgetSpent: A budget does not allow it; nothing is written.
+            LedgerDamaged: A line is invalid, or was changed or removed.
         """
-        with _damage(self.path), self._log.opened() as log:
+        with _report_damage(self.path), self._log.opened() as log:
             after = [*map(_entry, log.lines()), entry]
             spent = epsilon([e.event for e in after if e.study == entry.study], privacy.delta)
             if spent > privacy.epsilon:
                 raise PrivacyBudgetSpent(
-                    f"study '{entry.study}' would have spent epsilon {spent:.2f}, its budget is"
+                    f"study '{entry.study}' would spend epsilon {spent:.2f}, its budget is"
                     f" {privacy.epsilon:g} at delta {privacy.delta:g}"
                 )
             total = epsilon([e.event for e in after], delta) if budget is not None else 0.0
             if budget is not None and total > budget:
                 raise PrivacyBudgetSpent(
-                    f"all studies together would have spent epsilon {total:.2f}, site.yaml allows {budget:g}"
+                    f"all studies together would spend epsilon {total:.2f}, site.yaml allows {budget:g}"
                     f" at delta {delta:g}"
                 )
             log.append(_values(entry))
@@ -98,20 +108,20 @@ class PrivacyLedger:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Say what damage to the ledger means."""
+def _report_damage(path: Path) -> Iterator[None]:
+    """Raise LedgerDamaged where the log is tampered with or a line is invalid."""
     try:
         yield
-    except (LogTampered, _NoEntry) as error:
-        what = error.what if isinstance(error, LogTampered) else f"a line is no release: {error}"
+    except (LogTampered, _InvalidEntry) as error:
+        problem = error.what if isinstance(error, LogTampered) else f"invalid entry: {error}"
         raise LedgerDamaged(
-            f"{path} was changed or cut ({what}): put the file and its .head back from a backup; without it"
-            " nobody knows what has been spent, and the site cannot train privately"
+            f"{path} was changed or cut ({problem}): restore the file and its .head from a backup; without"
+            " them the amount spent is unknown, and the site cannot train with privacy"
         ) from None
 
 
-class _NoEntry(ValueError):
-    """A line of the ledger does not say what was released."""
+class _InvalidEntry(ValueError):
+    """A line of the ledger is not a release."""
 
 
 def _values(entry: LedgerEntry) -> dict[str, object]:
@@ -132,9 +142,9 @@ def _entry(values: dict[str, object]) -> LedgerEntry:
     try:
         rate, noise, steps = values["rate"], values["noise_multiplier"], values["steps"]
         if not (isinstance(rate, float) and isinstance(noise, float) and isinstance(steps, int)):
-            raise TypeError("rate, noise_multiplier and steps are no numbers")
+            raise TypeError("expected numbers for rate, noise_multiplier and steps")
         if not (0 < rate <= 1 and noise > 0 and steps > 0):
-            raise ValueError("rate, noise_multiplier or steps cannot be")
+            raise ValueError("rate, noise_multiplier or steps is out of range")
         return LedgerEntry(
             study=str(values["study"]),
             run=str(values["run"]),
@@ -144,4 +154,4 @@ def _entry(values: dict[str, object]) -> LedgerEntry:
             event=PrivacyEvent(rate=rate, noise_multiplier=noise, steps=steps),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise _NoEntry(error) from None
+        raise _InvalidEntry(error) from None

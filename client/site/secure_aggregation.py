@@ -1,8 +1,8 @@
-"""A site's part of a masked sum: its keys of a run, what it has been asked, and its masked reply.
+"""A site's side of secure aggregation: its keys of a run, the tasks it has answered, and its masked reply.
 
-What must be remembered lies in a file of the site's and not in the state that Flower hands to its apps:
-Flower starts a process for each message that waits, all with the state as it was, and the last to end decides
-what stays of it. Two tasks that come at once must not both find that nothing was answered yet.
+The state of a run is stored in a file of the site and not in the state that Flower passes to its apps: Flower
+starts a process for each waiting message, all with the same state, and the last process to end overwrites it.
+Two concurrent tasks must not both find that no task was answered yet.
 """
 
 from __future__ import annotations
@@ -37,25 +37,31 @@ if TYPE_CHECKING:
 __all__ = ["SITE_COUNTS", "MaskFileDamaged", "SecureAggregationClient", "TooManyCohorts", "make_counts"]
 
 RETENTION_S = 60 * 24 * 3600
-"""How long a run's file is kept after it was written last: a run may have to wait for other sites."""
+"""Seconds that a run's file is kept after its last write; a run may have to wait for other sites."""
 Vector = NDArray[np.float32]
+_REPLY = "reply."
+"""Prefix of the tensor names of masked replies in the file."""
 
 
 class TooManyCohorts(FedSigmaError, ValueError):
-    """The server asks for the same round, or an older one, with another cohort once too often."""
+    """The round, or a later one, was already answered for as many cohorts as the site allows."""
 
 
 class MaskFileDamaged(FedSigmaError, ValueError):
-    """The file of a run's masks does not read: what was answered is not known, so nothing more may be."""
+    """The file of a run's masks is invalid, so the earlier replies are unknown and no other is allowed."""
 
 
 @dataclass
 class _RunState:
-    """What a site remembers of a run.
+    """What a site stores of a run.
 
-    private: its key. round: the one that was asked for last; work: a digest of what was to be trained in it;
-    answered: for each place in it, the words that went out, none while they have not; change and counts: what
-    training gave, None before.
+    Attributes:
+        private: The site's private key of the run, 32 bytes.
+        round: The last round.
+        task_digest: Digest of the round's task without its cohort.
+        replies: For each mask context of the round, the masked values; empty until the reply is sent.
+        update: The trained update; None before training.
+        counts: The counts of `make_counts`.
     """
 
     private: bytes
@@ -67,12 +73,12 @@ class _RunState:
 
 
 class SecureAggregationClient:
-    """One site's masks in one run. While it is held no other process of the site answers for the run.
+    """One site's keys and masks in one run.
 
     Args:
-        site: with its identity and the others'.
-        study: its name.
-        run: Flower's id of it.
+        site: The site, with its identity and its peers' public keys.
+        study: Name of the study.
+        run: Flower's id of the run.
     """
 
     def __init__(self, site: Site, study: str, *, run: int) -> None:
@@ -80,15 +86,15 @@ class SecureAggregationClient:
         self.path = site.personal_path / "masks" / f"{self._study}-{run}.masks"
         self._state: _RunState
         self._context: MaskContext
-        """Of the task that was allowed last."""
+        """Context of the last task that `check_task` accepted."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes of the site out, and know what was answered before.
+        """Lock the run's file against other processes of the site, and read it.
 
         Raises:
-            MaskFileDamaged: see there.
-            OSError: the file cannot be written.
+            MaskFileDamaged: The file is invalid.
+            OSError: The file cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_suffix(".lock").open("ab") as lock:
@@ -102,74 +108,79 @@ class SecureAggregationClient:
             yield
 
     def member(self) -> Member:
-        """This site's entry in a cohort: its key of this run, made at first use, signed by its identity."""
+        """Return this site's member entry: its public key of this run, signed with its identity."""
         return secure_aggregation.sign(
             self._site.identity(), run=self._run, name=self._site.name, key=self._public_key()
         )
 
     def check_task(self, task: TrainTask) -> None:
-        """Refuse a cohort that cannot be trusted, and a round that was answered for too many cohorts.
+        """Reject an untrusted cohort, and a round that was answered for too many cohorts.
 
         Raises:
-            MaskingError: a key is not that of a site that this one knows, or the round is asked for again
-                with other work to do.
-            TooManyCohorts: see there.
+            MaskingError: A member's key is not that of a known site, or the round is retried with another
+                task.
+            TooManyCohorts: The round, or a later one, was answered for too many cohorts.
         """
-        kept, place = self._state, self._make_context(task)
-        self._context = place
+        state, context = self._state, self._make_context(task)
+        self._context = context
         secure_aggregation.check_members(
-            place, self._site.peers(task.study), me=self._site.name, key=self._public_key()
+            context, self._site.peers(task.study), me=self._site.name, key=self._public_key()
         )
-        work = _digest(replace(task, members=(), cohort=1, attempt=0, bound=1.0, most_examples=1)).hex()
-        if task.round == kept.round and place.info.hex() in kept.replies:
+        task_digest = _digest(
+            replace(task, members=(), cohort=1, attempt=0, bound=1.0, most_examples=1)
+        ).hex()
+        if task.round == state.round and context.info.hex() in state.replies:
             return
-        asked = len(kept.replies) if task.round == kept.round else 0
-        if asked >= self._site.policy.max_cohorts or kept.round > task.round:
+        cohorts = len(state.replies) if task.round == state.round else 0
+        if cohorts >= self._site.policy.max_cohorts or state.round > task.round:
             raise TooManyCohorts(
-                f"round {task.round} was answered for {asked} cohorts, the last round was {kept.round};"
-                f" site.yaml allows {self._site.policy.max_cohorts} a round"
+                f"round {task.round} was answered for {cohorts} cohorts, the last round is {state.round};"
+                f" site.yaml allows {self._site.policy.max_cohorts} cohorts a round"
             )
-        if task.round == kept.round and work != kept.task_digest:
-            raise secure_aggregation.MaskingError(
-                f"round {task.round} is asked for again with other work to do"
-            )
-        if task.round != kept.round:
-            self._state = kept = _RunState(kept.private, round=task.round, task_digest=work)
-        kept.replies[place.info.hex()] = np.zeros(0, np.uint32)
+        if task.round == state.round and task_digest != state.task_digest:
+            raise secure_aggregation.MaskingError(f"round {task.round} is retried with another task")
+        if task.round != state.round:
+            self._state = state = _RunState(state.private, round=task.round, task_digest=task_digest)
+        state.replies[context.info.hex()] = np.zeros(0, np.uint32)
         self._write()
 
     def find_reply(self, task: TrainTask) -> MaskedReply | None:
-        """The reply to just this task, if there was one: one mask is for one vector, so none is made anew."""
-        words = self._state.replies[self._context.info.hex()]
-        return MaskedReply(masked=words.astype("<u4").tobytes(), steps=task.steps) if words.size else None
+        """Return the earlier reply to this task, if any; a mask is never used for a second vector."""
+        masked = self._state.replies[self._context.info.hex()]
+        return MaskedReply(masked=masked.astype("<u4").tobytes(), steps=task.steps) if masked.size else None
 
     def find_update(self) -> tuple[Vector, list[int]] | None:
-        """The change and counts of the round that was allowed last, if it was trained for another cohort."""
+        """Return the update and counts of the current round, if it was trained for another cohort."""
         return None if self._state.update is None else (self._state.update, self._state.counts)
 
     def store_update(self, update: Vector, counts: list[int]) -> None:
-        """Remember what training gave, so that the round need not be trained again for another cohort."""
+        """Store the trained update and its counts for other cohorts of the same round."""
         self._state.update, self._state.counts = update.astype(np.float32), counts
         self._write()
 
     def make_reply(self, task: TrainTask, update: Vector, counts: list[int]) -> MaskedReply:
-        """The masked, weighted change with the counts behind it; it is on the disk before it is returned.
+        """Mask the weighted update and its counts, and store the reply before it is returned.
+
+        Args:
+            task: The accepted task.
+            update: The update, float32 of shape (values,).
+            counts: The counts of `make_counts`; the first is the weight.
 
         Raises:
-            MaskingError: a value or a count has no room in the sum.
+            MaskingError: A value or a count is too large for the masked sum.
         """
-        sites, place = len(task.members), self._context
+        sites, context = len(task.members), self._context
         integers = secure_aggregation.to_integers(
-            update, weight=counts[0], scale=place.scale, bound=place.bound
+            update, weight=counts[0], scale=context.scale, bound=context.bound
         )
         if counts[0] > task.most_examples or max(counts) * sites >= 2**31:
-            raise secure_aggregation.MaskingError("a count has no room in the masked sum")
-        whole = np.concatenate([integers, np.array(counts, dtype=np.uint32)])
+            raise secure_aggregation.MaskingError("a count is too large for the masked sum")
+        values = np.concatenate([integers, np.array(counts, dtype=np.uint32)])
         private = X25519PrivateKey.from_private_bytes(self._state.private)
-        words = secure_aggregation.mask(whole, place, me=self._site.name, private=private)
-        self._state.replies[place.info.hex()] = words
+        masked = secure_aggregation.mask(values, context, me=self._site.name, private=private)
+        self._state.replies[context.info.hex()] = masked
         self._write()
-        return MaskedReply(masked=words.astype("<u4").tobytes(), steps=task.steps)
+        return MaskedReply(masked=masked.astype("<u4").tobytes(), steps=task.steps)
 
     def _make_context(self, task: TrainTask) -> MaskContext:
         return MaskContext(
@@ -186,16 +197,16 @@ class SecureAggregationClient:
         return X25519PrivateKey.from_private_bytes(self._state.private).public_key().public_bytes_raw()
 
     def _write(self) -> None:
-        kept = self._state
-        arrays: dict[str, NDArray[Any]] = {"private": np.frombuffer(kept.private, np.uint8)}
-        arrays |= {f"answered.{info}": words for info, words in kept.replies.items()}
-        if kept.update is not None:
-            arrays["update"] = kept.update
-        told = {"round": str(kept.round), "work": kept.task_digest, "counts": json.dumps(kept.counts)}
-        write_secret(self.path, save(arrays, metadata=told))
+        state = self._state
+        arrays: dict[str, NDArray[Any]] = {"private": np.frombuffer(state.private, np.uint8)}
+        arrays |= {f"{_REPLY}{info}": masked for info, masked in state.replies.items()}
+        if state.update is not None:
+            arrays["update"] = state.update
+        metadata = {"round": str(state.round), "task": state.task_digest, "counts": json.dumps(state.counts)}
+        write_secret(self.path, save(arrays, metadata=metadata))
 
     def _remove_old(self) -> None:
-        """Remove what earlier runs of the study left: a change without noise or mask is in it."""
+        """Remove the files of earlier runs of the study; they hold updates without noise or mask."""
         for file in self.path.parent.glob(f"{self._study}-*.*"):
             if time.time() - file.stat().st_mtime > RETENTION_S and file != self.path.with_suffix(".lock"):
                 file.unlink(missing_ok=True)
@@ -204,40 +215,43 @@ class SecureAggregationClient:
 def _read(path: Path) -> _RunState:
     try:
         with safe_open(path, framework="np") as file:
-            told, names = file.metadata(), set(file.keys())
-            prefix = "answered."
+            metadata, names = file.metadata(), set(file.keys())
             return _RunState(
                 file.get_tensor("private").tobytes(),
-                round=int(told["round"]),
-                task_digest=told["work"],
+                round=int(metadata["round"]),
+                task_digest=metadata["task"],
                 replies={
-                    name.removeprefix(prefix): file.get_tensor(name)
+                    name.removeprefix(_REPLY): file.get_tensor(name)
                     for name in sorted(names)
-                    if name.startswith(prefix)
+                    if name.startswith(_REPLY)
                 },
                 update=file.get_tensor("update") if "update" in names else None,
-                counts=[int(count) for count in json.loads(told["counts"])],
+                counts=[int(count) for count in json.loads(metadata["counts"])],
             )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise MaskFileDamaged(
-            f"{path} does not read ({error}): the site takes no more part in this run"
+            f"{path} is invalid ({error}): the site cannot take part in this run any more"
         ) from error
 
 
 def _digest(task: TrainTask) -> bytes:
-    """SHA-256 of all that a task says (32 bytes); the sites of a cohort get the same task."""
+    """Return the SHA-256 of a task (32 bytes); all sites of a cohort receive the same task."""
     return bytes.fromhex(digest(fields_of(to_record(task)))["sha256"])
 
 
 def make_counts(*, examples: int, loss: float, test_examples: int, accuracy: float) -> list[int]:
-    """What is summed beside the change, in the order of `MASKED_COUNTS`.
+    """Return the counts that are summed with the update, in the order of `MASKED_COUNTS`.
 
-    No loss is told below zero, and one that is not a number, as of private training, counts as zero.
+    Args:
+        examples: Number of training examples.
+        loss: Mean training loss; a negative loss, or NaN as of private training, counts as zero.
+        test_examples: Number of test examples.
+        accuracy: Accuracy on the test examples, from 0 to 1.
     """
-    right = round(accuracy * test_examples) if test_examples else 0
+    correct = round(accuracy * test_examples) if test_examples else 0
     units = 0 if math.isnan(loss) else max(0, round(examples * loss * LOSS_UNIT))
-    return [examples, units, test_examples, right]
+    return [examples, units, test_examples, correct]
 
 
 SITE_COUNTS = [1, 0, 0, 0]
-"""What a site counts for where the site itself is hidden: one, and nothing is told of its images."""
+"""The counts where privacy hides whole sites: a weight of one, and nothing of the site's images."""

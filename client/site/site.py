@@ -1,7 +1,7 @@
-"""The site's own rules and the site's own images.
+"""A site's policy, images and files, as one process sees them.
 
-A real site has a `site.yaml` that bounds what it accepts and says where its images are; nothing a message
-says can widen it. In a simulation a site is one part of the study's data, and its rules let all through.
+A real site has a `site.yaml` that limits which tasks it accepts and names its data source; no message can
+widen these limits. A simulated site is one part of the study's data, and its policy accepts every task.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsigma.client.site.identity import NoIdentity, read_identity, simulated_identity
+from fedsigma.client.site.image_cache import IMAGES
 from fedsigma.client.site.personal_state import PersonalState, safe_name
 from fedsigma.client.site.policy import SitePolicy
 from fedsigma.client.site.privacy_ledger import LedgerEntry, PrivacyLedger
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 
-# The server sees the names of these types and nothing else, so each names its reason.
+# The server receives the name of the exception's type and nothing else, so each name states the reason.
 class StudyNotAllowed(FedSigmaError, ValueError):
     """The site's policy does not list this study."""
 
@@ -58,31 +59,31 @@ class BackboneNotAllowed(FedSigmaError, ValueError):
 
 
 class TooManySteps(FedSigmaError, ValueError):
-    """The task asks for more local steps than the site's policy allows."""
+    """The task has more local steps than the site's policy allows."""
 
 
 class TooManyRounds(FedSigmaError, ValueError):
-    """The task belongs to a later round than the site's policy allows a study to have."""
+    """The task's round is above the limit of the site's policy."""
 
 
 class TooManyEvaluations(FedSigmaError, ValueError):
-    """More models of a study are to be judged on the site's test images than its policy allows."""
+    """The task evaluates more models of a study on the test images than the site's policy allows."""
 
 
 class CohortTooSmall(FedSigmaError, ValueError):
-    """Fewer sites are averaged together than the site's policy demands."""
+    """The task averages fewer sites together than the site's policy requires."""
 
 
 class NotMasked(FedSigmaError, ValueError):
-    """The site's policy demands masking, and the task does not ask for it."""
+    """The site's policy requires secure aggregation, and the task does not use it."""
 
 
 class NotPrivate(FedSigmaError, ValueError):
-    """The site's policy demands differential privacy, and the task offers none or hides less."""
+    """The site's policy requires differential privacy at a level that the task does not provide."""
 
 
 class SiteCountDiffers(FedSigmaError, ValueError):
-    """The federation has more or fewer sites than the study's data are divided into."""
+    """The number of sites of the federation is not that of the study."""
 
     def __init__(self, *, sites: int, federation: int) -> None:
         super().__init__(f"the study has {sites} sites, the federation {federation}")
@@ -91,7 +92,17 @@ class SiteCountDiffers(FedSigmaError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One site as this process sees it. sites: the number of sites of a simulation, 0 for a real site."""
+    """One site, as this process sees it.
+
+    Attributes:
+        name: Name of the site.
+        policy: What the site accepts.
+        base: Folder that relative paths of the policy refer to.
+        audit_path: File of the audit log.
+        ledger_path: File of the privacy ledger.
+        personal_path: Folder of the personal values.
+        sites: Number of sites of the simulation; 0 for a real site.
+    """
 
     name: str
     policy: SitePolicy
@@ -102,10 +113,11 @@ class Site:
     sites: int = 0
 
     def check_study(self, study: StudySpec) -> None:
-        """Refuse a study or backbone that the site's policy does not list.
+        """Reject a study or backbone that the site's policy does not list.
 
         Raises:
-            StudyNotAllowed, BackboneNotAllowed: it is not listed.
+            StudyNotAllowed: The policy does not list the study.
+            BackboneNotAllowed: The policy does not list the backbone.
         """
         if "*" not in self.policy.studies and study.name not in self.policy.studies:
             raise StudyNotAllowed(f"study '{study.name}' is not in site.yaml's list of studies")
@@ -113,34 +125,40 @@ class Site:
             raise BackboneNotAllowed(f"backbone '{study.backbone}' is not in site.yaml's list of backbones")
 
     def check_task(self, task: TrainTask) -> None:
-        """Refuse a training task that goes beyond the site's policy.
+        """Reject a training task that exceeds the site's policy.
 
         Raises:
-            StudyNotAllowed, BackboneNotAllowed, TooManySteps, TooManyRounds, CohortTooSmall, NotMasked,
-            NotPrivate: it goes beyond the policy.
+            StudyNotAllowed: The policy does not list the study.
+            BackboneNotAllowed: The policy does not list the backbone.
+            TooManySteps: The task has too many local steps.
+            TooManyRounds: The task's round is above the limit.
+            CohortTooSmall: The task's cohort has too few sites, or does not match its list of members.
+            NotMasked: The policy requires secure aggregation, and the task does not use it.
+            NotPrivate: The policy requires a privacy level that the task does not provide.
         """
+        policy = self.policy
         self.check_study(task.study)
-        if task.steps > self.policy.max_local_steps:
-            raise TooManySteps(f"{task.steps} steps, site.yaml allows {self.policy.max_local_steps}")
-        if task.round > self.policy.max_rounds:
-            raise TooManyRounds(f"round {task.round}, site.yaml allows {self.policy.max_rounds}")
-        if task.cohort < self.policy.min_cohort:
-            raise CohortTooSmall(f"cohort of {task.cohort}, site.yaml demands {self.policy.min_cohort}")
+        if task.steps > policy.max_local_steps:
+            raise TooManySteps(f"{task.steps} local steps; site.yaml allows {policy.max_local_steps}")
+        if task.round > policy.max_rounds:
+            raise TooManyRounds(f"round {task.round}; site.yaml allows {policy.max_rounds}")
+        if task.cohort < policy.min_cohort:
+            raise CohortTooSmall(f"cohort of {task.cohort} sites; site.yaml requires {policy.min_cohort}")
         if task.members and len(task.members) != task.cohort:
-            raise CohortTooSmall(f"cohort of {task.cohort}, {len(task.members)} sites are named")
-        if self.policy.require_masking and not task.members:
-            raise NotMasked("site.yaml demands that the change is masked")
+            raise CohortTooSmall(f"cohort of {task.cohort} sites, but {len(task.members)} members are listed")
+        if policy.require_masking and not task.members:
+            raise NotMasked("site.yaml requires secure aggregation")
         if task.mode == "local" and task.privacy.of_sites:
-            raise NotPrivate("training alone shows the site's own change, which the task's level is to hide")
-        hides = PRIVACY_LEVELS.index(task.privacy.level) if task.privacy.in_training else 0
-        if hides < PRIVACY_LEVELS.index(self.policy.privacy):
+            raise NotPrivate("local training reveals the site's update, which the privacy level 'site' hides")
+        level = PRIVACY_LEVELS.index(task.privacy.level) if task.privacy.in_training else 0
+        if level < PRIVACY_LEVELS.index(policy.privacy):
             raise NotPrivate(
-                f"site.yaml demands that training hides each {self.policy.privacy}, the task's"
-                f" level is {task.privacy.level}"
+                f"site.yaml requires privacy of each {policy.privacy}, the task's level is"
+                f" {task.privacy.level}"
             )
 
     def personal_state(self, study: StudySpec, trainer: Trainer, *, run: str) -> PersonalState:
-        """Return this site's own part of the shift in a run of a study."""
+        """Return this site's personal part of the shift in a run of a study."""
         return PersonalState(
             self.personal_path,
             study=study.name,
@@ -150,14 +168,19 @@ class Site:
         )
 
     def charge_privacy(self, task: TrainTask, event: PrivacyEvent, *, run: str) -> float:
-        """Write down what is about to be released of this site's images.
+        """Enter a private release of this site's images into the ledger, before it happens.
+
+        Args:
+            task: The training task.
+            event: The release.
+            run: Flower's id of the run.
 
         Returns:
-            The epsilon that has been spent for this study, at the study's delta.
+            The epsilon spent for this study so far, at the study's delta.
 
         Raises:
-            PrivacyBudgetSpent: the study's budget or the site's own does not allow it.
-            LedgerDamaged: what was spent before is not known.
+            PrivacyBudgetSpent: The budget of the study or of the site does not allow it.
+            LedgerDamaged: The ledger was changed, so the amount spent is unknown.
         """
         entry = LedgerEntry(
             study=task.study.name,
@@ -168,87 +191,82 @@ class Site:
             event=event,
         )
         policy, path = self.policy, self.ledger_path
-        if self.sites:  # the images of a simulation are no patients of a site, so each study begins anew
+        if self.sites:  # simulated images are no patients of a site: each run has a ledger of its own
             path = path.with_stem(f"{path.stem}-{task.run}")
         return PrivacyLedger(path).charge(entry, task.privacy, budget=policy.epsilon, delta=policy.delta)
 
     def charge_evaluation(self, study: StudySpec, versions: int) -> None:
-        """Write down that so many models are about to be judged on the site's test images.
+        """Count evaluations on the site's test images, before they happen.
 
-        A score is a function of the images, and whoever may ask for any number of them, of models of their
-        own choice, can learn what they like.
+        Metrics are a function of the images: a server that may evaluate any number of models of its own
+        choice can reconstruct labels from them.
+
+        Args:
+            study: The study.
+            versions: Number of models that are evaluated.
 
         Raises:
-            TooManyEvaluations: the site's policy allows fewer for this study; nothing is judged.
-            ChainBroken: how many there were is not known.
+            TooManyEvaluations: The site's policy allows fewer for this study.
+            LogTampered: The log was changed, so the number of evaluations is unknown.
         """
         if self.sites:
             return
-        with HashChainedLog(self.ledger_path.with_name("judged.jsonl")).opened() as log:
+        with HashChainedLog(self.ledger_path.with_name("evaluations.jsonl")).opened() as log:
             before = sum(int(line["models"]) for line in log.lines() if line["study"] == study.name)
             if before + versions > self.policy.max_evaluations:
                 raise TooManyEvaluations(
-                    f"{before} models of study '{study.name}' were judged here, site.yaml allows"
-                    f" {self.policy.max_evaluations}: {versions} more are not"
+                    f"{versions} more evaluations of study '{study.name}' after {before}; site.yaml allows"
+                    f" {self.policy.max_evaluations}"
                 )
             log.append({"time": round(time.time(), 3), "study": study.name, "models": versions})
 
     @property
     def has_identity(self) -> bool:
-        """Whether this site can take part in masked sums."""
+        """Whether this site can take part in secure aggregation."""
         return bool(self.sites or self.policy.identity)
 
     def identity(self) -> Ed25519PrivateKey:
-        """Return the key that says who this site is.
+        """Return the site's private key.
 
         Raises:
-            NoIdentity: site.yaml names none, or the file holds no Ed25519 key.
+            NoIdentity: site.yaml names no identity, or the file holds no Ed25519 key.
         """
         if self.sites:
             return simulated_identity(self.name)
         if not self.policy.identity:
-            raise NoIdentity("site.yaml names no identity")
+            raise NoIdentity("site.yaml names no identity: create one with `fedsigma identity FILE`")
         return read_identity(self.base / Path(self.policy.identity).expanduser())
 
     def peers(self, study: StudySpec) -> dict[str, bytes]:
-        """Return the public keys of the sites that this one knows, and its own."""
-        own = {self.name: self.identity().public_key().public_bytes_raw()}
+        """Return the public keys of all sites that this site knows, its own among them."""
+        own_key = {self.name: self.identity().public_key().public_bytes_raw()}
         if not self.sites:
-            return {name: bytes.fromhex(key) for name, key in self.policy.peers.items()} | own
+            return {name: bytes.fromhex(key) for name, key in self.policy.peers.items()} | own_key
         _, parts = data_of.simulated_sites(study.data, study.classes, study.seed)
         return {name: simulated_identity(name).public_key().public_bytes_raw() for name in parts}
 
     def trainer(self, study: StudySpec) -> Trainer:
-        """Return the learner of this study, with the backbone from where it lies at this site."""
+        """Return the trainer of this study, with the backbone as it is stored at this site."""
         backbone = study.backbone if self.sites else self.policy.backbones[study.backbone]
         return open_trainer(backbone, study.sigma, study.classes, study.prompts)
 
     def images(self, study: StudySpec, *, side: int) -> SiteData:
-        """Return the site's training and test images, kept between messages. Units: side in pixels."""
-        key = self, study, side
-        if key not in _kept:
-            _kept[key] = _load(self, study, side)
-            while len(_kept) > 1 and sum(map(_bytes, _kept.values())) > MOST_IMAGE_BYTES:
-                del _kept[next(iter(_kept))]
-        return _kept[key]
+        """Return the site's training and test images, decoded at their first use in this process.
+
+        Args:
+            study: The study.
+            side: Side of the decoded images in pixels.
+        """
+        return IMAGES.get((self, study, side), lambda: _load(self, study, side))
 
     def __hash__(self) -> int:
         return hash((self.name, self.sites, self.base))
 
 
-MOST_IMAGE_BYTES = 2**30
-"""How much of decoded images a process keeps; a process of a simulation may work for a hundred sites."""
-_kept: dict[tuple[Site, StudySpec, int], SiteData] = {}
-
-
-def _bytes(images: SiteData) -> int:
-    return sum(example.image.nbytes for part in (images.train, images.test) for example in part)
-
-
-def _load(site: Site, setup: StudySpec, side: int) -> SiteData:
+def _load(site: Site, study: StudySpec, side: int) -> SiteData:
     if site.sites:
-        source, parts = data_of.simulated_sites(setup.data, setup.classes, setup.seed)
-        records, data = parts[site.name], setup.data_config
+        source, parts = data_of.simulated_sites(study.data, study.classes, study.seed)
+        records, data = parts[site.name], study.data_config
         on_problem = data.on_problem if data else "stop"
     else:
         from fedsigma.common.data.sources.registry import open_source
@@ -257,19 +275,19 @@ def _load(site: Site, setup: StudySpec, side: int) -> SiteData:
         source = open_source(policy.source, base=site.base, **policy.options)
         records = data_of.usable_records(
             source,
-            classes=setup.classes,
+            classes=study.classes,
             test_share=policy.test_share,
             on_problem=policy.on_problem,
-            # Not by the study's seed: another study's would make test images of those that were trained on.
+            # Independent of the study's seed: otherwise another study could test on images trained on here.
             seed=derive_seed(0, site.name, "split", 0),
         )
     return data_of.load_site(
         source,
         records,
         name=site.name,
-        classes=setup.classes,
-        shots=setup.shots,
-        seed=setup.seed,
+        classes=study.classes,
+        shots=study.shots,
+        seed=study.seed,
         side=side,
         on_problem=on_problem,
         max_examples=site.policy.max_examples,
@@ -277,14 +295,19 @@ def _load(site: Site, setup: StudySpec, side: int) -> SiteData:
 
 
 def open_site(node_config: Mapping[str, Any], study: StudySpec, *, run: str) -> Site:
-    """Find out which site this process is.
+    """Return the site that this process belongs to.
 
     A node with `site-config` (or the environment variable FEDSIGMA_SITE) is a real site; a node that has
-    only `partition-id` is one of a simulation's sites.
+    only `partition-id` is a site of a simulation.
+
+    Args:
+        node_config: Flower's configuration of the node.
+        study: The study.
+        run: Name of the run, for the audit log of a simulated site.
 
     Raises:
-        ConfigError: neither is given, or site.yaml does not read.
-        SiteCountDiffers: the simulation's federation and the study differ in their number of sites.
+        ConfigError: The node has neither, or site.yaml is invalid.
+        SiteCountDiffers: The numbers of sites of the federation and of the study differ.
     """
     file = str(node_config.get("site-config") or os.environ.get("FEDSIGMA_SITE") or "")
     if file:
@@ -305,7 +328,7 @@ def open_site(node_config: Mapping[str, Any], study: StudySpec, *, run: str) -> 
     if federation != len(parts):
         raise SiteCountDiffers(sites=len(parts), federation=federation)
     name = list(parts)[int(node_config["partition-id"])]
-    anything = SitePolicy(
+    policy = SitePolicy(
         name=name,
         source="simulation",
         studies=("*",),
@@ -314,26 +337,26 @@ def open_site(node_config: Mapping[str, Any], study: StudySpec, *, run: str) -> 
         max_rounds=2**31,
         min_cohort=1,
         max_cohorts=10,
-        # The server of a simulation has these images itself.
+        # In a simulation the server has access to the images anyway.
         share_confusion=True,
         allow_attribution=True,
         allow_explanation=True,
     )
-    folder, safe = _simulated_folder(run, name)
+    folder, file_name = _simulated_folder(run, name)
     return Site(
         name=name,
-        policy=anything,
+        policy=policy,
         base=Path(),
-        audit_path=folder / f"{safe}.jsonl",
-        # Not in the run's own folder: an interrupted study goes on as another run.
-        ledger_path=folder.parent / "privacy" / f"{safe}.jsonl",
-        personal_path=folder.parent / "personal" / safe,
+        audit_path=folder / f"{file_name}.jsonl",
+        # Outside the run's folder, because a resumed study is another run of Flower.
+        ledger_path=folder.parent / "privacy" / f"{file_name}.jsonl",
+        personal_path=folder.parent / "personal" / file_name,
         sites=len(parts),
     )
 
 
 def _simulated_folder(run: str, name: str) -> tuple[Path, str]:
-    """Where a simulated site keeps its files during a run, and its name as part of a file's."""
+    """Return the folder of a simulated site's files in a run, and its name as a file name."""
     from platformdirs import user_state_path
 
     folder = os.environ.get("FEDSIGMA_AUDIT") or user_state_path("fedsigma") / "audit"

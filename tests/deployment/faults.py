@@ -132,7 +132,7 @@ def logs_are_whole(deployment: Deployment) -> list[str]:
 def audited_bytes(deployment: Deployment, site: str) -> int:
     """The bytes that a site's log says have left it."""
     lines = HashChainedLog(deployment.sites[site].path / "worker" / "audit.jsonl").lines()
-    return sum(line["left"]["bytes"] for line in lines)
+    return sum(line["reply"]["bytes"] for line in lines)
 
 
 # The faults

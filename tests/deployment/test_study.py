@@ -88,9 +88,9 @@ def test_what_left_a_site_is_what_came_to_the_server(finished: RunDir, deploymen
     ]
     for name, site in deployment.sites.items():
         lines = HashChainedLog(site.path / "worker" / "audit.jsonl").lines()
-        lines = [line for line in lines if line["asked"]["run"] in runs]
-        assert {line["asked"]["round"] for line in lines if line["asked"]["message"] == TRAIN} == {1, 2}
-        left = {(line["left"]["bytes"], line["left"]["sha256"]) for line in lines}
+        lines = [line for line in lines if line["request"]["run"] in runs]
+        assert {line["request"]["round"] for line in lines if line["request"]["message"] == TRAIN} == {1, 2}
+        left = {(line["reply"]["bytes"], line["reply"]["sha256"]) for line in lines}
         told = {
             (line["bytes"], line["sha256"]) for line in came if line.get("site") == name and "sha256" in line
         }

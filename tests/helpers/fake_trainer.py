@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsigma.client.site import site as client_site
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, ParameterPartition
@@ -119,7 +118,6 @@ def fake_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(messenger, "time", HurriedTime())
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))
-    client_site._kept.clear()
 
 
 def digest_of(vector: np.ndarray) -> str:

@@ -10,7 +10,6 @@ from flwr.app import Context, RecordDict
 
 from fedsigma.client.app import app as client
 from fedsigma.client.inference.loaded_model import ModelLoadError, load_model
-from fedsigma.client.site import site as client_site
 from fedsigma.client.site.personal_state import PersonalError
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.common.backbones import save_backbone
@@ -46,7 +45,6 @@ privacy: {{level: image, noise_multiplier: 4.0, clip_norm: 1.0, epsilon: 6}}
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
-    client_site._kept.clear()
     return tmp_path
 
 
@@ -92,7 +90,7 @@ def test_personal_values_go_on_top_of_a_study(places: Path) -> None:
     shared, mine = plain.sigma.get_shift().numpy(), own.sigma.get_shift().numpy()
     assert np.array_equal(split.shared_values(shared), split.shared_values(mine))
     assert not split.personal_values(shared).any() and np.abs(split.personal_values(mine)).min() > 0
-    with pytest.raises(PersonalError, match="name the one that a site wrote"):
+    with pytest.raises(PersonalError, match="is not a file of personal values"):
         load_model(folder.path, personal=folder.path / "sigma.safetensors")
 
 

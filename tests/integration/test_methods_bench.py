@@ -40,7 +40,6 @@ from bench.methods.tables import combine, front, markdown, verdicts
 from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
 from bench.tune import validation_sites
 from fedsigma.client.app import app as client
-from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import Backbone, assemble, build_model, load_backbone, save_backbone
 from fedsigma.common.backbones.tokenizer import load_tokenizer
 from fedsigma.common.config.schema import ConfigError
@@ -169,7 +168,6 @@ def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(
 ) -> None:
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
-    client_site._kept.clear()
     where = save_backbone(backbone(), tmp_path / "backbone", source="tests")
     file = tmp_path / "study.yaml"
     images = parquet(tmp_path / "images.parquet")

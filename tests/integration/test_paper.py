@@ -18,7 +18,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.client.site import site as client_site
 from fedsigma.common.backbones import save_backbone
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
@@ -73,10 +72,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple
     monkeypatch.setattr(trainers, "factory", PictureTrainer)
     monkeypatch.setattr(messenger, "time", HurriedTime())
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
-    client_site._kept.clear()
     PictureTrainer.made = []
     yield PictureTrainer.made
-    client_site._kept.clear()
 
 
 def stand_ins(root: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], *, train: int = 1) -> None:
@@ -485,7 +482,6 @@ def test_the_real_method_learns_a_published_set_in_one_place_and_among_sites(
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     monkeypatch.setattr(messenger, "time", HurriedTime())
-    client_site._kept.clear()
     stand_ins(tmp_path, monkeypatch, ["btmri"], train=4)
     colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (230, 230, 20)]
     for record in open_source(f"coop:btmri:{tmp_path / 'BTMRI'}").records:

@@ -243,5 +243,5 @@ def test_the_site_says_what_was_asked_of_it(tmp_path: Path) -> None:
     run(tmp_path, IMAGE)
     audit = (audit_of(tmp_path) / "barcelona.jsonl").read_text().splitlines()
     trained = [json.loads(line) for line in audit if '"TrainTask"' in line]
-    assert all(line["left"]["fields"]["loss"] == "nan" for line in trained) and len(trained) == 3
+    assert all(line["reply"]["fields"]["loss"] == "nan" for line in trained) and len(trained) == 3
     assert out(tmp_path).read_summary()["rounds"] == 3

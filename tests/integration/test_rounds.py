@@ -595,12 +595,12 @@ def test_everything_that_leaves_is_in_the_audit_log_first(tmp_path: Path) -> Non
         if node == 101:
             path = audit_of(tmp_path) / "bccd.jsonl"
             left.append(json.loads(path.read_text().splitlines()[-1]))
-            assert set(left[-1]["left"]["fields"]) == set(reply.content.config_records["fedsigma"])
+            assert set(left[-1]["reply"]["fields"]) == set(reply.content.config_records["fedsigma"])
         return reply
 
     run(tmp_path, tamper=watch)
-    assert [line["asked"]["message"] for line in left[:2]] == ["HandshakeRequest", "TrainTask"]
-    assert left[1]["asked"]["round"] == 1 and left[1]["left"]["bytes"] > 4 * LAYOUT.size
+    assert [line["request"]["message"] for line in left[:2]] == ["HandshakeRequest", "TrainTask"]
+    assert left[1]["request"]["round"] == 1 and left[1]["reply"]["bytes"] > 4 * LAYOUT.size
     path = audit_of(tmp_path) / "bccd.jsonl"
     assert len(HashChainedLog(path).lines()) == len(left)
     path.write_text(path.read_text().replace('"round": 1', '"round": 9'))
@@ -679,7 +679,7 @@ def test_a_servers_log_says_of_each_answer_what_the_sites_log_says(
     assert [told[0]["kind"], told[-1]["kind"], told[-1]["ok"]] == ["run_start", "run_end", True]
     assert {line["site"] for line in told if line["kind"] == "reply_rejected"} == {"cellavision"}
     for site in NAMES:
-        left = [one["left"] for one in HashChainedLog(audit_of(tmp_path) / f"{site}.jsonl").lines()]
+        left = [one["reply"] for one in HashChainedLog(audit_of(tmp_path) / f"{site}.jsonl").lines()]
         came = [line for line in told if line.get("site") == site]
         assert len(left) == len(came) == 3
         same = [

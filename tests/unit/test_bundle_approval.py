@@ -84,8 +84,8 @@ def test_a_refused_bundle_waits_for_approval(site: Path) -> None:
     with pytest.raises(BundleNotApproved):
         check_bundle(ONE, site / "site.yaml")
     (line,) = HashChainedLog(site / "audit.jsonl").lines()
-    assert line["asked"] == {"message": "bundle", "bundle": bundle_digest(ONE)}
-    assert line["left"]["fields"] == {"error": "BundleNotApproved"}
+    assert line["request"] == {"message": "bundle", "bundle": bundle_digest(ONE)}
+    assert line["reply"]["fields"] == {"error": "BundleNotApproved"}
     mine = BundleApprovals(site)
     assert [path.stem for path in mine.pending()] == [bundle_digest(ONE)]
     assert mine.find(bundle_digest(ONE)[:8]) == ONE

@@ -36,7 +36,7 @@ def test_what_was_spent_is_there_for_the_next_process(tmp_path: Path) -> None:
 
 def test_a_spent_budget_refuses_and_writes_nothing(tmp_path: Path) -> None:
     ledger, rounds = PrivacyLedger(tmp_path / "privacy.jsonl"), 0
-    with pytest.raises(PrivacyBudgetSpent, match="study 'cells' would have spent epsilon 4"):
+    with pytest.raises(PrivacyBudgetSpent, match="study 'cells' would spend epsilon 4"):
         for rounds in range(1000):
             assert spend(ledger, rounds) <= 4.0
     before = ledger.path.read_bytes()

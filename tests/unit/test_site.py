@@ -18,6 +18,7 @@ from fedsigma import __version__
 from fedsigma.client.app import app as client
 from fedsigma.client.site import site as client_site
 from fedsigma.client.site.identity import new_identity
+from fedsigma.client.site.image_cache import IMAGES
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.client.site.site import SitePolicy
 from fedsigma.common.config.privacy import PrivacyConfig
@@ -83,7 +84,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(site_data, "usable_records", lambda source, **options: ["record"])
 
     def send(task: object, kind: str = "train", policy: str = POLICY, *, run_id: int = 1) -> Message:
-        client_site._kept.clear()
+        IMAGES.reset()  # as in a process of its own
         file = tmp_path / "site.yaml"
         file.write_text(policy)
         grid = FakeGrid(client, 1, node_config={"site-config": str(file)}, run_id=run_id)
@@ -169,9 +170,9 @@ def test_an_identity_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
     public = new_identity(tmp_path / "identity.pem")
     assert re.fullmatch("[0-9a-f]{64}", public)
     assert (tmp_path / "identity.pem").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(FileExistsError, match="an identity is not replaced, name another file"):
+    with pytest.raises(FileExistsError, match="exists and is not overwritten"):
         new_identity(tmp_path / "identity.pem")
-    with pytest.raises(FileNotFoundError, match="is not a folder: make it first"):
+    with pytest.raises(FileNotFoundError, match="is not a folder: create it first"):
         new_identity(tmp_path / "none" / "identity.pem")
 
 
@@ -298,7 +299,6 @@ def test_the_split_of_a_site_is_its_own_and_not_a_studys(
     monkeypatch.setattr(
         site_data, "load_site", lambda *args, **options: SiteData(name="s", train=[], test=[])
     )
-    client_site._kept.clear()
     site = client_site.open_site({"site-config": str(file)}, SETUP, run="run-1")
     for seed in (1, 2):
         site.images(dataclasses.replace(SETUP, seed=seed), side=8)
@@ -321,4 +321,4 @@ def test_a_site_judges_so_many_models_of_a_study_and_no_more(ask: Any, tmp_path:
     assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).has_content()
     assert ask(dataclasses.replace(TASK, evaluate=True), "train", policy).error.reason == "TooManyEvaluations"
     assert ask(dataclasses.replace(TASK, evaluate=False), "train", policy).has_content()
-    assert [line["models"] for line in HashChainedLog(tmp_path / "judged.jsonl").lines()] == [2, 2, 1]
+    assert [line["models"] for line in HashChainedLog(tmp_path / "evaluations.jsonl").lines()] == [2, 2, 1]
