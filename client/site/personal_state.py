@@ -90,15 +90,15 @@ def _weights(fingerprint: Fingerprint) -> str:
 class PersonalState:
     """The personal values of one site in one run of a study.
 
-    The values before the last round are kept beside those after it: a round that is asked for again starts
-    from where it started.
+    The file holds the values before and after the last round, so that a retried round starts from the same
+    values.
 
     Args:
-        folder: of the site.
-        study: its name.
-        run: the key of the server's run folder, the same after an interruption.
-        split: says how many values there are.
-        fingerprint: of the site's backbone.
+        folder: Folder of the site's personal values.
+        study: Name of the study.
+        run: Key of the server's run folder, the same for a resumed run.
+        partition: Partition of the adapted model's parameters.
+        fingerprint: Fingerprint of the adapted model.
     """
 
     def __init__(

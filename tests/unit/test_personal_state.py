@@ -239,14 +239,14 @@ def test_a_round_that_is_asked_for_again_starts_where_it_started(
     again.store(values(3, 4), values(5, 6), round=5)
     with caplog.at_level(logging.WARNING):
         assert again.initial(3).tolist() == [5, 6]
-    assert "those after round 5" in caplog.text
+    assert "the personal values after round 5" in caplog.text
     assert not part(tmp_path, "1" * 16).current().any()
 
 
 @pytest.mark.parametrize(
     ("split", "fingerprint", "words"),
     [
-        (ParameterPartition(LAYOUT, frozenset({LAYOUT.entries[0].key})), FINGERPRINT, "other parts personal"),
+        (ParameterPartition(LAYOUT, frozenset({LAYOUT.entries[0].key})), FINGERPRINT, "other personal parts"),
         (SPLIT, Fingerprint("b" * 64, LAYOUT.digest, ((1.0, 2.0),)), "another backbone"),
     ],
 )
@@ -264,9 +264,9 @@ def test_a_file_of_another_study_or_run_is_refused(tmp_path: Path) -> None:
     one.store(values(0, 0), values(1, 2), round=1)
     other = part(tmp_path, "1" * 16)
     one.path.rename(other.path)
-    with pytest.raises(PersonalError, match=r"values of run '0000.*this one's run is '1111"):
+    with pytest.raises(PersonalError, match=r"values of run '0000.*expected run '1111"):
         other.current()
-    with pytest.raises(PersonalError, match="values of study 'fake', this one's study is 'else'"):
+    with pytest.raises(PersonalError, match="values of study 'fake', expected study 'else'"):
         read_personal_values(other.path, SPLIT, FINGERPRINT, study="else", run="0" * 16)
 
 
@@ -285,7 +285,7 @@ def test_a_run_folder_that_was_moved_is_known_by_its_key(tmp_path: Path) -> None
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     part(tmp_path).store(values(0, 0), values(1, np.nan), round=1)
-    with pytest.raises(PersonalError, match="finite values"):
+    with pytest.raises(PersonalError, match="finite float32 values"):
         part(tmp_path).current()
 
 

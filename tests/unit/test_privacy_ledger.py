@@ -68,7 +68,7 @@ def test_a_changed_ledger_stops_private_training(damage: str, tmp_path: Path) ->
     else:
         lines[0] = "what?\n"
     ledger.path.write_text("".join(lines))
-    told = r"was changed or cut \((line [123] was|a line is no).*put the file and"
+    told = r"was changed or cut \((line [123] was|invalid entry).*restore the file and"
     with pytest.raises(LedgerDamaged, match=told):
         spend(ledger, 4)
 
