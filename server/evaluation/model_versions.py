@@ -1,4 +1,4 @@
-"""Versions of models evaluated at every site, without training: a matrix of version by site."""
+"""Evaluates versions of models at every site, without training: a matrix of version by site."""
 
 from __future__ import annotations
 
@@ -22,38 +22,50 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate_versions", "fairness", "find_version"]
 
-ZERO = "zero_shot"
+ZERO_SHOT = "zero_shot"
 
 
 def evaluate_versions(
-    folder: RunDir, study: StudyConfig, baselines: Baselines, learner: Trainer
+    run_dir: RunDir, study: StudyConfig, baselines: Baselines, trainer: Trainer
 ) -> dict[str, Any]:
-    """Have every site evaluate every version that the study names, and zero-shot where it asks for that.
+    """Evaluate the versions that a study names at every site, and zero-shot if it is among the baselines.
+
+    Args:
+        run_dir: The run.
+        study: The study; `evaluate_versions` names the versions.
+        baselines: Evaluates at the sites.
+        trainer: Has the fingerprint that the versions must match.
 
     Returns:
-        The summary: `versions` has an entry a version, as a method of summary.json, with `fairness`.
+        The summary; `versions` has an entry for each version, like a method of summary.json, with `fairness`.
 
     Raises:
-        ConfigError: a version is not of this study's backbone and layout, or has values at its sites alone.
-        ModelError, ArtefactError: there is no such version, or it was changed.
+        ConfigError: A version is of another backbone or layout, or some of its values are at its sites alone.
+        ModelError: There is no such version.
+        ShiftFileError: A version's file was changed.
     """
     from fedsigma.common.sigma import Fingerprint
 
-    split = baselines.partition
-    shifts = {ZERO: np.zeros(split.shared.size, np.float32)} if ZERO in study.baselines else {}
+    partition = baselines.partition
+    shifts = {ZERO_SHOT: np.zeros(partition.shared.size, np.float32)} if ZERO_SHOT in study.baselines else {}
     for reference in study.evaluate_versions:
-        saved = load_shift(find_version(reference, folder.path.parent))
-        difference = learner.fingerprint.describe_mismatch(Fingerprint.from_json(saved.fingerprint_json))
-        if difference:
-            raise ConfigError(f"judge names {reference}, which does not fit this study: {difference}")
+        saved = load_shift(find_version(reference, run_dir.path.parent))
+        named = f"evaluate_versions names {reference}"
+        if mismatch := trainer.fingerprint.describe_mismatch(Fingerprint.from_json(saved.fingerprint_json)):
+            raise ConfigError(f"{named}, which does not fit this study: {mismatch}")
         if saved.run:
-            raise ConfigError(f"judge names {reference}, a part of which is at the sites that trained it")
-        shifts[reference] = split.shared_values(saved.shift.numpy())
-    judged = baselines.evaluate(shifts, round=1)
-    versions = {name: {**method_entry(sites), "fairness": fairness(sites)} for name, sites in judged.items()}
+            raise ConfigError(f"{named}, some values of which are at the sites that trained it")
+        shifts[reference] = partition.shared_values(saved.shift.numpy())
+    evaluations = baselines.evaluate(shifts, round=1)
+    versions = {
+        name: {**method_entry(by_site), "fairness": fairness(by_site)}
+        for name, by_site in evaluations.items()
+    }
     for name, entry in versions.items():
-        folder.log_event("version_judged", model=name, metrics=entry["metrics"], fairness=entry["fairness"])
-    sites = sorted({site for found in judged.values() for site in found})
+        run_dir.log_event(
+            "version_evaluated", model=name, metrics=entry["metrics"], fairness=entry["fairness"]
+        )
+    sites = sorted({site for by_site in evaluations.values() for site in by_site})
     if not sites:
         raise ConfigError("no site could evaluate any version")
     return {
@@ -65,32 +77,36 @@ def evaluate_versions(
     }
 
 
-def fairness(judged: Mapping[str, SiteEvaluation]) -> dict[str, Any]:
-    """How evenly a version does over the sites that have test images.
+def fairness(evaluations: Mapping[str, SiteEvaluation]) -> dict[str, Any]:
+    """How evenly a version performs over the sites that have test images.
 
     Returns:
-        worst and best, the site and its accuracy; spread, the difference of the two; deviation, the standard
-        deviation of the sites' accuracies, each site counting alike. Shares between 0 and 1. Empty if no site
-        has test images.
+        `worst` and `best`, the site and its accuracy; `spread`, their difference; `deviation`, the standard
+        deviation of the sites' accuracies, each site with the same weight. Shares between 0 and 1. Empty
+        without test images.
     """
-    known = {site: one.evaluation.accuracy for site, one in judged.items() if one.evaluation.test_examples}
-    if not known:
+    accuracies = {
+        site: evaluation.evaluation.accuracy
+        for site, evaluation in evaluations.items()
+        if evaluation.evaluation.test_examples
+    }
+    if not accuracies:
         return {}
-    worst, best = min(known, key=lambda site: known[site]), max(known, key=lambda site: known[site])
-    mean = sum(known.values()) / len(known)
+    worst, best = min(accuracies, key=lambda s: accuracies[s]), max(accuracies, key=lambda s: accuracies[s])
+    mean = sum(accuracies.values()) / len(accuracies)
     return {
-        "worst": {"site": worst, "accuracy": known[worst]},
-        "best": {"site": best, "accuracy": known[best]},
-        "spread": known[best] - known[worst],
-        "deviation": math.sqrt(sum((value - mean) ** 2 for value in known.values()) / len(known)),
+        "worst": {"site": worst, "accuracy": accuracies[worst]},
+        "best": {"site": best, "accuracy": accuracies[best]},
+        "spread": accuracies[best] - accuracies[worst],
+        "deviation": math.sqrt(sum((value - mean) ** 2 for value in accuracies.values()) / len(accuracies)),
     }
 
 
 def find_version(reference: str, runs: Path) -> Path:
-    """Where a version lies: a file or folder of this name, else the one of the registry beside the runs.
+    """The path of a version: a file or folder of this name, else a version of the registry beside the runs.
 
     Raises:
-        ModelError: there is no such version.
+        ModelError: There is no such version.
     """
-    place = Path(reference).expanduser()
-    return place if place.exists() else ModelRegistry(registry_folder(runs)).find(reference).path
+    path = Path(reference).expanduser()
+    return path if path.exists() else ModelRegistry(registry_folder(runs)).find(reference).path

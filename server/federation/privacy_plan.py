@@ -1,4 +1,4 @@
-"""What a study's privacy costs, reckoned before it runs."""
+"""The privacy cost of a study, computed before it runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ __all__ = ["PrivacyPlan", "check_budget", "privacy_plan", "site_level_epsilon"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """What a study spends.
+    """The privacy cost of a study.
 
-    Fields: release, one round's; rounds, how many the study has, and within, how many its budget allows;
-    spent, the epsilon after some rounds; noise_for, the noise multipliers that keep the whole study within
-    some epsilons.
+    Attributes:
+        release: The privacy event of one round.
+        rounds: Rounds of the study.
+        within: Rounds that its budget allows.
+        epsilon_after: Epsilon by number of rounds.
+        noise_multiplier_for: By epsilon, the noise multiplier with which the whole study stays within it.
     """
 
     release: PrivacyEvent
@@ -35,7 +38,7 @@ class PrivacyPlan:
 
 
 def _release(study: StudyConfig, units: int) -> PrivacyEvent:
-    """One round's, at a site of so many images (or groups of one image each)."""
+    """The privacy event of one round, at a site with `units` images or groups."""
     privacy = study.privacy
     if privacy.of_sites:
         return PrivacyEvent(rate=1.0, noise_multiplier=privacy.noise_multiplier, steps=1)
@@ -52,10 +55,15 @@ def _after(study: StudyConfig, one: PrivacyEvent, rounds: int) -> float:
 
 
 def privacy_plan(study: StudyConfig, *, images: int, targets: Sequence[float] = (1, 2, 4, 8)) -> PrivacyPlan:
-    """What the study spends of a site with so many training images.
+    """Compute the privacy cost of a study for a site with `images` training images.
+
+    Args:
+        study: The study.
+        images: Training images (or groups) of the site.
+        targets: Epsilons for which noise multipliers are computed.
 
     Raises:
-        ConfigError: the study has no privacy.
+        ConfigError: The study has no differential privacy.
     """
     if study.privacy.level == "none":
         raise ConfigError(
@@ -77,18 +85,18 @@ def privacy_plan(study: StudyConfig, *, images: int, targets: Sequence[float] = 
 
 
 def site_level_epsilon(study: StudyConfig, rounds: int) -> float:
-    """The epsilon of so many rounds of a study that hides sites."""
+    """Epsilon after `rounds` rounds of a study that protects whole sites."""
     return _after(study, _release(study, 1), rounds)
 
 
 def check_budget(study: StudyConfig) -> None:
-    """Refuse a study that hides sites and would spend more than its budget.
+    """Check that a study which protects whole sites stays within its privacy budget.
 
-    Every site is in every round, so the whole cost is known beforehand. Where training hides images it
-    depends on how many a site has, and the sites' own ledgers see to it.
+    Every site is in every round, so the cost is known before the study starts. Where training protects
+    images, the cost depends on how many a site has, and the sites' own ledgers enforce the budget.
 
     Raises:
-        ConfigError: its rounds spend more.
+        ConfigError: The rounds of the study exceed the budget.
     """
     privacy, rounds = study.privacy, study.federation.rounds
     if not privacy.of_sites:
@@ -97,7 +105,7 @@ def check_budget(study: StudyConfig) -> None:
     if spent > privacy.epsilon:
         enough = calibrate_noise_multiplier(privacy.epsilon, delta=privacy.delta, rate=1.0, steps=rounds)
         raise ConfigError(
-            f"{rounds} rounds with a noise multiplier of {privacy.noise_multiplier:g} spend epsilon"
+            f"{rounds} rounds with a noise multiplier of {privacy.noise_multiplier:g} use epsilon"
             f" {spent:.2f}, privacy.epsilon is {privacy.epsilon:g}: raise privacy.noise_multiplier to"
             f" {enough:g}, take fewer rounds, or allow more"
         )

@@ -145,7 +145,7 @@ def read_masked(content: Any, layout: Layout, *, steps: int) -> NDArray[np.uint3
     if len(reply.masked) != expected:
         raise InvalidReply(f"the masked reply has {len(reply.masked)} bytes, expected {expected}")
     if reply.steps > steps:
-        raise InvalidReply(f"{reply.steps} steps were taken, {steps} were asked for")
+        raise InvalidReply(f"{reply.steps} steps were trained, the task asked for {steps}")
     return np.frombuffer(reply.masked, "<u4")
 
 

@@ -1,4 +1,4 @@
-"""Who takes part: the handshake with each site, and waiting until enough sites are there."""
+"""The sites that take part: the handshake with each, and waiting until enough are ready."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 __all__ = ["SiteManager", "TooFewSites", "WrongSiteCount"]
 
 BUDGET_SPENT = "PrivacyBudgetSpent"
-"""What a site answers whose privacy budget does not allow the round, or any later one."""
-# A site that was refused is asked again after this time: its people may have put it right. One that does not
-# answer at all keeps a round from beginning for so long, and twice as long after each time that it did.
+"""The error of a site whose privacy budget does not allow the round, or any later one."""
+# A site that was refused is asked again after this time: the cause may have been fixed. The wait doubles each
+# time that a node does not answer at all, since a round starts only after the handshakes.
 RETRY_S = 60.0
 HANDSHAKE_S = 60.0
-"""How long a round waits for the handshake of a site that is new, or did not answer before."""
+"""Seconds that a round waits for the handshake of a node that is new or did not answer before."""
 POLL_S = 1.0
 RETURN_S = 30.0
-"""How long a round waits for a site that was there and went away: its node may have been started again."""
+"""Seconds that a round waits for a site that went offline: its node may be restarting."""
 
 
 class TooFewSites(FedSigmaError, RuntimeError):
-    """Not enough sites were there by the deadline."""
+    """Not enough sites were ready by the deadline."""
 
 
 class WrongSiteCount(FedSigmaError, RuntimeError):
@@ -56,39 +56,53 @@ class NodeDirectory(Protocol):
 
 
 class SiteManager:
-    """The sites that have shown the study's fingerprint, by node id."""
+    """The sites whose fingerprint matches the study's.
+
+    Args:
+        messenger: Sends the handshakes.
+        run_dir: Receives the events.
+        study: The study.
+        fingerprint: Of the server's backbone and basis.
+        nodes: Which site each node belongs to; None where nodes are not registered, as in a simulation.
+
+    Attributes:
+        names: Name of each ready site, by node.
+        members: The signed mask key of each site that has one, by node.
+        allow_attribution: Names of the sites that finished models may name.
+        allow_explanation: Names of the sites whose own shifts may be explained.
+        without_budget: Nodes whose privacy budget is exhausted; they still evaluate.
+    """
 
     def __init__(
         self,
-        exchange: Messenger,
-        folder: RunDir,
+        messenger: Messenger,
+        run_dir: RunDir,
         study: StudyConfig,
         fingerprint: Fingerprint,
         nodes: NodeDirectory | None = None,
     ) -> None:
         self.names: dict[int, str] = {}
         self.members: dict[int, Member] = {}
-        """The signed mask key of each site that has one."""
         self.allow_attribution: set[str] = set()
-        """The sites that finished models may name."""
         self.allow_explanation: set[str] = set()
-        """The sites of whose own shifts it may be said in words what they changed."""
         self.without_budget: set[int] = set()
-        """The sites that train no more, for their privacy budgets are spent; they still evaluate."""
-        self.messenger, self.run_dir, self.study, self.fingerprint = exchange, folder, study, fingerprint
+        self.messenger, self.run_dir, self.study, self.fingerprint = messenger, run_dir, study, fingerprint
         self._nodes = nodes
         self._next_handshake: dict[int, float] = {}
         self._unanswered: dict[int, int] = {}
-        """How often in a row a node did not answer the handshake."""
+        # How often in a row a node did not answer the handshake.
         self._offline_since: dict[int, float] = {}
         self._reasons: dict[str, str] = {}
         self._sites = 0
 
     def available(self, patience: float = HANDSHAKE_S) -> dict[int, str]:
-        """Greet whoever is new and return the sites that are online and ready, node id -> name, by name.
+        """Handshake with new nodes, and return the sites that are online and ready.
 
         Args:
-            patience: for how many seconds answers to the handshake are waited for.
+            patience: Seconds to wait for replies to the handshake.
+
+        Returns:
+            Name by node, sorted by name.
         """
         online = self.messenger.online()
         now = time.monotonic()
@@ -100,13 +114,13 @@ class SiteManager:
         return {node: self.names[node] for node in sorted(ready, key=lambda node: self.names[node])}
 
     def trainable(self, patience: float = HANDSHAKE_S) -> dict[int, str]:
-        """The sites of `present` that still train."""
+        """The sites of `available` that still train."""
         return {
             node: name for node, name in self.available(patience).items() if node not in self.without_budget
         }
 
     def stop_training(self, node: int, *, round: int) -> None:
-        """Ask a site for no more training, from this round on."""
+        """Send a site no more training tasks, from this round on."""
         self.without_budget.add(node)
         self.run_dir.log_event("site_budget_exhausted", round=round, site=self.names[node])
 
@@ -117,66 +131,73 @@ class SiteManager:
     def wait_for_sites(self) -> dict[int, str]:
         """Wait until enough sites are ready: min_sites, and in a simulation all.
 
-        A site that was there a moment ago is waited for, too, so that a node that is started again costs its
-        site no further round.
+        A site that went offline a moment ago is waited for, too, so that a node that restarts loses no
+        further round.
+
+        Returns:
+            Name by node, sorted by name.
 
         Raises:
-            TooFewSites: they are not there after the study's wait_for_sites_s.
-            WrongSiteCount: a simulation has another number of sites than its study.
+            TooFewSites: They are not ready after the study's wait_for_sites_s.
+            WrongSiteCount: A simulation has another number of sites than its study.
         """
         federation = self.study.federation
         deadline = time.monotonic() + federation.wait_for_sites_s
-        # At the start of a study a site may have a basis to compute, which takes minutes.
+        # At the start of a study a site may first compute its basis, which takes minutes.
         patience = HANDSHAKE_S if self.names else federation.round_timeout_s
         while True:
             ready = self.trainable(patience)
-            # A simulation's sites cannot come later; one that was refused there is left out.
+            # A simulation's sites are all there at the start; one that was refused is left out.
             settled = len(ready) + len(self.without_budget) + len(self._reasons) >= self._sites
             over = time.monotonic() >= deadline
             if len(ready) >= federation.min_sites and settled and (over or not self._may_return()):
                 return ready
             if over:
                 refused = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._reasons.items()))
-                wanted = (
+                needed = (
                     f"at least {federation.min_sites} sites"
                     if len(ready) < federation.min_sites
                     else f"the simulation's {self._sites} sites"
                 )
                 raise TooFewSites(
-                    f"{len(ready)} of {wanted} were ready after {federation.wait_for_sites_s:g} s"
+                    f"{len(ready)} of {needed} were ready after {federation.wait_for_sites_s:g} s"
                     + (f" (refused: {refused})" if refused else "")
                 )
             time.sleep(POLL_S)
 
     def _may_return(self) -> bool:
-        """Whether a site may come back any moment."""
+        """Whether a site went offline so recently that it may return."""
         recently = time.monotonic() - RETURN_S
         return any(
             since > recently for node, since in self._offline_since.items() if node not in self.without_budget
         )
 
     def _handshake(self, nodes: list[int], online: set[int], patience: float) -> None:
-        hello = HandshakeRequest(
+        request = HandshakeRequest(
             protocol=PROTOCOL, study=StudySpec.of(self.study), fingerprint=self.fingerprint.to_json()
         )
         timeout = min(patience, self.study.federation.round_timeout_s)
-        for answer in self.messenger.send_tasks(dict.fromkeys(nodes, hello), kind=HANDSHAKE, timeout=timeout):
-            silent = self._unanswered.get(answer.node, 0) + 1 if answer.timed_out else 0
-            self._unanswered[answer.node] = silent
-            self._next_handshake[answer.node] = time.monotonic() + RETRY_S * 2 ** min(silent, 10)
-            self._check_reply(answer.node, answer, online)
+        for reply in self.messenger.send_tasks(
+            dict.fromkeys(nodes, request), kind=HANDSHAKE, timeout=timeout
+        ):
+            unanswered = self._unanswered.get(reply.node, 0) + 1 if reply.timed_out else 0
+            self._unanswered[reply.node] = unanswered
+            self._next_handshake[reply.node] = time.monotonic() + RETRY_S * 2 ** min(unanswered, 10)
+            self._check_reply(reply, online)
 
-    def _check_reply(self, node: int, answer: SiteReply, online: set[int]) -> None:
-        """Take a site in, or record in one sentence why not."""
-        name = f"node {node}"
+    def _check_reply(self, message: SiteReply, online: set[int]) -> None:
+        """Accept a site, or record in one sentence why not."""
+        node, name = message.node, f"node {message.node}"
         try:
-            if answer.content is None:
-                return self._refuse(name, answer.failure or "it did not answer the handshake in time")
-            reply = from_record(HandshakeReply, answer.content)
+            if message.content is None:
+                return self._refuse(name, message.failure or "it did not answer the handshake in time")
+            reply = from_record(HandshakeReply, message.content)
         except ProtocolError as error:
-            # Another version's answer has other fields.
-            reason = _version_mismatch(protocol_version(answer.content)) if answer.content is not None else ""
-            return self._refuse(name, reason or f"its answer to the handshake is not valid: {error}")
+            # The reply of another version has other fields.
+            reason = (
+                _version_mismatch(protocol_version(message.content)) if message.content is not None else ""
+            )
+            return self._refuse(name, reason or f"its reply to the handshake is invalid: {error}")
         if reply.problem == "site-count" or (reply.sites and len(online) != reply.sites):
             raise WrongSiteCount(
                 f"study '{self.study.name}' has {reply.sites} sites, this federation has {len(online)}:"
@@ -193,15 +214,15 @@ class SiteManager:
             self.allow_attribution.add(reply.site)
         if reply.allow_explanation:
             self.allow_explanation.add(reply.site)
-        else:  # it may have changed its mind since it was here last
+        else:  # its policy may have changed since the last handshake
             self.allow_explanation.discard(reply.site)
         if reply.mask_key:
             self.members[node] = Member(name=reply.site, key=reply.mask_key, signature=reply.mask_signature)
-        self.run_dir.log_event("site_ready", site=reply.site, version=reply.version, **answer.traces)
+        self.run_dir.log_event("site_ready", site=reply.site, version=reply.version, **message.traces)
         return None
 
     def _mismatch(self, reply: HandshakeReply) -> str:
-        """Say why this site cannot take part; empty if it can."""
+        """Why this site cannot take part; empty if it can."""
         from fedsigma.common.sigma import Fingerprint
 
         if reason := _version_mismatch(reply.protocol):
@@ -209,20 +230,20 @@ class SiteManager:
         try:
             theirs = Fingerprint.from_json(reply.fingerprint)
         except (ValueError, RecursionError):
-            return HANDSHAKE_PROBLEMS[reply.problem] or "the site's fingerprint does not read"
-        difference = self.fingerprint.describe_mismatch(theirs) or HANDSHAKE_PROBLEMS[reply.problem]
-        if not difference and self.study.federation.masking and not reply.mask_key:
+            return HANDSHAKE_PROBLEMS[reply.problem] or "the site's fingerprint cannot be parsed"
+        mismatch = self.fingerprint.describe_mismatch(theirs) or HANDSHAKE_PROBLEMS[reply.problem]
+        if not mismatch and self.study.federation.masking and not reply.mask_key:
             return "the study masks what sites send, and the site has no identity to sign its key with"
-        return difference
+        return mismatch
 
     def _name_conflict(self, node: int, name: str, online: set[int]) -> str:
         if self._nodes is not None and (problem := self._nodes.problem(node, name)):
             return problem
-        for other, known in list(self.names.items()):
-            if known == name and other != node:
+        for other, other_name in list(self.names.items()):
+            if other_name == name and other != node:
                 if other in online:
                     return f"another site is already called '{name}'"
-                del self.names[other]  # it came back under a new node id
+                del self.names[other]  # it returned with a new node id
         return ""
 
     def _refuse(self, name: str, reason: str) -> None:
@@ -231,7 +252,7 @@ class SiteManager:
         self._reasons[name] = reason
 
 
-def _version_mismatch(spoken: int | None) -> str:
-    if spoken in (None, PROTOCOL):
+def _version_mismatch(version: int | None) -> str:
+    if version in (None, PROTOCOL):
         return ""
-    return f"the site speaks version {spoken} of the messages, the server {PROTOCOL}"
+    return f"the site uses version {version} of the messages, the server version {PROTOCOL}"

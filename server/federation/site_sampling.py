@@ -1,11 +1,12 @@
-"""The sites of a round: all, a share drawn anew, or a share drawn in proportion to their images.
+"""The sites of a round: all, a random share, or a share sampled in proportion to their images.
 
-In proportion to images, with n_i images at site i and m sites a round, a site is asked with the chance
-p_i = min(1, m n_i / sum n) and its change counts n_i / p_i (Horvitz and Thompson 1952): alike, unless a site
-is so large that it is always asked. So the expected sum of the changes is that of all sites' images, and no
-round is spent on a site whose change would hardly count. The draw is systematic (Madow 1949): the chances
-lie end to end on a line, and a site is asked if a point at distance u + k, k a whole number, falls on its
-part. u moves on by the golden section from round to round, which spreads a site's rounds evenly.
+In proportion to images, with n_i images at site i and m sites a round, a site is sampled with probability
+p_i = min(1, m n_i / sum n) and its update has weight n_i / p_i (Horvitz and Thompson 1952): the same for all,
+unless a site is so large that it is always sampled. The expected sum of the updates is then that of all
+sites' images, and no round is spent on a site whose update would hardly count. The sampling is systematic
+(Madow 1949): the probabilities are laid end to end on a line, and a site is sampled if a point at distance u
++ k, k a whole number, is in its part. u moves by the golden section from round to round, which spreads a
+site's rounds evenly.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Cohort:
     """The sites of a round.
 
-    Fields: sites, node id -> name; factors, node id -> what its weight in the mean is multiplied by.
+    Attributes:
+        sites: Name by node.
+        factors: What a site's weight in the mean is multiplied by, by node.
     """
 
     sites: dict[int, str]
@@ -47,19 +50,19 @@ class Cohort:
 def sample_sites(
     ready: Mapping[int, str], study: StudyConfig, *, round: int, images: Mapping[str, int] | None = None
 ) -> Cohort:
-    """The sites of a round: the study's share of those that are ready, and at least its min_sites.
+    """Sample the sites of a round: the study's share of those that are ready, and at least its min_sites.
 
-    The draw depends on the study's seed, the round, the sites' names and `images`, so a resumed run draws the
-    same.
+    The sample depends on the study's seed, the round, the sites' names and `images` alone, so a resumed run
+    gets the same.
 
     Args:
-        ready: node id -> name.
-        study: `federation.participation` is the share, 1 takes all; `federation.cohorts` how it is drawn.
-        round: its number, from 1.
-        images: name -> training images, of the sites that have told them; others count as a typical one.
+        ready: Name of each ready site by node.
+        study: `federation.participation` is the share (1: all), `federation.cohorts` how it is sampled.
+        round: Number of the round, from 1.
+        images: Training images by site name, as far as sites reported them; others count as an average one.
 
     Returns:
-        The sites drawn, in the order of `ready`.
+        The sampled sites, in the order of `ready`.
     """
     count = cohort_size(study, len(ready))
     if count == len(ready):
@@ -72,14 +75,14 @@ def sample_sites(
 
 
 def cohort_size(study: StudyConfig, sites: int) -> int:
-    """How many of so many sites are asked in a round."""
+    """How many of `sites` sites are sampled in a round."""
     federation = study.federation
     share = round(federation.participation * sites, 9)  # 0.07 of 100 sites are 7.000000000000001 in binary
     return min(sites, max(federation.min_sites, math.ceil(share)))
 
 
 def total_steps(study: StudyConfig, sites: int) -> int:
-    """The steps that so many sites make together in the whole study, if each answers whenever it is asked."""
+    """The training steps of `sites` sites together over the whole study, if every task is answered."""
     return study.federation.rounds * study.training.local_steps * cohort_size(study, sites)
 
 
@@ -106,29 +109,29 @@ def _in_proportion(
 
 
 def inclusion_probabilities(images: Mapping[int, float], count: int) -> dict[int, float]:
-    """How likely each site is to be among `count` that are drawn in proportion to their images.
+    """The probability of each site to be among `count` that are sampled in proportion to their images.
 
     Args:
-        images: node id -> a number above zero.
-        count: from 1 to the number of sites.
+        images: A number above zero by node.
+        count: From 1 to the number of sites.
 
     Returns:
-        Node id -> above 0 and at most 1; they sum to `count`.
+        Probabilities by node, above 0 and at most 1; they sum to `count`.
     """
-    rest, found = dict(images), dict[int, float]()
+    rest, probabilities = dict(images), dict[int, float]()
     while rest:
-        left, total = count - len(found), sum(rest.values())
+        left, total = count - len(probabilities), sum(rest.values())
         certain = [node for node, size in rest.items() if left * size >= total]
         if not certain:
-            return found | {node: left * size / total for node, size in rest.items()}
+            return probabilities | {node: left * size / total for node, size in rest.items()}
         for node in certain:
-            found[node] = 1.0
+            probabilities[node] = 1.0
             del rest[node]
-    return found
+    return probabilities
 
 
 def reported_examples(rows: Iterable[Mapping[str, Any]], study: StudyConfig, *, done: int) -> dict[str, int]:
-    """The training images that sites have told by the end of round `done`, as far as they count; by name."""
+    """Training images by site as reported up to round `done`, limited to federation.max_examples."""
     return {
         row["site"]: aggregation_weight(int(row["examples"]), study)
         for row in rows

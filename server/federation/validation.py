@@ -1,4 +1,4 @@
-"""What the server demands of a reply before it counts, and how the sites' evaluations are put together."""
+"""Validation of the sites' replies, and metrics over all sites."""
 
 from __future__ import annotations
 
@@ -45,15 +45,18 @@ _PIECE = 16_384
 
 
 class InvalidReply(FedSigmaError, ValueError):
-    """A reply does not count; the text says why, in one sentence."""
+    """A reply is rejected; the text says why, in one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidUpdate:
-    """A training reply that counts, without its change, which is most of it.
+    """A valid training reply; its update, which is most of it, is kept elsewhere.
 
-    update_norm, shift_norm: L2 norms of the change, and of the shift that it made. weight: its share in the
-    mean. reply: with an empty change.
+    Attributes:
+        update_norm: L2 norm of the update.
+        shift_norm: L2 norm of the global shift plus the update.
+        weight: Weight of the update in the mean.
+        reply: The reply with an empty update.
     """
 
     update_norm: float
@@ -63,18 +66,22 @@ class ValidUpdate:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The scalars that the site told."""
-        told = {**self.reply.evaluation.metrics(), "examples": self.reply.examples}
-        if math.isnan(self.reply.loss):  # untold, for training is private
-            return told | {"epsilon": self.reply.epsilon}
-        return told | {"loss": self.reply.loss}
+        """The scalars that the site reported, by the columns of rounds.csv."""
+        metrics = {**self.reply.evaluation.metrics(), "examples": self.reply.examples}
+        if math.isnan(self.reply.loss):  # not reported: training is private
+            return metrics | {"epsilon": self.reply.epsilon}
+        return metrics | {"loss": self.reply.loss}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteEvaluation:
-    """How a shift did at one site.
+    """The evaluation of one shift at one site.
 
-    confusion: test images by true class, then by predicted class, row by row; empty if the site keeps it.
+    Attributes:
+        evaluation: The scalar metrics.
+        confusion: Test images by true class, then by predicted class, row by row; empty unless the site's
+            policy
+            shares it.
     """
 
     evaluation: Evaluation
@@ -82,57 +89,69 @@ class SiteEvaluation:
 
 
 def validate_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[SiteEvaluation, ...]:
-    """Check a reply to an `EvaluateTask` with so many shifts.
+    """Validate the reply to an `EvaluateTask`.
+
+    Args:
+        content: The reply's record.
+        shifts: Number of shifts in the task.
+        classes: Number of classes of the study.
+
+    Returns:
+        One evaluation for each shift, in the task's order.
 
     Raises:
-        Rejected: its form is not in order, or its counts contradict each other.
+        InvalidReply: Its form is invalid, or its counts contradict each other.
     """
     try:
         reply = from_record(EvaluateReply, content)
     except ProtocolError as error:
         raise InvalidReply(str(error)) from error
-    told, size = reply.confusions, classes * classes
+    counts, size = reply.confusions, classes * classes
     if len(reply.evaluations) != shifts:
-        raise InvalidReply(f"{len(reply.evaluations)} evaluations came for {shifts} shifts")
-    if len(told) not in (0, shifts * size):
-        raise InvalidReply(f"{len(told)} counts came for {shifts} confusion matrices of {classes} classes")
-    found = []
+        raise InvalidReply(f"{len(reply.evaluations)} evaluations for {shifts} shifts")
+    if len(counts) not in (0, shifts * size):
+        raise InvalidReply(f"{len(counts)} counts for {shifts} confusion matrices of {classes} classes")
+    results = []
     for number, evaluation in enumerate(reply.evaluations):
-        matrix = told[number * size : (number + 1) * size]
+        matrix = counts[number * size : (number + 1) * size]
         if matrix and sum(matrix) != evaluation.test_examples:
             raise InvalidReply(
                 f"a confusion matrix counts {sum(matrix)} of {evaluation.test_examples} test images"
             )
-        found.append(SiteEvaluation(evaluation=evaluation, confusion=matrix))
-    return tuple(found)
+        results.append(SiteEvaluation(evaluation=evaluation, confusion=matrix))
+    return tuple(results)
 
 
 def validate_update(
     content: Any, *, study: StudyConfig, layout: Layout, start: NDArray[np.float32], codec: str, steps: int
 ) -> tuple[ValidUpdate, NDArray[np.float32]]:
-    """Check a training reply against the study; returns what is kept of it, and its change (layout size,).
+    """Validate a training reply against the study.
 
     Args:
-        content: the reply's record.
-        study: the study, with its bounds.
-        layout: the layout every shift of the study has.
-        start: the server's shift, of which the site has sent the change (layout size,).
-        codec: the level that was asked for.
-        steps: the steps that were asked for.
+        content: The reply's record.
+        study: The study, with its bounds.
+        layout: The layout of the shared values.
+        start: The global shift that the site started from, shape (layout.size,).
+        codec: The coding level of the task.
+        steps: The training steps of the task.
+
+    Returns:
+        The valid reply, and its update, shape (layout.size,), float32.
 
     Raises:
-        Rejected: its form, layout digest, length, type, finiteness, norm or example count is not in order.
+        InvalidReply: Its form, layout digest, length, type, finiteness, norm or number of examples is
+            invalid.
     """
     federation = study.federation
     try:
         reply = from_record(TrainReply, content)
-        change = decode(reply.update, layout, level=codec)
+        update = decode(reply.update, layout, level=codec)
     except (ProtocolError, CodecError) as error:
         raise InvalidReply(str(error)) from error
-    # The change is added to the shift itself, not to its coded form that the sites start from: what coding
-    # took from that form must not enter the model.
-    bound = None if study.privacy.of_sites else federation.norm_bound  # there a change is clipped instead
-    shift_norm = check_norm(l2_norm(start, change), bound)
+    # The update is added to the shift itself, not to its coded form, from which the sites start: what coding
+    # lost of that form must not enter the model.
+    bound = None if study.privacy.of_sites else federation.norm_bound  # there updates are clipped instead
+    shift_norm = check_norm(l2_norm(start, update), bound)
     if reply.examples > study.max_examples_per_site:
         raise InvalidReply(
             f"{reply.examples} training images are claimed, {study.shots} shots of {len(study.classes)}"
@@ -142,48 +161,47 @@ def validate_update(
         raise InvalidReply(
             "the loss is not a number"
             if math.isnan(reply.loss)
-            else "the loss is told, which in this study training keeps to itself: the site does not add noise"
+            else "the loss is reported, which private training never does: the site does not add noise"
         )
     if reply.steps > steps:
-        raise InvalidReply(f"{reply.steps} steps were taken, {steps} were asked for")
+        raise InvalidReply(f"{reply.steps} steps were trained, the task asked for {steps}")
     if len(reply.class_counts) not in (0, len(study.classes)):
-        raise InvalidReply(
-            f"{len(reply.class_counts)} class counts were told for {len(study.classes)} classes"
-        )
+        raise InvalidReply(f"{len(reply.class_counts)} class counts for {len(study.classes)} classes")
     accepted = ValidUpdate(
-        update_norm=l2_norm(change),
+        update_norm=l2_norm(update),
         shift_norm=shift_norm,
         weight=aggregation_weight(reply.examples, study),
         reply=replace(reply, update=b""),
     )
-    return accepted, change
+    return accepted, update
 
 
 def aggregation_weight(examples: int, study: StudyConfig) -> int:
-    """How many images a site with so many counts for."""
+    """The weight of a site with this many training images: the images, up to federation.max_examples."""
     return min(examples, study.federation.max_examples or examples)
 
 
-def dot(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
-    """The inner product of two vectors (values,), in float64.
+def dot(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    """The inner product of two vectors, shape (values,) each, in float64.
 
-    Not by `@`: BLAS starts threads for so few values, which on a busy machine takes a hundred times as long,
-    and its last bit depends on their number. In pieces, for new arrays cost more than what is done with them.
+    Not by `@`: BLAS starts threads, which for so few values on a busy machine takes a hundred times as long,
+    and its last bit depends on their number. In pieces, since allocating large arrays costs more than the
+    products.
     """
     total = 0.0
-    for part in _pieces(one.size):
-        total += float(np.einsum("i,i->", one[part].astype(np.float64), other[part].astype(np.float64)))
+    for part in _pieces(a.size):
+        total += float(np.einsum("i,i->", a[part].astype(np.float64), b[part].astype(np.float64)))
     return total
 
 
 def l2_norm(*vectors: NDArray[np.floating]) -> float:
-    """The L2 norm of a vector, or of the sum of several (values,); in float64, in pieces as `inner`."""
+    """The L2 norm of a vector, or of the sum of several, shape (values,) each; in float64, see `dot`."""
     total = 0.0
     for part in _pieces(vectors[0].size):
-        added = vectors[0][part].astype(np.float64)
+        summed = vectors[0][part].astype(np.float64)
         for other in vectors[1:]:
-            added += other[part]
-        total += float(np.einsum("i,i->", added, added))
+            summed += other[part]
+        total += float(np.einsum("i,i->", summed, summed))
     return math.sqrt(total)
 
 
@@ -192,10 +210,10 @@ def _pieces(values: int) -> Iterator[slice]:
 
 
 def check_norm(norm: float, bound: float | None) -> float:
-    """Refuse a shift that is too long; returns its norm.
+    """Check the norm of a shift, and return it.
 
     Raises:
-        Rejected: its L2 norm is above the bound, if there is one.
+        InvalidReply: The norm is above the bound, if there is one.
     """
     if bound is not None and norm > bound:
         raise InvalidReply(f"the shift's norm {norm:.4g} is above the bound {bound:g}")
@@ -203,56 +221,73 @@ def check_norm(norm: float, bound: float | None) -> float:
 
 
 def find_norm_outliers(accepted: Mapping[int, ValidUpdate], factor: float | None) -> dict[int, str]:
-    """The replies of a round whose changes are out of all proportion to the others', with the reason.
+    """Find updates whose norms are out of proportion to the others'.
 
-    Sites make equally many steps by one recipe, so honest changes have similar norms whatever the images; a
-    mean has no defence of its own against one that is many times as long. The median is that of all replies,
-    of which there must be three: of two, nobody can say which one is wrong.
+    All sites train the same number of steps with the same settings, so honest updates have similar norms
+    whatever the images, and a mean has no defence of its own against a much longer one.
+
+    Args:
+        accepted: The valid replies of a round by node; fewer than three are never outliers, since of two it
+            is
+            unknown which one is wrong.
+        factor: How many times the median norm is allowed; None allows any.
+
+    Returns:
+        The reason by node.
     """
     if factor is None or len(accepted) < 3:
         return {}
-    typical = float(np.median([one.update_norm for one in accepted.values()]))
-    bound = factor * typical
-    words = f"is above {factor:g} times the round's median {typical:.4g}"
+    median = float(np.median([update.update_norm for update in accepted.values()]))
+    bound = factor * median
     return {
-        node: f"the change's norm {one.update_norm:.4g} {words}"
-        for node, one in accepted.items()
-        if one.update_norm > bound > 0
+        node: f"the update's norm {update.update_norm:.4g} is above {factor:g} times the round's median"
+        f" {median:.4g}"
+        for node, update in accepted.items()
+        if update.update_norm > bound > 0
     }
 
 
 def aggregate_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Put the sites' evaluations together, each site weighted by its number of test images.
+    """Compute the metrics over all sites, weighted by their numbers of test images.
 
-    The accuracy is exact: right answers of all sites over test images of all sites. The other metrics are
-    means of the sites' values, without the sites where a metric cannot be computed.
+    The accuracy is exact: correct predictions of all sites over test images of all sites. The other metrics
+    are weighted means, without the sites where a metric cannot be computed.
+
+    Args:
+        evaluations: By site.
+
+    Returns:
+        The metrics by name, and `test_examples`.
     """
-    told = [one for one in evaluations.values() if one.test_examples > 0]
-    total = sum(one.test_examples for one in told)
+    tested = [evaluation for evaluation in evaluations.values() if evaluation.test_examples > 0]
+    total = sum(evaluation.test_examples for evaluation in tested)
     if not total:
         return {"test_examples": 0}
-    pooled: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name in METRICS:
-        known = [(getattr(one, name), one.test_examples) for one in told]
-        known = [(value, count) for value, count in known if not math.isnan(value)]
-        if known:
-            pooled[name] = sum(value * count for value, count in known) / sum(count for _, count in known)
+        pairs = [(getattr(evaluation, name), evaluation.test_examples) for evaluation in tested]
+        pairs = [(value, count) for value, count in pairs if not math.isnan(value)]
+        if pairs:
+            metrics[name] = sum(value * count for value, count in pairs) / sum(count for _, count in pairs)
     # Each accuracy is a count over a count; rounding gives the count back exactly.
-    pooled["accuracy"] = sum(round(one.accuracy * one.test_examples) for one in told) / total
-    return {**pooled, "test_examples": total}
+    correct = sum(round(evaluation.accuracy * evaluation.test_examples) for evaluation in tested)
+    return {**metrics, "accuracy": correct / total, "test_examples": total}
 
 
 def metrics_of_confusion(confusion: NDArray[np.int64]) -> dict[str, float]:
-    """The metrics that a confusion matrix (classes, classes) settles: accuracy, balanced_accuracy and f1.
+    """Compute accuracy, balanced_accuracy and f1 from a confusion matrix.
 
-    Rows are true classes, columns predicted ones; at least one image. As at a site, balanced accuracy is the
-    mean recall and f1 the mean F1 of the classes that occur.
+    As at a site, balanced accuracy is the mean recall and f1 the mean F1 of the classes that occur.
+
+    Args:
+        confusion: Counts, shape (classes, classes): rows are true classes, columns predicted ones; at least
+            one image.
     """
-    right, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    correct, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     occurs = true > 0
-    recall, f1 = right[occurs] / true[occurs], 2 * right[occurs] / (true + said)[occurs]
+    recall, f1 = correct[occurs] / true[occurs], 2 * correct[occurs] / (true + predicted)[occurs]
     return {
-        "accuracy": float(right.sum() / true.sum()),
+        "accuracy": float(correct.sum() / true.sum()),
         "balanced_accuracy": float(recall.mean()),
         "f1": float(f1.mean()),
     }

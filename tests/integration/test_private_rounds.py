@@ -190,7 +190,7 @@ def test_what_hides_sites_is_entered_at_each_site_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("study", [SITE, PLAIN.replace(*MASKED)])
 def test_training_alone_is_refused_where_changes_are_hidden(study: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'local_only', which would show each site's own change"):
+    with pytest.raises(ConfigError, match="'local_only', which would show each site's update"):
         run(tmp_path, study.replace("baselines: []", "baselines: [local_only]"))
 
 

@@ -213,7 +213,7 @@ def test_a_site_of_another_version_is_refused_by_its_version_whatever_it_answers
     folder = run(tmp_path, rounds=1, tamper=older)
     (refused,) = events(folder, "site_refused")
     assert refused["site"] == "node 103"
-    words = f"speaks version {records.PROTOCOL - 1} of the messages, the server {records.PROTOCOL}"
+    words = f"uses version {records.PROTOCOL - 1} of the messages, the server version {records.PROTOCOL}"
     assert words in refused["reason"]
     assert {e["version"] for e in events(folder, "site_ready")} == {__version__}
 
@@ -268,7 +268,7 @@ def coded(*values: float, tower: str = "image") -> bytes:
         ({"update": coded(*[0.0] * 6)[:-1] + b"\xff"}, "checksum"),
         ({"examples": 9}, "9 training images are claimed, 4 shots of 2 classes allow 8"),
         ({"examples": -5}, "examples is -5"),
-        ({"steps": 6}, "6 steps were taken, 5 were asked for"),
+        ({"steps": 6}, "6 steps were trained, the task asked for 5"),
         ({"patient": "0815"}, "fields that a TrainReply does not have"),
         ({"evaluation.accuracy": 2.0}, "accuracy is 2.0"),
         ({"class_counts": [1, 2, 3]}, "3 class counts"),
@@ -292,7 +292,7 @@ def test_a_bad_reply_is_rejected_with_its_reason_and_the_round_goes_on(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"confusions": [1, 2, 3]}, "3 counts came for 1 confusion matrices of 2 classes"),
+        ({"confusions": [1, 2, 3]}, "3 counts for 1 confusion matrices of 2 classes"),
         ({"confusions": [1, 0, 0, 0]}, "counts 1 of 40 test images"),
         ({"confusions": [-1, 0, 0, 41]}, "out of range"),
     ],

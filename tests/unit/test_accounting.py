@@ -210,7 +210,7 @@ def test_a_plan_says_what_a_study_spends() -> None:
 
 def test_a_study_that_hides_sites_and_spends_too_much_does_not_start() -> None:
     text = STUDY.replace("level: image", "level: site")
-    with pytest.raises(ConfigError, match=r"10 rounds .* spend epsilon .*raise privacy.noise_multiplier to"):
+    with pytest.raises(ConfigError, match=r"10 rounds .* use epsilon .*raise privacy.noise_multiplier to"):
         check_budget(StudyConfig.from_yaml(text))
     check_budget(StudyConfig.from_yaml(text.replace("noise_multiplier: 2.0", "noise_multiplier: 4.0")))
     check_budget(StudyConfig.from_yaml(STUDY))

@@ -185,7 +185,7 @@ def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
     assert roster.available() == {1: "north"}
     reasons = {(e["site"], e["reason"]) for e in folder.events() if e["kind"] == "site_refused"}
     assert reasons == {
-        ("south", "the site's fingerprint does not read"),
+        ("south", "the site's fingerprint cannot be parsed"),
         ("north", "another site is already called 'north'"),
     }
     # A refused site is not asked again at once, a new one is, and one that came back keeps its name.
