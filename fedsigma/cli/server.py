@@ -30,7 +30,7 @@ from fedsigma.server.deployment.services import server_processes
 
 __all__ = ["app"]
 
-PROCESSES = ("superlink", "worker", "keeper", "proxy", "dashboard")
+PROCESSES = ("superlink", "worker", "auto-resume", "proxy", "dashboard")
 
 app = typer.Typer(no_args_is_help=True)
 server_app = typer.Typer(no_args_is_help=True, help="Run a coordinating server.")
@@ -114,7 +114,7 @@ def up(
         str | None, typer.Option(help=f"One process in the foreground: {', '.join(PROCESSES)}.")
     ] = None,
 ) -> None:
-    """Run the server in the foreground until Ctrl-C or SIGTERM: SuperLink, worker, keeper, proxy, supervised.
+    """Run the server in the foreground until Ctrl-C or SIGTERM: SuperLink, worker, auto-resume, proxy, supervised.
 
     The dashboard, too, where there is a dashboard.yaml in the folder.
 

@@ -15,7 +15,7 @@ from fedsigma.common.utils.files import write_whole
 from fedsigma.server.deployment.audit_log import ServerAuditLog
 from fedsigma.server.deployment.certificates import Issued, check_pair, new_authority
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
-from fedsigma.server.deployment.registry import now
+from fedsigma.server.deployment.database import now
 
 __all__ = ["begin_authority", "renew_certificates", "switch_authority"]
 

@@ -173,7 +173,7 @@ def test_each_container_is_one_process_that_is_asked_for_its_own_health(name: st
         if service != "tools":
             assert process_of(said["command"]) == f"{group} {service}"
             assert said["restart"] == "unless-stopped"
-        if service == "keeper":
+        if service == "auto-resume":
             assert said["healthcheck"] == {"disable": True}
         elif service != "tools":
             kind, program, *words = said["healthcheck"]["test"]
@@ -340,7 +340,7 @@ def test_each_unit_is_one_process_of_a_user_without_rights() -> None:
         assert ("MemoryDenyWriteExecute" in said) == (process != "worker")
     node, worker = started["site node"], started["site worker"]
     assert "root" not in {said["User"][0] for said in started.values()} and node["User"] != worker["User"]
-    for name in ("site worker", "server superlink", "server worker", "server keeper"):
+    for name in ("site worker", "server superlink", "server worker", "server auto-resume"):
         assert started[name]["IPAddressDeny"] == ["any"] and started[name]["IPAddressAllow"] == ["localhost"]
     # The one process that may be left out: it is where its file is, and nothing waits for it.
     text = (DEPLOY / "systemd" / "fedsigma-server-dashboard.service").read_text(encoding="utf-8")

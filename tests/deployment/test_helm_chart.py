@@ -146,13 +146,13 @@ def test_every_container_is_a_command_and_is_asked_for_its_health() -> None:
             assert status == "server status" and asked["only"] == "proxy"
             assert str(one["ports"][0]["containerPort"]) == options["listen"].split(":")[1]
             continue
-        if process == "server keeper":
+        if process == "server auto-resume":
             assert not any(name.endswith("Probe") for name in one)
             continue
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             # The kubelet asks at the pod's address.
             assert split_address(health[process], where=process) == ("0.0.0.0", one[probe]["grpc"]["port"])
-    assert seen == {*health, "server keeper", "server proxy"}
+    assert seen == {*health, "server auto-resume", "server proxy"}
 
 
 def test_the_superlink_listens_to_its_own_pod_alone() -> None:

@@ -168,15 +168,15 @@ def test_only_the_proxy_needs_the_proxys_folder(server: Path, monkeypatch: pytes
     started = []
     monkeypatch.setattr(Process, "replace_this", lambda self, folder: started.append(self.name))
     shutil.rmtree(server / "proxy")
-    for name in ("superlink", "worker", "keeper"):
+    for name in ("superlink", "worker", "auto-resume"):
         assert run("server", "up", "--folder", server, "--only", name)[0] == 0
     (server / "proxy").mkdir()
     assert run("server", "up", "--folder", server, "--only", "proxy")[0] == 0
     assert (
-        started == ["superlink", "worker", "keeper", "proxy"] and (server / "proxy" / "nginx.conf").is_file()
+        started == ["superlink", "worker", "auto-resume", "proxy"] and (server / "proxy" / "nginx.conf").is_file()
     )
     code, _, err = run("server", "up", "--folder", server, "--only", "node")
-    assert code == 3 and "there are superlink, worker, keeper, proxy" in err
+    assert code == 3 and "there are superlink, worker, auto-resume, proxy" in err
 
 
 def test_the_health_of_one_process_of_a_server(server: Path, serving: str) -> None:

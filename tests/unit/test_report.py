@@ -284,7 +284,7 @@ def test_a_run_that_goes_on_is_called_running_and_is_not_gone_on_with(
         assert "running" in runner.invoke(app, ["runs", str(tmp_path)]).stdout
         assert "Running" in Page(write_report(folder).read_text()).text
         again = runner.invoke(app, ["study", "run", "demo", "--resume", "--out", str(folder.path)])
-    assert isinstance(again.exception, RunDirError) and "still goes on" in str(again.exception)
+    assert isinstance(again.exception, RunDirError) and "still running" in str(again.exception)
 
 
 def test_words() -> None:

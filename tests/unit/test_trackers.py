@@ -238,12 +238,12 @@ def test_a_listener_of_the_run_itself_still_stops_it(folder: RunDir, use: Callab
     heard, seen = Heard(), []
     use(mlflow=heard)
 
-    def witness(event: dict[str, Any]) -> None:
+    def listener(event: dict[str, Any]) -> None:
         seen.append(event["kind"])
         if event["kind"] == "round_end":
             raise OSError("the disk is full")
 
-    folder.listen(witness)
+    folder.listen(listener)
     following = follow(folder, "mlflow")
     folder.log_event("round_start", round=1)
     with pytest.raises(OSError, match="disk is full"):
