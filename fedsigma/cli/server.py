@@ -22,7 +22,7 @@ from fedsigma.common.ops.supervisor import (
 )
 from fedsigma.common.utils.console import print_table
 from fedsigma.common.utils.errors import PROBLEMS
-from fedsigma.server.deployment.certificates import Issued, check_pair
+from fedsigma.server.deployment.certificates import CertificatePair, check_pair
 from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.home import ServerConfig, ServerHome, ServerHomeError
 from fedsigma.server.deployment.proxy import write_proxy_files
@@ -96,7 +96,7 @@ def init(
         worker_health=worker_health or _next_to(superlink, 2),
         proxy=proxy,
     )
-    own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
+    own = CertificatePair(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
     if own is not None:
         check_pair(own)
     made = ServerHome.create(folder, config, own=own, trust=trust.read_bytes() if trust else b"")
@@ -217,7 +217,7 @@ def sites(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the sites: invited, joined or revoked, and whether their node is online."""
-    from fedsigma.server.deployment.flower_control import Control, ControlError
+    from fedsigma.server.deployment.flower_control import ControlError, FlowerControl
 
     server = ServerHome(folder)
     found = Enrolment(server).sites()
@@ -227,7 +227,7 @@ def sites(
             typer.echo(f'  {site.name}: "{site.identity}"')
         return
     try:
-        nodes = Control(server).nodes()
+        nodes = FlowerControl(server).nodes()
     except ControlError as error:
         typer.echo(f"Whether sites are online is not known: {error}", err=True)
         nodes = {}
@@ -285,16 +285,16 @@ def rotate(
         raise ServerHomeError("--certificate and --key belong together: give both or none")
     server = ServerHome(folder)
     if what == "keys":
-        for old in Enrolment(server).retire():
+        for old in Enrolment(server).retire_old_keys():
             typer.echo(f"The old node key of site '{old.site}' is shut out.")
     elif what == "certificate":
-        own = Issued(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
+        own = CertificatePair(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
         certificate_rotation.renew_certificates(server, own)
         typer.echo("New certificates are in place.")
         _restart(server, "superlink", "proxy")
     elif what == "authority" and not switch:
         path = out or Path("trust.pem")
-        text = certificate_rotation.begin_authority(server, path)
+        text = certificate_rotation.create_next_authority(server, path)
         typer.echo(f"Give {path} to every site: fedsigma site trust {path.name}")
         typer.echo(f"Read aloud at the telephone: {fingerprint(text)}")
         typer.echo("When all have it: fedsigma server rotate authority --switch")

@@ -20,7 +20,7 @@ from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.runs.summary import RunSummary, find_runs, runs_folder, summarize_run
 
 if TYPE_CHECKING:
-    from fedsigma.server.deployment.studies import Studies, Submitted
+    from fedsigma.server.deployment.studies import Studies, SubmissionStatus
 
 __all__ = ["app"]
 
@@ -277,7 +277,7 @@ def status(
     Exit code 0; for a single RUN, 1 if it ended without being completed.
     """
     studies = _studies(folder)
-    found = [studies.find(run)] if run else studies.submitted()
+    found = [studies.find(run)] if run else studies.statuses()
     rows = [
         {
             "run": one.submission.run_id,
@@ -348,5 +348,5 @@ def _wait(studies: Studies, run: str) -> None:
         raise typer.Exit(FAILED)
 
 
-def _ended_badly(one: Submitted) -> bool:
-    return not one.open and one.status != "finished:completed"
+def _ended_badly(one: SubmissionStatus) -> bool:
+    return not one.active and one.status != "finished:completed"

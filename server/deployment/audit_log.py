@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsigma.common.utils.hash_chain import HashChainedLog
-from fedsigma.server.deployment.database import now
+from fedsigma.server.deployment.database import utc_now
 
 __all__ = ["RunAuditor", "ServerAuditLog"]
 
@@ -29,10 +29,10 @@ class ServerAuditLog:
         Raises:
             OSError, ChainBroken: it cannot be written, or an earlier line was changed or removed.
         """
-        self._chain.append({"time": now().isoformat(), "kind": kind, **fields})
+        self._chain.append({"time": utc_now().isoformat(), "kind": kind, **fields})
 
 
-KINDS = frozenset(
+AUDITED_EVENTS = frozenset(
     {
         "run_start",
         "site_ready",
@@ -76,6 +76,6 @@ class RunAuditor:
         Raises:
             OSError, ChainBroken: it cannot be written; the run must not go on without it.
         """
-        if event["kind"] in KINDS:
+        if event["kind"] in AUDITED_EVENTS:
             told = {name: event[name] for name in _FIELDS if name in event}
             self._log.record(event["kind"], **self._about, **told)

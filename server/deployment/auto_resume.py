@@ -16,13 +16,13 @@ from fedsigma.common.utils.hash_chain import LogTampered
 from fedsigma.server.deployment.database import Submission
 from fedsigma.server.deployment.flower_control import ControlError
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
-from fedsigma.server.deployment.studies import Studies, Submitted
+from fedsigma.server.deployment.studies import Studies, SubmissionStatus
 from fedsigma.server.runs.run_dir import RunDir
 
-__all__ = ["MOST_TRIES", "resume_crashed_runs", "watch"]
+__all__ = ["MAX_ATTEMPTS", "resume_crashed_runs", "watch"]
 
 PERIOD_S = 10.0
-MOST_TRIES = 3
+MAX_ATTEMPTS = 3
 """How often a run is gone on with that does not finish one round more."""
 
 log = logging.getLogger(__name__)
@@ -46,17 +46,17 @@ def resume_crashed_runs(studies: Studies) -> list[Submission]:
     Raises:
         ControlError: the SuperLink does not answer.
     """
-    if not studies.unsettled():
+    if not studies.may_have_crashed_runs():
         return []
-    submitted = studies.submitted()
+    submitted = studies.statuses()
     resumed = {one.submission.resumes for one in submitted}
     found = []
     for one in submitted:
         made = one.submission
-        if made.run_id in resumed or not one.died:
+        if made.run_id in resumed or not one.crashed:
             continue
         tries = _tries(made, submitted)
-        if tries >= MOST_TRIES:
+        if tries >= MAX_ATTEMPTS:
             log.warning("run %s died %d times without a further round: left as it is", made.run_id, tries)
             continue
         found.append(studies.resume(made.run_id))
@@ -64,7 +64,7 @@ def resume_crashed_runs(studies: Studies) -> list[Submission]:
     return found
 
 
-def _tries(made: Submission, submitted: list[Submitted]) -> int:
+def _tries(made: Submission, submitted: list[SubmissionStatus]) -> int:
     """How many runs of this folder began since its last finished round."""
     events = RunDir(Path(made.folder)).events()
     last = max((e["time"] for e in events if e["kind"] == "round_end"), default=0.0)

@@ -13,14 +13,14 @@ from cryptography.hazmat.primitives import hashes
 
 from fedsigma.common.utils.files import write_whole
 from fedsigma.server.deployment.audit_log import ServerAuditLog
-from fedsigma.server.deployment.certificates import Issued, check_pair, new_authority
+from fedsigma.server.deployment.certificates import CertificatePair, check_pair, create_authority
+from fedsigma.server.deployment.database import utc_now
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
-from fedsigma.server.deployment.database import now
 
-__all__ = ["begin_authority", "renew_certificates", "switch_authority"]
+__all__ = ["create_next_authority", "renew_certificates", "switch_authority"]
 
 
-def renew_certificates(server: ServerHome, own: Issued | None = None) -> None:
+def renew_certificates(server: ServerHome, own: CertificatePair | None = None) -> None:
     """Make new certificates of the same authority, or take a new one of the group's own into use.
 
     Raises:
@@ -42,7 +42,7 @@ def renew_certificates(server: ServerHome, own: Issued | None = None) -> None:
     _note(server, "certificate_renewed", own=own is not None)
 
 
-def begin_authority(server: ServerHome, out: Path) -> str:
+def create_next_authority(server: ServerHome, out: Path) -> str:
     """Make the next authority, and write what sites are to trust until it signs: both.
 
     Args:
@@ -64,7 +64,7 @@ def begin_authority(server: ServerHome, out: Path) -> str:
         raise FileExistsError(f"{out} exists: name another file")
     if not server.tls("next-ca.crt").exists():
         # A name of its own, so that people and logs can tell the two apart.
-        made = new_authority(f"{server.config.name} FedSigma authority {now():%Y-%m-%d}")
+        made = create_authority(f"{server.config.name} FedSigma authority {utc_now():%Y-%m-%d}")
         made.write(server.tls("next-ca.crt"), server.tls("next-ca.key"))
     both = server.tls("ca.crt").read_bytes() + server.tls("next-ca.crt").read_bytes()
     write_whole(server.tls("sites.crt"), both)

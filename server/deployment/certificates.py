@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_secret, write_whole
 
-__all__ = ["AuthorityError", "Issued", "check_pair", "issue", "new_authority"]
+__all__ = ["AuthorityError", "CertificatePair", "check_pair", "create_authority", "issue_certificate"]
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 """How long certificates are valid: what browsers accept of a server, and ten years of the authority."""
@@ -37,7 +37,7 @@ class AuthorityError(FedSigmaError, ValueError):
 
 
 @dataclass(frozen=True)
-class Issued:
+class CertificatePair:
     """A certificate and its private key, both PEM."""
 
     certificate: bytes
@@ -49,7 +49,7 @@ class Issued:
         write_whole(certificate, self.certificate)
 
 
-def new_authority(name: str, *, days: int = AUTHORITY_DAYS) -> Issued:
+def create_authority(name: str, *, days: int = AUTHORITY_DAYS) -> CertificatePair:
     """Make an authority: a self-signed P-256 certificate that may sign servers' certificates and no more."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -64,7 +64,9 @@ def new_authority(name: str, *, days: int = AUTHORITY_DAYS) -> Issued:
     return _issued(certificate, key)
 
 
-def issue(authority: Issued, names: Sequence[str], *, days: int = SERVER_DAYS) -> Issued:
+def issue_certificate(
+    authority: CertificatePair, names: Sequence[str], *, days: int = SERVER_DAYS
+) -> CertificatePair:
     """Make a server's certificate.
 
     Args:
@@ -93,7 +95,7 @@ def issue(authority: Issued, names: Sequence[str], *, days: int = SERVER_DAYS) -
     return _issued(certificate, key)
 
 
-def check_pair(given: Issued) -> None:
+def check_pair(given: CertificatePair) -> None:
     """Refuse a certificate and key that do not belong together, or a certificate that has expired.
 
     Raises:
@@ -110,7 +112,7 @@ def check_pair(given: Issued) -> None:
         raise AuthorityError(f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
 
 
-def _loaded(authority: Issued) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def _loaded(authority: CertificatePair) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     certificate = x509.load_pem_x509_certificate(authority.certificate)
     key = load_pem_private_key(authority.key, password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
@@ -144,9 +146,9 @@ def _builder(
     )
 
 
-def _issued(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Issued:
+def _issued(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> CertificatePair:
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return Issued(certificate.public_bytes(Encoding.PEM), pem)
+    return CertificatePair(certificate.public_bytes(Encoding.PEM), pem)
 
 
 def _general(name: str) -> x509.GeneralName:

@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy import ForeignKey, create_engine, event, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
-__all__ = ["NodeKey", "NodeNames", "ServerDatabase", "Site", "Submission", "now", "set_sqlite_pragmas"]
+__all__ = ["NodeKey", "NodeNames", "ServerDatabase", "Site", "Submission", "set_sqlite_pragmas", "utc_now"]
 
 
 class NodeNames:
@@ -137,6 +137,6 @@ def set_sqlite_pragmas(connection: object, _: object) -> None:
         connection.execute(f"PRAGMA {pragma}")  # type: ignore[attr-defined]
 
 
-def now() -> datetime.datetime:
+def utc_now() -> datetime.datetime:
     """The time, in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)

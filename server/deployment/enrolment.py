@@ -15,9 +15,9 @@ from fedsigma.server.deployment.database import (
     NodeKey,
     ServerDatabase,
     Site,
-    now,
+    utc_now,
 )
-from fedsigma.server.deployment.flower_control import Control
+from fedsigma.server.deployment.flower_control import FlowerControl
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 
 __all__ = ["Enrolment"]
@@ -31,9 +31,9 @@ class Enrolment:
         control: how its SuperLink is reached.
     """
 
-    def __init__(self, folder: ServerHome, control: Control | None = None) -> None:
+    def __init__(self, folder: ServerHome, control: FlowerControl | None = None) -> None:
         self._folder = folder
-        self._control = control or Control(folder)
+        self._control = control or FlowerControl(folder)
         self._registry = ServerDatabase(folder.path / "server.db")
         self._log = ServerAuditLog(folder.path)
 
@@ -54,7 +54,7 @@ class Enrolment:
         check_site_name(name)
         if path.exists():
             raise FileExistsError(f"{path} exists: name another file")
-        end = now() + datetime.timedelta(days=days)
+        end = utc_now() + datetime.timedelta(days=days)
         word = secrets.token_hex(32)
         invitation = Invitation(
             site=name,
@@ -67,7 +67,7 @@ class Enrolment:
         with self._registry.session() as session:
             site = session.get(Site, name)
             if site is None:
-                site = Site(name=name, invited_at=now())
+                site = Site(name=name, invited_at=utc_now())
                 session.add(site)
             elif site.state == "joined":
                 raise ServerHomeError(
@@ -107,13 +107,13 @@ class Enrolment:
                 if key.state == ACTIVE:
                     key.state = RETIRING
             node = self._control.register(keys.node_key)
-            added = NodeKey(node_id=node, site=site.name, public_key=keys.node_key, added_at=now())
+            added = NodeKey(node_id=node, site=site.name, public_key=keys.node_key, added_at=utc_now())
             session.add(added)
             site.identity, site.word = keys.identity, ""
         self._log.record("site_admitted", site=keys.site, node=node, identity=keys.identity, renewed=renewed)
         return added
 
-    def retire(self) -> list[NodeKey]:
+    def retire_old_keys(self) -> list[NodeKey]:
         """Shut out the old node keys of sites whose new node has been seen; returns those keys.
 
         Raises:
@@ -162,7 +162,7 @@ class Enrolment:
             raise ServerHomeError(
                 f"site '{site.name}' has no open invitation: `fedsigma server invite {site.name}`"
             )
-        if now() >= datetime.datetime.fromisoformat(site.expires):
+        if utc_now() >= datetime.datetime.fromisoformat(site.expires):
             raise EnrolmentFileError(
                 f"the invitation of '{site.name}' expired on {site.expires}: send a new one"
             )

@@ -16,7 +16,7 @@ from fedsigma.common.ops.supervisor import flower_environment
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.deployment.home import ServerHome
 
-__all__ = ["Control", "ControlError", "Node", "Run"]
+__all__ = ["ControlError", "FlowerControl", "Node", "Run"]
 
 CONNECTION = "server"
 TIMEOUT_S = 120
@@ -53,7 +53,7 @@ class Run:
         return self.status == "finished:completed"
 
 
-class Control:
+class FlowerControl:
     """What the server asks of its SuperLink."""
 
     def __init__(self, folder: ServerHome) -> None:

@@ -31,7 +31,7 @@ from fedsigma.common.config.schema import (
 )
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_secret, write_whole
-from fedsigma.server.deployment.certificates import Issued, issue, new_authority
+from fedsigma.server.deployment.certificates import CertificatePair, create_authority, issue_certificate
 
 __all__ = ["ServerConfig", "ServerHome", "ServerHomeError"]
 
@@ -93,7 +93,7 @@ class ServerHome:
 
     @classmethod
     def create(
-        cls, path: Path, config: ServerConfig, *, own: Issued | None, trust: bytes = b""
+        cls, path: Path, config: ServerConfig, *, own: CertificatePair | None, trust: bytes = b""
     ) -> ServerHome:
         """Make a new server.
 
@@ -116,7 +116,7 @@ class ServerHome:
         write_secret(path / "secrets" / "superexec.secret", secrets.token_bytes(32))
         (path / "server.yaml").write_text(write_yaml(config), encoding="utf-8")
         folder = cls(path)
-        authority = new_authority(f"{config.name} FedSigma authority")
+        authority = create_authority(f"{config.name} FedSigma authority")
         authority.write(folder.tls("ca.crt"), folder.tls("ca.key"))
         folder.issue_inner()
         if own is None:
@@ -136,14 +136,14 @@ class ServerHome:
         """The file of the secret that Flower's processes here share."""
         return self.path / "secrets" / "superexec.secret"
 
-    def authority(self) -> Issued:
+    def authority(self) -> CertificatePair:
         """The authority of this server.
 
         Raises:
             ServerError: its key is not here.
         """
         try:
-            return Issued(self.tls("ca.crt").read_bytes(), self.tls("ca.key").read_bytes())
+            return CertificatePair(self.tls("ca.crt").read_bytes(), self.tls("ca.key").read_bytes())
         except FileNotFoundError as error:
             raise ServerHomeError(
                 f"{error.filename} is not there: put the authority's key back for the time of this command"
@@ -153,12 +153,12 @@ class ServerHome:
         """Make a new certificate for the SuperLink, which the proxy and the server's own commands verify."""
         host, _ = split_address(self.config.superlink, where="superlink")
         names = dict.fromkeys([*self.config.names, *([host] if host not in ("0.0.0.0", "::") else [])])
-        issue(self.authority(), list(names)).write(self.tls("inner.crt"), self.tls("inner.key"))
+        issue_certificate(self.authority(), list(names)).write(self.tls("inner.crt"), self.tls("inner.key"))
 
     def issue_outer(self) -> None:
         """Make a new certificate for the address that sites reach."""
         host, _ = split_address(self.config.address, where="address")
-        issue(self.authority(), [host]).write(self.tls("outer.crt"), self.tls("outer.key"))
+        issue_certificate(self.authority(), [host]).write(self.tls("outer.crt"), self.tls("outer.key"))
 
     @property
     def control(self) -> str:

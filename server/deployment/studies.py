@@ -15,24 +15,24 @@ from pathlib import Path
 
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.server.deployment.audit_log import ServerAuditLog
-from fedsigma.server.deployment.database import ServerDatabase, Submission, now
-from fedsigma.server.deployment.flower_control import Control, ControlError, Run
+from fedsigma.server.deployment.database import ServerDatabase, Submission, utc_now
+from fedsigma.server.deployment.flower_control import ControlError, FlowerControl, Run
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 from fedsigma.server.federation.privacy_plan import check_budget
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.app_bundle import write_app
 from fedsigma.server.trackers import parse_trackers
 
-__all__ = ["Studies", "Submitted"]
+__all__ = ["Studies", "SubmissionStatus"]
 
 POLL_S = 2.0
 FOLLOW_S = 60.0
 """How long it is waited for that a run whose process died is gone on with."""
-GONE = "not known to the SuperLink"
+UNKNOWN = "not known to the SuperLink"
 
 
 @dataclass(frozen=True)
-class Submitted:
+class SubmissionStatus:
     """One submission and how it is: Flower's word, and the rounds done so far."""
 
     submission: Submission
@@ -40,12 +40,12 @@ class Submitted:
     rounds: int
 
     @property
-    def open(self) -> bool:
+    def active(self) -> bool:
         """Whether it is waiting or running."""
-        return not self.status.startswith("finished") and self.status != GONE
+        return not self.status.startswith("finished") and self.status != UNKNOWN
 
     @property
-    def died(self) -> bool:
+    def crashed(self) -> bool:
         """Whether it failed without saying why: it never started, or did not come to its end."""
         return self.status == "finished:failed" and not has_ended(self.submission)
 
@@ -67,9 +67,9 @@ class Studies:
         by: the user for whom it is done, for the audit log; empty for who has this machine's command line.
     """
 
-    def __init__(self, folder: ServerHome, control: Control | None = None, *, by: str = "") -> None:
+    def __init__(self, folder: ServerHome, control: FlowerControl | None = None, *, by: str = "") -> None:
         self._folder, self._by = folder, by
-        self._control = control or Control(folder)
+        self._control = control or FlowerControl(folder)
         self._registry = ServerDatabase(folder.path / "server.db")
         self._log = ServerAuditLog(folder.path)
 
@@ -97,8 +97,8 @@ class Studies:
         check_budget(config)
         text = config.to_yaml()
         digest = hashlib.sha256(text.encode()).hexdigest()
-        for one in self.submitted(study=config.name) if not again else ():
-            if one.submission.digest == digest and (one.open or one.status == "finished:completed"):
+        for one in self.statuses(study=config.name) if not again else ():
+            if one.submission.digest == digest and (one.active or one.status == "finished:completed"):
                 raise ServerHomeError(
                     f"study '{config.name}' was submitted before as run {one.submission.run_id}, which is"
                     f" {one.status}: `--again` submits it all the same"
@@ -117,7 +117,7 @@ class Studies:
             ControlError: the SuperLink does not answer.
         """
         one = self.find(run)
-        if one.open or one.status == "finished:completed":
+        if one.active or one.status == "finished:completed":
             raise ServerHomeError(
                 f"run {one.submission.run_id} is {one.status}: there is nothing to go on with"
             )
@@ -136,19 +136,19 @@ class Studies:
             ControlError: the SuperLink does not answer.
         """
         one = self.find(run)
-        if not one.open:
+        if not one.active:
             raise ServerHomeError(f"run {one.submission.run_id} is {one.status}: there is nothing to stop")
         self._control.stop(one.submission.run_id)
         self._note("study_stopped", one.submission)
         return one.submission
 
-    def unsettled(self) -> bool:
+    def may_have_crashed_runs(self) -> bool:
         """Whether any submission may have died: by the folders alone, without asking the SuperLink."""
         made = self._registry.submissions()
         resumed = {one.resumes for one in made}
         return any(one.run_id not in resumed and not has_ended(one) for one in made)
 
-    def submitted(self, *, study: str | None = None) -> list[Submitted]:
+    def statuses(self, *, study: str | None = None) -> list[SubmissionStatus]:
         """All submissions, or a study's, the latest first.
 
         Raises:
@@ -157,18 +157,18 @@ class Studies:
         runs = self._control.runs()
         return [self._seen(one, runs) for one in self._registry.submissions(study=study)]
 
-    def find(self, run: str) -> Submitted:
+    def find(self, run: str) -> SubmissionStatus:
         """The submission with this run number, or the latest of the study of this name.
 
         Raises:
             ServerError: there is none.
         """
-        for one in self.submitted():
+        for one in self.statuses():
             if run in (one.submission.run_id, one.submission.study):
                 return one
         raise ServerHomeError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
 
-    def watch(self, run: str) -> Iterator[Submitted]:
+    def watch(self, run: str) -> Iterator[SubmissionStatus]:
         """How a run is, every few seconds until it has ended; a SuperLink that is down is waited for.
 
         A run that goes on as another, because its process died or somebody resumed it, is followed.
@@ -190,10 +190,10 @@ class Studies:
             # A study that is submitted again meanwhile does not change which run is watched.
             run = one.submission.run_id
             yield one
-            patience = patience + 1 if one.died else 0
+            patience = patience + 1 if one.crashed else 0
             if after := [s.run_id for s in self._registry.submissions() if s.resumes == run]:
                 run = after[0]
-            elif not one.open and not 0 < patience <= FOLLOW_S / POLL_S:
+            elif not one.active and not 0 < patience <= FOLLOW_S / POLL_S:
                 return
             time.sleep(POLL_S)
 
@@ -221,7 +221,7 @@ class Studies:
             study=config.name,
             digest=digest,
             folder=str(folder),
-            submitted_at=now(),
+            submitted_at=utc_now(),
             resumes=resumes,
         )
         with self._registry.session() as session:
@@ -229,12 +229,12 @@ class Studies:
         self._note("study_resumed" if resumes else "study_submitted", made)
         return made
 
-    def _seen(self, one: Submission, runs: dict[str, Run]) -> Submitted:
+    def _seen(self, one: Submission, runs: dict[str, Run]) -> SubmissionStatus:
         path = Path(one.folder)
         rounds = 0
         if (path / "study.yaml").is_file():
             rounds = max((row["round"] for row in RunDir.open(path).rounds()), default=0)
-        return Submitted(one, runs[one.run_id].status if one.run_id in runs else GONE, rounds)
+        return SubmissionStatus(one, runs[one.run_id].status if one.run_id in runs else UNKNOWN, rounds)
 
     def _note(self, kind: str, one: Submission) -> None:
         whose = {"by": self._by} if self._by else {}

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedsigma.common.ops.supervisor import call
 from fedsigma.common.utils.hash_chain import HashChainedLog
-from fedsigma.server.deployment.certificates import issue
+from fedsigma.server.deployment.certificates import issue_certificate
 from fedsigma.server.runs.run_dir import RunDir
 from tests.deployment.network import SERVER
 from tests.deployment.parts import BIN, SITES, STUDY, Deployment, reached, wait_for
@@ -207,7 +207,9 @@ def _wrong_clock(deployment: Deployment, folder: RunDir) -> str:
 def _expired(deployment: Deployment, folder: RunDir) -> None:
     server = deployment.server
     host = deployment.network.server
-    issue(server.authority(), [host], days=0).write(server.tls("outer.crt"), server.tls("outer.key"))
+    issue_certificate(server.authority(), [host], days=0).write(
+        server.tls("outer.crt"), server.tls("outer.key")
+    )
     deployment.kill(SERVER, "proxy")
     time.sleep(30)
     deployment.run(SERVER, "server", "rotate", "certificate", "-f", server.path)

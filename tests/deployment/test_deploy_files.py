@@ -24,7 +24,7 @@ from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.deployment.services import node_process
 from fedsigma.common.config.schema import build
 from fedsigma.server.dashboard.config import DashboardConfig
-from fedsigma.server.deployment.certificates import new_authority
+from fedsigma.server.deployment.certificates import create_authority
 from fedsigma.server.deployment.home import ServerHome
 from tests.helpers.deploy_files import (
     DEPLOY,
@@ -262,7 +262,7 @@ def test_the_addresses_lead_from_container_to_container(tmp_path: Path) -> None:
     said, services = addresses("site"), compose("site")["services"]
     host = said["node"].split(":")[0]
     assert set(services[host]["networks"]) >= set(services["worker"]["networks"]) and host == "node"
-    site = enrol(tmp_path, new_authority("tests").certificate)
+    site = enrol(tmp_path, create_authority("tests").certificate)
     file = site.path / "connection.yaml"
     kept = [line for line in file.read_text().splitlines() if line.split(":")[0] not in said]
     file.write_text("\n".join([*kept, *(f"{key}: {value}" for key, value in said.items())]) + "\n")
@@ -362,7 +362,7 @@ def test_the_units_users_own_what_they_need_and_no_more(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give files to other users")
     programs = [tool("systemd-sysusers"), tool("systemd-tmpfiles")]
-    site = enrol(tmp_path / "made", new_authority("tests").certificate)
+    site = enrol(tmp_path / "made", create_authority("tests").certificate)
     root = tmp_path / "root"
     (root / "etc").mkdir(parents=True)
     place = root / FOLDERS["site"].lstrip("/")
@@ -430,7 +430,7 @@ def test_the_proxy_that_the_docs_put_before_a_dashboard_is_one(tmp_path: Path) -
     assert build(DashboardConfig, yaml.safe_load(shown), where="docs").access.secure
     assert f"proxy_pass http://{config.listen};" in server
     assert f"server_name {urlsplit(config.access.origins[0]).hostname};" in server
-    new_authority("tests").write(tmp_path / "fl-dashboard.crt", tmp_path / "fl-dashboard.key")
+    create_authority("tests").write(tmp_path / "fl-dashboard.crt", tmp_path / "fl-dashboard.key")
     file = tmp_path / "nginx.conf"
     whole = f"pid {tmp_path}/pid; events {{}} http {{ access_log off; {server} }}"
     file.write_text(whole.replace("/etc/ssl", str(tmp_path)), encoding="utf-8")

@@ -32,7 +32,7 @@ from fedsigma.cli.main import main
 from fedsigma.client.inference.batch import predict_folder
 from fedsigma.client.inference.calibration import Calibration
 from fedsigma.client.inference.loaded_model import LoadedModel, load_model
-from fedsigma.server.deployment.certificates import issue, new_authority
+from fedsigma.server.deployment.certificates import create_authority, issue_certificate
 from tests.helpers.finished_run import CLASSES, make_run
 from tests.helpers.served import picture, post, serving
 from tests.unit.test_batch_prediction import frames_of, noise, save
@@ -163,9 +163,9 @@ def call(*words: object) -> tuple[int, str]:
 
 
 def certificate(folder: Path) -> tuple[Path, Path, Path]:
-    authority = new_authority("test")
+    authority = create_authority("test")
     (folder / "ca.crt").write_bytes(authority.certificate)
-    issue(authority, ["127.0.0.1"]).write(folder / "x.crt", folder / "x.key")
+    issue_certificate(authority, ["127.0.0.1"]).write(folder / "x.crt", folder / "x.key")
     return folder / "ca.crt", folder / "x.crt", folder / "x.key"
 
 

@@ -28,7 +28,7 @@ from fedsigma.cli.main import main
 from fedsigma.cli.server import PROCESSES
 from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.supervisor import Process
-from fedsigma.server.deployment.certificates import issue, new_authority
+from fedsigma.server.deployment.certificates import create_authority, issue_certificate
 from fedsigma.server.deployment.home import ServerHome
 from tests.unit.test_diagnostics import by_name, enrol
 
@@ -59,7 +59,7 @@ def serving() -> Iterator[str]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> SiteHome:
-    return enrol(tmp_path, new_authority("tests").certificate)
+    return enrol(tmp_path, create_authority("tests").certificate)
 
 
 def connect(site: SiteHome, **changes: str) -> None:
@@ -173,7 +173,8 @@ def test_only_the_proxy_needs_the_proxys_folder(server: Path, monkeypatch: pytes
     (server / "proxy").mkdir()
     assert run("server", "up", "--folder", server, "--only", "proxy")[0] == 0
     assert (
-        started == ["superlink", "worker", "auto-resume", "proxy"] and (server / "proxy" / "nginx.conf").is_file()
+        started == ["superlink", "worker", "auto-resume", "proxy"]
+        and (server / "proxy" / "nginx.conf").is_file()
     )
     code, _, err = run("server", "up", "--folder", server, "--only", "node")
     assert code == 3 and "there are superlink, worker, auto-resume, proxy" in err
@@ -232,7 +233,7 @@ def test_the_dashboards_health_is_its_page_by_its_own_certificate(server: Path) 
     listen = free_address().replace("127.0.0.1", "0.0.0.0")
     made = ServerHome(server)
     # Nobody asks by the name of this certificate, and who signed it does not matter.
-    issue(made.authority(), ["dash.example.org"]).write(server / "dash.crt", server / "dash.key")
+    issue_certificate(made.authority(), ["dash.example.org"]).write(server / "dash.crt", server / "dash.key")
     shown(server, "https://dash.example.org", listen=listen, certificate="dash.crt", key="dash.key")
     assert health(server) == (4, "no answer (connection refused)")
     with up(server, "dashboard"):
@@ -240,7 +241,9 @@ def test_the_dashboards_health_is_its_page_by_its_own_certificate(server: Path) 
         whole = run("server", "status", "--folder", server, "--json")
         assert whole[0] == 4 and {row["process"] for row in json.loads(whole[1])} == set(PROCESSES)
         # One of the same authority's for the same name is not its.
-        issue(made.authority(), ["dash.example.org"]).write(server / "dash.crt", server / "new.key")
+        issue_certificate(made.authority(), ["dash.example.org"]).write(
+            server / "dash.crt", server / "new.key"
+        )
         code, words = health(server)
         assert code == 4 and words.startswith("no answer (") and "certificate" in words
     assert health(server)[0] == 4
@@ -269,7 +272,7 @@ def test_what_does_not_say_that_it_is_well_is_not(server: Path, monkeypatch: pyt
         monkeypatch.setitem(Answers.statuses, "/health", 200)
         assert health(server) == (0, "serving")
         # It answers, but not by TLS, as its file has it by now.
-        pair = issue(ServerHome(server).authority(), ["dash.example.org"])
+        pair = issue_certificate(ServerHome(server).authority(), ["dash.example.org"])
         pair.write(server / "dash.crt", server / "dash.key")
         own = {"certificate": "dash.crt", "key": "dash.key"}
         shown(server, "https://dash.example.org", listen=f"127.0.0.1:{server.server_port}", **own)
@@ -321,5 +324,5 @@ def test_the_proxys_health_is_asked_through_it(proxy: str, tmp_path: Path, servi
             wait_for(lambda: "/login" in log.read_text())
             assert len(log.read_text().splitlines()) == 5
         # Another's certificate does not do.
-        new_authority("another").write(folder / "tls" / "sites.crt", tmp_path / "key")
+        create_authority("another").write(folder / "tls" / "sites.crt", tmp_path / "key")
         assert run(*status)[0] == 4

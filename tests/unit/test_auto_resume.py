@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedsigma.server.deployment.auto_resume import MOST_TRIES, resume_crashed_runs
+from fedsigma.server.deployment.auto_resume import MAX_ATTEMPTS, resume_crashed_runs
 from fedsigma.server.deployment.flower_control import Run
 from fedsigma.server.deployment.home import ServerConfig, ServerHome
 from fedsigma.server.deployment.studies import Studies
@@ -88,10 +88,10 @@ def test_a_run_that_died_before_it_began_is_begun(studies: Studies, control: Fak
 
 def test_a_run_that_dies_without_a_further_round_is_left(studies: Studies, control: FakeControl) -> None:
     studies.submit("demo")
-    for run in range(MOST_TRIES):
+    for run in range(MAX_ATTEMPTS):
         begin(control.started[run], str(run))
         control.status[str(run)] = FAILED
-        assert len(resume_crashed_runs(studies)) == (run + 1 < MOST_TRIES)
+        assert len(resume_crashed_runs(studies)) == (run + 1 < MAX_ATTEMPTS)
     assert resume_crashed_runs(studies) == []
 
 

@@ -13,17 +13,22 @@ from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation
 from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.deployment.certificate_rotation import (
-    begin_authority,
+    create_next_authority,
     renew_certificates,
     switch_authority,
 )
-from fedsigma.server.deployment.certificates import AuthorityError, Issued, issue, new_authority
+from fedsigma.server.deployment.certificates import (
+    AuthorityError,
+    CertificatePair,
+    create_authority,
+    issue_certificate,
+)
 from fedsigma.server.deployment.home import ServerConfig, ServerHome, ServerHomeError
 
 HOST = "fl.example.org"
 
 
-def make(path: Path, own: Issued | None = None, trust: bytes = b"") -> ServerHome:
+def make(path: Path, own: CertificatePair | None = None, trust: bytes = b"") -> ServerHome:
     config = ServerConfig(name="Server", address=f"{HOST}:443")
     return ServerHome.create(path, config, own=own, trust=trust)
 
@@ -74,7 +79,7 @@ def test_an_authority_is_replaced_with_an_overlap(tmp_path: Path) -> None:
     told, forgot = enrol(server, tmp_path / "told"), enrol(server, tmp_path / "forgot")
     with pytest.raises(ServerHomeError, match="no next authority"):
         switch_authority(server)
-    begin_authority(server, tmp_path / "trust.pem")
+    create_next_authority(server, tmp_path / "trust.pem")
     joined_meanwhile = enrol(server, tmp_path / "meanwhile")
     done = CliRunner().invoke(
         site_cli.app, ["site", "trust", str(tmp_path / "trust.pem"), "--yes", "-f", str(told.path)]
@@ -89,18 +94,18 @@ def test_an_authority_is_replaced_with_an_overlap(tmp_path: Path) -> None:
 
 
 def test_a_groups_own_certificate_is_not_replaced_by_one_that_sites_do_not_trust(tmp_path: Path) -> None:
-    group = new_authority("Hospital group")
-    server = make(tmp_path / "server", issue(group, [HOST]), group.certificate)
+    group = create_authority("Hospital group")
+    server = make(tmp_path / "server", issue_certificate(group, [HOST]), group.certificate)
     site = enrol(server, tmp_path / "north")
     with pytest.raises(ServerHomeError, match="--certificate and --key"):
         renew_certificates(server)
     with pytest.raises(ServerHomeError, match="replace it there"):
-        begin_authority(server, tmp_path / "trust.pem")
-    other, new = issue(group, [HOST]), issue(group, [HOST])
+        create_next_authority(server, tmp_path / "trust.pem")
+    other, new = issue_certificate(group, [HOST]), issue_certificate(group, [HOST])
     with pytest.raises(AuthorityError, match="does not belong"):
-        renew_certificates(server, Issued(new.certificate, other.key))
+        renew_certificates(server, CertificatePair(new.certificate, other.key))
     with pytest.raises(AuthorityError, match="expired on"):
-        renew_certificates(server, issue(group, [HOST], days=0))
+        renew_certificates(server, issue_certificate(group, [HOST], days=0))
     assert takes(site, server)
     renew_certificates(server, new)
     assert server.tls("outer.crt").read_bytes() == new.certificate and takes(site, server)
@@ -113,7 +118,7 @@ def test_a_site_trusts_no_file_without_a_valid_certificate(tmp_path: Path) -> No
         (tmp_path / "x.pem").write_text(text)
         with pytest.raises(EnrolmentFileError, match=words):
             site.read_trust(tmp_path / "x.pem")
-    (tmp_path / "x.pem").write_bytes(new_authority("old", days=0).certificate)
+    (tmp_path / "x.pem").write_bytes(create_authority("old", days=0).certificate)
     with pytest.raises(EnrolmentFileError, match="valid now"):
         site.read_trust(tmp_path / "x.pem")
     assert (site.path / "node" / "sites.crt").read_bytes() == before

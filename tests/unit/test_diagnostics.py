@@ -20,7 +20,7 @@ from fedsigma.client.deployment.diagnostics import run_checks
 from fedsigma.client.deployment.findings import CheckResult
 from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.enrolment_files import Invitation
-from fedsigma.server.deployment.certificates import Issued, issue, new_authority
+from fedsigma.server.deployment.certificates import CertificatePair, create_authority, issue_certificate
 
 OWN = {"node", "worker"}
 
@@ -46,13 +46,13 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def authority() -> Issued:
-    return new_authority("tests")
+def authority() -> CertificatePair:
+    return create_authority("tests")
 
 
 @pytest.fixture
-def server(authority: Issued, tmp_path: Path) -> Iterator[tuple[str, type[Server]]]:
-    issue(authority, ["127.0.0.1"]).write(tmp_path / "server.crt", tmp_path / "server.key")
+def server(authority: CertificatePair, tmp_path: Path) -> Iterator[tuple[str, type[Server]]]:
+    issue_certificate(authority, ["127.0.0.1"]).write(tmp_path / "server.crt", tmp_path / "server.key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
     handler = type("Handler", (Server,), {"answers": {"/v1/fleet/pull-messages": 415}})
@@ -85,14 +85,14 @@ def by_name(path: Path, **options: Any) -> dict[str, CheckResult]:
     return {one.check: one for one in run_checks(path, **options)}
 
 
-def test_a_new_folder_is_in_order(authority: Issued, tmp_path: Path) -> None:
+def test_a_new_folder_is_in_order(authority: CertificatePair, tmp_path: Path) -> None:
     site = enrol(tmp_path, authority.certificate)
     found = by_name(site.path, offline=True, deep=False)
     assert {name for name, one in found.items() if not one.ok} == OWN
     assert "no answer" in found["node"].detail and "logs/node.log" in found["node"].remedy
 
 
-def test_what_is_wrong_in_the_folder_is_named(authority: Issued, tmp_path: Path) -> None:
+def test_what_is_wrong_in_the_folder_is_named(authority: CertificatePair, tmp_path: Path) -> None:
     assert not by_name(tmp_path)["folder"].ok
     site = enrol(tmp_path, authority.certificate)
     (site.path / "node" / "node.key").chmod(0o644)
@@ -107,7 +107,9 @@ def test_what_is_wrong_in_the_folder_is_named(authority: Issued, tmp_path: Path)
     assert "identity.pem is missing" in by_name(site.path, offline=True)["secrets"].detail
 
 
-def test_the_way_to_the_server(server: tuple[str, type[Server]], authority: Issued, tmp_path: Path) -> None:
+def test_the_way_to_the_server(
+    server: tuple[str, type[Server]], authority: CertificatePair, tmp_path: Path
+) -> None:
     address, handler = server
     site = enrol(tmp_path, authority.certificate, address)
     found = by_name(site.path, deep=False)
@@ -135,7 +137,7 @@ def test_the_way_to_the_server(server: tuple[str, type[Server]], authority: Issu
     [(-10, "s ahead of the server's"), (400, "s behind the server's"), (-1, ""), (100, "")],
 )
 def test_a_clock_that_flower_would_refuse(
-    ahead: int, words: str, server: tuple[str, type[Server]], authority: Issued, tmp_path: Path
+    ahead: int, words: str, server: tuple[str, type[Server]], authority: CertificatePair, tmp_path: Path
 ) -> None:
     address, handler = server
     handler.ahead = datetime.timedelta(seconds=ahead)
@@ -144,9 +146,9 @@ def test_a_clock_that_flower_would_refuse(
 
 
 def test_a_server_that_is_not_trusted_or_not_there(
-    server: tuple[str, type[Server]], authority: Issued, tmp_path: Path
+    server: tuple[str, type[Server]], authority: CertificatePair, tmp_path: Path
 ) -> None:
-    site = enrol(tmp_path, new_authority("another").certificate, server[0])
+    site = enrol(tmp_path, create_authority("another").certificate, server[0])
     found = by_name(site.path, deep=False)
     assert "is not one that this site trusts" in found["connection"].detail
     # What would only say the same again is left out.
@@ -159,13 +161,13 @@ def test_a_server_that_is_not_trusted_or_not_there(
 def test_certificates_that_end_soon(tmp_path: Path) -> None:
     for days, words in ((20, "expires on"), (0, "expired on")):
         (tmp_path / str(days)).mkdir()
-        site = enrol(tmp_path / str(days), new_authority("old", days=days).certificate)
+        site = enrol(tmp_path / str(days), create_authority("old", days=days).certificate)
         found = by_name(site.path, deep=False)["certificates"]
         assert not found.ok and words in found.detail
 
 
 def test_a_dry_round_on_the_sites_own_images(
-    authority: Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    authority: CertificatePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDSIGMA_CACHE", str(tmp_path / "cache"))
     site = enrol(tmp_path, authority.certificate)

@@ -16,7 +16,12 @@ from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, SiteKeys
 from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.deployment import enrolment as module
-from fedsigma.server.deployment.certificates import AuthorityError, Issued, issue, new_authority
+from fedsigma.server.deployment.certificates import (
+    AuthorityError,
+    CertificatePair,
+    create_authority,
+    issue_certificate,
+)
 from fedsigma.server.deployment.database import NodeNames
 from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.flower_control import ControlError, Node
@@ -99,11 +104,11 @@ def test_certificates_are_of_the_authority_and_for_the_names(server: ServerHome)
 
 
 def test_an_authority_signs_nothing_with_a_strange_key_or_after_its_end() -> None:
-    one, other = new_authority("one"), new_authority("other")
+    one, other = create_authority("one"), create_authority("other")
     with pytest.raises(AuthorityError, match="does not belong"):
-        issue(Issued(one.certificate, other.key), ["localhost"])
+        issue_certificate(CertificatePair(one.certificate, other.key), ["localhost"])
     with pytest.raises(AuthorityError, match="expired on"):
-        issue(new_authority("old", days=0), ["localhost"])
+        issue_certificate(create_authority("old", days=0), ["localhost"])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_nobody_joins_uninvited_or_by_an_old_invitation(
     _, second = SiteHome.enrol(tmp_path / "again", invitation)
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=8)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "now", lambda: later)
+        patch.setattr(module, "utc_now", lambda: later)
         with pytest.raises(EnrolmentFileError, match="expired on"):
             enrolment.admit(second)
     assert not control.known
@@ -174,12 +179,12 @@ def test_a_key_is_renewed_with_an_overlap(enrolment: Enrolment, control: FakeCon
     new = enrolment.admit(site.rotate_key()).node_id
     assert set(enrolment.site_of_node()) == {old, new}
     control.status[old] = "online"
-    assert enrolment.retire() == []
+    assert enrolment.retire_old_keys() == []
     before = (site.path / "node" / "node.key").read_bytes()
     site.switch_key()
     assert (site.path / "node" / "old.key").read_bytes() == before
     control.status[new] = "online"
-    assert [key.node_id for key in enrolment.retire()] == [old]
+    assert [key.node_id for key in enrolment.retire_old_keys()] == [old]
     assert enrolment.site_of_node() == {new: "north"} and control.status[old] == "unregistered"
     with pytest.raises(EnrolmentFileError, match=r"holds no next\.key"):
         site.switch_key()

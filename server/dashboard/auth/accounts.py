@@ -24,7 +24,7 @@ from sqlalchemy import QueuePool, create_engine, delete, event, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fedsigma.server.dashboard.auth.passwords import AccountsError, check_name, check_password, plain
-from fedsigma.server.deployment.database import now, set_sqlite_pragmas
+from fedsigma.server.deployment.database import set_sqlite_pragmas, utc_now
 
 if TYPE_CHECKING:
     from argon2 import PasswordHasher
@@ -153,7 +153,7 @@ class Accounts:
         check_name(name)
         _check_role(role)
         check_password(password, name=name)
-        made = _User(name=name, role=role, hash=self._hasher.hash(plain(password)), made_at=now())
+        made = _User(name=name, role=role, hash=self._hasher.hash(plain(password)), made_at=utc_now())
         with self._session() as session:
             _check_free(session, name)
             session.add(made)
@@ -310,7 +310,7 @@ class Accounts:
         token = secrets.token_urlsafe(32)
         with self._session() as session:
             _check_free(session, name)
-            session.add(_Token(name=name, digest=_digest(token), made_at=now()))
+            session.add(_Token(name=name, digest=_digest(token), made_at=utc_now()))
         return token
 
     def token_name(self, token: str) -> str | None:

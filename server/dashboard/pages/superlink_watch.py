@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsigma.server.deployment.database import ServerDatabase, Site
-from fedsigma.server.deployment.flower_control import Control, ControlError, Node, Run
+from fedsigma.server.deployment.flower_control import ControlError, FlowerControl, Node, Run
 from fedsigma.server.deployment.home import ServerHome
 from fedsigma.server.runs.summary import last_contacts
 
@@ -37,8 +37,8 @@ class SiteLine:
 class SuperLinkWatch:
     """Asks the SuperLink now and then, in a thread of its own: pages never wait for it."""
 
-    def __init__(self, folder: ServerHome, *, control: Control | None = None) -> None:
-        self._control = control or Control(folder)
+    def __init__(self, folder: ServerHome, *, control: FlowerControl | None = None) -> None:
+        self._control = control or FlowerControl(folder)
         self._ended = threading.Event()
         self._asked = threading.Event()
         self.nodes: dict[str, Node] = {}
