@@ -114,13 +114,13 @@ def up(
         str | None, typer.Option(help=f"One process in the foreground: {', '.join(PROCESSES)}.")
     ] = None,
 ) -> None:
-    """Run the server in the foreground until Ctrl-C or SIGTERM: SuperLink, worker, auto-resume, proxy, supervised.
+    """Run the server in the foreground until Ctrl-C or SIGTERM.
 
-    The dashboard, too, where there is a dashboard.yaml in the folder.
+    Supervises SuperLink, worker, auto-resume, proxy and, if the folder has a dashboard.yaml, the dashboard.
 
-    With --only, this becomes that one process, for systemd or a container to supervise.
+    With --only, this process becomes that one, for systemd or a container to supervise.
 
-    Exit code 0: stopped; 3: it runs already, or a program is not installed.
+    Exit code 0: stopped; 3: it is running already, or a program is not installed.
     """
     server = ServerHome(folder)
     processes = _chosen(server, only)

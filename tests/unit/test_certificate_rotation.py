@@ -45,15 +45,15 @@ def enrol(server: ServerHome, path: Path) -> SiteHome:
     return SiteHome.enrol(path, invitation)[0]
 
 
-def takes(site: SiteHome, server: ServerHome) -> bool:
-    """Whether a site's TLS takes what the server's shows."""
+def accepts(site: SiteHome, server: ServerHome) -> bool:
+    """Return whether a site accepts the server's certificate in a TLS handshake."""
     client = ssl.create_default_context(cafile=str(site.path / "node" / "sites.crt"))
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(server.tls("outer.crt"), server.tls("outer.key"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.tls("outer.crt"), server.tls("outer.key"))
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname=HOST),
-        server.wrap_bio(to_server, to_client, server_side=True),
+        context.wrap_bio(to_server, to_client, server_side=True),
     ]
     for _ in range(4):
         for end in ends:
@@ -71,12 +71,12 @@ def test_a_new_certificate_needs_nothing_of_sites(tmp_path: Path) -> None:
     site, before = enrol(server, tmp_path / "north"), server.tls("outer.crt").read_bytes()
     renew_certificates(server)
     assert server.tls("outer.crt").read_bytes() != before
-    assert takes(site, server)
+    assert accepts(site, server)
 
 
 def test_an_authority_is_replaced_with_an_overlap(tmp_path: Path) -> None:
     server = make(tmp_path / "server")
-    told, forgot = enrol(server, tmp_path / "told"), enrol(server, tmp_path / "forgot")
+    updated, forgot = enrol(server, tmp_path / "updated"), enrol(server, tmp_path / "forgot")
     with pytest.raises(ServerHomeError, match="no next authority"):
         switch_authority(server)
     create_next_authority(server, tmp_path / "trust.pem")
@@ -85,10 +85,10 @@ def test_an_authority_is_replaced_with_an_overlap(tmp_path: Path) -> None:
         site_cli.app, ["site", "trust", str(tmp_path / "trust.pem"), "--yes", "-f", str(told.path)]
     )
     assert done.exit_code == 0 and "until" in done.output
-    assert all(takes(site, server) for site in (told, forgot, joined_meanwhile))
+    assert all(accepts(site, server) for site in (updated, forgot, joined_meanwhile))
     switch_authority(server)
-    assert takes(told, server) and takes(joined_meanwhile, server) and not takes(forgot, server)
-    assert takes(enrol(server, tmp_path / "later"), server)
+    assert accepts(updated, server) and accepts(joined_meanwhile, server) and not accepts(forgot, server)
+    assert accepts(enrol(server, tmp_path / "later"), server)
     noted = [line["kind"] for line in HashChainedLog(server.path / "audit.jsonl").lines()]
     assert noted == ["authority_begun", "authority_switched"]
 
@@ -106,9 +106,9 @@ def test_a_groups_own_certificate_is_not_replaced_by_one_that_sites_do_not_trust
         renew_certificates(server, CertificatePair(new.certificate, other.key))
     with pytest.raises(AuthorityError, match="expired on"):
         renew_certificates(server, issue_certificate(group, [HOST], days=0))
-    assert takes(site, server)
+    assert accepts(site, server)
     renew_certificates(server, new)
-    assert server.tls("outer.crt").read_bytes() == new.certificate and takes(site, server)
+    assert server.tls("outer.crt").read_bytes() == new.certificate and accepts(site, server)
 
 
 def test_a_site_trusts_no_file_without_a_valid_certificate(tmp_path: Path) -> None:
