@@ -1,7 +1,7 @@
-"""Goes on with runs whose process died: killed, out of memory, or lost with the machine.
+"""Resume runs whose process died: killed, out of memory, or lost with the machine.
 
-A run that ended by itself, well or not, wrote so into its folder; one that was stopped was meant to end. What
-is left are runs that Flower calls failed while their folder says that they were going on.
+A run that completed or failed has recorded this in its folder, and a run that was stopped was meant to end.
+What remains are runs that Flower reports as failed while their folder says that they were running.
 """
 
 from __future__ import annotations
@@ -23,53 +23,58 @@ __all__ = ["MAX_ATTEMPTS", "resume_crashed_runs", "watch"]
 
 PERIOD_S = 10.0
 MAX_ATTEMPTS = 3
-"""How often a run is gone on with that does not finish one round more."""
+"""How often a run is resumed that does not finish a further round."""
 
 log = logging.getLogger(__name__)
 
 
-def watch(folder: ServerHome) -> None:
-    """Look every few seconds, for ever."""
-    studies = Studies(folder)
+def watch(home: ServerHome) -> None:
+    """Resume crashed runs every `PERIOD_S` seconds; does not return."""
+    studies = Studies(home)
     while True:
         try:
             resume_crashed_runs(studies)
         except (ControlError, ServerHomeError, LogTampered, OSError, ValueError) as error:
-            # The SuperLink may be down; another look finds the same runs.
+            # The SuperLink may be down; the next try finds the same runs.
             log.warning("%s", error)
         time.sleep(PERIOD_S)
 
 
 def resume_crashed_runs(studies: Studies) -> list[Submission]:
-    """Go on with each run whose process died; returns the new submissions.
+    """Resume each run whose process died.
+
+    Returns:
+        The new submissions.
 
     Raises:
-        ControlError: the SuperLink does not answer.
+        ControlError: The SuperLink does not answer.
     """
     if not studies.may_have_crashed_runs():
         return []
-    submitted = studies.statuses()
-    resumed = {one.submission.resumes for one in submitted}
-    found = []
-    for one in submitted:
-        made = one.submission
-        if made.run_id in resumed or not one.crashed:
+    statuses = studies.statuses()
+    already_resumed = {status.submission.resumes for status in statuses}
+    resumed = []
+    for status in statuses:
+        submission = status.submission
+        if submission.run_id in already_resumed or not status.crashed:
             continue
-        tries = _tries(made, submitted)
-        if tries >= MAX_ATTEMPTS:
-            log.warning("run %s died %d times without a further round: left as it is", made.run_id, tries)
+        attempts = _count_attempts(submission, statuses)
+        if attempts >= MAX_ATTEMPTS:
+            log.warning(
+                "run %s died %d times without a further round: not resumed", submission.run_id, attempts
+            )
             continue
-        found.append(studies.resume(made.run_id))
-        log.warning("run %s died: run %s goes on with it", made.run_id, found[-1].run_id)
-    return found
+        resumed.append(studies.resume(submission.run_id))
+        log.warning("run %s died: resumed as run %s", submission.run_id, resumed[-1].run_id)
+    return resumed
 
 
-def _tries(made: Submission, submitted: list[SubmissionStatus]) -> int:
-    """How many runs of this folder began since its last finished round."""
-    events = RunDir(Path(made.folder)).events()
-    last = max((e["time"] for e in events if e["kind"] == "round_end"), default=0.0)
-    same = [one.submission for one in submitted if one.submission.folder == made.folder]
-    return sum(one.submitted_at.replace(tzinfo=UTC).timestamp() >= int(last) for one in same)
+def _count_attempts(submission: Submission, statuses: list[SubmissionStatus]) -> int:
+    """Count the runs in this folder that were started since its last finished round."""
+    events = RunDir(Path(submission.folder)).events()
+    last = max((event["time"] for event in events if event["kind"] == "round_end"), default=0.0)
+    same = [status.submission for status in statuses if status.submission.folder == submission.folder]
+    return sum(other.submitted_at.replace(tzinfo=UTC).timestamp() >= int(last) for other in same)
 
 
 if __name__ == "__main__":

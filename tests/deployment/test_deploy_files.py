@@ -324,14 +324,16 @@ def test_each_unit_is_one_process_of_a_user_without_rights() -> None:
     started = {}
     for group in FOLDERS:
         target = DEPLOY / "systemd" / f"fedsigma-{GROUPS[group]}.target"
-        wanted = re.findall(rf"fedsigma-{GROUPS[group]}-(\w+)\.service", target.read_text(encoding="utf-8"))
+        wanted = re.findall(
+            rf"fedsigma-{GROUPS[group]}-([\w-]+)\.service", target.read_text(encoding="utf-8")
+        )
         assert sorted(wanted) == sorted(ONLY[group])
     for file in UNITS:
         said = unit(file)
         (command,) = said["ExecStart"]
         program, *words = command.split()
         assert program == "/opt/fedsigma/bin/fedsigma"
-        _, group, process = file.stem.split("-")
+        _, group, process = file.stem.split("-", 2)
         assert process_of(words) == f"{'server' if group == 'server' else 'site'} {process}"
         started[f"{group} {process}"] = said
         assert said["NoNewPrivileges"] == ["yes"] and said["ProtectSystem"] == ["strict"]

@@ -263,11 +263,11 @@ class Answers(BaseHTTPRequestHandler):
 
 
 def test_what_does_not_say_that_it_is_well_is_not(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
         # Whatever way out the environment names, one's own processes are asked directly.
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-        shown(server, "http://127.0.0.1:8050", listen=f"127.0.0.1:{server.server_port}")
+        shown(server, "http://127.0.0.1:8050", listen=f"127.0.0.1:{web.server_port}")
         assert health(server) == (4, "answers 503")
         monkeypatch.setitem(Answers.statuses, "/health", 200)
         assert health(server) == (0, "serving")
@@ -275,10 +275,10 @@ def test_what_does_not_say_that_it_is_well_is_not(server: Path, monkeypatch: pyt
         pair = issue_certificate(ServerHome(server).authority(), ["dash.example.org"])
         pair.write(server / "dash.crt", server / "dash.key")
         own = {"certificate": "dash.crt", "key": "dash.key"}
-        shown(server, "https://dash.example.org", listen=f"127.0.0.1:{server.server_port}", **own)
+        shown(server, "https://dash.example.org", listen=f"127.0.0.1:{web.server_port}", **own)
         code, words = health(server)
         assert code == 4 and words.startswith("no answer (")
-        server.shutdown()
+        web.shutdown()
 
 
 def test_a_dashboard_that_cannot_be_asked_hides_nobody_elses_health(server: Path, serving: str) -> None:
