@@ -172,7 +172,7 @@ def _say_missing(sets: TableSets) -> None:
     """Name the sets that are not here.
 
     Raises:
-        CardError: none is, or the one that training is on is not, or nothing to judge it on.
+        CardError: None is, or the one that training is on is not, or nothing to judge it on.
     """
     from fedsigma.common.data.catalog import CardError
 
@@ -186,7 +186,7 @@ def _check_differences(sets: TableSets, allowed: bool) -> None:
     """Say what is otherwise than on the cards.
 
     Raises:
-        CardError: something is, and that was not allowed.
+        CardError: Something is, and that was not allowed.
     """
     from fedsigma.common.data.catalog import CardError
 

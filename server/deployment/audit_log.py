@@ -1,4 +1,4 @@
-"""The server's audit log: what was done with sites and studies, and what came of each run."""
+"""The server's audit log: changes to sites and studies, and the outcome of each run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ class ServerAuditLog:
     """Appends to the audit log of a server.
 
     Args:
-        path: of the server's folder.
+        path: The server's folder.
     """
 
     def __init__(self, path: Path) -> None:
-        self._chain = HashChainedLog(path / "audit.jsonl")
+        self._log = HashChainedLog(path / "audit.jsonl")
 
     def record(self, kind: str, **fields: object) -> None:
-        """Write a line, with the time.
+        """Append a line with the present time.
+
+        Args:
+            kind: Kind of the event.
+            **fields: Its values.
 
         Raises:
-            OSError, ChainBroken: it cannot be written, or an earlier line was changed or removed.
+            OSError: The line cannot be written.
+            LogTampered: An earlier line was changed or removed.
         """
-        self._chain.append({"time": utc_now().isoformat(), "kind": kind, **fields})
+        self._log.append({"time": utc_now().isoformat(), "kind": kind, **fields})
 
 
 AUDITED_EVENTS = frozenset(
@@ -49,6 +54,7 @@ AUDITED_EVENTS = frozenset(
         "run_end",
     }
 )
+"""The kinds of run events that the audit log records."""
 _FIELDS = ("round", "site", "reason", "bytes", "sha256", "ok", "file", "resume")
 
 
@@ -56,26 +62,28 @@ class RunAuditor:
     """Writes the events of one run into the server's audit log.
 
     Args:
-        path: of the server's folder.
-        study, run: its name, and the run's number.
+        path: The server's folder.
+        study: The study's name.
+        run: The run's number.
     """
 
     def __init__(self, path: Path, *, study: str, run: str) -> None:
         self._log = ServerAuditLog(path)
-        self._about = {"study": study, "run": run}
+        self._run = {"study": study, "run": run}
 
     @classmethod
     def from_environment(cls, *, study: str, run: str) -> RunAuditor | None:
-        """That of the server whose `fedsigma server up` started this process; None in a simulation."""
+        """Return the auditor of the server that started this process; None in a simulation."""
         folder = os.environ.get("FEDSIGMA_SERVER", "")
         return cls(Path(folder), study=study, run=run) if folder else None
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Write down an event of the run folder, if it is one that counts.
+        """Append an event of the run folder, if its kind is in `AUDITED_EVENTS`.
 
         Raises:
-            OSError, ChainBroken: it cannot be written; the run must not go on without it.
+            OSError: The line cannot be written; the run must not continue without it.
+            LogTampered: An earlier line was changed or removed.
         """
         if event["kind"] in AUDITED_EVENTS:
-            told = {name: event[name] for name in _FIELDS if name in event}
-            self._log.record(event["kind"], **self._about, **told)
+            fields = {name: event[name] for name in _FIELDS if name in event}
+            self._log.record(event["kind"], **self._run, **fields)

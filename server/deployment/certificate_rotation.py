@@ -1,7 +1,7 @@
-"""Replacing what sites trust and what the server shows them, without a gap.
+"""Replace the server's certificates and its authority without an interruption.
 
-The server's certificates are replaced at once: sites trust the authority. The authority itself is replaced in
-two steps, with an overlap: a new one is made and sites are given both; once all have it, it signs.
+The server's certificates are replaced at once, since sites trust the authority. The authority itself is
+replaced in two steps: a new one is created and sites receive both; once all sites trust it, it signs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ __all__ = ["create_next_authority", "renew_certificates", "switch_authority"]
 
 
 def renew_certificates(server: ServerHome, own: CertificatePair | None = None) -> None:
-    """Make new certificates of the same authority, or take a new one of the group's own into use.
+    """Issue new certificates of the same authority, or install a certificate of another authority.
+
+    Args:
+        server: The server.
+        own: The new certificate, where sites trust an authority that is not the server's.
 
     Raises:
-        ServerError: sites trust another authority than the server's, and no certificate of that is given.
-        AuthorityError: a key does not belong to its certificate, or the authority has expired.
+        ServerHomeError: Sites trust another authority, and `own` is None.
+        AuthorityError: A key does not belong to its certificate, or the authority has expired.
     """
     if own is None and not _is_ours(server):
         raise ServerHomeError(
-            "sites trust your own authority, which FedSigma cannot sign for: give its new certificate by"
+            "sites trust your own authority, for which FedSigma cannot sign: pass its new certificate with"
             " --certificate and --key"
         )
     if own is not None:
@@ -39,66 +43,68 @@ def renew_certificates(server: ServerHome, own: CertificatePair | None = None) -
         own.write(server.tls("outer.crt"), server.tls("outer.key"))
     else:
         server.issue_outer()
-    _note(server, "certificate_renewed", own=own is not None)
+    _record(server, "certificate_renewed", own=own is not None)
 
 
 def create_next_authority(server: ServerHome, out: Path) -> str:
-    """Make the next authority, and write what sites are to trust until it signs: both.
+    """Create the next authority, and write a file with both, for the sites to trust until the next one signs.
 
     Args:
-        server: the server.
-        out: of a new file for the sites.
+        server: The server.
+        out: A new file for the sites.
 
     Returns:
-        The file's text, of which both sides compare the fingerprint.
+        The file's text, whose fingerprint both sides compare.
 
     Raises:
-        ServerError: a next one was made already, or sites trust another authority than the server's.
-        FileExistsError: there is such a file.
+        ServerHomeError: Sites trust another authority than the server's.
+        FileExistsError: `out` exists.
     """
     if not _is_ours(server):
         raise ServerHomeError(
-            "sites trust your own authority: replace it there, and send sites its certificate"
+            "sites trust your own authority: replace it there, and send its certificate to the sites"
         )
     if out.exists():
         raise FileExistsError(f"{out} exists: name another file")
     if not server.tls("next-ca.crt").exists():
-        # A name of its own, so that people and logs can tell the two apart.
-        made = create_authority(f"{server.config.name} FedSigma authority {utc_now():%Y-%m-%d}")
-        made.write(server.tls("next-ca.crt"), server.tls("next-ca.key"))
+        # The name has a date, so that people and logs can distinguish the two.
+        authority = create_authority(f"{server.config.name} FedSigma authority {utc_now():%Y-%m-%d}")
+        authority.write(server.tls("next-ca.crt"), server.tls("next-ca.key"))
     both = server.tls("ca.crt").read_bytes() + server.tls("next-ca.crt").read_bytes()
     write_whole(server.tls("sites.crt"), both)
     out.write_bytes(both)
-    _note(server, "authority_begun")
+    _record(server, "authority_begun")
     return both.decode("ascii")
 
 
 def switch_authority(server: ServerHome) -> None:
-    """Have the next authority sign from now on; sites that were not given it are shut out.
+    """Make the next authority sign; sites that do not trust it can no longer connect.
 
     Raises:
-        ServerError: there is no next one.
+        ServerHomeError: There is no next authority.
     """
     if not server.tls("next-ca.crt").exists():
-        raise ServerHomeError("there is no next authority: make one with `fedsigma server rotate authority`")
+        raise ServerHomeError(
+            "there is no next authority: create one with `fedsigma server rotate authority`"
+        )
     for suffix in ("key", "crt"):
         server.tls(f"ca.{suffix}").replace(server.tls(f"old-ca.{suffix}"))
         server.tls(f"next-ca.{suffix}").replace(server.tls(f"ca.{suffix}"))
     server.issue_inner()
     server.issue_outer()
-    # Those that join from now on need not trust the old one.
+    # Sites that join later need not trust the old one.
     write_whole(server.tls("sites.crt"), server.tls("ca.crt").read_bytes())
-    _note(server, "authority_switched")
+    _record(server, "authority_switched")
 
 
-def _note(server: ServerHome, kind: str, **fields: object) -> None:
+def _record(server: ServerHome, kind: str, **fields: object) -> None:
     ServerAuditLog(server.path).record(kind, sha256=_fingerprint(server), **fields)
 
 
 def _fingerprint(server: ServerHome) -> str:
-    """Of the certificate that sites are shown."""
-    shown = x509.load_pem_x509_certificate(server.tls("outer.crt").read_bytes())
-    return shown.fingerprint(hashes.SHA256()).hex()
+    """SHA-256 of the certificate that sites see."""
+    certificate = x509.load_pem_x509_certificate(server.tls("outer.crt").read_bytes())
+    return certificate.fingerprint(hashes.SHA256()).hex()
 
 
 def _is_ours(server: ServerHome) -> bool:

@@ -1,7 +1,7 @@
-"""The server's certificate authority, and the certificates of its servers.
+"""The server's certificate authority, and the certificates that it issues.
 
-Sites are given the authority's certificate with their invitation and trust nothing else, so no public
-authority is needed, and a server's certificate can be replaced without telling any site.
+Sites receive the authority's certificate with their invitation and trust no other, so no public authority is
+needed, and a server's certificate can be replaced without any change at the sites.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedsigma.common.utils.files import write_secret, write_whole
 __all__ = ["AuthorityError", "CertificatePair", "check_pair", "create_authority", "issue_certificate"]
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
-"""How long certificates are valid: what browsers accept of a server, and ten years of the authority."""
+"""Validity in days: ten years for the authority, and the most that browsers accept for a server."""
 
 
 class AuthorityError(FedSigmaError, ValueError):
@@ -38,19 +38,29 @@ class AuthorityError(FedSigmaError, ValueError):
 
 @dataclass(frozen=True)
 class CertificatePair:
-    """A certificate and its private key, both PEM."""
+    """A certificate and its private key.
+
+    Attributes:
+        certificate: PEM.
+        key: PEM, without a password.
+    """
 
     certificate: bytes
     key: bytes
 
     def write(self, certificate: Path, key: Path) -> None:
-        """Write both; the key first, readable by its owner alone, so that no reader finds half a pair."""
+        """Write both files: the key first, readable by its owner only."""
         write_secret(key, self.key)
         write_whole(certificate, self.certificate)
 
 
 def create_authority(name: str, *, days: int = AUTHORITY_DAYS) -> CertificatePair:
-    """Make an authority: a self-signed P-256 certificate that may sign servers' certificates and no more."""
+    """Create an authority: a self-signed P-256 certificate that may only sign servers' certificates.
+
+    Args:
+        name: Common name of the authority.
+        days: Validity in days.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
@@ -67,15 +77,15 @@ def create_authority(name: str, *, days: int = AUTHORITY_DAYS) -> CertificatePai
 def issue_certificate(
     authority: CertificatePair, names: Sequence[str], *, days: int = SERVER_DAYS
 ) -> CertificatePair:
-    """Make a server's certificate.
+    """Issue a server's certificate.
 
     Args:
-        authority: who signs it.
-        names: host names and IP addresses by which the server is reached; the first is its common name.
-        days: how long it is valid; never longer than the authority itself.
+        authority: The authority that signs it.
+        names: Host names and IP addresses of the server; the first is the common name.
+        days: Validity in days; it never outlives the authority.
 
     Raises:
-        AuthorityError: the authority's key does not belong to its certificate, or it has expired.
+        AuthorityError: The authority's key does not belong to its certificate, or the authority has expired.
     """
     signer, signer_key = _loaded(authority)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -95,19 +105,21 @@ def issue_certificate(
     return _issued(certificate, key)
 
 
-def check_pair(given: CertificatePair) -> None:
-    """Refuse a certificate and key that do not belong together, or a certificate that has expired.
+def check_pair(pair: CertificatePair) -> None:
+    """Check that a certificate and a key belong together, and that the certificate has not expired.
 
     Raises:
-        AuthorityError: why.
+        AuthorityError: They are no pair, cannot be parsed, or the certificate has expired.
     """
     try:
-        certificate = x509.load_pem_x509_certificate(given.certificate)
-        key = load_pem_private_key(given.key, password=None)
+        certificate = x509.load_pem_x509_certificate(pair.certificate)
+        key = load_pem_private_key(pair.key, password=None)
     except (ValueError, TypeError) as error:
-        raise AuthorityError(f"certificate or key do not read as PEM without a password: {error}") from None
+        raise AuthorityError(
+            f"certificate or key cannot be parsed as PEM without a password: {error}"
+        ) from None
     if certificate.public_key() != key.public_key():
-        raise AuthorityError("the key does not belong to the certificate: give the pair of one request")
+        raise AuthorityError("the key does not belong to the certificate: name the two files of one request")
     if certificate.not_valid_after_utc <= _now():
         raise AuthorityError(f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
 
@@ -120,7 +132,7 @@ def _loaded(authority: CertificatePair) -> tuple[x509.Certificate, ec.EllipticCu
     if certificate.not_valid_after_utc <= _now():
         raise AuthorityError(
             f"the authority's certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}:"
-            " make a new one with `fedsigma server rotate authority`"
+            " create a new one with `fedsigma server rotate authority`"
         )
     return certificate, key
 

@@ -1,4 +1,4 @@
-"""Which site each node is, for the process that runs a study at a server."""
+"""The server's database: sites, node keys and submissions."""
 
 from __future__ import annotations
 
@@ -15,45 +15,46 @@ __all__ = ["NodeKey", "NodeNames", "ServerDatabase", "Site", "Submission", "set_
 
 
 class NodeNames:
-    """The sites that a server has let in, by node.
+    """The sites that a server has admitted, by node.
 
-    A node proves by its key that it is the one that was let in; what it calls itself, it could make up. So at
-    a server the name in a site's answer has to be the one that belongs to its node.
+    A node proves its identity by its key, but it could claim any name. At a server, the name in a site's
+    reply must therefore be the one that belongs to its node.
 
     Args:
-        path: of the server's folder.
+        path: The server's folder.
     """
 
     def __init__(self, path: Path) -> None:
-        self._registry = ServerDatabase(path / "server.db")
+        self._database = ServerDatabase(path / "server.db")
 
     @classmethod
     def from_environment(cls) -> NodeNames | None:
-        """Those of the server whose `fedsigma server up` started this process; None in a simulation."""
+        """Return the names of the server that started this process; None in a simulation."""
         folder = os.environ.get("FEDSIGMA_SERVER", "")
         return cls(Path(folder)) if folder else None
 
     def problem(self, node: int, name: str) -> str:
-        """Say why this node cannot be the site of this name; empty if it is. Sites may join meanwhile."""
-        keys = {k.node_id: s.name for s in self._registry.sites() for k in s.keys if k.state != REVOKED}
-        known = keys.get(str(node))
-        if known == name:
+        """Return why this node cannot be the site of this name; empty if it is.
+
+        The database is read each time, since sites may join during a run.
+        """
+        keys = {k.node_id: s.name for s in self._database.sites() for k in s.keys if k.state != REVOKED}
+        site = keys.get(str(node))
+        if site == name:
             return ""
-        return (
-            f"its node belongs to site '{known}'" if known else "its node belongs to no site of this server"
-        )
+        return f"its node belongs to site '{site}'" if site else "its node belongs to no site of this server"
 
 
 ACTIVE, RETIRING, REVOKED = "active", "retiring", "revoked"
-"""What a node's key may be: used, used until its successor is, or refused."""
+"""States of a node's key: in use, in use until its successor is seen, or refused."""
 
 
 class _Base(DeclarativeBase):
-    """All tables."""
+    """Base class of all tables."""
 
 
 class Site(_Base):
-    """A site that was invited. word: of the last invitation, empty once it was used."""
+    """A site that was invited; `word` is the secret of its last invitation, empty once that was used."""
 
     __tablename__ = "sites"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -73,7 +74,7 @@ class Site(_Base):
 
 
 class NodeKey(_Base):
-    """A node key of a site, and the number that Flower gave its node."""
+    """A node key of a site, with Flower's id of its node."""
 
     __tablename__ = "node_keys"
     node_id: Mapped[str] = mapped_column(primary_key=True)
@@ -85,7 +86,7 @@ class NodeKey(_Base):
 
 
 class Submission(_Base):
-    """A study that was handed to Flower. digest: SHA-256 of the study as resolved."""
+    """A study that was submitted to Flower; `digest` is the SHA-256 of the study as resolved."""
 
     __tablename__ = "submissions"
     run_id: Mapped[str] = mapped_column(primary_key=True)
@@ -97,10 +98,10 @@ class Submission(_Base):
 
 
 class ServerDatabase:
-    """The database of one server; made at first use.
+    """The database of one server; created at first use.
 
     Args:
-        path: of the SQLite file.
+        path: The SQLite file; the variable FEDSIGMA_DATABASE may name another database by an SQLAlchemy URL.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,31 +113,31 @@ class ServerDatabase:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """A session whose changes are kept if its block ends well, and undone otherwise."""
+        """Open a session that commits at the end of its block, and rolls back on an exception."""
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     def sites(self) -> list[Site]:
-        """All sites with their keys, by name."""
+        """Return all sites with their keys, by name."""
         with self.session() as session:
-            found = list(session.scalars(select(Site).order_by(Site.name)))
-            for site in found:
-                _ = list(site.keys)
-            return found
+            sites = list(session.scalars(select(Site).order_by(Site.name)))
+            for site in sites:
+                _ = list(site.keys)  # loaded before the session ends
+            return sites
 
     def submissions(self, *, study: str | None = None) -> list[Submission]:
-        """All submissions, or those of a study, the latest first."""
+        """Return all submissions, or those of one study, the latest first."""
         query = select(Submission).order_by(Submission.submitted_at.desc())
         with self.session() as session:
             return list(session.scalars(query if study is None else query.where(Submission.study == study)))
 
 
 def set_sqlite_pragmas(connection: object, _: object) -> None:
-    """Have SQLite check references, wait for other writers, and survive a power cut."""
+    """Make SQLite check references, wait for other writers, and survive a power failure."""
     for pragma in ("foreign_keys = ON", "busy_timeout = 10000", "journal_mode = WAL", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")  # type: ignore[attr-defined]
 
 
 def utc_now() -> datetime.datetime:
-    """The time, in UTC, to the second."""
+    """Return the present time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)

@@ -1,4 +1,4 @@
-"""Inviting sites, letting them in, replacing their keys and shutting them out."""
+"""Invite and admit sites, replace their keys, and revoke them."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from fedsigma.server.deployment.database import (
     Site,
     utc_now,
 )
-from fedsigma.server.deployment.flower_control import FlowerControl
+from fedsigma.server.deployment.flower_control import FlowerControl, Node
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 
 __all__ = ["Enrolment"]
 
 
 class Enrolment:
-    """What the server does with its sites; each step is a line of the audit log.
+    """The enrolment of a server's sites; each step is recorded in the audit log.
 
     Args:
-        folder: the server's.
-        control: how its SuperLink is reached.
+        home: The server's folder.
+        control: Its SuperLink; by default that of `home`.
     """
 
-    def __init__(self, folder: ServerHome, control: FlowerControl | None = None) -> None:
-        self._folder = folder
-        self._control = control or FlowerControl(folder)
-        self._registry = ServerDatabase(folder.path / "server.db")
-        self._log = ServerAuditLog(folder.path)
+    def __init__(self, home: ServerHome, control: FlowerControl | None = None) -> None:
+        self._home = home
+        self._control = control or FlowerControl(home)
+        self._database = ServerDatabase(home.path / "server.db")
+        self._log = ServerAuditLog(home.path)
 
     def invite(self, name: str, path: Path, *, days: int, note: str = "") -> Invitation:
-        """Write an invitation; an earlier one of this site is void from now on.
+        """Write an invitation, which replaces any earlier one of this site.
 
         Args:
-            name: of the site.
-            path: of a new file.
-            days: how long the invitation is valid.
-            note: whom to call there, for the server's own list.
+            name: The site's name.
+            path: A new file.
+            days: Days that the invitation is valid.
+            note: Contact at the site, for the server's own list.
 
         Raises:
-            JoinError: the name does not do.
-            ServerError: the site has joined; its keys are replaced by `fedsigma site rotate`.
-            FileExistsError: there is such a file.
+            EnrolmentFileError: The name is invalid.
+            ServerHomeError: The site has joined already; it replaces its keys with `fedsigma site rotate`.
+            FileExistsError: The file exists.
         """
         check_site_name(name)
         if path.exists():
@@ -58,21 +58,21 @@ class Enrolment:
         word = secrets.token_hex(32)
         invitation = Invitation(
             site=name,
-            server_name=self._folder.config.name,
-            address=self._folder.config.address,
-            certificates=self._folder.tls("sites.crt").read_text(encoding="ascii"),
+            server_name=self._home.config.name,
+            address=self._home.config.address,
+            certificates=self._home.tls("sites.crt").read_text(encoding="ascii"),
             word=word,
             expires=end.isoformat(),
         )
-        with self._registry.session() as session:
+        with self._database.session() as session:
             site = session.get(Site, name)
             if site is None:
                 site = Site(name=name, invited_at=utc_now())
                 session.add(site)
             elif site.state == "joined":
                 raise ServerHomeError(
-                    f"site '{name}' has joined: it replaces its keys by `fedsigma site rotate`, and"
-                    " `fedsigma server revoke` shuts it out"
+                    f"site '{name}' has joined: it replaces its keys with `fedsigma site rotate`; to exclude it,"
+                    " use `fedsigma server revoke`"
                 )
             site.word, site.expires, site.note = word, end.isoformat(), note or site.note
             invitation.write(path)
@@ -80,21 +80,21 @@ class Enrolment:
         return invitation
 
     def admit(self, keys: SiteKeys) -> NodeKey:
-        """Let a site in with its first keys, or a joined site's new node key beside its old one.
+        """Admit a site with its first keys, or a joined site's new node key besides its old one.
 
-        The SuperLink is asked first and the database written afterwards, so what a crash leaves is a node
-        that nobody has the key of in the list, and `admit` can be called again.
+        The node is registered at the SuperLink before the database is written. A crash in between leaves a
+        registered node without an entry in the database, and `admit` can be called again.
 
         Raises:
-            JoinError: the keys do not belong to the site's invitation, or to its identity.
-            ServerError: the site was not invited, or is shut out.
-            ControlError: the SuperLink does not answer.
+            EnrolmentFileError: The keys match neither the site's invitation nor its identity.
+            ServerHomeError: The site was not invited, or is revoked.
+            ControlError: The SuperLink does not answer.
         """
-        with self._registry.session() as session:
+        with self._database.session() as session:
             site = session.get(Site, keys.site)
             if site is None:
                 raise ServerHomeError(
-                    f"site '{keys.site}' was not invited: `fedsigma server invite {keys.site}`"
+                    f"site '{keys.site}' was not invited: invite it with `fedsigma server invite {keys.site}`"
                 )
             renewed = site.state == "joined"
             if renewed:
@@ -114,53 +114,54 @@ class Enrolment:
         return added
 
     def retire_old_keys(self) -> list[NodeKey]:
-        """Shut out the old node keys of sites whose new node has been seen; returns those keys.
+        """Revoke the old node keys of sites whose new node has been online; returns these keys.
 
         Raises:
-            ControlError: the SuperLink does not answer.
+            ControlError: The SuperLink does not answer.
         """
         nodes = self._control.nodes()
-        done = []
-        with self._registry.session() as session:
+        retired = []
+        with self._database.session() as session:
             for site in session.query(Site):
                 seen = [k for k in site.keys if k.state == ACTIVE and self._online(nodes, k)]
                 for key in [k for k in site.keys if k.state == RETIRING] if seen else []:
-                    self._shut_out(key)
-                    done.append(key)
-        for key in done:
+                    self._revoke_key(key)
+                    retired.append(key)
+        for key in retired:
             self._log.record("key_retired", site=key.site, node=key.node_id)
-        return done
+        return retired
 
     def revoke(self, name: str) -> list[NodeKey]:
-        """Shut a site out, with all its keys; other sites are not touched.
+        """Revoke all keys of a site; other sites are unaffected.
 
         Raises:
-            ServerError: there is no such site.
-            ControlError: the SuperLink does not answer; keys that it refused already stay shut out.
+            ServerHomeError: The site does not exist.
+            ControlError: The SuperLink does not answer; keys that were revoked before stay revoked.
         """
-        with self._registry.session() as session:
+        with self._database.session() as session:
             site = session.get(Site, name)
             if site is None:
                 raise ServerHomeError(f"there is no site '{name}': `fedsigma server sites` lists them")
             site.word = ""
             keys = [key for key in site.keys if key.state != REVOKED]
             for key in keys:
-                self._shut_out(key)
+                self._revoke_key(key)
         self._log.record("site_revoked", site=name, nodes=[key.node_id for key in keys])
         return keys
 
     def sites(self) -> list[Site]:
-        """All sites with their keys, by name."""
-        return self._registry.sites()
+        """Return all sites with their keys, by name."""
+        return self._database.sites()
 
     def site_of_node(self) -> dict[str, str]:
-        """The site of each node number that is let in."""
+        """Return the site of each admitted node, by Flower's node id."""
         return {k.node_id: s.name for s in self.sites() for k in s.keys if k.state != REVOKED}
 
     def _check_first(self, site: Site, keys: SiteKeys) -> None:
         if not site.word:
             raise ServerHomeError(
-                f"site '{site.name}' has no open invitation: `fedsigma server invite {site.name}`"
+                f"site '{site.name}' has no open invitation: invite it with"
+                f" `fedsigma server invite {site.name}`"
             )
         if utc_now() >= datetime.datetime.fromisoformat(site.expires):
             raise EnrolmentFileError(
@@ -168,12 +169,12 @@ class Enrolment:
             )
         keys.check(word=site.word)
 
-    def _shut_out(self, key: NodeKey) -> None:
+    def _revoke_key(self, key: NodeKey) -> None:
         nodes = self._control.nodes()
         if key.node_id in nodes and nodes[key.node_id].status != "unregistered":
             self._control.unregister(key.node_id)
         key.state = REVOKED
 
     @staticmethod
-    def _online(nodes: dict, key: NodeKey) -> bool:
+    def _online(nodes: dict[str, Node], key: NodeKey) -> bool:
         return key.node_id in nodes and nodes[key.node_id].status == "online"

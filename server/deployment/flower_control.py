@@ -1,4 +1,4 @@
-"""Flower's Control interface, by the `flwr` command: the only place that knows its words and answers."""
+"""Flower's Control interface, by the `flwr` command: the only module that knows its arguments and output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ class ControlError(FedSigmaError, RuntimeError):
 
 @dataclass(frozen=True)
 class Node:
-    """A registered node. status: `online`, `offline`, `registered` (never seen) or `unregistered`."""
+    """A registered node.
+
+    Attributes:
+        node_id: Flower's id of the node.
+        status: `online`, `offline`, `registered` (never online) or `unregistered`.
+        last_seen: When it was last online, as Flower prints it; empty if never.
+    """
 
     node_id: str
     status: str
@@ -37,111 +43,126 @@ class Node:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as Flower sees it. status: `pending`, `starting`, `running` or `finished:completed` and so on."""
+    """A run as Flower reports it.
+
+    Attributes:
+        run_id: The run's number.
+        status: `pending`, `starting`, `running`, or `finished:` with `completed`, `failed` or `stopped`.
+    """
 
     run_id: str
     status: str
 
     @property
     def ended(self) -> bool:
-        """Whether it is over."""
+        """Whether the run has ended."""
         return self.status.startswith("finished")
 
     @property
     def completed(self) -> bool:
-        """Whether it ended well."""
+        """Whether the run completed."""
         return self.status == "finished:completed"
 
 
 class FlowerControl:
-    """What the server asks of its SuperLink."""
+    """Control of a server's SuperLink.
 
-    def __init__(self, folder: ServerHome) -> None:
-        self._folder = folder
-        self.environment = {**os.environ, **flower_environment(folder.path / "flwr")}
+    Args:
+        home: The server's folder.
+
+    Attributes:
+        environment: Environment variables of the `flwr` command.
+    """
+
+    def __init__(self, home: ServerHome) -> None:
+        self._home = home
+        self.environment = {**os.environ, **flower_environment(home.path / "flwr")}
 
     def register(self, public_key: str) -> str:
-        """Let a node in.
+        """Admit a node.
 
         Args:
-            public_key: in OpenSSH's form.
+            public_key: Its key in OpenSSH's format.
 
         Returns:
-            The number that Flower gave it.
+            Flower's id of the node.
 
         Raises:
-            ControlError: the SuperLink does not answer, or knows the key already.
+            ControlError: The SuperLink does not answer, or has this key already.
         """
         with tempfile.NamedTemporaryFile("w", suffix=".pub") as file:
             file.write(public_key)
             file.flush()
-            told = self._ask(["supernode", "register", file.name, CONNECTION])
-        return str(told["node-id"])
+            reply = self._flwr(["supernode", "register", file.name, CONNECTION])
+        return str(reply["node-id"])
 
     def unregister(self, node_id: str) -> None:
-        """Shut a node out: its next request is refused.
+        """Exclude a node: its next request is refused.
 
         Raises:
-            ControlError: the SuperLink does not answer, or knows no such node.
+            ControlError: The SuperLink does not answer, or has no such node.
         """
-        self._ask(["supernode", "unregister", node_id, CONNECTION])
+        self._flwr(["supernode", "unregister", node_id, CONNECTION])
 
     def nodes(self) -> dict[str, Node]:
-        """All registered nodes by number.
+        """Return all registered nodes by id.
 
         Raises:
-            ControlError: the SuperLink does not answer.
+            ControlError: The SuperLink does not answer.
         """
-        told = self._ask(["supernode", "list", CONNECTION])
-        found = {}
-        for one in told.get("nodes", []):
-            seen = one.get("online-at") or one.get("last-activated-at") or ""
-            node = Node(str(one["node-id"]), str(one["status"]), str(seen))
-            found[node.node_id] = node
-        return found
+        nodes = {}
+        for entry in self._flwr(["supernode", "list", CONNECTION]).get("nodes", []):
+            last_seen = entry.get("online-at") or entry.get("last-activated-at") or ""
+            node = Node(str(entry["node-id"]), str(entry["status"]), str(last_seen))
+            nodes[node.node_id] = node
+        return nodes
 
     def runs(self) -> dict[str, Run]:
-        """All runs by number.
+        """Return all runs by number.
 
         Raises:
-            ControlError: the SuperLink does not answer.
+            ControlError: The SuperLink does not answer.
         """
-        told = self._ask(["ls", CONNECTION])
-        return {
-            str(one["run-id"]): Run(str(one["run-id"]), str(one["status"])) for one in told.get("runs", [])
-        }
+        entries = self._flwr(["ls", CONNECTION]).get("runs", [])
+        return {str(entry["run-id"]): Run(str(entry["run-id"]), str(entry["status"])) for entry in entries}
 
     def start(self, app: Path, values: dict[str, Any]) -> str:
-        """Start a run of an app with this run configuration; returns its number.
+        """Start a run of an app.
+
+        Args:
+            app: Folder of the Flower app.
+            values: The run configuration.
+
+        Returns:
+            The run's number.
 
         Raises:
-            ControlError: the SuperLink does not answer, or refuses the app.
+            ControlError: The SuperLink does not answer, or refuses the app.
         """
-        # JSON's texts, numbers and booleans are TOML's, too.
+        # JSON's strings, numbers and booleans are valid TOML.
         config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
-        told = self._ask(["run", str(app), CONNECTION, "--run-config", config])
-        return str(told["run-id"])
+        return str(self._flwr(["run", str(app), CONNECTION, "--run-config", config])["run-id"])
 
     def stop(self, run_id: str) -> None:
         """Stop a run.
 
         Raises:
-            ControlError: the SuperLink does not answer, or the run is over.
+            ControlError: The SuperLink does not answer, or the run has ended.
         """
-        self._ask(["stop", run_id, CONNECTION])
+        self._flwr(["stop", run_id, CONNECTION])
 
     def log_command(self, run_id: str, *, follow: bool) -> list[str]:
-        """The command that prints the log of a run's ServerApp."""
+        """Return the command that prints the log of a run's ServerApp."""
         return ["flwr", "log", run_id, CONNECTION, "--stream" if follow else "--show"]
 
-    def _ask(self, words: Sequence[str]) -> dict[str, Any]:
-        # Anew each time: server.yaml may have been edited, or the folder moved.
-        self._folder.write_flower_config()
+    def _flwr(self, arguments: Sequence[str]) -> dict[str, Any]:
+        # Each time, since server.yaml may have been edited or the folder moved.
+        self._home.write_flower_config()
         try:
             done = subprocess.run(
-                ["flwr", *words, "--format", "json"],
+                ["flwr", *arguments, "--format", "json"],
                 env=self.environment,
-                cwd=self._folder.path,
+                cwd=self._home.path,
                 capture_output=True,
                 text=True,
                 check=False,
@@ -149,28 +170,26 @@ class FlowerControl:
             )
         except subprocess.TimeoutExpired:
             raise ControlError(
-                f"the SuperLink at {self._folder.control} did not answer in {TIMEOUT_S} s"
+                f"the SuperLink at {self._home.control} did not answer in {TIMEOUT_S} s"
             ) from None
-        told = _json(done.stdout)
-        if done.returncode or told is None or told.get("success") is False:
-            raise ControlError(self._reason(told, done.stdout + done.stderr))
-        return told
+        reply = _json(done.stdout)
+        if done.returncode or reply is None or reply.get("success") is False:
+            raise ControlError(self._reason(reply, done.stdout + done.stderr))
+        return reply
 
-    def _reason(self, told: dict[str, Any] | None, text: str) -> str:
-        said = str((told or {}).get("error-message") or "") or text
-        said = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", said).split())[-400:]
-        if re.search(r"connect|unavailable|refused", said, re.IGNORECASE):
-            return (
-                f"the SuperLink at {self._folder.control} does not answer: is `fedsigma server up` running?"
-            )
-        return f"the SuperLink says: {said}"
+    def _reason(self, reply: dict[str, Any] | None, text: str) -> str:
+        reason = str((reply or {}).get("error-message") or "") or text
+        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", reason).split())[-400:]
+        if re.search(r"connect|unavailable|refused", reason, re.IGNORECASE):
+            return f"the SuperLink at {self._home.control} does not answer: is `fedsigma server up` running?"
+        return f"the SuperLink reports: {reason}"
 
 
 def _json(text: str) -> dict[str, Any] | None:
-    """The JSON object in what `flwr` printed, which may have words before it."""
+    """Return the JSON object that `flwr` printed, which may follow other text."""
     start = text.find("{")
     try:
-        found = json.loads(text[start:]) if start >= 0 else None
+        reply = json.loads(text[start:]) if start >= 0 else None
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return reply if isinstance(reply, dict) else None

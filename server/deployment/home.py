@@ -1,15 +1,15 @@
-"""The server's folder: one place for what its server needs, made by `fedsigma server init`.
+"""The server's folder, created by `fedsigma server init`.
 
 server.yaml      names, addresses, limits; may be edited
-tls/             authority and certificates; ca.key is the one file to keep off-line where that is possible
-secrets/         what Flower's processes know each other by
-proxy/           nginx.conf and Caddyfile, made from server.yaml
+tls/             certificate authority and certificates; keep ca.key offline where possible
+secrets/         the secret that Flower's processes share
+proxy/           nginx.conf and Caddyfile, written from server.yaml
 state.db         Flower's database
 server.db        sites, invitations, keys, studies
-dashboard.db     who may see the dashboard
-studies/ runs/   what was submitted, and what came of it
-audit.jsonl      who took part, what was accepted or refused
-logs/            of the processes
+dashboard.db     users of the dashboard
+studies/ runs/   submitted studies, and run folders
+audit.jsonl      which sites took part, and what was accepted or rejected
+logs/            logs of the processes
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROXIES = ("nginx", "caddy", "none")
 
 
 class ServerHomeError(FedSigmaError, ValueError):
-    """The server's folder is missing, taken or damaged, or a command does not fit its state."""
+    """The server's folder is missing, in use or damaged, or a command is invalid in its state."""
 
 
 @settings
@@ -75,9 +75,16 @@ class ServerConfig:
 class ServerHome:
     """The server's folder, opened.
 
+    Args:
+        path: The folder.
+
+    Attributes:
+        path: Absolute path of the folder.
+        config: Settings of server.yaml.
+
     Raises:
-        ServerError: there is no server.yaml.
-        ConfigError: server.yaml does not read.
+        ServerHomeError: The folder has no server.yaml.
+        ConfigError: server.yaml is invalid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +92,7 @@ class ServerHome:
         file = self.path / "server.yaml"
         if not file.is_file():
             raise ServerHomeError(
-                f"{self.path} holds no server.yaml: make a server with `fedsigma server init`"
+                f"{self.path} holds no server.yaml: create a server with `fedsigma server init`"
             )
         self.config = build(
             ServerConfig, read_yaml(file.read_text(encoding="utf-8"), where=str(file)), where=str(file)
@@ -95,16 +102,16 @@ class ServerHome:
     def create(
         cls, path: Path, config: ServerConfig, *, own: CertificatePair | None, trust: bytes = b""
     ) -> ServerHome:
-        """Make a new server.
+        """Create a server.
 
         Args:
-            path: a new or empty folder.
-            config: for server.yaml.
-            own: the certificate for `address` if it is not to be made here.
-            trust: PEM certificates that sites trust, where `own` is given.
+            path: A new or empty folder.
+            config: Settings to write to server.yaml.
+            own: Certificate for `address`; None to issue one here.
+            trust: With `own`, PEM certificates that sites trust.
 
         Raises:
-            ServerError: the folder is not empty.
+            ServerHomeError: The folder is not empty.
         """
         path = path.expanduser().resolve()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -115,58 +122,58 @@ class ServerHome:
             (path / name).mkdir(mode=0o700)
         write_secret(path / "secrets" / "superexec.secret", secrets.token_bytes(32))
         (path / "server.yaml").write_text(write_yaml(config), encoding="utf-8")
-        folder = cls(path)
+        home = cls(path)
         authority = create_authority(f"{config.name} FedSigma authority")
-        authority.write(folder.tls("ca.crt"), folder.tls("ca.key"))
-        folder.issue_inner()
+        authority.write(home.tls("ca.crt"), home.tls("ca.key"))
+        home.issue_inner()
         if own is None:
-            folder.issue_outer()
+            home.issue_outer()
         else:
-            own.write(folder.tls("outer.crt"), folder.tls("outer.key"))
-        folder.tls("sites.crt").write_bytes(trust or authority.certificate)
-        folder.write_flower_config()
-        return folder
+            own.write(home.tls("outer.crt"), home.tls("outer.key"))
+        home.tls("sites.crt").write_bytes(trust or authority.certificate)
+        home.write_flower_config()
+        return home
 
     def tls(self, name: str) -> Path:
-        """The path of a file among the certificates."""
+        """Return the path of a file in tls/."""
         return self.path / "tls" / name
 
     @property
     def secret(self) -> Path:
-        """The file of the secret that Flower's processes here share."""
+        """Path of the secret that Flower's processes of this server share."""
         return self.path / "secrets" / "superexec.secret"
 
     def authority(self) -> CertificatePair:
-        """The authority of this server.
+        """Return the certificate authority of this server.
 
         Raises:
-            ServerError: its key is not here.
+            ServerHomeError: Its key is not in the folder.
         """
         try:
             return CertificatePair(self.tls("ca.crt").read_bytes(), self.tls("ca.key").read_bytes())
         except FileNotFoundError as error:
             raise ServerHomeError(
-                f"{error.filename} is not there: put the authority's key back for the time of this command"
+                f"{error.filename} is missing: put the authority's key back while this command runs"
             ) from None
 
     def issue_inner(self) -> None:
-        """Make a new certificate for the SuperLink, which the proxy and the server's own commands verify."""
+        """Issue a new certificate for the SuperLink, which the proxy and the server's own commands verify."""
         host, _ = split_address(self.config.superlink, where="superlink")
         names = dict.fromkeys([*self.config.names, *([host] if host not in ("0.0.0.0", "::") else [])])
         issue_certificate(self.authority(), list(names)).write(self.tls("inner.crt"), self.tls("inner.key"))
 
     def issue_outer(self) -> None:
-        """Make a new certificate for the address that sites reach."""
+        """Issue a new certificate for the address that sites connect to."""
         host, _ = split_address(self.config.address, where="address")
         issue_certificate(self.authority(), [host]).write(self.tls("outer.crt"), self.tls("outer.key"))
 
     @property
     def control(self) -> str:
-        """HOST:PORT at which this machine reaches the SuperLink."""
+        """HOST:PORT by which this machine connects to the SuperLink."""
         return resolve_relative(self.config.superlink, where="superlink")
 
     def write_flower_config(self) -> None:
-        """Write how the `flwr` command reaches the SuperLink, into a Flower home of this server's own."""
+        """Write the configuration by which the `flwr` command connects to the SuperLink."""
         lines = ["[superlink]", 'default = "server"', "", "[superlink.server]"]
         lines += [f'address = "{self.control}"', f'root-certificates = "{self.tls("ca.crt")}"']
         file, text = self.path / "flwr" / "config.toml", "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
-"""The reverse proxy in front of the SuperLink: sites reach Flower's Fleet interface and nothing else.
+"""The reverse proxy in front of the SuperLink: sites reach Flower's Fleet interface only.
 
-TLS and node keys do not guard Flower's Control interface, which lies on the same port: whoever reaches it can
-start a run, and a run is code at every site. So nobody but this machine may reach the SuperLink's port, and
-the proxy passes on no other path. The one exception is gRPC's health check, which answers alive or not.
+TLS and node keys do not protect Flower's Control interface, which is on the same port: anyone who reaches it
+can start a run, and a run is code at every site. Only this machine may therefore reach the SuperLink's port,
+and the proxy forwards no other path. The one exception is gRPC's health check, which returns a status only.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from fedsigma.server.deployment.home import ServerHome
 __all__ = ["caddyfile", "nginx_conf", "write_proxy_files"]
 
 _NGINX = """\
-# Made by fedsigma from server.yaml; changes here are lost at the next `fedsigma server up`.
+# Written by fedsigma from server.yaml; changes here are lost at the next `fedsigma server up`.
 daemon off;
 pid {run}/nginx.pid;
 error_log stderr warn;
 worker_processes auto;
 events {{ worker_connections 1024; }}
 http {{
-  # A node asks about once a second: what goes well is not written down.
+  # A node sends about one request a second: successful ones are not logged.
   map $status $worth_a_line {{ ~^[23] 0; default 1; }}
   access_log /dev/stdout combined if=$worth_a_line;
   server_tokens off;
@@ -31,7 +31,7 @@ http {{
   fastcgi_temp_path {run}/fastcgi;
   uwsgi_temp_path {run}/uwsgi;
   scgi_temp_path {run}/scgi;
-  # One site may open so many connections, and ask so often; a node asks about once a second.
+  # Limits of connections and requests for one site; a node sends about one request a second.
   limit_conn_zone $binary_remote_addr zone=sites:1m;
   limit_req_zone $binary_remote_addr zone=asks:1m rate=50r/s;
   server {{
@@ -54,7 +54,7 @@ http {{
       proxy_set_header Host $host;
       proxy_connect_timeout 5s;
       proxy_read_timeout 120s;
-      # Passed on as it comes: what sites send is on no disk of the proxy's.
+      # Forwarded as it arrives: what sites send is not written to the proxy's disk.
       proxy_request_buffering off;
       proxy_max_temp_file_size 0;
     }}
@@ -67,7 +67,7 @@ http {{
 """
 
 _CADDY = """\
-# Made by fedsigma from server.yaml; changes here are lost at the next `fedsigma server up`.
+# Written by fedsigma from server.yaml; changes here are lost at the next `fedsigma server up`.
 {{
 	admin off
 	auto_https off
@@ -101,38 +101,38 @@ https://{host}:{port} {{
 """
 
 
-def nginx_conf(folder: ServerHome) -> str:
-    """The nginx configuration, for nginx 1.18 and newer."""
-    return _NGINX.format(**_values(folder))
+def nginx_conf(home: ServerHome) -> str:
+    """Return the configuration for nginx 1.18 and newer."""
+    return _NGINX.format(**_values(home))
 
 
-def caddyfile(folder: ServerHome) -> str:
-    """The same for Caddy 2."""
-    return _CADDY.format(**_values(folder))
+def caddyfile(home: ServerHome) -> str:
+    """Return the configuration for Caddy 2."""
+    return _CADDY.format(**_values(home))
 
 
-def write_proxy_files(folder: ServerHome) -> Path:
-    """Write both files into proxy/ and make the folders that they name; returns proxy/."""
-    place = folder.path / "proxy"
+def write_proxy_files(home: ServerHome) -> Path:
+    """Write both files into proxy/, and create the folders that they name; returns proxy/."""
+    proxy_folder = home.path / "proxy"
     for name in ("run", "run/body"):
-        (place / name).mkdir(exist_ok=True)
-    (place / "nginx.conf").write_text(nginx_conf(folder), encoding="utf-8")
-    (place / "Caddyfile").write_text(caddyfile(folder), encoding="utf-8")
-    return place
+        (proxy_folder / name).mkdir(exist_ok=True)
+    (proxy_folder / "nginx.conf").write_text(nginx_conf(home), encoding="utf-8")
+    (proxy_folder / "Caddyfile").write_text(caddyfile(home), encoding="utf-8")
+    return proxy_folder
 
 
-def _values(folder: ServerHome) -> dict[str, str]:
-    config = folder.config
+def _values(home: ServerHome) -> dict[str, str]:
+    config = home.config
     host, _ = split_address(config.address, where="address")
     bind, port = split_address(config.listen, where="listen")
     return {
-        "run": str(folder.path / "proxy" / "run"),
-        "tls": str(folder.path / "tls"),
+        "run": str(home.path / "proxy" / "run"),
+        "tls": str(home.path / "tls"),
         "listen": config.listen,
         "host": host,
         "bind": bind,
         "port": str(port),
-        "superlink": folder.control,
+        "superlink": home.control,
         "inner": config.names[0],
         "health": config.health,
         "megabytes": str(config.largest_message),

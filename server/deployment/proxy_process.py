@@ -1,9 +1,9 @@
-"""The proxy as one process that ends whole.
+"""Run the proxy as one process that ends with all its children.
 
-nginx's workers go on when their master is killed, and hold its port, so that no new master could start. Here
-whatever ends the master ends its workers, and whatever ends this process ends the master. And nginx opens
-its output by name, which a journal's socket or another user's pipe refuses: here it is a pipe of its own, and
-what comes through it goes to this process's output, to be kept and rotated by whoever supervises it.
+nginx's workers keep running when their master is killed, and hold its port, so that no new master could
+start. Here the workers end with the master, and the master with this process. nginx also opens its output by
+name, which fails for a journal's socket or another user's pipe: here its output is a pipe, which is copied to
+the output of this process.
 
 Arguments: the proxy's command.
 """
@@ -50,7 +50,7 @@ def main(command: list[str]) -> int:
 
 def _pass_output(source: int) -> None:
     while chunk := os.read(source, 65536):
-        # A reader that has gone must not stop the proxy.
+        # A reader that has closed the pipe must not stop the proxy.
         with suppress(OSError):
             os.write(sys.stdout.fileno(), chunk)
 

@@ -1,7 +1,7 @@
-"""Studies at a server: handing them to Flower, watching, stopping and going on with them.
+"""Studies at a server: submit, watch, stop and resume them.
 
-A study is checked here before anything is sent, is written into the server's folder as resolved, and is known
-by the digest of that text: the same study twice is refused unless it is asked for.
+A study is checked before anything is sent, and written into the server's folder as resolved. The digest of
+this text identifies it: the same study is refused a second time unless the caller asks for it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ __all__ = ["Studies", "SubmissionStatus"]
 
 POLL_S = 2.0
 FOLLOW_S = 60.0
-"""How long it is waited for that a run whose process died is gone on with."""
+"""How long `watch` waits for a run whose process died to be resumed, in seconds."""
 UNKNOWN = "not known to the SuperLink"
 
 
 @dataclass(frozen=True)
 class SubmissionStatus:
-    """One submission and how it is: Flower's word, and the rounds done so far."""
+    """One submission and its state.
+
+    Attributes:
+        submission: The submission.
+        status: Flower's status of the run, or `UNKNOWN`.
+        rounds: Rounds done so far.
+    """
 
     submission: Submission
     status: str
@@ -41,17 +47,17 @@ class SubmissionStatus:
 
     @property
     def active(self) -> bool:
-        """Whether it is waiting or running."""
+        """Whether the run is waiting or running."""
         return not self.status.startswith("finished") and self.status != UNKNOWN
 
     @property
     def crashed(self) -> bool:
-        """Whether it failed without saying why: it never started, or did not come to its end."""
+        """Whether the run failed without recording an end: it never started, or its process died."""
         return self.status == "finished:failed" and not has_ended(self.submission)
 
 
 def has_ended(submission: Submission) -> bool:
-    """Whether a run's folder says that it started and ended, well or not."""
+    """Return whether a run's folder records that it started and ended, completed or failed."""
     events = RunDir(Path(submission.folder)).events()
     ends = [e for e in events if e["kind"] in ("run_start", "run_end")]
     started = any(e.get("run") == submission.run_id for e in ends)
@@ -62,145 +68,149 @@ class Studies:
     """The studies of a server.
 
     Args:
-        folder: the server's.
-        control: how its SuperLink is reached.
-        by: the user for whom it is done, for the audit log; empty for who has this machine's command line.
+        home: The server's folder.
+        control: How its SuperLink is reached.
+        by: The user to name in the audit log; empty for the command line of this machine.
     """
 
-    def __init__(self, folder: ServerHome, control: FlowerControl | None = None, *, by: str = "") -> None:
-        self._folder, self._by = folder, by
-        self._control = control or FlowerControl(folder)
-        self._registry = ServerDatabase(folder.path / "server.db")
-        self._log = ServerAuditLog(folder.path)
+    def __init__(self, home: ServerHome, control: FlowerControl | None = None, *, by: str = "") -> None:
+        self._home, self._by = home, by
+        self._control = control or FlowerControl(home)
+        self._database = ServerDatabase(home.path / "server.db")
+        self._log = ServerAuditLog(home.path)
 
     def submit(
         self, study: str, *, again: bool = False, rounds: int = 0, seed: int = -1, trackers: str = ""
     ) -> Submission:
-        """Check a study and hand it to Flower.
+        """Check a study and submit it to Flower.
 
         Args:
-            study: the name of a study that comes with FedSigma, or the path of a study file.
-            again: also if the same study runs or ran to its end.
-            rounds, seed: instead of the study's own (0 and -1: the study's own).
-            trackers: names of experiment trackers, by commas, besides those of $FEDSIGMA_TRACKERS.
+            study: Name of a built-in study, or path of a study file.
+            again: Submit the study even if it is running or has completed.
+            rounds: Replaces the study's rounds, unless 0.
+            seed: Replaces the study's seed, unless -1.
+            trackers: Comma-separated experiment trackers, besides those of $FEDSIGMA_TRACKERS.
 
         Raises:
-            ConfigError: the study does not read, its privacy budget does not allow a round, or there is no
-                such tracker.
-            ServerError: the same study was submitted before.
-            ControlError: the SuperLink does not answer.
+            ConfigError: The study is invalid, its privacy budget allows no round, or a tracker is unknown.
+            ServerHomeError: The same study was submitted before, and `again` is false.
+            ControlError: The SuperLink does not answer.
         """
         parse_trackers(trackers)
         config = load_study(study).replaced(rounds=rounds or None, seed=seed if seed >= 0 else None)
-        # Sites have their own images, and nobody has all of them: what a simulation needs is not sent.
+        # Sites have their own images, and no one has all of them: settings of simulations are not sent.
         config = replace(config, data=None, baselines=tuple(b for b in config.baselines if b != "pooled"))
         check_budget(config)
         text = config.to_yaml()
         digest = hashlib.sha256(text.encode()).hexdigest()
-        for one in self.statuses(study=config.name) if not again else ():
-            if one.submission.digest == digest and (one.active or one.status == "finished:completed"):
+        for previous in self.statuses(study=config.name) if not again else ():
+            if previous.submission.digest == digest and (
+                previous.active or previous.status == "finished:completed"
+            ):
                 raise ServerHomeError(
-                    f"study '{config.name}' was submitted before as run {one.submission.run_id}, which is"
-                    f" {one.status}: `--again` submits it all the same"
+                    f"study '{config.name}' was submitted before as run {previous.submission.run_id}, which"
+                    f" is {previous.status}: submit it again with `--again`"
                 )
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         name = f"{config.name}-{stamp}-s{config.seed}"
-        file = self._folder.path / "studies" / f"{name}.yaml"
+        file = self._home.path / "studies" / f"{name}.yaml"
         file.write_text(text, encoding="utf-8")
-        return self._start(config, digest, file, self._folder.path / "runs" / name, trackers=trackers)
+        return self._start(config, digest, file, self._home.path / "runs" / name, trackers=trackers)
 
     def resume(self, run: str) -> Submission:
-        """Go on with a run that ended before its last round, or begin one that ended before its first.
+        """Resume a run that ended before its last round, or restart one that ended before its first.
 
         Raises:
-            ServerError: there is no such run, or it is running or completed.
-            ControlError: the SuperLink does not answer.
+            ServerHomeError: The run does not exist, or is running or completed.
+            ControlError: The SuperLink does not answer.
         """
-        one = self.find(run)
-        if one.active or one.status == "finished:completed":
+        previous = self.find(run)
+        if previous.active or previous.status == "finished:completed":
             raise ServerHomeError(
-                f"run {one.submission.run_id} is {one.status}: there is nothing to go on with"
+                f"run {previous.submission.run_id} is {previous.status}: there is nothing to resume"
             )
-        path = Path(one.submission.folder)
-        file = self._folder.path / "studies" / f"{path.name}.yaml"
+        path = Path(previous.submission.folder)
+        file = self._home.path / "studies" / f"{path.name}.yaml"
         if (path / "study.yaml").is_file():
             file.write_text(RunDir.open(path).study_yaml, encoding="utf-8")
         config = StudyConfig.from_yaml(file.read_text(encoding="utf-8"), where=str(file))
-        return self._start(config, one.submission.digest, file, path, resumes=one.submission.run_id)
+        return self._start(config, previous.submission.digest, file, path, resumes=previous.submission.run_id)
 
     def stop(self, run: str) -> Submission:
-        """Stop a run; what it has done stays, and `resume` goes on with it.
+        """Stop a run; its results so far are kept, and it can be resumed.
 
         Raises:
-            ServerError: there is no such run, or it has ended.
-            ControlError: the SuperLink does not answer.
+            ServerHomeError: The run does not exist, or has ended.
+            ControlError: The SuperLink does not answer.
         """
-        one = self.find(run)
-        if not one.active:
-            raise ServerHomeError(f"run {one.submission.run_id} is {one.status}: there is nothing to stop")
-        self._control.stop(one.submission.run_id)
-        self._note("study_stopped", one.submission)
-        return one.submission
+        status = self.find(run)
+        if not status.active:
+            raise ServerHomeError(
+                f"run {status.submission.run_id} is {status.status}: there is nothing to stop"
+            )
+        self._control.stop(status.submission.run_id)
+        self._record("study_stopped", status.submission)
+        return status.submission
 
     def may_have_crashed_runs(self) -> bool:
-        """Whether any submission may have died: by the folders alone, without asking the SuperLink."""
-        made = self._registry.submissions()
-        resumed = {one.resumes for one in made}
-        return any(one.run_id not in resumed and not has_ended(one) for one in made)
+        """Return whether any submission may have crashed, by the run folders alone, without the SuperLink."""
+        submissions = self._database.submissions()
+        resumed = {submission.resumes for submission in submissions}
+        return any(s.run_id not in resumed and not has_ended(s) for s in submissions)
 
     def statuses(self, *, study: str | None = None) -> list[SubmissionStatus]:
-        """All submissions, or a study's, the latest first.
+        """Return the state of all submissions, or of one study's, the latest first.
 
         Raises:
-            ControlError: the SuperLink does not answer.
+            ControlError: The SuperLink does not answer.
         """
         runs = self._control.runs()
-        return [self._seen(one, runs) for one in self._registry.submissions(study=study)]
+        return [self._status_of(submission, runs) for submission in self._database.submissions(study=study)]
 
     def find(self, run: str) -> SubmissionStatus:
-        """The submission with this run number, or the latest of the study of this name.
+        """Return the submission with this run number, or the latest one of the study of this name.
 
         Raises:
-            ServerError: there is none.
+            ServerHomeError: No submission matches.
         """
-        for one in self.statuses():
-            if run in (one.submission.run_id, one.submission.study):
-                return one
+        for status in self.statuses():
+            if run in (status.submission.run_id, status.submission.study):
+                return status
         raise ServerHomeError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
 
     def watch(self, run: str) -> Iterator[SubmissionStatus]:
-        """How a run is, every few seconds until it has ended; a SuperLink that is down is waited for.
+        """Yield the state of a run every `POLL_S` seconds until it ends, also while the SuperLink is down.
 
-        A run that goes on as another, because its process died or somebody resumed it, is followed.
+        If the run is resumed as another run, that one is watched.
 
         Raises:
-            ServerError: there is no such run.
+            ServerHomeError: The run does not exist.
         """
-        if not any(run in (one.run_id, one.study) for one in self._registry.submissions()):
+        if not any(run in (s.run_id, s.study) for s in self._database.submissions()):
             raise ServerHomeError(
                 f"there is no run or study '{run}' here: `fedsigma study status` lists them"
             )
-        patience = 0
+        polls_since_crash = 0
         while True:
             try:
-                one = self.find(run)
+                status = self.find(run)
             except ControlError:
                 time.sleep(POLL_S)
                 continue
             # A study that is submitted again meanwhile does not change which run is watched.
-            run = one.submission.run_id
-            yield one
-            patience = patience + 1 if one.crashed else 0
-            if after := [s.run_id for s in self._registry.submissions() if s.resumes == run]:
-                run = after[0]
-            elif not one.active and not 0 < patience <= FOLLOW_S / POLL_S:
+            run = status.submission.run_id
+            yield status
+            polls_since_crash = polls_since_crash + 1 if status.crashed else 0
+            if successors := [s.run_id for s in self._database.submissions() if s.resumes == run]:
+                run = successors[0]
+            elif not status.active and not 0 < polls_since_crash <= FOLLOW_S / POLL_S:
                 return
             time.sleep(POLL_S)
 
     def logs(self, run: str, *, follow: bool) -> int:
-        """Print the log of a run's ServerApp; returns the exit code of the command that does it."""
+        """Print the log of a run's ServerApp; returns the exit code of `flwr log`."""
         command = self._control.log_command(self.find(run).submission.run_id, follow=follow)
-        done = subprocess.run(command, env=self._control.environment, cwd=self._folder.path, check=False)
+        done = subprocess.run(command, env=self._control.environment, cwd=self._home.path, check=False)
         return done.returncode
 
     def _start(
@@ -215,8 +225,8 @@ class Studies:
     ) -> Submission:
         values = {"study": str(file), "out": str(folder), "resume": (folder / "study.yaml").is_file()}
         values["trackers"] = trackers
-        run = self._control.start(write_app(self._folder.path / "flwr" / "app"), values)
-        made = Submission(
+        run = self._control.start(write_app(self._home.path / "flwr" / "app"), values)
+        submission = Submission(
             run_id=run,
             study=config.name,
             digest=digest,
@@ -224,18 +234,21 @@ class Studies:
             submitted_at=utc_now(),
             resumes=resumes,
         )
-        with self._registry.session() as session:
-            session.add(made)
-        self._note("study_resumed" if resumes else "study_submitted", made)
-        return made
+        with self._database.session() as session:
+            session.add(submission)
+        self._record("study_resumed" if resumes else "study_submitted", submission)
+        return submission
 
-    def _seen(self, one: Submission, runs: dict[str, Run]) -> SubmissionStatus:
-        path = Path(one.folder)
+    def _status_of(self, submission: Submission, runs: dict[str, Run]) -> SubmissionStatus:
+        path = Path(submission.folder)
         rounds = 0
         if (path / "study.yaml").is_file():
             rounds = max((row["round"] for row in RunDir.open(path).rounds()), default=0)
-        return SubmissionStatus(one, runs[one.run_id].status if one.run_id in runs else UNKNOWN, rounds)
+        status = runs[submission.run_id].status if submission.run_id in runs else UNKNOWN
+        return SubmissionStatus(submission, status, rounds)
 
-    def _note(self, kind: str, one: Submission) -> None:
-        whose = {"by": self._by} if self._by else {}
-        self._log.record(kind, study=one.study, run=one.run_id, digest=one.digest, **whose)
+    def _record(self, kind: str, submission: Submission) -> None:
+        user = {"by": self._by} if self._by else {}
+        self._log.record(
+            kind, study=submission.study, run=submission.run_id, digest=submission.digest, **user
+        )

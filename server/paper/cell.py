@@ -100,15 +100,15 @@ def run_cell(
     """Train a cell's model, if it has one and has not been trained before, and judge it.
 
     Args:
-        cell, study: what to train; the study is `study_of` the cell.
-        sets: by name, with those that the cell is trained and judged on.
-        folder: of this cell; the run folder of a federated one, which is gone on with if it was interrupted.
+        cell, study: What to train; the study is `study_of` the cell.
+        sets: By name, with those that the cell is trained and judged on.
+        folder: Of this cell; the run folder of a federated one, which is gone on with if it was interrupted.
             A model that is judged on several sets is kept beside it, for those that come later.
-        judge_on: those of the cell's sets.
+        judge_on: Those of the cell's sets.
 
     Raises:
-        DataError: images cannot be read, or not divided as the setting says.
-        TrainingError: training diverged.
+        DataError: Images cannot be read, or not divided as the setting says.
+        TrainingError: Training diverged.
     """
     begun = time.monotonic()
     kept = folder.with_name(f"{folder.name}.safetensors")

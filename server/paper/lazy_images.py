@@ -41,9 +41,9 @@ class LazyExamples(Sequence[LazyExample]):
     """Labelled images in order, decoded by threads a few ahead of the one that is asked for.
 
     Args:
-        source, records: the images.
-        classes: names of the classes; a label's index in it is the label's number.
-        side: see `load_examples`. Units: pixels.
+        source, records: The images.
+        classes: Names of the classes; a label's index in it is the label's number.
+        side: See `load_examples`. Units: pixels.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LazyExamples(Sequence[LazyExample]):
         """One image; those after it are begun.
 
         Raises:
-            PictureError: it cannot be decoded.
+            PictureError: It cannot be decoded.
         """
         if not self._coming or self._coming[0][0] != position:
             self._coming.clear()

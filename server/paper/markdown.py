@@ -54,10 +54,10 @@ def blocks_of(
     """A table's blocks: the average over sets first where there is more than one, then each set.
 
     Args:
-        table: which.
-        cells: all of the table, each with its scores, or None if it is not done.
-        names: the sets in order. A table that trains on one set has one block, with a column for each set.
-        averaged: those of them that the average is over.
+        table: Which.
+        cells: All of the table, each with its scores, or None if it is not done.
+        names: The sets in order. A table that trains on one set has one block, with a column for each set.
+        averaged: Those of them that the average is over.
 
     Returns:
         Title of the block -> row -> column -> value. An average is over the sets that have all their seeds'

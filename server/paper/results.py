@@ -96,10 +96,10 @@ class Results:
     """The cells that are done.
 
     Args:
-        place: a file of SQLite, made if it is not there, or an URL of SQLAlchemy's.
+        place: A file of SQLite, made if it is not there, or an URL of SQLAlchemy's.
 
     Raises:
-        ConfigError: there is no such database, or it is not one of these results.
+        ConfigError: There is no such database, or it is not one of these results.
     """
 
     def __init__(self, place: Path | str) -> None:

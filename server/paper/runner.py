@@ -54,7 +54,7 @@ class Recipe:
         """See that the settings go together in every cell, before any is trained.
 
         Raises:
-            ConfigError: they do not.
+            ConfigError: They do not.
         """
         for cell in cells:
             with suppress(*_FAILURES):  # what is wrong with one cell is told when it is reached
@@ -90,7 +90,7 @@ def share_of(cells: Sequence[Cell], share: str) -> set[Cell]:
     """The cells of one of several machines: '2/4' is the second of four.
 
     Raises:
-        ValueError: it is not of that form.
+        ValueError: It is not of that form.
     """
     number, slash, count = share.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -110,12 +110,12 @@ def work(
     """Run the cells that are missing, one by one, and return all.
 
     Args:
-        cells: of the table.
-        sets: by name.
-        results: where finished ones are kept.
-        recipe: of all.
-        folder: the run folders of federated cells are below it.
-        run: those that this call may run; empty to run none.
+        cells: Of the table.
+        sets: By name.
+        results: Where finished ones are kept.
+        recipe: Of all.
+        folder: The run folders of federated cells are below it.
+        run: Those that this call may run; empty to run none.
     """
     outcome = Outcome()
     console = Console(stderr=True)

@@ -109,12 +109,12 @@ def find_sets(table: PaperTable, root: Path, names: Sequence[str] = ()) -> Table
     """The sets of a table that are below a folder.
 
     Args:
-        table: its domain, and the set that training is on.
-        root: each set is in a folder as its card calls it; MedMNIST's files are there, too.
-        names: those wanted; by default all of the table's cards. `medmnist:NAME:SIZE` is one of MedMNIST's.
+        table: Its domain, and the set that training is on.
+        root: Each set is in a folder as its card calls it; MedMNIST's files are there, too.
+        names: Those wanted; by default all of the table's cards. `medmnist:NAME:SIZE` is one of MedMNIST's.
 
     Raises:
-        CardError: a name is not known or not of this table, or there is no folder `root`.
+        CardError: A name is not known or not of this table, or there is no folder `root`.
     """
     if not root.is_dir():
         raise CardError(f"there is no folder {root}: name by --data the one that has the sets' folders")

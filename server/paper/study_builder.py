@@ -65,16 +65,16 @@ def study_of(
     whole rounds can be.
 
     Args:
-        cell: if its setting is central, all steps are one round's.
-        trained_on: the set of the cell.
+        cell: If its setting is central, all steps are one round's.
+        trained_on: The set of the cell.
         backbone: '' for the one of the set's card.
-        rounds: wanted; fewer if the run has fewer steps.
-        most_steps: a longer run is cut to so many, to try things out.
-        overrides: settings by section, as `read_overrides` gives them. What a cell has no use for changes
-            nothing in it: no setting the model without training, none of the federation those in one place.
+        rounds: Wanted; fewer if the run has fewer steps.
+        most_steps: A longer run is cut to so many, to try things out.
+        overrides: Settings by section, as `read_overrides` gives them. What a cell has no use for changes
+            nothing in it: No setting the model without training, none of the federation those in one place.
 
     Raises:
-        ConfigError: the settings do not go together.
+        ConfigError: The settings do not go together.
     """
     half = "base" if cell.protocol == "base_to_novel" else None
     protocol, classes = trained_on.protocol(cell.protocol), trained_on.half(half)
@@ -124,7 +124,7 @@ def read_overrides(settings: Sequence[str]) -> dict[str, Any]:
     """Read `section.key=value`, the value as YAML, into nested settings.
 
     Raises:
-        ConfigError: it is not of that form, or names what the table itself decides.
+        ConfigError: It is not of that form, or names what the table itself decides.
     """
     found: dict[str, Any] = {}
     for setting in settings:

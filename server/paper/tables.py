@@ -128,11 +128,11 @@ def settings_of(
 
     Args:
         names: `central`, `iid`, `dirichlet-ALPHA`, `disjoint` or `natural`.
-        sites, participation: those to try, for the settings that they concern.
-        pooled: whether each division is also trained in one place.
+        sites, participation: Those to try, for the settings that they concern.
+        pooled: Whether each division is also trained in one place.
 
     Raises:
-        ConfigError: a name is not one of these, or a number is out of range.
+        ConfigError: A name is not one of these, or a number is out of range.
     """
     if bad := [count for count in sites if not 2 <= count <= 10_000]:
         raise ConfigError(f"sites is {bad[0]}, expected 2 to 10000")
@@ -200,9 +200,9 @@ def cells_of(
     """The cells of a table: seed by seed, so that an interrupted call has whole comparisons.
 
     Args:
-        table: which.
-        sets: the names of its sets that are here; without the one that training is on, if it is one.
-        settings, shots, seeds: those wanted; shots concern the few-shot protocol alone.
+        table: Which.
+        sets: The names of its sets that are here; without the one that training is on, if it is one.
+        settings, shots, seeds: Those wanted; shots concern the few-shot protocol alone.
     """
     together = tuple(sets) if table.trained_on else ()
     groups = [(table.trained_on, (table.trained_on, *together))] if together else [(s, (s,)) for s in sets]

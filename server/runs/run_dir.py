@@ -237,7 +237,7 @@ class RunDir:
         """Return the results of the run; empty while there are none.
 
         Raises:
-            RunDirError: summary.json is not a JSON object.
+            RunDirError: Summary.json is not a JSON object.
         """
         path = self.path / "summary.json"
         if not path.is_file():

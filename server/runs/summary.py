@@ -133,7 +133,7 @@ def find_runs(directory: Path) -> list[Path]:
     """The run folders in a directory (or the directory itself), in the order of their names.
 
     Raises:
-        StoreError: there is no such directory.
+        RunDirError: There is no such directory.
     """
     directory = Path(directory)
     if not directory.is_dir():

@@ -27,10 +27,10 @@ class InProcessGrid(Grid):
     """Asks a ClientApp as each of its nodes: a message is answered when its reply is pulled.
 
     Args:
-        app: of the sites.
-        sites: how many; node 100 is the first.
-        node_config: of every node, besides its number.
-        run_id: by which sites keep what belongs to a run; by default one is drawn, as Flower does.
+        app: Of the sites.
+        sites: How many; node 100 is the first.
+        node_config: Of every node, besides its number.
+        run_id: By which sites keep what belongs to a run; by default one is drawn, as Flower does.
     """
 
     def __init__(

@@ -58,22 +58,22 @@ def run_simulation(
     """Run a study with all its sites on this machine, showing Flower's log as it comes.
 
     Args:
-        study: the name of a study that comes with FedSigma, or the path of a study file.
-        out: the run folder; None makes one under `runs_folder()`.
-        rounds, seed: instead of the study's own (0 and -1: the study's own).
-        resume: go on with the interrupted run in `out`.
-        cpus_per_site: processors for one site at a time; as many sites work at once as fit.
-        trackers: names of experiment trackers, by commas, besides those of FEDSIGMA_TRACKERS.
+        study: The name of a study that comes with FedSigma, or the path of a study file.
+        out: The run folder; None makes one under `runs_folder()`.
+        rounds, seed: Instead of the study's own (0 and -1: the study's own).
+        resume: Go on with the interrupted run in `out`.
+        cpus_per_site: Processors for one site at a time; as many sites work at once as fit.
+        trackers: Names of experiment trackers, by commas, besides those of FEDSIGMA_TRACKERS.
 
     Returns:
         0 if the run completed, else 1.
 
     Raises:
-        ConfigError: the study does not read, or is not for a simulation, or a tracker cannot be used.
-        ModelError: there is no such version as the study wants judged.
-        StoreError: `out` is no place for a run.
+        ConfigError: The study does not read, or is not for a simulation, or a tracker cannot be used.
+        ModelError: There is no such version as the study wants judged.
+        RunDirError: `out` is no place for a run.
         SimulationError: Flower did not start.
-        KeyboardInterrupt: by Ctrl-C or SIGTERM; nothing is left running, and the run can be resumed.
+        KeyboardInterrupt: By Ctrl-C or SIGTERM; nothing is left running, and the run can be resumed.
     """
     config = load_study(study)
     sites = _count_sites(config)
