@@ -71,8 +71,8 @@ class Enrolment:
                 session.add(site)
             elif site.state == "joined":
                 raise ServerHomeError(
-                    f"site '{name}' has joined: it replaces its keys with `fedsigma site rotate`; to exclude it,"
-                    " use `fedsigma server revoke`"
+                    f"site '{name}' has joined: it replaces its keys with `fedsigma site rotate`; to exclude"
+                    " it, use `fedsigma server revoke`"
                 )
             site.word, site.expires, site.note = word, end.isoformat(), note or site.note
             invitation.write(path)
