@@ -1,4 +1,4 @@
-"""The commands of a coordinating server: make it, run it, and let sites in and out."""
+"""The commands of a coordinating server: create it, run it, and admit or revoke sites."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Folder = Annotated[
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
     address: Annotated[str, typer.Option(help="HOST:PORT by which sites reach this server.")],
-    name: Annotated[str, typer.Option(help="The server's name, as invitations say it.")] = "FedSigma server",
+    name: Annotated[str, typer.Option(help="The server's name in invitations.")] = "FedSigma server",
     listen: Annotated[
         str | None, typer.Option(help="Where the proxy listens.", show_default="0.0.0.0, address's port")
     ] = None,
@@ -60,12 +60,14 @@ def init(
         str, typer.Option(help="Where Flower's SuperLink listens; no site may reach it.")
     ] = ServerConfig.superlink,
     health: Annotated[
-        str | None, typer.Option(help="Where the SuperLink says its health.", show_default="the next port")
+        str | None,
+        typer.Option(help="Address of the SuperLink's health service.", show_default="the next port"),
     ] = None,
     worker_health: Annotated[
-        str | None, typer.Option(help="Where the worker says its health.", show_default="the port after")
+        str | None,
+        typer.Option(help="Address of the worker's health service.", show_default="the port after"),
     ] = None,
-    proxy: Annotated[str, typer.Option(help="nginx, caddy, or none: it runs by itself.")] = "nginx",
+    proxy: Annotated[str, typer.Option(help="nginx, caddy, or none to run it separately.")] = "nginx",
     certificate: Annotated[
         Path | None, typer.Option(help="Your own certificate (chain) for the address, PEM.", exists=True)
     ] = None,
@@ -74,18 +76,18 @@ def init(
         Path | None, typer.Option(help="The authority that signed it, PEM: sites trust it.", exists=True)
     ] = None,
     if_new: Annotated[
-        bool, typer.Option("--if-new", help="Where the folder is a server's already, change nothing.")
+        bool, typer.Option("--if-new", help="Do nothing if the folder is a server's already.")
     ] = False,
 ) -> None:
-    """Make a server: authority and certificates, secrets, database, proxy files.
+    """Create a server: authority and certificates, secrets, database, proxy files.
 
-    Exit code 3: the folder is not empty, or a value does not do.
+    Exit code 3: the folder is not empty, or a value is invalid.
     """
     if if_new and (folder / "server.yaml").is_file():
         typer.echo(f"{ServerHome(folder).path} holds a server already; nothing was changed.")
         return
     if (certificate is None) != (key is None) or (certificate is None) != (trust is None):
-        raise ServerHomeError("--certificate, --key and --trust belong together: give all three or none")
+        raise ServerHomeError("--certificate, --key and --trust belong together: pass all three or none")
     host, port = address.rpartition(":")[::2]
     config = ServerConfig(
         name=name,
@@ -99,12 +101,12 @@ def init(
     own = CertificatePair(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
     if own is not None:
         check_pair(own)
-    made = ServerHome.create(folder, config, own=own, trust=trust.read_bytes() if trust else b"")
-    write_proxy_files(made)
-    typer.echo(f"Made the server in {made.path}. It answers at {address} once it runs:")
-    typer.echo(f"  fedsigma server up --folder {made.path}")
-    typer.echo(f"  fedsigma server invite SITE --folder {made.path}")
-    typer.echo(f"Keep {made.tls('ca.key')} safe: whoever has it can pretend to be {host}.")
+    server = ServerHome.create(folder, config, own=own, trust=trust.read_bytes() if trust else b"")
+    write_proxy_files(server)
+    typer.echo(f"Created the server in {server.path}. Start it, and invite sites to {address}:")
+    typer.echo(f"  fedsigma server up --folder {server.path}")
+    typer.echo(f"  fedsigma server invite SITE --folder {server.path}")
+    typer.echo(f"Keep {server.tls('ca.key')} secret: anyone who has it can impersonate {host}.")
 
 
 @server_app.command()
@@ -124,7 +126,7 @@ def up(
     """
     server = ServerHome(folder)
     processes = _chosen(server, only)
-    # In containers, only the proxy's own sees the folder of these files.
+    # In containers, only the proxy's container mounts the folder of these files.
     if only in (None, "proxy"):
         write_proxy_files(server)
     if only is None:
@@ -147,15 +149,15 @@ def status(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say how each process is; the proxy, by asking for the SuperLink's health through it.
+    """Show the state and health of each process; the proxy's by a request to the SuperLink through it.
 
-    Exit code 0: all serve, or the one asked for; 4: one does not.
+    Exit code 0: all are serving, or the one given by --only; 4: one is not.
     """
     server = ServerHome(folder)
-    known = {s.name: s for s in states(server.path)} if running(server.path) else {}
+    supervised = {s.name: s for s in states(server.path)} if running(server.path) else {}
     rows = []
     for process in _chosen(server, only):
-        state = known.get(process.name)
+        state = supervised.get(process.name)
         rows.append(
             {
                 "process": process.name,
@@ -179,18 +181,20 @@ def invite(
     out: Annotated[
         Path | None, typer.Option(help="The invitation's file.", show_default="SITE.join.json")
     ] = None,
-    days: Annotated[int, typer.Option(min=1, max=365, help="How long it is valid.")] = 14,
-    note: Annotated[str, typer.Option(help="Whom to call there.")] = "",
+    days: Annotated[int, typer.Option(min=1, max=365, help="Days that it is valid.")] = 14,
+    note: Annotated[str, typer.Option(help="Contact at the site.")] = "",
 ) -> None:
-    """Write an invitation for a site, to be handed over by a way that both sides trust.
+    """Write an invitation for a site, to be sent over a channel that both sides trust.
 
     Exit code 3: the site has joined, or the file exists.
     """
     path = out or Path(f"{site}.join.json")
     invitation = Enrolment(ServerHome(folder)).invite(site, path, days=days, note=note)
-    typer.echo(f"Wrote {path}, valid until {invitation.expires}. It holds a secret: send it to no one else.")
-    typer.echo(f"Read aloud at the telephone: {fingerprint(invitation.certificates, invitation.word)}")
-    typer.echo(f"The site answers with a file of keys: fedsigma server admit {site}.keys.json")
+    typer.echo(
+        f"Wrote {path}, valid until {invitation.expires}. It contains a secret: send it to this site only."
+    )
+    typer.echo(f"Read aloud on the phone: {fingerprint(invitation.certificates, invitation.word)}")
+    typer.echo(f"Admit the site with the file of keys that it sends: fedsigma server admit {site}.keys.json")
 
 
 @server_app.command()
@@ -198,21 +202,21 @@ def admit(
     file: Annotated[Path, typer.Argument(metavar="KEYS", help="The file of keys that the site sent.")],
     folder: Folder,
 ) -> None:
-    """Let a site in with the keys it sent; or a joined site's new node key beside its old one.
+    """Admit a site with the keys it sent, or a joined site's new node key besides its old one.
 
-    Exit code 3: the keys do not belong to the site's invitation, or the server does not run.
+    Exit code 3: the keys do not match the site's invitation, or the server is not running.
     """
     keys = SiteKeys.read(file)
     added = Enrolment(ServerHome(folder)).admit(keys)
-    typer.echo(f"Site '{keys.site}' is in, as node {added.node_id}.")
-    typer.echo(f"Compare at the telephone: {fingerprint(keys.node_key, keys.identity)}")
+    typer.echo(f"Site '{keys.site}' is admitted as node {added.node_id}.")
+    typer.echo(f"Compare on the phone: {fingerprint(keys.node_key, keys.identity)}")
 
 
 @server_app.command()
 def sites(
     folder: Folder,
     keys: Annotated[
-        bool, typer.Option(help="Print the identities, as site.yaml's `peers` has them.")
+        bool, typer.Option(help="Print the identities in the form of site.yaml's `peers`.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -220,19 +224,19 @@ def sites(
     from fedsigma.server.deployment.flower_control import ControlError, FlowerControl
 
     server = ServerHome(folder)
-    found = Enrolment(server).sites()
+    all_sites = Enrolment(server).sites()
     if keys:
         typer.echo("peers:")
-        for site in (s for s in found if s.identity):
+        for site in (s for s in all_sites if s.identity):
             typer.echo(f'  {site.name}: "{site.identity}"')
         return
     try:
         nodes = FlowerControl(server).nodes()
     except ControlError as error:
-        typer.echo(f"Whether sites are online is not known: {error}", err=True)
+        typer.echo(f"Cannot determine which sites are online: {error}", err=True)
         nodes = {}
     rows = []
-    for site in found:
+    for site in all_sites:
         current = site.keys[-1] if site.keys else None
         node = nodes.get(current.node_id) if current else None
         rows.append(
@@ -253,16 +257,16 @@ def sites(
 
 @server_app.command()
 def revoke(site: Annotated[str, typer.Argument(help="The site.")], folder: Folder) -> None:
-    """Shut a site out at once, with all its keys; other sites go on."""
+    """Revoke all keys of a site at once; other sites continue."""
     for key in Enrolment(ServerHome(folder)).revoke(site):
-        typer.echo(f"Node {key.node_id} of site '{site}' is shut out.")
+        typer.echo(f"Node {key.node_id} of site '{site}' is revoked.")
 
 
 @server_app.command()
 def rotate(
     what: Annotated[str, typer.Argument(help="certificate, keys (sites' old node keys) or authority.")],
     folder: Folder,
-    switch: Annotated[bool, typer.Option("--switch", help="authority: have the next one sign.")] = False,
+    switch: Annotated[bool, typer.Option("--switch", help="authority: make the next one sign.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="authority: the file for sites.", show_default="trust.pem")
     ] = None,
@@ -273,37 +277,37 @@ def rotate(
 ) -> None:
     """Replace the server's certificates, sites' old node keys, or the authority that sites trust.
 
-    certificate: needs nothing of sites, and runs go on. keys: shuts out old node keys of sites whose new one
-    has been seen. authority: writes a file that sites take with `fedsigma site trust`; once all have,
-    --switch.
+    certificate: sites need no change, and runs continue. keys: revokes old node keys of sites whose new one
+    has been online. authority: writes a file that sites install with `fedsigma site trust`; once all have
+    done so, use --switch.
 
-    Exit code 3: a file does not do, or a step is missing.
+    Exit code 3: a file is invalid, or a step is missing.
     """
     from fedsigma.server.deployment import certificate_rotation
 
     if (certificate is None) != (key is None):
-        raise ServerHomeError("--certificate and --key belong together: give both or none")
+        raise ServerHomeError("--certificate and --key belong together: pass both or none")
     server = ServerHome(folder)
     if what == "keys":
         for old in Enrolment(server).retire_old_keys():
-            typer.echo(f"The old node key of site '{old.site}' is shut out.")
+            typer.echo(f"The old node key of site '{old.site}' is revoked.")
     elif what == "certificate":
         own = CertificatePair(certificate.read_bytes(), key.read_bytes()) if certificate and key else None
         certificate_rotation.renew_certificates(server, own)
-        typer.echo("New certificates are in place.")
+        typer.echo("Installed new certificates.")
         _restart(server, "superlink", "proxy")
     elif what == "authority" and not switch:
         path = out or Path("trust.pem")
         text = certificate_rotation.create_next_authority(server, path)
-        typer.echo(f"Give {path} to every site: fedsigma site trust {path.name}")
-        typer.echo(f"Read aloud at the telephone: {fingerprint(text)}")
-        typer.echo("When all have it: fedsigma server rotate authority --switch")
+        typer.echo(f"Send {path} to every site, which installs it: fedsigma site trust {path.name}")
+        typer.echo(f"Read aloud on the phone: {fingerprint(text)}")
+        typer.echo("When all sites have it: fedsigma server rotate authority --switch")
     elif what == "authority":
         certificate_rotation.switch_authority(server)
-        typer.echo("The new authority signs; sites that do not trust it are shut out.")
+        typer.echo("The new authority signs; sites that do not trust it can no longer connect.")
         _restart(server, "superlink", "worker", "proxy")
     else:
-        raise ServerHomeError(f"'{what}' cannot be rotated: certificate, keys or authority")
+        raise ServerHomeError(f"'{what}' cannot be rotated: expected certificate, keys or authority")
 
 
 def _restart(server: ServerHome, *processes: str) -> None:
@@ -312,17 +316,17 @@ def _restart(server: ServerHome, *processes: str) -> None:
             restart(server.path, process)
             typer.echo(f"Restarted {process}.")
         except ProcessError as error:
-            typer.echo(f"{error}: restart it by hand", err=True)
+            typer.echo(f"{error}: restart it yourself", err=True)
 
 
 def _chosen(server: ServerHome, only: str | None) -> list[Process]:
-    """All processes of a server, or the one of this name."""
+    """Return all processes of a server, or the one of this name."""
     processes = server_processes(server)
     chosen = [process for process in processes if only in (None, process.name)]
     if not chosen and only == "dashboard":
-        raise ServerHomeError(f"there is no dashboard without {server.path / 'dashboard.yaml'}: write one")
+        raise ServerHomeError(f"the dashboard needs {server.path / 'dashboard.yaml'}: write this file")
     if not chosen:
-        raise ServerHomeError(f"no process '{only}': there are {', '.join(p.name for p in processes)}")
+        raise ServerHomeError(f"no process '{only}': expected one of {', '.join(p.name for p in processes)}")
     return chosen
 
 
@@ -340,7 +344,7 @@ def _health(server: ServerHome, process: Process) -> str:
 
 
 def _dashboard_health(server: ServerHome) -> str:
-    """By the certificate that dashboard.yaml names, or without TLS where a proxy in front ends it."""
+    """Ask the dashboard with the certificate of dashboard.yaml, or without TLS if a proxy terminates it."""
     from fedsigma.server.dashboard.config import DashboardConfig
 
     try:
@@ -348,8 +352,8 @@ def _dashboard_health(server: ServerHome) -> str:
         certificate = Path(config.certificate).read_bytes() if config.certificate else None
         return web_health_of(resolve_relative(config.listen, where="listen"), certificate=certificate)
     except (ValueError, OSError) as error:
-        # The health of the others is still to be said.
-        return f"not known ({error})"
+        # The health of the other processes is still shown.
+        return f"unknown ({error})"
 
 
 def _next_to(address: str, step: int) -> str:

@@ -1,4 +1,4 @@
-"""The commands of the coordinating server: list the runs, write a report."""
+"""The commands of studies and runs: simulate, submit, watch, stop, resume and report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Look at the runs of a server.")
+app = typer.Typer(no_args_is_help=True, help="List runs and write reports.")
 
 _STATES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow"}
 
@@ -33,28 +33,30 @@ _STATES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted
 def runs(
     directory: Annotated[
         Path | None,
-        typer.Argument(help="Where the run folders are.", show_default="$FEDSIGMA_RUNS, or ~/fedsigma-runs"),
+        typer.Argument(
+            help="Directory of the run folders.", show_default="$FEDSIGMA_RUNS, or ~/fedsigma-runs"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the runs in a directory, the newest last.
 
-    A run is running, finished, failed, or interrupted: it can be gone on with by resume=true.
+    A run is running, finished, failed or interrupted; interrupted runs can be resumed with --resume.
     """
     directory = directory or runs_folder()
-    found = [summarize_run(RunDir.open(path)) for path in find_runs(directory)]
-    found.sort(key=lambda run: (run.started or 0.0, run.path))
+    summaries = [summarize_run(RunDir.open(path)) for path in find_runs(directory)]
+    summaries.sort(key=lambda run: (run.started or 0.0, run.path))
     if as_json:
-        typer.echo(json.dumps([run.to_dict() for run in found], indent=2))
-    elif found:
-        Console().print(_table(found, directory))
+        typer.echo(json.dumps([run.to_dict() for run in summaries], indent=2))
+    elif summaries:
+        Console().print(_table(summaries, directory))
     else:
-        typer.echo(f"No runs in {directory}.")
+        typer.echo(f"No runs found in {directory}.")
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write the report of a run, finished or not, and print where it is."""
+    """Write the report of a run, finished or not, and print its path."""
     from fedsigma.server.report import write_report
 
     typer.echo(str(write_report(RunDir.open(run))))
@@ -72,9 +74,7 @@ Tracker = Annotated[
 ]
 Run = Annotated[str, typer.Argument(help="A run's number, or a study's name for its latest run.")]
 
-StudyArgument = Annotated[
-    str, typer.Argument(help="A study that comes with FedSigma (demo), or the path of a study file.")
-]
+StudyArgument = Annotated[str, typer.Argument(help="A built-in study (demo), or the path of a study file.")]
 
 
 @study_app.command("run")
@@ -83,10 +83,10 @@ def study_run(
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: as the study says.")] = 0,
-    seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: as the study says.")] = -1,
-    resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,
-    cpus_per_site: Annotated[int, typer.Option(min=1, help="Processors for one site at a time.")] = 1,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: those of the study.")] = 0,
+    seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: that of the study.")] = -1,
+    resume: Annotated[bool, typer.Option(help="Resume the interrupted run in --out.")] = False,
+    cpus_per_site: Annotated[int, typer.Option(min=1, help="CPU cores for each site.")] = 1,
     tracker: Tracker = None,
 ) -> None:
     """Simulate a study with all its sites on this machine, then print its results and its report's path.
@@ -102,7 +102,7 @@ def study_run(
     number = seed if seed >= 0 else config.seed
     folder = (out or runs_folder() / f"{config.name}-{stamp}-s{number}").expanduser().resolve()
     if resume:
-        with RunDir.open(folder).lock():  # it is free: said now, not after Flower has started
+        with RunDir.open(folder).lock():  # fails now rather than after Flower has started
             pass
     try:
         code = run_simulation(
@@ -115,13 +115,13 @@ def study_run(
             trackers=",".join(tracker or ()),
         )
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted. To go on: the same command with --resume --out {folder}", err=True)
+        typer.echo(f"Interrupted. To resume: the same command with --resume --out {folder}", err=True)
         raise typer.Exit(130) from None
     if code:
         raise typer.Exit(code)
     run = RunDir.open(folder)
     if config.data is not None and config.data.source.startswith("demo"):
-        typer.echo("\nThe pictures of this study are synthetic: drawn by a program, not taken from patients.")
+        typer.echo("\nThe images of this study are synthetic: drawn by a program, not taken from patients.")
     Console().print(summary_table(run.read_summary()))
     typer.echo(f"Report: {run.report_path}")
 
@@ -134,12 +134,13 @@ def study_evaluate(
         Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
     ] = None,
     server: Annotated[
-        Path | None, typer.Option(help="Submit it to the sites of the server in this folder, and wait.")
+        Path | None,
+        typer.Option(help="Submit it to the sites of the server in this folder, and wait for the end."),
     ] = None,
 ) -> None:
-    """Have every site of a study evaluate versions of models, without training; zero-shot beside them.
+    """Evaluate versions of models, and the zero-shot model, at every site of a study, without training.
 
-    Exit code 0: done; 1: the run failed; 3: a version is missing or does not fit the study.
+    Exit code 0: done; 1: the run failed; 3: a version is missing or does not match the study.
 
     Example: fedsigma study evaluate demo demo@1 demo@2
     """
@@ -147,7 +148,7 @@ def study_evaluate(
 
     from fedsigma.common.config.study import load_study
 
-    paths = [str(Path(one).expanduser().resolve()) if Path(one).exists() else one for one in models]
+    paths = [str(Path(model).expanduser().resolve()) if Path(model).exists() else model for model in models]
     config = replace(
         load_study(study), evaluate_versions=tuple(paths), baselines=("zero_shot",), personal=None
     )
@@ -162,7 +163,7 @@ def study_evaluate(
 
 @study_app.command("check")
 def study_check(study: StudyArgument) -> None:
-    """Read a study file, open its data and say what would run, without training."""
+    """Check a study file and its data, and show what would run, without training."""
     from fedsigma.common.config.study import load_study
     from fedsigma.common.data.records import site_table
     from fedsigma.common.data.sources.registry import open_source
@@ -181,9 +182,9 @@ def study_privacy(
         int | None,
         typer.Option(min=1, help="Training images of a site.", show_default="shots times classes"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Reckon what a private study will spend, before it runs. The fewer images, the more.
+    """Compute the privacy budget that a private study will use. The fewer images, the more.
 
     Example: fedsigma study privacy my-study.yaml --images 64
 
@@ -196,34 +197,34 @@ def study_privacy(
 
     config = load_study(study)
     number = images or config.max_examples_per_site
-    with Console(stderr=True).status("reckoning"):
-        found = privacy_plan(config, images=number)
+    with Console(stderr=True).status("computing"):
+        plan = privacy_plan(config, images=number)
     if as_json:
-        typer.echo(json.dumps({"images": number, **asdict(found)}, indent=2))
+        typer.echo(json.dumps({"images": number, **asdict(plan)}, indent=2))
         return
     privacy = config.privacy
     whose = "each site" if privacy.of_sites else f"each {privacy.level}, of {number} images at a site"
     typer.echo(
         f"Hides {whose}: noise multiplier {privacy.noise_multiplier:g}, delta {privacy.delta:g};"
-        f" a round is {found.release.steps} steps at a sampling rate of {found.release.rate:.3g}."
+        f" a round is {plan.release.steps} steps at a sampling rate of {plan.release.rate:.3g}."
     )
-    for rounds, spent in found.epsilon_after.items():
+    for rounds, spent in plan.epsilon_after.items():
         typer.echo(f"  after {rounds:>4} rounds  epsilon {spent:8.2f}")
-    for target, noise in found.noise_multiplier_for.items():
+    for target, noise in plan.noise_multiplier_for.items():
         typer.echo(
-            f"  all {found.rounds} rounds within epsilon {target:g} need a noise multiplier of {noise:g}"
+            f"  all {plan.rounds} rounds within epsilon {target:g} need a noise multiplier of {noise:g}"
         )
-    typer.echo(f"The budget, epsilon {privacy.epsilon:g}, allows {found.within} of {found.rounds} rounds.")
+    typer.echo(f"The budget, epsilon {privacy.epsilon:g}, allows {plan.within} of {plan.rounds} rounds.")
 
 
-def _table(found: list[RunSummary], directory: Path) -> Table:
+def _table(summaries: list[RunSummary], directory: Path) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for head in ("Run", "Study", "State"):
         table.add_column(head, overflow="fold")
     for head in ("Rounds", "Accuracy"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("Started", no_wrap=True)
-    for run in found:
+    for run in summaries:
         planned = run.rounds_planned if run.rounds_planned is not None else NOTHING
         table.add_row(
             escape(str(Path(run.path).relative_to(directory)) if Path(run.path) != directory else run.path),
@@ -238,32 +239,38 @@ def _table(found: list[RunSummary], directory: Path) -> Table:
 
 @study_app.command()
 def submit(
-    study: Annotated[str, typer.Argument(help="A study that comes with FedSigma, or a study file.")],
+    study: Annotated[str, typer.Argument(help="A built-in study, or the path of a study file.")],
     folder: Folder,
-    again: Annotated[bool, typer.Option(help="Also if the same study was submitted before.")] = False,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: as the study says.")] = 0,
-    seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: as the study says.")] = -1,
+    again: Annotated[
+        bool, typer.Option(help="Submit it even if the same study was submitted before.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: those of the study.")] = 0,
+    seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: that of the study.")] = -1,
     tracker: Tracker = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the end, and exit by it.")] = False,
+    wait: Annotated[bool, typer.Option(help="Wait for the end; the exit code is the run's.")] = False,
 ) -> None:
-    """Check a study and hand it to the server's sites.
+    """Check a study and submit it to the server's sites.
 
-    Exit code 0: submitted, or with --wait completed; 1: with --wait, it ended otherwise; 3: the study does
-    not do, or was submitted before, or the server does not run.
+    Exit code 0: submitted, or with --wait completed; 1: with --wait, it did not complete; 3: the study is
+    invalid or was submitted before, or the server is not running.
     """
     studies = _studies(folder)
-    made = studies.submit(study, again=again, rounds=rounds, seed=seed, trackers=",".join(tracker or ()))
-    typer.echo(f"Submitted '{made.study}' as run {made.run_id}; its folder is {made.folder}.")
+    submission = studies.submit(
+        study, again=again, rounds=rounds, seed=seed, trackers=",".join(tracker or ())
+    )
+    typer.echo(
+        f"Submitted '{submission.study}' as run {submission.run_id}; its folder is {submission.folder}."
+    )
     if wait:
-        _wait(studies, made.run_id)
+        _wait(studies, submission.run_id)
 
 
 def wait_for_run(folder: Path, study: str) -> None:
     """Submit a study, even if it was submitted before, and wait for its end; exits as `submit --wait`."""
     studies = _studies(folder)
-    made = studies.submit(study, again=True)
-    _wait(studies, made.run_id)
-    typer.echo(f"Report: {Path(made.folder) / 'report.html'}")
+    submission = studies.submit(study, again=True)
+    _wait(studies, submission.run_id)
+    typer.echo(f"Report: {Path(submission.folder) / 'report.html'}")
 
 
 @study_app.command()
@@ -272,37 +279,38 @@ def status(
     run: Annotated[str | None, typer.Argument(help="A run's number or a study's name.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List what was submitted, and how it is.
+    """List the submitted studies and the states of their runs.
 
-    Exit code 0; for a single RUN, 1 if it ended without being completed.
+    Exit code 0; for a single RUN, 1 if it ended without completing.
     """
     studies = _studies(folder)
-    found = [studies.find(run)] if run else studies.statuses()
+    statuses = [studies.find(run)] if run else studies.statuses()
     rows = [
         {
-            "run": one.submission.run_id,
-            "study": one.submission.study,
-            "status": one.status,
-            "rounds": one.rounds,
-            "submitted": one.submission.submitted_at.isoformat(),
-            "folder": one.submission.folder,
+            "run": status.submission.run_id,
+            "study": status.submission.study,
+            "status": status.status,
+            "rounds": status.rounds,
+            "submitted": status.submission.submitted_at.isoformat(),
+            "folder": status.submission.folder,
         }
-        for one in found
+        for status in statuses
     ]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
         print_table(("run", "study", "status", "rounds", "submitted"), rows)
-    if run and _ended_badly(found[0]):
+    if run and _ended_badly(statuses[0]):
         raise typer.Exit(FAILED)
 
 
 @study_app.command()
 def stop(run: Run, folder: Folder) -> None:
-    """Stop a run; what it has done stays, and `resume` goes on with it."""
-    made = _studies(folder).stop(run)
+    """Stop a run; its results so far are kept, and it can be resumed."""
+    submission = _studies(folder).stop(run)
     typer.echo(
-        f"Run {made.run_id} of '{made.study}' is stopped; to go on: fedsigma study resume {made.run_id}"
+        f"Run {submission.run_id} of '{submission.study}' is stopped; to resume it:"
+        f" fedsigma study resume {submission.run_id}"
     )
 
 
@@ -310,24 +318,24 @@ def stop(run: Run, folder: Folder) -> None:
 def resume(
     run: Run,
     folder: Folder,
-    wait: Annotated[bool, typer.Option(help="Wait for the end, and exit by it.")] = False,
+    wait: Annotated[bool, typer.Option(help="Wait for the end; the exit code is the run's.")] = False,
 ) -> None:
-    """Go on with a run that ended before its last round.
+    """Resume a run that ended before its last round.
 
-    Exit codes as of `submit`.
+    Exit codes: see `submit`.
     """
     studies = _studies(folder)
-    made = studies.resume(run)
-    typer.echo(f"Run {made.resumes} goes on as run {made.run_id}.")
+    submission = studies.resume(run)
+    typer.echo(f"Run {submission.resumes} is resumed as run {submission.run_id}.")
     if wait:
-        _wait(studies, made.run_id)
+        _wait(studies, submission.run_id)
 
 
 @study_app.command()
 def logs(
     run: Run,
     folder: Folder,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on printing until the run ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep printing until the run ends.")] = False,
 ) -> None:
     """Print the log of a run at the server. Sites' logs stay at the sites."""
     raise typer.Exit(_studies(folder).logs(run, follow=follow))
@@ -348,5 +356,5 @@ def _wait(studies: Studies, run: str) -> None:
         raise typer.Exit(FAILED)
 
 
-def _ended_badly(one: SubmissionStatus) -> bool:
-    return not one.active and one.status != "finished:completed"
+def _ended_badly(status: SubmissionStatus) -> bool:
+    return not status.active and status.status != "finished:completed"

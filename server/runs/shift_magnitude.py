@@ -1,4 +1,4 @@
-"""Where a shift is large: its mean magnitude by tower, part and layer."""
+"""Mean magnitude of a shift by tower, part and layer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ if TYPE_CHECKING:  # torch is slow to import, and a report of a run without a sh
 __all__ = ["ShiftMagnitude", "shift_magnitudes", "to_towers"]
 
 DIGITS = 4
-"""Significant digits of a value that is kept: a heat is for looking at."""
+"""Significant digits of a value in the file: the magnitudes are for display."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftMagnitude:
     """Mean absolute shift of one tower.
 
-    Shapes: values (parts, layers), NaN where the study adapts nothing.
+    Attributes:
+        tower: `image` or `text`.
+        parts: Adapted parts, the rows of `values`.
+        layers: Numbers of the adapted layers, the columns of `values`.
+        values: Shape (parts, layers); NaN where the study adapts nothing.
     """
 
     tower: str
@@ -32,32 +36,39 @@ class ShiftMagnitude:
 
 
 def shift_magnitudes(shift: NDArray[np.float32], layout: Layout) -> tuple[ShiftMagnitude, ...]:
-    """The heat of each tower that is adapted, in the layout's order. Shapes: shift (layout size,)."""
+    """Return the mean magnitudes of each adapted tower, in the layout's order.
+
+    Args:
+        shift: Shape (layout size,).
+        layout: The layout of the shift.
+    """
     size, towers = np.abs(shift), dict.fromkeys(entry.tower for entry in layout.entries)
-    return tuple(_heat(size, tower, [e for e in layout.entries if e.tower == tower]) for tower in towers)
+    return tuple(
+        _tower_magnitude(size, tower, [e for e in layout.entries if e.tower == tower]) for tower in towers
+    )
 
 
-def _heat(size: NDArray[np.float32], tower: str, entries: Sequence[Entry]) -> ShiftMagnitude:
+def _tower_magnitude(size: NDArray[np.float32], tower: str, entries: Sequence[Entry]) -> ShiftMagnitude:
     parts = tuple(dict.fromkeys(entry.part for entry in entries))
     layers = tuple(sorted({entry.layer for entry in entries}))
     total, count = np.zeros((2, len(parts), len(layers)))
     for entry in entries:
-        place = parts.index(entry.part), layers.index(entry.layer)
-        total[place] += float(size[entry.offset : entry.offset + entry.size].sum())
-        count[place] += entry.size
+        cell = parts.index(entry.part), layers.index(entry.layer)
+        total[cell] += float(size[entry.offset : entry.offset + entry.size].sum())
+        count[cell] += entry.size
     values = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     return ShiftMagnitude(tower=tower, parts=parts, layers=layers, values=values)
 
 
-def to_towers(heats: Sequence[ShiftMagnitude]) -> dict[str, Any]:
-    """As JSON's own types: by tower its layers, and for each part a value a layer, None where not adapted."""
+def to_towers(magnitudes: Sequence[ShiftMagnitude]) -> dict[str, Any]:
+    """Convert to JSON types: layers and values by part for each tower; None where nothing is adapted."""
     return {
-        heat.tower: {
-            "layers": list(heat.layers),
+        magnitude.tower: {
+            "layers": list(magnitude.layers),
             "parts": {
                 part: [None if np.isnan(v) else float(f"{v:.{DIGITS}g}") for v in row]
-                for part, row in zip(heat.parts, heat.values, strict=True)
+                for part, row in zip(magnitude.parts, magnitude.values, strict=True)
             },
         }
-        for heat in heats
+        for magnitude in magnitudes
     }

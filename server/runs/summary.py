@@ -1,4 +1,4 @@
-"""What can be said of a run at a glance, and where the runs are."""
+"""Short summaries of runs, and the search for run folders."""
 
 from __future__ import annotations
 
@@ -16,49 +16,59 @@ from fedsigma.server.runs.run_dir import RunDir, RunDirError
 
 __all__ = ["RunSummary", "find_runs", "last_contacts", "runs_folder", "study_of", "summarize_run"]
 
-_ANSWERS = frozenset({"site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"})
-"""The kinds of events that came of a message from the site that they name."""
+_SITE_EVENTS = frozenset({"site_ready", "reply_accepted", "reply_rejected", "evaluation_accepted"})
+"""Kinds of events that a message from the named site caused."""
 
-_DEPTH = 2  # a run folder lies in the given directory, or in one of its subdirectories
+_DEPTH = 2  # a run folder is in the given directory, or in one of its subdirectories
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """One run in one line.
+    """Summary of one run.
 
-    Units: started in seconds since 1970, seconds in seconds, federated_accuracy between 0 and 1.
+    Attributes:
+        path: The run folder.
+        study: Name of the study.
+        state: `running`, `interrupted`, `finished` or `failed`.
+        reason: Why the run failed, else empty.
+        rounds_done: Finished rounds.
+        rounds_planned: Rounds of the study, None if unknown.
+        sites: Number of sites.
+        federated_accuracy: Accuracy of the final model, or of the newest one of an unfinished run, 0 to 1.
+        started: Seconds since 1970.
+        seconds: Duration in seconds.
     """
 
     path: str
     study: str
-    state: str  # running, interrupted, finished or failed
-    reason: str  # why it failed, else empty
+    state: str
+    reason: str
     rounds_done: int
     rounds_planned: int | None
     sites: int
-    federated_accuracy: float | None  # of the final model, or of the newest one while the run goes on
+    federated_accuracy: float | None
     started: float | None
     seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON's own types."""
+        """Return the fields as JSON types."""
         return asdict(self)
 
 
 def study_of(folder: RunDir) -> dict[str, Any]:
-    """The study as a mapping; empty if study.yaml cannot be read as one."""
+    """Return the study as a mapping; empty if study.yaml cannot be parsed as one."""
     try:
         # LibYAML's parser where there is one: ten times as fast, and a list of runs reads many.
-        found = yaml.load(folder.study_yaml, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        study = yaml.load(folder.study_yaml, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return study if isinstance(study, dict) else {}
 
 
 def summarize_run(folder: RunDir) -> RunSummary:
-    """Say how far a run has come.
+    """Summarize a run.
 
-    Of the files that grow only the ends are read, so that a list of many long runs is there at once.
+    Only the ends of the growing files are read, so that a list of many long runs is fast.
     """
     study, summary = study_of(folder), _summary(folder)
     events, rows = _newest_events(folder), _newest_rows(folder)
@@ -85,8 +95,8 @@ def summarize_run(folder: RunDir) -> RunSummary:
 
 
 def _newest_events(folder: RunDir) -> list[Row]:
-    """The last events, back to the newest end of a round or start of the run at least."""
-    for lines in _ever_more(folder.path / "events.jsonl"):
+    """Return the last events, back to at least the newest end of a round or start of the run."""
+    for lines in _growing_tails(folder.path / "events.jsonl"):
         found = [event for event in map(_event, lines) if event]
         if any(event["kind"] in ("round_end", "run_start") for event in found):
             break
@@ -94,25 +104,25 @@ def _newest_events(folder: RunDir) -> list[Row]:
 
 
 def _newest_rows(folder: RunDir) -> list[Row]:
-    """The last rows, back to two judgements of the pooled model at least: one whole round is between them."""
+    """Return the last rows, back to at least two evaluations over all sites: a full round is between them."""
     header = split_cells(first_line(folder.path / "rounds.csv"))
-    for lines in _ever_more(folder.path / "rounds.csv"):
-        # The header is no row: its cells are no numbers.
+    for lines in _growing_tails(folder.path / "rounds.csv"):
+        # The header is not parsed as a row, since its cells are not numbers.
         found = latest_rows(parse_row(header, split_cells(line)) for line in lines)
         if sum(row["site"] == ALL_SITES and row.get("accuracy") is not None for row in found) > 1:
             break
     return found
 
 
-def _ever_more(path: Path) -> Iterator[list[str]]:
-    """The last lines of a file, more of them each time, and at last all."""
-    whole = path.stat().st_size if path.is_file() else 0
-    size = min(CHUNK, whole)
+def _growing_tails(path: Path) -> Iterator[list[str]]:
+    """Yield the last lines of a file, more of them each time, and finally all."""
+    total = path.stat().st_size if path.is_file() else 0
+    size = min(CHUNK, total)
     while True:
         yield last_lines(path, size=size)
-        if size >= whole:
+        if size >= total:
             return
-        size = min(4 * size, whole)
+        size = min(4 * size, total)
 
 
 def _event(line: str) -> Row | None:
@@ -120,24 +130,24 @@ def _event(line: str) -> Row | None:
 
 
 def last_contacts(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """When each site was last heard of, in seconds since 1970, by events of one run or of several."""
-    heard: dict[str, float] = {}
+    """Return when each site last sent a message, in seconds since 1970, from the events of runs."""
+    contacts: dict[str, float] = {}
     for event in events:
         site, time = event.get("site"), event.get("time")
-        if event["kind"] in _ANSWERS and isinstance(site, str) and isinstance(time, int | float):
-            heard[site] = max(float(time), heard.get(site, 0.0))
-    return heard
+        if event["kind"] in _SITE_EVENTS and isinstance(site, str) and isinstance(time, int | float):
+            contacts[site] = max(float(time), contacts.get(site, 0.0))
+    return contacts
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """The run folders in a directory (or the directory itself), in the order of their names.
+    """Return the run folders in a directory (or the directory itself), sorted by path.
 
     Raises:
-        RunDirError: There is no such directory.
+        RunDirError: The directory does not exist.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise RunDirError(f"no directory {directory}: name the one that holds the run folders")
+        raise RunDirError(f"directory {directory} does not exist: name the one that holds the run folders")
     return sorted(_walk(directory, _DEPTH))
 
 
@@ -158,7 +168,7 @@ def _summary(folder: RunDir) -> dict[str, Any]:
 
 
 def _state(folder: RunDir, events: list[dict[str, Any]]) -> tuple[str, str]:
-    """The state since the last start: a run may fail, be resumed, and finish."""
+    """Return state and reason since the last start: a run may fail, be resumed, and finish."""
     for event in reversed(events):
         if event["kind"] == "run_start":
             break
@@ -171,6 +181,6 @@ def _accuracy(summary: dict[str, Any], rows: list[dict[str, Any]]) -> float | No
     federated = summary.get("federated")
     if isinstance(federated, dict) and isinstance(federated.get("accuracy"), int | float):
         return float(federated["accuracy"])
-    pooled = [row.get("accuracy") for row in rows if row["site"] == ALL_SITES]
-    known = [value for value in pooled if value is not None]
-    return known[-1] if known else None
+    accuracies = [row.get("accuracy") for row in rows if row["site"] == ALL_SITES]
+    accuracies = [accuracy for accuracy in accuracies if accuracy is not None]
+    return accuracies[-1] if accuracies else None

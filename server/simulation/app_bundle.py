@@ -1,7 +1,7 @@
 """The Flower app that runs an installed FedSigma: two lines of code, the same for every study.
 
-What is sent to sites is this and no more. They run their own installed FedSigma, so a site that has approved
-the bundle once has approved no code but what its own people install.
+Sites receive only this bundle and run their own installed FedSigma. A site that has approved the bundle once
+has therefore approved no code other than what its own staff install.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ app = _app
 
 
 def write_app(folder: Path) -> Path:
-    """Write the app into a new folder, byte by byte the same each time; returns the folder."""
+    """Write the app into a folder, with the same bytes each time; returns the folder."""
     package = folder / "fedsigma_study"
     package.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(_APP_TOML, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""A federation in this process: the real apps, with messages handed over instead of sent.
+"""A federation in one process: the real apps, with messages passed as objects instead of sent.
 
-For many small studies one after the other, where starting Flower's processes for each would take longer than
-the study. Sites answer one by one; what a message holds is what the wire would carry.
+For many small studies in sequence, where starting Flower's processes would take longer than the study. Sites
+reply one after the other; a message has the same content as on the wire.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIRST_NODE = 100
 
 
 class InProcessGrid(Grid):
-    """Asks a ClientApp as each of its nodes: a message is answered when its reply is pulled.
+    """Runs a ClientApp as each of its nodes: a message is handled when its reply is pulled.
 
     Args:
         app: Of the sites.
@@ -58,15 +58,15 @@ class InProcessGrid(Grid):
         }
 
     def set_run(self, run: Any) -> None:
-        """Nothing: there is one run."""
+        """Do nothing: there is only one run."""
 
     @property
     def run(self) -> Any:
-        """There is none that Flower knows."""
+        """Not available."""
         raise NotImplementedError
 
     def create_message(self, *args: Any, **kwargs: Any) -> Any:
-        """Messages are built by their own class."""
+        """Not available: use `Message`."""
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
@@ -78,7 +78,7 @@ class InProcessGrid(Grid):
         return [NodeInfo(node_id=node) for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Keep the messages; returns their ids."""
+        """Store the messages; returns their ids."""
         ids = []
         for message in messages:
             message_id = f"m{next(self._numbers)}"
@@ -88,7 +88,7 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Have the sites answer these messages."""
+        """Run the sites on these messages, and return their replies."""
         tasks = [self._pushed.pop(name) for name in message_ids if name in self._pushed]
         return [reply for task in tasks if (reply := self.answer(task)) is not None]
 
@@ -99,7 +99,7 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def answer(self, message: Message) -> Message | None:
-        """The reply of one site; an error of its app becomes what Flower makes of it."""
+        """Return the reply of one site; an error of its app becomes an error reply, as in Flower."""
         try:
             return self.app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:

@@ -1,9 +1,8 @@
-"""Run a study as a simulation on this machine: Flower's own `flwr run`, with its traps taken care of.
+"""Run a study as a simulation on this machine, by Flower's `flwr run`.
 
-`flwr run` keeps a SuperLink running for good, installs the app's dependencies into an environment of its
-own, starts two sites unless told otherwise, and ends with 0 even when the run failed. Here each simulation
-has a SuperLink, a port and a home folder of its own, which are gone afterwards, and the true end of the run
-decides.
+`flwr run` leaves a SuperLink running, installs the app's dependencies into a separate environment, starts two
+sites by default, and exits with 0 even if the run failed. Here each simulation has its own SuperLink, ports
+and home folder, which are removed afterwards, and the status of the run sets the exit code.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ __all__ = ["SimulationError", "run_simulation"]
 
 COMPLETED = "finished:completed"
 START_S = 120.0
-"""How long the SuperLink may take to start; on a busy machine, much longer than Flower itself waits."""
+"""Time for the SuperLink to start, in seconds; a busy machine needs longer than Flower itself waits."""
 
 
 class SimulationError(FedSigmaError, RuntimeError):
@@ -55,39 +54,40 @@ def run_simulation(
     cpus_per_site: int = 1,
     trackers: str = "",
 ) -> int:
-    """Run a study with all its sites on this machine, showing Flower's log as it comes.
+    """Run a study with all its sites on this machine, and show Flower's log.
 
     Args:
-        study: The name of a study that comes with FedSigma, or the path of a study file.
-        out: The run folder; None makes one under `runs_folder()`.
-        rounds, seed: Instead of the study's own (0 and -1: the study's own).
-        resume: Go on with the interrupted run in `out`.
-        cpus_per_site: Processors for one site at a time; as many sites work at once as fit.
-        trackers: Names of experiment trackers, by commas, besides those of FEDSIGMA_TRACKERS.
+        study: Name of a built-in study, or path of a study file.
+        out: The run folder; None creates one in `runs_folder()`.
+        rounds: Replaces the study's rounds, unless 0.
+        seed: Replaces the study's seed, unless -1.
+        resume: Resume the interrupted run in `out`.
+        cpus_per_site: CPU cores for each site; as many sites work at once as there are cores for.
+        trackers: Comma-separated experiment trackers, besides those of $FEDSIGMA_TRACKERS.
 
     Returns:
         0 if the run completed, else 1.
 
     Raises:
-        ConfigError: The study does not read, or is not for a simulation, or a tracker cannot be used.
-        ModelError: There is no such version as the study wants judged.
-        RunDirError: `out` is no place for a run.
+        ConfigError: The study is invalid or has no data for a simulation, or a tracker cannot be used.
+        ModelError: A version to evaluate does not exist.
+        RunDirError: `out` is in use, or is a file.
         SimulationError: Flower did not start.
-        KeyboardInterrupt: By Ctrl-C or SIGTERM; nothing is left running, and the run can be resumed.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM; no process is left running, and the run can be resumed.
     """
     config = load_study(study)
     sites = _count_sites(config)
     choose_trackers(trackers)
-    place = out.expanduser().resolve() if out else None
-    if place and not resume:
-        check_free(place)
+    run_folder = out.expanduser().resolve() if out else None
+    if run_folder and not resume:
+        check_free(run_folder)
     for reference in config.evaluate_versions:
-        find_version(reference, place.parent if place else runs_folder())
+        find_version(reference, run_folder.parent if run_folder else runs_folder())
     with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fedsigma-") as folder:
         home = Path(folder)
         (home / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
         values = {"study": str(home / "study.yaml"), "resume": resume, "rounds": rounds, "seed": seed}
-        values |= {"out": str(place or ""), "trackers": trackers}
+        values |= {"out": str(run_folder or ""), "trackers": trackers}
         environment = _environment(home)
         with _superlink(home, environment):
             run = _flwr_run(home, environment, values, sites=sites, cpus=cpus_per_site)
@@ -99,7 +99,7 @@ def run_simulation(
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Have SIGTERM end a simulation as Ctrl-C does, so that no SuperLink is left running."""
+    """Make SIGTERM end a simulation as Ctrl-C does, so that no SuperLink is left running."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -117,18 +117,18 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _count_sites(study: StudyConfig) -> int:
     from fedsigma.common.data.sources.site_data import simulated_sites
 
-    setup = StudySpec.of(study)
-    if not setup.data:
+    spec = StudySpec.of(study)
+    if not spec.data:
         raise ConfigError(
-            f"study '{study.name}' has no data section, so it is for real sites: a simulation needs one"
+            f"study '{study.name}' has no data section, which a simulation needs: add one, or submit the study to a server"
         )
-    return len(simulated_sites(setup.data, setup.classes, setup.seed)[1])
+    return len(simulated_sites(spec.data, spec.classes, spec.seed)[1])
 
 
 def _environment(home: Path) -> dict[str, str]:
     """Return the environment of every process of this simulation."""
     api, control = free_ports(2)
-    # Without PYTHONUNBUFFERED, which is among them, the log of a run comes in blocks, long after the event.
+    # It includes PYTHONUNBUFFERED, without which the log of a run would appear in blocks, with delay.
     return {
         **os.environ,
         **flower_environment(home / "flwr"),
@@ -139,7 +139,7 @@ def _environment(home: Path) -> dict[str, str]:
 
 @contextmanager
 def _superlink(home: Path, environment: dict[str, str]) -> Iterator[None]:
-    """Run a SuperLink of our own, as `flwr run` would start it, and end it with all that it started."""
+    """Run a SuperLink as `flwr run` would start it, and end it with all its children."""
     port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
     control = environment["FLWR_LOCAL_CONTROL_API_PORT"]
     log = home / "superlink.log"
@@ -173,10 +173,10 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: str, log: Path) 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and all that it started.
+    """End the SuperLink and all processes that it started.
 
-    Flower gives its children sessions of their own, so a signal to one group does not reach them all; and
-    once their parent is gone, nothing tells whose they were.
+    Flower starts its children in separate sessions, so a signal to one process group does not reach all of
+    them; and once the parent has ended, they can no longer be found as its children.
     """
     import psutil
 
@@ -185,9 +185,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         parent = psutil.Process(process.pid)
         left = [parent, *parent.children(recursive=True)]
     for end, patience in ((psutil.Process.terminate, 10.0), (psutil.Process.kill, 5.0)):
-        for one in left:
+        for child in left:
             with suppress(psutil.NoSuchProcess):
-                end(one)
+                end(child)
         left = psutil.wait_procs(left, timeout=patience)[1]
     process.wait()
 
@@ -197,7 +197,7 @@ def _flwr_run(
 ) -> str:
     """Start the run, show its log until it ends, and return its id."""
     app = _checkout() or write_app(home / "app")
-    # JSON's texts, numbers and booleans are TOML's, too.
+    # JSON's strings, numbers and booleans are valid TOML.
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
     federation = f"num-supernodes={sites} client-resources-num-cpus={cpus} client-resources-num-gpus=0"
     command = ["flwr", "run", str(app), "--stream", "--run-config", config]
@@ -214,14 +214,14 @@ def _flwr_run(
         except KeyboardInterrupt:
             process.terminate()
             raise
-    found = re.search(r"run[ _-]?(?:id)?[^0-9]{0,4}(\d{6,})", "".join(lines), re.IGNORECASE)
-    if found is None:
+    match = re.search(r"run[ _-]?(?:id)?[^0-9]{0,4}(\d{6,})", "".join(lines), re.IGNORECASE)
+    if match is None:
         raise SimulationError("`flwr run` did not start the run: see its message above")
-    return found.group(1)
+    return match.group(1)
 
 
 def _checkout() -> Path | None:
-    """This checkout, whose own code a simulation runs; None for an installed package."""
+    """Return this checkout, whose code a simulation runs; None for an installed package."""
     folder = Path(__file__).resolve().parents[2]
     if (folder / "pyproject.toml").is_file() and (folder / "fedsigma" / "serverapp.py").is_file():
         return folder
@@ -229,7 +229,7 @@ def _checkout() -> Path | None:
 
 
 def _status(run: str, home: Path, environment: dict[str, str]) -> str:
-    """Ask Flower how the run ended; the end of the log may come a moment before the end of the run."""
+    """Return the final status of the run; the log may end a moment before the run does."""
     status = "unknown"
     for _ in range(30):
         done = subprocess.run(

@@ -270,7 +270,7 @@ def test_the_commands_list_runs_and_write_reports(tmp_path: Path) -> None:
         assert result.exit_code != 0
         assert isinstance(result.exception, RunDirError)
     (tmp_path / "empty").mkdir()
-    assert "No runs in" in runner.invoke(app, ["runs", str(tmp_path / "empty")]).stdout
+    assert "No runs found in" in runner.invoke(app, ["runs", str(tmp_path / "empty")]).stdout
 
 
 def test_a_run_that_goes_on_is_called_running_and_is_not_gone_on_with(

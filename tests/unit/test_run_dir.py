@@ -323,7 +323,7 @@ def test_runs_are_found_in_a_directory_and_one_level_below(tmp_path: Path) -> No
         RunDir.create(tmp_path / name, STUDY)
     assert [str(path.relative_to(tmp_path)) for path in find_runs(tmp_path)] == ["group/two", "one"]
     assert find_runs(tmp_path / "one") == [tmp_path / "one"]
-    with pytest.raises(RunDirError, match="no directory"):
+    with pytest.raises(RunDirError, match="does not exist"):
         find_runs(tmp_path / "none")
 
 
