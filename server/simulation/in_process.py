@@ -27,10 +27,10 @@ class InProcessGrid(Grid):
     """Runs a ClientApp as each of its nodes: a message is handled when its reply is pulled.
 
     Args:
-        app: Of the sites.
-        sites: How many; node 100 is the first.
-        node_config: Of every node, besides its number.
-        run_id: By which sites keep what belongs to a run; by default one is drawn, as Flower does.
+        app: The sites' ClientApp.
+        sites: Number of sites; node 100 is the first.
+        node_config: Configuration of every node, besides its number.
+        run_id: Number of the run, by which sites store its state; drawn by default, as in Flower.
     """
 
     def __init__(

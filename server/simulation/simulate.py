@@ -120,7 +120,8 @@ def _count_sites(study: StudyConfig) -> int:
     spec = StudySpec.of(study)
     if not spec.data:
         raise ConfigError(
-            f"study '{study.name}' has no data section, which a simulation needs: add one, or submit the study to a server"
+            f"study '{study.name}' has no data section, which a simulation needs: add one, or"
+            " submit the study to a server"
         )
     return len(simulated_sites(spec.data, spec.classes, spec.seed)[1])
 
