@@ -1,4 +1,4 @@
-"""The registry of finished models: each is a version with a signed manifest. Needs no torch to be read."""
+"""Registry of finished models: versions with signed manifests. Reading a manifest does not import torch."""
 
 from fedsigma.common.registry.manifest import Manifest, ModelError, Signer, SiteRow, method_rows
 from fedsigma.common.registry.store import ModelRegistry, Version, registry_folder

@@ -1,4 +1,4 @@
-"""How two versions differ: their studies, their results, and their shifts by tower and part."""
+"""Compare two model versions: studies, results, and shifts by tower and part."""
 
 from __future__ import annotations
 
@@ -11,46 +11,59 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.registry.manifest import ModelError
-from fedsigma.common.registry.publish import load
+from fedsigma.common.registry.publish import load_version
 from fedsigma.common.registry.store import Version
 
-__all__ = ["Difference", "ShiftRow", "compare"]
+__all__ = ["Comparison", "ShiftRow", "compare"]
 
 
 @dataclass(frozen=True)
 class ShiftRow:
-    """One part of two shifts: their L2 norms, the cosine between them (0 where one is zero), and the norm of
-    their difference."""
+    """Comparison of two shifts in one group of values.
 
-    where: str
-    one: float
-    other: float
+    Attributes:
+        group: `all`, or tower and part, such as `image q`.
+        norm: L2 norm of the first shift.
+        other_norm: L2 norm of the second shift.
+        cosine: Cosine similarity; 0 where one of the shifts is zero.
+        distance: L2 norm of the difference.
+    """
+
+    group: str
+    norm: float
+    other_norm: float
     cosine: float
-    apart: float
+    distance: float
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What differs. study: a unified diff, empty if the same; accuracy: by method, of both."""
+class Comparison:
+    """Differences of two versions.
+
+    Attributes:
+        study: Unified diff of the two studies; empty if they are equal.
+        accuracy: Accuracy of both versions over all sites, by method.
+        shifts: Comparison of the shifts for all values, and for each tower and part.
+    """
 
     study: str
     accuracy: dict[str, tuple[float | None, float | None]]
     shifts: tuple[ShiftRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON's own types."""
+        """Return the comparison as JSON types."""
         return asdict(self)
 
 
-def compare(one: Version, other: Version) -> Difference:
+def compare(one: Version, other: Version) -> Comparison:
     """Compare two versions.
 
     Raises:
-        ModelError: they are not of one backbone, layout and basis, so that their shifts cannot be compared.
+        ModelError: The versions differ in backbone, layout or basis, so their shifts cannot be compared.
     """
     from fedsigma.common.sigma import Fingerprint, Layout
 
-    first, second = load(one), load(other)
+    first, second = load_version(one), load_version(other)
     problem = Fingerprint.from_json(first.fingerprint_json).describe_mismatch(
         Fingerprint.from_json(second.fingerprint_json)
     )
@@ -66,7 +79,7 @@ def compare(one: Version, other: Version) -> Difference:
         first.study_yaml.splitlines(), second.study_yaml.splitlines(), *names, lineterm=""
     )
     results = one.manifest.results, other.manifest.results
-    return Difference(
+    return Comparison(
         study="\n".join(lines),
         accuracy={
             method: (results[0].get(method, {}).get("accuracy"), results[1].get(method, {}).get("accuracy"))
@@ -77,8 +90,7 @@ def compare(one: Version, other: Version) -> Difference:
 
 
 def _rows(layout: Any, one: NDArray[np.float64], other: NDArray[np.float64]) -> Iterator[ShiftRow]:
-    whole = np.ones(layout.size, bool)
-    masks = {"all": whole}
+    masks = {"all": np.ones(layout.size, bool)}
     for entry in layout.entries:
         name = f"{entry.tower} {entry.part}"
         mask = masks.setdefault(name, np.zeros(layout.size, bool))

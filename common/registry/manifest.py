@@ -1,7 +1,7 @@
-"""What a version of a model says of itself, and the signature by which a change is found.
+"""The signed manifest of a model version.
 
-The manifest has the digest of every file of the version, and its own bytes are signed with Ed25519. So a file
-that was changed, exchanged or added is found by whoever knows the signer's public key.
+The manifest lists the SHA-256 of every file of the version, and its own bytes are signed with Ed25519. The
+signer's public key is enough to detect a changed, replaced or added file.
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ METHODS = ("zero_shot", "local_only", "pooled", "shared_only", "federated")
 
 
 class ModelError(FedSigmaError, ValueError):
-    """A version of a model is missing, was changed, or cannot be made."""
+    """A model version is missing, was changed, or cannot be created."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteRow:
-    """One site's part. name: empty where it does not want to be named; accuracy on its own test images."""
+    """One site that took part in training.
+
+    Attributes:
+        name: Name of the site; empty if its policy does not allow attribution.
+        accuracy: Accuracy on the site's own test images, between 0 and 1.
+    """
 
     name: str
     accuracy: float | None
@@ -47,20 +52,30 @@ class SiteRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a version says of itself.
+    """The signed description of a model version.
 
-    Fields: name, of the study, or given to what was made from other versions; version, counted from 1;
-    created, ISO, UTC; made, `trained`, or how it came of its parents; parents, as NAME@N; backbone, the
-    study's name for it; weights and layout, SHA-256 of the backbone's weights and of the layout; study, the
-    SHA-256 of the study as resolved; classes; rounds; results, by method the accuracy and metrics over all
-    sites' test images, shares between 0 and 1; sites; files, the SHA-256 of each file beside the manifest;
-    signer, the public key, 64 hex digits.
+    Attributes:
+        name: Name of the model: the study's name, or the name given to a combination.
+        version: Number of the version, counted from 1.
+        created: Time of creation, ISO 8601, UTC.
+        origin: `trained`, or how the version was computed from its parents.
+        backbone: Backbone as the study names it.
+        weights: SHA-256 of the backbone's weights.
+        layout: SHA-256 of the layout.
+        study: SHA-256 of the resolved study.
+        classes: Class names.
+        rounds: Number of rounds.
+        results: For each method, the accuracy and metrics over all sites' test images, between 0 and 1.
+        sites: The participating sites.
+        parents: Parent versions as NAME@N.
+        files: SHA-256 of each file beside the manifest.
+        signer: Public key, 64 hex digits.
     """
 
     name: str
     version: int
     created: str
-    made: str
+    origin: str
     backbone: str
     weights: str
     layout: str
@@ -75,43 +90,43 @@ class Manifest:
 
     @property
     def reference(self) -> str:
-        """NAME@N."""
+        """The reference of the version, NAME@N."""
         return f"{self.name}@{self.version}"
 
     def to_bytes(self) -> bytes:
-        """The bytes that are signed."""
+        """Return the JSON text that is signed."""
         values = {"format": FORMAT, **asdict(self)}
         return (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @classmethod
     def read(cls, folder: Path, *, signer: str = "") -> Manifest:
-        """Read the manifest of a version and verify it with all files of its folder.
+        """Read the manifest of a version and verify its signature and all files of its folder.
 
         Args:
-            folder: of the version.
-            signer: the public key that must have signed it (64 hex digits); empty for whichever it names,
-                which finds damage, and no one who signs anew.
+            folder: Folder of the version.
+            signer: Public key of the expected signer, 64 hex digits. Empty for the key that the manifest
+                names: this detects damage, but not a manifest signed again with another key.
 
         Raises:
-            ModelError: it is missing, was changed, or is signed by another.
+            ModelError: The manifest is missing, a file was changed, or the signer is another.
         """
         try:
             content = (folder / MANIFEST).read_bytes()
             signature = bytes.fromhex((folder / SIGNATURE).read_text(encoding="ascii").strip())
         except (OSError, ValueError) as error:
-            raise ModelError(f"{folder} is no version of a model: {error}") from None
-        found = _parse(content, folder)
-        if signer and found.signer != signer:
-            raise ModelError(f"{folder} is signed by {found.signer[:16]}…, expected {signer[:16]}…")
+            raise ModelError(f"{folder} is not a model version: {error}") from None
+        manifest = _parse(content, folder)
+        if signer and manifest.signer != signer:
+            raise ModelError(f"{folder} is signed by {manifest.signer[:16]}…, expected {signer[:16]}…")
         try:
-            Ed25519PublicKey.from_public_bytes(bytes.fromhex(found.signer)).verify(signature, content)
+            Ed25519PublicKey.from_public_bytes(bytes.fromhex(manifest.signer)).verify(signature, content)
         except (InvalidSignature, ValueError):
             raise ModelError(
-                f"{folder}: the signature does not fit the manifest, so one was changed:"
-                " take the version from a backup"
+                f"{folder}: the signature does not match the manifest, so one of them was changed:"
+                " restore the version from a backup"
             ) from None
-        _check_files(found, folder)
-        return found
+        _check_files(manifest, folder)
+        return manifest
 
 
 def _parse(content: bytes, folder: Path) -> Manifest:
@@ -123,45 +138,45 @@ def _parse(content: bytes, folder: Path) -> Manifest:
         values |= {key: tuple(values[key]) for key in ("classes", "parents")}
         return Manifest(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / MANIFEST} does not read: {error}") from None
+        raise ModelError(f"{folder / MANIFEST} cannot be parsed: {error}") from None
 
 
 def _check_files(manifest: Manifest, folder: Path) -> None:
     there = {path.name for path in folder.iterdir()} - {MANIFEST, SIGNATURE}
     if more := sorted(there - set(manifest.files)):
-        raise ModelError(f"{folder} holds {more[0]}, which the manifest does not name: remove it")
+        raise ModelError(f"{folder} contains {more[0]}, which the manifest does not list: remove it")
     for name, digest in manifest.files.items():
         path = folder / name
         if name not in there or not path.is_file() or digest_of(path.read_bytes()) != digest:
-            raise ModelError(f"{path} was changed or is missing: take the version from a backup")
+            raise ModelError(f"{path} was changed or is missing: restore the version from a backup")
 
 
 def digest_of(content: bytes) -> str:
-    """SHA-256, 64 hex digits."""
+    """Return the SHA-256 of bytes, 64 hex digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 class Signer:
-    """Signs manifests with an Ed25519 key that its owner alone can read.
+    """Signs manifests with an Ed25519 key.
 
     Args:
-        path: of the private key, PEM; made at first use.
+        path: Private key, PEM, readable by its owner only; created at first use.
 
     Raises:
-        ModelError: the file holds no Ed25519 key.
+        ModelError: The file does not contain an Ed25519 key.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = Ed25519PrivateKey.generate()
-            write_secret(path, made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+            generated = Ed25519PrivateKey.generate()
+            write_secret(path, generated.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         try:
             key = load_pem_private_key(path.read_bytes(), password=None)
         except (ValueError, TypeError) as error:
-            raise ModelError(f"{path} holds no key: {error}") from None
+            raise ModelError(f"{path} does not contain a private key: {error}") from None
         if not isinstance(key, Ed25519PrivateKey):
-            raise ModelError(f"{path} holds no Ed25519 key")
+            raise ModelError(f"{path} does not contain an Ed25519 key")
         self._key = key
 
     @property
@@ -170,12 +185,12 @@ class Signer:
         return self._key.public_key().public_bytes_raw().hex()
 
     def sign(self, content: bytes) -> str:
-        """The signature, 128 hex digits."""
+        """Return the signature of bytes, 128 hex digits."""
         return self._key.sign(content).hex()
 
 
 def method_rows(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What of a run's summary belongs into a manifest: by method the accuracy and metrics over all sites."""
+    """Select the accuracy and metrics over all sites of each method in a run's summary."""
     return {
         method: {"accuracy": summary[method].get("accuracy"), "metrics": summary[method].get("metrics", {})}
         for method in METHODS
@@ -184,10 +199,10 @@ def method_rows(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a model's name that would not do as a folder's.
+    """Check that a model's name can be used as a folder name.
 
     Raises:
-        ModelError: it is not letters, digits, `.`, `_` and `-`.
+        ModelError: The name has other characters than letters, digits, `.`, `_` and `-`, or is too long.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
-        raise ModelError(f"a model's name is {name!r}, expected letters, digits, '.', '_' or '-'")
+        raise ModelError(f"the model name is {name!r}, expected letters, digits, '.', '_' or '-'")

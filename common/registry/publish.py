@@ -1,4 +1,4 @@
-"""A finished run becomes a version."""
+"""Publish the model of a finished run as a version of the registry."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from fedsigma.common.registry.model_card import write_card
 from fedsigma.common.registry.shift_file import SavedShift, load_shift
 from fedsigma.common.registry.store import ModelRegistry, Version
 
-__all__ = ["draft_of", "load", "publish", "put"]
+__all__ = ["add_version", "draft_manifest", "load_version", "publish"]
 
 
 def publish(
-    shelf: ModelRegistry, run: Path, summary: Mapping[str, Any], *, named: Collection[str], private: str = ""
+    registry: ModelRegistry,
+    run: Path,
+    summary: Mapping[str, Any],
+    *,
+    named: Collection[str],
+    private: str = "",
 ) -> Version:
     """Make a version of a run's model.
 
     Args:
-        shelf: where to.
+        registry: Registry to add the version to.
         run: the run's folder.
         summary: its results.
         named: the sites whose names may stand in it.
@@ -37,22 +42,24 @@ def publish(
     """
     saved = load_shift(run)
     per_site = summary.get("federated", {}).get("per_site", {})
-    # By accuracy, so that the order tells nothing of those that are not named.
+    # By accuracy, so that the order does not reveal the sites without a name.
     order = sorted(summary.get("sites", []), key=lambda site: per_site.get(site, math.inf))
     sites = tuple(SiteRow(name=s if s in named else "", accuracy=per_site.get(s)) for s in order)
-    draft = replace(draft_of(saved, made="trained"), results=method_rows(summary), sites=sites)
-    return put(shelf, draft, (run / "sigma.safetensors").read_bytes(), saved.study_yaml, private=private)
+    draft = replace(draft_manifest(saved, origin="trained"), results=method_rows(summary), sites=sites)
+    return add_version(
+        registry, draft, (run / "sigma.safetensors").read_bytes(), saved.study_yaml, private=private
+    )
 
 
-def draft_of(saved: SavedShift, *, made: str) -> Manifest:
-    """The manifest of a shift, without results and sites."""
+def draft_manifest(saved: SavedShift, *, origin: str) -> Manifest:
+    """Return the manifest of a shift, without results and sites."""
     study = StudyConfig.from_yaml(saved.study_yaml, where="the shift's study")
     fingerprint = json.loads(saved.fingerprint_json)
     return Manifest(
         name=study.name,
         version=0,
         created="",
-        made=made,
+        origin=origin,
         backbone=study.backbone,
         weights=str(fingerprint.get("weights", "")),
         layout=str(fingerprint.get("layout", "")),
@@ -62,22 +69,22 @@ def draft_of(saved: SavedShift, *, made: str) -> Manifest:
     )
 
 
-def load(version: Version) -> SavedShift:
-    """The shift of a version.
+def load_version(version: Version) -> SavedShift:
+    """Load the shift of a version.
 
     Raises:
-        ArtefactError: it does not read; a verified version's does.
+        ShiftFileError: The file is missing or damaged.
     """
     return load_shift(version.path)
 
 
-def put(
-    shelf: ModelRegistry, draft: Manifest, sigma: bytes, study_yaml: str, *, private: str = ""
+def add_version(
+    registry: ModelRegistry, draft: Manifest, sigma: bytes, study_yaml: str, *, private: str = ""
 ) -> Version:
-    """Add a version with its study and its card."""
+    """Add a version with its shift, study and model card to the registry."""
     files = {
         "sigma.safetensors": sigma,
         "study.yaml": study_yaml.encode(),
         "card.md": write_card(draft, study=study_yaml, private=private).encode(),
     }
-    return shelf.add(draft, files)
+    return registry.add(draft, files)

@@ -1,7 +1,7 @@
 """The file that keeps a sigma shift: one safetensors file with its layout, fingerprint and study.
 
 The file holds one float32 tensor named `shift`; everything needed to apply it later (which weights it
-belongs to, which backbone it was trained on, which study made it) lies in the file's metadata as text.
+belongs to, which backbone it was trained on, which study trained it) is stored as text in the metadata.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ _TEXTS = ("layout", "fingerprint", "study")
 
 
 class ShiftFileError(FedSigmaError, ValueError):
-    """A sigma file is missing, damaged, or not one of ours."""
+    """A shift file is missing, damaged, or not in FedSigma's format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedShift:
-    """What a sigma file holds.
+    """The content of a shift file.
 
-    run is the key by which the sites find their personal values of this run; empty if they have none.
-
-    Shapes: shift (layout size,) float32.
+    Attributes:
+        shift: Shape (layout size,), float32.
+        layout_json: Layout of the shift, JSON.
+        fingerprint_json: Fingerprint of the backbone and basis, JSON.
+        study_yaml: Resolved study, YAML.
+        round: Number of the last round.
+        run: Key of the sites' personal values of this run; empty without personal values.
     """
 
     shift: Tensor
@@ -62,7 +66,7 @@ def save_shift(
     Shapes: shift (layout size,), any floating type; stored as float32.
 
     Raises:
-        ArtefactError: the shift is not one-dimensional, is empty, or holds a value that is not finite.
+        ShiftFileError: The shift is not one-dimensional, is empty, or holds a value that is not finite.
     """
     write_atomic(
         Path(path),
@@ -80,10 +84,10 @@ def save_shift(
 
 
 def to_bytes(saved: SavedShift) -> bytes:
-    """The content of a sigma file.
+    """Encode a shift file.
 
     Raises:
-        ArtefactError: the shift is not one-dimensional, is empty, or holds a value that is not finite.
+        ShiftFileError: The shift is not one-dimensional, is empty, or holds a value that is not finite.
     """
     tensor = saved.shift.detach().to("cpu", torch.float32).contiguous()
     _check(tensor, "the shift to save")
@@ -104,7 +108,7 @@ def load_shift(path: Path) -> SavedShift:
     """Read a sigma file, or the `sigma.safetensors` inside a run folder.
 
     Raises:
-        ArtefactError: there is no such file, it is damaged, or it is not a sigma file.
+        ShiftFileError: There is no such file, it is damaged, or it is not a sigma file.
     """
     path = Path(path)
     if path.is_dir():
@@ -123,20 +127,20 @@ def load_shift(path: Path) -> SavedShift:
     except (SafetensorError, OSError) as error:
         raise ShiftFileError(f"{path} cannot be read ({error}): copy it again from the run folder") from error
     _check(shift, str(path))
-    told = metadata.pop("sha256", "")
-    # Files of before there was a digest have none.
-    if told and told != _digest(shift, metadata):
+    digest = metadata.pop("sha256", "")
+    # Older files have no digest.
+    if digest and digest != _digest(shift, metadata):
         raise ShiftFileError(f"{path} was changed or damaged since it was written: copy it again")
     run = metadata.get("run", "")
     return SavedShift(shift=shift, round=_round(path, metadata), run=run, **_texts(path, metadata))
 
 
 def _digest(shift: Tensor, metadata: dict[str, str]) -> str:
-    """SHA-256 of all that a file says; it finds damage, and no one who can write a file is kept from it."""
-    whole = hashlib.sha256(shift.numpy().tobytes())
+    """SHA-256 of a file's content and metadata; detects damage, but not deliberate changes."""
+    digest = hashlib.sha256(shift.numpy().tobytes())
     for key, text in sorted(metadata.items()):
-        whole.update(f"{len(key)}:{key}{len(text.encode())}:{text}".encode())
-    return whole.hexdigest()
+        digest.update(f"{len(key)}:{key}{len(text.encode())}:{text}".encode())
+    return digest.hexdigest()
 
 
 def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:
@@ -170,4 +174,4 @@ def _check(shift: Tensor, what: str) -> None:
             f"{what} has shape {tuple(shift.shape)} and type {shift.dtype}, expected a float32 vector"
         )
     if not bool(torch.isfinite(shift).all()):
-        raise ShiftFileError(f"{what} holds values that are not finite: the training that made it diverged")
+        raise ShiftFileError(f"{what} contains values that are not finite: the training diverged")

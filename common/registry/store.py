@@ -1,14 +1,13 @@
-"""The folder of all versions, their labels, and the history of both.
+"""The folder of all model versions, with their labels and history.
 
-MODELS/signing.pem           the key that signs; signing.pub its public part
-MODELS/history.jsonl         chained: what was added and promoted
+MODELS/signing.pem           the private signing key; signing.pub has the public key
+MODELS/history.jsonl         hash-chained log of additions and promotions
 MODELS/NAME/N/               one version: sigma.safetensors, study.yaml, card.md, manifest.json, manifest.sig
 MODELS/NAME/labels.json      label -> version
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from fedsigma.common.registry.manifest import (
     MANIFEST,
@@ -39,7 +40,13 @@ _LABEL = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 @dataclass(frozen=True)
 class Version:
-    """A version: its folder, its verified manifest, and its labels."""
+    """One version of a model.
+
+    Attributes:
+        path: Folder of the version.
+        manifest: Verified manifest.
+        labels: Labels that point to this version, such as `production`.
+    """
 
     path: Path
     manifest: Manifest
@@ -47,23 +54,23 @@ class Version:
 
 
 def registry_folder(runs: Path) -> Path:
-    """Where versions are kept: $FEDSIGMA_MODELS, else `models` of the server, else beside the runs.
+    """Return the folder of the registry: $FEDSIGMA_MODELS, else $FEDSIGMA_SERVER/models, else RUNS/models.
 
     Args:
-        runs: where this machine's runs are.
+        runs: Folder of this machine's runs.
     """
-    if found := os.environ.get("FEDSIGMA_MODELS"):
-        return Path(found).expanduser()
+    if folder := os.environ.get("FEDSIGMA_MODELS"):
+        return Path(folder).expanduser()
     if server := os.environ.get("FEDSIGMA_SERVER"):
         return Path(server).expanduser() / "models"
     return runs / "models"
 
 
 class ModelRegistry:
-    """The versions of one place.
+    """The model versions of one folder.
 
     Args:
-        path: of the folder; made with the first version.
+        path: Folder of the registry; created with the first version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,20 +79,23 @@ class ModelRegistry:
 
     @property
     def public_key(self) -> str:
-        """The key that must have signed what is here; empty while there is nothing."""
+        """Public key of the registry's signatures, 64 hex digits; empty for an empty registry."""
         file = self.path / "signing.pub"
         return file.read_text(encoding="ascii").strip() if file.is_file() else ""
 
     def add(self, draft: Manifest, files: Mapping[str, bytes]) -> Version:
-        """Add a version: the next of its name.
+        """Add the next version of a model.
 
         Args:
-            draft: the manifest; version, created, files and signer are filled in.
-            files: what it consists of, by name.
+            draft: Manifest; version, created, files and signer are filled in.
+            files: Content of the version's files, by name.
+
+        Returns:
+            The new version, without labels.
 
         Raises:
-            ModelError: the name does not do.
-            OSError: it cannot be written; nothing is left of it.
+            ModelError: The name is invalid, or the two key files do not match.
+            OSError: The version cannot be written; no part of it remains.
         """
         check_name(draft.name)
         with self._locked():
@@ -93,7 +103,7 @@ class ModelRegistry:
             if not self.public_key:
                 write_whole(self.path / "signing.pub", signer.public.encode() + b"\n")
             elif self.public_key != signer.public:
-                raise ModelError(f"{self.path}: signing.pem and signing.pub do not belong together")
+                raise ModelError(f"{self.path}: signing.pem and signing.pub do not match: restore both")
             number = max(self._numbers(draft.name), default=0) + 1
             manifest = replace(
                 draft,
@@ -115,26 +125,32 @@ class ModelRegistry:
         return Version(folder, manifest)
 
     def versions(self, name: str = "") -> list[Version]:
-        """All versions, or those of one model, verified, by name and number.
+        """Return verified versions, sorted by name and number.
+
+        Args:
+            name: Name of one model; empty for all models.
 
         Raises:
-            ModelError: one was changed.
+            ModelError: A version was changed.
         """
         names = [name] if name else sorted(p.name for p in self.path.glob("*") if p.is_dir())
         return [self._version(one, number) for one in names for number in self._numbers(one)]
 
     def find(self, reference: str) -> Version:
-        """A version by NAME (its latest), NAME@N or NAME@LABEL.
+        """Return a verified version.
+
+        Args:
+            reference: NAME (the latest version), NAME@N or NAME@LABEL.
 
         Raises:
-            ModelError: there is none, or it was changed.
+            ModelError: There is no such version, or it was changed.
         """
         name, _, which = reference.partition("@")
         check_name(name)
         numbers = self._numbers(name)
         if not numbers:
             known = ", ".join(sorted(p.name for p in self.path.glob("*") if p.is_dir())) or "none"
-            raise ModelError(f"there is no model '{name}' in {self.path}: there are {known}")
+            raise ModelError(f"no model '{name}' in {self.path}: available are {known}")
         labels = self._labels(name)
         if which.isdecimal() and int(which) in numbers:
             return self._version(name, int(which))
@@ -148,17 +164,24 @@ class ModelRegistry:
         )
 
     def promote(self, reference: str, label: str) -> Version:
-        """Give a version a label, such as `production`; another version of the model loses it.
+        """Move a label, such as `production`, to a version.
+
+        Args:
+            reference: NAME (the latest version), NAME@N or NAME@LABEL.
+            label: A lower-case letter, then lower-case letters, digits or '-'.
+
+        Returns:
+            The version with its labels.
 
         Raises:
-            ModelError: there is no such version, or the label does not do.
+            ModelError: There is no such version, or the label is invalid.
         """
         if not _LABEL.fullmatch(label):
             raise ModelError(
-                f"the label is {label!r}, expected a small letter, then small letters, digits or '-'"
+                f"the label is {label!r}, expected a lower-case letter, then such letters, digits or '-'"
             )
-        found = self.find(reference)
-        manifest = found.manifest
+        version = self.find(reference)
+        manifest = version.manifest
         with self._locked():
             labels = {**self._labels(manifest.name), label: manifest.version}
             text = json.dumps(labels, indent=2, sort_keys=True) + "\n"
@@ -166,30 +189,34 @@ class ModelRegistry:
             self._note("promoted", manifest.reference, label=label)
         return self._version(manifest.name, manifest.version)
 
-    def check(self) -> list[str]:
-        """Verify everything: each version, and the history; returns what is wrong, one line each."""
-        found = []
+    def verify(self) -> list[str]:
+        """Verify all versions and the history.
+
+        Returns:
+            The problems found, one line each.
+        """
+        problems = []
         try:
             added = {line["model"]: line for line in self._history.lines() if line["kind"] == "added"}
         except ValueError as error:
             return [str(error)]
         for name in sorted(p.name for p in self.path.glob("*") if p.is_dir()):
             for number in self._numbers(name):
-                noted = added.pop(f"{name}@{number}", None)
+                entry = added.pop(f"{name}@{number}", None)
                 try:
                     manifest = self._version(name, number).manifest
                 except ModelError as error:
-                    found.append(str(error))
+                    problems.append(str(error))
                     continue
-                if noted is None or noted["sha256"] != digest_of(manifest.to_bytes()):
-                    found.append(f"{manifest.reference} is not the one that the history has")
-        return found + [f"{reference} is missing" for reference in sorted(added)]
+                if entry is None or entry["sha256"] != digest_of(manifest.to_bytes()):
+                    problems.append(f"{manifest.reference} differs from the version in the history")
+        return problems + [f"{reference} is missing" for reference in sorted(added)]
 
     def _version(self, name: str, number: int) -> Version:
         folder = self.path / name / str(number)
         manifest = Manifest.read(folder, signer=self.public_key)
         if manifest.reference != f"{name}@{number}":
-            raise ModelError(f"{folder} holds {manifest.reference}: it was moved or exchanged")
+            raise ModelError(f"{folder} holds {manifest.reference}: the folder was moved or replaced")
         labels = tuple(sorted(label for label, n in self._labels(name).items() if n == number))
         return Version(folder, manifest, labels)
 
@@ -206,6 +233,5 @@ class ModelRegistry:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(self.path / ".lock"):
             yield

@@ -28,36 +28,40 @@ def _group() -> None:
     """Keep `models` a group of its own."""
 
 
-Where = Annotated[
+RegistryOption = Annotated[
     Path | None,
-    typer.Option("--shelf", help="The folder of models.", show_default="$FEDSIGMA_MODELS, or by the runs"),
+    typer.Option(
+        "--registry",
+        help="Folder of the model registry.",
+        show_default="$FEDSIGMA_MODELS, or by the runs",
+    ),
 ]
 Ref = Annotated[str, typer.Argument(metavar="MODEL", help="NAME (its latest), NAME@N or NAME@LABEL.")]
-Place = Annotated[
-    str | None, typer.Option(help="Where the same backbone lies here, if not by the study's name.")
+BackboneOption = Annotated[
+    str | None, typer.Option(help="Path of the same backbone on this machine, if not the study's name.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @models_app.command("list")
 def list_versions(
-    name: Annotated[str, typer.Argument(help="Of one model; all without it.")] = "",
-    shelf: Where = None,
+    name: Annotated[str, typer.Argument(help="Name of one model; default: all.")] = "",
+    registry: RegistryOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the versions there are, each verified.
+    """List and verify the versions.
 
-    Exit code 3: one was changed.
+    Exit code 3: a version was changed.
     """
     rows = []
-    for version in _open(shelf).versions(name):
+    for version in _open(registry).versions(name):
         manifest = version.manifest
         rows.append(
             {
                 "model": manifest.reference,
                 "labels": ", ".join(version.labels),
                 "created": manifest.created,
-                "made": manifest.made,
+                "origin": manifest.origin,
                 "sites": len(manifest.sites),
                 "accuracy": manifest.results.get("federated", {}).get("accuracy"),
                 "folder": str(version.path),
@@ -66,17 +70,17 @@ def list_versions(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    heads = ("model", "labels", "created", "made", "sites", "accuracy")
+    heads = ("model", "labels", "created", "origin", "sites", "accuracy")
     print_table(heads, [{head: _shown(row[head]) for head in heads} for row in rows])
 
 
 @models_app.command()
-def show(model: Ref, shelf: Where = None, as_json: AsJson = False) -> None:
-    """Print the card of a version, or with --json its manifest.
+def show(model: Ref, registry: RegistryOption = None, as_json: AsJson = False) -> None:
+    """Print the model card of a version, or its manifest with --json.
 
-    Exit code 3: there is none, or it was changed.
+    Exit code 3: the version is missing or was changed.
     """
-    version = _open(shelf).find(model)
+    version = _open(registry).find(model)
     if as_json:
         typer.echo(version.manifest.to_bytes().decode(), nl=False)
         return
@@ -89,62 +93,63 @@ def show(model: Ref, shelf: Where = None, as_json: AsJson = False) -> None:
 def diff(
     one: Ref,
     other: Annotated[str, typer.Argument(metavar="OTHER", help="Another version.")],
-    shelf: Where = None,
+    registry: RegistryOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how two versions differ: the studies, the results, and the shifts by tower and part.
+    """Compare two versions: studies, results, and shifts by tower and part.
 
-    Exit code 3: one is missing or was changed, or they are of different bases.
+    Exit code 3: a version is missing or was changed, or their bases differ.
     """
     from fedsigma.common.registry.compare import compare
 
-    place = _open(shelf)
-    found = compare(place.find(one), place.find(other))
+    models = _open(registry)
+    comparison = compare(models.find(one), models.find(other))
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        typer.echo(json.dumps(comparison.to_dict(), indent=2))
         return
-    typer.echo(found.study or "The studies are the same.")
-    for method, (before, after) in found.accuracy.items():
+    typer.echo(comparison.study or "The studies are the same.")
+    for method, (before, after) in comparison.accuracy.items():
         typer.echo(f"{method:<12} accuracy {_shown(before)} -> {_shown(after)}")
-    typer.echo(f"\n{'':<14}{'norm':>8}{'norm':>8}{'cosine':>8}{'apart':>8}")
-    for row in found.shifts:
-        typer.echo(f"{row.where:<14}{row.one:>8.3f}{row.other:>8.3f}{row.cosine:>8.3f}{row.apart:>8.3f}")
+    typer.echo(f"\n{'':<14}{'norm':>8}{'norm':>8}{'cosine':>8}{'distance':>8}")
+    for row in comparison.shifts:
+        typer.echo(
+            f"{row.group:<14}{row.norm:>8.3f}{row.other_norm:>8.3f}{row.cosine:>8.3f}{row.distance:>8.3f}"
+        )
 
 
 @models_app.command()
 def promote(
     model: Ref,
-    label: Annotated[str, typer.Argument(help="Such as candidate or production.")],
-    shelf: Where = None,
+    label: Annotated[str, typer.Argument(help="Label, such as candidate or production.")],
+    registry: RegistryOption = None,
 ) -> None:
-    """Give a version a label; another version of the model loses it.
+    """Move a label to a version.
 
-    Exit code 3: there is no such version, or it was changed, or the label does not do.
+    Exit code 3: the version is missing or was changed, or the label is invalid.
     """
-    version = _open(shelf).promote(model, label)
+    version = _open(registry).promote(model, label)
     typer.echo(f"{version.manifest.reference} is {', '.join(version.labels)}.")
 
 
 @models_app.command()
 def combine(
-    name: Annotated[str, typer.Argument(help="Of the model that is made.")],
+    name: Annotated[str, typer.Argument(help="Name of the new model.")],
     terms: Annotated[
         list[str], typer.Argument(metavar="MODEL=FACTOR...", help="Versions and their factors: a@1=0.5 b=0.5")
     ],
-    shelf: Where = None,
+    registry: RegistryOption = None,
 ) -> None:
-    """Make a version of a sum of shifts: one scaled (a=0.5 is half of the way from the pretrained model), or
-    several merged.
+    """Publish a weighted sum of shifts: one scaled (a=0.5 is halfway from the pretrained model), or several.
 
-    Exit code 3: a version is missing or was changed, or they are of different bases.
+    Exit code 3: a version is missing or was changed, or their bases differ.
 
     Example: fedsigma models combine both white-cells@3=0.5 dermoscopy@1=0.5
     """
     from fedsigma.common.registry.task_arithmetic import WeightedVersion, publish_combination
 
-    place = _open(shelf)
-    found = [WeightedVersion(place.find(reference), factor) for reference, factor in map(_term, terms)]
-    version = publish_combination(place, name, found)
+    models = _open(registry)
+    weighted = [WeightedVersion(models.find(reference), factor) for reference, factor in map(_term, terms)]
+    version = publish_combination(models, name, weighted)
     typer.echo(f"{version.manifest.reference} in {version.path}")
 
 
@@ -153,56 +158,58 @@ def curve(
     model: Ref,
     data: Annotated[str, typer.Option(help="Labelled images: folder:PATH, csv:PATH, parquet:PATH or demo.")],
     other: Annotated[
-        str | None, typer.Option(help="A version to end at; else from pretrained to MODEL.")
+        str | None, typer.Option(help="Second version; default: from the pretrained model to MODEL.")
     ] = None,
-    factors: Annotated[str, typer.Option(help="Where to judge, by commas.")] = "0,0.25,0.5,0.75,1,1.25",
-    backbone: Place = None,
-    shelf: Where = None,
+    factors: Annotated[
+        str, typer.Option(help="Factors to evaluate, separated by commas.")
+    ] = "0,0.25,0.5,0.75,1,1.25",
+    backbone: BackboneOption = None,
+    registry: RegistryOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how accuracy moves from the pretrained model (0) to a version (1), or from a version to another.
+    """Evaluate on the line from the pretrained model (0) to a version (1), or between two versions.
 
-    Exit code 3: a version is missing or was changed, they are of different bases, or no image fits.
+    Exit code 3: a version is missing or was changed, their bases differ, or no image has a known class.
 
     Example: fedsigma models curve white-cells@3 --data folder:cells
     """
-    from fedsigma.client.inference.interpolation import evaluate_curve as judge
+    from fedsigma.client.inference.interpolation import evaluate_curve
     from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.data.sources.registry import open_source
-    from fedsigma.common.registry.publish import load
+    from fedsigma.common.registry.publish import load_version
 
-    place = _open(shelf)
-    restored = load_model(place.find(model).path, backbone)
-    end = load(place.find(other)) if other else None
-    points = list(judge(restored, end, open_source(data), _factors(factors)))
+    models = _open(registry)
+    loaded = load_model(models.find(model).path, backbone)
+    end = load_version(models.find(other)) if other else None
+    points = list(evaluate_curve(loaded, end, open_source(data), _factors(factors)))
     if as_json:
         typer.echo(json.dumps([{"factor": point.factor, **point.metrics} for point in points], indent=2))
         return
     names = ("accuracy", "balanced_accuracy", "auroc", "ece")
     typer.echo(f"{'factor':>8}" + "".join(f"{name:>20}" for name in names))
     for point in points:
-        told = "".join(f"{_shown(point.metrics.get(name)):>20}" for name in names)
-        typer.echo(f"{point.factor:>8g}{told}")
+        cells = "".join(f"{_shown(point.metrics.get(name)):>20}" for name in names)
+        typer.echo(f"{point.factor:>8g}{cells}")
 
 
 @models_app.command()
 def export(
     model: Ref,
-    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
-    backbone: Place = None,
-    shelf: Where = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write image.onnx and text.onnx, too.")] = False,
+    out: Annotated[Path, typer.Option(help="Output folder; new or empty.")],
+    backbone: BackboneOption = None,
+    registry: RegistryOption = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write image.onnx and text.onnx.")] = False,
 ) -> None:
-    """Merge a verified version into its backbone: a plain open_clip folder, with its card and manifest.
+    """Merge a verified version into its backbone and write an open_clip folder with its card and manifest.
 
-    Exit code 3: there is no such version, or it was changed, or the backbone is another.
+    Exit code 3: the version is missing or was changed, or the backbone differs.
     """
     import shutil
 
     from fedsigma.client.inference.loaded_model import export as write_merged
     from fedsigma.client.inference.loaded_model import load_model
 
-    version = _open(shelf).find(model)
+    version = _open(registry).find(model)
     folder = write_merged(load_model(version.path, backbone), out, onnx=onnx)
     for file in ("card.md", "manifest.json", "manifest.sig"):
         shutil.copyfile(version.path / file, folder / file)
@@ -216,17 +223,17 @@ def export(
 def verify(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="VERSION", help="A version's folder; all of the shelf without it."),
+        typer.Argument(metavar="VERSION", help="Folder of one version; default: the whole registry."),
     ] = None,
-    key: Annotated[str, typer.Option(help="The public key that must have signed it, 64 hex digits.")] = "",
-    shelf: Where = None,
+    key: Annotated[str, typer.Option(help="Public key of the expected signer, 64 hex digits.")] = "",
+    registry: RegistryOption = None,
 ) -> None:
-    """Find whether a version was changed, or any of the shelf was changed, exchanged or removed.
+    """Verify the signature and files of a version, or of the whole registry and its history.
 
-    Without --key, a single folder is verified with the key that it names itself: that finds damage, and no
-    one who signs anew.
+    Without --key, a single folder is verified with the key in its manifest. This detects damage, but not a
+    manifest signed again with another key.
 
-    Exit code 0: all is as it was written; 3: VERSION is none; 4: something was changed.
+    Exit code 0: nothing was changed; 3: VERSION is not a valid version; 4: the registry was changed.
     """
     from fedsigma.common.registry import Manifest
 
@@ -234,20 +241,20 @@ def verify(
         manifest = Manifest.read(folder, signer=key)
         typer.echo(f"{manifest.reference}, as {manifest.signer} signed it.")
         return
-    place = _open(shelf)
-    wrong = place.check()
-    for line in wrong:
+    models = _open(registry)
+    problems = models.verify()
+    for line in problems:
         typer.echo(line, err=True)
-    if wrong:
+    if problems:
         raise typer.Exit(PROBLEMS)
-    typer.echo(f"{len(place.versions())} versions, all as {place.public_key or 'nobody'} signed them.")
+    typer.echo(f"{len(models.versions())} versions, all as {models.public_key or 'nobody'} signed them.")
 
 
-def _open(shelf: Path | None) -> ModelRegistry:
+def _open(registry: Path | None) -> ModelRegistry:
     from fedsigma.common.registry import ModelRegistry, registry_folder
     from fedsigma.common.utils.files import runs_folder
 
-    return ModelRegistry(shelf or registry_folder(runs_folder()))
+    return ModelRegistry(registry or registry_folder(runs_folder()))
 
 
 def _term(text: str) -> tuple[str, float]:
@@ -262,7 +269,7 @@ def _factors(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: expected numbers by commas, such as 0,0.5,1") from None
+        raise typer.BadParameter(f"{text!r}: expected numbers separated by commas, such as 0,0.5,1") from None
 
 
 def _shown(value: Any) -> str:

@@ -40,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name="smears",
         version=0,
         created="",
-        made="trained",
+        origin="trained",
         backbone="starter",
         weights="0" * 64,
         layout="1" * 64,

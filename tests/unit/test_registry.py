@@ -65,23 +65,23 @@ def saved(seed: int = 0, *, weights: str = "ab" * 32, study: str = STUDY) -> Sav
     )
 
 
-def add(shelf: ModelRegistry, folder: Path, seed: int = 0, **options: str) -> Version:
+def add(registry: ModelRegistry, folder: Path, seed: int = 0, **options: str) -> Version:
     folder.mkdir(exist_ok=True)
     (folder / "sigma.safetensors").write_bytes(to_bytes(saved(seed, **options)))
-    return publish(shelf, folder, SUMMARY, named={"north"})
+    return publish(registry, folder, SUMMARY, named={"north"})
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> ModelRegistry:
+def registry(tmp_path: Path) -> ModelRegistry:
     return ModelRegistry(tmp_path / "models")
 
 
-def test_a_run_becomes_the_next_version(shelf: ModelRegistry, tmp_path: Path) -> None:
-    assert add(shelf, tmp_path / "run", 0).manifest.reference == "demo@1"
-    version = add(shelf, tmp_path / "run", 1)
-    manifest = shelf.find("demo").manifest
+def test_a_run_becomes_the_next_version(registry: ModelRegistry, tmp_path: Path) -> None:
+    assert add(registry, tmp_path / "run", 0).manifest.reference == "demo@1"
+    version = add(registry, tmp_path / "run", 1)
+    manifest = registry.find("demo").manifest
     assert manifest == version.manifest and manifest.reference == "demo@2"
-    assert shelf.find("demo@1").manifest.version == 1
+    assert registry.find("demo@1").manifest.version == 1
     assert manifest.results["federated"]["accuracy"] == 0.75
     # One site wants to be named, the other counts; the order does not tell which it is.
     assert manifest.sites == (SiteRow(name="", accuracy=0.7), SiteRow(name="north", accuracy=0.8))
@@ -90,64 +90,64 @@ def test_a_run_becomes_the_next_version(shelf: ModelRegistry, tmp_path: Path) ->
     assert "not a medical device" in card and "75.0 %" in card and "2: north, 1 not named" in card
     assert "cat, dog" in card and "was not differentially private" in card
     np.testing.assert_array_equal(load_shift(version.path).shift, saved(1).shift)
-    assert shelf.check() == []
+    assert registry.verify() == []
 
 
 @pytest.mark.parametrize(
     "file", ["sigma.safetensors", "study.yaml", "card.md", "manifest.json", "manifest.sig"]
 )
-def test_a_changed_file_is_refused(shelf: ModelRegistry, tmp_path: Path, file: str) -> None:
-    folder = add(shelf, tmp_path / "run").path
+def test_a_changed_file_is_refused(registry: ModelRegistry, tmp_path: Path, file: str) -> None:
+    folder = add(registry, tmp_path / "run").path
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content)
     with pytest.raises(ModelError):
-        shelf.find("demo")
-    assert len(shelf.check()) == 1
-    done = CliRunner().invoke(models.app, ["models", "verify", "--shelf", str(shelf.path)])
+        registry.find("demo")
+    assert len(registry.verify()) == 1
+    done = CliRunner().invoke(models.app, ["models", "verify", "--registry", str(registry.path)])
     assert done.exit_code == 4
 
 
-def test_what_is_removed_added_or_exchanged_is_found(shelf: ModelRegistry, tmp_path: Path) -> None:
-    one, two = add(shelf, tmp_path / "run", 0).path, add(shelf, tmp_path / "run", 1).path
+def test_what_is_removed_added_or_exchanged_is_found(registry: ModelRegistry, tmp_path: Path) -> None:
+    one, two = add(registry, tmp_path / "run", 0).path, add(registry, tmp_path / "run", 1).path
     (one / "extra.txt").write_text("x")
-    assert "extra.txt" in shelf.check()[0]
+    assert "extra.txt" in registry.verify()[0]
     (one / "extra.txt").unlink()
     shutil.rmtree(two)
-    assert shelf.check() == ["demo@2 is missing"]
+    assert registry.verify() == ["demo@2 is missing"]
     shutil.copytree(one, two)
-    with pytest.raises(ModelError, match="moved or exchanged"):
-        shelf.find("demo@2")
+    with pytest.raises(ModelError, match="moved or replaced"):
+        registry.find("demo@2")
 
 
-def test_a_version_signed_by_another_key_is_refused(shelf: ModelRegistry, tmp_path: Path) -> None:
-    add(shelf, tmp_path / "run", 0)
+def test_a_version_signed_by_another_key_is_refused(registry: ModelRegistry, tmp_path: Path) -> None:
+    add(registry, tmp_path / "run", 0)
     other = ModelRegistry(tmp_path / "other")
     foreign = add(other, tmp_path / "run", 1)
-    shutil.rmtree(shelf.path / "demo" / "1")
-    shutil.copytree(foreign.path, shelf.path / "demo" / "1")
+    shutil.rmtree(registry.path / "demo" / "1")
+    shutil.copytree(foreign.path, registry.path / "demo" / "1")
     with pytest.raises(ModelError, match="is signed by"):
-        shelf.find("demo@1")
+        registry.find("demo@1")
     assert Manifest.read(foreign.path).signer == other.public_key
     with pytest.raises(ModelError, match="is signed by"):
-        Manifest.read(foreign.path, signer=shelf.public_key)
+        Manifest.read(foreign.path, signer=registry.public_key)
 
 
-def test_labels_move(shelf: ModelRegistry, tmp_path: Path) -> None:
-    add(shelf, tmp_path / "run", 0)
-    add(shelf, tmp_path / "run", 1)
-    assert shelf.promote("demo@1", "production").labels == ("production",)
-    assert shelf.find("demo@production").manifest.version == 1
-    shelf.promote("demo", "production")
-    assert shelf.find("demo@production").manifest.version == 2 and shelf.find("demo@1").labels == ()
+def test_labels_move(registry: ModelRegistry, tmp_path: Path) -> None:
+    add(registry, tmp_path / "run", 0)
+    add(registry, tmp_path / "run", 1)
+    assert registry.promote("demo@1", "production").labels == ("production",)
+    assert registry.find("demo@production").manifest.version == 1
+    registry.promote("demo", "production")
+    assert registry.find("demo@production").manifest.version == 2 and registry.find("demo@1").labels == ()
     for reference, label, words in (
         ("demo@9", "production", "has no version '9'"),
         ("cats", "production", "no model 'cats'"),
         ("demo", "In Use", "the label is"),
-        ("../demo", "production", "a model's name"),
+        ("../demo", "production", "the model name"),
     ):
         with pytest.raises(ModelError, match=words):
-            shelf.promote(reference, label)
+            registry.promote(reference, label)
 
 
 @given(st.floats(-2, 2), st.floats(-2, 2))
@@ -159,42 +159,45 @@ def test_a_combination_is_the_sum_of_the_shifts(a: float, b: float) -> None:
 
 
 def test_a_combination_is_a_version_with_parents_and_only_of_one_basis(
-    shelf: ModelRegistry, tmp_path: Path
+    registry: ModelRegistry, tmp_path: Path
 ) -> None:
-    terms = [WeightedVersion(add(shelf, tmp_path / "run", seed), 0.5) for seed in (0, 1)]
-    made = publish_combination(shelf, "both", terms).manifest
-    assert made.parents == ("demo@1", "demo@2") and made.made == "made as 0.5 demo@1 + 0.5 demo@2"
-    assert made.results == {} and "has not been judged" in (shelf.find("both").path / "card.md").read_text()
-    other = add(shelf, tmp_path / "run", 2, weights="cd" * 32)
+    terms = [WeightedVersion(add(registry, tmp_path / "run", seed), 0.5) for seed in (0, 1)]
+    made = publish_combination(registry, "both", terms).manifest
+    assert made.parents == ("demo@1", "demo@2") and made.origin == "computed as 0.5 demo@1 + 0.5 demo@2"
+    assert (
+        made.results == {}
+        and "has not been evaluated" in (registry.find("both").path / "card.md").read_text()
+    )
+    other = add(registry, tmp_path / "run", 2, weights="cd" * 32)
     with pytest.raises(ModelError, match="different bases"):
-        publish_combination(shelf, "none", [terms[0], WeightedVersion(other, 1.0)])
-    with pytest.raises(ModelError, match="nothing to combine"):
+        publish_combination(registry, "none", [terms[0], WeightedVersion(other, 1.0)])
+    with pytest.raises(ModelError, match="no versions to combine"):
         combine([])
     with pytest.raises(ModelError, match="cannot be compared"):
         compare(terms[0].version, other)
 
 
-def test_a_comparison_says_where_two_shifts_lie_apart(shelf: ModelRegistry, tmp_path: Path) -> None:
-    one = add(shelf, tmp_path / "run", 0)
-    other = add(shelf, tmp_path / "run", 1, study=STUDY + "shots: 4\n")
+def test_a_comparison_says_where_two_shifts_lie_apart(registry: ModelRegistry, tmp_path: Path) -> None:
+    one = add(registry, tmp_path / "run", 0)
+    other = add(registry, tmp_path / "run", 1, study=STUDY + "shots: 4\n")
     found = compare(one, other)
-    rows = {row.where: row for row in found.shifts}
+    rows = {row.group: row for row in found.shifts}
     assert set(rows) == {"all", "image q", "image mlp", "text v"}
     a, b = saved(0).shift.double().numpy(), saved(1).shift.double().numpy()
-    np.testing.assert_allclose(rows["image mlp"].one, np.linalg.norm(a[4:7]))
-    np.testing.assert_allclose(rows["text v"].apart, np.linalg.norm(a[7:] - b[7:]))
+    np.testing.assert_allclose(rows["image mlp"].norm, np.linalg.norm(a[4:7]))
+    np.testing.assert_allclose(rows["text v"].distance, np.linalg.norm(a[7:] - b[7:]))
     np.testing.assert_allclose(rows["all"].cosine, a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     assert "+shots: 4" in found.study and found.accuracy["federated"] == (0.75, 0.75)
     same = compare(one, one)
-    assert same.study == "" and same.shifts[0].cosine == pytest.approx(1) and same.shifts[0].apart == 0
+    assert same.study == "" and same.shifts[0].cosine == pytest.approx(1) and same.shifts[0].distance == 0
 
 
-def test_the_commands(shelf: ModelRegistry, tmp_path: Path) -> None:
-    add(shelf, tmp_path / "run", 0)
-    add(shelf, tmp_path / "run", 1)
+def test_the_commands(registry: ModelRegistry, tmp_path: Path) -> None:
+    add(registry, tmp_path / "run", 0)
+    add(registry, tmp_path / "run", 1)
 
     def run(*words: str) -> str:
-        done = CliRunner().invoke(models.app, ["models", *words, "--shelf", str(shelf.path)])
+        done = CliRunner().invoke(models.app, ["models", *words, "--registry", str(registry.path)])
         assert done.exit_code == 0, done.output
         return done.output
 
@@ -207,7 +210,7 @@ def test_the_commands(shelf: ModelRegistry, tmp_path: Path) -> None:
     assert json.loads(run("show", "demo@1", "--json"))["version"] == 1
     assert "image mlp" in run("diff", "demo@1", "demo@2")
     assert "3 versions, all as" in run("verify")
-    assert "demo@1, as" in run("verify", str(shelf.path / "demo" / "1"))
+    assert "demo@1, as" in run("verify", str(registry.path / "demo" / "1"))
 
 
 def test_where_models_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,14 +224,14 @@ def test_where_models_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_shift_of_which_a_part_is_at_the_sites_is_not_combined(
-    shelf: ModelRegistry, tmp_path: Path
+    registry: ModelRegistry, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "sigma.safetensors").write_bytes(to_bytes(replace(saved(), run="0123456789abcdef")))
-    version = publish(shelf, folder, SUMMARY, named=())
-    with pytest.raises(ModelError, match="at the sites"):
-        publish_combination(shelf, "half", [WeightedVersion(version, 0.5)])
+    version = publish(registry, folder, SUMMARY, named=())
+    with pytest.raises(ModelError, match="personal values at its sites"):
+        publish_combination(registry, "half", [WeightedVersion(version, 0.5)])
 
 
 def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path: Path) -> None:

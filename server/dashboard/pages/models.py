@@ -14,19 +14,19 @@ from fedsigma.server.report.formatting import NOTHING, format_percent
 __all__ = ["card", "model_rows"]
 
 
-def model_rows(shelf: ModelRegistry) -> tuple[list[dict[str, str]], list[str]]:
+def model_rows(registry: ModelRegistry) -> tuple[list[dict[str, str]], list[str]]:
     """A row for each version, the newest first, and what is wrong with those that were changed."""
-    if not shelf.path.is_dir():
+    if not registry.path.is_dir():
         return [], []
     try:
-        versions = shelf.versions()
+        versions = registry.versions()
     except ModelError as error:
         return [], [str(error)]
     rows = []
     for one in sorted(versions, key=lambda one: one.manifest.created, reverse=True):
         about = one.manifest
         row: dict[str, Any] = {"reference": about.reference, "labels": ", ".join(one.labels) or NOTHING}
-        row |= {"made": about.made, "parents": ", ".join(about.parents) or NOTHING}
+        row |= {"origin": about.origin, "parents": ", ".join(about.parents) or NOTHING}
         row |= {"backbone": about.backbone, "created": about.created}
         for name, key in (("accuracy", "federated"), ("zero_shot", "zero_shot")):
             row[name] = format_percent(about.results.get(key, {}).get("accuracy"))
@@ -34,7 +34,7 @@ def model_rows(shelf: ModelRegistry) -> tuple[list[dict[str, str]], list[str]]:
     return rows, []
 
 
-def card(shelf: ModelRegistry, reference: str) -> Markup:
+def card(registry: ModelRegistry, reference: str) -> Markup:
     """A version's card as HTML; markup inside the card is shown, not followed.
 
     Raises:
@@ -42,7 +42,7 @@ def card(shelf: ModelRegistry, reference: str) -> Markup:
     """
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
     reader.core.ruler.push("classes", _classes)
-    text = (shelf.find(reference).path / "card.md").read_text(encoding="utf-8")
+    text = (registry.find(reference).path / "card.md").read_text(encoding="utf-8")
     return Markup(reader.render(text))
 
 
