@@ -54,12 +54,12 @@ def _backbone(place: str) -> str:
 
 def _images(site: SiteHome, policy: SitePolicy) -> str:
     from fedsigma.common.data.sources.registry import open_source
-    from fedsigma.common.data.validation import check
+    from fedsigma.common.data.validation import check_source
 
     try:
         source = open_source(policy.source, base=site.path, **policy.options)
         classes = sorted({record.label for record in source.records if record.label is not None})
-        report = check(source, classes=classes)
+        report = check_source(source, classes=classes)
     except (ValueError, OSError) as error:
         raise CheckFailed(f"the images cannot be opened: {error}", "correct `source` in site.yaml") from None
     if not report.ok:

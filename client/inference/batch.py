@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError
 from fedsigma.client.inference.predictor import Prediction, Predictor, preprocess
-from fedsigma.common.data.records import PictureError, Pictures, Record
-from fedsigma.common.data.sources.dicom import Slices, is_dicom
+from fedsigma.common.data.records import PictureError, PictureSource, Record
+from fedsigma.common.data.sources.dicom import DicomFile, is_dicom
 from fedsigma.common.data.sources.folder import SUFFIXES
 from fedsigma.common.utils.files import write_atomic
 
@@ -86,13 +86,13 @@ def read_frames(
 
 
 def _read_file(restored: LoadedModel, folder: Path, name: str) -> Iterator[Frame]:
-    slices = None if _has_image_suffix(name) else Slices.read(folder / name, name)
+    slices = None if _has_image_suffix(name) else DicomFile.read(folder / name, name)
 
     def opened(frame: int) -> Image.Image:
         return slices.image(frame) if slices else Image.open(folder / name)
 
     for frame in range(slices.frames if slices else 1):
-        source = Pictures([], lambda _, f=frame: opened(f))  # type: ignore[misc]
+        source = PictureSource([], lambda _, f=frame: opened(f))  # type: ignore[misc]
         image = preprocess(restored.backbone, source.image(Record(key=name)))
         yield Frame(file=name, index=frame, series=slices.series if slices else "", image=image)
 

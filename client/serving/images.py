@@ -17,7 +17,7 @@ from fedsigma.client.serving.errors import Problem
 from fedsigma.client.serving.limits import Limits
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.data.records import to_rgb
-from fedsigma.common.data.sources.dicom import Slices
+from fedsigma.common.data.sources.dicom import DicomFile
 
 __all__ = ["MEDIA_TYPES", "decode_image", "restrict_decoders"]
 
@@ -104,7 +104,7 @@ def _slices(content: bytes, limits: Limits, number: int) -> Iterator[Image.Image
             f"Image {number} is DICOM deflated as a whole, which is not read: save it in another form.",
             image=number,
         )
-    slices = Slices.read(BytesIO(content), f"image {number}")
+    slices = DicomFile.read(BytesIO(content), f"image {number}")
     if slices.frames > limits.images:
         raise Problem(
             "too-many-images",

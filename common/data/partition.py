@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedsigma.common.data.records import DataError, Record
-from fedsigma.common.data.sampling import gather, group_of, majority_label
+from fedsigma.common.data.sampling import group_of, group_records, majority_label
 
 __all__ = ["partition"]
 
@@ -117,7 +117,7 @@ def _example(way: str) -> str:
 def _divide(
     records: Sequence[Record], way: str, settings: dict[str, Any], seed: int
 ) -> dict[str, list[Record]]:
-    groups = gather(records)
+    groups = group_records(records)
     count = settings["sites"]
     if count > len(groups):
         raise DataError(f"sites_by {way} wants {count} sites, and the data have only {len(groups)} groups")

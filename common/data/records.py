@@ -17,7 +17,7 @@ __all__ = [
     "DataError",
     "MissingPicture",
     "PictureError",
-    "Pictures",
+    "PictureSource",
     "Problem",
     "Record",
     "SiteRow",
@@ -98,7 +98,7 @@ class Source(Protocol):
 
 
 @dataclass
-class Pictures:
+class PictureSource:
     """A source made of records and a function that decodes the picture of a key.
 
     Fields: records; reader, from a key to a picture of any mode; problems, found while opening, each of

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from fedsigma.common.data.records import DataError, Record
 
-__all__ = ["few_shot", "group_of", "halves", "split_groups"]
+__all__ = ["base_and_novel", "few_shot", "group_of", "split_groups"]
 
 
 def group_of(record: Record) -> tuple[str, str]:
@@ -23,7 +23,7 @@ def group_of(record: Record) -> tuple[str, str]:
     return ("picture", record.key) if record.group is None else ("group", record.group)
 
 
-def gather(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+def group_records(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     """Collect records by group, groups and their members in a fixed order."""
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: r.key):
@@ -62,7 +62,7 @@ def split_groups(records: Sequence[Record], *, test_share: float, seed: int) -> 
         raise DataError(f"test_share is {test_share!r}, expected a number between 0 and 1, both left out")
     chosen: dict[tuple[str, str], str] = {}
     strata: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    groups = gather(records)
+    groups = group_records(records)
     for name, members in groups.items():
         given = {record.split for record in members} - {None}
         if given:
@@ -126,7 +126,7 @@ def few_shot(
     return drawn
 
 
-def halves(classes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def base_and_novel(classes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The base and the novel classes of the field's protocol: the first half, rounded up, and the rest."""
     middle = math.ceil(len(classes) / 2)
     return tuple(classes[:middle]), tuple(classes[middle:])

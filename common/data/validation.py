@@ -25,7 +25,7 @@ from fedsigma.common.data.sampling import group_of
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["KINDS", "Report", "check"]
+__all__ = ["KINDS", "ValidationReport", "check_source"]
 
 # Kinds of problem in the order of the report, with the next step for each.
 KINDS = {
@@ -44,7 +44,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Report:
+class ValidationReport:
     """What a check found. Texts name files and groups: print them at the site, send only `counts()`.
 
     Fields: problems, in the order of KINDS; usable, the records that can be used in spite of them; total,
@@ -66,7 +66,7 @@ class Report:
         found = Counter(problem.kind for problem in self.problems)
         return {kind: found[kind] for kind in KINDS if found[kind]}
 
-    def settle(self, on_problem: str) -> list[Record]:
+    def require_usable(self, on_problem: str) -> list[Record]:
         """Return the usable records, or stop.
 
         Args:
@@ -78,12 +78,12 @@ class Report:
         if on_problem not in ("stop", "skip"):
             raise DataError(f"on_problem is {on_problem!r}, expected 'stop' or 'skip'")
         if self.problems and on_problem == "stop":
-            raise DataError(f"the data have problems; mend them, or set on_problem: skip\n{self.table()}")
+            raise DataError(f"the data have problems; mend them, or set on_problem: skip\n{self.to_text()}")
         if not self.usable:
-            raise DataError(f"no picture can be used\n{self.table()}")
+            raise DataError(f"no picture can be used\n{self.to_text()}")
         return list(self.usable)
 
-    def table(self, rows: int = 10) -> str:
+    def to_text(self, rows: int = 10) -> str:
         """Return the report as plain text, at most `rows` problems of each kind and a count of the rest."""
         lines = []
         for kind, shown, hidden in self._by_kind(rows):
@@ -99,7 +99,7 @@ class Report:
         lines += ["", self.headline()]
         return "\n".join(lines).lstrip("\n")
 
-    def rich(self, rows: int = 10) -> Group:
+    def to_rich(self, rows: int = 10) -> Group:
         """Return the same report for a rich console."""
         from rich.console import Group
         from rich.table import Table
@@ -137,13 +137,13 @@ class Report:
         return [("site", "class", *names), *rows]
 
 
-def check(
+def check_source(
     source: Source,
     *,
     classes: Sequence[str] | None = None,
     pictures: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> ValidationReport:
     """Check every record of a source, and decode every picture once.
 
     Args:
@@ -164,7 +164,7 @@ def check(
     _empty(records, wanted, getattr(source, "parts", SPLITS), found)
     order = {kind: number for number, kind in enumerate(KINDS)}
     found.sort(key=lambda problem: order[problem.kind])
-    return Report(tuple(found), tuple(records), total, tuple(wanted))
+    return ValidationReport(tuple(found), tuple(records), total, tuple(wanted))
 
 
 def _labels(records: list[Record], classes: list[str], found: list[Problem]) -> list[Record]:

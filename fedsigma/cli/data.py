@@ -63,7 +63,7 @@ def check(
         _check_card(cards()[name], Path(place).expanduser(), as_json)
         return
     from fedsigma.common.data.sources.registry import known_sources, open_source
-    from fedsigma.common.data.validation import check as check_source
+    from fedsigma.common.data.validation import check_source as check_source
 
     if name not in known_sources() and not Path(spec).exists():
         raise CardError(
@@ -83,15 +83,15 @@ def check(
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(report.rich())
+        Console(highlight=False).print(report.to_rich())
     if not report.ok:
         raise typer.Exit(PROBLEMS)
 
 
 def _check_card(chosen: DatasetCard, path: Path, as_json: bool) -> None:
-    from fedsigma.common.data.sources.verify import differences
+    from fedsigma.common.data.sources.verify import compare_with_card
 
-    found = differences(chosen, path)
+    found = compare_with_card(chosen, path)
     if as_json:
         typer.echo(json.dumps({"card": chosen.name, "differences": found}, indent=2))
     elif found:
@@ -149,7 +149,7 @@ def fetch(
     Exit code 3: it was not agreed to, cannot be had, is not the expected file, or is unsafe to unpack.
     """
     from fedsigma.common.data.catalog import CardError
-    from fedsigma.common.data.catalog.fetch import fetch as fetch_archive
+    from fedsigma.common.data.catalog.fetch import fetch_archive as fetch_archive
 
     archives, chosen = _archives(name)
     if folder.exists() and not folder.is_dir():

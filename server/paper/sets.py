@@ -12,9 +12,9 @@ from typing import Any
 
 from fedsigma.common.data.catalog import CardError, DatasetCard, Protocol, Protocols, card, cards
 from fedsigma.common.data.records import DataError, Record, Source
-from fedsigma.common.data.sampling import halves
+from fedsigma.common.data.sampling import base_and_novel
 from fedsigma.common.data.sources.registry import open_source
-from fedsigma.common.data.sources.verify import differences
+from fedsigma.common.data.sources.verify import compare_with_card
 from fedsigma.server.paper.tables import PaperTable
 
 __all__ = ["UNPUBLISHED", "PublishedSet", "TableSets", "find_sets", "published_on"]
@@ -47,7 +47,7 @@ class PublishedSet:
 
     def half(self, which: str | None) -> tuple[str, ...]:
         """The classes: all, or those of the 'base' or 'novel' half."""
-        return self.classes if which is None else halves(self.classes)[which == "novel"]
+        return self.classes if which is None else base_and_novel(self.classes)[which == "novel"]
 
     def prompts(self, which: str | None = None) -> tuple[str, ...]:
         """The template filled with each class name."""
@@ -162,7 +162,7 @@ def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
         template=chosen.template,
         protocols=chosen.protocols,
         backbone=chosen.backbone,
-        differs=tuple(differences(chosen, folder)),
+        differs=tuple(compare_with_card(chosen, folder)),
     )
 
 

@@ -20,7 +20,7 @@ from tests.helpers.finished_run import CLASSES, make_run
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset  # noqa: E402
 
-from fedsigma.common.data.sources.dicom import Slices  # noqa: E402
+from fedsigma.common.data.sources.dicom import DicomFile  # noqa: E402
 from tests.unit.test_data_dicom import make  # noqa: E402
 
 # The processor may compute in bfloat16, whose sums depend on the size of the batch.
@@ -120,7 +120,7 @@ def test_a_frame_is_shown_by_its_own_window() -> None:
     dataset = frames_of(pixels, pixels, VOILUTFunction="LINEAR_EXACT")
     dataset.SharedFunctionalGroupsSequence = pydicom.Sequence([shared])
     dataset.PerFrameFunctionalGroupsSequence = pydicom.Sequence([group(0), group(100)])
-    slices = Slices(key="x", series="", frames=2, dataset=dataset)
+    slices = DicomFile(key="x", series="", frames=2, dataset=dataset)
     assert np.asarray(slices.image(0))[0, :, 0].tolist() == [0, 128, 255]
     assert np.asarray(slices.image(1))[0, :, 0].tolist() == [0, 0, 128]
 
@@ -166,7 +166,7 @@ def test_a_version_of_the_registry_is_found_by_its_name(
         name="cells",
         version=0,
         created="",
-        made="trained",
+        origin="trained",
         backbone="starter",
         weights="",
         layout="",

@@ -13,7 +13,7 @@ from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.data.synthetic.blood_smears import LABORATORIES, draw_picture
 from fedsigma.common.data.synthetic.drawing import CELL_TYPES, draw_smear
-from fedsigma.common.data.validation import check
+from fedsigma.common.data.validation import check_source
 
 Array = NDArray[np.float64]
 CLASSES = list(CELL_TYPES)
@@ -42,7 +42,7 @@ def test_repeatable_and_seeded() -> None:
 
 
 def test_small_set_passes_the_check() -> None:
-    assert check(open_source("demo", train=1, test=1), classes=CLASSES).ok
+    assert check_source(open_source("demo", train=1, test=1), classes=CLASSES).ok
 
 
 def test_refusals() -> None:

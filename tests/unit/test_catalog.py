@@ -26,13 +26,13 @@ from fedsigma.common.data.catalog import (
 )
 from fedsigma.common.data.catalog.card import Protocol
 from fedsigma.common.data.records import DataError, Record
-from fedsigma.common.data.sampling import few_shot, halves
+from fedsigma.common.data.sampling import base_and_novel, few_shot
 from fedsigma.common.data.sources.official_splits import read_split_file
 from fedsigma.common.data.sources.published import open_card
 from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.data.sources.site_data import simulated_sites
-from fedsigma.common.data.sources.verify import differences
-from fedsigma.common.data.validation import check
+from fedsigma.common.data.sources.verify import compare_with_card
+from fedsigma.common.data.validation import check_source
 from fedsigma.common.utils.files import UnsafePath, safe_join
 from tests.helpers.published import class_names_file, names_of, stand_in, wordnet_ids, write
 
@@ -107,8 +107,8 @@ def test_a_stand_in_of_each_set(name: str, tmp_path: Path) -> None:
     # Its class names and template are a study's.
     StudyConfig(name=name, backbone=chosen.backbone, classes=classes, template=chosen.template)
 
-    assert differences(chosen, folder) == []
-    of_real = differences(card(name), folder)
+    assert compare_with_card(chosen, folder) == []
+    of_real = compare_with_card(card(name), folder)
     assert len(of_real) == sum(1 for part in ("train", "val", "test") if getattr(chosen.images, part))
     assert f"test: {chosen.class_count:,} images, the card says {card(name).images.test:,}" in of_real
 
@@ -118,7 +118,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     pictures = sorted((folder / "Kvasir").rglob("*.jpg"))
     pictures[0].unlink()
     pictures[1].write_bytes(b"")
-    lines = differences(chosen, folder)
+    lines = compare_with_card(chosen, folder)
     assert lines == [
         f"1 image is not there: {pictures[0].relative_to(folder / 'Kvasir').as_posix()}",
         f"1 image is empty: {pictures[1].relative_to(folder / 'Kvasir').as_posix()}",
@@ -132,27 +132,27 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
         for row in rows:
             row[2] = row[2].replace("polyps", "warts")
     file.write_text(json.dumps(content))
-    lines = differences(chosen, folder)
+    lines = compare_with_card(chosen, folder)
     assert any(line.startswith("first training path: 'ulcerative_colitis") for line in lines)
     assert "class 'polyps': on the card, not in the split" in lines
     assert "class 'dyed_lifted_warts': in the split, not on the card" not in lines
     assert "class 'dyed lifted warts': in the split, not on the card" in lines
     file.unlink()
-    assert "split_Kvasir.json is not in" in differences(chosen, folder)[0]
+    assert "split_Kvasir.json is not in" in compare_with_card(chosen, folder)[0]
     with pytest.raises(FileNotFoundError, match="expected that of Kvasir"):
-        differences(chosen, tmp_path / "none")
+        compare_with_card(chosen, tmp_path / "none")
 
 
 def test_folders_may_be_written_otherwise(tmp_path: Path) -> None:
     chosen, folder = small(tmp_path, "busi")
     (folder / "BUSI" / "benign_tumor").rename(folder / "BUSI" / "Benign Tumor")
-    assert differences(chosen, folder) == []
+    assert compare_with_card(chosen, folder) == []
     source = open_card(chosen, folder)
     assert source.records[0].key == "Benign Tumor/benign (1).png"
     assert source.image(source.records[0]).mode == "RGB"
     # Two that are alike: none is guessed.
     write(folder / "BUSI" / "BENIGN-tumor" / "x.png")
-    assert "not there" in differences(chosen, folder)[0]
+    assert "not there" in compare_with_card(chosen, folder)[0]
 
 
 def test_images_without_the_inner_folder(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_images_without_the_inner_folder(tmp_path: Path) -> None:
     for one in (folder / "images").iterdir():
         one.rename(folder / one.name)
     (folder / "images").rmdir()
-    assert differences(chosen, folder) == []
+    assert compare_with_card(chosen, folder) == []
 
 
 def write_split(folder: Path, content: object) -> Path:
@@ -231,7 +231,7 @@ def test_no_path_leads_out(parts: list[str], absolute: bool) -> None:
 @given(st.lists(st.integers(0, 200), unique=True, min_size=2, max_size=40))
 def test_halves_by_the_field_s_rule(numbers: list[int]) -> None:
     names = [f"c{number}" for number in sorted(numbers)]
-    base, novel = halves(names)
+    base, novel = base_and_novel(names)
     assert [*base, *novel] == names
     assert len(base) - len(novel) in (0, 1)
 
@@ -336,7 +336,7 @@ def test_a_place_after_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_simulation_divides_a_published_set(tmp_path: Path) -> None:
     chosen, folder = small(tmp_path, "eurosat")
-    classes = halves(open_card(chosen, folder).classes)[1]
+    classes = base_and_novel(open_card(chosen, folder).classes)[1]
     data = {
         "source": f"coop:eurosat:{folder}",
         "options": {"half": "novel"},
@@ -422,8 +422,12 @@ def test_parts_and_sites_of_a_published_set(tmp_path: Path) -> None:
     assert {record.split for record in train} == {"train"}
     assert all(record.site is None for record in train)
     classes = chosen.class_names
-    assert check(open_source(f"coop:kvasir:{folder}", parts=["train"]), classes=classes, pictures=False).ok
-    assert not check(open_source(f"coop:kvasir:{folder}", parts=["test"]), classes=classes, pictures=False).ok
+    assert check_source(
+        open_source(f"coop:kvasir:{folder}", parts=["train"]), classes=classes, pictures=False
+    ).ok
+    assert not check_source(
+        open_source(f"coop:kvasir:{folder}", parts=["test"]), classes=classes, pictures=False
+    ).ok
     rows = "".join(
         f"{record.key},{'north' if place % 2 else 'south'}\n" for place, record in enumerate(train)
     )

@@ -32,8 +32,8 @@ from fedsigma.common.data.catalog import (
     download as downloading,
 )
 from fedsigma.common.data.catalog.download import DownloadError, download
-from fedsigma.common.data.catalog.extract import ArchiveError, Limits, unpack
-from fedsigma.common.data.catalog.fetch import RECORD, DigestError, fetch, fetched
+from fedsigma.common.data.catalog.extract import ArchiveError, ExtractionLimits, extract_archive
+from fedsigma.common.data.catalog.fetch import RECORD, DigestError, fetch_archive, read_record
 
 runner = CliRunner()
 
@@ -173,14 +173,14 @@ def test_fetch_checks_and_unpacks(shelf: Shelf, tmp_path: Path) -> None:
     plain = shelf.put("set.zip", content)
     sha, md5 = hashlib.sha256(content).hexdigest(), hashlib.md5(content).hexdigest()
     one = replace(plain, sha256=sha, md5=md5, stated_by="its authors", size=len(content), take="top")
-    came = fetch(one, tmp_path / "set")
+    came = fetch_archive(one, tmp_path / "set")
     assert came.checked_by == "its authors" and came.content == ("images", "list.txt") and came.sha256 == sha
     files = everything(tmp_path / "set")
     assert json.loads(files.pop(RECORD))["set.zip"]["url"] == one.url
     assert files == {"images/a.png": b"1", "list.txt": b"2"}
     # What is there is not asked for again.
     shelf.files.clear()
-    assert fetch(one, tmp_path / "set") == came
+    assert fetch_archive(one, tmp_path / "set") == came
     assert len(shelf.ranges) == 1
 
 
@@ -190,32 +190,32 @@ def test_a_changed_file_is_removed(shelf: Shelf, tmp_path: Path, kind: str) -> N
     digest = hashlib.new(kind, content + b"x").hexdigest()
     one = replace(shelf.put("set.zip", content), **{kind: digest}, stated_by="its authors")
     with pytest.raises(DigestError, match=f"came with {kind} .* its authors states {digest}: it was removed"):
-        fetch(one, tmp_path)
+        fetch_archive(one, tmp_path)
     assert everything(tmp_path) == {}
 
 
 def test_without_a_checksum_the_first_download_counts(shelf: Shelf, tmp_path: Path) -> None:
     one = shelf.put("labels.mat", b"first")
     one = replace(one, unpack=False)
-    came = fetch(one, tmp_path)
+    came = fetch_archive(one, tmp_path)
     assert came.checked_by == "" and came.sha256 == hashlib.sha256(b"first").hexdigest()
     assert (tmp_path / "labels.mat").read_bytes() == b"first"
     # What was taken away is fetched anew, and must be what it was.
     (tmp_path / "labels.mat").unlink()
     shelf.put("labels.mat", b"second")
     with pytest.raises(DigestError, match=r"fetched.json \(of the first download; without it any will do\)"):
-        fetch(one, tmp_path)
+        fetch_archive(one, tmp_path)
     assert not (tmp_path / "labels.mat").exists()
     shelf.put("labels.mat", b"first")
-    assert fetch(one, tmp_path) == came
+    assert fetch_archive(one, tmp_path) == came
     (tmp_path / RECORD).unlink()
     (tmp_path / "labels.mat").write_bytes(b"mine")
     with pytest.raises(CardError, match=r"labels\.mat is there already: move it away"):
-        fetch(one, tmp_path)
+        fetch_archive(one, tmp_path)
     assert (tmp_path / "labels.mat").read_bytes() == b"mine"
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(CardError, match=r"fetched.json is damaged"):
-        fetched(tmp_path)
+        read_record(tmp_path)
 
 
 def test_a_download_outlives_an_unpacking_that_failed(shelf: Shelf, tmp_path: Path) -> None:
@@ -223,10 +223,10 @@ def test_a_download_outlives_an_unpacking_that_failed(shelf: Shelf, tmp_path: Pa
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.png").write_bytes(b"2")
     with pytest.raises(ArchiveError, match=r"images is there already.*move it away"):
-        fetch(one, tmp_path)
+        fetch_archive(one, tmp_path)
     assert (tmp_path / "images" / "mine.png").read_bytes() == b"2"
     (tmp_path / "images").rename(tmp_path / "old")
-    assert fetch(one, tmp_path).content == ("images",)
+    assert fetch_archive(one, tmp_path).content == ("images",)
     assert (tmp_path / "images" / "a.png").read_bytes() == b"1"
     assert len(shelf.ranges) == 1
 
@@ -240,17 +240,17 @@ def test_a_download_outlives_a_full_disk(
     one = shelf.put("set.zip", zipped({"images/a.png": b"1"}))
     with monkeypatch.context() as changed, pytest.raises(ArchiveError, match="No space left"):
         changed.setattr(extract, "_copy", full)
-        fetch(one, tmp_path)
-    assert fetch(one, tmp_path).content == ("images",) and len(shelf.ranges) == 1
+        fetch_archive(one, tmp_path)
+    assert fetch_archive(one, tmp_path).content == ("images",) and len(shelf.ranges) == 1
 
 
 def test_a_page_in_place_of_an_archive_leaves_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
     one = shelf.put("set.zip", b"<html>Please log in</html>")
     with pytest.raises(ArchiveError, match="no zip or tar"):
-        fetch(one, tmp_path)
+        fetch_archive(one, tmp_path)
     assert everything(tmp_path) == {}
     shelf.put("set.zip", zipped({"images/a.png": b"1"}))
-    assert fetch(one, tmp_path).content == ("images",)
+    assert fetch_archive(one, tmp_path).content == ("images",)
 
 
 # --- unpacking ----------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_an_unsafe_archive_leaves_nothing(content: bytes, says: str, tmp_path: P
     archive.write_bytes(content)
     (tmp_path / "to").mkdir()
     with pytest.raises(ArchiveError, match=says):
-        unpack(archive, tmp_path / "to")
+        extract_archive(archive, tmp_path / "to")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["set", "to"]
 
 
@@ -313,10 +313,10 @@ def test_an_archive_that_swells_is_refused(tmp_path: Path) -> None:
     for name, content in (("a.zip", zipped({"a": bytes(2**24)})), ("a.tar", tarred({"a": bytes(2**24)}))):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ArchiveError, match="far more than its own size"):
-            unpack(tmp_path / name, tmp_path / "to", limits=Limits(size=2**23))
+            extract_archive(tmp_path / name, tmp_path / "to", limits=ExtractionLimits(size=2**23))
         with pytest.raises(ArchiveError, match="more than 0 files"):
-            unpack(tmp_path / name, tmp_path / "to", limits=Limits(size=2**30, files=0))
-    assert Limits.of(tmp_path / "a.zip").size == 20 * (tmp_path / "a.zip").stat().st_size + 2**26
+            extract_archive(tmp_path / name, tmp_path / "to", limits=ExtractionLimits(size=2**30, files=0))
+    assert ExtractionLimits.of(tmp_path / "a.zip").size == 20 * (tmp_path / "a.zip").stat().st_size + 2**26
 
 
 def test_an_archive_in_an_archive(tmp_path: Path) -> None:
@@ -324,12 +324,12 @@ def test_an_archive_in_an_archive(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(
         zipped({"set/i.tar.gz": inner, "set/n.txt": b"2", "set/.DS_Store": b"0"})
     )
-    unpack(tmp_path / "a.zip", tmp_path / "to", take="set", inner="i.tar.gz")
+    extract_archive(tmp_path / "a.zip", tmp_path / "to", take="set", inner="i.tar.gz")
     assert everything(tmp_path / "to") == {"101/cat/1.jpg": b"1", "n.txt": b"2"}
     with pytest.raises(ArchiveError, match=r"has no j\.tar\.gz in it"):
-        unpack(tmp_path / "a.zip", tmp_path / "to2", take="set", inner="j.tar.gz")
+        extract_archive(tmp_path / "a.zip", tmp_path / "to2", take="set", inner="j.tar.gz")
     with pytest.raises(ArchiveError, match="holds no file in none/"):
-        unpack(tmp_path / "a.zip", tmp_path / "to3", take="none")
+        extract_archive(tmp_path / "a.zip", tmp_path / "to3", take="none")
 
 
 PARTS = st.lists(st.sampled_from(["..", ".", "a", "b", "/", "~", "\\", "c d"]), min_size=1, max_size=4)
@@ -342,7 +342,7 @@ def test_nothing_is_written_outside(
     top = tmp_path_factory.mktemp("outside")
     (top / "set").write_bytes((tarred if as_tar else zipped)(dict.fromkeys(names, b"1")))
     try:
-        unpack(top / "set", top / "deep" / "to")
+        extract_archive(top / "set", top / "deep" / "to")
     except ArchiveError:
         assert [p.name for p in top.rglob("*") if p.is_file()] == ["set"]
         return
@@ -368,7 +368,7 @@ def test_the_command_asks_first(shelf: Shelf, tmp_path: Path, monkeypatch: pytes
     result = runner.invoke(main, ["data", "fetch", "dtd", str(folder), "--yes"])
     assert result.exit_code == 0, result.stderr
     said = " ".join(result.stdout.split())
-    assert "checked by nothing" in said and fetched(folder)["DTD.zip"].sha256 in said
+    assert "checked by nothing" in said and read_record(folder)["DTD.zip"].sha256 in said
     assert "by hand: split_zhou_DescribableTextures.json" in said
     assert (folder / "images" / "a.jpg").read_bytes() == b"1"
     shelf.files.clear()

@@ -11,7 +11,7 @@ import pytest
 from fedsigma.common.data.records import DataError, PictureError, UnsupportedPicture
 from fedsigma.common.data.sampling import split_groups
 from fedsigma.common.data.sources.registry import open_source
-from fedsigma.common.data.validation import check
+from fedsigma.common.data.validation import check_source
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
@@ -159,10 +159,10 @@ def test_manifest_and_report(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("\n".join(rows))
     source = open_source("dicom:m.csv", base=tmp_path, window=[200, 400])
     assert source.records[0].group == "lesion-9"
-    report = check(source, classes=["a"])
+    report = check_source(source, classes=["a"])
     assert report.counts() == {"missing file": 1, "corrupt picture": 2, "unsupported picture": 1}
     assert [r.key for r in report.usable] == ["1.dcm"]
     with pytest.raises(PictureError, match=r"junk\.dcm: not a DICOM file"):
         source.image(source.records[2])
-    with pytest.raises(DataError, match="expected a server and a width"):
+    with pytest.raises(DataError, match="expected a center and a width"):
         open_source("dicom:m.csv", base=tmp_path, window=[40])

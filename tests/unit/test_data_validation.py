@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fedsigma.common.data.records import DataError, Pictures, Record
+from fedsigma.common.data.records import DataError, PictureSource, Record
 from fedsigma.common.data.sources.registry import open_source
-from fedsigma.common.data.validation import KINDS, Report, check
+from fedsigma.common.data.validation import KINDS, ValidationReport, check_source
 
 
 def site(folder: Path) -> Path:
@@ -43,7 +43,7 @@ def site(folder: Path) -> Path:
 def test_one_report_names_everything(tmp_path: Path) -> None:
     source = open_source(f"csv:{site(tmp_path)}")
     seen: list[tuple[int, int]] = []
-    report = check(source, classes=["cat", "dog", "bird"], progress=lambda i, n: seen.append((i, n)))
+    report = check_source(source, classes=["cat", "dog", "bird"], progress=lambda i, n: seen.append((i, n)))
     assert not report.ok
     assert report.counts() == {
         "unreadable row": 1,
@@ -58,7 +58,7 @@ def test_one_report_names_everything(tmp_path: Path) -> None:
     }
     assert {r.key for r in report.usable} == {"0.png", "1.png", "3.png", "6.png"}
     assert seen[-1] == (8, 8) and report.total == 14
-    text = report.table()
+    text = report.to_text()
     for name in ("torn.png", "gone.png", "did you mean 'cat'?", "has no label", "p2", "bird", "row 12"):
         assert name in text, name
     assert "4 of 14 records can be used; 11 problems found." in text
@@ -66,65 +66,65 @@ def test_one_report_names_everything(tmp_path: Path) -> None:
 
 
 def test_counts_name_no_file_or_patient(tmp_path: Path) -> None:
-    counts = check(open_source(f"csv:{site(tmp_path)}"), classes=["cat", "dog"]).counts()
+    counts = check_source(open_source(f"csv:{site(tmp_path)}"), classes=["cat", "dog"]).counts()
     assert set(counts) <= set(KINDS)
 
 
 def test_policy(tmp_path: Path) -> None:
-    report = check(open_source(f"csv:{site(tmp_path)}"), classes=["cat", "dog"])
-    assert {r.key for r in report.settle("skip")} == {"0.png", "1.png", "3.png", "6.png"}
+    report = check_source(open_source(f"csv:{site(tmp_path)}"), classes=["cat", "dog"])
+    assert {r.key for r in report.require_usable("skip")} == {"0.png", "1.png", "3.png", "6.png"}
     with pytest.raises(DataError, match=r"(?s)on_problem: skip.*torn\.png"):
-        report.settle("stop")
+        report.require_usable("stop")
     with pytest.raises(DataError, match="on_problem is 'ignore'"):
-        report.settle("ignore")
-    empty = Report((), (), 0, ("cat",))
+        report.require_usable("ignore")
+    empty = ValidationReport((), (), 0, ("cat",))
     with pytest.raises(DataError, match="no picture can be used"):
-        empty.settle("skip")
+        empty.require_usable("skip")
 
 
-def blank(records: list[Record]) -> Pictures:
+def blank(records: list[Record]) -> PictureSource:
     shades = {record.key: number for number, record in enumerate(records)}
-    return Pictures(records, lambda key: Image.new("L", (3, 3), shades[key]))
+    return PictureSource(records, lambda key: Image.new("L", (3, 3), shades[key]))
 
 
 def test_a_sound_source_is_ok() -> None:
     records = [Record(key=f"{c}{s}", label=c, split=s) for c in "ab" for s in ("train", "test")]
-    report = check(blank(records), classes=["a", "b"])
-    assert report.ok and report.usable == tuple(records) and report.settle("stop") == records
-    assert "no problems found" in report.table()
-    assert check(blank(records)).classes == ("a", "b")
+    report = check_source(blank(records), classes=["a", "b"])
+    assert report.ok and report.usable == tuple(records) and report.require_usable("stop") == records
+    assert "no problems found" in report.to_text()
+    assert check_source(blank(records)).classes == ("a", "b")
 
 
 def test_empty_parts() -> None:
     only = [Record(key=str(i), label="a", split="train") for i in range(3)]
-    assert [p.where for p in check(blank(only), classes=["a"]).problems] == ["test"]
+    assert [p.where for p in check_source(blank(only), classes=["a"]).problems] == ["test"]
     one = [Record(key=str(i), label="a", group="p") for i in range(3)]
-    assert check(blank(one), classes=["a"]).counts() == {"empty split": 1}
+    assert check_source(blank(one), classes=["a"]).counts() == {"empty split": 1}
     late = [Record(key="0", label="a", split="train"), Record(key="1", label="b", split="test")]
-    assert [str(p) for p in check(blank(late), classes=["a", "b"]).problems] == [
+    assert [str(p) for p in check_source(blank(late), classes=["a", "b"]).problems] == [
         "empty class: b: has no picture to train on"
     ]
 
 
 def test_identical_pictures_with_two_labels_are_left_out() -> None:
     records = [Record(key="0", label="a"), Record(key="1", label="b"), Record(key="2", label="a")]
-    source = Pictures(records, lambda key: Image.new("L", (2, 2), 9 if key in "01" else 1))
-    report = check(source, classes=["a", "b"])
+    source = PictureSource(records, lambda key: Image.new("L", (2, 2), 9 if key in "01" else 1))
+    report = check_source(source, classes=["a", "b"])
     assert [r.key for r in report.usable] == ["2"]
     assert report.counts() == {"identical pictures": 1, "empty class": 1}
 
 
 def test_long_lists_are_cut() -> None:
     records = [Record(key=f"[red]{i}", label="x") for i in range(40)] + [Record(key="k", label="a")]
-    report = check(blank(records), classes=["a"])
-    text = report.table(rows=3)
+    report = check_source(blank(records), classes=["a"])
+    text = report.to_text(rows=3)
     assert text.count("expected one of a") == 3 and "... and 37 more" in text and "unknown label (40)" in text
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(report.rich(rows=3))
+    console.print(report.to_rich(rows=3))
     shown = console.export_text()
     assert "[red]0: label is 'x'" in shown and "... and 37 more" in shown
 
 
 def test_without_decoding() -> None:
-    source = Pictures([Record(key="k", label="a")], lambda _: pytest.fail("decoded"))
-    assert check(source, classes=["a"], pictures=False).ok
+    source = PictureSource([Record(key="k", label="a")], lambda _: pytest.fail("decoded"))
+    assert check_source(source, classes=["a"], pictures=False).ok

@@ -14,9 +14,9 @@ from fedsigma.common import __version__
 from fedsigma.common.data.catalog.card import CardError
 from fedsigma.common.utils.files import write_atomic
 
-__all__ = ["DownloadError", "Progress", "download"]
+__all__ = ["DownloadError", "ProgressCallback", "download"]
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with the bytes that are here and those of the whole, 0 if that is not known."""
 
 _CHUNK = 2**18
@@ -28,7 +28,9 @@ class DownloadError(CardError):
     """A file cannot be had; what came of it is kept for the next attempt."""
 
 
-def download(url: str, target: Path, *, size: int = 0, progress: Progress = lambda done, whole: None) -> None:
+def download(
+    url: str, target: Path, *, size: int = 0, progress: ProgressCallback = lambda done, whole: None
+) -> None:
     """Get a file by HTTP into `target`, going on where an earlier call was interrupted.
 
     Parts of two different files are never joined: a part is gone on with only if the server says, by ETag or
@@ -72,7 +74,7 @@ def download(url: str, target: Path, *, size: int = 0, progress: Progress = lamb
 
 
 def _receive(
-    reply: http.client.HTTPResponse, part: Path, mark: Path, have: int, size: int, progress: Progress
+    reply: http.client.HTTPResponse, part: Path, mark: Path, have: int, size: int, progress: ProgressCallback
 ) -> None:
     url = reply.geturl()
     if urlsplit(url).scheme not in ("http", "https"):

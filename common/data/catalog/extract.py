@@ -17,7 +17,7 @@ from typing import IO
 from fedsigma.common.data.catalog.card import CardError
 from fedsigma.common.utils.files import UnsafePath, safe_join
 
-__all__ = ["ArchiveError", "Limits", "NoPlace", "unpack"]
+__all__ = ["ArchiveError", "ExtractionLimits", "TargetBlocked", "extract_archive"]
 
 _CHUNK = 2**20
 # Written by the archiver of macOS beside each file.
@@ -30,25 +30,25 @@ class ArchiveError(CardError):
     """An archive cannot be unpacked, or is refused; nothing of it was left."""
 
 
-class NoPlace(ArchiveError):
+class TargetBlocked(ArchiveError):
     """The archive may be right and has no place: something is in the way, or the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ExtractionLimits:
     """The most that may come out of an archive, against one that swells: bytes in all, and files."""
 
     size: int
     files: int = 3_000_000
 
     @classmethod
-    def of(cls, archive: Path) -> Limits:
+    def of(cls, archive: Path) -> ExtractionLimits:
         """What images can come to, which hardly shrink in an archive: twenty times its size, and 64 MiB."""
         return cls(size=20 * archive.stat().st_size + 64 * _CHUNK)
 
 
-def unpack(
-    archive: Path, folder: Path, *, take: str = "", inner: str = "", limits: Limits | None = None
+def extract_archive(
+    archive: Path, folder: Path, *, take: str = "", inner: str = "", limits: ExtractionLimits | None = None
 ) -> list[str]:
     """Unpack a zip or tar archive into a folder, all of it or nothing.
 
@@ -70,12 +70,12 @@ def unpack(
     shutil.rmtree(work, ignore_errors=True)  # of an attempt that was killed
     work.mkdir(parents=True)
     try:
-        _extract(archive, work, take, limits or Limits.of(archive))
+        _extract(archive, work, take, limits or ExtractionLimits.of(archive))
         if inner:
             nested = work / safe_join(inner)
             if not nested.is_file():
                 raise ArchiveError(f"{archive.name} has no {inner} in it")
-            _extract(nested, nested.parent, "", limits or Limits.of(nested))
+            _extract(nested, nested.parent, "", limits or ExtractionLimits.of(nested))
             nested.unlink()
         return _move(work, folder, archive.name)
     except (
@@ -88,7 +88,7 @@ def unpack(
         NotImplementedError,
     ) as error:
         # A damaged archive is an OSError, too, for some of the libraries, and then has no error number.
-        kind = NoPlace if getattr(error, "errno", None) is not None else ArchiveError
+        kind = TargetBlocked if getattr(error, "errno", None) is not None else ArchiveError
         raise kind(f"{archive.name} cannot be unpacked: {error}") from error
     except UnsafePath as error:
         raise ArchiveError(f"{archive.name} is refused: {error}") from error
@@ -100,13 +100,15 @@ def _move(work: Path, folder: Path, name: str) -> list[str]:
     found = sorted(work.iterdir())
     for one in found:
         if (folder / one.name).exists():
-            raise NoPlace(f"{folder / one.name} is there already, and {name} would write it: move it away")
+            raise TargetBlocked(
+                f"{folder / one.name} is there already, and {name} would write it: move it away"
+            )
     for one in found:
         one.rename(folder / one.name)
     return [one.name for one in found]
 
 
-def _extract(archive: Path, folder: Path, take: str, limits: Limits) -> None:
+def _extract(archive: Path, folder: Path, take: str, limits: ExtractionLimits) -> None:
     top = PurePosixPath(take)
     left, files = limits.size, 0
     with ExitStack() as opened:

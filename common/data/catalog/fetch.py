@@ -10,11 +10,11 @@ from pathlib import Path
 from fedsigma.common.config.fields import ListOf
 from fedsigma.common.config.schema import build, settings
 from fedsigma.common.data.catalog.card import Archive, CardError
-from fedsigma.common.data.catalog.download import Progress, download
-from fedsigma.common.data.catalog.extract import ArchiveError, NoPlace, unpack
+from fedsigma.common.data.catalog.download import ProgressCallback, download
+from fedsigma.common.data.catalog.extract import ArchiveError, TargetBlocked, extract_archive
 from fedsigma.common.utils.files import write_atomic
 
-__all__ = ["RECORD", "DigestError", "Fetched", "fetch", "fetched"]
+__all__ = ["RECORD", "DigestError", "FetchedFile", "fetch_archive", "read_record"]
 
 RECORD = "fetched.json"
 """Written into the folder of a set: what was fetched, and by what it was checked."""
@@ -26,7 +26,7 @@ class DigestError(CardError):
 
 
 @settings
-class Fetched:
+class FetchedFile:
     """One file as it came.
 
     checked_by: who states the checksum that it agrees with, '' for nobody. content: the names of what it left
@@ -40,7 +40,7 @@ class Fetched:
     content: ListOf[str]
 
 
-def fetched(folder: Path) -> dict[str, Fetched]:
+def read_record(folder: Path) -> dict[str, FetchedFile]:
     """Read the record of a folder, by the names of the files; empty if nothing was fetched into it.
 
     Raises:
@@ -51,12 +51,14 @@ def fetched(folder: Path) -> dict[str, Fetched]:
         return {}
     try:
         content = json.loads(file.read_text("utf-8"))
-        return {name: build(Fetched, values, where=str(file)) for name, values in content.items()}
+        return {name: build(FetchedFile, values, where=str(file)) for name, values in content.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise CardError(f"{file} is damaged ({error}): put it back from a copy, or remove it") from error
 
 
-def fetch(archive: Archive, folder: Path, *, progress: Progress = lambda done, whole: None) -> Fetched:
+def fetch_archive(
+    archive: Archive, folder: Path, *, progress: ProgressCallback = lambda done, whole: None
+) -> FetchedFile:
     """Download one file of a set, check and unpack it; what is in the folder already is left as it is.
 
     Where nobody states a checksum, the SHA-256 of what first came and could be unpacked is kept in the
@@ -65,7 +67,7 @@ def fetch(archive: Archive, folder: Path, *, progress: Progress = lambda done, w
     Raises:
         CardError: the file cannot be had, is not the expected one, or cannot be unpacked.
     """
-    known = fetched(folder).get(archive.name)
+    known = read_record(folder).get(archive.name)
     if known and known.url == archive.url and all((folder / name).exists() for name in known.content):
         return known
     file = folder / _DOWNLOADS / archive.name
@@ -75,9 +77,9 @@ def fetch(archive: Archive, folder: Path, *, progress: Progress = lambda done, w
     content = [archive.name]
     if archive.unpack:
         try:
-            content = unpack(file, folder, take=archive.take, inner=archive.inner)
+            content = extract_archive(file, folder, take=archive.take, inner=archive.inner)
         except ArchiveError as error:
-            if not isinstance(error, NoPlace):
+            if not isinstance(error, TargetBlocked):
                 file.unlink()  # a page that a server sent in its place, for one: the next attempt asks anew
             raise
         file.unlink()
@@ -87,14 +89,14 @@ def fetch(archive: Archive, folder: Path, *, progress: Progress = lambda done, w
         file.replace(folder / archive.name)
     if not any(file.parent.iterdir()):
         file.parent.rmdir()
-    done = Fetched(
+    done = FetchedFile(
         url=archive.url, size=size, sha256=sha256, checked_by=archive.stated_by, content=tuple(content)
     )
     _record(folder, archive.name, done)
     return done
 
 
-def _verified(archive: Archive, file: Path, known: Fetched | None) -> str:
+def _verified(archive: Archive, file: Path, known: FetchedFile | None) -> str:
     """The SHA-256 of the file as it came.
 
     Raises:
@@ -124,6 +126,6 @@ def _sums(file: Path) -> dict[str, str]:
     return {kind: one.hexdigest() for kind, one in sums.items()}
 
 
-def _record(folder: Path, name: str, came: Fetched) -> None:
-    values = {key: asdict(one) for key, one in (fetched(folder) | {name: came}).items()}
+def _record(folder: Path, name: str, came: FetchedFile) -> None:
+    values = {key: asdict(one) for key, one in (read_record(folder) | {name: came}).items()}
     write_atomic(folder / RECORD, (json.dumps(values, indent=2) + "\n").encode())

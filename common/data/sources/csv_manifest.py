@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedsigma.common.data.records import DataError, Pictures, Problem, Record, read_split, read_text
+from fedsigma.common.data.records import DataError, PictureSource, Problem, Record, read_split, read_text
 from fedsigma.common.data.sources.registry import register_source
 
 __all__ = ["COLUMNS", "column_names", "open_manifest", "read_manifest"]
@@ -17,7 +17,7 @@ COLUMNS = ("path", "label", "split", "group", "site")
 
 
 @register_source("csv")
-def open_manifest(path: Path, *, columns: Mapping[str, str] | None = None) -> Pictures:
+def open_manifest(path: Path, *, columns: Mapping[str, str] | None = None) -> PictureSource:
     """Open a CSV file with the columns path, label and, optionally, split, group and site.
 
     Args:
@@ -28,7 +28,7 @@ def open_manifest(path: Path, *, columns: Mapping[str, str] | None = None) -> Pi
         DataError: it is not a readable CSV file, or lacks a column.
     """
     records, problems = read_manifest(path, columns)
-    return Pictures(records, lambda key: Image.open(path.parent / key), problems)
+    return PictureSource(records, lambda key: Image.open(path.parent / key), problems)
 
 
 def column_names(columns: Mapping[str, str] | None, known: tuple[str, ...]) -> dict[str, str]:

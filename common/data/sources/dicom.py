@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedsigma.common.data.records import DataError, PictureError, Pictures, UnsupportedPicture
+from fedsigma.common.data.records import DataError, PictureError, PictureSource, UnsupportedPicture
 from fedsigma.common.data.sources.csv_manifest import read_manifest
 from fedsigma.common.data.sources.folder import walk_classes
 from fedsigma.common.data.sources.registry import register_source
@@ -21,7 +21,7 @@ from fedsigma.common.data.sources.registry import register_source
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-__all__ = ["Slices", "is_dicom", "open_dicom", "render", "windowed"]
+__all__ = ["DicomFile", "apply_window", "is_dicom", "open_dicom", "render"]
 
 _SUFFIXES = frozenset({".dcm", ".dicom", ".ima", ""})
 _PATIENT = ["PatientID", "IssuerOfPatientID"]
@@ -34,7 +34,7 @@ def open_dicom(
     window: list[float] | None = None,
     group_by_folder: bool = False,
     columns: Mapping[str, str] | None = None,
-) -> Pictures:
+) -> PictureSource:
     """Open DICOM files by a CSV manifest or in class folders.
 
     Where the manifest names no group, the patient is the group: a SHA-256 digest of the patient identifier,
@@ -65,7 +65,7 @@ def open_dicom(
         records, problems = read_manifest(path, columns)
     records = [r if r.group else replace(r, group=_patient(root / r.key)) for r in records]
     chosen = None if window is None else (float(window[0]), float(window[1]))
-    return Pictures(records, lambda key: _read(root / key, key, chosen), problems)
+    return PictureSource(records, lambda key: _read(root / key, key, chosen), problems)
 
 
 def _pydicom() -> Any:
@@ -100,7 +100,7 @@ def _patient(file: Path) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slices:
+class DicomFile:
     """A DICOM file of one or several frames, which are decoded one at a time.
 
     Fields: key, by which errors name it; series, its SeriesInstanceUID, or empty; frames, how many it says it
@@ -113,7 +113,7 @@ class Slices:
     dataset: Dataset
 
     @classmethod
-    def read(cls, file: Path | BinaryIO, key: str) -> Slices:
+    def read(cls, file: Path | BinaryIO, key: str) -> DicomFile:
         """Read a file without decoding its frames.
 
         Raises:
@@ -211,7 +211,7 @@ def render(
         ) from error
     colours = str(dataset.PhotometricInterpretation)
     if colours in ("MONOCHROME1", "MONOCHROME2"):
-        grey = windowed(pixels, dataset, window)
+        grey = apply_window(pixels, dataset, window)
         if colours == "MONOCHROME1":
             grey = 1 - grey
         return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
@@ -225,7 +225,7 @@ def render(
     return Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
 
 
-def windowed(
+def apply_window(
     pixels: NDArray[Any], dataset: Dataset, window: tuple[float, float] | None = None
 ) -> NDArray[np.float64]:
     """Bring grey values to 0 to 1 by rescaling and windowing; shape (rows, columns) in and out."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedsigma.common.data.records import DataError, Pictures, Problem, Record, is_hidden, read_split
+from fedsigma.common.data.records import DataError, PictureSource, Problem, Record, is_hidden, read_split
 from fedsigma.common.data.sources.registry import register_source
 
 __all__ = ["SUFFIXES", "open_folder", "walk_classes"]
@@ -16,7 +16,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp",
 
 
 @register_source("folder")
-def open_folder(path: Path, *, group_by_folder: bool = True) -> Pictures:
+def open_folder(path: Path, *, group_by_folder: bool = True) -> PictureSource:
     """Open `CLASS/picture`, `SPLIT/CLASS/picture` or either with folders of patients below the class.
 
     Args:
@@ -33,7 +33,7 @@ def open_folder(path: Path, *, group_by_folder: bool = True) -> Pictures:
             f"the folder {path} has no pictures in class folders: expected CLASS/picture.png or "
             f"train/CLASS/picture.png, of {', '.join(sorted(SUFFIXES))}; for DICOM write dicom:PATH"
         )
-    return Pictures(records, lambda key: Image.open(path / key), problems)
+    return PictureSource(records, lambda key: Image.open(path / key), problems)
 
 
 def walk_classes(

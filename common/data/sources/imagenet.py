@@ -10,7 +10,7 @@ from pathlib import Path
 from fedsigma.common.data.records import DataError, Record
 from fedsigma.common.data.sources.folder import SUFFIXES
 
-__all__ = ["CLASS_NAMES", "read_numbered", "read_wordnet", "told_apart"]
+__all__ = ["CLASS_NAMES", "disambiguate", "read_numbered", "read_wordnet"]
 
 CLASS_NAMES = "classnames.txt"
 _ID = re.compile(r"n[0-9]{8}")
@@ -49,7 +49,9 @@ def read_numbered(folder: Path, images: Path) -> tuple[list[Record], list[str]]:
         DataError: as `read_wordnet`.
     """
     given = _read_names(folder)
-    names = told_apart([given[key] for key in sorted(given)], sorted(given)) if given else _open_clip_names()
+    names = (
+        disambiguate([given[key] for key in sorted(given)], sorted(given)) if given else _open_clip_names()
+    )
     places = sorted(int(name) for name in _folders(images) if name.isascii() and name.isdecimal())
     if not places or places[-1] >= len(names):
         raise DataError(f"{images} has no folders 0 to {len(names) - 1}, one for each class")
@@ -59,7 +61,7 @@ def read_numbered(folder: Path, images: Path) -> tuple[list[Record], list[str]]:
     return found, [names[place] for place in places]
 
 
-def told_apart(names: Sequence[str], marks: Sequence[str]) -> list[str]:
+def disambiguate(names: Sequence[str], marks: Sequence[str]) -> list[str]:
     """Add its mark to a name that an earlier one equals: ImageNet has two classes 'missile'."""
     seen: set[str] = set()
     result = []
@@ -83,7 +85,7 @@ def _names_of(folder: Path, ids: list[str]) -> list[str]:
         raise DataError(f"{CLASS_NAMES} has no name for the folder {unknown[0]}")
     # Marks by the whole list, so that a class has one name in ImageNet and in a part of it.
     whole = dict(
-        zip(sorted(given), told_apart([given[key] for key in sorted(given)], sorted(given)), strict=True)
+        zip(sorted(given), disambiguate([given[key] for key in sorted(given)], sorted(given)), strict=True)
     )
     return [whole[key] for key in ids]
 
@@ -110,7 +112,7 @@ def _read_names(folder: Path) -> dict[str, str] | None:
 def _open_clip_names(ids: Sequence[str] = ()) -> list[str]:
     from open_clip import IMAGENET_CLASSNAMES
 
-    return told_apart(IMAGENET_CLASSNAMES, ids or [f"class {place}" for place in range(_ALL)])
+    return disambiguate(IMAGENET_CLASSNAMES, ids or [f"class {place}" for place in range(_ALL)])
 
 
 def _folders(path: Path) -> list[str]:

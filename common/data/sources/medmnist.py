@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedsigma.common.config.schema import did_you_mean
 from fedsigma.common.data.catalog import Archive
-from fedsigma.common.data.records import SPLITS, DataError, Pictures, Record
+from fedsigma.common.data.records import SPLITS, DataError, PictureSource, Record
 from fedsigma.common.data.sources.registry import register_source
 
 __all__ = ["SIZES", "medmnist_archive", "open_medmnist"]
@@ -23,7 +23,7 @@ SIZES = (28, 64, 128, 224)
 
 
 @register_source("medmnist")
-def open_medmnist(name: str, size: int = 28, *, root: str | None = None) -> Pictures:
+def open_medmnist(name: str, size: int = 28, *, root: str | None = None) -> PictureSource:
     """Open one set of two-dimensional pictures with one label each, by the package's own split.
 
     Nothing is downloaded: `fedsigma data fetch medmnist:NAME:SIZE FOLDER` does that. The pictures of a part
@@ -60,7 +60,7 @@ def open_medmnist(name: str, size: int = 28, *, root: str | None = None) -> Pict
         split, _, place = key.partition("/")
         return Image.fromarray(read(split)[int(place)])
 
-    return Pictures(records, picture, classes=tuple(names[number] for number in sorted(names)))
+    return PictureSource(records, picture, classes=tuple(names[number] for number in sorted(names)))
 
 
 def medmnist_archive(name: str, size: int = 28) -> Archive:

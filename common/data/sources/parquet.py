@@ -14,7 +14,7 @@ from PIL import Image
 from fedsigma.common.data.records import (
     DataError,
     MissingPicture,
-    Pictures,
+    PictureSource,
     Problem,
     Record,
     read_split,
@@ -33,7 +33,7 @@ COLUMNS = ("image", "label", "split", "group", "site")
 
 
 @register_source("parquet")
-def open_parquet(path: Path, *, columns: Mapping[str, str] | None = None) -> Pictures:
+def open_parquet(path: Path, *, columns: Mapping[str, str] | None = None) -> PictureSource:
     """Open one parquet file, or a folder of them, with the columns image, label and optional others.
 
     `image` is bytes of an encoded picture, or a struct of `bytes` and `path` (a file beside the parquet
@@ -56,7 +56,7 @@ def open_parquet(path: Path, *, columns: Mapping[str, str] | None = None) -> Pic
             _index(file, names, records, problems)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file} cannot be read as parquet: {error}") from error
-    return Pictures(records, _Reader(path, names["image"]), problems)
+    return PictureSource(records, _Reader(path, names["image"]), problems)
 
 
 def _index(file: Path, names: dict[str, str], records: list[Record], problems: list[Problem]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from fedsigma.common.data.catalog import DatasetCard, card, prompt_of, same_name
-from fedsigma.common.data.records import DataError, Pictures, Record
-from fedsigma.common.data.sources.imagenet import read_numbered, read_wordnet, told_apart
+from fedsigma.common.data.records import DataError, PictureSource, Record
+from fedsigma.common.data.sources.imagenet import disambiguate, read_numbered, read_wordnet
 from fedsigma.common.data.sources.official_splits import Row, read_lists, read_split_file
 from fedsigma.common.data.sources.registry import register_source
 
@@ -22,7 +22,7 @@ SITES = "sites.csv"
 
 
 @register_source("coop")
-def open_coop(name: str, path: Path) -> Pictures:
+def open_coop(name: str, path: Path) -> PictureSource:
     """Open a published set: its official split, and the class names that go into prompts.
 
     No published split says where an image was taken. Who knows it writes a file sites.csv with the columns
@@ -42,7 +42,7 @@ def open_coop(name: str, path: Path) -> Pictures:
     return open_card(card(name), path)
 
 
-def open_card(chosen: DatasetCard, path: Path) -> Pictures:
+def open_card(chosen: DatasetCard, path: Path) -> PictureSource:
     """Open the set of a card, as `open_coop`.
 
     Raises:
@@ -53,7 +53,7 @@ def open_card(chosen: DatasetCard, path: Path) -> Pictures:
     root = images_folder(chosen, path)
     records, classes = _read(chosen, path, root)
     records = _with_sites(path / SITES, records)
-    return Pictures(records, lambda key: Image.open(root / key), classes=tuple(classes))
+    return PictureSource(records, lambda key: Image.open(root / key), classes=tuple(classes))
 
 
 def _with_sites(file: Path, records: list[Record]) -> list[Record]:
@@ -130,7 +130,7 @@ def class_names(chosen: DatasetCard, rows: Sequence[Row]) -> dict[int, str]:
     spelling = {same_name(name): name for name in chosen.class_names}
     numbers = sorted(written)
     prompts = [spelling.get(same_name(written[number]), prompt_of(written[number])) for number in numbers]
-    return dict(zip(numbers, told_apart(prompts, [f"label {number}" for number in numbers]), strict=True))
+    return dict(zip(numbers, disambiguate(prompts, [f"label {number}" for number in numbers]), strict=True))
 
 
 class _Folders:

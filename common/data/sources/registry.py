@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.data.records import SPLITS, DataError, Pictures, Source
-from fedsigma.common.data.sampling import halves
+from fedsigma.common.data.records import SPLITS, DataError, PictureSource, Source
+from fedsigma.common.data.sampling import base_and_novel
 
 __all__ = ["known_sources", "open_source", "register_source"]
 
-Opener = Callable[..., Pictures]
+Opener = Callable[..., PictureSource]
 _SOURCES: dict[str, Opener] = {}
 _BUILT_IN = {
     "coop": "fedsigma.common.data.sources.published",
@@ -93,24 +93,24 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
     return source
 
 
-def _keep_parts(source: Pictures, parts: Any) -> None:
+def _keep_parts(source: PictureSource, parts: Any) -> None:
     if not isinstance(parts, list | tuple) or not parts or not set(parts) <= set(SPLITS):
         raise DataError(f"the option parts is {parts!r}, expected a list of {', '.join(SPLITS)}")
     source.parts = tuple(parts)
     source.records = [record for record in source.records if record.split in parts]
 
 
-def _keep_half(source: Pictures, spec: str, half: Any) -> None:
+def _keep_half(source: PictureSource, spec: str, half: Any) -> None:
     if half not in ("base", "novel"):
         raise DataError(f"the option half is {half!r}, expected base or novel")
     if not source.classes:
         raise DataError(f"the option half needs an order of classes, and {spec} has none: leave half out")
-    source.classes = halves(source.classes)[half == "novel"]
+    source.classes = base_and_novel(source.classes)[half == "novel"]
     kept = set(source.classes)
     source.records = [record for record in source.records if record.label in kept]
 
 
-def _open(kind: str, place: str, base: Path | None, options: dict[str, Any]) -> Pictures:
+def _open(kind: str, place: str, base: Path | None, options: dict[str, Any]) -> PictureSource:
     opener = _SOURCES[kind]
     parameters = inspect.signature(opener).parameters
     known = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]

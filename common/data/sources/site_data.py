@@ -34,10 +34,10 @@ def usable_records(
         DataError: there are problems and on_problem is 'stop', or nothing is usable.
     """
     from fedsigma.common.data.sampling import split_groups
-    from fedsigma.common.data.validation import check
+    from fedsigma.common.data.validation import check_source
 
-    report = check(source, classes=classes, pictures=False)
-    return list(split_groups(report.settle(on_problem), test_share=test_share, seed=seed))
+    report = check_source(source, classes=classes, pictures=False)
+    return list(split_groups(report.require_usable(on_problem), test_share=test_share, seed=seed))
 
 
 def check_pictures(data_json: str, classes: tuple[str, ...], seed: int) -> str:
@@ -46,13 +46,13 @@ def check_pictures(data_json: str, classes: tuple[str, ...], seed: int) -> str:
     Raises:
         DataError: there are problems and the data section's on_problem is 'stop', or nothing is usable.
     """
-    from fedsigma.common.data.validation import check
+    from fedsigma.common.data.validation import check_source
 
     data = build(DataConfig, json.loads(data_json), where="the data section")
     source, _ = simulated_sites(data_json, classes, seed)
-    report = check(source, classes=classes)
-    report.settle(data.on_problem)
-    return "" if report.ok else report.table()
+    report = check_source(source, classes=classes)
+    report.require_usable(data.on_problem)
+    return "" if report.ok else report.to_text()
 
 
 @lru_cache(maxsize=2)

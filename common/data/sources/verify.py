@@ -12,10 +12,10 @@ from fedsigma.common.data.records import SPLITS, DataError, Record
 from fedsigma.common.data.sources.official_splits import Row
 from fedsigma.common.data.sources.published import images_folder, open_card, read_rows
 
-__all__ = ["differences"]
+__all__ = ["compare_with_card"]
 
 
-def differences(chosen: DatasetCard, path: Path) -> list[str]:
+def compare_with_card(chosen: DatasetCard, path: Path) -> list[str]:
     """Say what a folder has otherwise than its card; nothing if it is that set.
 
     Compared are the sizes of the parts, the classes, the first path of the split file, and that each image is

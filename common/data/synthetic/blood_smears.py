@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image, ImageFilter
 
-from fedsigma.common.data.records import DataError, Pictures, Record
+from fedsigma.common.data.records import DataError, PictureSource, Record
 from fedsigma.common.data.sources.registry import register_source
 from fedsigma.common.data.synthetic.drawing import CELL_TYPES, Stain, draw_smear
 from fedsigma.common.data.synthetic.fields import Field, Rng
@@ -78,7 +78,7 @@ LABORATORIES = {
 @register_source("demo")
 def open_demo(
     *, seed: int = 1, train: int = 20, test: int = 20, laboratories: Sequence[str] = tuple(LABORATORIES)
-) -> Pictures:
+) -> PictureSource:
     """Open the synthetic demonstration set; each picture is drawn when it is asked for.
 
     Args:
@@ -115,7 +115,7 @@ def open_demo(
                 cache.popitem(last=False)
         return cache[key]
 
-    return Pictures(records, read)
+    return PictureSource(records, read)
 
 
 def draw_picture(key: str, *, seed: int) -> Image.Image:
