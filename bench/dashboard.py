@@ -31,7 +31,7 @@ from tests.helpers.dashboard_process import dashboard
 from tests.helpers.synthetic_run import write_synthetic_run
 
 # Functions, since pages allow no text to be run as a script.
-_DRAWN = """() => window.echarts && ['curves', 'part', 'heat', 'drift', 'bytes']
+_DRAWN = """() => window.echarts && ['curves', 'participation', 'shift-magnitude', 'updates', 'bytes']
   .map(id => document.getElementById(id)).every(box => box && (SEEN || echarts.getInstanceByDom(box)))"""
 PAGES = {
     "list": ("/", "() => document.querySelectorAll('#runs tbody tr').length === {runs}"),

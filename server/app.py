@@ -32,7 +32,7 @@ from fedsigma.server.federation.rounds import Federation, train
 from fedsigma.server.federation.site_manager import SiteManager
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.runs.summary import runs_folder
-from fedsigma.server.trackers import TrackerChoice, Tracking, choose_trackers
+from fedsigma.server.trackers import TrackerCallback, TrackerChoice, choose_trackers
 
 __all__ = ["app"]
 
@@ -70,7 +70,7 @@ def _run(
     """Run a study in its folder and record how it ended."""
     if auditor := RunAuditor.from_environment(study=study.name, run=run):
         run_dir.listen(auditor)
-    tracking = Tracking(run_dir, trackers, study=study, run=run)
+    tracking = TrackerCallback(run_dir, trackers, study=study, run=run)
     run_dir.log_event("run_start", study=study.name, run=run, resume=resumed)
     try:
         summary = _run_study(grid, run_dir, study, aggregator, resumed=resumed)

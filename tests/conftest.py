@@ -7,6 +7,8 @@ from hypothesis import settings
 
 from fedsigma.client.site.image_cache import IMAGES
 
+pytest_plugins = ("tests.helpers.dashboard_door",)
+
 # Machines are shared and noisy: how long an example takes must not decide whether it passes.
 settings.register_profile("fedsigma", deadline=None, print_blob=True)
 settings.load_profile("fedsigma")

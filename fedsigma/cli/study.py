@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedsigma.common.utils.console import print_table
 from fedsigma.common.utils.errors import FAILED
-from fedsigma.server.report.formatting import NOTHING, format_percent, format_timestamp
+from fedsigma.server.report.formatting import MISSING, format_percent, format_timestamp
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.runs.summary import RunSummary, find_runs, runs_folder, summarize_run
 
@@ -225,7 +225,7 @@ def _table(summaries: list[RunSummary], directory: Path) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("Started", no_wrap=True)
     for run in summaries:
-        planned = run.rounds_planned if run.rounds_planned is not None else NOTHING
+        planned = run.rounds_planned if run.rounds_planned is not None else MISSING
         table.add_row(
             escape(str(Path(run.path).relative_to(directory)) if Path(run.path) != directory else run.path),
             escape(run.study),

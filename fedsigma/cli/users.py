@@ -48,7 +48,7 @@ def add(
     Exit code 3: the name is taken, or name, role or password do not do.
     """
     accounts, log = _opened(folder)
-    accounts.add(name, role=role, password=_password(from_stdin))
+    accounts.add_user(name, role=role, password=_password(from_stdin))
     log.record("user_added", user=name, role=role)
     typer.echo(f"User '{name}' may sign in as {role}.")
 
@@ -60,7 +60,7 @@ def password(name: Name, folder: Folder, from_stdin: FromStdin = False) -> None:
     Exit code 3: there is no such user, or the password does not do.
     """
     accounts, log = _opened(folder)
-    accounts.change(name, password=_password(from_stdin))
+    accounts.update_user(name, password=_password(from_stdin))
     log.record("user_changed", user=name, changed=["password"])
     typer.echo(f"User '{name}' has a new password, and was signed out everywhere.")
 
@@ -81,7 +81,7 @@ def change(
     if role is None and disable is None:
         raise AccountsError("nothing to change: give --role, --disable or --enable")
     accounts, log = _opened(folder)
-    accounts.change(name, role=role, disabled=disable)
+    accounts.update_user(name, role=role, disabled=disable)
     changed = {"role": role, "disabled": disable}
     log.record(
         "user_changed", user=name, **{key: value for key, value in changed.items() if value is not None}
@@ -113,9 +113,9 @@ def list_users(
             "name": account.name,
             "role": account.role,
             "state": "disabled" if account.disabled else "enabled",
-            "made at": f"{account.made_at:%Y-%m-%dT%H:%M:%SZ}",
+            "made at": f"{account.created_at:%Y-%m-%dT%H:%M:%SZ}",
         }
-        for account in accounts.everyone()
+        for account in accounts.list_accounts()
     ]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))

@@ -1,1 +1,1 @@
-"""The dashboard: web pages that read what the server keeps, in a process that no study depends on."""
+"""The dashboard: web pages that show runs, sites and models, in a process that no study depends on."""

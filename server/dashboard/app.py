@@ -1,4 +1,4 @@
-"""Putting the dashboard together, and serving it until it is told to stop."""
+"""Assembles the dashboard's app and serves it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from fedsigma.common.config.schema import split_address
 from fedsigma.common.ops.web import check_tls, listening, run, server
 from fedsigma.server.dashboard.auth.accounts import Accounts
 from fedsigma.server.dashboard.auth.login import OneTimeLink
-from fedsigma.server.dashboard.auth.middleware import guarded
-from fedsigma.server.dashboard.auth.oidc import OidcSettings, Provider
+from fedsigma.server.dashboard.auth.middleware import require_login
+from fedsigma.server.dashboard.auth.oidc import OidcProvider, OidcSettings
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.config import DashboardConfig
 from fedsigma.server.dashboard.pages.coordinator import coordinator_routes
-from fedsigma.server.dashboard.pages.routes import DashboardContext, make_pages
+from fedsigma.server.dashboard.pages.routes import DashboardContext, make_app
 from fedsigma.server.dashboard.pages.run_index import RunIndex
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
 from fedsigma.server.deployment.audit_log import ServerAuditLog
@@ -30,70 +29,75 @@ __all__ = ["runs_app", "serve", "server_app"]
 
 PAGES = (("/", "Runs"), ("/compare", "Compare"), ("/models", "Models"))
 SERVER_PAGES = (*PAGES, ("/sites", "Sites"), ("/audit", "Audit log"))
-STOP_S = 5
-LOCAL_S = 7 * 86400.0
-"""How long the browser that had the link stays in; another would need the command to be started again."""
+SHUTDOWN_GRACE_S = 5
+LOCAL_SESSION_S = 7 * 86400.0
+"""Lifetime of the session that the one-time link opens; another needs a restart of the command."""
 
 
 def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGIApp:
-    """The dashboard of a folder of simulations, for who has the link.
+    """Return the dashboard of a folder of simulations, for one user on this machine.
 
     Args:
-        runs: the folder that holds the run folders, or a run folder.
-        settings: how it is reached.
-        link: the only way in.
+        runs: Folder that contains the run folders, or a run folder.
+        settings: Origins and limits.
+        link: One-time link, the only way to sign in.
     """
-    desk = DashboardContext(RunIndex(runs), PAGES)
+    context = DashboardContext(RunIndex(runs), PAGES)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        _warm(desk)
+        _warm_up(context)
         yield
 
-    pages = make_pages(desk, [], lifespan=lifespan)
-    return guarded(
-        pages, accounts=Accounts(None, longest=LOCAL_S, idle=LOCAL_S), settings=settings, link=link
+    accounts = Accounts(None, max_age=LOCAL_SESSION_S, idle_timeout=LOCAL_SESSION_S)
+    return require_login(
+        make_app(context, [], lifespan=lifespan), accounts=accounts, settings=settings, link=link
     )
 
 
 def server_app(server: ServerHome, config: DashboardConfig) -> ASGIApp:
-    """The dashboard of a server, for its users.
+    """Return the dashboard of a server, for its users.
+
+    Args:
+        server: Folder of the server.
+        config: Content of its dashboard.yaml.
 
     Raises:
-        ConfigError: oidc.yaml does not do.
+        ConfigError: oidc.yaml is invalid.
     """
     oidc = server.path / "oidc.yaml"
     watch = SuperLinkWatch(server)
-    desk = DashboardContext(RunIndex(server.path / "runs", server=server, watch=watch), SERVER_PAGES)
-    routes: list[Route] = coordinator_routes(desk, server, watch)
+    context = DashboardContext(RunIndex(server.path / "runs", server=server, watch=watch), SERVER_PAGES)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         watch.start()
-        _warm(desk)
+        _warm_up(context)
         yield
         watch.stop()
 
-    return guarded(
-        make_pages(desk, routes, lifespan=lifespan),
+    return require_login(
+        make_app(context, coordinator_routes(context, server, watch), lifespan=lifespan),
         accounts=Accounts(server.path / "dashboard.db"),
         settings=config.access,
-        oidc=Provider(OidcSettings.read(oidc), origin=config.access.origins[0]) if oidc.is_file() else None,
+        oidc=OidcProvider(OidcSettings.read(oidc), origin=config.access.origins[0])
+        if oidc.is_file()
+        else None,
         log=ServerAuditLog(server.path),
     )
 
 
-def _warm(desk: DashboardContext) -> None:
-    """Read the list of runs and the newest of them before anybody asks; what fails is told to who does."""
+def _warm_up(context: DashboardContext) -> None:
+    """Read the list of runs and the newest run in the background; errors are reported by later requests."""
 
-    def look() -> None:
+    def read() -> None:
         with suppress(OSError, ValueError, LookupError):
-            desk.ready()
-            begun = (line for line in desk.library.lines() if line.begun)
-            if line := next(begun, None):
-                desk.sections(line)
+            context.compile_templates()
+            started = (entry for entry in context.run_index.list_runs() if entry.started)
+            if entry := next(started, None):
+                context.run_sections(entry)
 
-    threading.Thread(target=look, name="first-look", daemon=True).start()
+    threading.Thread(target=read, name="dashboard-warm-up", daemon=True).start()
 
 
 def serve(
@@ -104,18 +108,19 @@ def serve(
     certificate: Path | None = None,
     key: Path | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. Nothing of a request is logged.
+    """Serve the app until SIGINT or SIGTERM; requests are not logged.
 
     Args:
-        app: what to serve.
+        app: The app.
         listen: HOST:PORT.
-        announce: called when the address is its own.
-        certificate, key: PEM files for TLS.
+        announce: Called when the socket is bound.
+        certificate: PEM file of the TLS certificate, or None for HTTP.
+        key: PEM file of its private key.
 
     Raises:
-        WebError: the address is taken, or the certificate does not do.
+        WebError: The address is in use, or the certificate is invalid.
     """
     check_tls(certificate, key)
     host, port = split_address(listen, where="listen")
-    with listening(host, port) as place:
-        run(server(app, grace_s=STOP_S, certificate=certificate, key=key), place, announce)
+    with listening(host, port) as socket:
+        run(server(app, grace_s=SHUTDOWN_GRACE_S, certificate=certificate, key=key), socket, announce)

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, and a table for the terminal."""
+"""The report of a run: one self-contained HTML file, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from fedsigma.server.runs.run_dir import RunDir
 __all__ = ["summary_table", "write_report"]
 
 
-def write_report(folder: RunDir) -> Path:
-    """Write `report.html` from the files of a run, whatever state the run is in.
+def write_report(run_dir: RunDir) -> Path:
+    """Write `report.html` from the files of a run in any state; an older report is replaced.
 
-    Returns the path of the report. An older report is replaced.
+    Args:
+        run_dir: Folder of the run.
+
+    Returns:
+        Path of the report.
     """
-    # matplotlib is slow to import; a run asks for its report once, at its end.
+    # matplotlib is slow to import, and a run writes its report only once.
     from fedsigma.common.utils.files import write_atomic
     from fedsigma.server.report.data import collect_report_data
     from fedsigma.server.report.page import render
 
-    write_atomic(folder.report_path, render(collect_report_data(folder)).encode("utf-8", "replace"))
-    return folder.report_path
+    write_atomic(run_dir.report_path, render(collect_report_data(run_dir)).encode("utf-8", "replace"))
+    return run_dir.report_path

@@ -1,4 +1,4 @@
-"""What a report says, gathered from the files of a run and free of any layout or colour."""
+"""The data of a report, collected from the files of a run, without layout or colours."""
 
 from __future__ import annotations
 
@@ -7,47 +7,63 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from fedsigma.server.report.formatting import METHODS, round_list
+from fedsigma.server.report.formatting import METHODS, format_ranges
 from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.runs.shift_magnitude import ShiftMagnitude, shift_magnitudes
 from fedsigma.server.runs.summary import RunSummary, study_of, summarize_run
 
-__all__ = ["Notice", "ReportData", "RoundLine", "collect_report_data"]
+__all__ = ["Notice", "ReportData", "RoundSummary", "collect_report_data"]
 
-_NOTABLE = {
-    "site_refused": "took no part",
+_NOTICES = {
+    "site_refused": "site refused",
     "reply_rejected": "reply rejected",
     "site_failed": "site failed",
-    "site_budget_exhausted": "privacy budget spent: no more training",
-    "budgets_exhausted": "ended early: privacy budgets spent",
+    "site_budget_exhausted": "privacy budget exhausted: no more training",
+    "budgets_exhausted": "ended early: privacy budgets exhausted",
     "site_timed_out": "no reply in time",
     "masked_sum_rejected": "masked sum rejected",
-    "unreadable_line": "line of events.jsonl unreadable",
+    "unreadable_line": "invalid line in events.jsonl",
 }
+"""Kinds of events that the report lists, with their labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundLine:
+class RoundSummary:
     """One round over all its sites.
 
-    Units: accuracies between 0 and 1 (of the model the round started from), bytes as sums over the sites.
+    Attributes:
+        round: Number of the round, from 1.
+        all_sites: Accuracy over all sites of the model that the round started from, 0 to 1.
+        lowest: Lowest accuracy of a site, 0 to 1.
+        highest: Highest accuracy of a site, 0 to 1.
+        accepted: Number of sites whose update was accepted.
+        bytes_up: Bytes that the server received, summed over the sites.
+        bytes_down: Bytes that the server sent, summed over the sites.
     """
 
     round: int
-    pooled: float | None
+    all_sites: float | None
     lowest: float | None
     highest: float | None
-    sites: int
+    accepted: int
     bytes_up: int
     bytes_down: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """Something that went otherwise than planned, told once however often it happened."""
+    """A problem during the run; repetitions are merged into one notice.
 
-    what: str
+    Attributes:
+        label: What happened.
+        site: Name of the site, or empty for the run as a whole.
+        reason: Reason that was recorded with the event.
+        rounds: Rounds in which it happened, such as `3–5, 8`.
+        count: Number of events.
+    """
+
+    label: str
     site: str
     reason: str
     rounds: str
@@ -56,11 +72,24 @@ class Notice:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All of a report.
+    """All data of a report.
 
-    `accuracy` maps a site to the accuracy after so many finished rounds, 0 being the untouched backbone.
-    `methods` are the entries of summary.json that are there, in the order to show them. `epsilon` is the most
-    that any site's images (or the sites) have been told to have spent.
+    Attributes:
+        run: State, progress and times of the run.
+        study: The study's settings, as a mapping.
+        study_yaml: The study file as text.
+        summary: Content of summary.json; empty if it is missing or damaged.
+        methods: Entries of summary.json by method, in display order.
+        sites: Names of all sites.
+        accuracy: Accuracy by site and number of finished rounds; 0 is the unadapted backbone.
+        accuracy_all_sites: Accuracy over all sites by number of finished rounds.
+        rounds: Summary of each round.
+        notices: Problems during the run.
+        shift_magnitudes: Mean absolute shift by tower, part and layer.
+        shift_missing: Why there are no shift magnitudes; empty if there are.
+        shift_size: Number of values of the shift.
+        shift_round: Round after which the shift was saved.
+        epsilon: Largest epsilon that a site has reported.
     """
 
     run: RunSummary
@@ -70,70 +99,77 @@ class ReportData:
     methods: dict[str, dict[str, Any]]
     sites: tuple[str, ...]
     accuracy: dict[str, dict[int, float]]
-    pooled: dict[int, float]
-    lines: tuple[RoundLine, ...]
+    accuracy_all_sites: dict[int, float]
+    rounds: tuple[RoundSummary, ...]
     notices: tuple[Notice, ...]
     shift_magnitudes: tuple[ShiftMagnitude, ...]
-    heat_problem: str
-    sigma_values: int | None
-    sigma_round: int | None
+    shift_missing: str
+    shift_size: int | None
+    shift_round: int | None
     epsilon: float | None
 
     @property
     def bytes_up(self) -> int:
-        """All that the sites sent in the whole run."""
-        return sum(line.bytes_up for line in self.lines)
+        """Bytes that all sites sent in the whole run."""
+        return sum(row.bytes_up for row in self.rounds)
 
     @property
     def bytes_down(self) -> int:
-        """All that the sites received in the whole run."""
-        return sum(line.bytes_down for line in self.lines)
+        """Bytes that all sites received in the whole run."""
+        return sum(row.bytes_down for row in self.rounds)
 
     @property
     def zero_shot(self) -> float | None:
-        """Accuracy of the untouched backbone: the baseline's, else of the model round 1 began with."""
-        return _number(self.methods.get("zero_shot", {}).get("accuracy"), self.pooled.get(0))
+        """Accuracy of the unadapted backbone: the baseline's, else that of round 1's starting model."""
+        return _first_number(
+            self.methods.get("zero_shot", {}).get("accuracy"), self.accuracy_all_sites.get(0)
+        )
 
 
-def collect_report_data(folder: RunDir, *, shift: bool = True) -> ReportData:
-    """Read a run folder, whatever state it is in; what is missing or damaged is left out.
+def collect_report_data(run_dir: RunDir, *, read_shift: bool = True) -> ReportData:
+    """Read a run folder in any state; missing or damaged files are left out.
 
     Args:
-        folder: of the run.
-        shift: whether to read the sigma file, too.
+        run_dir: Folder of the run.
+        read_shift: Whether to read the shift file.
+
+    Returns:
+        The data of the report.
     """
-    rows = folder.rounds()
+    rows = run_dir.rounds()
     try:
-        summary = folder.read_summary()
+        summary = run_dir.read_summary()
     except RunDirError:
         summary = {}
     methods = {name: summary[name] for name in METHODS if isinstance(summary.get(name), dict)}
-    heats, problem, values, sigma_round = _heats(folder) if shift else ((), "", None, None)
+    magnitudes, missing, size, shift_round = _read_shift(run_dir) if read_shift else ((), "", None, None)
     return ReportData(
-        run=summarize_run(folder),
-        study=study_of(folder),
-        study_yaml=folder.study_yaml,
+        run=summarize_run(run_dir),
+        study=study_of(run_dir),
+        study_yaml=run_dir.study_yaml,
         summary=summary,
         methods=methods,
-        sites=_sites(rows, summary, methods),
+        sites=_site_names(rows, summary, methods),
         accuracy=_accuracy(row for row in rows if row["site"] != ALL_SITES),
-        pooled=_accuracy(row for row in rows if row["site"] == ALL_SITES).get(ALL_SITES, {}),
-        lines=_lines(rows),
-        notices=_notices(folder.events()),
-        shift_magnitudes=heats,
-        heat_problem=problem,
-        sigma_values=values,
-        sigma_round=sigma_round,
+        accuracy_all_sites=_accuracy(row for row in rows if row["site"] == ALL_SITES).get(ALL_SITES, {}),
+        rounds=_rounds(rows),
+        notices=_notices(run_dir.events()),
+        shift_magnitudes=magnitudes,
+        shift_missing=missing,
+        shift_size=size,
+        shift_round=shift_round,
         epsilon=max((row["epsilon"] for row in rows if row.get("epsilon") is not None), default=None),
     )
 
 
-def _number(*candidates: Any) -> float | None:
-    return next((float(c) for c in candidates if isinstance(c, int | float)), None)
+def _first_number(*candidates: Any) -> float | None:
+    return next((float(value) for value in candidates if isinstance(value, int | float)), None)
 
 
-def _sites(rows: list[dict[str, Any]], summary: dict[str, Any], methods: dict[str, Any]) -> tuple[str, ...]:
-    """Every site that is named anywhere, in the summary's order first."""
+def _site_names(
+    rows: list[dict[str, Any]], summary: dict[str, Any], methods: dict[str, Any]
+) -> tuple[str, ...]:
+    """Names of all sites in any file, in the order of the summary first."""
     listed = summary.get("sites")
     names = [str(site) for site in listed] if isinstance(listed, list) else []
     for method in methods.values():
@@ -146,29 +182,29 @@ def _accuracy(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, float]]:
     series: dict[str, dict[int, float]] = {}
     for row in rows:
         if row.get("accuracy") is not None:
-            # A row tells of the model its round began with, so one round fewer is behind that model.
+            # A row has the accuracy of the model that its round started from.
             series.setdefault(row["site"], {})[row["round"] - 1] = row["accuracy"]
     return series
 
 
-def _lines(rows: list[dict[str, Any]]) -> tuple[RoundLine, ...]:
-    found = []
+def _rounds(rows: list[dict[str, Any]]) -> tuple[RoundSummary, ...]:
+    summaries = []
     for number, group in groupby(rows, key=lambda row: row["round"]):
-        here = list(group)
-        sites = [row for row in here if row["site"] != ALL_SITES]
-        pooled = [row["accuracy"] for row in here if row["site"] == ALL_SITES]
-        known = [row["accuracy"] for row in sites if row.get("accuracy") is not None]
-        line = RoundLine(
+        rows_of_round = list(group)
+        sites = [row for row in rows_of_round if row["site"] != ALL_SITES]
+        all_sites = [row["accuracy"] for row in rows_of_round if row["site"] == ALL_SITES]
+        accuracies = [row["accuracy"] for row in sites if row.get("accuracy") is not None]
+        summary = RoundSummary(
             round=number,
-            pooled=pooled[-1] if pooled else None,
-            lowest=min(known, default=None),
-            highest=max(known, default=None),
-            sites=sum(row["status"] == "accepted" for row in sites),
+            all_sites=all_sites[-1] if all_sites else None,
+            lowest=min(accuracies, default=None),
+            highest=max(accuracies, default=None),
+            accepted=sum(row["status"] == "accepted" for row in sites),
             bytes_up=sum(row["bytes_up"] for row in sites),
             bytes_down=sum(row["bytes_down"] for row in sites),
         )
-        found.append(line)
-    return tuple(found)
+        summaries.append(summary)
+    return tuple(summaries)
 
 
 def _notices(events: list[dict[str, Any]]) -> tuple[Notice, ...]:
@@ -178,31 +214,31 @@ def _notices(events: list[dict[str, Any]]) -> tuple[Notice, ...]:
         starts += event["kind"] == "run_start"
         if event["kind"] == "run_start" and starts > 1:
             groups.setdefault(("run resumed", "", ""), []).append(0)
-        if event["kind"] in _NOTABLE:
-            key = (_NOTABLE[event["kind"]], str(event.get("site") or ""), str(event.get("reason") or ""))
+        if event["kind"] in _NOTICES:
+            key = (_NOTICES[event["kind"]], str(event.get("site") or ""), str(event.get("reason") or ""))
             number = event.get("round")
             groups.setdefault(key, []).append(number if isinstance(number, int) else 0)
-    found = []
-    for (what, site, reason), numbers in groups.items():
-        rounds = round_list(number for number in numbers if number)
-        found.append(Notice(what=what, site=site, reason=reason, rounds=rounds, count=len(numbers)))
-    return tuple(found)
+    notices = []
+    for (label, site, reason), numbers in groups.items():
+        rounds = format_ranges(number for number in numbers if number)
+        notices.append(Notice(label=label, site=site, reason=reason, rounds=rounds, count=len(numbers)))
+    return tuple(notices)
 
 
-def _heats(folder: RunDir) -> tuple[tuple[ShiftMagnitude, ...], str, int | None, int | None]:
-    """The shift by tower, part and layer; or in one sentence why there is none."""
-    if not folder.has_shift:
-        return (), "No round has produced a sigma shift yet.", None, None
+def _read_shift(run_dir: RunDir) -> tuple[tuple[ShiftMagnitude, ...], str, int | None, int | None]:
+    """Return the shift magnitudes, why there are none, the shift's size and its round."""
+    if not run_dir.has_shift:
+        return (), "No round has produced a shift yet.", None, None
     from fedsigma.common.registry.shift_file import ShiftFileError
     from fedsigma.common.sigma.layout import Layout, LayoutError
 
     try:
-        saved = folder.load_shift()
+        saved = run_dir.load_shift()
         layout = Layout.from_json(saved.layout_json)
     except (ShiftFileError, LayoutError) as error:
-        return (), f"The sigma shift cannot be shown: {error}.", None, None
+        return (), f"The shift cannot be shown: {error}.", None, None
     shift = saved.shift.numpy()
     if shift.size != layout.size:
-        problem = f"The sigma shift cannot be shown: it has {shift.size} values, its layout {layout.size}."
-        return (), problem, None, None
+        reason = f"The shift cannot be shown: it has {shift.size} values, its layout {layout.size}."
+        return (), reason, None, None
     return shift_magnitudes(shift, layout), "", int(shift.size), saved.round

@@ -1,8 +1,8 @@
-"""The figures of a report: matplotlib draws them, the page's own colours and fonts dress them.
+"""The figures of a report: SVG drawn by matplotlib, with the page's colours and fonts.
 
-Each figure is drawn with placeholder colours, written as SVG with its text kept as text, and made fit to
-stand inside an HTML page: placeholders become CSS variables (so that one drawing serves light, dark and
-print), ids are made unique, and everything that names another place is removed.
+Each figure is drawn with placeholder colours and saved as SVG that keeps text as text. For use inside an
+HTML page, the placeholders are replaced by CSS variables (so that one figure serves light, dark and print),
+ids are made unique, and external references are removed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedsigma.server.report.data import ReportData
-from fedsigma.server.report.formatting import METHODS, format_bytes, format_percent, shorten
+from fedsigma.server.report.formatting import METHODS, format_bytes, format_percent, truncate
 
-__all__ = ["accuracy_figure", "bytes_figure", "heat_figure", "sites_figure"]
+__all__ = ["accuracy_figure", "bytes_figure", "shift_magnitude_figure", "sites_figure"]
 
-WIDTH = 9.0  # inches of the drawing; the page scales it to its own width
-FEW = 8  # up to so many sites, each has a colour and its name at the end of its line
+WIDTH = 9.0
+"""Width of a figure in inches; the page scales it to its own width."""
+MAX_NAMED_SITES = 8
+"""Up to so many sites each have a colour, and a name at the end of the line."""
 
 _TONES = ("ink", "muted", "rule", "accent", "ochre", "violet", "paper")
 _INK, _MUTED, _RULE, _ACCENT, _OCHRE, _VIOLET, _PAPER = (f"#0a0b{i:02x}" for i in range(len(_TONES)))
-_SERIES = tuple(f"#0a0c{i:02x}" for i in range(FEW))
+_SERIES = tuple(f"#0a0c{i:02x}" for i in range(MAX_NAMED_SITES))
 _VARIABLES = {f"#0a0b{i:02x}": f"var(--{tone})" for i, tone in enumerate(_TONES)}
 _VARIABLES |= {colour: f"var(--s{i})" for i, colour in enumerate(_SERIES)}
 
@@ -62,42 +64,44 @@ _STYLE: Any = {
 }
 
 
-def accuracy_figure(content: ReportData) -> str:
-    """Accuracy over the finished rounds, a line per site, the mean of all, and zero-shot as a level.
+def accuracy_figure(data: ReportData) -> str:
+    """Draw accuracy over the finished rounds: a line per site, one for all sites, and the zero-shot level.
 
-    Returns the SVG, or nothing if no accuracy is known yet.
+    Returns:
+        The SVG, or an empty string if no round has been evaluated yet.
     """
-    series = {site: content.accuracy[site] for site in content.sites if site in content.accuracy}
-    if not series and not content.pooled:
+    series = {site: data.accuracy[site] for site in data.sites if site in data.accuracy}
+    if not series and not data.accuracy_all_sites:
         return ""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(3.9)
-        few = len(series) <= FEW
+        few = len(series) <= MAX_NAMED_SITES
         ends: list[tuple[float, float, str, str]] = []
         for index, (site, values) in enumerate(series.items()):
             colour = _SERIES[index] if few else _MUTED
             _line(axes, values, colour, 1.3 if few else 0.7, 0.9 if few else 0.4, f"site-{index}")
             if few:
-                ends.append((*_end(values), shorten(site, 24), colour))
-        if content.pooled and len(series) != 1:
-            _line(axes, content.pooled, _INK, 2.4, 1.0, "all-sites")
-            ends.append((*_end(content.pooled), "all sites", _INK))
+                ends.append((*_end(values), truncate(site, 24), colour))
+        if data.accuracy_all_sites and len(series) != 1:
+            _line(axes, data.accuracy_all_sites, _INK, 2.4, 1.0, "all-sites")
+            ends.append((*_end(data.accuracy_all_sites), "All sites", _INK))
         if not few:
             ends += _extremes(series)
-        _rounds_axis(axes, series, content.pooled)
-        _zero_shot_level(axes, content.zero_shot)
+        _rounds_axis(axes, series, data.accuracy_all_sites)
+        _zero_shot_level(axes, data.zero_shot)
         _label_ends(axes, ends)
-        titles = {f"site-{index}": site for index, site in enumerate(series)} | {"all-sites": "all sites"}
-        return _svg(figure, "accuracy", _accuracy_words(content, len(series)), titles)
+        titles = {f"site-{index}": site for index, site in enumerate(series)} | {"all-sites": "All sites"}
+        return _svg(figure, "accuracy", _describe_accuracy(data, len(series)), titles)
 
 
-def sites_figure(content: ReportData) -> str:
-    """The methods side by side at each site, with the way from zero-shot to federated drawn.
+def sites_figure(data: ReportData) -> str:
+    """Draw the accuracy of each method at each site, with a bar from zero-shot to federated.
 
-    Returns the SVG, or nothing if there are no results per site yet.
+    Returns:
+        The SVG, or an empty string if there are no results per site yet.
     """
-    methods = {name: entry.get("per_site") or {} for name, entry in content.methods.items()}
-    sites = [site for site in content.sites if any(site in values for values in methods.values())]
+    methods = {name: entry.get("per_site") or {} for name, entry in data.methods.items()}
+    sites = [site for site in data.sites if any(site in values for values in methods.values())]
     if not sites:
         return ""
     with mpl.rc_context(_STYLE):
@@ -107,63 +111,68 @@ def sites_figure(content: ReportData) -> str:
             if start is not None and end is not None:
                 axes.plot([start, end], [row, row], color=_ACCENT, alpha=0.35, linewidth=3)
         for name, marks in _MARKS.items():
-            known = [(methods[name][s], row) for row, s in enumerate(sites) if _has(methods, name, s)]
-            if known:
-                across, down = zip(*known, strict=True)
-                axes.plot(across, down, linestyle="none", label=METHODS[name], **marks)
-        axes.set_yticks(range(len(sites)), [shorten(site, 30) for site in sites])
+            points = [(methods[name][s], row) for row, s in enumerate(sites) if _has(methods, name, s)]
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, linestyle="none", label=METHODS[name], **marks)
+        axes.set_yticks(range(len(sites)), [truncate(site, 30) for site in sites])
         axes.tick_params(axis="y", labelcolor=_INK)
         axes.set_ylim(len(sites) - 0.4, -0.6)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
         axes.grid(axis="x")
         handles = max(1, len(axes.get_legend_handles_labels()[0]))
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=handles, handletextpad=0.3)
-        return _svg(figure, "sites", _sites_words(methods, sites), {})
+        return _svg(figure, "sites", _describe_sites(methods, sites), {})
 
 
-def heat_figure(content: ReportData) -> str:
-    """How far each part of each layer was shifted, on average; one field per tower, one scale for all.
+def shift_magnitude_figure(data: ReportData) -> str:
+    """Draw the mean absolute shift by part and layer: one heat map per tower, with a common colour scale.
 
-    Returns the SVG, or nothing if there is no shift yet.
+    Returns:
+        The SVG, or an empty string if there is no shift yet.
     """
-    if not content.shift_magnitudes:
+    if not data.shift_magnitudes:
         return ""
-    top = max((float(np.nanmax(heat.values)) for heat in content.shift_magnitudes), default=0.0) or 1.0
+    maximum = max((float(np.nanmax(m.values)) for m in data.shift_magnitudes), default=0.0) or 1.0
     with mpl.rc_context(_STYLE):
-        height = 0.5 + sum(0.3 * len(heat.parts) + 0.75 for heat in content.shift_magnitudes)
+        height = 0.5 + sum(0.3 * len(m.parts) + 0.75 for m in data.shift_magnitudes)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        ratios = [len(heat.parts) for heat in content.shift_magnitudes]
+        ratios = [len(m.parts) for m in data.shift_magnitudes]
         figure.set_layout_engine("constrained", hspace=0.12)
-        grid = figure.subplots(len(content.shift_magnitudes), 1, squeeze=False, height_ratios=ratios)
+        grid = figure.subplots(len(data.shift_magnitudes), 1, squeeze=False, height_ratios=ratios)
         titles: dict[str, str] = {}
-        widest = max(len(heat.layers) for heat in content.shift_magnitudes)
-        for index, (axes, heat) in enumerate(zip(grid[:, 0], content.shift_magnitudes, strict=True)):
-            for (row, column), value in np.ndenumerate(heat.values):
+        widest = max(len(m.layers) for m in data.shift_magnitudes)
+        for index, (axes, magnitude) in enumerate(zip(grid[:, 0], data.shift_magnitudes, strict=True)):
+            for (row, column), value in np.ndenumerate(magnitude.values):
                 name = f"cell-{index}-{row}-{column}"
                 cell = FancyBboxPatch(
                     (column - 0.46, row - 0.44), 0.92, 0.88, boxstyle="round,pad=0,rounding_size=0.06",
                     facecolor=_ACCENT, edgecolor="none", gid=name,
-                    alpha=0.0 if np.isnan(value) else 0.06 + 0.94 * float(value) / top,
+                    alpha=0.0 if np.isnan(value) else 0.06 + 0.94 * float(value) / maximum,
                 )  # fmt: skip
                 axes.add_patch(cell)
-                titles[name] = f"{heat.tower}, layer {heat.layers[column]}, {heat.parts[row]}: {value:.2g}"
+                layer, part = magnitude.layers[column], magnitude.parts[row]
+                titles[name] = f"{magnitude.tower}, layer {layer}, {part}: {value:.2g}"
             axes.set_xlim(-0.6, widest - 0.4)
-            axes.set_ylim(len(heat.parts) - 0.4, -0.6)
-            step = max(1, round(len(heat.layers) / 24))
-            axes.set_xticks(range(0, len(heat.layers), step), [str(n) for n in heat.layers[::step]])
-            axes.set_yticks(range(len(heat.parts)), heat.parts)
+            axes.set_ylim(len(magnitude.parts) - 0.4, -0.6)
+            step = max(1, round(len(magnitude.layers) / 24))
+            axes.set_xticks(range(0, len(magnitude.layers), step), [str(n) for n in magnitude.layers[::step]])
+            axes.set_yticks(range(len(magnitude.parts)), magnitude.parts)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-            axes.set_title(f"{heat.tower.capitalize()} tower, by layer", loc="left", fontsize=10, color=_INK)
-        return _svg(figure, "heat", _heat_words(content), titles)
+            axes.set_title(
+                f"{magnitude.tower.capitalize()} tower, by layer", loc="left", fontsize=10, color=_INK
+            )
+        return _svg(figure, "shift", _describe_shift(data), titles)
 
 
-def bytes_figure(content: ReportData) -> str:
-    """Bytes sent and received by all sites together, by round.
+def bytes_figure(data: ReportData) -> str:
+    """Draw the bytes sent and received by round, summed over all sites.
 
-    Returns the SVG, or nothing if no round was exchanged yet.
+    Returns:
+        The SVG, or an empty string if no round has been exchanged yet.
     """
-    lines = [line for line in content.lines if line.bytes_up or line.bytes_down]
+    lines = [line for line in data.rounds if line.bytes_up or line.bytes_down]
     if not lines:
         return ""
     with mpl.rc_context(_STYLE):
@@ -181,16 +190,16 @@ def bytes_figure(content: ReportData) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         if len(lines) <= 12:
             axes.set_xticks(rounds)
-        # Room for a few rounds at least, lest a single one become a wall.
+        # Leave room for a few rounds, so that a single one does not fill the figure.
         axes.set_xlim(rounds.min() - 0.8, max(rounds.max(), rounds.min() + 7) + 0.8)
         axes.grid(axis="y")
         axes.set_xlabel("Round")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, handlelength=1, handletextpad=0.5)
-        words = (
+        description = (
             f"Bar chart of bytes by round. Over {len(lines)} rounds the sites sent "
-            f"{format_bytes(content.bytes_up)} and received {format_bytes(content.bytes_down)} altogether."
+            f"{format_bytes(data.bytes_up)} and received {format_bytes(data.bytes_down)} in total."
         )
-        return _svg(figure, "bytes", words, {})
+        return _svg(figure, "bytes", description, {})
 
 
 _MARKS: dict[str, dict[str, Any]] = {
@@ -231,17 +240,17 @@ def _end(values: dict[int, float]) -> tuple[float, float]:
 
 
 def _extremes(series: dict[str, dict[int, float]]) -> list[tuple[float, float, str, str]]:
-    """Labels for the best and the worst of many sites."""
+    """Return labels for the best and the worst of many sites."""
     ends = sorted((_end(values)[1], site) for site, values in series.items())
     chosen = (ends[0], ends[-1])
-    return [(*_end(series[site]), shorten(site, 24), _MUTED) for _, site in chosen]
+    return [(*_end(series[site]), truncate(site, 24), _MUTED) for _, site in chosen]
 
 
-def _rounds_axis(axes: Axes, series: dict[str, dict[int, float]], pooled: dict[int, float]) -> None:
-    every = [value for values in (*series.values(), pooled) for value in values.values()]
-    last = max(max(values) for values in (*series.values(), pooled) if values)
-    margin = max(0.03, 0.06 * (max(every) - min(every)))
-    axes.set_ylim(max(0.0, min(every) - margin), min(1.0, max(every) + margin))
+def _rounds_axis(axes: Axes, series: dict[str, dict[int, float]], all_sites: dict[int, float]) -> None:
+    accuracies = [value for values in (*series.values(), all_sites) for value in values.values()]
+    last = max(max(values) for values in (*series.values(), all_sites) if values)
+    margin = max(0.03, 0.06 * (max(accuracies) - min(accuracies)))
+    axes.set_ylim(max(0.0, min(accuracies) - margin), min(1.0, max(accuracies) + margin))
     axes.set_xlim(-0.01 * max(last, 1), max(last, 1) * 1.005)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -261,7 +270,7 @@ def _zero_shot_level(axes: Axes, level: float | None) -> None:
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right ends of lines, moved apart where they would overlap."""
+    """Place names at the right ends of the lines, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = (high - low) / 19
     placed = [low - gap]
@@ -271,7 +280,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     for _, y, *_ in ordered:
         heights.append(max(y, placed[-1] + gap))
         placed.append(heights[-1])
-    # If the pile grew above the axes, let it down again from the top.
+    # Labels that were pushed above the axes are moved down, from the top.
     limit = high
     for index in range(len(heights) - 1, -1, -1):
         heights[index] = min(heights[index], limit)
@@ -287,64 +296,73 @@ def _has(methods: dict[str, dict[str, float]], name: str, site: str) -> bool:
     return methods.get(name, {}).get(site) is not None
 
 
-def _accuracy_words(content: ReportData, sites: int) -> str:
-    words = f"Line chart of accuracy by finished rounds for {sites} site{'s' if sites != 1 else ''}."
-    if content.pooled:
-        first, last = min(content.pooled), max(content.pooled)
-        start, end = format_percent(content.pooled[first]), format_percent(content.pooled[last])
+def _describe_accuracy(data: ReportData, sites: int) -> str:
+    text = f"Line chart of accuracy by finished rounds for {sites} site{'s' if sites != 1 else ''}."
+    if all_sites := data.accuracy_all_sites:
+        first, last = min(all_sites), max(all_sites)
+        start, end = format_percent(all_sites[first]), format_percent(all_sites[last])
         begin = "before training" if first == 0 else f"after {first} rounds"
-        words += f" Over all sites it is {start} {begin} and {end} after {last} rounds."
-    final = [_end(values)[1] for values in content.accuracy.values()]
+        text += f" Over all sites it is {start} {begin} and {end} after {last} rounds."
+    final = [_end(values)[1] for values in data.accuracy.values()]
     if len(final) > 1:
         lowest, highest = format_percent(min(final)), format_percent(max(final))
-        words += f" At the end the sites are between {lowest} and {highest}."
-    if content.zero_shot is not None:
-        words += f" A dashed level marks zero-shot at {format_percent(content.zero_shot)}."
-    return words
+        text += f" At the end the sites are between {lowest} and {highest}."
+    if data.zero_shot is not None:
+        text += f" A dashed level marks zero-shot at {format_percent(data.zero_shot)}."
+    return text
 
 
-def _sites_words(methods: dict[str, dict[str, float]], sites: list[str]) -> str:
-    words = f"Dot chart of accuracy by site and method for {len(sites)} site{'s' if len(sites) != 1 else ''}."
-    both = [s for s in sites if _has(methods, "zero_shot", s) and _has(methods, "federated", s)]
-    if both:
-        better = sum(methods["federated"][site] > methods["zero_shot"][site] for site in both)
-        words += f" Federated is above zero-shot at {better} of {len(both)}."
-    return words + " The table of sites has the numbers."
+def _describe_sites(methods: dict[str, dict[str, float]], sites: list[str]) -> str:
+    text = f"Dot chart of accuracy by site and method for {len(sites)} site{'s' if len(sites) != 1 else ''}."
+    complete = [s for s in sites if _has(methods, "zero_shot", s) and _has(methods, "federated", s)]
+    if complete:
+        better = sum(methods["federated"][site] > methods["zero_shot"][site] for site in complete)
+        text += f" Federated is above zero-shot at {better} of {len(complete)}."
+    return text + " The table of sites has the numbers."
 
 
-def _heat_words(content: ReportData) -> str:
-    words = "Heat map of the mean absolute sigma shift by part and layer."
-    for heat in content.shift_magnitudes:
-        row, column = np.unravel_index(int(np.nanargmax(heat.values)), heat.values.shape)
-        where = f"{heat.parts[row]} of layer {heat.layers[column]}"
-        words += f" The {heat.tower} tower moved most in {where}, by {heat.values[row, column]:.2g}."
-    return words
+def _describe_shift(data: ReportData) -> str:
+    text = "Heat map of the mean absolute sigma shift by part and layer."
+    for magnitude in data.shift_magnitudes:
+        row, column = np.unravel_index(int(np.nanargmax(magnitude.values)), magnitude.values.shape)
+        where = f"{magnitude.parts[row]} of layer {magnitude.layers[column]}"
+        text += f" The {magnitude.tower} tower moved most in {where}, by {magnitude.values[row, column]:.2g}."
+    return text
 
 
-def _svg(figure: Figure, name: str, words: str, titles: dict[str, str]) -> str:
-    """The figure as SVG for a page, with `words` for those who do not see it and hover titles by id."""
+def _svg(figure: Figure, name: str, description: str, titles: dict[str, str]) -> str:
+    """Return the figure as SVG for an HTML page.
+
+    Args:
+        figure: The figure.
+        name: Prefix of all ids, unique in the page.
+        description: Alternative text.
+        titles: Hover titles by id.
+
+    Returns:
+        The `<svg>` element.
+    """
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # names in scripts that matplotlib's own font lacks; the page has them
+        # Site names may have glyphs that matplotlib's font lacks; the page's fonts have them.
+        warnings.simplefilter("ignore")
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    drawn = buffer.getvalue()
-    drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawn, flags=re.DOTALL)
-    start = drawn.index("<svg")
-    box = re.search(r'viewBox="[^"]*"', drawn[start:])
-    inner = drawn[drawn.index(">", start) + 1 : drawn.rindex("</svg>")]
-    # Only inside tags: a site may be named like a colour or an id. (A `>` in text is written as an entity.)
-    inner = re.sub(r"<[^>]*>", lambda match: _dress(match.group(0), name), inner)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    start = svg.index("<svg")
+    box = re.search(r'viewBox="[^"]*"', svg[start:])
+    inner = svg[svg.index(">", start) + 1 : svg.rindex("</svg>")]
+    # Only inside tags: a site name may look like a colour or an id. (A `>` in text is an entity.)
+    inner = re.sub(r"<[^>]*>", lambda match: _restyle(match.group(0), name), inner)
     for gid, title in titles.items():
         mark = f'<g id="{name}-{gid}">'
         inner = inner.replace(mark, f"{mark}<title>{escape(title)}</title>")
     view = box.group(0) if box else ""
-    return f'<svg class="drawing" {view} role="img" aria-label="{escape(words)}">{inner}</svg>'
+    return f'<svg class="figure" {view} role="img" aria-label="{escape(description)}">{inner}</svg>'
 
 
-def _dress(tag: str, name: str) -> str:
-    """One tag with ids of its own, links only to them, the page's font, and CSS variables for colours."""
+def _restyle(tag: str, name: str) -> str:
+    """Rewrite one tag: prefixed ids and links to them, no font family, CSS variables for colours."""
     tag = re.sub(r"\s+", " ", tag).replace("xlink:href=", "href=")
     tag = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', tag)
     tag = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', tag)

@@ -1,4 +1,4 @@
-"""How numbers, methods and rounds are put into words, the same in the page and in the terminal."""
+"""Formatting of numbers, methods and rounds, shared by the report, the dashboard and the terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 __all__ = [
     "METHODS",
+    "MISSING",
     "format_bytes",
     "format_decimal",
     "format_duration",
     "format_percent",
     "format_points",
+    "format_ranges",
     "format_timestamp",
-    "round_list",
-    "shorten",
+    "truncate",
 ]
 
 METHODS = {
@@ -26,34 +27,35 @@ METHODS = {
     "federated": "Federated",
     "pooled": "Pooled",
 }
-"""The methods of summary.json in the order of reading, with the names shown to people."""
+"""The methods of summary.json in display order, with their display names."""
 
-NOTHING = "–"
+MISSING = "–"
+"""Shown in place of a value that is not known."""
 
 
-def _known(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def format_percent(value: Any) -> str:
-    """0.4567 as 45.7%."""
-    return f"{100 * value:.1f}%" if _known(value) else NOTHING
+    """Format a fraction as a percentage: 0.4567 as `45.7%`."""
+    return f"{100 * value:.1f}%" if _is_number(value) else MISSING
 
 
 def format_decimal(value: Any) -> str:
-    """0.45678 as 0.457."""
-    return f"{value:.3f}" if _known(value) else NOTHING
+    """Format a number with three decimals: 0.45678 as `0.457`."""
+    return f"{value:.3f}" if _is_number(value) else MISSING
 
 
 def format_points(value: Any) -> str:
-    """A difference of shares in percentage points, with its sign: 0.123 as +12.3."""
-    return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}") if _known(value) else NOTHING
+    """Format a difference of fractions in percentage points, with its sign: 0.123 as `+12.3`."""
+    return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}") if _is_number(value) else MISSING
 
 
 def format_bytes(count: Any) -> str:
-    """Bytes in decimal units: 61700 as 61.7 kB."""
-    if not _known(count):
-        return NOTHING
+    """Format bytes in decimal units: 61700 as `61.7 kB`."""
+    if not _is_number(count):
+        return MISSING
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 1000 or unit == "GB":
@@ -63,40 +65,40 @@ def format_bytes(count: Any) -> str:
 
 
 def format_duration(seconds: Any) -> str:
-    """201.7 as 3 min 22 s."""
-    if not _known(seconds):
-        return NOTHING
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
+    """Format seconds: 201.7 as `3 min 22 s`."""
+    if not _is_number(seconds):
+        return MISSING
+    rounded = round(seconds)
+    hours, minutes = rounded // 3600, rounded % 3600 // 60
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+    return f"{minutes} min {rounded % 60} s" if minutes else f"{rounded} s"
 
 
 def format_timestamp(seconds: Any) -> str:
-    """Seconds since 1970 as a date and time in UTC."""
-    if not _known(seconds):
-        return NOTHING
+    """Format seconds since 1970 as a date and time in UTC."""
+    if not _is_number(seconds):
+        return MISSING
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def round_list(rounds: Iterable[int]) -> str:
-    """3, 4, 5, 8 as `3–5, 8`."""
-    pieces: list[list[int]] = []
-    for number in sorted(set(rounds)):
-        if pieces and number == pieces[-1][-1] + 1:
-            pieces[-1].append(number)
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Format numbers as ranges: 3, 4, 5, 8 as `3–5, 8`."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
         else:
-            pieces.append([number])
-    return ", ".join(_span(piece) for piece in pieces)
+            ranges.append([number])
+    return ", ".join(_format_range(numbers) for numbers in ranges)
 
 
-def _span(piece: Sequence[int]) -> str:
-    if len(piece) == 1:
-        return str(piece[0])
-    return f"{piece[0]}–{piece[-1]}" if len(piece) > 2 else f"{piece[0]}, {piece[1]}"
+def _format_range(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    return f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 2 else f"{numbers[0]}, {numbers[1]}"
 
 
-def shorten(text: str, length: int) -> str:
-    """The text, or its beginning and an ellipsis if it is longer than this."""
+def truncate(text: str, length: int) -> str:
+    """Return the text, cut to `length` characters with an ellipsis if it is longer."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"

@@ -1,4 +1,4 @@
-"""The look of the report. Colours are named once per scheme; figures and other pages use the same names."""
+"""CSS of the report. Colours are CSS variables; figures and the dashboard use the same names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEMES = f"""
 {_DARK}  }}
 }}
 """
-"""Colours and fonts by name, for light and dark as the reader's system has it."""
+"""Colours and fonts as CSS variables, light or dark by the setting of the reader's system."""
 
 CHOSEN_SCHEMES = f"""
 :root[data-theme="light"] {{
@@ -38,7 +38,7 @@ CHOSEN_SCHEMES = f"""
   color-scheme: dark;
 {_DARK}}}
 """
-"""After `SCHEMES`: for pages where the reader may choose otherwise."""
+"""To be placed after `SCHEMES` on pages where the reader can choose light or dark."""
 
 STYLE = (
     SCHEMES
@@ -54,7 +54,7 @@ h1 { margin: 0; font: 600 2.25rem/1.15 var(--serif); letter-spacing: -.01em; ove
 .facts span + span::before { content: "·"; margin: 0 .55em; }
 .facts span { white-space: nowrap; }
 .state { color: var(--ink); font-weight: 600; }
-.lead { max-width: 44rem; margin: 1.6rem 0 0; font: 1.1875rem/1.55 var(--serif); text-wrap: pretty; }
+.headline { max-width: 44rem; margin: 1.6rem 0 0; font: 1.1875rem/1.55 var(--serif); text-wrap: pretty; }
 .alarm { margin: 1.6rem 0 0; padding: .8rem 1.1rem; border-left: 3px solid var(--alarm);
   background: var(--alarm-panel); overflow-wrap: anywhere; }
 .alarm strong { color: var(--alarm); }
@@ -89,9 +89,9 @@ tr.federated > * { background: color-mix(in srgb, var(--accent) 8%, transparent)
 tr.federated > th { font-weight: 600; }
 th small { display: block; color: var(--muted); font-weight: 400; font-size: .8125rem; line-height: 1.35; }
 figure { margin: 1.1rem 0 0; }
-.drawing { display: block; width: 100%; min-width: 36rem; height: auto; font-family: var(--sans);
+.figure { display: block; width: 100%; min-width: 36rem; height: auto; font-family: var(--sans);
   font-variant-numeric: tabular-nums; }
-.drawing * { stroke-linejoin: round; stroke-linecap: butt; }
+.figure * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { margin-top: .6rem; max-width: 44rem; }
 dl.study { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .35rem 1.6rem;
   margin: 1rem 0 0; }
@@ -121,7 +121,7 @@ footer p { padding-top: 1.1rem; border-top: 1px solid var(--rule); max-width: no
   h2, caption { break-after: avoid; }
   thead { display: table-header-group; }
   .wide { overflow: visible; }
-  .drawing { min-width: 0; }
+  .figure { min-width: 0; }
   tr.federated > * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   details.rounds { display: none; }
   details::details-content { content-visibility: visible; block-size: auto; }

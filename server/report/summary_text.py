@@ -1,4 +1,4 @@
-"""What the report and the dashboard say of a run in sentences and single facts."""
+"""The sentences and labelled values that the report and the dashboard show about a run."""
 
 from __future__ import annotations
 
@@ -8,118 +8,137 @@ from typing import Any
 from fedsigma.server.report.data import ReportData
 from fedsigma.server.report.formatting import format_percent, format_points
 
-__all__ = ["LabelledValue", "counted", "headline", "pairs", "study_facts"]
+__all__ = ["LabelledValue", "accuracy_pairs", "count_noun", "headline", "study_settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledValue:
-    """A value with its name."""
+    """A value as text, with its label.
 
-    what: str
+    Attributes:
+        label: Name of the value.
+        value: The value, formatted.
+    """
+
+    label: str
     value: str
 
 
-def counted(number: int, noun: str) -> str:
-    """1 round, 2 rounds."""
+def count_noun(number: int, noun: str) -> str:
+    """Return `1 round` or `2 rounds`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def headline(content: ReportData) -> str:
-    """The outcome in a few sentences."""
-    federated = content.methods.get("federated", {}).get("accuracy")
-    if versions := content.summary.get("versions"):
-        return f"{counted(len(versions), 'model')} evaluated at {counted(len(content.sites), 'site')}."
+def headline(data: ReportData) -> str:
+    """Return the outcome of a run in a few sentences."""
+    federated = data.methods.get("federated", {}).get("accuracy")
+    if versions := data.summary.get("versions"):
+        return f"{count_noun(len(versions), 'model')} evaluated at {count_noun(len(data.sites), 'site')}."
     if federated is None:
-        return _lead_so_far(content)
-    words = [f"Federated training came to an accuracy of {format_percent(federated)} over all sites"]
-    if content.zero_shot is not None:
-        gain = federated - content.zero_shot
-        words[0] += (
-            f", {format_points(abs(gain)).lstrip('+')} points {'above' if gain >= 0 else 'below'} zero-shot"
-        )
-    words[0] += "."
-    both = pairs(content, "zero_shot", "federated")
-    if len(both) > 1:
-        better = sum(after > before for before, after in both)
-        where = "every site" if better == len(both) else f"{better} of {len(both)} sites"
-        words.append(f"It is above zero-shot at {where}.")
-    everywhere = content.methods.get("local_only", {}).get("everywhere")
+        return _progress_so_far(data)
+    sentences = [f"Federated training reached an accuracy of {format_percent(federated)} over all sites"]
+    if data.zero_shot is not None:
+        gain = federated - data.zero_shot
+        points = format_points(abs(gain)).lstrip("+")
+        sentences[0] += f", {points} points {'above' if gain >= 0 else 'below'} zero-shot"
+    sentences[0] += "."
+    pairs = accuracy_pairs(data, "zero_shot", "federated")
+    if len(pairs) > 1:
+        better = sum(after > before for before, after in pairs)
+        where = "every site" if better == len(pairs) else f"{better} of {len(pairs)} sites"
+        sentences.append(f"It is above zero-shot at {where}.")
+    everywhere = data.methods.get("local_only", {}).get("everywhere")
     if everywhere is not None:
-        words.append(
+        sentences.append(
             f"A model trained at one site alone reaches {format_percent(everywhere)} over all sites."
         )
-    pooled = content.methods.get("pooled", {}).get("accuracy")
+    pooled = data.methods.get("pooled", {}).get("accuracy")
     if pooled:
-        words.append(
-            f"Training on all images in one place reaches {format_percent(pooled)}; federated comes to "
-            f"{100 * federated / pooled:.0f}% of that."
+        sentences.append(
+            f"Training on all images in one place reaches {format_percent(pooled)}; federated training"
+            f" reaches {100 * federated / pooled:.0f}% of that accuracy."
         )
-    return " ".join(words)
+    return " ".join(sentences)
 
 
-def _lead_so_far(content: ReportData) -> str:
-    if not content.pooled:
+def _progress_so_far(data: ReportData) -> str:
+    accuracy = data.accuracy_all_sites
+    if not accuracy:
         return "No round has been evaluated yet."
-    first, last = min(content.pooled), max(content.pooled)
+    first, last = min(accuracy), max(accuracy)
+    newest = format_percent(accuracy[last])
     if first == last:
-        return f"Before training, accuracy over all sites is {format_percent(content.pooled[last])}."
-    words = (
-        f"After {counted(last, 'round')}, accuracy over all sites is {format_percent(content.pooled[last])}"
+        return f"Before training, accuracy over all sites is {newest}."
+    start = "before training" if first == 0 else f"after {count_noun(first, 'round')}"
+    return (
+        f"After {count_noun(last, 'round')}, accuracy over all sites is {newest};"
+        f" {start} it was {format_percent(accuracy[first])}."
     )
-    start = "before training" if first == 0 else f"after {counted(first, 'round')}"
-    return f"{words}; {start} it was {format_percent(content.pooled[first])}."
 
 
-def pairs(content: ReportData, first: str, second: str) -> list[tuple[float, float]]:
-    """The accuracies of two methods at each site that has both."""
-    one, two = ((content.methods.get(name, {}).get("per_site") or {}) for name in (first, second))
-    return [(one[s], two[s]) for s in content.sites if one.get(s) is not None and two.get(s) is not None]
+def accuracy_pairs(data: ReportData, first: str, second: str) -> list[tuple[float, float]]:
+    """Return the accuracies of two methods at each site that has both.
+
+    Args:
+        data: The report's data.
+        first: Key of the first method in `METHODS`.
+        second: Key of the second method.
+
+    Returns:
+        Pairs of accuracies between 0 and 1, in the order of the sites.
+    """
+    before, after = ((data.methods.get(name, {}).get("per_site") or {}) for name in (first, second))
+    return [
+        (before[site], after[site])
+        for site in data.sites
+        if before.get(site) is not None and after.get(site) is not None
+    ]
 
 
-def study_facts(content: ReportData) -> list[LabelledValue]:
-    """The settings of the study that a reader asks for first."""
-    study = content.study
-    parts = ("sigma", "training", "federation", "data")
-    sigma, training, federation, data = (_mapping(study.get(part)) for part in parts)
-    facts = {
+def study_settings(data: ReportData) -> list[LabelledValue]:
+    """Return the most important settings of the study."""
+    study = data.study
+    sections = ("sigma", "training", "federation", "data")
+    sigma, training, federation, source = (_mapping(study.get(name)) for name in sections)
+    settings = {
         "Backbone": study.get("backbone"),
         "Classes": study.get("classes"),
         "Prompt": study.get("template"),
-        "Data": data.get("source"),
-        "Shots": f"{study['shots']} for each class and site" if "shots" in study else None,
+        "Data": source.get("source"),
+        "Shots": f"{study['shots']} per class and site" if "shots" in study else None,
         "Adapted": _adapted(sigma),
         "Personal": _adapted(_mapping(study.get("personal"))),
         "Training": _phrase(
-            (training.get("local_steps"), "local steps a round"),
-            (training.get("batch_size"), "images a batch"),
+            (training.get("local_steps"), "local steps per round"),
+            (training.get("batch_size"), "images per batch"),
             (training.get("learning_rate"), "learning rate"),
         ),
         "Federation": _phrase((federation.get("strategy"), ""), (federation.get("rounds"), "rounds")),
-        "Privacy": _privacy(content),
+        "Privacy": _privacy(data),
         "Seed": study.get("seed"),
     }
-    shown = {what: _text(value) for what, value in facts.items()}
-    return [LabelledValue(what=what, value=value) for what, value in shown.items() if value]
+    texts = {label: _text(value) for label, value in settings.items()}
+    return [LabelledValue(label=label, value=text) for label, text in texts.items() if text]
 
 
-def _privacy(content: ReportData) -> str:
-    asked = _mapping(content.study.get("privacy"))
-    if asked.get("level", "none") == "none":
+def _privacy(data: ReportData) -> str:
+    privacy = _mapping(data.study.get("privacy"))
+    if privacy.get("level", "none") == "none":
         return ""
-    told = "" if content.epsilon is None else f"; epsilon {content.epsilon:.2f} was spent"
+    spent = "" if data.epsilon is None else f"{data.epsilon:.2f} spent of "
     return (
-        f"differential, hides each {asked['level']}: noise multiplier {asked['noise_multiplier']:g},"
-        f" clipping norm {asked['clip_norm']:g}, delta {asked['delta']:g}{told}, of {asked['epsilon']:g}"
+        f"differential privacy for each {privacy['level']}: noise multiplier {privacy['noise_multiplier']:g},"
+        f" clipping norm {privacy['clip_norm']:g}, delta {privacy['delta']:g},"
+        f" epsilon {spent}{privacy['epsilon']:g}"
     )
 
 
 def _adapted(sigma: dict[str, Any]) -> str:
-    pieces = (("towers", "towers"), ("layers", "layers"), ("parts", "parts"))
-    return "; ".join(f"{word}: {_text(sigma[key])}" for key, word in pieces if sigma.get(key))
+    return "; ".join(f"{key}: {_text(sigma[key])}" for key in ("towers", "layers", "parts") if sigma.get(key))
 
 
 def _phrase(*pieces: tuple[Any, str]) -> str:
-    return ", ".join(f"{value} {words}".strip() for value, words in pieces if value is not None)
+    return ", ".join(f"{value} {noun}".strip() for value, noun in pieces if value is not None)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

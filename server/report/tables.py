@@ -9,7 +9,7 @@ from typing import Any
 from fedsigma.server.report.data import ReportData
 from fedsigma.server.report.formatting import (
     METHODS,
-    NOTHING,
+    MISSING,
     format_bytes,
     format_decimal,
     format_percent,
@@ -23,20 +23,28 @@ __all__ = [
     "confusion_grid",
     "explanation_grid",
     "explanation_grids",
-    "heat_grid",
     "methods_grid",
     "notices_grid",
     "rounds_grid",
+    "shift_magnitude_grid",
     "sites_grid",
     "versions_grid",
 ]
 
-MOST_NOTICES = 60
+MAX_NOTICES = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A table row: its heading, what stands beneath it in small, its cells, and which of them are best."""
+    """A row of a table.
+
+    Attributes:
+        name: Heading of the row.
+        cells: Texts of the other columns.
+        note: Small text below the heading.
+        kind: CSS class of the row.
+        best: Indices into `cells` that are shown in bold.
+    """
 
     name: str
     cells: Sequence[str]
@@ -47,12 +55,19 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table. `texts` are the columns set to the left; the first column is the rows' headings."""
+    """A table; its first column has the rows' headings.
 
-    heads: Sequence[str] = ()
+    Attributes:
+        header: Headings of the columns.
+        rows: The rows.
+        text_columns: Indices of left-aligned columns; the others have numbers.
+        equal_columns: Whether all columns have the same width.
+    """
+
+    header: Sequence[str] = ()
     rows: Sequence[Row] = ()
-    texts: frozenset[int] = frozenset({0})
-    even: bool = False  # columns of numbers of one width
+    text_columns: frozenset[int] = frozenset({0})
+    equal_columns: bool = False
 
 
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -63,152 +78,161 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ece": ("Calibration error", format_decimal),
 }
 
-_ABOUT = {
-    "zero_shot": "the backbone as it came",
-    "local_only": "each site alone, judged at home",
-    "shared_only": "the federated model without the sites' own values",
-    "federated": "only sigma shifts leave the sites",
-    "pooled": "all images in one place",
+_DESCRIPTIONS = {
+    "zero_shot": "the unadapted backbone",
+    "local_only": "each site trains alone, evaluated at that site",
+    "shared_only": "the federated model without the sites' personal values",
+    "federated": "sites share only sigma shifts",
+    "pooled": "trained on all images in one place",
 }
 
 
-def methods_grid(content: ReportData) -> Grid:
-    """A row per method, a column per metric."""
-    values = {}
-    for name, entry in content.methods.items():
-        values[name] = {**(entry.get("metrics") or {}), "accuracy": entry.get("accuracy")}
-    shown = [column for column in _COLUMNS if any(v.get(column) is not None for v in values.values())]
+def methods_grid(data: ReportData) -> Grid:
+    """Return a row per method with a column per metric."""
+    metrics = {
+        name: {**(entry.get("metrics") or {}), "accuracy": entry.get("accuracy")}
+        for name, entry in data.methods.items()
+    }
+    columns = [name for name in _COLUMNS if any(m.get(name) is not None for m in metrics.values())]
     rows = []
-    for name, entry in content.methods.items():
-        cells = [_COLUMNS[column][1](values[name].get(column)) for column in shown]
-        rows.append(Row(name=METHODS[name], note=_ABOUT[name], cells=cells, kind=name))
-        if name == "local_only" and entry.get("everywhere") is not None:
-            cells = [
-                format_percent(entry["everywhere"]) if column == "accuracy" else NOTHING for column in shown
-            ]
-            rows.append(Row(name=METHODS[name], note="each site alone, judged at all sites", cells=cells))
-    return Grid(heads=["Method", *(_COLUMNS[column][0] for column in shown)], rows=rows, even=True)
+    for method, entry in data.methods.items():
+        cells = [_COLUMNS[name][1](metrics[method].get(name)) for name in columns]
+        rows.append(Row(name=METHODS[method], note=_DESCRIPTIONS[method], cells=cells, kind=method))
+        if method == "local_only" and entry.get("everywhere") is not None:
+            everywhere = format_percent(entry["everywhere"])
+            cells = [everywhere if name == "accuracy" else MISSING for name in columns]
+            note = "each site trains alone, evaluated at all sites"
+            rows.append(Row(name=METHODS[method], note=note, cells=cells))
+    header = ["Method", *(_COLUMNS[name][0] for name in columns)]
+    return Grid(header=header, rows=rows, equal_columns=True)
 
 
-def confusion_grid(content: ReportData) -> Grid:
-    """The federated model's test images of all sites: a row per true class, a column per judgement.
+def confusion_grid(data: ReportData) -> Grid:
+    """Return the federated model's confusion matrix over the test images of all sites.
 
-    Empty unless every site tells its counts.
+    A row per true class and a column per predicted class; empty unless every site shares its counts.
     """
-    classes = content.summary.get("classes") or []
-    matrix = (content.methods.get("federated", {}).get("confusion") or {}).get("all_sites") or []
+    classes = data.summary.get("classes") or []
+    matrix = (data.methods.get("federated", {}).get("confusion") or {}).get("all_sites") or []
     rows = []
-    for number, (name, counts) in enumerate(zip(classes, matrix, strict=False)):
-        recall = counts[number] / sum(counts) if sum(counts) else None
+    for index, (name, counts) in enumerate(zip(classes, matrix, strict=False)):
+        recall = counts[index] / sum(counts) if sum(counts) else None
         cells = [*(str(count) for count in counts), str(sum(counts)), format_percent(recall)]
-        rows.append(Row(name=name, cells=cells, best=frozenset({number})))
-    return Grid(heads=["True class", *classes, "Images", "Found"], rows=rows, even=True)
+        rows.append(Row(name=name, cells=cells, best=frozenset({index})))
+    return Grid(header=["True class", *classes, "Images", "Recall"], rows=rows, equal_columns=True)
 
 
-def versions_grid(content: ReportData) -> Grid:
-    """A row per version, a column per site, and how even it is; empty unless versions were evaluated."""
-    versions = content.summary.get("versions") or {}
+def versions_grid(data: ReportData) -> Grid:
+    """Return a row per model version with a column per site; empty unless versions were evaluated."""
+    versions = data.summary.get("versions") or {}
     rows = []
     for name, entry in versions.items():
-        shares, fair = entry.get("per_site") or {}, entry.get("fairness") or {}
-        worst = fair.get("worst") or {}
-        cells = [
-            format_percent(entry.get("accuracy")),
-            *(format_percent(shares.get(site)) for site in content.sites),
-        ]
-        cells += [format_percent(worst.get("accuracy")), format_points(fair["spread"]) if fair else NOTHING]
+        per_site, fairness = entry.get("per_site") or {}, entry.get("fairness") or {}
+        worst = fairness.get("worst") or {}
+        cells = [format_percent(entry.get("accuracy"))]
+        cells += [format_percent(per_site.get(site)) for site in data.sites]
+        cells.append(format_percent(worst.get("accuracy")))
+        cells.append(format_points(fairness["spread"]) if fairness else MISSING)
         note = f"worst at {worst['site']}" if worst else ""
         rows.append(Row(name=METHODS.get(name, name), note=note, cells=cells))
-    heads = ["Version", "All sites", *content.sites, "Worst site", "Spread"]
-    return Grid(heads=heads, rows=rows, even=True)
+    header = ["Version", "All sites", *data.sites, "Worst site", "Spread"]
+    return Grid(header=header, rows=rows, equal_columns=True)
 
 
-def sites_grid(content: ReportData) -> Grid:
-    """A row per site, a column per method; while there are no results, how far each site has come."""
-    if not content.methods:
-        return _sites_so_far(content)
-    shares = {name: entry.get("per_site") or {} for name, entry in content.methods.items()}
-    elsewhere = content.methods.get("local_only", {}).get("everywhere_per_site") or {}
-    zero, federated = shares.get("zero_shot", {}), shares.get("federated", {})
+def sites_grid(data: ReportData) -> Grid:
+    """Return a row per site with a column per method; before there are results, the accuracy so far."""
+    if not data.methods:
+        return _accuracy_so_far(data)
+    per_method = {name: entry.get("per_site") or {} for name, entry in data.methods.items()}
+    everywhere = data.methods.get("local_only", {}).get("everywhere_per_site") or {}
+    zero_shot, federated = per_method.get("zero_shot", {}), per_method.get("federated", {})
     rows = []
-    for site in content.sites:
-        values = [share.get(site) for share in shares.values()]
-        known = [value for value in values if value is not None]
-        best = frozenset(i for i, value in enumerate(values) if len(known) > 1 and value == max(known))
+    for site in data.sites:
+        values = [per_site.get(site) for per_site in per_method.values()]
+        numbers = [value for value in values if value is not None]
+        best = frozenset(i for i, value in enumerate(values) if len(numbers) > 1 and value == max(numbers))
         cells = [format_percent(value) for value in values]
-        if zero and federated:
-            both = zero.get(site) is not None and federated.get(site) is not None
-            cells.append(format_points(federated[site] - zero[site]) if both else NOTHING)
-        if elsewhere:
-            cells.append(format_percent(elsewhere.get(site)))
+        if zero_shot and federated:
+            complete = zero_shot.get(site) is not None and federated.get(site) is not None
+            cells.append(format_points(federated[site] - zero_shot[site]) if complete else MISSING)
+        if everywhere:
+            cells.append(format_percent(everywhere.get(site)))
         rows.append(Row(name=site, cells=cells, best=best))
-    heads = ["Site", *(METHODS[name] for name in shares)]
-    heads += ["Federated less zero-shot"] if zero and federated else []
-    heads += ["Its own model at all sites"] if elsewhere else []
-    return Grid(heads=heads, rows=rows, even=True)
+    header = ["Site", *(METHODS[name] for name in per_method)]
+    header += ["Federated minus zero-shot"] if zero_shot and federated else []
+    header += ["Local model at all sites"] if everywhere else []
+    return Grid(header=header, rows=rows, equal_columns=True)
 
 
-def _sites_so_far(content: ReportData) -> Grid:
+def _accuracy_so_far(data: ReportData) -> Grid:
     rows = []
-    for site in content.sites:
-        values = content.accuracy.get(site, {})
+    for site in data.sites:
+        values = data.accuracy.get(site, {})
         first, last = (values[min(values)], values[max(values)]) if values else (None, None)
-        change = format_points(last - first) if last is not None and first is not None else NOTHING
-        rows.append(Row(name=site, cells=[format_percent(first), format_percent(last), change]))
-    return Grid(heads=["Site", "First round", "Newest round", "Points"], rows=rows, even=True)
+        gain = format_points(last - first) if last is not None and first is not None else MISSING
+        rows.append(Row(name=site, cells=[format_percent(first), format_percent(last), gain]))
+    return Grid(header=["Site", "First round", "Latest round", "Points"], rows=rows, equal_columns=True)
 
 
-def rounds_grid(content: ReportData) -> Grid:
-    """A row per round over all its sites."""
-    rows = []
-    for line in content.lines:
-        cells = [
-            format_percent(line.pooled),
-            format_percent(line.lowest),
-            format_percent(line.highest),
-            str(line.sites),
-        ]
-        rows.append(
-            Row(
-                name=str(line.round),
-                cells=[*cells, format_bytes(line.bytes_up), format_bytes(line.bytes_down)],
-            )
-        )
-    heads = ["Round", "All sites", "Lowest", "Highest", "Sites", "From sites", "To sites"]
-    return Grid(heads=heads, rows=rows, even=True)
-
-
-def explanation_grid(explained: Sequence[dict[str, Any]]) -> Grid:
-    """A row per head that changed much: what it writes more and less of; empty where none was explained."""
-    rows = []
-    for one in explained:
-        name = f"{one['tower']} tower, layer {one['layer'] + 1}, head {one['head'] + 1}"
-        told = [", ".join(w["phrase"] for w in one[key]) or NOTHING for key in ("gained", "lost")]
-        rows.append(Row(name=name, cells=[format_percent(one["share"]), *told]))
-    return Grid(heads=["Head", "Of the change", "More of", "Less of"], rows=rows, texts=frozenset({0, 2, 3}))
-
-
-def explanation_grids(content: ReportData) -> list[dict[str, Any]]:
-    """What the last shift of each site that allows it changed: `site` and `grid`."""
-    told = content.summary.get("explanation_by_site") or {}
-    return [{"site": site, "grid": explanation_grid(rows)} for site, rows in told.items()]
-
-
-def heat_grid(heat: ShiftMagnitude) -> Grid:
-    """A row per part, a column per layer, in thousandths."""
+def rounds_grid(data: ReportData) -> Grid:
+    """Return a row per round over all its sites."""
     rows = [
-        Row(name=part, cells=[NOTHING if v != v else f"{1000 * v:.1f}" for v in values])
-        for part, values in zip(heat.parts, heat.values.tolist(), strict=True)
+        Row(
+            name=str(row.round),
+            cells=[
+                format_percent(row.all_sites),
+                format_percent(row.lowest),
+                format_percent(row.highest),
+                str(row.accepted),
+                format_bytes(row.bytes_up),
+                format_bytes(row.bytes_down),
+            ],
+        )
+        for row in data.rounds
     ]
-    return Grid(heads=["Part", *(str(layer) for layer in heat.layers)], rows=rows)
+    header = ["Round", "All sites", "Lowest", "Highest", "Sites", "From sites", "To sites"]
+    return Grid(header=header, rows=rows, equal_columns=True)
 
 
-def notices_grid(content: ReportData) -> Grid:
-    """A row per thing that went otherwise than planned, at most `MOST_NOTICES` of them."""
+def explanation_grid(heads: Sequence[dict[str, Any]]) -> Grid:
+    """Return a row per attention head with the descriptions that it writes more and less of.
+
+    Args:
+        heads: Entries of `explanation` in summary.json.
+
+    Returns:
+        The table; empty if no head was explained.
+    """
     rows = []
-    for notice in content.notices[:MOST_NOTICES]:
+    for head in heads:
+        name = f"{head['tower']} tower, layer {head['layer'] + 1}, head {head['head'] + 1}"
+        phrases = [", ".join(entry["phrase"] for entry in head[key]) or MISSING for key in ("gained", "lost")]
+        rows.append(Row(name=name, cells=[format_percent(head["share"]), *phrases]))
+    header = ["Head", "Share of the change", "More of", "Less of"]
+    return Grid(header=header, rows=rows, text_columns=frozenset({0, 2, 3}))
+
+
+def explanation_grids(data: ReportData) -> list[dict[str, Any]]:
+    """Return `site` and `grid` for each site that allows the explanation of its last shift."""
+    by_site = data.summary.get("explanation_by_site") or {}
+    return [{"site": site, "grid": explanation_grid(heads)} for site, heads in by_site.items()]
+
+
+def shift_magnitude_grid(magnitude: ShiftMagnitude) -> Grid:
+    """Return a row per part with a column per layer, in thousandths."""
+    rows = [
+        Row(name=part, cells=[MISSING if v != v else f"{1000 * v:.1f}" for v in values])
+        for part, values in zip(magnitude.parts, magnitude.values.tolist(), strict=True)
+    ]
+    return Grid(header=["Part", *(str(layer) for layer in magnitude.layers)], rows=rows)
+
+
+def notices_grid(data: ReportData) -> Grid:
+    """Return a row per problem during the run, at most `MAX_NOTICES`."""
+    rows = []
+    for notice in data.notices[:MAX_NOTICES]:
         times = f"{notice.count} times" if notice.count > 1 else "once"
-        cells = [notice.what, notice.reason or NOTHING, notice.rounds or NOTHING, times]
+        cells = [notice.label, notice.reason or MISSING, notice.rounds or MISSING, times]
         rows.append(Row(name=notice.site or "the run", cells=cells))
-    heads = ["Site", "What", "Reason", "Rounds", "How often"]
-    return Grid(heads=heads, rows=rows, texts=frozenset({0, 1, 2, 3}))
+    header = ["Site", "What", "Reason", "Rounds", "How often"]
+    return Grid(header=header, rows=rows, text_columns=frozenset({0, 1, 2, 3}))

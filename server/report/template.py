@@ -1,4 +1,4 @@
-"""The report's HTML. It is a Python text, not a file beside the code, since an app bundle carries no HTML."""
+"""The HTML template of the report, as a string because a Flower app bundle cannot contain HTML files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ __all__ = ["TABLE", "TEMPLATE"]
 
 TABLE = """{%- macro table(grid, caption) %}
 <div class="wide" tabindex="0" role="region" aria-label="{{ caption|truncate(60) }}">
-<table{% if grid.even %} class="even"{% endif %}>
+<table{% if grid.equal_columns %} class="even"{% endif %}>
 <caption>{{ caption }}</caption>
 <thead><tr>
-{%- for head in grid.heads %}
-<th scope="col"{% if loop.index0 in grid.texts %} class="text"{% endif %}>{{ head }}</th>
+{%- for head in grid.header %}
+<th scope="col"{% if loop.index0 in grid.text_columns %} class="text"{% endif %}>{{ head }}</th>
 {%- endfor %}
 </tr></thead>
 <tbody>
@@ -18,7 +18,7 @@ TABLE = """{%- macro table(grid, caption) %}
 <tr{% if row.kind %} class="{{ row.kind }}"{% endif %}><th scope="row">{{ row.name }}
 {%- if row.note %}<small>{{ row.note }}</small>{% endif %}</th>
 {%- for cell in row.cells %}
-{%- set name = "text" if loop.index in grid.texts else "best" if loop.index0 in row.best else "" %}
+{%- set name = "text" if loop.index in grid.text_columns else "best" if loop.index0 in row.best else "" %}
 <td{% if name %} class="{{ name }}"{% endif %}>{{ cell }}</td>
 {%- endfor %}</tr>
 {% endfor -%}
@@ -26,7 +26,7 @@ TABLE = """{%- macro table(grid, caption) %}
 </table>
 </div>
 {%- endmacro %}"""
-"""A macro that writes a `Grid`; other pages use it, too."""
+"""Macro that renders a `Grid`; the dashboard uses it as well."""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -38,9 +38,9 @@ _PAGE = """<!doctype html>
 <style>{{ style }}</style>
 </head>
 <body>
-{%- macro figure(drawing, caption) %}
+{%- macro figure(svg, caption) %}
 <figure>
-<div class="wide" tabindex="0" role="region" aria-label="{{ caption|truncate(60) }}">{{ drawing }}</div>
+<div class="wide" tabindex="0" role="region" aria-label="{{ caption|truncate(60) }}">{{ svg }}</div>
 <figcaption>{{ caption }}</figcaption>
 </figure>
 {%- endmacro %}
@@ -54,11 +54,11 @@ _PAGE = """<!doctype html>
 {%- if view.failure %}
 <p class="alarm" role="status"><strong>The run failed:</strong> {{ view.failure }}</p>
 {%- endif %}
-<p class="lead">{{ view.lead }}</p>
+<p class="headline">{{ view.headline }}</p>
 {%- if view.numbers %}
 <dl class="numbers">
 {%- for number in view.numbers %}
-<div><dt>{{ number.what }}</dt><dd>{{ number.value }}</dd></div>
+<div><dt>{{ number.label }}</dt><dd>{{ number.value }}</dd></div>
 {%- endfor %}
 </dl>
 {%- endif %}
@@ -68,7 +68,7 @@ _PAGE = """<!doctype html>
 <section>
 <h2>Versions</h2>
 {{ table(view.versions, "Accuracy of each version on the test images of each site") }}
-<p class="note">Nothing was trained. Spread: the best site less the worst, in percentage points.</p>
+<p class="note">Nothing was trained. Spread: best minus worst site, in percentage points.</p>
 </section>
 {%- else %}
 <section>
@@ -77,8 +77,8 @@ _PAGE = """<!doctype html>
 {{ table(view.methods, "Results over the test images of all sites, by method") }}
 <p class="note">{{ view.methods_note }}</p>
 {%- if view.confusion.rows %}
-<details open><summary>What the federated model takes for what</summary>
-{{ table(view.confusion, "Test images of all sites: rows are what they show, columns what the model says") }}
+<details open><summary>Confusion matrix of the federated model</summary>
+{{ table(view.confusion, "Test images of all sites: rows are true classes, columns predicted classes") }}
 {%- if view.confusion_note %}
 <p class="note">{{ view.confusion_note }}</p>
 {%- endif %}
@@ -90,8 +90,8 @@ _PAGE = """<!doctype html>
 </section>
 <section>
 <h2>Sites</h2>
-{%- if view.sites_drawing %}
-{{ figure(view.sites_drawing, view.sites_drawing_caption) }}
+{%- if view.sites_figure %}
+{{ figure(view.sites_figure, view.sites_figure_caption) }}
 {%- endif %}
 {%- if view.sites.rows %}
 <figure>{{ table(view.sites, view.sites_caption) }}</figure>
@@ -101,61 +101,61 @@ _PAGE = """<!doctype html>
 </section>
 <section>
 <h2>Rounds</h2>
-{%- if view.accuracy_drawing %}
-{{ figure(view.accuracy_drawing, view.accuracy_caption) }}
+{%- if view.accuracy_figure %}
+{{ figure(view.accuracy_figure, view.accuracy_caption) }}
 {%- else %}
 <p class="quiet">No round has been evaluated yet.</p>
 {%- endif %}
 {%- if view.rounds.rows %}
 <details class="rounds"><summary>Rounds as numbers</summary>
-{{ table(view.rounds, "Accuracy of the model each round began with, and bytes of all sites together") }}
+{{ table(view.rounds, "Accuracy of the model that each round started from; bytes summed over all sites") }}
 </details>
 {%- endif %}
 </section>
 <section>
 <h2>The sigma shift</h2>
-{%- if view.heat_drawing %}
-{{ figure(view.heat_drawing, view.heat_caption) }}
-{%- for heat in view.heats %}
-<details><summary>{{ heat.title }} as numbers</summary>
-{{ table(heat.grid, heat.title ~ ": mean absolute shift by part and layer, in thousandths") }}
+{%- if view.shift_figure %}
+{{ figure(view.shift_figure, view.shift_caption) }}
+{%- for magnitude in view.shift_magnitudes %}
+<details><summary>{{ magnitude.title }} as numbers</summary>
+{{ table(magnitude.grid, magnitude.title ~ ": mean absolute shift by part and layer, in thousandths") }}
 </details>
 {%- endfor %}
 {%- else %}
-<p class="quiet">{{ view.heat_problem }}</p>
+<p class="quiet">{{ view.shift_missing }}</p>
 {%- endif %}
 </section>
 {%- if view.explanation.rows %}
 <section>
-<h2>In words</h2>
-<details><summary>What the heads that changed most write more and less of</summary>
-{{ table(view.explanation, "The attention heads with the largest share of the change") }}
+<h2>Explanation</h2>
+<details><summary>What the most changed attention heads write more and less of</summary>
+{{ table(view.explanation, "Attention heads with the largest share of the change") }}
 </details>
-{%- for one in view.explanation_by_site %}
-<details><summary>{{ one.site }}: its own last shift</summary>
-{{ table(one.grid, "The attention heads that the last training at " ~ one.site ~ " left changed most") }}
+{%- for entry in view.explanation_by_site %}
+<details><summary>{{ entry.site }}: its last shift</summary>
+{{ table(entry.grid, "Attention heads that the last training at " ~ entry.site ~ " changed most") }}
 </details>
 {%- endfor %}
-<p class="note">Descriptions ranked without any image, by what a head can write along them. They are as good
-as the backbone's text tower, and leave out what later layers do.</p>
+<p class="note">Descriptions are ranked without images, by how strongly a head writes along their text
+embedding. They are limited by the backbone's text tower and ignore later layers.</p>
 </section>
 {%- endif %}
 <section>
-<h2>What crossed the wire</h2>
-{%- if view.bytes_drawing %}
-<p>{{ view.bytes_words }}</p>
-{{ figure(view.bytes_drawing, view.bytes_caption) }}
+<h2>Communication</h2>
+{%- if view.bytes_figure %}
+<p>{{ view.bytes_text }}</p>
+{{ figure(view.bytes_figure, view.bytes_caption) }}
 {%- else %}
 <p class="quiet">Nothing was exchanged yet.</p>
 {%- endif %}
 </section>
 {%- endif %}
 <section>
-<h2>Events worth knowing</h2>
+<h2>Problems</h2>
 {%- if view.notices.rows %}
-{{ table(view.notices, "Everything that went otherwise than planned") }}
-{%- if view.notices_left %}
-<p class="note">{{ view.notices_left }}</p>
+{{ table(view.notices, "Problems during the run") }}
+{%- if view.notices_omitted %}
+<p class="note">{{ view.notices_omitted }}</p>
 {%- endif %}
 {%- else %}
 <p class="quiet">{{ view.no_notices }}</p>
@@ -165,10 +165,10 @@ as the backbone's text tower, and leave out what later layers do.</p>
 <h2>The study</h2>
 <dl class="study">
 {%- for fact in view.study %}
-<dt>{{ fact.what }}</dt><dd>{{ fact.value }}</dd>
+<dt>{{ fact.label }}</dt><dd>{{ fact.value }}</dd>
 {%- endfor %}
 </dl>
-<details><summary>The whole study file, as resolved</summary>
+<details><summary>The complete study file, with defaults filled in</summary>
 <pre>{{ view.study_yaml }}</pre>
 </details>
 </section>

@@ -1,4 +1,4 @@
-"""What a tracker is to a run."""
+"""The interface of experiment trackers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ Outcome = Literal["finished", "failed", "interrupted"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What is known of a run at its start.
+    """What is known about a run at its start.
 
-    Fields: name, of its folder; folder, the tracker's own place within it; parameters, the study's settings,
-    flat; tags.
+    Attributes:
+        name: Name of the run folder.
+        folder: The tracker's folder within the run folder.
+        parameters: The study's settings, flattened.
+        tags: Tags of the run.
     """
 
     name: str
@@ -27,25 +30,26 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """One library, for one run. All its methods are called from one thread, `start` first and `close` last.
+    """Records one run with one tracking library.
 
-    They may raise and may take their time: neither reaches the run.
+    All methods are called from one thread, `start` first and `close` last. Their errors and delays do not
+    affect the run.
     """
 
     def start(self, run: TrackedRun, key: str) -> str:
-        """Begin, and return a key to go on with; with a key, go on with what was begun under it."""
+        """Start recording and return a key that identifies the record; a non-empty `key` resumes a record."""
 
-    def metrics(self, values: Mapping[str, float], *, round: int) -> None:
-        """Take finite numbers that belong to a round."""
+    def log_metrics(self, values: Mapping[str, float], *, round: int) -> None:
+        """Log finite metrics of a round."""
 
-    def final(self, values: Mapping[str, float]) -> None:
-        """Take the finite numbers of the summary."""
+    def log_final(self, values: Mapping[str, float]) -> None:
+        """Log finite metrics of the summary."""
 
-    def tag(self, name: str, value: str) -> None:
-        """Take a tag that became known later."""
+    def set_tag(self, name: str, value: str) -> None:
+        """Set a tag that became known during the run."""
 
-    def file(self, path: Path) -> None:
-        """Take a file of the run folder."""
+    def log_file(self, path: Path) -> None:
+        """Store a file of the run folder."""
 
     def close(self, outcome: Outcome) -> None:
-        """End, with everything told."""
+        """Stop recording, after everything has been sent."""

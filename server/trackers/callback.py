@@ -1,4 +1,4 @@
-"""Following a run folder, and telling its trackers what is written there."""
+"""Sends what a run writes to its trackers."""
 
 from __future__ import annotations
 
@@ -18,131 +18,132 @@ from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.trackers import metric_names
 from fedsigma.server.trackers.base import Outcome, TrackedRun, Tracker
-from fedsigma.server.trackers.config import KNOWN, TrackerChoice, open_tracker
-from fedsigma.server.trackers.worker import Delivery, TrackerWorker
+from fedsigma.server.trackers.config import TRACKERS, TrackerChoice, open_tracker
+from fedsigma.server.trackers.worker import TrackerCall, TrackerWorker
 
-__all__ = ["Tracking"]
+__all__ = ["TrackerCallback"]
 
-PATIENCE_S = 10.0
-"""How long the end of a run waits for its trackers, all together."""
+CLOSE_TIMEOUT_S = 10.0
+"""How long the end of a run waits for all its trackers."""
 
 
-class Tracking:
-    """Tells trackers the rounds and results of a run. None of them can stop or delay it.
+class TrackerCallback:
+    """Sends the rounds and results of a run to trackers, which can neither stop nor delay the run.
 
-    A resumed run goes on with the trackers that it had, each in the same run of its own, besides those given.
+    A resumed run keeps its earlier trackers, each with the same record, in addition to those given.
 
     Args:
-        folder: the run's, to which nothing was written since it was opened.
-        chosen: the trackers.
-        study, run: the study, and the run's number.
+        run_dir: Folder of the run, to which nothing has been written since it was opened.
+        choices: The trackers.
+        study: The study.
+        run: Flower's id of the run.
     """
 
     def __init__(
-        self, folder: RunDir, chosen: Sequence[TrackerChoice], *, study: StudyConfig, run: str
+        self, run_dir: RunDir, choices: Sequence[TrackerChoice], *, study: StudyConfig, run: str
     ) -> None:
-        self._folder = folder
+        self._run_dir = run_dir
         self._outcome: Outcome = "interrupted"
         tags = {"study": study.name, "run": run, "fedsigma_version": __version__}
-        told = metric_names.parameters(yaml.safe_load(study.to_yaml()))
-        self._couriers: list[tuple[TrackerChoice, TrackerWorker]] = []
-        with suppress(OSError):  # a run that cannot write finds out by its own files
-            for choice in _with_earlier(folder.path, chosen):
-                place = folder.path / "trackers" / choice.name
-                tracked = TrackedRun(name=folder.path.name, folder=place, parameters=told, tags=tags)
-                failed = partial(self._failed, choice.name)
-                self._couriers.append((choice, TrackerWorker(partial(_begin, choice, tracked), failed)))
-        if self._couriers:
-            folder.listen(self._event, row=self._row)
+        parameters = metric_names.flatten_parameters(yaml.safe_load(study.to_yaml()))
+        self._workers: list[tuple[TrackerChoice, TrackerWorker]] = []
+        with suppress(OSError):  # a run that cannot write fails on its own files
+            for choice in _with_earlier(run_dir.path, choices):
+                folder = run_dir.path / "trackers" / choice.name
+                tracked = TrackedRun(name=run_dir.path.name, folder=folder, parameters=parameters, tags=tags)
+                on_failure = partial(self._report_failure, choice.name)
+                self._workers.append((choice, TrackerWorker(partial(_start, choice, tracked), on_failure)))
+        if self._workers:
+            run_dir.listen(self._on_event, row=self._on_row)
 
     def close(self) -> None:
-        """Tell the results and the files, and wait some seconds for the trackers to take them."""
-        for choice, courier in self._couriers:
-            courier.tell(self._results)
+        """Send the results and files, and wait up to `CLOSE_TIMEOUT_S` for the trackers."""
+        for choice, worker in self._workers:
+            worker.submit(self._log_final)
             for path in self._files(choice):
-                courier.tell(partial(_file, path=path))
-            courier.tell(partial(_close, outcome=self._outcome))
-            courier.finish()
-        until = time.monotonic() + PATIENCE_S
-        for _, courier in self._couriers:
-            courier.wait(until)
-        self._couriers = []
+                worker.submit(partial(_log_file, path=path))
+            worker.submit(partial(_close, outcome=self._outcome))
+            worker.stop()
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        for _, worker in self._workers:
+            worker.join(deadline)
+        self._workers = []
 
-    def _row(self, row: Mapping[str, Any]) -> None:
-        self._tell(partial(_metrics, row=row))
+    def _on_row(self, row: Mapping[str, Any]) -> None:
+        self._submit(partial(_log_row, row=row))
 
-    def _event(self, event: Mapping[str, Any]) -> None:
+    def _on_event(self, event: Mapping[str, Any]) -> None:
         if event["kind"] == "run_end":
             self._outcome = "finished" if event["ok"] else "failed"
         elif event["kind"] == "published":
-            self._tell(partial(_tag, name="model", value=event["model"]))
+            self._submit(partial(_set_tag, name="model", value=event["model"]))
 
-    def _tell(self, delivery: Delivery) -> None:
-        for _, courier in self._couriers:
-            courier.tell(delivery)
+    def _submit(self, call: TrackerCall) -> None:
+        for _, worker in self._workers:
+            worker.submit(call)
 
-    def _results(self, tracker: Tracker) -> None:
+    def _log_final(self, tracker: Tracker) -> None:
         with suppress(RunDirError):
-            if figures := metric_names.final_figures(self._folder.read_summary()):
-                tracker.final(figures)
+            if metrics := metric_names.final_metrics(self._run_dir.read_summary()):
+                tracker.log_final(metrics)
 
     def _files(self, choice: TrackerChoice) -> list[Path]:
-        if not KNOWN[choice.name].keeps_files:
+        if not TRACKERS[choice.name].stores_files:
             return []
-        wanted = ["study.yaml", "report.html", *(["sigma.safetensors"] if choice.sigma else [])]
-        return [self._folder.path / name for name in wanted if (self._folder.path / name).is_file()]
+        names = ["study.yaml", "report.html", *(["sigma.safetensors"] if choice.with_shift else [])]
+        return [self._run_dir.path / name for name in names if (self._run_dir.path / name).is_file()]
 
-    def _failed(self, name: str, error: str) -> None:
-        print(f"FedSigma: tracker {name} failed ({error}); the run goes on", flush=True)
+    def _report_failure(self, name: str, error: str) -> None:
+        print(f"FedSigma: tracker {name} failed ({error}); the run continues", flush=True)
         with suppress(OSError):
-            self._folder.log_event("tracker_failed", tracker=name, error=error)
+            self._run_dir.log_event("tracker_failed", tracker=name, error=error)
 
 
-def _begin(choice: TrackerChoice, run: TrackedRun) -> Tracker:
-    """Make a tracker and start it, or go on with what it began earlier."""
+def _start(choice: TrackerChoice, run: TrackedRun) -> Tracker:
+    """Create and start a tracker; it resumes its record if it has one."""
     tracker = open_tracker(choice.name)
-    begun = tracker.start(run, _read(run.folder.parent, choice.name).get("key", ""))
-    _write(run.folder.parent, choice, key=begun)
+    key = tracker.start(run, _read_state(run.folder.parent, choice.name).get("key", ""))
+    _write_state(run.folder.parent, choice, key=key)
     return tracker
 
 
-def _with_earlier(path: Path, chosen: Sequence[TrackerChoice]) -> list[TrackerChoice]:
-    """The chosen trackers, and those that the run had; each is noted for the time when it is resumed."""
-    place, found = path / "trackers", {one.name: one for one in chosen}
-    for name in KNOWN:
-        if earlier := _read(place, name):
-            sigma = bool(earlier.get("sigma")) or (name in found and found[name].sigma)
-            found[name] = TrackerChoice(name, sigma)
-    for one in found.values():
-        _write(place, one, key=_read(place, one.name).get("key", ""))
-    return list(found.values())
+def _with_earlier(path: Path, choices: Sequence[TrackerChoice]) -> list[TrackerChoice]:
+    """Return the chosen trackers and those of earlier starts of the run, and store them for a resumption."""
+    folder, by_name = path / "trackers", {choice.name: choice for choice in choices}
+    for name in TRACKERS:
+        if earlier := _read_state(folder, name):
+            with_shift = bool(earlier.get("sigma")) or (name in by_name and by_name[name].with_shift)
+            by_name[name] = TrackerChoice(name, with_shift)
+    for choice in by_name.values():
+        _write_state(folder, choice, key=_read_state(folder, choice.name).get("key", ""))
+    return list(by_name.values())
 
 
-def _read(place: Path, name: str) -> dict[str, Any]:
-    """What a tracker's file says; nothing if there is none, or it does not read."""
+def _read_state(folder: Path, name: str) -> dict[str, Any]:
+    """Return the content of a tracker's state file; empty if it is missing or invalid."""
     try:
-        told = json.loads((place / f"{name}.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) and isinstance(told.get("key"), str) else {}
+    return state if isinstance(state, dict) and isinstance(state.get("key"), str) else {}
 
 
-def _write(place: Path, choice: TrackerChoice, *, key: str) -> None:
-    text = json.dumps({"key": key, "sigma": choice.sigma}) + "\n"
-    write_atomic(place / f"{choice.name}.json", text.encode())
+def _write_state(folder: Path, choice: TrackerChoice, *, key: str) -> None:
+    text = json.dumps({"key": key, "sigma": choice.with_shift}) + "\n"
+    write_atomic(folder / f"{choice.name}.json", text.encode())
 
 
-def _metrics(tracker: Tracker, *, row: Mapping[str, Any]) -> None:
-    if told := metric_names.row_metrics(row):
-        tracker.metrics(told, round=row["round"])
+def _log_row(tracker: Tracker, *, row: Mapping[str, Any]) -> None:
+    if metrics := metric_names.row_metrics(row):
+        tracker.log_metrics(metrics, round=row["round"])
 
 
-def _tag(tracker: Tracker, *, name: str, value: str) -> None:
-    tracker.tag(name, value)
+def _set_tag(tracker: Tracker, *, name: str, value: str) -> None:
+    tracker.set_tag(name, value)
 
 
-def _file(tracker: Tracker, *, path: Path) -> None:
-    tracker.file(path)
+def _log_file(tracker: Tracker, *, path: Path) -> None:
+    tracker.log_file(path)
 
 
 def _close(tracker: Tracker, *, outcome: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""Which trackers a run has: named by its configuration and by the server's environment."""
+"""Selection of a run's trackers, by its configuration and by the server's environment."""
 
 from __future__ import annotations
 
@@ -12,101 +12,124 @@ from typing import cast
 from fedsigma.common.config.schema import ConfigError, did_you_mean
 from fedsigma.server.trackers.base import Tracker
 
-__all__ = ["KNOWN", "TrackerChoice", "TrackerError", "choose_trackers", "open_tracker", "parse_trackers"]
+__all__ = ["TRACKERS", "TrackerChoice", "TrackerError", "choose_trackers", "open_tracker", "parse_trackers"]
 
 VARIABLE = "FEDSIGMA_TRACKERS"
-_SIGMA = "+sigma"
+_WITH_SHIFT = "+sigma"
 
 
 class TrackerError(ConfigError):
-    """A tracker is not known, not installed, or not set up."""
+    """A tracker is unknown, not installed, or not configured."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Library:
-    """A tracker that can be had. needs: environment variables that must be set, each with what to give."""
+class TrackerSpec:
+    """A supported tracker.
+
+    Attributes:
+        package: Python package that must be installed.
+        class_name: Class in `fedsigma.server.trackers.NAME`.
+        stores_files: Whether it stores files of the run.
+        environment: Required environment variables, each with a description of its value.
+    """
 
     package: str
     class_name: str
-    keeps_files: bool
-    needs: Mapping[str, str]
+    stores_files: bool
+    environment: Mapping[str, str]
 
 
-KNOWN = {
-    "mlflow": Library(
+TRACKERS = {
+    "mlflow": TrackerSpec(
         package="mlflow",
         class_name="MlflowTracker",
-        keeps_files=True,
-        # MLflow's own default is a database wherever the server process happens to run.
-        needs={"MLFLOW_TRACKING_URI": "the address of an MLflow server"},
+        stores_files=True,
+        # MLflow's default is a database in the working directory of the server process.
+        environment={"MLFLOW_TRACKING_URI": "the address of an MLflow server"},
     ),
-    "tensorboard": Library(
-        package="tensorboard", class_name="TensorboardTracker", keeps_files=False, needs={}
+    "tensorboard": TrackerSpec(
+        package="tensorboard", class_name="TensorboardTracker", stores_files=False, environment={}
     ),
-    "wandb": Library(package="wandb", class_name="WandbTracker", keeps_files=True, needs={}),
+    "wandb": TrackerSpec(package="wandb", class_name="WandbTracker", stores_files=True, environment={}),
 }
 
 
 @dataclass(frozen=True)
 class TrackerChoice:
-    """A tracker by name, and whether it is given the sigma file, too."""
+    """A tracker that was chosen for a run.
+
+    Attributes:
+        name: Name in `TRACKERS`.
+        with_shift: Whether it stores the shift file as well.
+    """
 
     name: str
-    sigma: bool = False
+    with_shift: bool = False
 
 
 def parse_trackers(text: str, *, where: str = "trackers") -> tuple[TrackerChoice, ...]:
-    """Read names with commas between them, as in `mlflow+sigma,tensorboard`.
+    """Parse a comma-separated list such as `mlflow+sigma,tensorboard`.
+
+    Args:
+        text: The list.
+        where: Name of the setting, for messages.
 
     Raises:
-        TrackerError: a name is not known, or the tracker keeps no files.
+        TrackerError: A tracker is unknown, or is given the shift file and stores no files.
     """
-    found: dict[str, TrackerChoice] = {}
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        name, sigma = word.removesuffix(_SIGMA), word.endswith(_SIGMA)
-        if name not in KNOWN:
-            known = f"known are {', '.join(KNOWN)}"
-            guess = did_you_mean(name, KNOWN)
+    choices: dict[str, TrackerChoice] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, with_shift = item.removesuffix(_WITH_SHIFT), item.endswith(_WITH_SHIFT)
+        if name not in TRACKERS:
+            known = f"known are {', '.join(TRACKERS)}"
+            guess = did_you_mean(name, TRACKERS)
             raise TrackerError(
-                f"{where} is '{word}', which is not known{guess if known in guess else f'{guess} {known}'}"
+                f"{where} is '{item}', which is not known{guess if known in guess else f'{guess} {known}'}"
             )
-        if sigma and not KNOWN[name].keeps_files:
-            raise TrackerError(f"{where} is '{word}', and {name} keeps no files: leave {_SIGMA} out")
-        found[name] = TrackerChoice(name, sigma or (name in found and found[name].sigma))
-    return tuple(found.values())
+        if with_shift and not TRACKERS[name].stores_files:
+            raise TrackerError(f"{where} is '{item}', but {name} stores no files: remove {_WITH_SHIFT}")
+        choices[name] = TrackerChoice(name, with_shift or (name in choices and choices[name].with_shift))
+    return tuple(choices.values())
 
 
 def choose_trackers(text: str) -> tuple[TrackerChoice, ...]:
-    """The trackers of a run: those named in its configuration, and those of $FEDSIGMA_TRACKERS.
+    """Return the trackers of a run: those of its configuration, and those of $FEDSIGMA_TRACKERS.
+
+    Args:
+        text: The list in the run's configuration.
 
     Raises:
-        TrackerError: one is not known, not installed, or lacks a setting.
+        TrackerError: A tracker is unknown, not installed, or not configured.
     """
-    named = parse_trackers(text)
-    always = parse_trackers(os.environ.get(VARIABLE, ""), where=VARIABLE)
-    by_name = {one.name: one for one in always}
-    for one in named:
-        by_name[one.name] = TrackerChoice(one.name, one.sigma or (one in always and one.sigma))
+    configured = parse_trackers(text)
+    from_environment = parse_trackers(os.environ.get(VARIABLE, ""), where=VARIABLE)
+    by_name = {choice.name: choice for choice in from_environment}
+    for choice in configured:
+        with_shift = choice.with_shift or (choice.name in by_name and by_name[choice.name].with_shift)
+        by_name[choice.name] = TrackerChoice(choice.name, with_shift)
     for name in by_name:
         _check(name)
     return tuple(by_name.values())
 
 
 def open_tracker(name: str) -> Tracker:
-    """Make a tracker, which imports its library.
+    """Create a tracker, which imports its library.
+
+    Args:
+        name: Name in `TRACKERS`.
 
     Raises:
-        TrackerError: it is not installed, or lacks a setting.
+        TrackerError: It is not installed, or not configured.
     """
     _check(name)
     module = import_module(f"fedsigma.server.trackers.{name}")
-    return cast(Tracker, getattr(module, KNOWN[name].class_name)())
+    return cast(Tracker, getattr(module, TRACKERS[name].class_name)())
 
 
 def _check(name: str) -> None:
-    library = KNOWN[name]
-    if find_spec(library.package) is None:
+    spec = TRACKERS[name]
+    if find_spec(spec.package) is None:
         raise TrackerError(f"tracker {name} is not installed: pip install 'fedsigma[{name}]'")
-    for variable, what in library.needs.items():
+    for variable, description in spec.environment.items():
         if not os.environ.get(variable):
-            raise TrackerError(f"tracker {name} needs {variable} in the server's environment: {what}")
+            raise TrackerError(f"tracker {name} needs {variable} in the server's environment: {description}")

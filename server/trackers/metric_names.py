@@ -1,4 +1,4 @@
-"""The names under which trackers get what a run writes. Pure functions: nothing here knows a tracker."""
+"""The names of metrics and parameters in trackers, independent of the tracking library."""
 
 from __future__ import annotations
 
@@ -10,72 +10,74 @@ from typing import Any
 
 from fedsigma.server.runs.rounds_table import ALL_SITES
 
-__all__ = ["final_figures", "parameters", "row_metrics", "safe"]
+__all__ = ["final_metrics", "flatten_parameters", "row_metrics", "safe_name"]
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _NOT_METRICS = frozenset({"round", "site", "status", "reason"})
 
 
-def safe(word: str) -> str:
-    """A site's or version's name as one part of a metric's name, different for different names.
+def safe_name(name: str) -> str:
+    """Return the name of a site or version as a part of a metric's name, unique for each name.
 
-    Trackers take letters, digits and little else. A name with more gets a digest in place of what is lost.
+    Trackers allow letters, digits and few other characters. Names with others end in a hash of the name.
     """
-    if _SAFE.fullmatch(word):
-        return word
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", word).strip("_-")[:40] or "name"
-    # A point, which no name that is kept as it is has: the two kinds cannot meet.
-    return f"{plain}.{hashlib.sha256(word.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    if _SAFE.fullmatch(name):
+        return name
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_-")[:40] or "name"
+    # The point keeps these names apart from those that are returned unchanged.
+    return f"{plain}.{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def row_metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row of rounds.csv, as `pooled/accuracy` or `site/NAME/accuracy`."""
-    pooled = row["site"] == ALL_SITES
-    prefix = ALL_SITES if pooled else f"site/{safe(row['site'])}"
+    """Return the metrics of a row of rounds.csv by name, such as `site/NAME/accuracy`."""
+    is_all_sites = row["site"] == ALL_SITES
+    prefix = ALL_SITES if is_all_sites else f"site/{safe_name(row['site'])}"
     return {
         f"{prefix}/{name}": float(value)
         for name, value in row.items()
-        # The line of all sites has no bytes of its own.
-        if name not in _NOT_METRICS and _finite(value) and not (pooled and name.startswith("bytes_"))
+        # The row of all sites has no bytes.
+        if name not in _NOT_METRICS and _is_finite(value) and not (is_all_sites and name.startswith("bytes_"))
     }
 
 
-def final_figures(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of summary.json, as `final/federated/accuracy` or `final/federated/site/NAME`."""
-    found: dict[str, float] = {}
+def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of summary.json by name, such as `final/federated/site/NAME`."""
+    metrics: dict[str, float] = {}
     for name, value in summary.items():
         if name == "versions" and isinstance(value, Mapping):
             for version, entry in value.items():
-                found |= _method(f"final/version/{safe(version)}", entry)
+                metrics |= _method_metrics(f"final/version/{safe_name(version)}", entry)
         elif isinstance(value, Mapping):
-            found |= _method(f"final/{name}", value)
-        elif _finite(value):
-            found[f"final/{name}"] = float(value)
-    return found
+            metrics |= _method_metrics(f"final/{name}", value)
+        elif _is_finite(value):
+            metrics[f"final/{name}"] = float(value)
+    return metrics
 
 
-def _method(prefix: str, entry: Mapping[str, Any]) -> dict[str, float]:
-    told: dict[str, Any] = {f"site/{safe(site)}": one for site, one in entry.get("per_site", {}).items()}
-    told |= entry.get("metrics", {}) | {name: entry.get(name) for name in ("accuracy", "everywhere")}
+def _method_metrics(prefix: str, entry: Mapping[str, Any]) -> dict[str, float]:
+    values: dict[str, Any] = {
+        f"site/{safe_name(site)}": accuracy for site, accuracy in entry.get("per_site", {}).items()
+    }
+    values |= entry.get("metrics", {}) | {name: entry.get(name) for name in ("accuracy", "everywhere")}
     for name, value in entry.get("fairness", {}).items():
-        told[name] = value.get("accuracy") if isinstance(value, Mapping) else value
-    return {f"{prefix}/{name}": float(value) for name, value in told.items() if _finite(value)}
+        values[name] = value.get("accuracy") if isinstance(value, Mapping) else value
+    return {f"{prefix}/{name}": float(value) for name, value in values.items() if _is_finite(value)}
 
 
-def parameters(study: Mapping[str, Any]) -> dict[str, str]:
-    """The study's settings, flat: `training.learning_rate`, with lists in one piece."""
-    return dict(_flat("", study))
+def flatten_parameters(study: Mapping[str, Any]) -> dict[str, str]:
+    """Return the study's settings by full name, such as `training.learning_rate`; lists become one text."""
+    return dict(_flatten("", study))
 
 
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _flat(f"{prefix}.{name}" if prefix else str(name), item)
+            yield from _flatten(f"{prefix}.{name}" if prefix else str(name), item)
     elif isinstance(value, list | tuple):
         yield prefix, ", ".join(str(item) for item in value)
     elif value is not None:
         yield prefix, str(value)
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Runs in MLflow, by its REST client: nothing is recorded but what is told."""
+"""Tracker for MLflow, by its REST client; nothing is logged automatically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-# Read when mlflow is imported: what is used here is nobody's business but this server's.
+# Must be set before mlflow is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
@@ -21,14 +21,15 @@ __all__ = ["MlflowTracker"]
 T = TypeVar("T")
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-# What one request may hold, by MLflow's REST interface.
-_MOST_METRICS, _MOST_PARAMETERS, _LONGEST = 1000, 100, 6000
+_MAX_METRICS, _MAX_PARAMETERS, _MAX_VALUE_LENGTH = 1000, 100, 6000
+"""Limits of one request of MLflow's REST interface."""
 
 
 class MlflowTracker:
-    """One run of an MLflow server.
+    """Records a run at an MLflow server.
 
-    $MLFLOW_TRACKING_URI says where, $MLFLOW_EXPERIMENT_NAME in which experiment, `fedsigma` by default.
+    $MLFLOW_TRACKING_URI is the address of the server, $MLFLOW_EXPERIMENT_NAME the experiment (`fedsigma` by
+    default).
     """
 
     def __init__(self) -> None:
@@ -36,55 +37,55 @@ class MlflowTracker:
         self._run = ""
 
     def start(self, run: TrackedRun, key: str) -> str:
-        """Create a run, or open the one of this id again."""
+        """Create a run, or reopen the run with this id."""
         if key:
             self._client.update_run(key, status="RUNNING")
             self._run = key
-            # Parameters are those of the first time: MLflow changes none.
-            self._tags(run.tags)
+            # MLflow does not allow parameters to be changed.
+            self._set_tags(run.tags)
             return key
-        made = self._client.create_run(_experiment(self._client), run_name=run.name)
-        self._run = made.info.run_id
-        self._tags(run.tags)
-        told = [Param(name, value[:_LONGEST]) for name, value in run.parameters.items()]
-        for some in _parts(told, _MOST_PARAMETERS):
-            self._client.log_batch(self._run, params=some)
+        created = self._client.create_run(_experiment_id(self._client), run_name=run.name)
+        self._run = created.info.run_id
+        self._set_tags(run.tags)
+        params = [Param(name, value[:_MAX_VALUE_LENGTH]) for name, value in run.parameters.items()]
+        for batch in _batches(params, _MAX_PARAMETERS):
+            self._client.log_batch(self._run, params=batch)
         return self._run
 
-    def metrics(self, values: Mapping[str, float], *, round: int) -> None:
-        """Log them, with the round as step."""
-        now = int(time.time() * 1000)
-        told = [Metric(name, value, now, round) for name, value in values.items()]
-        for some in _parts(told, _MOST_METRICS):
-            self._client.log_batch(self._run, metrics=some)
+    def log_metrics(self, values: Mapping[str, float], *, round: int) -> None:
+        """Log metrics with the round as step."""
+        timestamp_ms = int(time.time() * 1000)
+        metrics = [Metric(name, value, timestamp_ms, round) for name, value in values.items()]
+        for batch in _batches(metrics, _MAX_METRICS):
+            self._client.log_batch(self._run, metrics=batch)
 
-    def final(self, values: Mapping[str, float]) -> None:
-        """Log them, at step 0."""
-        self.metrics(values, round=0)
+    def log_final(self, values: Mapping[str, float]) -> None:
+        """Log metrics at step 0."""
+        self.log_metrics(values, round=0)
 
-    def tag(self, name: str, value: str) -> None:
+    def set_tag(self, name: str, value: str) -> None:
         """Set a tag."""
-        self._tags({name: value})
+        self._set_tags({name: value})
 
-    def file(self, path: Path) -> None:
-        """Upload it as an artefact."""
+    def log_file(self, path: Path) -> None:
+        """Upload a file as an artifact."""
         self._client.log_artifact(self._run, str(path))
 
     def close(self, outcome: Outcome) -> None:
         """End the run."""
         self._client.set_terminated(self._run, _STATUS[outcome])
 
-    def _tags(self, tags: Mapping[str, str]) -> None:
-        told = [RunTag(f"fedsigma.{name}", value) for name, value in tags.items()]
-        self._client.log_batch(self._run, tags=told)
+    def _set_tags(self, tags: Mapping[str, str]) -> None:
+        run_tags = [RunTag(f"fedsigma.{name}", value) for name, value in tags.items()]
+        self._client.log_batch(self._run, tags=run_tags)
 
 
-def _experiment(client: MlflowClient) -> str:
+def _experiment_id(client: MlflowClient) -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "fedsigma"
-    found = client.get_experiment_by_name(name)
-    return str(found.experiment_id if found else client.create_experiment(name))
+    experiment = client.get_experiment_by_name(name)
+    return str(experiment.experiment_id if experiment else client.create_experiment(name))
 
 
-def _parts(values: Sequence[T], most: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), most):
-        yield values[start : start + most]
+def _batches(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

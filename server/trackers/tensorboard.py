@@ -1,4 +1,4 @@
-"""Event files of TensorBoard, within the run folder: `tensorboard --logdir` shows all runs of a folder."""
+"""Tracker for TensorBoard: event files in the run folder, for `tensorboard --logdir`."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ _FLUSH_S = 10
 
 
 class TensorboardTracker:
-    """Event files in `trackers/tensorboard`; a resumed run adds one to them."""
+    """Writes event files to `trackers/tensorboard`; a resumed run adds another file."""
 
     _writer: SummaryWriter
 
     def start(self, run: TrackedRun, key: str) -> str:
-        """Open a file, in the folder that this run has anyway."""
+        """Open an event file in the tracker's folder; resuming needs no key."""
         self._writer = SummaryWriter(str(run.folder), flush_secs=_FLUSH_S)
         if not key:
             self._writer.add_text("parameters", _table(run.parameters))
         self._writer.add_text("tags", _table(run.tags))
         return "tensorboard"
 
-    def metrics(self, values: Mapping[str, float], *, round: int) -> None:
-        """Write them, with the round as step."""
+    def log_metrics(self, values: Mapping[str, float], *, round: int) -> None:
+        """Write metrics with the round as step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, round)
 
-    def final(self, values: Mapping[str, float]) -> None:
-        """Write them, at step 0."""
-        self.metrics(values, round=0)
+    def log_final(self, values: Mapping[str, float]) -> None:
+        """Write metrics at step 0."""
+        self.log_metrics(values, round=0)
 
-    def tag(self, name: str, value: str) -> None:
-        """Write it as text."""
+    def set_tag(self, name: str, value: str) -> None:
+        """Write a tag as text."""
         self._writer.add_text(f"tags/{name}", value)
 
-    def file(self, path: Path) -> None:
-        """Nothing: the files lie beside."""
+    def log_file(self, path: Path) -> None:
+        """Do nothing: the file is in the run folder already."""
 
     def close(self, outcome: Outcome) -> None:
-        """Write what is left."""
+        """Write pending values and close the file."""
         self._writer.add_text("tags/outcome", outcome)
         self._writer.close()
 
 
 def _table(values: Mapping[str, str]) -> str:
-    """A table in Markdown, as TensorBoard shows texts."""
+    """Return a Markdown table, which TensorBoard renders."""
     rows = [f"| {name} | {_cell(value)} |" for name, value in values.items()]
     return "\n".join(["| name | value |", "|---|---|", *rows])
 

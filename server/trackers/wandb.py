@@ -1,4 +1,4 @@
-"""Runs in Weights & Biases. Of what its library gathers by itself, nothing is sent."""
+"""Tracker for Weights & Biases. Its library's own data collection is disabled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Read when wandb is imported: reports of its own errors would go to its makers.
+# Must be set before wandb is imported; it would send error reports to its vendor.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["WandbTracker"]
 
-_INIT_S, _FINISH_S = 15.0, 8.0
+_INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 15.0, 8.0
 
 
 class WandbTracker:
-    """One run of Weights & Biases.
+    """Records a run at Weights & Biases.
 
-    $WANDB_MODE and $WANDB_BASE_URL say where, $WANDB_PROJECT in which project, `fedsigma` by default.
+    $WANDB_MODE and $WANDB_BASE_URL select the server, $WANDB_PROJECT the project (`fedsigma` by default).
     """
 
     _run: Run
 
     def start(self, run: TrackedRun, key: str) -> str:
-        """Begin a run, or go on with the one of this id; the round is what its charts are over."""
+        """Create a run, or resume the run with this id; charts have the round as x axis."""
         key = key or secrets.token_hex(8)
         run.folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
@@ -47,24 +47,24 @@ class WandbTracker:
             settings=_settings(),
         )
         for name, value in run.tags.items():
-            self.tag(name, value)
+            self.set_tag(name, value)
         self._run.define_metric("*", step_metric="round")
         return key
 
-    def metrics(self, values: Mapping[str, float], *, round: int) -> None:
-        """Log them with their round."""
+    def log_metrics(self, values: Mapping[str, float], *, round: int) -> None:
+        """Log metrics with their round."""
         self._run.log({**values, "round": round})
 
-    def final(self, values: Mapping[str, float]) -> None:
-        """Put them into the run's summary."""
+    def log_final(self, values: Mapping[str, float]) -> None:
+        """Write metrics to the run's summary."""
         self._run.summary.update(dict(values))
 
-    def tag(self, name: str, value: str) -> None:
-        """Put it into the run's configuration: a tag of W&B's is one word without a name."""
+    def set_tag(self, name: str, value: str) -> None:
+        """Write a tag to the run's configuration, because tags of W&B have no names."""
         self._run.config.update({f"fedsigma.{name}": value}, allow_val_change=True)
 
-    def file(self, path: Path) -> None:
-        """Upload it as a file of the run."""
+    def log_file(self, path: Path) -> None:
+        """Upload a file of the run."""
         self._run.save(str(path), base_path=str(path.parent), policy="now")
 
     def close(self, outcome: Outcome) -> None:
@@ -73,7 +73,7 @@ class WandbTracker:
 
 
 def _settings() -> wandb.Settings:
-    """No host, user, program, code, packages, console or load of the machine."""
+    """Return settings that collect no host, user, program, code, packages, console or system metrics."""
     return wandb.Settings(
         silent=True,
         console="off",
@@ -86,8 +86,8 @@ def _settings() -> wandb.Settings:
         x_disable_machine_info=True,
         x_disable_stats=True,
         x_save_requirements=False,
-        # Else the process would wait at its end, up to minutes, for a server that does not answer.
-        init_timeout=_INIT_S,
-        finish_timeout=_FINISH_S,
+        # Otherwise the process could wait for minutes at its end for a server that does not respond.
+        init_timeout=_INIT_TIMEOUT_S,
+        finish_timeout=_FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
     )

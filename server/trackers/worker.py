@@ -1,4 +1,4 @@
-"""Telling one tracker, from a thread of its own, so that neither its errors nor its silence reach the run."""
+"""Calls one tracker from a thread of its own, so that its errors and delays do not affect the run."""
 
 from __future__ import annotations
 
@@ -10,70 +10,74 @@ from contextlib import suppress
 
 from fedsigma.server.trackers.base import Tracker
 
-__all__ = ["TrackerWorker"]
+__all__ = ["TrackerCall", "TrackerWorker"]
 
-MOST_WAITING = 10_000
-"""Deliveries that may wait; a run of 50 sites and 100 rounds makes about half as many in all."""
+MAX_QUEUED = 10_000
+"""Number of calls that may wait; a run of 50 sites and 100 rounds makes about half as many in total."""
 
-Delivery = Callable[[Tracker], None]
+TrackerCall = Callable[[Tracker], None]
 
 
 class TrackerWorker:
-    """Carries deliveries to one tracker, one after the other.
+    """Executes calls of one tracker, one after the other.
 
     Args:
-        begin: makes the tracker and starts it; called in the thread.
-        failed: told the type of what went wrong, at most once; from the thread, or by `finish`.
+        start: Creates and starts the tracker; called in the thread.
+        on_failure: Receives the type of the first error; called from the thread, or by `stop` and `join`.
     """
 
-    def __init__(self, begin: Callable[[], Tracker], failed: Callable[[str], None]) -> None:
-        self._begin, self._failed = begin, failed
-        self._waiting: queue.Queue[Delivery | None] = queue.Queue(MOST_WAITING)
+    def __init__(self, start: Callable[[], Tracker], on_failure: Callable[[str], None]) -> None:
+        self._start, self._on_failure = start, on_failure
+        self._queue: queue.Queue[TrackerCall | None] = queue.Queue(MAX_QUEUED)
         self._lock = threading.Lock()
-        self._noted = self._overflowed = False
-        # A daemon, for a process must end although a server never answers.
-        self._thread = threading.Thread(target=self._work, name="fedsigma-tracker", daemon=True)
+        self._failed = self._overflowed = False
+        # A daemon, so that the process can exit while a tracking server does not respond.
+        self._thread = threading.Thread(target=self._run, name="fedsigma-tracker", daemon=True)
         self._thread.start()
 
-    def tell(self, delivery: Delivery) -> None:
-        """Leave a delivery and return at once."""
+    def submit(self, call: TrackerCall) -> None:
+        """Queue a call and return at once."""
         if self._overflowed or not self._thread.is_alive():
             return
         try:
-            self._waiting.put_nowait(delivery)
+            self._queue.put_nowait(call)
         except queue.Full:
-            # Noted at the end: here the run folder may be writing, and this is told by it.
+            # Reported by `stop`: here the run folder may be in the middle of a write.
             self._overflowed = True
 
-    def finish(self) -> None:
-        """Say that nothing more comes: the thread ends after what is waiting."""
+    def stop(self) -> None:
+        """End the thread after the queued calls."""
         with suppress(queue.Full):
-            self._waiting.put_nowait(None)
+            self._queue.put_nowait(None)
         if self._overflowed:
-            self._note("Full")
+            self._report("Full")
 
-    def wait(self, until: float) -> None:
-        """Wait for the thread, at most until then, by `time.monotonic`; that it did not end is noted."""
-        self._thread.join(max(0.0, until - time.monotonic()))
+    def join(self, deadline: float) -> None:
+        """Wait for the thread until the deadline, and report a timeout.
+
+        Args:
+            deadline: Time of `time.monotonic`, in seconds.
+        """
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._note("TimeoutError")
+            self._report("TimeoutError")
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            tracker = self._begin()
-        except BaseException as error:  # a library's sys.exit() must not go unnoted, either
-            self._note(type(error).__name__)
+            tracker = self._start()
+        except BaseException as error:  # includes SystemExit by a library
+            self._report(type(error).__name__)
             return
-        for delivery in iter(self._waiting.get, None):
+        for call in iter(self._queue.get, None):
             try:
-                delivery(tracker)
+                call(tracker)
             except BaseException as error:
-                # What comes next may arrive all the same: a server comes back.
-                self._note(type(error).__name__)
+                # Later calls may succeed again: a tracking server may come back.
+                self._report(type(error).__name__)
 
-    def _note(self, what: str) -> None:
+    def _report(self, error: str) -> None:
         with self._lock:
-            if self._noted:
+            if self._failed:
                 return
-            self._noted = True
-        self._failed(what)
+            self._failed = True
+        self._on_failure(error)

@@ -1,6 +1,6 @@
-"""What an operator and a viewer do at a server's dashboard, in a browser where the server is.
+"""Use a server's dashboard as an operator and a viewer, in a browser on the server's machine.
 
-python browse.py ADDRESS STUDY PASSWORD FOLDER TRUST prints what was seen as one JSON object, the last line.
+`python browse.py ADDRESS STUDY PASSWORD FOLDER TRUST` prints its observations as one JSON object, last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATIENCE_MS = 240_000
 
 
 def sign_in(browser: Browser, address: str, name: str, password: str, seen: Seen) -> Page:
-    # The certificate is of the server's own authority, which a browser does not know.
+    # The certificate is issued by the server's own authority, which the browser does not trust.
     context = browser.new_context(
         base_url=address, ignore_https_errors=True, viewport={"width": 1366, "height": 900}
     )
@@ -39,7 +39,7 @@ def sign_in(browser: Browser, address: str, name: str, password: str, seen: Seen
 
 
 def start(page: Page, study: str) -> str:
-    """Start a study; returns the key of its run once the run has begun."""
+    """Start a study and return the key of its run once the run has started."""
     page.goto("/")
     keys = set(page.locator("#runs tbody th small").all_inner_texts())
     page.get_by_role("link", name="Start a study").click()
@@ -55,7 +55,7 @@ def start(page: Page, study: str) -> str:
 
 
 def watch(page: Page) -> dict[str, Any]:
-    """Look at a run, without touching the page, until it is finished."""
+    """Observe a run's page, without interaction, until the run is finished."""
     page.evaluate("window.mark = 'never loaded again'")
     states, rounds = set(), set()
     while "finished" not in states:
@@ -70,8 +70,8 @@ def watch(page: Page) -> dict[str, Any]:
         "states": sorted(states),
         "rounds": sorted(rounds),
         "points": {one["name"]: len(one["data"]) for one in series},
-        "drift": page.locator("#drift-of option").count(),
-        "sites": page.get_by_role("region", name="What came of each site").inner_text(),
+        "updates": page.locator("#update-metric option").count(),
+        "sites": page.get_by_role("region", name="Status and latest values").inner_text(),
         "numbers": page.locator(".numbers").inner_text(),
     }
 
@@ -88,7 +88,7 @@ def main(address: str, study: Path, password: str, folder: Path, trust: Path) ->
         page.goto("/sites")
         expect(page.locator("main")).to_contain_text("online", timeout=PATIENCE_MS)
         found["sites"] = page.locator("main").inner_text()
-        # Refused, and what was typed is still there.
+        # The study is rejected, and the form keeps its text.
         page.goto("/start")
         page.get_by_label("Or a study file").fill(text.replace("rounds: 2", "rounds: two"))
         page.get_by_role("button", name="Start").click()
@@ -106,7 +106,7 @@ def main(address: str, study: Path, password: str, folder: Path, trust: Path) ->
         found["viewer's stop"] = answer.status
         page.get_by_role("button", name="Stop").click()
         expect(page.locator(".state")).to_have_text("interrupted", timeout=PATIENCE_MS)
-        expect(page.get_by_role("button", name="Go on")).to_be_visible()
+        expect(page.get_by_role("button", name="Resume")).to_be_visible()
         page.goto(f"/compare?run={first}&run={found['second']}")
         found["settings"] = page.get_by_role("region", name="Settings that differ").inner_text()
         page.goto("/audit")

@@ -46,11 +46,11 @@ def test_a_study_started_in_the_browser_is_watched_to_its_end(seen: dict[str, An
     assert {"running", "finished"} <= set(watched["states"])
     assert {"1 of 2", "2 of 2"} <= set(watched["rounds"])
     assert watched["mark"] == "never loaded again"
-    assert watched["points"] == {**dict.fromkeys(SITES, 3), "all sites": 3}
-    assert watched["drift"] == 3
+    assert watched["points"] == {**dict.fromkeys(SITES, 3), "All sites": 3}
+    assert watched["updates"] == 3
     for site in SITES:
         assert f"{site}\taccepted in round 3\t0" in watched["sites"]
-    assert "of full fine-tuning's bytes" in watched["numbers"]
+    assert "of the bytes of full fine-tuning" in watched["numbers"]
 
 
 def test_sites_are_seen_online_with_their_version(seen: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def test_the_audit_log_says_who_did_it(seen: dict[str, Any], deployment: Deploym
     acts = [(line["kind"], line.get("by")) for line in lines if line["kind"].startswith("study_")]
     assert acts.count(("study_submitted", "olga")) == 2 and ("study_stopped", "olga") in acts
     assert "vera" not in {line.get("by") for line in lines}
-    assert "none was changed or removed" in seen["audit"] and "study stopped" in seen["audit"]
+    assert "no line was changed or removed" in seen["audit"] and "study stopped" in seen["audit"]
 
 
 def test_pages_asked_nobody_else_and_had_no_errors(seen: dict[str, Any], deployment: Deployment) -> None:

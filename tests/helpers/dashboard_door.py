@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from fedsigma.server.dashboard.auth.accounts import Accounts
-from fedsigma.server.dashboard.auth.middleware import guarded, operator_only
+from fedsigma.server.dashboard.auth.middleware import operator_only, require_login
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 
 HOST = "dash.example.org"
@@ -45,7 +45,7 @@ class FakeLog:
         self.lines: list[dict[str, object]] = []
         self.error: Exception | None = None
 
-    def note(self, kind: str, **fields: object) -> None:
+    def record(self, kind: str, **fields: object) -> None:
         if self.error is not None:
             raise self.error
         self.lines.append({"kind": kind, **fields})
@@ -89,7 +89,7 @@ def door(accounts: Accounts, *, settings: AccessSettings = ACCESS, log: Any = No
         Route("/static/app.js", _text("1")),
         Route("/broken", _broken),
     ]
-    return guarded(Starlette(routes=routes), accounts=accounts, settings=settings, log=log, **more)
+    return require_login(Starlette(routes=routes), accounts=accounts, settings=settings, log=log, **more)
 
 
 def client(app: ASGIApp, origin: str = ORIGIN, *, address: str = "testclient") -> TestClient:
@@ -131,8 +131,8 @@ def clock_fixture() -> Clock:
 @pytest.fixture(name="accounts")
 def accounts_fixture(tmp_path: Path, clock: Clock) -> Iterator[Accounts]:
     made = Accounts(tmp_path / "dashboard.db", clock=clock, hasher=QUICK)
-    made.add("anna", role="operator", password=PASSWORD)
-    made.add("vera", role="viewer", password=PASSWORD)
+    made.add_user("anna", role="operator", password=PASSWORD)
+    made.add_user("vera", role="viewer", password=PASSWORD)
     yield made
     made.close()
 

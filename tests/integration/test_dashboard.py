@@ -68,7 +68,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def signed_in(served: tuple[str, str], browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cookies of who followed the link."""
+    """The cookies of a browser that followed the link."""
     context = browser.new_context()
     page = context.new_page()
     page.goto(served[1])
@@ -86,7 +86,7 @@ def seen() -> Seen:
 
 @pytest.fixture
 def page(served: tuple[str, str], browser: Browser, signed_in: Path, seen: Seen) -> Iterator[Page]:
-    """A page that is signed in; whatever its scripts complain of, or ask of others, fails the test."""
+    """A signed-in page; script errors and requests to other hosts fail the test."""
     context = browser.new_context(
         base_url=served[0], storage_state=signed_in, viewport={"width": 1280, "height": 900}
     )
@@ -99,22 +99,22 @@ def page(served: tuple[str, str], browser: Browser, signed_in: Path, seen: Seen)
 
 
 def option(page: Page, chart: str) -> dict[str, Any]:
-    """What a chart draws: ECharts' own options."""
-    found = "echarts.getInstanceByDom(document.getElementById(id))"
-    page.wait_for_function(f"id => Boolean({found})", arg=chart)
-    return dict(json.loads(page.evaluate(f"id => JSON.stringify({found}.getOption())", chart)))
+    """Return the ECharts options of a chart."""
+    instance = "echarts.getInstanceByDom(document.getElementById(id))"
+    page.wait_for_function(f"id => Boolean({instance})", arg=chart)
+    return dict(json.loads(page.evaluate(f"id => JSON.stringify({instance}.getOption())", chart)))
 
 
-def test_a_script_of_a_page_runs_once(page: Page) -> None:
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+def test_script_of_a_page_runs_once(page: Page) -> None:
+    urls: list[str] = []
+    page.on("request", lambda request: urls.append(request.url))
     page.goto("/runs/plain")
     page.wait_for_timeout(2600)
-    assert sum("/state/plain" in url for url in asked) == 1
-    assert sum("app.js" in url for url in asked) == 1
+    assert sum("/state/plain" in url for url in urls) == 1
+    assert sum("app.js" in url for url in urls) == 1
 
 
-def test_nothing_is_served_without_the_link_and_it_counts_once(
+def test_nothing_is_served_without_the_link_which_works_once(
     served: tuple[str, str], signed_in: Path
 ) -> None:
     base, link = served
@@ -133,7 +133,7 @@ def test_nothing_is_served_without_the_link_and_it_counts_once(
     assert again.status_code in (401, 403) and "set-cookie" not in again.headers
 
 
-def test_the_list_finds_and_filters(page: Page) -> None:
+def test_list_of_runs_can_be_filtered(page: Page) -> None:
     page.goto("/")
     rows = page.locator("#runs tbody tr")
     assert rows.count() == 5
@@ -145,7 +145,7 @@ def test_the_list_finds_and_filters(page: Page) -> None:
     assert not rows.filter(has_text="bold").is_visible()
 
 
-def test_a_run_tells_what_its_report_tells(page: Page, runs: Path) -> None:
+def test_run_page_shows_the_values_of_its_report(page: Page, runs: Path) -> None:
     page.goto("/runs/plain")
     summary = json.loads((runs / "plain" / "summary.json").read_text())
     accuracy = f"{100 * summary['federated']['accuracy']:.1f}%"
@@ -153,57 +153,60 @@ def test_a_run_tells_what_its_report_tells(page: Page, runs: Path) -> None:
     results = page.get_by_role("region", name="Results over the test images")
     expect(results.get_by_role("row", name="Federated")).to_contain_text(accuracy)
     curves = option(page, "curves")
-    assert [one["name"] for one in curves["series"]] == ["north", "east", "south", "west", "all sites"]
-    told = {
+    assert [one["name"] for one in curves["series"]] == ["north", "east", "south", "west", "All sites"]
+    expected = {
         row["round"]: row["accuracy"] for row in RunDir(runs / "plain").rounds() if row["site"] == ALL_SITES
     }
     drawn = {point[0] + 1: point[1] for point in curves["series"][-1]["data"]}
-    assert drawn == pytest.approx(told, abs=1e-3)
-    notices = page.get_by_role("region", name="Everything that went otherwise")
+    assert drawn == pytest.approx(expected, abs=1e-3)
+    notices = page.get_by_role("region", name="Problems during the run")
     expect(notices).to_contain_text("the shift's norm 81.2 is above the bound 50")
-    expect(notices.get_by_role("row", name="annex")).to_contain_text("took no part")
+    expect(notices.get_by_role("row", name="annex")).to_contain_text("site refused")
 
 
-def test_who_took_part_is_drawn_by_site_and_round(page: Page) -> None:
+def test_participation_is_drawn_by_site_and_round(page: Page) -> None:
     page.goto("/runs/plain")
-    cells = option(page, "part")["series"][0]["data"]
-    found = {(x, y): kind for x, y, kind in cells}
+    cells = option(page, "participation")["series"][0]["data"]
+    statuses = {(x, y): status for x, y, status in cells}
     # North was late in round 6; west was rejected in rounds 3, 4, 5 and 8, and failed in 6.
-    assert [place for place, kind in found.items() if kind == 1] == [(5, 0)]
-    assert sorted(place for place, kind in found.items() if kind == 2) == [(2, 3), (3, 3), (4, 3), (7, 3)]
-    assert [place for place, kind in found.items() if kind == 3] == [(5, 3)]
-    assert sum(kind == 0 for kind in found.values()) == 4 * 11 - 6
+    assert [cell for cell, status in statuses.items() if status == 1] == [(5, 0)]
+    assert sorted(cell for cell, status in statuses.items() if status == 2) == [
+        (2, 3),
+        (3, 3),
+        (4, 3),
+        (7, 3),
+    ]
+    assert [cell for cell, status in statuses.items() if status == 3] == [(5, 3)]
+    assert sum(status == 0 for status in statuses.values()) == 4 * 11 - 6
 
 
-def test_the_slider_goes_through_the_rounds(page: Page, runs: Path) -> None:
+def test_slider_selects_the_round_of_the_shift(page: Page, runs: Path) -> None:
     page.goto("/runs/plain")
-    heats = RunDir(runs / "plain").shift_magnitudes()
+    lines = RunDir(runs / "plain").shift_magnitudes()
     slider = page.get_by_label("After round")
-    expect(slider).to_have_attribute("max", str(len(heats) - 1))
-    for at, line in ((len(heats) - 1, heats[-1]), (2, heats[2])):
+    expect(slider).to_have_attribute("max", str(len(lines) - 1))
+    for at, line in ((len(lines) - 1, lines[-1]), (2, lines[2])):
         slider.fill(str(at))
-        expect(page.locator("#heat-now")).to_have_text(str(line["round"]))
-        drawn = {(x, y): value for x, y, value in option(page, "heat")["series"][0]["data"]}
+        expect(page.locator("#shift-round-value")).to_have_text(str(line["round"]))
+        drawn = {(x, y): value for x, y, value in option(page, "shift-magnitude")["series"][0]["data"]}
         tower = line["towers"]["image"]
         for y, values in enumerate(tower["parts"].values()):
             assert [drawn[x, y] for x in range(len(tower["layers"]))] == values
 
 
-def test_metrics_and_drift_can_be_chosen(page: Page) -> None:
+def test_metrics_of_curves_and_updates_can_be_selected(page: Page) -> None:
     page.goto("/runs/many")
     page.locator("#metric").select_option("loss")
     assert option(page, "curves")["xAxis"][0]["name"] == "round"
-    page.locator("#drift-of").select_option("update_cosine")
-    values = [point[1] for one in option(page, "drift")["series"] for point in one["data"]]
+    page.locator("#update-metric").select_option("update_cosine")
+    values = [point[1] for one in option(page, "updates")["series"] for point in one["data"]]
     assert values and all(-1 <= value <= 1 for value in values)
-    page.get_by_label("Point out").select_option("hospital-07")
-    widths = {one["name"]: one["lineStyle"]["width"] for one in option(page, "drift")["series"]}
+    page.get_by_label("Highlight").select_option("hospital-07")
+    widths = {one["name"]: one["lineStyle"]["width"] for one in option(page, "updates")["series"]}
     assert [name for name, width in widths.items() if width > 2] == ["hospital-07"]
 
 
-def test_where_sites_mask_their_drift_is_absent_and_said_to_be(
-    page: Page, runs: Path, tmp_path: Path
-) -> None:
+def test_masked_updates_are_explained(page: Page, runs: Path, tmp_path: Path) -> None:
     source = runs / "masked"
     folder = write_synthetic_run(source, rounds=2, finished=0, troubles=False)
     text = folder.study_yaml.replace("strategy: fedavg", "strategy: fedavg\n  masking: true")
@@ -212,16 +215,16 @@ def test_where_sites_mask_their_drift_is_absent_and_said_to_be(
     folder.log_round(1, ALL_SITES, {"accuracy": 0.5}, 0, 0, "pooled")
     time.sleep(1.1)
     page.goto("/runs/masked")
-    expect(page.locator("#drift")).to_contain_text("the server sees their sum alone")
-    expect(page.locator("#drift-of")).to_be_disabled()
+    expect(page.locator("#updates")).to_contain_text("the server only learns the sum of the updates")
+    expect(page.locator("#update-metric")).to_be_disabled()
 
 
-def test_a_live_run_is_followed_without_a_reload(page: Page, runs: Path) -> None:
+def test_live_run_is_updated_without_a_reload(page: Page, runs: Path) -> None:
     folder = write_synthetic_run(runs / "live", rounds=6, finished=2, troubles=False)
     time.sleep(1.1)  # the list of folders is read again after a second
     ended = threading.Event()
 
-    def go_on() -> None:
+    def write_rounds() -> None:
         with folder.lock():
             for number in (3, 4):
                 step.wait(20)
@@ -235,7 +238,7 @@ def test_a_live_run_is_followed_without_a_reload(page: Page, runs: Path) -> None
             ended.wait(20)
 
     step = threading.Event()
-    writer = threading.Thread(target=go_on)
+    writer = threading.Thread(target=write_rounds)
     writer.start()
     try:
         page.goto("/runs/live")
@@ -249,7 +252,7 @@ def test_a_live_run_is_followed_without_a_reload(page: Page, runs: Path) -> None
         expect(page.locator(".facts")).to_contain_text("4 of 6", timeout=10_000)
         assert option(page, "curves")["series"][-1]["data"][-1] == [3, 0.91]
         expect(page.get_by_role("row", name="east late in round 4")).to_be_visible()
-        # What the reader opened stays open, and the page is the one that was loaded.
+        # Opened details stay open, and the page was not reloaded.
         assert page.locator("#d-events").get_attribute("open") is not None
         assert page.evaluate("window.mark") == "the same page"
     finally:
@@ -260,7 +263,7 @@ def test_a_live_run_is_followed_without_a_reload(page: Page, runs: Path) -> None
 
 def test_two_runs_are_compared(page: Page, runs: Path) -> None:
     page.goto("/")
-    button = page.get_by_role("button", name="Compare the two chosen runs")
+    button = page.get_by_role("button", name="Compare the two selected runs")
     expect(button).to_be_disabled()
     page.get_by_label("Compare plain").check()
     page.get_by_label("Compare group/other").check()
@@ -272,13 +275,13 @@ def test_two_runs_are_compared(page: Page, runs: Path) -> None:
     assert sorted(row.get_by_role("cell").all_inner_texts()) == ["10", "12"]
     series = option(page, "curves")["series"]
     assert sorted(len(one["data"]) for one in series) == [11, 13]
-    north = page.get_by_role("region", name="Newest accuracy").get_by_role("row", name="north")
+    north = page.get_by_role("region", name="Latest accuracy").get_by_role("row", name="north")
     one, two, less = north.get_by_role("cell").all_inner_texts()
     difference = float(two.rstrip("%")) - float(one.rstrip("%"))
     assert float(less.replace("\N{MINUS SIGN}", "-")) == pytest.approx(difference, abs=0.11)
 
 
-def test_names_from_a_run_are_text(page: Page) -> None:
+def test_names_from_a_run_are_escaped(page: Page) -> None:
     page.goto("/runs/hostile")
     expect(page.locator("h1")).to_have_text("<b>bold</b> & co")
     for name in HOSTILE:
@@ -296,7 +299,7 @@ def test_versions_are_listed_with_their_cards(page: Page) -> None:
     assert page.locator(".card td").last.evaluate("one => getComputedStyle(one).textAlign") == "right"
 
 
-def test_a_version_that_was_changed_is_told(page: Page, runs: Path) -> None:
+def test_changed_version_is_reported(page: Page, runs: Path) -> None:
     card = runs / "models" / "smears" / "1" / "card.md"
     was = card.read_bytes()
     card.write_bytes(was + b"better than it is")
@@ -307,7 +310,7 @@ def test_a_version_that_was_changed_is_told(page: Page, runs: Path) -> None:
         card.write_bytes(was)
 
 
-def test_no_key_leads_out_of_the_folder(page: Page) -> None:
+def test_keys_cannot_escape_the_folder(page: Page) -> None:
     for path in (
         "/runs/..%2Fplain",
         "/runs/nowhere",
@@ -319,7 +322,7 @@ def test_no_key_leads_out_of_the_folder(page: Page) -> None:
     page.goto("about:blank")
 
 
-def test_colours_can_be_chosen_and_stay(page: Page) -> None:
+def test_colour_scheme_can_be_selected_and_persists(page: Page) -> None:
     page.goto("/runs/plain")
     paper = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(paper)
@@ -332,13 +335,13 @@ def test_colours_can_be_chosen_and_stay(page: Page) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("path", ["/", "/runs/plain", "/compare?run=plain&run=group/other", "/models"])
-def test_pages_keep_the_rules_of_accessibility(
+def test_pages_are_accessible(
     served: tuple[str, str], browser: Browser, signed_in: Path, path: str, scheme: Any
 ) -> None:
-    """Names, roles, contrast and order, by axe's rules for WCAG 2.2 A and AA."""
+    """Checked by axe against WCAG 2.2 A and AA."""
     from axe_playwright_python.sync_playwright import Axe
 
-    # The checker is brought into the page, which its policy would not let in.
+    # The checker is injected into the page, which the content policy would forbid.
     context = browser.new_context(
         base_url=served[0], storage_state=signed_in, color_scheme=scheme, bypass_csp=True
     )
@@ -358,7 +361,7 @@ def test_pages_fit_a_tablet_and_a_laptop(page: Page, width: int) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_the_keyboard_reaches_everything(page: Page) -> None:
+def test_pages_can_be_used_by_keyboard(page: Page) -> None:
     page.goto("/")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
@@ -369,18 +372,18 @@ def test_the_keyboard_reaches_everything(page: Page) -> None:
         if page.evaluate("document.activeElement.getAttribute('href')") == "/runs/plain":
             break
     page.goto("/runs/plain")
-    expect(page.locator("#heat-now")).not_to_have_text("")
+    expect(page.locator("#shift-round-value")).not_to_have_text("")
     page.get_by_label("After round").focus()
     page.keyboard.press("Home")
-    expect(page.locator("#heat-now")).to_have_text("1")
+    expect(page.locator("#shift-round-value")).to_have_text("1")
 
 
-def test_a_dashboard_that_ended_is_said_to_have(page: Page, seen: Seen) -> None:
+def test_page_shows_that_the_dashboard_does_not_respond(page: Page, seen: Seen) -> None:
     page.goto("/runs/plain")
     page.route("**/state/**", lambda route: route.abort())
     expect(page.locator("#offline")).to_be_visible(timeout=10_000)
     page.unroute("**/state/**")
     expect(page.locator("#offline")).to_be_hidden(timeout=10_000)
-    # The browser reports what was kept from it.
+    # The browser reports the aborted requests.
     assert {problem.split(" ")[-1] for problem in seen.problems} == {"net::ERR_FAILED"}
     seen.problems.clear()

@@ -79,10 +79,10 @@ def test_a_session_that_was_brought_along_is_not_taken_over(visitor: TestClient,
     sign_in(visitor, "anna")
     got = visitor.cookies["__Host-fedsigma"]
     assert got != planted
-    assert accounts.find(planted) is None
+    assert accounts.find_user(planted) is None
     # Nor does one that was good before stay so.
     sign_in(visitor, "vera")
-    assert accounts.find(got) is None
+    assert accounts.find_user(got) is None
     assert visitor.get("/").json()["name"] == "vera"
 
 
@@ -90,11 +90,11 @@ def test_who_signs_out_is_out(anna: TestClient, accounts: Accounts, log: FakeLog
     token = anna.cookies["__Host-fedsigma"]
     assert anna.get("/logout").status_code == 405
     assert anna.post("/logout", headers=FROM_US).status_code == 403
-    assert accounts.find(token) is not None
+    assert accounts.find_user(token) is not None
     answer = anna.post("/logout", headers=FROM_US, data={"csrf": csrf(anna)})
     assert (answer.status_code, answer.headers["location"]) == (303, "/login")
     assert "__Host-fedsigma" not in anna.cookies
-    assert accounts.find(token) is None
+    assert accounts.find_user(token) is None
     anna.cookies.set("__Host-fedsigma", token)
     assert anna.get("/").status_code == 401
     assert log.lines[-1] == {"kind": "dashboard_signed_out", "user": "anna"}
@@ -234,7 +234,7 @@ def test_a_programs_token_reads_the_metrics_and_nothing_else(visitor: TestClient
 
 
 def test_a_session_is_no_programs_token_and_the_reverse(visitor: TestClient, accounts: Accounts) -> None:
-    session, program = accounts.open("anna"), accounts.add_token("prometheus")
+    session, program = accounts.open_session("anna"), accounts.add_token("prometheus")
     assert visitor.get("/metrics", headers={"Authorization": f"Bearer {session}"}).status_code == 401
     visitor.cookies.set("__Host-fedsigma", program)
     assert visitor.get("/").status_code == 401

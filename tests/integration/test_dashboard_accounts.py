@@ -31,8 +31,8 @@ from tests.helpers.dashboard_door import (
 
 
 def test_the_file_is_its_owners_alone_and_signs_nobody_in(accounts: Accounts, tmp_path: Path) -> None:
-    token, program = accounts.open("anna"), accounts.add_token("prometheus")
-    user = accounts.find(token)
+    token, program = accounts.open_session("anna"), accounts.add_token("prometheus")
+    user = accounts.find_user(token)
     assert user is not None
     files = sorted(tmp_path.glob("dashboard.db*"))
     assert files
@@ -76,15 +76,15 @@ def test_length_counts_and_kinds_of_characters_do_not(password: str) -> None:
 @pytest.mark.parametrize("name", ["", "Anna", "-anna", "an na", "anna\n", "a" * 65, "аnna"])
 def test_names_that_could_be_taken_for_others_are_refused(accounts: Accounts, name: str) -> None:
     with pytest.raises(AccountsError, match="expected 1 to 64"):
-        accounts.add(name, role="viewer", password=PASSWORD)
+        accounts.add_user(name, role="viewer", password=PASSWORD)
     with pytest.raises(AccountsError, match="expected 1 to 64"):
         accounts.add_token(name)
 
 
 def test_a_password_is_the_same_from_every_keyboard(accounts: Accounts) -> None:
-    accounts.add("zoe", role="viewer", password="zo\u00eb ist zu lang")
-    assert accounts.verify("zoe", "zoe\u0308 ist zu lang")
-    assert not accounts.verify("zoe", "zoe ist zu lang")
+    accounts.add_user("zoe", role="viewer", password="zo\u00eb ist zu lang")
+    assert accounts.verify_password("zoe", "zoe\u0308 ist zu lang")
+    assert not accounts.verify_password("zoe", "zoe ist zu lang")
 
 
 def test_a_name_that_nobody_has_costs_as_much(tmp_path: Path) -> None:
@@ -97,12 +97,12 @@ def test_a_name_that_nobody_has_costs_as_much(tmp_path: Path) -> None:
 
     hasher = Counting(time_cost=1, memory_cost=8, parallelism=1)
     accounts = Accounts(tmp_path / "d.db", hasher=hasher)
-    accounts.add("anna", role="viewer", password=PASSWORD)
-    accounts.add("gone", role="viewer", password=PASSWORD)
-    accounts.change("gone", disabled=True)
+    accounts.add_user("anna", role="viewer", password=PASSWORD)
+    accounts.add_user("gone", role="viewer", password=PASSWORD)
+    accounts.update_user("gone", disabled=True)
     for name, expected in [("anna", True), ("nobody", False), ("gone", False)]:
         verified.clear()
-        assert accounts.verify(name, PASSWORD) is expected
+        assert accounts.verify_password(name, PASSWORD) is expected
         assert len(verified) == 1
         assert verified[0].startswith("$argon2id$v=19$m=8,t=1,p=1$")
     accounts.close()
@@ -110,38 +110,38 @@ def test_a_name_that_nobody_has_costs_as_much(tmp_path: Path) -> None:
 
 def test_an_older_hash_is_renewed_when_its_user_signs_in(tmp_path: Path) -> None:
     path = tmp_path / "d.db"
-    Accounts(path, hasher=QUICK).add("anna", role="viewer", password=PASSWORD)
+    Accounts(path, hasher=QUICK).add_user("anna", role="viewer", password=PASSWORD)
     accounts = Accounts(path, hasher=PasswordHasher(time_cost=2, memory_cost=16, parallelism=1))
-    assert not accounts.verify("anna", "wrong")
+    assert not accounts.verify_password("anna", "wrong")
     kept = sqlite3.connect(path).execute("SELECT hash FROM users").fetchone()[0]
     assert ",t=1," in kept
-    assert accounts.verify("anna", PASSWORD)
+    assert accounts.verify_password("anna", PASSWORD)
     kept = sqlite3.connect(path).execute("SELECT hash FROM users").fetchone()[0]
     assert "m=16,t=2," in kept
-    assert accounts.verify("anna", PASSWORD)
+    assert accounts.verify_password("anna", PASSWORD)
 
 
 @pytest.mark.parametrize(
     "change", [{"role": "viewer"}, {"password": "another long one"}, {"disabled": True}, None]
 )
 def test_who_is_changed_or_removed_is_signed_out(accounts: Accounts, change: dict[str, Any] | None) -> None:
-    mine, other = accounts.open("anna"), accounts.open("vera")
-    elsewhere = accounts.open("anna", way="oidc", role="viewer")
+    mine, other = accounts.open_session("anna"), accounts.open_session("vera")
+    elsewhere = accounts.open_session("anna", method="oidc", role="viewer")
     if change is None:
         accounts.remove("anna")
     else:
-        accounts.change("anna", **change)
-    assert accounts.find(mine) is None
-    assert accounts.find(other) is not None
+        accounts.update_user("anna", **change)
+    assert accounts.find_user(mine) is None
+    assert accounts.find_user(other) is not None
     # Who signed in at a provider under the same name is another person.
-    assert accounts.find(elsewhere) is not None
+    assert accounts.find_user(elsewhere) is not None
 
 
 def test_a_name_that_is_given_again_is_another_user(accounts: Accounts) -> None:
-    token = accounts.open("anna")
+    token = accounts.open_session("anna")
     accounts.remove("anna")
-    accounts.add("anna", role="viewer", password=PASSWORD)
-    assert accounts.find(token) is None
+    accounts.add_user("anna", role="viewer", password=PASSWORD)
+    assert accounts.find_user(token) is None
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,42 +152,42 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_disabled_user_gets_in_again_when_enabled(accounts: Accounts) -> None:
-    accounts.change("anna", disabled=True)
-    assert not accounts.verify("anna", PASSWORD)
+    accounts.update_user("anna", disabled=True)
+    assert not accounts.verify_password("anna", PASSWORD)
     with pytest.raises(AccountsError, match="disabled"):
-        accounts.open("anna")
-    accounts.change("anna", disabled=False)
-    assert accounts.verify("anna", PASSWORD)
+        accounts.open_session("anna")
+    accounts.update_user("anna", disabled=False)
+    assert accounts.verify_password("anna", PASSWORD)
 
 
 def test_a_session_ends_by_itself(accounts: Accounts, clock: Clock) -> None:
-    idle = accounts.open("anna")
+    idle = accounts.open_session("anna")
     clock.now += 30 * 60 - 1
-    assert accounts.find(idle) is not None
+    assert accounts.find_user(idle) is not None
     clock.now += 30 * 60
-    assert accounts.find(idle) is None
+    assert accounts.find_user(idle) is None
     clock.now -= 30 * 60
-    assert accounts.find(idle) is None, "what ended came back"
-    busy = accounts.open("anna")
+    assert accounts.find_user(idle) is None, "what ended came back"
+    busy = accounts.open_session("anna")
     for _ in range(12 * 3):
-        assert accounts.find(busy) is not None
+        assert accounts.find_user(busy) is not None
         clock.now += 20 * 60
-    assert accounts.find(busy) is None
+    assert accounts.find_user(busy) is None
 
 
 def test_a_page_that_renews_itself_is_nobody(accounts: Accounts, clock: Clock) -> None:
-    token = accounts.open("anna")
+    token = accounts.open_session("anna")
     for _ in range(3):
-        assert accounts.find(token, used=False) is not None
+        assert accounts.find_user(token, active=False) is not None
         clock.now += 10 * 60
-    assert accounts.find(token, used=False) is None
+    assert accounts.find_user(token, active=False) is None
 
 
 def test_sessions_that_ended_do_not_pile_up(accounts: Accounts, clock: Clock, tmp_path: Path) -> None:
     for _ in range(3):
-        accounts.open("anna")
+        accounts.open_session("anna")
         clock.now += 3600
-    accounts.open("anna")
+    accounts.open_session("anna")
     assert sqlite3.connect(tmp_path / "dashboard.db").execute("SELECT count(*) FROM sessions").fetchone() == (
         1,
     )
@@ -195,16 +195,16 @@ def test_sessions_that_ended_do_not_pile_up(accounts: Accounts, clock: Clock, tm
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_threads_take_turns(tmp_path: Path, in_memory: bool) -> None:
-    accounts = Accounts(None if in_memory else tmp_path / "d.db", hasher=QUICK, idle=1e-6 + 100)
+    accounts = Accounts(None if in_memory else tmp_path / "d.db", hasher=QUICK, idle_timeout=1e-6 + 100)
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
             for _ in range(15):
-                token = accounts.open("local", way="link", role="viewer")
-                assert accounts.find(token) is not None
-                accounts.end(token)
-                assert accounts.find(token) is None
+                token = accounts.open_session("local", method="link", role="viewer")
+                assert accounts.find_user(token) is not None
+                accounts.end_session(token)
+                assert accounts.find_user(token) is None
         except BaseException as error:
             failures.append(error)
 
@@ -269,8 +269,8 @@ def test_users_by_command(server: ServerHome) -> None:
     assert command(server, "remove", "vera")[0] == 0
     assert command(server, "remove", "prometheus")[0] == 0
     accounts = Accounts(server.path / "dashboard.db")
-    assert accounts.verify("anna", PASSWORD)
-    assert accounts.token_name(token) is None
+    assert accounts.verify_password("anna", PASSWORD)
+    assert accounts.find_token(token) is None
     text = (server.path / "audit.jsonl").read_text()
     assert [json.loads(line)["kind"] for line in text.splitlines()] == [
         "user_added",
@@ -288,7 +288,7 @@ def test_users_by_command(server: ServerHome) -> None:
 @pytest.mark.parametrize(
     ("args", "typed", "says"),
     [
-        (["add", "Anna", "--password-stdin"], PASSWORD, "small letters"),
+        (["add", "Anna", "--password-stdin"], PASSWORD, "lower-case letters"),
         (["add", "anna", "--role", "boss", "--password-stdin"], PASSWORD, "viewer or operator"),
         (["add", "anna", "--password-stdin"], "short", "12 to 128"),
         (["password", "nobody", "--password-stdin"], PASSWORD, "no user 'nobody'"),
@@ -309,4 +309,4 @@ def test_a_name_is_given_once(server: ServerHome) -> None:
     assert command(server, "token", "anna")[0] == 0
     code, _, error = command(server, "add", "anna", "--password-stdin", input=PASSWORD)
     assert code == 3
-    assert "is there already" in error
+    assert "already exists" in error

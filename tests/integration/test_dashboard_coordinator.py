@@ -13,10 +13,10 @@ from starlette.testclient import TestClient
 from fedsigma.common.ops.supervisor import free_ports
 from fedsigma.server.dashboard.app import SERVER_PAGES
 from fedsigma.server.dashboard.auth.accounts import Accounts
-from fedsigma.server.dashboard.auth.middleware import guarded
+from fedsigma.server.dashboard.auth.middleware import require_login
 from fedsigma.server.dashboard.config import DashboardConfig
 from fedsigma.server.dashboard.pages.coordinator import coordinator_routes
-from fedsigma.server.dashboard.pages.routes import DashboardContext, make_pages
+from fedsigma.server.dashboard.pages.routes import DashboardContext, make_app
 from fedsigma.server.dashboard.pages.run_index import RunIndex
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
 from fedsigma.server.deployment.audit_log import ServerAuditLog
@@ -70,7 +70,7 @@ def server(tmp_path: Path) -> ServerHome:
 @pytest.fixture
 def watch(server: ServerHome) -> SuperLinkWatch:
     found = SuperLinkWatch(server, control=Told())  # type: ignore[arg-type]
-    found.nodes, found.runs, found.problem = Told().nodes(), Told().runs(), ""
+    found.nodes, found.runs, found.error = Told().nodes(), Told().runs(), ""
     return found
 
 
@@ -79,11 +79,11 @@ def browsers(server: ServerHome, watch: SuperLinkWatch) -> dict[str, TestClient]
     """Two people who are signed in, and one who is not."""
     accounts = Accounts(None, hasher=QUICK)
     desk = DashboardContext(RunIndex(server.path / "runs", server=server, watch=watch), SERVER_PAGES)
-    pages = make_pages(desk, coordinator_routes(desk, server, watch))
-    app = guarded(pages, accounts=accounts, settings=ACCESS, log=ServerAuditLog(server.path))
+    pages = make_app(desk, coordinator_routes(desk, server, watch))
+    app = require_login(pages, accounts=accounts, settings=ACCESS, log=ServerAuditLog(server.path))
     found = {"nobody": client(app)}
     for name, role in (("olga", "operator"), ("vera", "viewer")):
-        accounts.add(name, role=role, password=PASSWORD)
+        accounts.add_user(name, role=role, password=PASSWORD)
         found[name] = client(app)
         sign_in(found[name], name)
     return found
@@ -112,7 +112,7 @@ def states(text: str) -> dict[str, str]:
 def test_studies_that_have_not_begun_are_in_the_list(browsers: dict[str, TestClient]) -> None:
     text = page(browsers["vera"], "/")
     assert states(text) == {"ran": "interrupted", "died": "failed", "waits": "queued"}
-    assert "it did not begin: finished:failed" in text
+    assert "the run did not start: finished:failed" in text
     assert 'href="/runs/ran"' in text and 'href="/runs/waits"' not in text
     assert "/stop/waits" not in text and "/stop/waits" in page(browsers["olga"], "/")
 
@@ -120,7 +120,7 @@ def test_studies_that_have_not_begun_are_in_the_list(browsers: dict[str, TestCli
 def test_as_long_as_the_superlink_does_not_answer_a_study_waits(
     browsers: dict[str, TestClient], watch: SuperLinkWatch
 ) -> None:
-    watch.problem = "it does not answer"
+    watch.error = "it does not answer"
     assert states(page(browsers["vera"], "/"))["died"] == "queued"
     assert "is not known: it does not answer" in page(browsers["vera"], "/sites")
 
@@ -147,8 +147,8 @@ def test_only_operators_act_and_only_from_the_pages(browsers: dict[str, TestClie
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({}, "no study was named"),
-        ({"bundled": "nothing"}, "no study &#39;nothing&#39; comes with FedSigma"),
+        ({}, "no study was given"),
+        ({"bundled": "nothing"}, "no study &#39;nothing&#39; is included in FedSigma"),
         ({"text": "rounds: ["}, "cannot be read"),
         ({"bundled": "demo", "rounds": "many"}, "expected a whole number"),
         ({"bundled": "demo"}, "does not answer: is `fedsigma server up` running?"),
@@ -172,11 +172,11 @@ def test_a_run_that_is_not_there_is_not_stopped(browsers: dict[str, TestClient])
 
 def test_the_audit_log_is_verified_and_shown(browsers: dict[str, TestClient], server: ServerHome) -> None:
     text = page(browsers["vera"], "/audit")
-    assert "none was changed or removed" in text and "dashboard signed in" in text
+    assert "no line was changed or removed" in text and "dashboard signed in" in text
     file = server.path / "audit.jsonl"
     file.write_text(file.read_text().replace("vera", "anna"))
     text = page(browsers["vera"], "/audit")
-    assert "does not verify" in text and "none was changed" not in text
+    assert "Verification of the audit log failed" in text and "no line was changed" not in text
 
 
 @pytest.mark.parametrize(

@@ -182,9 +182,9 @@ def test_an_address_tries_thirty_names(visitor: TestClient) -> None:
 
 def test_one_machine_has_one_address() -> None:
     attempts = LoginRateLimiter(AccessSettings(origins=(ORIGIN,), per_address=2))
-    assert [attempts.wait(f"2001:db8:1:2::{n}") > 0 for n in range(3)] == [False, False, True]
-    assert attempts.wait("2001:db8:1:3::1") == 0
-    assert [attempts.wait(text) > 0 for text in ("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.1")][2]
+    assert [attempts.register_attempt(f"2001:db8:1:2::{n}") > 0 for n in range(3)] == [False, False, True]
+    assert attempts.register_attempt("2001:db8:1:3::1") == 0
+    assert [attempts.register_attempt(text) > 0 for text in ("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.1")][2]
 
 
 def test_an_address_is_told_by_a_trusted_proxy_only(accounts: Accounts) -> None:
@@ -234,10 +234,10 @@ def test_every_answer_has_the_headers(anna: TestClient) -> None:
 def test_an_error_of_the_guard_itself_lets_nobody_in(
     visitor: TestClient, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(token: str, *, used: bool) -> None:
+    def broken(token: str, *, active: bool) -> None:
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr(accounts, "find", broken)
+    monkeypatch.setattr(accounts, "find_user", broken)
     visitor.cookies.set("__Host-fedsigma", "x")
     answer = visitor.get("/")
     assert (answer.status_code, answer.text) == (500, "Internal Server Error")
@@ -248,7 +248,7 @@ def test_a_page_says_what_it_asks_by_itself(
     visitor: TestClient, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[bool] = []
-    monkeypatch.setattr(accounts, "find", lambda token, *, used: said.append(used))
+    monkeypatch.setattr(accounts, "find_user", lambda token, *, active: said.append(active))
     visitor.cookies.set("__Host-fedsigma", "x")
     visitor.get("/")
     visitor.get("/", headers={"X-Poll": "1"})
@@ -271,9 +271,9 @@ def test_the_log_says_who_came_and_holds_no_secret(visitor: TestClient, log: Fak
     sign_in(visitor, "anna")
     here = {"address": "testclient"}
     assert log.lines == [
-        {"kind": "dashboard_refused", "way": "password", "user": "anna", **here},
-        {"kind": "dashboard_refused", "way": "password", "user": "", **here},
-        {"kind": "dashboard_signed_in", "way": "password", "user": "anna", **here},
+        {"kind": "dashboard_refused", "method": "password", "user": "anna", **here},
+        {"kind": "dashboard_refused", "method": "password", "user": "", **here},
+        {"kind": "dashboard_signed_in", "method": "password", "user": "anna", **here},
     ]
     text = json.dumps(log.lines)
     for secret in (PASSWORD, "not the password", "by-mistake", visitor.cookies["__Host-fedsigma"]):

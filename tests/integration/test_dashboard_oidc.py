@@ -27,7 +27,7 @@ from werkzeug.serving import make_server
 
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.server.dashboard.auth.accounts import Accounts
-from fedsigma.server.dashboard.auth.oidc import OidcSettings, Provider
+from fedsigma.server.dashboard.auth.oidc import OidcProvider, OidcSettings
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from tests.helpers.dashboard_door import HOST, HTML, ORIGIN, QUICK, FakeLog, client, door
 
@@ -105,7 +105,7 @@ def log() -> FakeLog:
 @pytest.fixture
 def browser(provider: Lying, settings: OidcSettings, log: FakeLog) -> TestClient:
     accounts = Accounts(None, hasher=QUICK)
-    return client(door(accounts, oidc=Provider(settings, origin=ORIGIN), log=log))
+    return client(door(accounts, oidc=OidcProvider(settings, origin=ORIGIN), log=log))
 
 
 def at_the_provider(address: str, person: str) -> str:
@@ -138,7 +138,7 @@ def test_a_person_gets_in_with_the_role_of_a_group(browser: TestClient, log: Fak
         answer = way(browser, sub, next="/?page=2")
         assert (answer.status_code, answer.headers["location"]) == (303, "/?page=2")
         assert browser.get("/").json() == {"name": name, "role": role}
-        line = {"kind": "dashboard_signed_in", "way": "oidc", "user": name, "subject": sub}
+        line = {"kind": "dashboard_signed_in", "method": "oidc", "user": name, "subject": sub}
         assert log.lines[-1] == {**line, "address": "testclient"}
         cookie = next(c for c in answer.headers.get_list("set-cookie") if c.startswith(f"{COOKIE}="))
         assert {"SameSite=lax", "Secure", "HttpOnly", "Path=/"} <= {
@@ -290,7 +290,7 @@ def test_a_provider_that_is_down_is_said_to_be(settings: OidcSettings, log: Fake
         client_secret_file=str(tmp_path / "secret"),
         viewers=("x",),
     )
-    browser = client(door(Accounts(None, hasher=QUICK), oidc=Provider(away, origin=ORIGIN), log=log))
+    browser = client(door(Accounts(None, hasher=QUICK), oidc=OidcProvider(away, origin=ORIGIN), log=log))
     assert refused(browser, log, browser.get("/login/oidc")) == "ConnectError"
 
 
@@ -321,7 +321,7 @@ GOOD: dict[str, Any] = {
         ({"issuer": "http://id.example.org"}, "https://"),
         ({"issuer": "http://127.0.0.1.evil.example"}, "https://"),
         ({"issuer": "https://"}, "https://"),
-        ({"viewers": ()}, "nobody would get in"),
+        ({"viewers": ()}, "name at least one group"),
         ({"scopes": ("profile",)}, "lacks 'openid'"),
         ({"client_id": ""}, "client_id"),
     ],
@@ -336,7 +336,7 @@ def test_a_secret_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for name in ("none", "empty"):
         with pytest.raises(ConfigError, match="client_secret_file"):
-            Provider(OidcSettings(**{**GOOD, "client_secret_file": str(tmp_path / name)}), origin=ORIGIN)
+            OidcProvider(OidcSettings(**{**GOOD, "client_secret_file": str(tmp_path / name)}), origin=ORIGIN)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_over_the_network(provider: Lying, settings: OidcSettings) -> None:
     port = free_port()
     here = f"http://127.0.0.1:{port}"
     accounts = Accounts(None, hasher=QUICK)
-    app = door(accounts, settings=AccessSettings(origins=(here,)), oidc=Provider(settings, origin=here))
+    app = door(accounts, settings=AccessSettings(origins=(here,)), oidc=OidcProvider(settings, origin=here))
     with served(app, port), httpx.Client(base_url=here) as browser:
         assert browser.get("/health").status_code == 200
         first = browser.get("/?page=2", headers=HTML)

@@ -19,7 +19,7 @@ from fedsigma.common.config.study import load_study
 from fedsigma.common.ops.supervisor import free_ports
 from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
-from fedsigma.server.trackers import Tracking, choose_trackers
+from fedsigma.server.trackers import TrackerCallback, choose_trackers
 from tests.unit.test_run_dir import STUDY as SMALL
 
 HOSTILE = "Klinik am Süd/Tor <b>"
@@ -36,7 +36,7 @@ def track(path: Path, names: str, *, rounds: tuple[int, ...], end: bool) -> RunD
     """A run, or its beginning, or what it goes on with."""
     study = load_study("demo")
     folder = RunDir.open(path) if path.exists() else RunDir.create(path, SMALL)
-    following = Tracking(folder, choose_trackers(names), study=study, run="7")
+    following = TrackerCallback(folder, choose_trackers(names), study=study, run="7")
     folder.log_event("run_start", study="demo", run="7", resume=False)
     for number in rounds:
         write_round(folder, number)
@@ -153,9 +153,9 @@ def test_a_server_that_refuses_is_noted_and_the_run_goes_on(
 HANGING = """
 import sys
 from pathlib import Path
-from test_tracker_libraries import failures, track
-from fedsigma.server.trackers import tracking
-tracking.PATIENCE_S = 0.5
+from tests.integration.test_tracker_libraries import failures, track
+from fedsigma.server.trackers import callback
+callback.CLOSE_TIMEOUT_S = 0.5
 folder = track(Path(sys.argv[1]), "mlflow", rounds=(1, 2), end=True)
 print(failures(folder), len(folder.rounds()))
 """
@@ -181,7 +181,7 @@ def test_tensorboard_reads_all_rounds_of_a_resumed_run(
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: the extra dev has it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr("fedsigma.server.trackers.callback.PATIENCE_S", 60.0)
+    monkeypatch.setattr("fedsigma.server.trackers.callback.CLOSE_TIMEOUT_S", 60.0)
     folder = track(tmp_path / "run", "tensorboard", rounds=(1,), end=False)
     track(folder.path, "", rounds=(2,), end=True)
     assert failures(folder) == []
@@ -226,7 +226,7 @@ def wandb_records(path: Path) -> list[Any]:
 def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunDir], list[Path]]:
     pytest.importorskip("wandb", reason="wandb is not installed: the extra dev has it")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr("fedsigma.server.trackers.callback.PATIENCE_S", 60.0)
+    monkeypatch.setattr("fedsigma.server.trackers.callback.CLOSE_TIMEOUT_S", 60.0)
     import wandb
 
     def files(folder: RunDir) -> list[Path]:

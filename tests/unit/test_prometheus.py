@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from fedsigma import __version__
 from fedsigma.server.dashboard.pages.prometheus import (
     RunCollector,
-    RunFigures,
-    SiteFigures,
+    RunMetrics,
+    SiteMetrics,
     metrics_page,
 )
 from fedsigma.server.runs.run_dir import RunDir
@@ -30,9 +30,11 @@ LABELS = ("study", "run", "site", "status", "state")
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
-def read(place: Path) -> list[RunFigures]:
+def read(place: Path) -> list[RunMetrics]:
     folders = [RunDir.open(path) for path in find_runs(place)]
-    return [RunFigures.of(summarize_run(one), rows=one.rounds(), events=one.events()) for one in folders]
+    return [
+        RunMetrics.from_run(summarize_run(one), rows=one.rounds(), events=one.events()) for one in folders
+    ]
 
 
 def page(collector: RunCollector) -> str:
@@ -146,12 +148,12 @@ def test_two_runs_of_one_name_stay_apart() -> None:
 
 
 def test_a_counter_does_not_fall_when_a_round_is_repeated() -> None:
-    now = [figures("/runs/x", sites={"a": SiteFigures(bytes_received=500, replies={"accepted": 5})})]
+    now = [figures("/runs/x", sites={"a": SiteMetrics(bytes_received=500, replies={"accepted": 5})})]
     collector = RunCollector(lambda: now)
     page(collector)
-    now[0] = replace(now[0], sites={"a": SiteFigures(bytes_received=490, replies={"accepted": 4})})
+    now[0] = replace(now[0], sites={"a": SiteMetrics(bytes_received=490, replies={"accepted": 4})})
     assert list(values(page(collector), "fedsigma_bytes_received_total").values()) == [500]
-    now[0] = replace(now[0], sites={"a": SiteFigures(bytes_received=600, replies={"accepted": 6})})
+    now[0] = replace(now[0], sites={"a": SiteMetrics(bytes_received=600, replies={"accepted": 6})})
     assert list(values(page(collector), "fedsigma_bytes_received_total").values()) == [600]
     # A run that is gone, or finished, is forgotten.
     now.clear()
@@ -163,7 +165,7 @@ def test_a_counter_does_not_fall_when_a_round_is_repeated() -> None:
     number=st.floats(),
 )
 def test_any_name_and_number_gives_a_page_that_reads(names: list[str], number: float) -> None:
-    site = SiteFigures(accuracy=number, loss=number, replies=dict.fromkeys(names, 1))
+    site = SiteMetrics(accuracy=number, loss=number, replies=dict.fromkeys(names, 1))
     runs = [
         figures(f"/runs/{index}", study=name, sites=dict.fromkeys(names, site))
         for index, name in enumerate(names)
@@ -191,7 +193,7 @@ def test_promtool_finds_no_fault_in_the_names(place: Path) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def figures(path: str, *, study: str = "s", started: float | None = None, **values: Any) -> RunFigures:
+def figures(path: str, *, study: str = "s", started: float | None = None, **values: Any) -> RunMetrics:
     about = RunSummary(
         path=path,
         study=study,
@@ -204,4 +206,4 @@ def figures(path: str, *, study: str = "s", started: float | None = None, **valu
         started=started,
         seconds=None,
     )
-    return RunFigures(overview=about, **values)
+    return RunMetrics(summary=about, **values)

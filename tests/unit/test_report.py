@@ -1,4 +1,4 @@
-"""The report: self-contained, escaped, readable in every state of a run, and true to summary.json."""
+"""The report: self-contained, escaped, complete in every state of a run, and consistent with summary.json."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fedsigma.server.report.formatting import (
     format_duration,
     format_percent,
     format_points,
-    round_list,
-    shorten,
+    format_ranges,
+    truncate,
 )
 from fedsigma.server.runs import lock
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
@@ -93,7 +93,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_state_gives_a_whole_page_that_needs_nothing_else(tmp_path: Path, kind: str) -> None:
+def test_report_is_complete_and_self_contained_in_every_state(tmp_path: Path, kind: str) -> None:
     page, text = page_of(write_synthetic_run(tmp_path / "run", **KINDS[kind]))
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "img", "base"}
@@ -107,22 +107,22 @@ def test_every_state_gives_a_whole_page_that_needs_nothing_else(tmp_path: Path, 
     assert len(ids) == len(set(ids))
     links = {value[1:] for _, a in page.tags for name, value in a.items() if name == "href" and value}
     assert links <= set(ids)
-    assert not re.search(r"#0a0[bc]\d\d", text), "a placeholder colour was left"
+    assert not re.search(r"#0a0[bc]\d\d", text), "a placeholder colour remains"
 
 
 @pytest.mark.parametrize("kind", ["plain", "hostile", "fifty sites"])
-def test_figures_have_words_and_tables_have_headers(tmp_path: Path, kind: str) -> None:
+def test_figures_have_alternative_texts_and_tables_have_headers(tmp_path: Path, kind: str) -> None:
     page, _ = page_of(write_synthetic_run(tmp_path / "run", **KINDS[kind]))
-    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(drawings) == 4
-    assert all(a["role"] == "img" and len(a["aria-label"] or "") > 40 for a in drawings)
+    figures = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(figures) == 4
+    assert all(a["role"] == "img" and len(a["aria-label"] or "") > 40 for a in figures)
     names = [tag for tag, _ in page.tags]
     assert names.count("caption") == names.count("table") > 0
     assert all(a.get("scope") in ("row", "col") for tag, a in page.tags if tag == "th")
     assert ("html", {"lang": "en"}) in page.tags
 
 
-def test_the_numbers_of_the_summary_stand_in_the_tables(tmp_path: Path) -> None:
+def test_tables_show_the_values_of_the_summary(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run")
     page, _ = page_of(folder)
     cells, summary = page.cells(), folder.read_summary()
@@ -138,25 +138,27 @@ def test_the_numbers_of_the_summary_stand_in_the_tables(tmp_path: Path) -> None:
     assert "61.7 kB" in page.text
 
 
-def test_the_confusion_matrix_is_a_table_with_true_classes_as_rows(tmp_path: Path) -> None:
+def test_confusion_matrix_has_true_classes_as_rows(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run")
     page, _ = page_of(folder)
     rows = [row for table in page.tables for row in table if row[0].strip() == "lymphocyte"]
-    # 40 on the diagonal and 0, 1, 2, 3 everywhere: 41 of 46 lymphocytes are found.
+    # 40 on the diagonal and 0, 1, 2, 3 everywhere: the recall of lymphocytes is 41 of 46.
     assert rows == [["lymphocyte", "0", "41", "2", "3", "46", "89.1%"]]
-    known = folder.read_summary()["federated"]["confusion"].pop("metrics")
-    assert f"balanced accuracy {100 * known['balanced_accuracy']:.1f}%, F1 {known['f1']:.3f}." in page.text
+    metrics = folder.read_summary()["federated"]["confusion"].pop("metrics")
+    assert (
+        f"balanced accuracy {100 * metrics['balanced_accuracy']:.1f}%, F1 {metrics['f1']:.3f}." in page.text
+    )
 
 
-def test_a_run_that_tells_no_metrics_of_all_images_has_no_note(tmp_path: Path) -> None:
+def test_confusion_note_is_omitted_without_metrics(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run")
     summary = folder.read_summary()
     del summary["federated"]["confusion"]["metrics"]
     folder.write_summary(summary)
-    assert "Of all these images together" not in page_of(folder)[0].text
+    assert "Over all these images" not in page_of(folder)[0].text
 
 
-def test_names_from_a_run_are_text_and_nothing_else(tmp_path: Path) -> None:
+def test_names_from_a_run_are_escaped(tmp_path: Path) -> None:
     page, text = page_of(write_synthetic_run(tmp_path / "run", **KINDS["hostile"]))
     for name in HOSTILE:
         assert name in page.text
@@ -166,23 +168,23 @@ def test_names_from_a_run_are_text_and_nothing_else(tmp_path: Path) -> None:
     assert all(name in page.text for name in LONG_CLASSES)
 
 
-def test_a_site_named_like_a_figures_own_marks_keeps_its_name(tmp_path: Path) -> None:
+def test_site_named_like_a_placeholder_keeps_its_name(tmp_path: Path) -> None:
     name = 'id="x" #0a0b00'
     folder = write_synthetic_run(tmp_path / "run", sites=[name], rounds=2, troubles=False)
     text = write_report(folder).read_text()
     assert 'id="x" #0a0b00</text>' in text
 
 
-def test_notices_are_told_once_with_their_rounds(tmp_path: Path) -> None:
+def test_repeated_notices_are_merged_with_their_rounds(tmp_path: Path) -> None:
     page, _ = page_of(write_synthetic_run(tmp_path / "run"))
     rows = [row for table in page.tables for row in table]
     reason = "the shift's norm 81.2 is above the bound 50"
     assert ["west", "reply rejected", reason, "3–5, 8", "4 times"] in rows
-    assert ["annex", "took no part", "its backbone weights differ from the study's", "–", "once"] in rows
+    assert ["annex", "site refused", "its backbone weights differ from the study's", "–", "once"] in rows
     assert ["west", "site failed", "OutOfMemoryError", "6", "once"] in rows
 
 
-def test_many_different_notices_are_cut_and_counted(tmp_path: Path) -> None:
+def test_notices_beyond_the_limit_are_counted(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run", rounds=2, troubles=False)
     for number in range(75):
         folder.log_event("reply_rejected", round=1, site=f"s{number}", reason="not finite")
@@ -190,40 +192,41 @@ def test_many_different_notices_are_cut_and_counted(tmp_path: Path) -> None:
     assert "15 more are in events.jsonl." in page.text
 
 
-def test_a_failed_run_says_why(tmp_path: Path) -> None:
+def test_failed_run_shows_its_reason(tmp_path: Path) -> None:
     page, _ = page_of(write_synthetic_run(tmp_path / "run", **KINDS["failed"]))
     assert "The run failed: no round produced a model <yet>" in page.text
     assert any(attributes.get("role") == "status" for _, attributes in page.tags)
 
 
-def test_missing_baselines_are_named_and_not_invented(tmp_path: Path) -> None:
+def test_missing_baselines_are_named(tmp_path: Path) -> None:
     page, _ = page_of(write_synthetic_run(tmp_path / "run", **KINDS["no baselines"]))
     assert "Not part of this study: zero-shot, local only, pooled." in page.text
     assert "Pooled" not in page.cells()
 
 
-def test_damaged_files_are_told_and_do_not_stop_the_report(tmp_path: Path) -> None:
+def test_damaged_files_do_not_prevent_the_report(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run")
     (folder.path / "sigma.safetensors").write_bytes(b"not a sigma file")
     (folder.path / "summary.json").write_text("{")
     (folder.path / "study.yaml").write_text("name: [")
     page, _ = page_of(folder)
-    assert "The sigma shift cannot be shown" in page.text
+    assert "The shift cannot be shown" in page.text
 
 
-def test_heat_is_the_mean_absolute_shift_of_part_and_layer(tmp_path: Path) -> None:
+def test_shift_magnitude_is_the_mean_absolute_shift_by_part_and_layer(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run", rounds=2)
     saved = folder.load_shift()
     entries = json.loads(saved.layout_json)
-    wanted = [e for e in entries if (e["tower"], e["layer"], e["part"]) == ("image", 7, "mlp")]
-    assert len(wanted) == 2
-    values = np.concatenate([saved.shift.numpy()[e["offset"] : e["offset"] + e["size"]] for e in wanted])
-    heat = next(heat for heat in collect_report_data(folder).shift_magnitudes if heat.tower == "image")
-    cell = heat.values[heat.parts.index("mlp"), heat.layers.index(7)]
+    selected = [e for e in entries if (e["tower"], e["layer"], e["part"]) == ("image", 7, "mlp")]
+    assert len(selected) == 2
+    values = np.concatenate([saved.shift.numpy()[e["offset"] : e["offset"] + e["size"]] for e in selected])
+    magnitudes = collect_report_data(folder).shift_magnitudes
+    image = next(m for m in magnitudes if m.tower == "image")
+    cell = image.values[image.parts.index("mlp"), image.layers.index(7)]
     assert cell == pytest.approx(np.abs(values).mean(), rel=1e-5)
 
 
-def test_reports_are_replaced_and_the_same_but_for_the_time(tmp_path: Path) -> None:
+def test_report_is_replaced_and_deterministic_except_for_the_time(tmp_path: Path) -> None:
     folder = write_synthetic_run(tmp_path / "run", rounds=2)
     texts = [re.sub(r"on \S+ \S+ UTC", "", write_report(folder).read_text()) for _ in range(2)]
     assert texts[0] == texts[1]
@@ -236,7 +239,7 @@ def _printed(summary: dict[str, Any]) -> str:
     return capture.get()
 
 
-def test_the_terminal_table_sets_the_methods_side_by_side(tmp_path: Path) -> None:
+def test_terminal_table_shows_all_methods(tmp_path: Path) -> None:
     summary = write_synthetic_run(tmp_path / "run").read_summary()
     text = _printed(summary)
     for method in ("zero_shot", "local_only", "pooled", "federated"):
@@ -250,7 +253,7 @@ def test_the_terminal_table_sets_the_methods_side_by_side(tmp_path: Path) -> Non
     assert "[red]x" in _printed({"study": "[red]x", "federated": {"accuracy": 0.5, "per_site": {"[b]": 0.5}}})
 
 
-def test_the_commands_list_runs_and_write_reports(tmp_path: Path) -> None:
+def test_commands_list_runs_and_write_reports(tmp_path: Path) -> None:
     write_synthetic_run(tmp_path / "runs" / "good", rounds=2)
     write_synthetic_run(tmp_path / "runs" / "bad", finished=0, fail="no site came")
     runner = CliRunner()
@@ -273,13 +276,13 @@ def test_the_commands_list_runs_and_write_reports(tmp_path: Path) -> None:
     assert "No runs found in" in runner.invoke(app, ["runs", str(tmp_path / "empty")]).stdout
 
 
-def test_a_run_that_goes_on_is_called_running_and_is_not_gone_on_with(
+def test_running_run_is_shown_as_running_and_cannot_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
     runner, folder = CliRunner(), write_synthetic_run(tmp_path / "runs" / "one", rounds=4, finished=2)
-    told = Page(write_report(folder).read_text()).text
-    assert "Interrupted" in told and "interrupted" in runner.invoke(app, ["runs", str(tmp_path)]).stdout
+    text = Page(write_report(folder).read_text()).text
+    assert "Interrupted" in text and "interrupted" in runner.invoke(app, ["runs", str(tmp_path)]).stdout
     with folder.lock():
         assert "running" in runner.invoke(app, ["runs", str(tmp_path)]).stdout
         assert "Running" in Page(write_report(folder).read_text()).text
@@ -287,7 +290,7 @@ def test_a_run_that_goes_on_is_called_running_and_is_not_gone_on_with(
     assert isinstance(again.exception, RunDirError) and "still running" in str(again.exception)
 
 
-def test_words() -> None:
+def test_formatting() -> None:
     assert [format_percent(0.4567), format_percent(None), format_percent(float("nan"))] == ["45.7%", "–", "–"]
     assert [format_points(0.123), format_points(-0.05)] == ["+12.3", "\N{MINUS SIGN}5.0"]
     sizes = (0, 999, 61_700, 2.5e6, 7e12)
@@ -297,5 +300,5 @@ def test_words() -> None:
         "3 min 22 s",
         "1 h 1 min",
     ]
-    assert round_list([8, 3, 4, 5, 10, 11]) == "3–5, 8, 10, 11"
-    assert [shorten("abcdef", 6), shorten("abcdefg", 6)] == ["abcdef", "abcde…"]
+    assert format_ranges([8, 3, 4, 5, 10, 11]) == "3–5, 8, 10, 11"
+    assert [truncate("abcdef", 6), truncate("abcdefg", 6)] == ["abcdef", "abcde…"]

@@ -20,17 +20,17 @@ from fedsigma.server.deployment.studies import Studies
 from fedsigma.server.federation.site_manager import WrongSiteCount
 from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
-from fedsigma.server.trackers import TrackerError, Tracking, callback, config, parse_trackers, worker
+from fedsigma.server.trackers import TrackerCallback, TrackerError, callback, config, parse_trackers, worker
 from fedsigma.server.trackers.base import TrackedRun
-from fedsigma.server.trackers.metric_names import final_figures, parameters, row_metrics, safe
+from fedsigma.server.trackers.metric_names import final_metrics, flatten_parameters, row_metrics, safe_name
 from tests.helpers.fake_trainer import NAMES, fake_method  # noqa: F401
 from tests.integration.test_rounds import events, run
 from tests.unit.test_auto_resume import FAILED, FakeControl, begin, control, studies  # noqa: F401
 from tests.unit.test_run_dir import STUDY as SMALL
 
 
-class Heard:
-    """A tracker that keeps what it is told."""
+class FakeTracker:
+    """A tracker that records its calls."""
 
     def __init__(self) -> None:
         self.runs: list[TrackedRun] = []
@@ -46,16 +46,16 @@ class Heard:
         self.keys.append(key)
         return key or "its-own-id"
 
-    def metrics(self, values: dict[str, float], *, round: int) -> None:
+    def log_metrics(self, values: dict[str, float], *, round: int) -> None:
         self.numbers |= {(round, name): value for name, value in values.items()}
 
-    def final(self, values: dict[str, float]) -> None:
+    def log_final(self, values: dict[str, float]) -> None:
         self.results = values
 
-    def tag(self, name: str, value: str) -> None:
+    def set_tag(self, name: str, value: str) -> None:
         self.tags[name] = value
 
-    def file(self, path: Path) -> None:
+    def log_file(self, path: Path) -> None:
         self.files.append(path.name)
 
     def close(self, outcome: str) -> None:
@@ -79,8 +79,8 @@ def folder(tmp_path: Path) -> RunDir:
     return RunDir.create(tmp_path / "run", SMALL)
 
 
-def follow(folder: RunDir, names: str) -> Tracking:
-    return Tracking(folder, parse_trackers(names), study=load_study("demo"), run="7")
+def follow(folder: RunDir, names: str) -> TrackerCallback:
+    return TrackerCallback(folder, parse_trackers(names), study=load_study("demo"), run="7")
 
 
 # ---- a whole run
@@ -88,7 +88,7 @@ def follow(folder: RunDir, names: str) -> Tracking:
 
 @pytest.mark.usefixtures("fake_method")
 def test_a_run_tells_its_settings_rounds_results_and_files(tmp_path: Path, use: Callable) -> None:
-    heard = Heard()
+    heard = FakeTracker()
     use(wandb=heard)
     folder = run(tmp_path)
     (told,) = heard.runs
@@ -113,7 +113,7 @@ def test_a_run_tells_its_settings_rounds_results_and_files(tmp_path: Path, use: 
 
 @pytest.mark.usefixtures("fake_method")
 def test_a_failed_run_is_told_as_failed(tmp_path: Path, use: Callable) -> None:
-    heard = Heard()
+    heard = FakeTracker()
     use(mlflow=heard)
     with pytest.raises(WrongSiteCount):
         run(tmp_path, sites=1)
@@ -121,7 +121,7 @@ def test_a_failed_run_is_told_as_failed(tmp_path: Path, use: Callable) -> None:
 
 
 def test_the_sigma_file_goes_only_where_it_was_asked_for(folder: RunDir, use: Callable) -> None:
-    with_sigma, without = Heard(), Heard()
+    with_sigma, without = FakeTracker(), FakeTracker()
     use(mlflow=with_sigma, wandb=without)
     (folder.path / "sigma.safetensors").write_bytes(b"sigma")
     follow(folder, "mlflow+sigma,wandb").close()
@@ -131,7 +131,7 @@ def test_the_sigma_file_goes_only_where_it_was_asked_for(folder: RunDir, use: Ca
 # ---- no harm
 
 
-class Raising(Heard):
+class Raising(FakeTracker):
     """Raises in the named methods."""
 
     def __init__(self, *methods: str, error: type[BaseException] = RuntimeError) -> None:
@@ -149,15 +149,15 @@ class Raising(Heard):
     ("methods", "error"),
     [
         (("start",), RuntimeError),
-        (("metrics", "final", "tag", "file", "close"), RuntimeError),
-        (("metrics",), SystemExit),
+        (("log_metrics", "log_final", "set_tag", "log_file", "close"), RuntimeError),
+        (("log_metrics",), SystemExit),
         (("close",), KeyboardInterrupt),
     ],
 )
 def test_a_tracker_that_raises_is_noted_once_by_its_type_and_the_run_goes_on(
     tmp_path: Path, use: Callable, methods: tuple[str, ...], error: type[BaseException]
 ) -> None:
-    sound = Heard()
+    sound = FakeTracker()
     use(mlflow=Raising(*methods, error=error), tensorboard=sound)
     folder = run(tmp_path)
     (noted,) = events(folder, "tracker_failed")
@@ -170,7 +170,7 @@ def test_a_tracker_that_raises_is_noted_once_by_its_type_and_the_run_goes_on(
 
 
 def test_what_comes_after_an_error_is_told_all_the_same(folder: RunDir, use: Callable) -> None:
-    patchy = Raising("metrics")
+    patchy = Raising("log_metrics")
     use(mlflow=patchy)
     following = follow(folder, "mlflow")
     folder.log_round(1, "a", {"accuracy": 0.5}, 1, 1, "accepted")
@@ -179,7 +179,7 @@ def test_what_comes_after_an_error_is_told_all_the_same(folder: RunDir, use: Cal
     assert patchy.outcomes == ["finished"]
 
 
-class Hanging(Heard):
+class Hanging(FakeTracker):
     """Answers nothing until it is let go."""
 
     def __init__(self) -> None:
@@ -202,8 +202,8 @@ def hanging() -> Iterator[Hanging]:
 def test_a_tracker_that_hangs_holds_back_neither_the_run_nor_another_tracker(
     tmp_path: Path, use: Callable, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = Heard()
-    monkeypatch.setattr(callback, "PATIENCE_S", 0.3)
+    sound = FakeTracker()
+    monkeypatch.setattr(callback, "CLOSE_TIMEOUT_S", 0.3)
     use(mlflow=hanging, wandb=sound)
     folder = run(tmp_path)
     (noted,) = events(folder, "tracker_failed")
@@ -216,8 +216,8 @@ def test_a_tracker_that_hangs_holds_back_neither_the_run_nor_another_tracker(
 def test_what_waits_is_bounded(
     folder: RunDir, use: Callable, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "MOST_WAITING", 5)
-    monkeypatch.setattr(callback, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(worker, "MAX_QUEUED", 5)
+    monkeypatch.setattr(callback, "CLOSE_TIMEOUT_S", 0.1)
     use(mlflow=hanging)
     following = follow(folder, "mlflow")
     put, waited = queue.Queue.put, []
@@ -235,7 +235,7 @@ def test_what_waits_is_bounded(
 
 
 def test_a_listener_of_the_run_itself_still_stops_it(folder: RunDir, use: Callable) -> None:
-    heard, seen = Heard(), []
+    heard, seen = FakeTracker(), []
     use(mlflow=heard)
 
     def listener(event: dict[str, Any]) -> None:
@@ -270,11 +270,11 @@ def test_several_listeners_hear_rows_after_they_were_written(folder: RunDir) -> 
 def test_a_resumed_run_goes_on_under_the_same_key_with_the_trackers_it_had(
     folder: RunDir, use: Callable
 ) -> None:
-    first, second = Heard(), Heard()
+    first, second = FakeTracker(), FakeTracker()
     use(mlflow=first)
     follow(folder, "mlflow+sigma").close()
     assert first.keys == [""] and first.outcomes == ["interrupted"]
-    use(mlflow=second, wandb=Heard())
+    use(mlflow=second, wandb=FakeTracker())
     (folder.path / "sigma.safetensors").write_bytes(b"sigma")
     follow(RunDir.open(folder.path), "wandb").close()
     assert second.keys == ["its-own-id"] and "sigma.safetensors" in second.files
@@ -283,7 +283,7 @@ def test_a_resumed_run_goes_on_under_the_same_key_with_the_trackers_it_had(
 def test_a_tracker_that_was_never_reached_is_tried_again_by_a_resumed_run(
     folder: RunDir, use: Callable
 ) -> None:
-    back = Heard()
+    back = FakeTracker()
     use(mlflow=Raising("start"))
     follow(folder, "mlflow").close()
     use(mlflow=back)
@@ -293,7 +293,7 @@ def test_a_tracker_that_was_never_reached_is_tried_again_by_a_resumed_run(
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', "\xff"])
 def test_a_damaged_key_file_begins_anew(folder: RunDir, use: Callable, content: str) -> None:
-    heard = Heard()
+    heard = FakeTracker()
     use(mlflow=heard)
     (folder.path / "trackers").mkdir()
     (folder.path / "trackers" / "mlflow.json").write_bytes(content.encode("latin-1"))
@@ -310,7 +310,7 @@ def test_a_damaged_key_file_begins_anew(folder: RunDir, use: Callable, content: 
     [
         ("mlflw", "trackers is 'mlflw', which is not known: did you mean 'mlflow'? known are mlflow, tensor"),
         ("neptune", "trackers is 'neptune', which is not known: known are mlflow, tensorboard, wandb"),
-        ("tensorboard+sigma", "tensorboard keeps no files: leave +sigma out"),
+        ("tensorboard+sigma", "tensorboard stores no files: remove +sigma"),
     ],
 )
 def test_an_unknown_tracker_is_refused_with_the_known_ones(text: str, words: str) -> None:
@@ -322,7 +322,7 @@ def test_trackers_come_from_the_run_and_from_the_server(monkeypatch: pytest.Monk
     monkeypatch.setattr(config, "_check", lambda name: None)
     monkeypatch.setenv("FEDSIGMA_TRACKERS", "wandb+sigma, mlflow")
     named = config.choose_trackers("tensorboard,mlflow+sigma")
-    assert {(one.name, one.sigma) for one in named} == {
+    assert {(one.name, one.with_shift) for one in named} == {
         ("wandb", True),
         ("mlflow", True),
         ("tensorboard", False),
@@ -359,7 +359,7 @@ def test_a_server_passes_the_trackers_on(studies: Studies, control: FakeControl)
 
 @given(st.lists(st.text(min_size=1, max_size=80), min_size=2, max_size=2, unique=True))
 def test_different_sites_have_different_names_that_every_tracker_takes(sites: list[str]) -> None:
-    one, other = (safe(site) for site in sites)
+    one, other = (safe_name(site) for site in sites)
     assert one != other
     assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", one) and not one.endswith(".")
     (name,) = row_metrics({"round": 1, "site": sites[0], "status": "accepted", "reason": "", "loss": 1})
@@ -373,11 +373,11 @@ def test_only_finite_numbers_are_told() -> None:
     summary["versions"] = {
         "demo@1": {"accuracy": 0.5, "fairness": {"worst": {"site": "a", "accuracy": 0.25}, "spread": 0.5}}
     }
-    version = f"final/version/{safe('demo@1')}"
-    assert final_figures(summary) == {
+    version = f"final/version/{safe_name('demo@1')}"
+    assert final_metrics(summary) == {
         "final/rounds": 3.0,
         f"{version}/accuracy": 0.5,
         f"{version}/worst": 0.25,
         f"{version}/spread": 0.5,
     }
-    assert parameters({"a": {"b": [1, "x"], "c": None}, "d": False}) == {"a.b": "1, x", "d": "False"}
+    assert flatten_parameters({"a": {"b": [1, "x"], "c": None}, "d": False}) == {"a.b": "1, x", "d": "False"}

@@ -1,8 +1,8 @@
-"""Who may see the dashboard: users, their sessions, and the tokens of programs that collect its metrics.
+"""Users of the dashboard, their sessions, and tokens of programs that collect its metrics.
 
-SQLite in the server's folder, or in memory for a dashboard of simulations. Whoever reads the file can sign in
-with nothing in it: passwords are kept as argon2id hashes, tokens as SHA-256, and the token against forged
-requests is not kept at all but made from the session's.
+Stored in SQLite in the server's folder, or in memory for a dashboard of simulations. The file alone does not
+allow signing in: passwords are stored as argon2id hashes and tokens as SHA-256 hashes, and CSRF tokens are
+not stored but derived from the session token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import QueuePool, create_engine, delete, event, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from fedsigma.server.dashboard.auth.passwords import AccountsError, check_name, check_password, plain
+from fedsigma.server.dashboard.auth.passwords import (
+    AccountsError,
+    check_name,
+    check_password,
+    normalize_password,
+)
 from fedsigma.server.deployment.database import set_sqlite_pragmas, utc_now
 
 if TYPE_CHECKING:
@@ -33,17 +38,17 @@ __all__ = ["METRICS", "OPERATOR", "ROLES", "VIEWER", "Account", "Accounts", "Acc
 
 VIEWER, OPERATOR, METRICS = "viewer", "operator", "metrics"
 ROLES = (VIEWER, OPERATOR)
-"""What a user may do: look, or act as well. `metrics` is what tokens of programs are listed as."""
+"""Roles of users; `metrics` is the role of programs' tokens in lists."""
 
 PASSWORD, OIDC, LINK = "password", "oidc", "link"
 """How a session was opened."""
 
-_NOTED = 60
-"""Seconds for which a session's last use is not written again, so that reading pages seldom writes."""
+_LAST_USED_RESOLUTION_S = 60
+"""A session's last use is stored at most once in so many seconds, to save writes."""
 
 
 class _Base(DeclarativeBase):
-    """All tables."""
+    """Base of all tables."""
 
 
 class _User(_Base):
@@ -51,32 +56,38 @@ class _User(_Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     role: Mapped[str]
     hash: Mapped[str]
-    made_at: Mapped[datetime.datetime]
+    created_at: Mapped[datetime.datetime]
     disabled: Mapped[bool] = mapped_column(default=False)
 
 
 class _Session(_Base):
-    """began, seen: seconds since 1970. role: of who signed in elsewhere; a local user's is looked up."""
+    """A session. Times are seconds since 1970; `role` is only used for users without a local account."""
 
     __tablename__ = "sessions"
     digest: Mapped[str] = mapped_column(primary_key=True)
     user: Mapped[str] = mapped_column(index=True)
-    way: Mapped[str]
+    method: Mapped[str]
     role: Mapped[str]
-    began: Mapped[float]
-    seen: Mapped[float]
+    started_at: Mapped[float]
+    last_used_at: Mapped[float]
 
 
 class _Token(_Base):
     __tablename__ = "tokens"
     name: Mapped[str] = mapped_column(primary_key=True)
     digest: Mapped[str] = mapped_column(unique=True)
-    made_at: Mapped[datetime.datetime]
+    created_at: Mapped[datetime.datetime]
 
 
 @dataclass(frozen=True, kw_only=True)
 class User:
-    """Who a request comes from. csrf: what its forms have to send along."""
+    """The user of a request.
+
+    Attributes:
+        name: Name of the user.
+        role: `viewer` or `operator`.
+        csrf: CSRF token that the user's forms must send.
+    """
 
     name: str
     role: str
@@ -85,38 +96,45 @@ class User:
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """A user, or a program's token (role `metrics`), as lists show it."""
+    """A user or a program's token, as shown in lists.
+
+    Attributes:
+        name: Name of the user or program.
+        role: `viewer`, `operator`, or `metrics` for a program's token.
+        created_at: Time of creation, in UTC.
+        disabled: Whether the user may not sign in.
+    """
 
     name: str
     role: str
-    made_at: datetime.datetime
+    created_at: datetime.datetime
     disabled: bool = False
 
 
 class Accounts:
-    """The accounts of one dashboard; made at first use.
+    """The accounts of one dashboard; the database is created if it does not exist.
 
     Args:
-        path: of the SQLite file, which its owner alone can read; None keeps all in memory.
-        longest: seconds after which a session ends.
-        idle: seconds after which it ends if nobody uses it.
-        clock: seconds since 1970.
-        hasher: of passwords; argon2-cffi's own choice (RFC 9106, low memory) unless given.
+        path: SQLite file, readable by its owner only; None keeps everything in memory.
+        max_age: Seconds after which a session ends.
+        idle_timeout: Seconds after which an unused session ends.
+        clock: Returns seconds since 1970.
+        hasher: Password hasher; the defaults of argon2-cffi (RFC 9106, low memory) if None.
     """
 
     def __init__(
         self,
         path: Path | None,
         *,
-        longest: float = 12 * 3600,
-        idle: float = 30 * 60,
+        max_age: float = 12 * 3600,
+        idle_timeout: float = 30 * 60,
         clock: Callable[[], float] = time.time,
         hasher: PasswordHasher | None = None,
     ) -> None:
-        self._longest, self._idle, self._clock = longest, idle, clock
-        self._given = hasher
+        self._max_age, self._idle_timeout, self._clock = max_age, idle_timeout, clock
+        self._custom_hasher = hasher
         if path is None:
-            # One connection, which threads take in turn: another would be another, empty database.
+            # A single connection, shared by all threads: a second one would open another, empty database.
             self._engine = create_engine(
                 "sqlite://",
                 poolclass=QueuePool,
@@ -125,7 +143,7 @@ class Accounts:
                 connect_args={"check_same_thread": False},
             )
         else:
-            # SQLite gives the files beside it the same mode.
+            # SQLite creates its journal files with the same mode.
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             os.fchmod(file, 0o600)
             os.close(file)
@@ -134,7 +152,7 @@ class Accounts:
         _Base.metadata.create_all(self._engine)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the database."""
         self._engine.dispose()
 
     @contextmanager
@@ -144,27 +162,39 @@ class Accounts:
 
     # -- users ---------------------------------------------------------------------------------------------
 
-    def add(self, name: str, *, role: str, password: str) -> None:
+    def add_user(self, name: str, *, role: str, password: str) -> None:
         """Add a user.
 
+        Args:
+            name: Name of the user.
+            role: One of `ROLES`.
+            password: The password.
+
         Raises:
-            AccountsError: the name is taken, or name, role or password do not do.
+            AccountsError: The name is taken, or the name, role or password is invalid.
         """
         check_name(name)
         _check_role(role)
         check_password(password, name=name)
-        made = _User(name=name, role=role, hash=self._hasher.hash(plain(password)), made_at=utc_now())
+        password_hash = self._hasher.hash(normalize_password(password))
+        user = _User(name=name, role=role, hash=password_hash, created_at=utc_now())
         with self._session() as session:
             _check_free(session, name)
-            session.add(made)
+            session.add(user)
 
-    def change(
+    def update_user(
         self, name: str, *, role: str | None = None, password: str | None = None, disabled: bool | None = None
     ) -> None:
-        """Change what is given of a user, and end the user's sessions.
+        """Change a user and end the user's sessions; arguments that are None are not changed.
+
+        Args:
+            name: Name of the user.
+            role: One of `ROLES`.
+            password: The new password.
+            disabled: Whether the user may not sign in.
 
         Raises:
-            AccountsError: there is no such user, or role or password do not do.
+            AccountsError: There is no such user, or the role or password is invalid.
         """
         values: dict[str, Any] = {}
         if role is not None:
@@ -172,70 +202,76 @@ class Accounts:
             values["role"] = role
         if password is not None:
             check_password(password, name=name)
-            values["hash"] = self._hasher.hash(plain(password))
+            values["hash"] = self._hasher.hash(normalize_password(password))
         if disabled is not None:
             values["disabled"] = disabled
         with self._session() as session:
-            user = _known(session, name)
+            user = _get_user(session, name)
             for key, value in values.items():
                 setattr(user, key, value)
-            _end(session, name)
+            _end_sessions(session, name)
 
     def remove(self, name: str) -> Account:
-        """Remove a user and end the user's sessions; or remove a program's token.
+        """Remove a user and end the user's sessions, or remove a program's token.
+
+        Args:
+            name: Name of the user or program.
 
         Returns:
-            What was removed.
+            The removed account.
 
         Raises:
-            AccountsError: there is no such user or token.
+            AccountsError: There is no such user or token.
         """
         with self._session() as session:
             token = session.get(_Token, name)
-            found: _User | _Token = token if token is not None else _known(session, name)
-            _end(session, name)
-            session.delete(found)
-            return _account(found)
+            row: _User | _Token = token if token is not None else _get_user(session, name)
+            _end_sessions(session, name)
+            session.delete(row)
+            return _account(row)
 
-    def everyone(self) -> list[Account]:
-        """All users and tokens, by name."""
+    def list_accounts(self) -> list[Account]:
+        """Return all users and tokens, sorted by name."""
         with self._session() as session:
-            found = [*session.scalars(select(_User)), *session.scalars(select(_Token))]
-            return sorted((_account(row) for row in found), key=lambda account: account.name)
+            rows = [*session.scalars(select(_User)), *session.scalars(select(_Token))]
+            return sorted((_account(row) for row in rows), key=lambda account: account.name)
 
-    def has(self, name: str) -> bool:
-        """Whether there is such a user."""
+    def has_user(self, name: str) -> bool:
+        """Return whether there is such a user."""
         with self._session() as session:
             return session.get(_User, name) is not None
 
-    def verify(self, name: str, password: str) -> bool:
-        """Whether this is an enabled user's password. As much is computed for names that nobody has."""
+    def verify_password(self, name: str, password: str) -> bool:
+        """Return whether this is the password of an enabled user.
+
+        The computation takes as long for unknown names, so that it does not reveal which users exist.
+        """
         from argon2.exceptions import InvalidHashError, VerificationError
 
-        nobody, given = self._nobody, plain(password)
+        unknown_user_hash, normalized = self._unknown_user_hash, normalize_password(password)
         with self._session() as session:
             user = session.get(_User, name)
-        known = user is not None and not user.disabled
-        kept = user.hash if user is not None and known else nobody
+        enabled = user is not None and not user.disabled
+        stored_hash = user.hash if user is not None and enabled else unknown_user_hash
         try:
-            self._hasher.verify(kept, given)
+            self._hasher.verify(stored_hash, normalized)
         except (VerificationError, InvalidHashError):
             return False
-        if not known:
+        if not enabled:
             return False
-        if self._hasher.check_needs_rehash(kept):
-            self._renew(name, kept, self._hasher.hash(given))
+        if self._hasher.check_needs_rehash(stored_hash):
+            self._replace_hash(name, stored_hash, self._hasher.hash(normalized))
         return True
 
-    def _renew(self, name: str, old: str, new: str) -> None:
-        """Put a hash with today's parameters in the place of an older one, if that still stands."""
+    def _replace_hash(self, name: str, old: str, new: str) -> None:
+        """Store a hash with the current parameters, unless the password was changed meanwhile."""
         with self._session() as session:
             session.execute(update(_User).where(_User.name == name, _User.hash == old).values(hash=new))
 
     @cached_property
     def _hasher(self) -> PasswordHasher:
-        if self._given is not None:
-            return self._given
+        if self._custom_hasher is not None:
+            return self._custom_hasher
         try:
             from argon2 import PasswordHasher
         except ImportError:
@@ -243,115 +279,138 @@ class Accounts:
         return PasswordHasher()
 
     @cached_property
-    def _nobody(self) -> str:
-        """The hash of a password that nobody has."""
+    def _unknown_user_hash(self) -> str:
+        """Hash of a random password, verified for unknown users."""
         return self._hasher.hash(secrets.token_hex())
 
     # -- sessions ------------------------------------------------------------------------------------------
 
-    def open(self, name: str, *, way: str = PASSWORD, role: str = "") -> str:
+    def open_session(self, name: str, *, method: str = PASSWORD, role: str = "") -> str:
         """Open a session and return its token.
 
         Args:
-            name: of the user.
-            way: `password` for a user of these accounts; `oidc` or `link` for others.
-            role: of those others.
+            name: Name of the user.
+            method: `password` for a local user; `oidc` or `link` for others.
+            role: Role of the others.
 
         Raises:
-            AccountsError: the user was removed or disabled meanwhile, or the role is not known.
+            AccountsError: The user was removed or disabled, or the role is unknown.
         """
-        if way != PASSWORD:
+        if method != PASSWORD:
             _check_role(role)
-        token, moment = secrets.token_urlsafe(32), self._clock()
+        token, time_s = secrets.token_urlsafe(32), self._clock()
         with self._session() as session:
-            if way == PASSWORD and _known(session, name).disabled:
-                raise AccountsError(f"'{name}' is disabled: fedsigma users change {name} --enable")
-            ended = (_Session.began <= moment - self._longest) | (_Session.seen <= moment - self._idle)
-            session.execute(delete(_Session).where(ended))
+            if method == PASSWORD and _get_user(session, name).disabled:
+                raise AccountsError(f"user '{name}' is disabled: fedsigma users change {name} --enable")
+            expired = (_Session.started_at <= time_s - self._max_age) | (
+                _Session.last_used_at <= time_s - self._idle_timeout
+            )
+            session.execute(delete(_Session).where(expired))
             session.add(
-                _Session(digest=_digest(token), user=name, way=way, role=role, began=moment, seen=moment)
+                _Session(
+                    digest=_digest(token),
+                    user=name,
+                    method=method,
+                    role=role,
+                    started_at=time_s,
+                    last_used_at=time_s,
+                )
             )
         return token
 
-    def find(self, token: str, *, used: bool = True) -> User | None:
-        """The user whose session this token is of, unless it ended; `used`: by a person, just now."""
-        moment = self._clock()
+    def find_user(self, token: str, *, active: bool = True) -> User | None:
+        """Return the user of a session.
+
+        Args:
+            token: Token of the session.
+            active: Whether the request counts as use of the session; False for polling.
+
+        Returns:
+            The user, or None if the session has ended or does not exist.
+        """
+        time_s = self._clock()
         with self._session() as session:
-            found = session.get(_Session, _digest(token))
-            if found is None:
+            row = session.get(_Session, _digest(token))
+            if row is None:
                 return None
-            if moment - found.began >= self._longest or moment - found.seen >= self._idle:
-                session.delete(found)
+            if time_s - row.started_at >= self._max_age or time_s - row.last_used_at >= self._idle_timeout:
+                session.delete(row)
                 return None
-            role = found.role
-            if found.way == PASSWORD:
-                user = session.get(_User, found.user)
+            role = row.role
+            if row.method == PASSWORD:
+                user = session.get(_User, row.user)
                 if user is None or user.disabled:
                     return None
                 role = user.role
-            if used and moment - found.seen >= min(_NOTED, self._idle / 10):
-                found.seen = moment
-            return User(name=found.user, role=role, csrf=_csrf(token))
+            if active and time_s - row.last_used_at >= min(_LAST_USED_RESOLUTION_S, self._idle_timeout / 10):
+                row.last_used_at = time_s
+            return User(name=row.user, role=role, csrf=_csrf_token(token))
 
-    def end(self, token: str) -> None:
-        """End a session, if there is one."""
+    def end_session(self, token: str) -> None:
+        """End a session, if it exists."""
         with self._session() as session:
             session.execute(delete(_Session).where(_Session.digest == _digest(token)))
 
     # -- tokens of programs --------------------------------------------------------------------------------
 
     def add_token(self, name: str) -> str:
-        """Make a token by which a program reads the metrics; it is told this once.
+        """Create a token that allows a program to read the metrics; only its hash is stored.
+
+        Args:
+            name: Name of the program.
+
+        Returns:
+            The token.
 
         Raises:
-            AccountsError: the name is taken or does not do.
+            AccountsError: The name is taken or invalid.
         """
         check_name(name)
         token = secrets.token_urlsafe(32)
         with self._session() as session:
             _check_free(session, name)
-            session.add(_Token(name=name, digest=_digest(token), made_at=utc_now()))
+            session.add(_Token(name=name, digest=_digest(token), created_at=utc_now()))
         return token
 
-    def token_name(self, token: str) -> str | None:
-        """The name of a program's token, or None."""
+    def find_token(self, token: str) -> str | None:
+        """Return the name of the program with this token, or None."""
         with self._session() as session:
-            # The digest is looked up, not the token: how long that takes tells nothing about a token.
+            # Looking up the hash instead of the token makes timing attacks useless.
             return session.scalar(select(_Token.name).where(_Token.digest == _digest(token)))
 
 
 def _digest(token: str) -> str:
-    # Tokens are 256 random bits: nothing slower is needed to keep them from being guessed.
+    # Tokens are 256 random bits: no slow hash is needed against guessing.
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _csrf(token: str) -> str:
+def _csrf_token(token: str) -> str:
     return hmac.new(token.encode("utf-8"), b"fedsigma dashboard forms", hashlib.sha256).hexdigest()
 
 
 def _check_role(role: str) -> None:
     if role not in ROLES:
-        raise AccountsError(f"the role is '{role}', expected {' or '.join(ROLES)}")
+        raise AccountsError(f"unknown role '{role}', expected {' or '.join(ROLES)}")
 
 
 def _check_free(session: Session, name: str) -> None:
     if session.get(_User, name) is not None or session.get(_Token, name) is not None:
-        raise AccountsError(f"'{name}' is there already: take another name, or remove it first")
+        raise AccountsError(f"'{name}' already exists: choose another name, or remove it first")
 
 
-def _known(session: Session, name: str) -> _User:
+def _get_user(session: Session, name: str) -> _User:
     user = session.get(_User, name)
     if user is None:
-        raise AccountsError(f"there is no user '{name[:80]}': see `fedsigma users list`")
+        raise AccountsError(f"no user '{name[:80]}': see `fedsigma users list`")
     return user
 
 
-def _end(session: Session, name: str) -> None:
-    """End the sessions of a local user; who signed in elsewhere may have the same name and is another."""
-    session.execute(delete(_Session).where(_Session.user == name, _Session.way == PASSWORD))
+def _end_sessions(session: Session, name: str) -> None:
+    """End the sessions of a local user; a user of an OpenID provider may have the same name."""
+    session.execute(delete(_Session).where(_Session.user == name, _Session.method == PASSWORD))
 
 
 def _account(row: _User | _Token) -> Account:
     if isinstance(row, _Token):
-        return Account(name=row.name, role=METRICS, made_at=row.made_at)
-    return Account(name=row.name, role=row.role, made_at=row.made_at, disabled=row.disabled)
+        return Account(name=row.name, role=METRICS, created_at=row.created_at)
+    return Account(name=row.name, role=row.role, created_at=row.created_at, disabled=row.disabled)

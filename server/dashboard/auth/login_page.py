@@ -1,4 +1,4 @@
-"""The page where people sign in. It brings its style along: static files are for who is in already."""
+"""The login page. Its style is inline, because static files require a session."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ h1 { margin: 0 0 1.6rem; font: 600 2rem/1.15 var(--serif); letter-spacing: -.01e
 label { display: block; margin: 0 0 .3rem; font-size: .9375rem; }
 input { width: 100%; margin: 0 0 1.1rem; padding: .6rem .7rem; font: inherit; color: inherit;
   background: var(--panel); border: 1px solid var(--muted); border-radius: 4px; }
-button, .other { display: block; width: 100%; padding: .65rem .9rem; font: inherit; font-weight: 600;
+button, .provider { display: block; width: 100%; padding: .65rem .9rem; font: inherit; font-weight: 600;
   text-align: center; text-decoration: none; border: 1px solid var(--accent); border-radius: 4px;
   cursor: pointer; }
 button { color: var(--paper); background: var(--accent); }
-.other { color: var(--accent); }
-form + .other { margin-top: .9rem; }
+.provider { color: var(--accent); }
+form + .provider { margin-top: .9rem; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 .alarm { margin: 0 0 1.4rem; padding: .8rem 1.1rem; border-left: 3px solid var(--alarm);
   background: var(--alarm-panel); }
@@ -75,14 +75,14 @@ _TEMPLATE = """<!doctype html>
 </form>
 {%- endif %}
 {%- if provider %}
-<a class="other" href="/login/oidc?next={{ next|urlencode }}">Sign in with {{ provider }}</a>
+<a class="provider" href="/login/oidc?next={{ next|urlencode }}">Sign in with {{ provider }}</a>
 {%- endif %}
 {%- if not passwords and not provider %}
-<p>Open the address that <code>fedsigma dashboard</code> printed when it was started. It can be used once;
-start it again for another.</p>
+<p>Open the link that <code>fedsigma dashboard</code> printed when it was started. The link works once;
+restart the command for a new one.</p>
 {%- endif %}
 {%- if passwords %}
-<p class="note">Names and passwords are given out by who runs the server.</p>
+<p class="note">The server's administrator creates names and passwords.</p>
 {%- endif %}
 </main>
 </body>
@@ -101,18 +101,18 @@ def login_page(
     status: int = 200,
     headers: dict[str, str] | None = None,
 ) -> HTMLResponse:
-    """The page.
+    """Return the login page.
 
     Args:
-        passwords: whether one may sign in by name and password.
-        provider: the name of an OpenID provider, if there is one.
-        next_path: where to go from here, within the dashboard.
-        name: what was typed as the name.
-        error: what went wrong and what to do.
-        status: of the answer.
-        headers: more of them.
+        passwords: Whether users can sign in by name and password.
+        provider: Name of the OpenID provider, if there is one.
+        next_path: Path to redirect to after signing in.
+        name: Name to fill in.
+        error: Error message.
+        status: Status of the response.
+        headers: Additional headers of the response.
     """
-    text = _ENVIRONMENT.from_string(_TEMPLATE).render(
+    html = _ENVIRONMENT.from_string(_TEMPLATE).render(
         style=Markup(_STYLE), passwords=passwords, provider=provider, next=next_path, name=name, error=error
     )
-    return HTMLResponse(text, status, headers={"Content-Security-Policy": _POLICY, **(headers or {})})
+    return HTMLResponse(html, status, headers={"Content-Security-Policy": _POLICY, **(headers or {})})

@@ -1,4 +1,4 @@
-"""How often somebody may try to sign in."""
+"""Rate limit of login attempts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["LoginRateLimiter"]
 
 
 class LoginRateLimiter:
-    """Counts attempts in a moving window, by name and by address. They are forgotten with the process.
+    """Counts login attempts per user name and per address in a moving window, in memory.
 
     Args:
-        settings: how many there may be.
+        settings: The limits.
     """
 
     def __init__(self, settings: AccessSettings) -> None:
@@ -28,43 +28,43 @@ class LoginRateLimiter:
         self._per_name = RateLimitItemPerSecond(settings.per_name, settings.window, "name")
         self._per_address = RateLimitItemPerSecond(settings.per_address, settings.window, "address")
 
-    def wait(self, address: str, name: str | None = None) -> int:
+    def register_attempt(self, address: str, name: str | None = None) -> int:
         """Count an attempt.
 
         Args:
-            address: of the client.
-            name: of the user, where one is told.
+            address: IP address of the client.
+            name: Name of the user, if one was given.
 
         Returns:
-            0 if it may be made, else the seconds until one may.
+            0 if the attempt is allowed, else the seconds to wait.
         """
-        counted = [(self._per_address, _network(address))]
+        limits = [(self._per_address, _network(address))]
         if name is not None:
-            counted.append((self._per_name, _key(name)))
-        for limit, key in counted:
+            limits.append((self._per_name, _hash(name)))
+        for limit, key in limits:
             if not self._limiter.hit(limit, key):
-                free = self._limiter.get_window_stats(limit, key).reset_time
-                return max(1, math.ceil(free - time.time()))
+                reset_at = self._limiter.get_window_stats(limit, key).reset_time
+                return max(1, math.ceil(reset_at - time.time()))
         return 0
 
-    def forget(self, name: str) -> None:
-        """Begin anew for a user who signed in."""
-        self._limiter.clear(self._per_name, _key(name))
+    def reset(self, name: str) -> None:
+        """Reset the count of a user who signed in."""
+        self._limiter.clear(self._per_name, _hash(name))
 
 
-def _key(name: str) -> str:
-    # As long for a name of 60,000 letters as for another.
+def _hash(name: str) -> str:
+    # Keys have a constant length, however long the name is.
     return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
 
 
 def _network(address: str) -> str:
-    """The address, or of IPv6 the /64 network, in which one machine may have as many as it likes."""
+    """Return the address, or for IPv6 its /64 network, which one machine may use as a whole."""
     try:
-        found = ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return "unknown"
-    if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped is not None:
-            return str(found.ipv4_mapped)
-        return str(ipaddress.ip_network((int(found), 64), strict=False))
-    return str(found)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((int(parsed), 64), strict=False))
+    return str(parsed)

@@ -1,4 +1,4 @@
-"""What every answer tells the browser: load nothing from elsewhere, run nothing inline, be in no frame."""
+"""Security headers of every response: no external content, no inline scripts, no embedding in frames."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "font-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-"""The content security policy of a page that does not bring a stricter one."""
+"""The content security policy of pages that do not set a stricter one."""
 
-_ALWAYS = {
+_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # Not `no-referrer`: browsers then send `Origin: null` with forms, and older ones send nothing else by
-    # which a forged request could be told from one of our pages.
+    # Not `no-referrer`: browsers would send `Origin: null` with forms, which older ones need to detect
+    # forged requests.
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -27,36 +27,36 @@ _STATIC = "/static/"
 
 
 class SecurityHeadersMiddleware:
-    """Adds the headers to all answers of an ASGI app, errors too.
+    """Adds the headers to all responses of an ASGI app, including errors.
 
-    Content-Security-Policy and Cache-Control are left where the app has set them.
+    Content-Security-Policy and Cache-Control are only added where the app has not set them.
 
     Args:
-        app: the app.
-        secure: whether browsers come by TLS: they are told to keep to it.
+        app: The app.
+        secure: Whether browsers connect by TLS; adds Strict-Transport-Security.
     """
 
     def __init__(self, app: ASGIApp, *, secure: bool) -> None:
         self._app = app
-        self._always = dict(_ALWAYS)
+        self._headers = dict(_HEADERS)
         if secure:
-            self._always["Strict-Transport-Security"] = "max-age=31536000"
+            self._headers["Strict-Transport-Security"] = "max-age=31536000"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handle a request (ASGI)."""
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers.update(self._always)
+                headers.update(self._headers)
                 headers.setdefault("Content-Security-Policy", POLICY)
-                headers.setdefault("Cache-Control", _caching(scope, message["status"]))
+                headers.setdefault("Cache-Control", _cache_control(scope, message["status"]))
             await send(message)
 
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
 
 
-def _caching(scope: Scope, status: int) -> str:
-    """A static file that is named with its version never changes; all else is not to be kept."""
+def _cache_control(scope: Scope, status: int) -> str:
+    """Return `Cache-Control`: static files with a version never change; other responses are not stored."""
     versioned = scope["path"].startswith(_STATIC) and scope["query_string"].startswith(b"v=")
     return "private, max-age=31536000, immutable" if versioned and status in (200, 304) else "no-store"

@@ -1,17 +1,17 @@
-"""Addresses within the dashboard."""
+"""Checks of URLs within the dashboard."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["local_path", "strange"]
+__all__ = ["is_ambiguous", "local_path"]
 
 _LOCAL = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?")
-_LONGEST = 1024
+_MAX_LENGTH = 1024
 
 
-def strange(path: str) -> bool:
-    """Whether a path could mean one thing to a check and another to who looks for a file or a host by it."""
+def is_ambiguous(path: str) -> bool:
+    """Return whether a path could be interpreted differently by a check and by a file system or browser."""
     lowered = path.lower()
     return (
         not path.startswith("/")
@@ -24,9 +24,12 @@ def strange(path: str) -> bool:
 
 
 def local_path(text: str) -> str:
-    """The path and query, if that is what the text is and no host can be read into it; else `/`."""
+    """Return the text if it is a path and query within the dashboard, else `/`.
+
+    It prevents open redirects: no result can be interpreted as another host.
+    """
     path = text.partition("?")[0]
-    if len(text) > _LONGEST or not _LOCAL.fullmatch(text) or strange(path):
+    if len(text) > _MAX_LENGTH or not _LOCAL.fullmatch(text) or is_ambiguous(path):
         return "/"
-    # Back at the door, one would be sent on and on.
+    # A redirect back to the login page would loop.
     return "/" if path in ("/login", "/logout") or path.startswith("/login/") else text

@@ -1,7 +1,7 @@
-"""The numbers behind the charts of one run, in the shape that the page's script draws.
+"""The series behind the charts of a run, in the form that the page's script draws.
 
-Series are lists by round with null where nothing was told, so that fifty sites over two hundred rounds stay
-a few hundred kilobytes. Shares lie between 0 and 1, bytes are bytes.
+Each series is a list by round, with null for missing values, so that the charts of fifty sites over two
+hundred rounds take a few hundred kilobytes. Fractions are between 0 and 1, sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -16,103 +16,109 @@ from fedsigma.server.runs.append_log import Row
 from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 
-__all__ = ["charts", "comparison"]
+__all__ = ["comparison_charts", "run_charts"]
 
-SHARED = (*METRICS, "loss")
-"""What is drawn for the pooled model and for each site."""
-DRIFT = ("update_norm", "update_cosine", "shift_norm")
-FIGURES = (*SHARED, *DRIFT, "epsilon", "bytes_up", "bytes_down")
+CURVES = (*METRICS, "loss")
+"""Columns of rounds.csv that are drawn for all sites and for each site."""
+UPDATES = ("update_norm", "update_cosine", "shift_norm")
+"""Columns of rounds.csv that compare the sites' updates."""
+COLUMNS = (*CURVES, *UPDATES, "epsilon", "bytes_up", "bytes_down")
 DIGITS = 4
-_CODES = {"accepted": "a", "late": "l", "rejected": "r", "failed": "f"}
-ABSENT = "."
+_STATUS_CODES = {"accepted": "a", "late": "l", "rejected": "r", "failed": "f"}
+_ABSENT = "."
 
 
-def charts(folder: RunDir, study: dict[str, Any]) -> dict[str, Any]:
-    """All series of one run."""
-    rows = folder.rounds()
+def run_charts(run_dir: RunDir, study: dict[str, Any]) -> dict[str, Any]:
+    """Return all series of one run.
+
+    Args:
+        run_dir: Folder of the run.
+        study: The study's settings.
+    """
+    rows = run_dir.rounds()
     sites = list(dict.fromkeys(row["site"] for row in rows if row["site"] != ALL_SITES))
-    table = _Table(rows, sites)
-    epsilon = table.pooled("epsilon")
+    table = _RoundsTable(rows, sites)
+    epsilon = table.all_sites("epsilon")
     return {
         "rounds": table.rounds,
         "sites": sites,
-        "metrics": {name: told for name in SHARED if (told := table.series(name))},
-        "drift": {name: told for name in DRIFT if (told := table.series(name))},
-        "part": dict(zip(sites, table.parts(), strict=True)),
-        "bytes": {way: table.sums(f"bytes_{way}") for way in ("up", "down")},
+        "metrics": {name: series for name in CURVES if (series := table.series(name))},
+        "updates": {name: series for name in UPDATES if (series := table.series(name))},
+        "participation": dict(zip(sites, table.participation(), strict=True)),
+        "bytes": {direction: table.sums(f"bytes_{direction}") for direction in ("up", "down")},
         "epsilon": epsilon,
-        "budget": (study.get("privacy") or {}).get("epsilon") if epsilon else None,
-        "heat": heat(folder),
+        "epsilon_limit": (study.get("privacy") or {}).get("epsilon") if epsilon else None,
+        "shift_magnitude": _shift_magnitude_chart(run_dir),
     }
 
 
-def comparison(folders: Sequence[RunDir]) -> list[dict[str, Any]]:
-    """The pooled series of several runs, to draw them over each other."""
-    found = []
-    for folder in folders:
-        table = _Table([row for row in folder.rounds() if row["site"] == ALL_SITES], [])
-        series = {name: told for name in SHARED if (told := table.pooled(name))}
-        found.append({"rounds": table.rounds, "metrics": series})
-    return found
+def comparison_charts(run_dirs: Sequence[RunDir]) -> list[dict[str, Any]]:
+    """Return the series over all sites of several runs, to be drawn in one chart."""
+    charts = []
+    for run_dir in run_dirs:
+        table = _RoundsTable([row for row in run_dir.rounds() if row["site"] == ALL_SITES], [])
+        metrics = {name: values for name in CURVES if (values := table.all_sites(name))}
+        charts.append({"rounds": table.rounds, "metrics": metrics})
+    return charts
 
 
-def heat(folder: RunDir) -> dict[str, Any]:
-    """The mean absolute shift by round, tower, part and layer; empty where no round has been kept."""
-    lines = folder.shift_magnitudes()
+def _shift_magnitude_chart(run_dir: RunDir) -> dict[str, Any]:
+    """Return the mean absolute shift by round, tower, part and layer; empty before the first round ends."""
+    lines = run_dir.shift_magnitudes()
     if not lines:
         return {}
     towers = {}
     for tower, newest in lines[-1]["towers"].items():
-        kept = [line["towers"].get(tower, {}).get("parts", {}) for line in lines]
+        by_round = [line["towers"].get(tower, {}).get("parts", {}) for line in lines]
         towers[tower] = {
             "layers": newest["layers"],
             "parts": list(newest["parts"]),
-            "values": [[parts.get(part) for part in newest["parts"]] for parts in kept],
+            "values": [[parts.get(part) for part in newest["parts"]] for parts in by_round],
         }
     return {"rounds": [line["round"] for line in lines], "towers": towers}
 
 
-class _Table:
-    """The rows of a run as a matrix for each figure: a line for each site, and one for the pooled model."""
+class _RoundsTable:
+    """The rows of rounds.csv as one matrix per column, with a row per site and a last one for all sites."""
 
     def __init__(self, rows: list[Row], sites: list[str]) -> None:
         self.rounds = sorted({row["round"] for row in rows})
-        self._sites = [*sites, ALL_SITES]
-        column = {number: at for at, number in enumerate(self.rounds)}
-        line = {site: at for at, site in enumerate(self._sites)}
-        shape = (len(self._sites), len(self.rounds))
-        self._matrices = {name: np.full(shape, np.nan) for name in FIGURES if rows and name in rows[0]}
-        self._letters = [[ABSENT] * len(self.rounds) for _ in sites]
+        names = [*sites, ALL_SITES]
+        column_of = {number: index for index, number in enumerate(self.rounds)}
+        row_of = {site: index for index, site in enumerate(names)}
+        shape = (len(names), len(self.rounds))
+        self._matrices = {name: np.full(shape, np.nan) for name in COLUMNS if rows and name in rows[0]}
+        self._codes = [[_ABSENT] * len(self.rounds) for _ in sites]
         for row in rows:
-            at = line[row["site"]], column[row["round"]]
+            index = row_of[row["site"]], column_of[row["round"]]
             for name, matrix in self._matrices.items():
                 if (value := row[name]) is not None:
-                    matrix[at] = value
+                    matrix[index] = value
             if row["site"] != ALL_SITES:
-                self._letters[at[0]][at[1]] = _CODES.get(row["status"], ABSENT)
+                self._codes[index[0]][index[1]] = _STATUS_CODES.get(row["status"], _ABSENT)
 
-    def _lines(self, name: str) -> list[list[float | None]]:
+    def _rows(self, name: str) -> list[list[float | None]]:
         matrix = self._matrices.get(name)
         if matrix is None or np.isnan(matrix).all():
             return []
         # More digits than a chart can show.
-        lines = np.round(matrix, DIGITS).tolist()
-        return [[None if value != value else value for value in line] for line in lines]
+        rows = np.round(matrix, DIGITS).tolist()
+        return [[None if value != value else value for value in row] for row in rows]
 
     def series(self, name: str) -> dict[str, Any]:
-        """One figure of the pooled model and of each site; empty where nobody tells it."""
-        lines = self._lines(name)
-        return {"pooled": lines[-1], "sites": lines[:-1]} if lines else {}
+        """Return one column for all sites and for each site; empty if it has no values."""
+        rows = self._rows(name)
+        return {"all_sites": rows[-1], "sites": rows[:-1]} if rows else {}
 
-    def pooled(self, name: str) -> list[float | None]:
-        """One figure of the pooled model; empty where nobody tells it."""
-        lines = self._lines(name)
-        return lines[-1] if lines else []
+    def all_sites(self, name: str) -> list[float | None]:
+        """Return one column for all sites; empty if it has no values."""
+        rows = self._rows(name)
+        return rows[-1] if rows else []
 
-    def parts(self) -> list[str]:
-        """What came of each site, one letter a round."""
-        return ["".join(letters) for letters in self._letters]
+    def participation(self) -> list[str]:
+        """Return the status of each site, one letter per round."""
+        return ["".join(codes) for codes in self._codes]
 
     def sums(self, name: str) -> list[int]:
-        """One count over all sites by round."""
+        """Return the sum of one column over all sites by round."""
         return [int(value) for value in np.nansum(self._matrices[name], axis=0)] if self.rounds else []

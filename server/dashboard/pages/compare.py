@@ -1,15 +1,15 @@
-"""Two runs beside each other: what their studies set differently, and what came of each."""
+"""Comparison of two runs: settings that differ, and results."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fedsigma.server.dashboard.pages.charts import comparison
-from fedsigma.server.dashboard.pages.run_view import Sections, short
+from fedsigma.server.dashboard.pages.charts import comparison_charts
+from fedsigma.server.dashboard.pages.run_view import Sections, format_value
 from fedsigma.server.report.data import ReportData, collect_report_data
 from fedsigma.server.report.formatting import (
     METHODS,
-    NOTHING,
+    MISSING,
     format_bytes,
     format_duration,
     format_percent,
@@ -21,53 +21,55 @@ __all__ = ["compare_view"]
 
 
 def compare_view(first: RunTailer, second: RunTailer) -> Sections:
-    """What the page shows."""
-    contents = [collect_report_data(folder, shift=False) for folder in (first, second)]
+    """Return what the comparison page shows."""
+    runs = [collect_report_data(tailer, read_shift=False) for tailer in (first, second)]
     return Sections(
         view={
-            "settings": _settings(*(content.study for content in contents)),
-            "results": _results(contents),
-            "sites": _by_site(contents),
+            "settings": _differing_settings(*(data.study for data in runs)),
+            "results": _results(runs),
+            "sites": _accuracy_by_site(runs),
         },
-        charts={"runs": comparison((first, second))},
+        charts={"runs": comparison_charts((first, second))},
     )
 
 
-def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
-    one, two = flat(first), flat(second)
-    names = dict.fromkeys((*one, *two))
-    return [(n, one.get(n, NOTHING), two.get(n, NOTHING)) for n in names if one.get(n) != two.get(n)]
+def _differing_settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
+    a, b = flatten_settings(first), flatten_settings(second)
+    names = dict.fromkeys((*a, *b))
+    return [(n, a.get(n, MISSING), b.get(n, MISSING)) for n in names if a.get(n) != b.get(n)]
 
 
-def flat(values: dict[str, Any], before: str = "") -> dict[str, str]:
-    """A study's settings by their full names, `federation.rounds` and so on."""
-    found: dict[str, str] = {}
-    for key, value in values.items():
+def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a study's settings by full name, such as `federation.rounds`."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{before}{key}.")
+            flat |= flatten_settings(value, f"{prefix}{key}.")
         else:
-            found[before + key] = short(value) if value is not None else NOTHING
-    return found
+            flat[prefix + key] = format_value(value) if value is not None else MISSING
+    return flat
 
 
-def _results(contents: list[ReportData]) -> list[tuple[str, ...]]:
-    rows = [("Rounds done", *(str(c.run.rounds_done) for c in contents))]
-    rows.append(("Newest accuracy", *(format_percent(c.run.federated_accuracy) for c in contents)))
-    for name, words in METHODS.items():
-        values = [c.methods.get(name, {}).get("accuracy") for c in contents]
+def _results(runs: list[ReportData]) -> list[tuple[str, ...]]:
+    rows = [("Rounds done", *(str(data.run.rounds_done) for data in runs))]
+    rows.append(("Latest accuracy", *(format_percent(data.run.federated_accuracy) for data in runs)))
+    for method, name in METHODS.items():
+        values = [data.methods.get(method, {}).get("accuracy") for data in runs]
         if any(value is not None for value in values):
-            rows.append((words, *(format_percent(value) for value in values)))
-    rows.append(("From the sites", *(format_bytes(c.bytes_up) for c in contents)))
-    rows.append(("To the sites", *(format_bytes(c.bytes_down) for c in contents)))
-    rows.append(("Time", *(format_duration(c.run.seconds) for c in contents)))
+            rows.append((name, *(format_percent(value) for value in values)))
+    rows.append(("From the sites", *(format_bytes(data.bytes_up) for data in runs)))
+    rows.append(("To the sites", *(format_bytes(data.bytes_down) for data in runs)))
+    rows.append(("Duration", *(format_duration(data.run.seconds) for data in runs)))
     return rows
 
 
-def _by_site(contents: list[ReportData]) -> list[tuple[str, str, str, str]]:
-    newest = [{site: told[max(told)] for site, told in c.accuracy.items() if told} for c in contents]
-    found = []
+def _accuracy_by_site(runs: list[ReportData]) -> list[tuple[str, str, str, str]]:
+    newest = [
+        {site: values[max(values)] for site, values in data.accuracy.items() if values} for data in runs
+    ]
+    rows = []
     for site in dict.fromkeys((*newest[0], *newest[1])):
-        one, two = (told.get(site) for told in newest)
-        both = format_points(two - one) if one is not None and two is not None else NOTHING
-        found.append((site, format_percent(one), format_percent(two), both))
-    return found
+        a, b = (accuracy.get(site) for accuracy in newest)
+        difference = format_points(b - a) if a is not None and b is not None else MISSING
+        rows.append((site, format_percent(a), format_percent(b), difference))
+    return rows

@@ -1,4 +1,4 @@
-"""The pages that only a server has: its sites, its audit log, and studies to start, stop and go on with."""
+"""Pages that only a server has: sites, audit log, and starting, stopping and resuming runs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,30 @@ from starlette.routing import Route
 from fedsigma.common.config.study import study_names
 from fedsigma.common.utils.hash_chain import HashChainedLog, LogTampered
 from fedsigma.server.dashboard.auth.middleware import operator_only
-from fedsigma.server.dashboard.pages.routes import DashboardContext, tag_of, told
-from fedsigma.server.dashboard.pages.run_view import event_row
-from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, site_lines
+from fedsigma.server.dashboard.pages.routes import DashboardContext, etag_of, json_response
+from fedsigma.server.dashboard.pages.run_view import describe_event
+from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, list_sites
 from fedsigma.server.deployment.flower_control import ControlError
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 from fedsigma.server.deployment.studies import Studies
-from fedsigma.server.report.formatting import NOTHING, format_timestamp
+from fedsigma.server.report.formatting import MISSING, format_timestamp
 
 __all__ = ["coordinator_routes"]
 
-MOST_LINES = 500
-NEWEST_RUNS = 20
-"""Of how many runs the events are read to tell when a site was heard of."""
+MAX_AUDIT_ROWS = 500
+CONTACT_RUNS = 20
+"""Number of newest runs whose events are read for the sites' last contacts."""
 
 
-def coordinator_routes(desk: DashboardContext, server: ServerHome, watch: SuperLinkWatch) -> list[Route]:
-    """The routes of a server."""
-    pages = CoordinatorPages(desk, server, watch)
+def coordinator_routes(context: DashboardContext, server: ServerHome, watch: SuperLinkWatch) -> list[Route]:
+    """Return the routes that only a server's dashboard has.
+
+    Args:
+        context: What all pages share.
+        server: Folder of the server.
+        watch: Poller of the SuperLink.
+    """
+    pages = CoordinatorPages(context, server, watch)
     return [
         Route("/sites", pages.sites),
         Route("/state-of-sites", pages.sites_state),
@@ -46,81 +52,87 @@ def coordinator_routes(desk: DashboardContext, server: ServerHome, watch: SuperL
 
 
 class CoordinatorPages:
-    """Answers at a server's addresses."""
+    """The endpoints of `coordinator_routes`; see there for the arguments."""
 
-    def __init__(self, desk: DashboardContext, server: ServerHome, watch: SuperLinkWatch) -> None:
-        self._desk, self._server, self._watch = desk, server, watch
+    def __init__(self, context: DashboardContext, server: ServerHome, watch: SuperLinkWatch) -> None:
+        self._context, self._server, self._watch = context, server, watch
 
     async def sites(self, request: Request) -> Response:
-        """The sites, with their last contact."""
+        """Show the sites with their last contact."""
         values = await run_in_threadpool(self._sites)
-        return self._desk.page(request, "sites.html", **values)
+        return self._context.render_page(request, "sites.html", **values)
 
     async def sites_state(self, request: Request) -> Response:
-        """The same, for the page's script."""
-        text = self._desk.text(request, "sites_list.html", **await run_in_threadpool(self._sites))
-        return told(request, tag_of(text), {"parts": {"sites": text}})
+        """Return the list of sites for the page's script."""
+        values = await run_in_threadpool(self._sites)
+        html = self._context.render(request, "sites_list.html", **values)
+        return json_response(request, etag_of(html), {"parts": {"sites": html}})
 
     def _sites(self) -> dict[str, Any]:
-        library = self._desk.library
-        keys = [line.key for line in library.lines() if line.begun][:NEWEST_RUNS]
-        events = [event for key in keys for event in library.run(key).events()]
+        index = self._context.run_index
+        keys = [entry.key for entry in index.list_runs() if entry.started][:CONTACT_RUNS]
+        events = [event for key in keys for event in index.open_run(key).events()]
         rows = [
             (
-                one.name,
-                one.state,
-                one.node or NOTHING,
-                format_timestamp(one.contact),
-                one.version or NOTHING,
-                one.note,
+                site.name,
+                site.state,
+                site.node_status or MISSING,
+                format_timestamp(site.last_contact),
+                site.version or MISSING,
+                site.note,
             )
-            for one in site_lines(library.registry, self._watch, events)
+            for site in list_sites(index.database, self._watch, events)
         ]
-        return {"sites": rows, "problem": self._watch.problem}
+        return {"sites": rows, "error": self._watch.error}
 
     async def audit(self, request: Request) -> Response:
-        """The server's audit log, verified."""
-        chain = HashChainedLog(self._server.path / "audit.jsonl")
+        """Verify the server's audit log and show its newest lines."""
+        log = HashChainedLog(self._server.path / "audit.jsonl")
         lines: list[dict[str, Any]] = []
-        head = broken = ""
+        head = error = ""
         try:
-            lines, found = await run_in_threadpool(chain.check)
-            head = str(found)
-        except LogTampered as error:
-            broken = f"The audit log does not verify: {error.what}. Compare it with a backup."
-        rows = [event_row(line) for line in reversed(lines[-MOST_LINES:])]
-        return self._desk.page(request, "audit.html", rows=rows, count=len(lines), head=head, broken=broken)
+            lines, verified = await run_in_threadpool(log.check)
+            head = str(verified)
+        except LogTampered as problem:
+            error = f"Verification of the audit log failed: {problem.what}. Compare the log with a backup."
+        rows = [describe_event(line) for line in reversed(lines[-MAX_AUDIT_ROWS:])]
+        return self._context.render_page(
+            request, "audit.html", rows=rows, count=len(lines), head=head, error=error
+        )
 
     async def start_form(self, request: Request) -> Response:
-        """The form for a new study."""
+        """Show the form that starts a study."""
         return self._form(request, {"bundled": "", "text": "", "rounds": 0, "seed": -1})
 
     def _form(self, request: Request, values: dict[str, Any], *, error: str = "") -> Response:
-        names = study_names()
-        status = 400 if error else 200
-        return self._desk.page(
-            request, "start.html", status=status, bundled=names, values=values, error=error
+        return self._context.render_page(
+            request,
+            "start.html",
+            status=400 if error else 200,
+            bundled=study_names(),
+            values=values,
+            error=error,
         )
 
     async def start(self, request: Request) -> Response:
-        """Hand a study to the sites, or say why it does not do; what was typed stays."""
+        """Submit a study; on an error, show the form with the values that were entered."""
         form = await request.form()
         values = {key: str(form.get(key, "")).strip() for key in ("bundled", "text", "rounds", "seed")}
         try:
             await run_in_threadpool(self._submit, form, values, by=request.state.user.name)
         except (ValueError, ServerHomeError, ControlError) as error:
             return self._form(request, values, error=str(error))
-        self._watch.soon()
+        self._watch.refresh()
         return RedirectResponse("/", 303)
 
     def _submit(self, form: FormData, values: dict[str, str], *, by: str) -> None:
-        rounds, seed = (_whole(values, key, none) for key, none in (("rounds", 0), ("seed", -1)))
+        rounds, seed = (_parse_int(values, key, empty) for key, empty in (("rounds", 0), ("seed", -1)))
         options: dict[str, Any] = {"again": "again" in form, "rounds": max(0, rounds), "seed": max(-1, seed)}
         studies = Studies(self._server, by=by)
         if values["bundled"]:
             if values["bundled"] not in study_names():
                 raise ServerHomeError(
-                    f"no study '{values['bundled']}' comes with FedSigma: choose one of the list"
+                    f"no study '{values['bundled']}' is included in FedSigma: choose one from the list"
                 )
             studies.submit(values["bundled"], **options)
         elif values["text"]:
@@ -129,30 +141,30 @@ class CoordinatorPages:
                 file.write_text(values["text"], encoding="utf-8")
                 studies.submit(str(file), **options)
         else:
-            raise ServerHomeError("no study was named: choose one, or paste a study file")
+            raise ServerHomeError("no study was given: choose one, or paste a study file")
 
     async def stop(self, request: Request) -> Response:
         """Stop a run."""
         return await self._act(request, Studies.stop)
 
     async def resume(self, request: Request) -> Response:
-        """Go on with a run."""
+        """Resume a run."""
         return await self._act(request, Studies.resume)
 
-    async def _act(self, request: Request, act: Callable[[Studies, str], Any]) -> Response:
-        line = await run_in_threadpool(self._desk.library.line, request.path_params["key"])
+    async def _act(self, request: Request, action: Callable[[Studies, str], Any]) -> Response:
+        entry = await run_in_threadpool(self._context.run_index.find_run, request.path_params["key"])
         try:
             studies = Studies(self._server, by=request.state.user.name)
-            await run_in_threadpool(act, studies, line.run_id)
+            await run_in_threadpool(action, studies, entry.run_id)
         except (ServerHomeError, ControlError) as error:
-            values = {"title": "That did not work", "words": str(error)}
-            return self._desk.page(request, "error.html", status=409, **values)
-        self._watch.soon()
-        return RedirectResponse(f"/runs/{line.key}" if line.begun else "/", 303)
+            values = {"title": "Action failed", "message": str(error)}
+            return self._context.render_page(request, "error.html", status=409, **values)
+        self._watch.refresh()
+        return RedirectResponse(f"/runs/{entry.key}" if entry.started else "/", 303)
 
 
-def _whole(values: dict[str, str], key: str, none: int) -> int:
+def _parse_int(values: dict[str, str], key: str, empty: int) -> int:
     try:
-        return int(values[key] or none)
+        return int(values[key] or empty)
     except ValueError:
         raise ServerHomeError(f"{key} is '{values[key]}', expected a whole number") from None

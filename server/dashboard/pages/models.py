@@ -1,4 +1,4 @@
-"""The registry's versions, as the pages show them."""
+"""The versions of the model registry, as the pages show them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from markdown_it.rules_core import StateCore
 from markupsafe import Markup
 
 from fedsigma.common.registry import ModelError, ModelRegistry
-from fedsigma.server.report.formatting import NOTHING, format_percent
+from fedsigma.server.report.formatting import MISSING, format_percent
 
-__all__ = ["card", "model_rows"]
+__all__ = ["model_rows", "render_card"]
 
 
 def model_rows(registry: ModelRegistry) -> tuple[list[dict[str, str]], list[str]]:
-    """A row for each version, the newest first, and what is wrong with those that were changed."""
+    """Return a row per version, newest first, and the errors of versions that failed verification."""
     if not registry.path.is_dir():
         return [], []
     try:
@@ -23,31 +23,36 @@ def model_rows(registry: ModelRegistry) -> tuple[list[dict[str, str]], list[str]
     except ModelError as error:
         return [], [str(error)]
     rows = []
-    for one in sorted(versions, key=lambda one: one.manifest.created, reverse=True):
-        about = one.manifest
-        row: dict[str, Any] = {"reference": about.reference, "labels": ", ".join(one.labels) or NOTHING}
-        row |= {"origin": about.origin, "parents": ", ".join(about.parents) or NOTHING}
-        row |= {"backbone": about.backbone, "created": about.created}
-        for name, key in (("accuracy", "federated"), ("zero_shot", "zero_shot")):
-            row[name] = format_percent(about.results.get(key, {}).get("accuracy"))
+    for version in sorted(versions, key=lambda version: version.manifest.created, reverse=True):
+        manifest = version.manifest
+        row: dict[str, Any] = {
+            "reference": manifest.reference,
+            "labels": ", ".join(version.labels) or MISSING,
+            "origin": manifest.origin,
+            "parents": ", ".join(manifest.parents) or MISSING,
+            "backbone": manifest.backbone,
+            "created": manifest.created,
+        }
+        for column, method in (("accuracy", "federated"), ("zero_shot", "zero_shot")):
+            row[column] = format_percent(manifest.results.get(method, {}).get("accuracy"))
         rows.append(row)
     return rows, []
 
 
-def card(registry: ModelRegistry, reference: str) -> Markup:
-    """A version's card as HTML; markup inside the card is shown, not followed.
+def render_card(registry: ModelRegistry, reference: str) -> Markup:
+    """Return a version's model card as HTML; HTML inside the card is escaped.
 
     Raises:
-        ModelError: there is no such version, or it was changed.
+        ModelError: There is no such version, or it was changed.
     """
-    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
-    reader.core.ruler.push("classes", _classes)
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    markdown.core.ruler.push("classes", _replace_styles)
     text = (registry.find(reference).path / "card.md").read_text(encoding="utf-8")
-    return Markup(reader.render(text))
+    return Markup(markdown.render(text))
 
 
-def _classes(state: StateCore) -> None:
-    """Have the cells of tables say by a class how they are set: the pages' policy lets no style be inline."""
+def _replace_styles(state: StateCore) -> None:
+    """Replace the alignment style of table cells by a class: the content policy forbids inline styles."""
     for token in state.tokens:
         if style := token.attrs.pop("style", None):
             token.attrSet("class", str(style).rpartition(":")[2])

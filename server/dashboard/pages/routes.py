@@ -1,4 +1,4 @@
-"""The addresses of the dashboard, and what answers at each."""
+"""The routes of the dashboard, and the context that its pages share."""
 
 from __future__ import annotations
 
@@ -22,175 +22,181 @@ from starlette.routing import Route
 from fedsigma.common import __version__
 from fedsigma.server.dashboard.pages.compare import compare_view
 from fedsigma.server.dashboard.pages.prometheus import RunCollector, metrics_page
-from fedsigma.server.dashboard.pages.run_index import RunIndex, RunLine, UnknownRun
+from fedsigma.server.dashboard.pages.run_index import RunEntry, RunIndex, UnknownRun
 from fedsigma.server.dashboard.pages.run_view import Sections, list_view, run_view
 from fedsigma.server.report.style import CHOSEN_SCHEMES, SCHEMES
 from fedsigma.server.report.template import TABLE
 
-__all__ = ["DashboardContext", "make_pages"]
+__all__ = ["DashboardContext", "make_app"]
 
 HERE = Path(__file__).parents[1]
-FLUSH = "end of the head"
-KINDS = {".css": "text/css", ".js": "text/javascript"}
+MAX_CACHED_VIEWS = 8
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
+_FLUSH = "end of the head"
 
 
 class DashboardContext:
     """What all pages share.
 
     Args:
-        library: the runs.
-        pages: addresses and names for the bar at the top.
+        run_index: The runs.
+        pages: Paths and titles for the navigation bar.
     """
 
-    def __init__(self, library: RunIndex, pages: tuple[tuple[str, str], ...]) -> None:
-        self.library = library
+    def __init__(self, run_index: RunIndex, pages: tuple[tuple[str, str], ...]) -> None:
+        self.run_index = run_index
         self.pages = pages
         self._views: dict[str, tuple[tuple[Any, ...], Sections]] = {}
         loader = ChoiceLoader([FileSystemLoader(HERE / "templates"), DictLoader({"grids.html": TABLE})])
         self._environment = Environment(
             loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        self._environment.globals |= {"asset": asset, "version": __version__}
+        self._environment.globals |= {"asset": asset_url, "version": __version__}
 
-    def text(self, request: Request, template: str, **values: Any) -> str:
-        """A template as HTML; all text from runs and studies is escaped."""
+    def render(self, request: Request, template: str, **values: Any) -> str:
+        """Return a template as HTML; all text from runs and studies is escaped."""
         return "".join(self._template(request, template, values))
 
     def _template(self, request: Request, template: str, values: dict[str, Any]) -> Iterator[str]:
-        server = self.library.server
+        server = self.run_index.server
         shared = {
             "user": request.state.user,
             "pages": self.pages,
-            "here": request.url.path,
+            "current_path": request.url.path,
             "server_name": server.config.name if server else "",
             "flush": "",
             "may_operate": self.may_operate(request),
         }
         return self._environment.get_template(template).generate(**(shared | values))
 
-    def ready(self) -> None:
-        """Have all templates compiled, which takes a moment."""
+    def compile_templates(self) -> None:
+        """Compile all templates, so that the first request does not wait for it."""
         for name in self._environment.list_templates():
             self._environment.get_template(name)
 
-    def streamed(self, request: Request, template: str, **values: Any) -> Response:
-        """A page whose head is sent before the rest is known, so that a browser fetches scripts meanwhile."""
-        pieces = self._template(request, template, values | {"flush": FLUSH})
+    def stream_page(self, request: Request, template: str, **values: Any) -> Response:
+        """Return a page whose head is sent first, so that the browser loads scripts early."""
+        pieces = self._template(request, template, values | {"flush": _FLUSH})
 
         def parts() -> Iterator[str]:
-            held: list[str] = []
+            buffer: list[str] = []
             for piece in pieces:
-                if piece == FLUSH:
-                    yield "".join(held)
-                    held = []
+                if piece == _FLUSH:
+                    yield "".join(buffer)
+                    buffer = []
                 else:
-                    held.append(piece)
-            yield "".join(held)
+                    buffer.append(piece)
+            yield "".join(buffer)
 
         return StreamingResponse(parts(), media_type="text/html")
 
-    def page(self, request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
-        """A whole page."""
-        return HTMLResponse(self.text(request, template, **values), status_code=status)
+    def render_page(
+        self, request: Request, template: str, *, status: int = 200, **values: Any
+    ) -> HTMLResponse:
+        """Return a complete page."""
+        return HTMLResponse(self.render(request, template, **values), status_code=status)
 
     def may_operate(self, request: Request) -> bool:
-        """Whether this user may start, stop and go on with studies here."""
+        """Return whether the user may start, stop and resume runs."""
         user = request.state.user
-        return self.library.server is not None and user is not None and user.role == "operator"
+        return self.run_index.server is not None and user is not None and user.role == "operator"
 
-    def sections(self, line: RunLine) -> tuple[str, Sections]:
-        """A run's page and a tag that changes with it; what has not changed is not made again.
+    def run_sections(self, entry: RunEntry) -> tuple[str, Sections]:
+        """Return a tag that identifies the state of a run, and its page; unchanged pages are cached.
 
         Raises:
-            UnknownRun: there is no such run.
+            UnknownRun: There is no such run.
         """
-        folder = self.library.run(line.key)
-        state = (folder.state, line.run.state)
-        known = self._views.get(line.key)
-        if known is None or known[0] != state:
-            known = self._views[line.key] = (state, run_view(folder, line))
-            while len(self._views) > 8:
+        tailer = self.run_index.open_run(entry.key)
+        state = (tailer.state, entry.summary.state)
+        cached = self._views.get(entry.key)
+        if cached is None or cached[0] != state:
+            cached = self._views[entry.key] = (state, run_view(tailer, entry))
+            while len(self._views) > MAX_CACHED_VIEWS:
                 del self._views[next(iter(self._views))]
-        return tag_of(repr(state)), known[1]
+        return etag_of(repr(state)), cached[1]
 
 
 @cache
-def static(name: str) -> tuple[bytes, bytes, str]:
-    """A file of the pages: its content, the same compressed, and a version that changes with it.
+def read_static(name: str) -> tuple[bytes, bytes, str]:
+    """Return a static file: its content, the content compressed by gzip, and a hash of the content.
 
     Raises:
-        FileNotFoundError: there is none of this name.
+        FileNotFoundError: There is no file of this name.
     """
-    known = {path.name: path for path in (HERE / "static").iterdir()}
-    if name not in known:
+    paths = {path.name: path for path in (HERE / "static").iterdir()}
+    if name not in paths:
         raise FileNotFoundError(name)
-    content = known[name].read_bytes()
+    content = paths[name].read_bytes()
     if name == "app.css":
         content = (SCHEMES + CHOSEN_SCHEMES).encode() + content
     return content, gzip.compress(content, 6), hashlib.sha256(content).hexdigest()[:12]
 
 
-def asset(name: str) -> str:
-    """The address of a file of the pages."""
-    return f"/static/{name}?v={static(name)[2]}"
+def asset_url(name: str) -> str:
+    """Return the URL of a static file, with a version that changes with the content."""
+    return f"/static/{name}?v={read_static(name)[2]}"
 
 
 async def _static(request: Request) -> Response:
     name = request.path_params["name"]
     try:
-        content, small, _ = static(name)
+        content, compressed, _ = read_static(name)
     except FileNotFoundError:
         raise HTTPException(404) from None
     headers = {"Vary": "Accept-Encoding"}
-    # Addresses without their version are those that scripts import; they are asked for again each time.
+    # Scripts import modules without the version; these are revalidated each time.
     headers["Cache-Control"] = "private, max-age=31536000, immutable" if request.query_params else "no-cache"
     if "gzip" in request.headers.get("accept-encoding", ""):
-        content, headers["Content-Encoding"] = small, "gzip"
-    return Response(content, media_type=KINDS[Path(name).suffix], headers=headers)
+        content, headers["Content-Encoding"] = compressed, "gzip"
+    return Response(content, media_type=MEDIA_TYPES[Path(name).suffix], headers=headers)
 
 
-def make_pages(desk: DashboardContext, more: list[Route], *, lifespan: Any = None) -> Starlette:
-    """The app, without the guard that has to stand before it.
+def make_app(context: DashboardContext, extra_routes: list[Route], *, lifespan: Any = None) -> Starlette:
+    """Return the app without authentication; wrap it with `require_login`.
 
     Args:
-        desk: what the pages share.
-        more: routes of a server.
-        lifespan: Starlette's.
+        context: What all pages share.
+        extra_routes: Routes that only a server's dashboard has.
+        lifespan: Lifespan handler of the Starlette app.
     """
     routes = [
-        Route("/", _page(desk, _runs)),
-        Route("/state", _page(desk, _runs_state)),
-        Route("/runs/{key:path}", _page(desk, _run)),
-        Route("/state/{key:path}", _page(desk, _run_state)),
-        Route("/report/{key:path}", _page(desk, _report)),
-        Route("/compare", _page(desk, _compare)),
-        Route("/models", _page(desk, _models)),
-        Route("/models/{reference}", _page(desk, _model)),
+        Route("/", _page(context, _runs)),
+        Route("/state", _page(context, _runs_state)),
+        Route("/runs/{key:path}", _page(context, _run)),
+        Route("/state/{key:path}", _page(context, _run_state)),
+        Route("/report/{key:path}", _page(context, _report)),
+        Route("/compare", _page(context, _compare)),
+        Route("/models", _page(context, _models)),
+        Route("/models/{reference}", _page(context, _model)),
         Route("/static/{name}", _static),
         Route("/health", _health),
-        Route("/metrics", _metrics(desk)),
-        *more,
+        Route("/metrics", _metrics(context)),
+        *extra_routes,
     ]
 
-    async def failed(request: Request, error: Exception) -> Response:
+    async def error_page(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 404
-        title = {404: "Not here", 403: "Not allowed"}.get(status, "That did not work")
-        words = {404: "There is no such page, or the run has been removed."}.get(status, "")
-        words = words or (error.detail if isinstance(error, HTTPException) else "")
-        return desk.page(request, "error.html", status=status, title=title, words=words)
+        title = {404: "Not found", 403: "Forbidden"}.get(status, "Request failed")
+        message = error.detail if isinstance(error, HTTPException) else ""
+        if status == 404:
+            message = "There is no such page, or the run was removed."
+        return context.render_page(request, "error.html", status=status, title=title, message=message)
 
     return Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: failed, UnknownRun: failed}
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: error_page, UnknownRun: error_page},
     )
 
 
 def _page(
-    desk: DashboardContext, work: Callable[[DashboardContext, Request], Response]
+    context: DashboardContext, handler: Callable[[DashboardContext, Request], Response]
 ) -> Callable[[Request], Any]:
-    """An endpoint whose work, which reads files, is done in a thread."""
+    """Return an endpoint that runs the handler in a thread, because handlers read files."""
 
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(work, desk, request)
+        return await run_in_threadpool(handler, context, request)
 
     return endpoint
 
@@ -199,41 +205,47 @@ async def _health(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
-def _metrics(desk: DashboardContext) -> Callable[[Request], Any]:
-    collector = RunCollector(desk.library.figures)
+def _metrics(context: DashboardContext) -> Callable[[Request], Any]:
+    collector = RunCollector(context.run_index.collect_metrics)
 
     async def endpoint(request: Request) -> Response:
         accept = request.headers.get("accept", "")
-        content, kind = await run_in_threadpool(metrics_page, collector, accept=accept)
-        return Response(content, headers={"Content-Type": kind})
+        content, content_type = await run_in_threadpool(metrics_page, collector, accept=accept)
+        return Response(content, headers={"Content-Type": content_type})
 
     return endpoint
 
 
-def _runs(desk: DashboardContext, request: Request) -> Response:
-    return desk.page(request, "runs.html", **_listed(desk, request))
+def _runs(context: DashboardContext, request: Request) -> Response:
+    return context.render_page(request, "runs.html", **_runs_list(context, request))
 
 
-def _listed(desk: DashboardContext, request: Request) -> dict[str, Any]:
+def _runs_list(context: DashboardContext, request: Request) -> dict[str, Any]:
     return {
-        "runs": list_view(desk.library),
-        "place": desk.library.runs.name,
-        "may_start": desk.may_operate(request),
+        "runs": list_view(context.run_index),
+        "folder": context.run_index.folder.name,
+        "may_start": context.may_operate(request),
     }
 
 
-def _runs_state(desk: DashboardContext, request: Request) -> Response:
-    text = desk.text(request, "runs_list.html", **_listed(desk, request))
-    return told(request, tag_of(text), {"parts": {"live": text}})
+def _runs_state(context: DashboardContext, request: Request) -> Response:
+    html = context.render(request, "runs_list.html", **_runs_list(context, request))
+    return json_response(request, etag_of(html), {"parts": {"live": html}})
 
 
-def tag_of(text: str) -> str:
-    """A short text that changes with this one."""
+def etag_of(text: str) -> str:
+    """Return a short hash of the text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def told(request: Request, tag: str, values: dict[str, Any]) -> Response:
-    """A part of a page for its script, or the word that it is as it was."""
+def json_response(request: Request, tag: str, values: dict[str, Any]) -> Response:
+    """Return values for a page's script, or status 304 if the client has this version.
+
+    Args:
+        request: The request, with the client's version in `If-None-Match`.
+        tag: Identifies this version.
+        values: The content, to be encoded as JSON.
+    """
     headers = {"ETag": f'"{tag}"', "Vary": "Accept-Encoding"}
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
@@ -243,79 +255,82 @@ def told(request: Request, tag: str, values: dict[str, Any]) -> Response:
     return Response(content, media_type="application/json", headers=headers)
 
 
-def _run(desk: DashboardContext, request: Request) -> Response:
-    line = desk.library.line(request.path_params["key"])
-    desk.library.run(line.key)
+def _run(context: DashboardContext, request: Request) -> Response:
+    entry = context.run_index.find_run(request.path_params["key"])
+    context.run_index.open_run(entry.key)
 
     def read() -> dict[str, Any]:
-        found = desk.sections(line)[1]
-        return {"view": found.view, "charts": _embedded(found)}
+        sections = context.run_sections(entry)[1]
+        return {"view": sections.view, "charts": _embed_charts(sections)}
 
-    return desk.streamed(request, "run.html", name=line.run.study, actions=_actions(line), read=read)
-
-
-def _embedded(found: Sections) -> Markup:
-    """Series as JSON within a page, which nothing in them can end."""
-    return Markup(json.dumps(found.charts, separators=(",", ":")).replace("<", "\\u003c"))
+    name = entry.summary.study
+    return context.stream_page(request, "run.html", name=name, actions=_actions(entry), read=read)
 
 
-def _actions(line: RunLine) -> list[tuple[str, dict[str, str]]]:
-    if not line.run_id:
+def _embed_charts(sections: Sections) -> Markup:
+    """Return the charts' series as JSON that cannot close the surrounding script element."""
+    return Markup(json.dumps(sections.charts, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _actions(entry: RunEntry) -> list[tuple[str, dict[str, str]]]:
+    if not entry.run_id:
         return []
-    stop = {"button": "Stop", "ask": "Stop this run? What it has done stays, and it can be gone on with."}
-    go_on = {"button": "Go on", "ask": "Go on with this run where it ended?"}
+    stop = {"button": "Stop", "confirm": "Stop this run? Finished rounds are kept, and it can be resumed."}
+    resume = {"button": "Resume", "confirm": "Resume this run after its last finished round?"}
     return {
         "queued": [("stop", stop)],
         "running": [("stop", stop)],
-        "interrupted": [("stop", stop), ("resume", go_on)],
-        "failed": [("resume", go_on)],
-    }.get(line.run.state, [])
+        "interrupted": [("stop", stop), ("resume", resume)],
+        "failed": [("resume", resume)],
+    }.get(entry.summary.state, [])
 
 
-def _run_state(desk: DashboardContext, request: Request) -> Response:
-    line = desk.library.line(request.path_params["key"])
-    tag, found = desk.sections(line)
+def _run_state(context: DashboardContext, request: Request) -> Response:
+    entry = context.run_index.find_run(request.path_params["key"])
+    tag, sections = context.run_sections(entry)
     if request.headers.get("if-none-match") == f'"{tag}"':
-        return told(request, tag, {})
-    values = {"view": found.view, "actions": _actions(line)}
+        return json_response(request, tag, {})
+    values = {"view": sections.view, "actions": _actions(entry)}
     names = ("head", "actions", "tables")
-    parts = {name: desk.text(request, f"run_{name}.html", **values) for name in names}
-    return told(request, tag, {"parts": parts, "charts": found.charts})
+    parts = {name: context.render(request, f"run_{name}.html", **values) for name in names}
+    return json_response(request, tag, {"parts": parts, "charts": sections.charts})
 
 
-def _report(desk: DashboardContext, request: Request) -> Response:
-    path = desk.library.run(request.path_params["key"]).report_path
+def _report(context: DashboardContext, request: Request) -> Response:
+    path = context.run_index.open_run(request.path_params["key"]).report_path
     if not path.is_file():
         raise HTTPException(404)
-    # A report has its style inline and no script; in a sandbox it can do nothing in the dashboard's name.
+    # A report has inline styles and no scripts; the sandbox gives it no access to the dashboard's origin.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
     return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": policy})
 
 
-def _compare(desk: DashboardContext, request: Request) -> Response:
-    runs = [row for row in list_view(desk.library) if row["begun"]]
-    chosen = (request.query_params.getlist("run") + [row["key"] for row in runs] + ["", ""])[:2]
-    if not all(chosen):
-        return desk.page(request, "compare.html", runs=runs, chosen=chosen, view=None, charts="")
-    found = compare_view(*(desk.library.run(key) for key in chosen))
-    shown: dict[str, Any] = {"view": found.view, "charts": _embedded(found)}
-    return desk.page(request, "compare.html", runs=runs, chosen=chosen, **shown)
+def _compare(context: DashboardContext, request: Request) -> Response:
+    runs = [row for row in list_view(context.run_index) if row["has_page"]]
+    selected = (request.query_params.getlist("run") + [row["key"] for row in runs] + ["", ""])[:2]
+    view, charts = None, Markup("")
+    if all(selected):
+        sections = compare_view(*(context.run_index.open_run(key) for key in selected))
+        view, charts = sections.view, _embed_charts(sections)
+    return context.render_page(
+        request, "compare.html", runs=runs, selected=selected, view=view, charts=charts
+    )
 
 
-def _models(desk: DashboardContext, request: Request) -> Response:
+def _models(context: DashboardContext, request: Request) -> Response:
     from fedsigma.server.dashboard.pages.models import model_rows
 
-    rows, problems = model_rows(desk.library.shelf)
-    return desk.page(request, "models.html", models=rows, problems=problems)
+    rows, errors = model_rows(context.run_index.model_registry)
+    return context.render_page(request, "models.html", models=rows, errors=errors)
 
 
-def _model(desk: DashboardContext, request: Request) -> Response:
+def _model(context: DashboardContext, request: Request) -> Response:
     from fedsigma.common.registry import ModelError
-    from fedsigma.server.dashboard.pages.models import card
+    from fedsigma.server.dashboard.pages.models import render_card
 
     reference = request.path_params["reference"]
     try:
-        shown = card(desk.library.shelf, reference)
+        card = render_card(context.run_index.model_registry, reference)
     except ModelError:
         raise HTTPException(404) from None
-    return desk.page(request, "model.html", reference=reference, card=shown)
+    return context.render_page(request, "model.html", reference=reference, card=card)

@@ -1,4 +1,4 @@
-"""What the dashboard can show: the runs of a folder of simulations, or those of a server."""
+"""The runs that the dashboard shows: those of a folder of simulations, or of a server."""
 
 from __future__ import annotations
 
@@ -12,182 +12,195 @@ from pathlib import Path
 
 from fedsigma.common.registry import ModelRegistry, registry_folder
 from fedsigma.common.utils.errors import FedSigmaError
-from fedsigma.server.dashboard.pages.prometheus import NEWEST, RunFigures
+from fedsigma.server.dashboard.pages.prometheus import NEWEST, RunMetrics
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, utc_seconds
 from fedsigma.server.deployment.database import ServerDatabase, Submission
 from fedsigma.server.deployment.home import ServerHome
 from fedsigma.server.runs.summary import RunSummary, find_runs, summarize_run
 from fedsigma.server.runs.tail import RunTailer
 
-__all__ = ["RunIndex", "RunLine", "UnknownRun"]
+__all__ = ["RunEntry", "RunIndex", "UnknownRun"]
 
-MOST_OPEN = 32
-"""How many runs are kept parsed; the one that was looked at longest ago goes first."""
-LISTED_S = 1.0
-"""How long a list of the run folders counts; what is in them is looked at every time."""
+MAX_OPEN = 32
+"""Number of runs that are kept parsed; the least recently used is dropped first."""
+LIST_TTL_S = 1.0
+"""How long the list of run folders is cached; their files are checked every time."""
 
 
 class UnknownRun(FedSigmaError, LookupError):
-    """There is no such run here."""
+    """There is no such run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunLine:
-    """A run in the list.
+class RunEntry:
+    """A run in the list of runs.
 
-    key: its folder's path below the library's, which is its address in the pages. For a study that was
-    submitted and has not begun (`begun`) there is no folder yet; `run_id` is Flower's number of it.
+    Attributes:
+        key: Path of the run folder below the index's folder; identifies the run in URLs.
+        summary: State, progress and times of the run.
+        run_id: Flower's id of the run; empty for a simulation.
+        started: Whether the run has a folder; a submitted study has none until it starts.
     """
 
     key: str
-    run: RunSummary
+    summary: RunSummary
     run_id: str = ""
-    begun: bool = True
+    started: bool = True
 
     @property
-    def open(self) -> bool:
-        """Whether it may still change by itself."""
-        return self.run.state in ("running", "queued")
+    def active(self) -> bool:
+        """Whether the run may still change."""
+        return self.summary.state in ("running", "queued")
 
 
 class RunIndex:
     """The runs below one folder.
 
     Args:
-        runs: the folder that holds the run folders.
-        server: the server whose runs they are; None for simulations.
-        watch: what the server's SuperLink says of runs; None where nobody asks it.
+        folder: Folder that contains the run folders.
+        server: The server whose runs they are; None for simulations.
+        watch: Poller of the server's SuperLink, if there is one.
     """
 
     def __init__(
-        self, runs: Path, *, server: ServerHome | None = None, watch: SuperLinkWatch | None = None
+        self, folder: Path, *, server: ServerHome | None = None, watch: SuperLinkWatch | None = None
     ) -> None:
-        self.runs = runs
+        self.folder = folder
         self.server = server
         self._watch = watch
-        self.shelf = ModelRegistry(server.path / "models" if server else registry_folder(runs))
+        self.model_registry = ModelRegistry(server.path / "models" if server else registry_folder(folder))
         self._lock = threading.Lock()
-        self._listed: tuple[float, list[Path]] = (-LISTED_S, [])
-        self._overviews: dict[Path, tuple[tuple[int, ...], RunSummary]] = {}
+        self._listed: tuple[float, list[Path]] = (-LIST_TTL_S, [])
+        self._summaries: dict[Path, tuple[tuple[int, ...], RunSummary]] = {}
         self._open: OrderedDict[Path, RunTailer] = OrderedDict()
-        self._figures: dict[str, tuple[tuple[int, ...], RunFigures]] = {}
+        self._metrics: dict[str, tuple[tuple[int, ...], RunMetrics]] = {}
 
     @cached_property
-    def registry(self) -> ServerDatabase:
-        """The database of the server, opened once."""
+    def database(self) -> ServerDatabase:
+        """The server's database, opened once."""
         assert self.server is not None
         return ServerDatabase(self.server.path / "server.db")
 
-    def lines(self) -> list[RunLine]:
-        """All runs, the newest first."""
-        found = self._lines(self._paths())
-        return sorted(found, key=lambda line: (line.run.started or 0.0, line.key), reverse=True)
+    def list_runs(self) -> list[RunEntry]:
+        """Return all runs, newest first."""
+        entries = self._entries(self._paths())
+        return sorted(entries, key=lambda entry: (entry.summary.started or 0.0, entry.key), reverse=True)
 
-    def line(self, key: str) -> RunLine:
-        """One run of the list; the others are not looked at.
+    def find_run(self, key: str) -> RunEntry:
+        """Return one run, without reading the others.
 
         Raises:
-            UnknownRun: there is none of this key.
+            UnknownRun: There is no run with this key.
         """
-        for line in self._lines([path for path in self._paths() if self.key(path) == key]):
-            if line.key == key:
-                return line
+        for entry in self._entries([path for path in self._paths() if self.key(path) == key]):
+            if entry.key == key:
+                return entry
         raise UnknownRun(key)
 
-    def _lines(self, paths: list[Path]) -> list[RunLine]:
-        """These runs, and what a server has that has not begun."""
-        found = [RunLine(key=self.key(path), run=self._overview(path)) for path in paths]
+    def _entries(self, paths: list[Path]) -> list[RunEntry]:
+        """Return the runs of these folders, and a server's submitted studies that have not started."""
+        entries = [RunEntry(key=self.key(path), summary=self._summary(path)) for path in paths]
         if self.server is None:
-            return found
-        return with_submissions(self.registry, found, self._watch)
+            return entries
+        return with_submissions(self.database, entries, self._watch)
 
-    def run(self, key: str) -> RunTailer:
-        """The files of a run, as far as they were parsed before.
+    def open_run(self, key: str) -> RunTailer:
+        """Return the reader of a run's files, which keeps what it has parsed.
 
         Raises:
-            UnknownRun: there is none of this key; keys are looked up, never joined to a path.
+            UnknownRun: There is no run with this key. Keys are looked up, never joined to a path.
         """
         path = {self.key(path): path for path in self._paths()}.get(key)
         if path is None:
             raise UnknownRun(key)
         with self._lock:
-            found = self._open.setdefault(path, RunTailer(path))
+            tailer = self._open.setdefault(path, RunTailer(path))
             self._open.move_to_end(path)
-            while len(self._open) > MOST_OPEN:
+            while len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)
-            return found
+            return tailer
 
     def key(self, path: Path) -> str:
-        """The address of a run folder."""
-        return path.relative_to(self.runs).as_posix() if path != self.runs else path.name
+        """Return the key of a run folder."""
+        return path.relative_to(self.folder).as_posix() if path != self.folder else path.name
 
-    def figures(self, *, newest: int = NEWEST) -> list[RunFigures]:
-        """What metrics tell of each run; of the runs after the newest ones, their overview alone."""
-        found = []
-        for number, line in enumerate(self.lines()):
-            if number >= newest or not line.begun:
-                found.append(RunFigures(overview=line.run))
+    def collect_metrics(self, *, newest: int = NEWEST) -> list[RunMetrics]:
+        """Return the metrics of each run; beyond the `newest` runs only the summary."""
+        collected = []
+        for index, entry in enumerate(self.list_runs()):
+            if index >= newest or not entry.started:
+                collected.append(RunMetrics(summary=entry.summary))
                 continue
-            # Those that change are kept parsed; of those that ended, what was counted once is enough.
-            folder = self.run(line.key) if line.open else RunTailer(Path(line.run.path))
-            state = folder.state
-            known = self._figures.get(line.key)
-            if known is None or known[0] != state or known[1].overview != line.run:
-                made = RunFigures.of(line.run, rows=folder.rounds(), events=folder.events())
-                known = self._figures[line.key] = (state, made)
-            found.append(known[1])
-        return found
+            # Active runs are kept parsed; the metrics of the others are computed once.
+            tailer = self.open_run(entry.key) if entry.active else RunTailer(Path(entry.summary.path))
+            state = tailer.state
+            cached = self._metrics.get(entry.key)
+            if cached is None or cached[0] != state or cached[1].summary != entry.summary:
+                metrics = RunMetrics.from_run(entry.summary, rows=tailer.rounds(), events=tailer.events())
+                cached = self._metrics[entry.key] = (state, metrics)
+            collected.append(cached[1])
+        return collected
 
     def _paths(self) -> list[Path]:
         with self._lock:
-            listed, paths = self._listed
-            if time.monotonic() - listed > LISTED_S:
-                paths = find_runs(self.runs) if self.runs.is_dir() else []
+            listed_at, paths = self._listed
+            if time.monotonic() - listed_at > LIST_TTL_S:
+                paths = find_runs(self.folder) if self.folder.is_dir() else []
                 self._listed = time.monotonic(), paths
             return paths
 
-    def _overview(self, path: Path) -> RunSummary:
-        folder = RunTailer(path)
-        state = folder.state
-        known = self._overviews.get(path)
-        # A run that dies changes no file, so one that has not ended is asked about every time.
-        if known is None or known[0] != state or known[1].state not in ("finished", "failed"):
-            known = self._overviews[path] = (state, summarize_run(folder))
-        return known[1]
+    def _summary(self, path: Path) -> RunSummary:
+        tailer = RunTailer(path)
+        state = tailer.state
+        cached = self._summaries.get(path)
+        # A crashed run changes no file, so the lock of a run that has not ended is checked every time.
+        if cached is None or cached[0] != state or cached[1].state not in ("finished", "failed"):
+            cached = self._summaries[path] = (state, summarize_run(tailer))
+        return cached[1]
 
 
-def newest_submissions(registry: ServerDatabase) -> dict[Path, Submission]:
-    """The last submission of each run folder."""
-    found: dict[Path, Submission] = {}
-    for one in registry.submissions():
-        found.setdefault(Path(one.folder), one)
-    return found
+def newest_submissions(database: ServerDatabase) -> dict[Path, Submission]:
+    """Return the last submission of each run folder."""
+    newest: dict[Path, Submission] = {}
+    for submission in database.submissions():
+        newest.setdefault(Path(submission.folder), submission)
+    return newest
 
 
 def with_submissions(
-    registry: ServerDatabase, lines: Sequence[RunLine], watch: SuperLinkWatch | None = None
-) -> list[RunLine]:
-    """Give each run its number at the SuperLink, and add the studies that have not begun."""
-    made = newest_submissions(registry)
-    found = [
-        replace(line, run_id=made.pop(path).run_id) if (path := Path(line.run.path)) in made else line
-        for line in lines
+    database: ServerDatabase, entries: Sequence[RunEntry], watch: SuperLinkWatch | None = None
+) -> list[RunEntry]:
+    """Add Flower's run ids to the runs, and the submitted studies that have not started.
+
+    Args:
+        database: The server's database.
+        entries: The runs.
+        watch: Poller of the server's SuperLink, if there is one.
+    """
+    submissions = newest_submissions(database)
+    runs = [
+        replace(entry, run_id=submissions.pop(path).run_id)
+        if (path := Path(entry.summary.path)) in submissions
+        else entry
+        for entry in entries
     ]
-    return found + [_waiting(path, one, watch) for path, one in made.items() if not path.exists()]
+    return runs + [
+        _submitted(path, submission, watch) for path, submission in submissions.items() if not path.exists()
+    ]
 
 
-def _waiting(path: Path, one: Submission, watch: SuperLinkWatch | None) -> RunLine:
-    ended = watch.ended(one.run_id) if watch else ""
-    about = RunSummary(
+def _submitted(path: Path, submission: Submission, watch: SuperLinkWatch | None) -> RunEntry:
+    status = watch.end_status(submission.run_id) if watch else ""
+    summary = RunSummary(
         path=str(path),
-        study=one.study,
-        state="failed" if ended else "queued",
-        reason=f"it did not begin: {ended}" if ended else "",
+        study=submission.study,
+        state="failed" if status else "queued",
+        reason=f"the run did not start: {status}" if status else "",
         rounds_done=0,
         rounds_planned=None,
         sites=0,
         federated_accuracy=None,
-        started=utc_seconds(one.submitted_at),
+        started=utc_seconds(submission.submitted_at),
         seconds=None,
     )
-    return RunLine(key=path.name, run=about, run_id=one.run_id, begun=False)
+    return RunEntry(key=path.name, summary=summary, run_id=submission.run_id, started=False)

@@ -1,16 +1,16 @@
-"""What the pages of runs show, in the same tables and sentences as the report where both have them."""
+"""The content of the pages of runs; tables and sentences are shared with the report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.dashboard.pages.charts import charts
-from fedsigma.server.dashboard.pages.run_index import RunIndex, RunLine
+from fedsigma.server.dashboard.pages.charts import run_charts
+from fedsigma.server.dashboard.pages.run_index import RunEntry, RunIndex
 from fedsigma.server.report import tables
 from fedsigma.server.report.data import ReportData, collect_report_data
 from fedsigma.server.report.formatting import (
-    NOTHING,
+    MISSING,
     format_bytes,
     format_decimal,
     format_duration,
@@ -18,153 +18,164 @@ from fedsigma.server.report.formatting import (
     format_points,
     format_timestamp,
 )
-from fedsigma.server.report.summary_text import LabelledValue, headline, study_facts
+from fedsigma.server.report.summary_text import LabelledValue, headline, study_settings
 from fedsigma.server.runs.append_log import Row
 from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.summary import last_contacts
 from fedsigma.server.runs.tail import RunTailer
 
-__all__ = ["Sections", "event_row", "list_view", "run_view", "short"]
+__all__ = ["Sections", "describe_event", "format_value", "list_view", "run_view"]
 
-MOST_EVENTS = 100
-NEWEST = ("accuracy", "loss", "update_norm", "update_cosine")
-"""Of these a site's newest figure is shown, whichever round it is of."""
-FLOAT_BYTES = 4
+MAX_EVENTS = 100
+LATEST_COLUMNS = ("accuracy", "loss", "update_norm", "update_cosine")
+"""Columns of rounds.csv whose latest value is shown for each site."""
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sections:
-    """A run's page: what its templates show, and the series of its charts."""
+    """The content of a run's page.
+
+    Attributes:
+        view: Values for the templates.
+        charts: Series for the charts.
+    """
 
     view: dict[str, Any]
     charts: dict[str, Any]
 
 
-def list_view(library: RunIndex) -> list[dict[str, Any]]:
-    """A row for each run."""
-    return [_list_row(line) for line in library.lines()]
+def list_view(run_index: RunIndex) -> list[dict[str, Any]]:
+    """Return a row for each run."""
+    return [_list_row(entry) for entry in run_index.list_runs()]
 
 
-def _list_row(line: RunLine) -> dict[str, Any]:
-    run = line.run
+def _list_row(entry: RunEntry) -> dict[str, Any]:
+    run = entry.summary
     return {
-        "key": line.key,
-        "begun": line.begun,
+        "key": entry.key,
+        "has_page": entry.started,
         "study": run.study,
         "state": run.state,
         "reason": run.reason,
-        "done": run.rounds_done,
-        "planned": run.rounds_planned,
-        "progress": progress(line),
+        "rounds_done": run.rounds_done,
+        "rounds_planned": run.rounds_planned,
+        "progress": min(1.0, run.rounds_done / run.rounds_planned) if run.rounds_planned else 0.0,
         "accuracy": format_percent(run.federated_accuracy),
-        "sites": run.sites or NOTHING,
+        "sites": run.sites or MISSING,
         "started": format_timestamp(run.started),
-        "took": format_duration(run.seconds),
+        "duration": format_duration(run.seconds),
     }
 
 
-def progress(line: RunLine) -> float:
-    """The share of the rounds that is done."""
-    run = line.run
-    return min(1.0, run.rounds_done / run.rounds_planned) if run.rounds_planned else 0.0
+def run_view(tailer: RunTailer, entry: RunEntry) -> Sections:
+    """Return the content of a run's page.
 
-
-def run_view(folder: RunTailer, line: RunLine) -> Sections:
-    """Everything on a run's page."""
-    content = collect_report_data(folder, shift=False)
-    events, rows = folder.events(), folder.rounds()
-    series = charts(folder, content.study)
+    Args:
+        tailer: Reader of the run's files.
+        entry: The run in the list of runs.
+    """
+    data = collect_report_data(tailer, read_shift=False)
+    events, rows = tailer.events(), tailer.rounds()
+    charts = run_charts(tailer, data.study)
     view = {
-        **_list_row(line),
-        "lead": headline(content),
-        "numbers": _numbers(content, rows, events),
-        "methods": tables.methods_grid(content),
-        "versions": tables.versions_grid(content),
-        "confusion": tables.confusion_grid(content),
-        "explanation": tables.explanation_grid(content.summary.get("explanation") or []),
-        "notices": tables.notices_grid(content),
-        "sites_now": sites_now(rows, events),
-        "rounds": tables.rounds_grid(content),
-        "drift_words": drift_words(content.study, bool(series["drift"])),
-        "privacy_words": privacy_words(content),
-        "events": [tuple(event_row(event).values()) for event in reversed(events[-MOST_EVENTS:])],
-        "events_left": max(0, len(events) - MOST_EVENTS),
-        "study_facts": study_facts(content),
-        "explanation_by_site": tables.explanation_grids(content),
-        "study_yaml": content.study_yaml,
-        "has_report": folder.report_path.is_file(),
+        **_list_row(entry),
+        "headline": headline(data),
+        "numbers": _numbers(data, rows, events),
+        "methods": tables.methods_grid(data),
+        "versions": tables.versions_grid(data),
+        "confusion": tables.confusion_grid(data),
+        "explanation": tables.explanation_grid(data.summary.get("explanation") or []),
+        "notices": tables.notices_grid(data),
+        "site_status": site_status_grid(rows, events),
+        "rounds": tables.rounds_grid(data),
+        "updates_note": updates_note(data.study, bool(charts["updates"])),
+        "privacy_note": privacy_note(data),
+        "events": [tuple(describe_event(event).values()) for event in reversed(events[-MAX_EVENTS:])],
+        "events_omitted": max(0, len(events) - MAX_EVENTS),
+        "study_settings": study_settings(data),
+        "explanation_by_site": tables.explanation_grids(data),
+        "study_yaml": data.study_yaml,
+        "has_report": tailer.report_path.is_file(),
     }
-    return Sections(view=view, charts=series)
+    return Sections(view=view, charts=charts)
 
 
-def _numbers(content: ReportData, rows: list[Row], events: list[Row]) -> list[LabelledValue]:
-    run = content.run
-    facts = [LabelledValue(what="accuracy, all sites", value=format_percent(run.federated_accuracy))]
-    if run.federated_accuracy is not None and content.zero_shot is not None:
-        gain = format_points(run.federated_accuracy - content.zero_shot)
-        facts.append(LabelledValue(what="points against zero-shot", value=gain))
-    last = next((line for line in reversed(content.lines) if line.bytes_up), None)
+def _numbers(data: ReportData, rows: list[Row], events: list[Row]) -> list[LabelledValue]:
+    run = data.run
+    numbers = [LabelledValue(label="accuracy, all sites", value=format_percent(run.federated_accuracy))]
+    if run.federated_accuracy is not None and data.zero_shot is not None:
+        gain = format_points(run.federated_accuracy - data.zero_shot)
+        numbers.append(LabelledValue(label="points over zero-shot", value=gain))
+    last = next((row for row in reversed(data.rounds) if row.bytes_up), None)
     if last is not None:
-        now = f"{format_bytes(last.bytes_up)} up, {format_bytes(last.bytes_down)} down"
-        total = f"{format_bytes(content.bytes_up)} up, {format_bytes(content.bytes_down)} down"
-        facts += [
-            LabelledValue(what=f"round {last.round}", value=now),
-            LabelledValue(what="all rounds", value=total),
+        in_round = f"{format_bytes(last.bytes_up)} up, {format_bytes(last.bytes_down)} down"
+        total = f"{format_bytes(data.bytes_up)} up, {format_bytes(data.bytes_down)} down"
+        numbers += [
+            LabelledValue(label=f"round {last.round}", value=in_round),
+            LabelledValue(label="all rounds", value=total),
         ]
-    if share := full_share(content, rows, events):
-        facts.append(LabelledValue(what="of full fine-tuning's bytes", value=share))
-    return facts
+    if share := share_of_full_finetuning(data, rows, events):
+        numbers.append(LabelledValue(label="of the bytes of full fine-tuning", value=share))
+    return numbers
 
 
-def full_share(content: ReportData, rows: list[Row], events: list[Row]) -> str:
-    """The bytes of this run as a share of sending all weights as float32 as often; empty if not known."""
-    ready = next((e for e in reversed(events) if e["kind"] == "model_ready"), {})
-    if not isinstance(ready.get("parameters"), int) or not content.bytes_up:
+def share_of_full_finetuning(data: ReportData, rows: list[Row], events: list[Row]) -> str:
+    """Return the run's bytes as a percentage of exchanging all weights in float32; empty if not known."""
+    ready = next((event for event in reversed(events) if event["kind"] == "model_ready"), {})
+    if not isinstance(ready.get("parameters"), int) or not data.bytes_up:
         return ""
-    sent = sum(row["bytes_up"] > 0 for row in rows) + sum(row["bytes_down"] > 0 for row in rows)
-    share = (content.bytes_up + content.bytes_down) / (sent * FLOAT_BYTES * ready["parameters"])
+    messages = sum(row["bytes_up"] > 0 for row in rows) + sum(row["bytes_down"] > 0 for row in rows)
+    share = (data.bytes_up + data.bytes_down) / (messages * FLOAT32_BYTES * ready["parameters"])
     return f"{100 * share:.2g}%"
 
 
-def sites_now(rows: list[Row], events: list[Row]) -> tables.Grid:
-    """A row for each site: what came of it last, when it was heard of, and the newest figures it told."""
-    told: dict[str, Row] = {}
+def site_status_grid(rows: list[Row], events: list[Row]) -> tables.Grid:
+    """Return a row per site with its latest status, last contact and latest values."""
+    latest: dict[str, Row] = {}
     missed: dict[str, int] = {}
     for row in rows:
-        known = told.setdefault(row["site"], {})
-        known |= {"status": row["status"], "round": row["round"]}
-        for name in NEWEST:
-            if row.get(name) is not None:
-                known[name] = row[name]
-        missed[row["site"]] = missed.get(row["site"], 0) + (row["status"] not in ("accepted", "pooled"))
-    heard, (versions, refused) = last_contacts(events), _standing(events)
-    found = []
-    for site in dict.fromkeys((*told, *heard, *refused)):
+        if row["site"] == ALL_SITES:
+            continue
+        values = latest.setdefault(row["site"], {})
+        values |= {"status": row["status"], "round": row["round"]}
+        values |= {name: row[name] for name in LATEST_COLUMNS if row.get(name) is not None}
+        missed[row["site"]] = missed.get(row["site"], 0) + (row["status"] != "accepted")
+    contacts, (versions, refused) = last_contacts(events), _versions_and_refused(events)
+    grid_rows = []
+    for site in dict.fromkeys((*latest, *contacts, *refused)):
         if site == ALL_SITES:
             continue
-        row = told.get(site, {})
-        newest = (
-            f"{row['status']} in round {row['round']}"
-            if row
-            else "takes no part"
-            if site in refused
-            else NOTHING
-        )
+        values = latest.get(site, {})
+        if values:
+            status = f"{values['status']} in round {values['round']}"
+        else:
+            status = "refused" if site in refused else MISSING
         cells = [
-            newest,
+            status,
             str(missed.get(site, 0)),
-            format_timestamp(heard.get(site)),
-            versions.get(site, NOTHING),
+            format_timestamp(contacts.get(site)),
+            versions.get(site, MISSING),
+            format_percent(values.get("accuracy")),
+            *(format_decimal(values.get(name)) for name in LATEST_COLUMNS[1:]),
         ]
-        cells += [format_percent(row.get("accuracy")), format_decimal(row.get("loss"))]
-        cells += [format_decimal(row.get("update_norm")), format_decimal(row.get("update_cosine"))]
-        found.append(tables.Row(name=site, cells=cells))
-    heads = ["Site", "Newest", "Lost", "Last contact", "Version", "Accuracy", "Loss", "Change", "Cosine"]
-    return tables.Grid(heads=heads, rows=found, texts=frozenset({0, 1, 3, 4}))
+        grid_rows.append(tables.Row(name=site, cells=cells))
+    header = [
+        "Site",
+        "Status",
+        "Missed",
+        "Last contact",
+        "Version",
+        "Accuracy",
+        "Loss",
+        "Update norm",
+        "Cosine",
+    ]
+    return tables.Grid(header=header, rows=grid_rows, text_columns=frozenset({0, 1, 3, 4}))
 
 
-def _standing(events: list[Row]) -> tuple[dict[str, str], set[str]]:
-    """Which version each site told, and which were refused and did not come back."""
+def _versions_and_refused(events: list[Row]) -> tuple[dict[str, str], set[str]]:
+    """Return each site's version of FedSigma, and the sites that are currently refused."""
     versions: dict[str, str] = {}
     refused: set[str] = set()
     for event in events:
@@ -173,47 +184,56 @@ def _standing(events: list[Row]) -> tuple[dict[str, str], set[str]]:
             refused.add(site)
         elif event["kind"] == "site_ready" and isinstance(site, str):
             refused.discard(site)
-            versions[site] = str(event.get("version") or NOTHING)
+            versions[site] = str(event.get("version") or MISSING)
     return versions, refused
 
 
-def drift_words(study: dict[str, Any], told: bool) -> str:
-    """Why there is no drift to see; empty where there is."""
+def updates_note(study: dict[str, Any], recorded: bool) -> str:
+    """Return why the chart of the sites' updates is empty.
+
+    Args:
+        study: The study's settings.
+        recorded: Whether any update was recorded.
+
+    Returns:
+        A sentence, or an empty string if updates were recorded.
+    """
     federation, privacy = study.get("federation") or {}, study.get("privacy") or {}
     if federation.get("masking"):
-        return (
-            "The sites mask what they send, so the server sees their sum alone: no site's change, no drift."
-        )
+        return "With secure aggregation the server only learns the sum of the updates, not those of a site."
     if privacy.get("level") == "site":
-        return "This study hides whole sites: how far a single site moved is not kept."
-    return "" if told else "No site's change has been recorded."
+        return (
+            "This study has differential privacy for sites, so the updates of single sites are not recorded."
+        )
+    return "" if recorded else "No update of a site has been recorded."
 
 
-def privacy_words(content: ReportData) -> str:
-    """What has been spent of the privacy budget, in a sentence; empty without one."""
-    asked = content.study.get("privacy") or {}
-    if asked.get("level", "none") == "none":
+def privacy_note(data: ReportData) -> str:
+    """Return how much of the privacy budget is spent, as a sentence; empty without differential privacy."""
+    privacy = data.study.get("privacy") or {}
+    if privacy.get("level", "none") == "none":
         return ""
-    spent = NOTHING if content.epsilon is None else f"{content.epsilon:.2f}"
-    budget = f"Epsilon {spent} of {asked['epsilon']:g} is spent, at delta {asked['delta']:g}."
-    return f"Hides each {asked['level']}. {budget}"
+    spent = MISSING if data.epsilon is None else f"{data.epsilon:.2f}"
+    return (
+        f"Differential privacy for each {privacy['level']}: epsilon {spent} of {privacy['epsilon']:g}"
+        f" is spent, at delta {privacy['delta']:g}."
+    )
 
 
-def event_row(event: Row) -> dict[str, str]:
-    """An event in words."""
+def describe_event(event: Row) -> dict[str, str]:
+    """Return the time, kind and other fields of an event as text."""
     hidden = ("time", "kind", "sha256", "metrics")
-    told = {key: value for key, value in event.items() if key not in hidden}
-    words = ", ".join(f"{key} {short(value)}" for key, value in told.items() if value not in ("", None))
+    fields = {key: value for key, value in event.items() if key not in hidden and value not in ("", None)}
     time = event.get("time")
     return {
         "time": time if isinstance(time, str) else format_timestamp(time),
         "kind": event["kind"].replace("_", " "),
-        "words": words,
+        "details": ", ".join(f"{key} {format_value(value)}" for key, value in fields.items()),
     }
 
 
-def short(value: Any) -> str:
-    """A value of an event or a study as text, of a long list its beginning."""
+def format_value(value: Any) -> str:
+    """Return a value of an event or a study as text; long lists are cut."""
     if isinstance(value, list):
         return ", ".join(map(str, value[:6])) + (f" and {len(value) - 6} more" if len(value) > 6 else "")
     return str(value)

@@ -1,4 +1,4 @@
-"""What a server has beside its run folders: studies that wait, sites, and what the SuperLink says of both."""
+"""The state of sites and runs as Flower's SuperLink reports it, polled in the background."""
 
 from __future__ import annotations
 
@@ -13,112 +13,126 @@ from fedsigma.server.deployment.flower_control import ControlError, FlowerContro
 from fedsigma.server.deployment.home import ServerHome
 from fedsigma.server.runs.summary import last_contacts
 
-__all__ = ["SiteLine", "SuperLinkWatch", "site_lines"]
+__all__ = ["SiteEntry", "SuperLinkWatch", "list_sites", "utc_seconds"]
 
-ASK_EVERY_S = 30.0
+POLL_INTERVAL_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteLine:
-    """A site of the server.
+class SiteEntry:
+    """A site in the list of sites.
 
-    state: `invited`, `joined` or `revoked`; node: what the SuperLink says of its node; contact: seconds since
-    1970 of the last thing heard of it, by a study or by the SuperLink; version: of FedSigma there.
+    Attributes:
+        name: Name of the site.
+        state: `invited`, `joined` or `revoked`.
+        node_status: Status of the site's node at the SuperLink; empty if unknown.
+        last_contact: Seconds since 1970 of the last contact with a study or the SuperLink.
+        version: Version of FedSigma at the site.
+        note: Note of the operator.
     """
 
     name: str
     state: str
-    node: str
-    contact: float | None
+    node_status: str
+    last_contact: float | None
     version: str
     note: str
 
 
 class SuperLinkWatch:
-    """Asks the SuperLink now and then, in a thread of its own: pages never wait for it."""
+    """Polls the SuperLink in a thread, so that pages never wait for it.
 
-    def __init__(self, folder: ServerHome, *, control: FlowerControl | None = None) -> None:
-        self._control = control or FlowerControl(folder)
-        self._ended = threading.Event()
-        self._asked = threading.Event()
+    Args:
+        server: Folder of the server.
+        control: Client of the SuperLink's control API; made for the server unless given.
+
+    Attributes:
+        nodes: Nodes by id, as last reported.
+        runs: Runs by id, as last reported.
+        error: Why `nodes` and `runs` are missing or outdated; empty while the SuperLink responds.
+    """
+
+    def __init__(self, server: ServerHome, *, control: FlowerControl | None = None) -> None:
+        self._control = control or FlowerControl(server)
+        self._stopped = threading.Event()
+        self._wake = threading.Event()
         self.nodes: dict[str, Node] = {}
         self.runs: dict[str, Run] = {}
-        self.problem = "it has not been asked yet"
-        """Why the SuperLink's word is missing or old; empty while it answers."""
-        self._thread = threading.Thread(target=self._ask_on, name="superlink-watch", daemon=True)
+        self.error = "the SuperLink has not been polled yet"
+        self._thread = threading.Thread(target=self._poll, name="superlink-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to ask."""
+        """Start polling."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask no more."""
-        self._ended.set()
-        self._asked.set()
+        """Stop polling."""
+        self._stopped.set()
+        self._wake.set()
 
-    def ended(self, run_id: str) -> str:
-        """How a run ended, by the SuperLink's word; empty while it goes on, or is not known to have."""
-        run = None if self.problem else self.runs.get(run_id)
+    def end_status(self, run_id: str) -> str:
+        """Return the SuperLink's status of a run that has ended; empty if it has not or is unknown."""
+        run = None if self.error else self.runs.get(run_id)
         return run.status if run is not None and run.ended else ""
 
-    def soon(self) -> None:
-        """Ask again now: something was started or stopped."""
-        self._asked.set()
+    def refresh(self) -> None:
+        """Poll at once, because a run was started or stopped."""
+        self._wake.set()
 
-    def _ask_on(self) -> None:
-        while not self._ended.is_set():
+    def _poll(self) -> None:
+        while not self._stopped.is_set():
             try:
-                self.nodes, self.runs, self.problem = self._control.nodes(), self._control.runs(), ""
+                self.nodes, self.runs, self.error = self._control.nodes(), self._control.runs(), ""
             except ControlError as error:
-                self.problem = str(error)
-            self._asked.wait(ASK_EVERY_S)
-            self._asked.clear()
+                self.error = str(error)
+            self._wake.wait(POLL_INTERVAL_S)
+            self._wake.clear()
 
 
-def site_lines(
-    registry: ServerDatabase, watch: SuperLinkWatch | None, events: Sequence[dict[str, Any]]
-) -> list[SiteLine]:
-    """The server's sites.
+def list_sites(
+    database: ServerDatabase, watch: SuperLinkWatch | None, events: Sequence[dict[str, Any]]
+) -> list[SiteEntry]:
+    """Return the server's sites.
 
     Args:
-        registry: the server's.
-        watch: what the SuperLink says.
-        events: of runs; those that name a site tell when it was heard of, and by `site_ready` its version.
+        database: The server's database.
+        watch: The SuperLink's reports, if it is polled.
+        events: Events of runs, from which each site's last contact and version are taken.
     """
-    heard = last_contacts(events)
+    contacts = last_contacts(events)
     versions: dict[str, tuple[float, str]] = {}
     for event in events:
         if event["kind"] == "site_ready" and event.get("version"):
-            told = (float(event["time"]), str(event["version"]))
-            versions[event["site"]] = max(versions.get(event["site"], (0.0, "")), told)
+            version = (float(event["time"]), str(event["version"]))
+            versions[event["site"]] = max(versions.get(event["site"], (0.0, "")), version)
     nodes = watch.nodes if watch else {}
     return [
-        _site(one, nodes, heard.get(one.name), versions.get(one.name, (0.0, ""))[1])
-        for one in registry.sites()
+        _site_entry(site, nodes, contacts.get(site.name), versions.get(site.name, (0.0, ""))[1])
+        for site in database.sites()
     ]
 
 
-def _site(site: Site, nodes: dict[str, Node], heard: float | None, version: str) -> SiteLine:
+def _site_entry(site: Site, nodes: dict[str, Node], contact: float | None, version: str) -> SiteEntry:
     node = nodes.get(site.keys[-1].node_id) if site.keys else None
-    times = [time for time in (heard, _parsed(node.last_seen) if node else None) if time is not None]
-    return SiteLine(
+    times = [time for time in (contact, _parse_time(node.last_seen) if node else None) if time is not None]
+    return SiteEntry(
         name=site.name,
         state=site.state,
-        node=node.status if node else "",
-        contact=max(times, default=None),
+        node_status=node.status if node else "",
+        last_contact=max(times, default=None),
         version=version,
         note=site.note,
     )
 
 
-def _parsed(text: str) -> float | None:
+def _parse_time(text: str) -> float | None:
     try:
         return utc_seconds(datetime.datetime.fromisoformat(text))
     except ValueError:
         return None
 
 
-def utc_seconds(moment: datetime.datetime) -> float:
-    """Seconds since 1970 of a time of the database."""
-    # SQLite gives back times without their zone; all are in UTC.
-    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+def utc_seconds(time: datetime.datetime) -> float:
+    """Return a time of the database as seconds since 1970."""
+    # SQLite returns times without time zone; all are in UTC.
+    return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).timestamp()

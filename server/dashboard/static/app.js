@@ -1,4 +1,4 @@
-// What all pages share: the colour scheme, parts that renew themselves, filters, and questions before actions.
+// Shared by all pages: the colour scheme, live parts, filters, and confirmation of actions.
 
 const POLL_MS = 2000;
 
@@ -15,37 +15,37 @@ function setUpTheme() {
     document.dispatchEvent(new CustomEvent("theme")));
 }
 
-// Exchange a part's content, and keep what the reader did to it: what is open, chosen, scrolled and focused.
-function exchange(part, html) {
-  if (part.dataset.was === html) return;
-  part.dataset.was = html;
-  const open = [...part.querySelectorAll("details[open]")].map((one) => one.id);
-  const checked = [...part.querySelectorAll("input:checked")].map((one) => one.id);
-  const scrolled = [...part.querySelectorAll(".wide")].map((one) => one.scrollLeft);
+// Replace a part's content, but keep the reader's state: open details, checked boxes, scrolling and focus.
+function replacePart(part, html) {
+  if (part.dataset.html === html) return;
+  part.dataset.html = html;
+  const open = [...part.querySelectorAll("details[open]")].map((element) => element.id);
+  const checked = [...part.querySelectorAll("input:checked")].map((element) => element.id);
+  const scrolled = [...part.querySelectorAll(".wide")].map((element) => element.scrollLeft);
   const focused = part.contains(document.activeElement) ? document.activeElement.id : "";
   part.innerHTML = html;
   for (const id of open) document.getElementById(id)?.setAttribute("open", "");
   for (const id of checked) { const box = document.getElementById(id); if (box) box.checked = true; }
-  [...part.querySelectorAll(".wide")].forEach((one, i) => { one.scrollLeft = scrolled[i] ?? 0; });
+  [...part.querySelectorAll(".wide")].forEach((element, i) => { element.scrollLeft = scrolled[i] ?? 0; });
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
 }
 
 async function poll(address, tag) {
-  // An operator who is away is signed out in time; a viewer's page may hang on a wall.
+  // Polling does not keep an operator's session alive; a viewer's page may be on a wall display.
   const headers = document.body.dataset.role === "operator" ? { "X-Poll": "1" } : {};
   if (tag) headers["If-None-Match"] = tag;
-  const answer = await fetch(address, { headers, credentials: "same-origin" });
-  if (answer.status === 304) return tag;
-  if (answer.status === 401) { location.reload(); return tag; }
-  if (!answer.ok) throw new Error(`status ${answer.status}`);
-  const told = await answer.json();
-  for (const [name, html] of Object.entries(told.parts)) {
+  const response = await fetch(address, { headers, credentials: "same-origin" });
+  if (response.status === 304) return tag;
+  if (response.status === 401) { location.reload(); return tag; }
+  if (!response.ok) throw new Error(`status ${response.status}`);
+  const content = await response.json();
+  for (const [name, html] of Object.entries(content.parts)) {
     const part = document.querySelector(`[data-part="${name}"]`) ?? document.getElementById("live");
-    exchange(part, html);
+    replacePart(part, html);
   }
-  if (told.charts) document.dispatchEvent(new CustomEvent("charts", { detail: told.charts }));
-  document.dispatchEvent(new CustomEvent("renewed"));
-  return answer.headers.get("ETag");
+  if (content.charts) document.dispatchEvent(new CustomEvent("charts", { detail: content.charts }));
+  document.dispatchEvent(new CustomEvent("update"));
+  return response.headers.get("ETag");
 }
 
 function setUpLive() {
@@ -53,14 +53,14 @@ function setUpLive() {
   if (!live?.dataset.live) return;
   const offline = document.getElementById("offline");
   let tag = "";
-  const again = async () => {
+  const pollAgain = async () => {
     if (!document.hidden) {
       try { tag = await poll(live.dataset.live, tag); offline.hidden = true; }
       catch { offline.hidden = false; }
     }
-    setTimeout(again, POLL_MS);
+    setTimeout(pollAgain, POLL_MS);
   };
-  setTimeout(again, POLL_MS);
+  setTimeout(pollAgain, POLL_MS);
 }
 
 function setUpFilter() {
@@ -75,21 +75,21 @@ function setUpFilter() {
   };
   form.addEventListener("input", apply);
   form.addEventListener("submit", (event) => event.preventDefault());
-  document.addEventListener("renewed", apply);
+  document.addEventListener("update", apply);
 }
 
 function setUpCompare() {
   const button = document.getElementById("compare");
   if (!button) return;
-  const look = () => {
+  const update = () => {
     button.disabled = document.querySelectorAll("#runs input:checked").length !== 2;
   };
-  document.addEventListener("change", look);
-  document.addEventListener("renewed", look);
-  look();
+  document.addEventListener("change", update);
+  document.addEventListener("update", update);
+  update();
 }
 
-function setUpQuestions() {
+function setUpConfirmation() {
   document.addEventListener("submit", (event) => {
     const question = event.submitter?.dataset.confirm ?? event.target.dataset.confirm;
     if (question && !confirm(question)) event.preventDefault();
@@ -100,4 +100,4 @@ setUpTheme();
 setUpLive();
 setUpFilter();
 setUpCompare();
-setUpQuestions();
+setUpConfirmation();

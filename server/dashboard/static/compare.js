@@ -1,29 +1,29 @@
-// The pooled curves of two runs in one chart.
+// The curves of two runs over all sites in one chart.
 /* global echarts */
-import { NAMES, colour, draw, fill, lines, readCharts } from "./drawing.js";
+import { NAMES, colour, draw, fillSelect, lineChart, readCharts } from "./drawing.js";
 
 const data = readCharts();
 const select = document.getElementById("metric");
 
-function curves() {
+function drawCurves() {
   const name = select.value;
   const series = data.runs.map((run, i) => ({
     name: "AB"[i], strong: true, dashed: i === 1, colour: colour(i ? "ochre" : "accent"),
     values: run.metrics[name] ?? [],
   }));
   const rounds = data.runs.map((run) => run.rounds.map((round) => (name === "loss" ? round : round - 1)));
-  const option = lines(name, [], series, { xName: name === "loss" ? "round" : "rounds finished" });
-  option.series.forEach((one, i) => {
-    one.data = series[i].values.map((value, at) => [rounds[i][at], value]).filter((point) => point[1] !== null);
+  const option = lineChart(name, [], series, { xName: name === "loss" ? "round" : "finished rounds" });
+  option.series.forEach((line, i) => {
+    line.data = series[i].values.map((value, j) => [rounds[i][j], value]).filter((point) => point[1] !== null);
   });
   draw("curves", option);
 }
 
 if (data) {
   const names = Object.keys(NAMES).filter((name) => data.runs.some((run) => run.metrics[name]));
-  fill(select, names.map((name) => [name, NAMES[name]]), "accuracy");
-  select.addEventListener("change", curves);
-  document.addEventListener("theme", curves);
+  fillSelect(select, names.map((name) => [name, NAMES[name]]), "accuracy");
+  select.addEventListener("change", drawCurves);
+  document.addEventListener("theme", drawCurves);
   addEventListener("resize", () => echarts.getInstanceByDom(document.getElementById("curves"))?.resize());
-  curves();
+  drawCurves();
 }

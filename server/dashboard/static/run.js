@@ -1,111 +1,112 @@
-// The charts of a run's page, drawn anew when the page is told of news or changes its colours.
+// The charts of a run's page, redrawn when the run or the colour scheme changes.
 /* global echarts */
-import { NAMES, draw, fill, format, heat, lines, participation, readCharts, siteSeries, traffic } from "./drawing.js";
+import { NAMES, draw, bytesChart, fillSelect, formatValue, lineChart, participationChart, readCharts, shiftChart, siteSeries } from "./drawing.js";
 
 let data = readCharts();
-let following = true;  // the slider stays at the newest round until it is moved
-const by = (id) => document.getElementById(id);
-const say = (id, words) => { by(id).textContent = words; };
+let following = true;  // the slider stays at the latest round until it is moved
+const byId = (id) => document.getElementById(id);
+const setText = (id, text) => { byId(id).textContent = text; };
 
-function empty(id, words) {
-  const box = by(id);
+function showMessage(id, text) {
+  const box = byId(id);
   if (!box) return;
   echarts.getInstanceByDom(box)?.dispose();
-  box.textContent = words;
+  box.textContent = text;
   box.classList.add("none");
 }
 
 function show(id, option) {
-  const box = by(id);
+  const box = byId(id);
   if (box.classList.contains("none")) { box.textContent = ""; box.classList.remove("none"); }
   draw(id, option);
 }
 
-function curves() {
-  const name = by("metric").value;
-  const told = data.metrics[name];
-  if (!told) return empty("curves", "Nothing has been told yet.");
-  // A row's accuracy is that of the model which its round began with; its loss is of the round itself.
+function drawCurves() {
+  const name = byId("metric").value;
+  const metric = data.metrics[name];
+  if (!metric) return showMessage("curves", "No values yet.");
+  // A row has the accuracy of the model that its round started from, but the loss of the round itself.
   const x = name === "loss" ? data.rounds : data.rounds.map((round) => round - 1);
-  show("curves", lines(name, x, siteSeries(told, data.sites, by("highlight").value), {
-    xName: name === "loss" ? "round" : "rounds finished",
+  show("curves", lineChart(name, x, siteSeries(metric, data.sites, byId("highlight").value), {
+    xName: name === "loss" ? "round" : "finished rounds",
   }));
-  const known = told.pooled.map((value, at) => [x[at], value]).filter((point) => point[1] !== null);
-  if (known.length) say("curves-words", `${NAMES[name]} of all sites together: ${format(name, known[0][1])} at ${known[0][0]}, ${format(name, known.at(-1)[1])} at ${known.at(-1)[0]}.`);
+  const points = metric.all_sites.map((value, i) => [x[i], value]).filter((point) => point[1] !== null);
+  if (points.length) setText("curves-note", `${NAMES[name]} over all sites: ${formatValue(name, points[0][1])} at ${points[0][0]}, ${formatValue(name, points.at(-1)[1])} at ${points.at(-1)[0]}.`);
 }
 
-function drift() {
-  const name = by("drift-of").value;
-  const told = data.drift[name];
-  by("drift-of").disabled = !told;
-  if (!told) return empty("drift", by("drift-missing")?.textContent ?? "Nothing has been told yet.");
-  show("drift", lines(name, data.rounds, siteSeries(told, data.sites, by("highlight").value, { pooled: false }), { xName: "round" }));
+function drawUpdates() {
+  const name = byId("update-metric").value;
+  const metric = data.updates[name];
+  byId("update-metric").disabled = !metric;
+  if (!metric) return showMessage("updates", byId("updates-note-missing")?.textContent ?? "No values yet.");
+  show("updates", lineChart(name, data.rounds, siteSeries(metric, data.sites, byId("highlight").value, { allSites: false }), { xName: "round" }));
 }
 
-function heats() {
-  const slider = by("heat-round");
-  const rounds = data.heat.rounds ?? [];
+function drawShift() {
+  const slider = byId("shift-round");
+  const rounds = data.shift_magnitude.rounds ?? [];
   slider.disabled = !rounds.length;
-  if (!rounds.length) { by("heat-now").value = ""; return empty("heat", "No round has been kept yet."); }
+  if (!rounds.length) { byId("shift-round-value").value = ""; return showMessage("shift-magnitude", "No finished rounds yet."); }
   slider.max = rounds.length - 1;
   if (following) slider.value = rounds.length - 1;
-  by("heat-now").value = rounds[slider.value];
+  byId("shift-round-value").value = rounds[slider.value];
   slider.setAttribute("aria-valuetext", `round ${rounds[slider.value]}`);
-  show("heat", heat(data.heat, Number(slider.value)));
+  show("shift-magnitude", shiftChart(data.shift_magnitude, Number(slider.value)));
 }
 
-function part() {
-  // A row for each site needs its height.
-  by("part").style.height = data.sites.length > 20 ? `${80 + 13 * data.sites.length}px` : "";
-  echarts.getInstanceByDom(by("part"))?.resize();
-  if (data.sites.length) show("part", participation(data)); else empty("part", "No site has replied yet.");
+function drawParticipation() {
+  const box = byId("participation");
+  // Each site needs the height of a row.
+  box.style.height = data.sites.length > 20 ? `${80 + 13 * data.sites.length}px` : "";
+  echarts.getInstanceByDom(box)?.resize();
+  if (data.sites.length) show("participation", participationChart(data)); else showMessage("participation", "No replies yet.");
 }
 
-function bytes() {
-  if (data.rounds.length) show("bytes", traffic(data)); else empty("bytes", "Nothing was exchanged yet.");
+function drawBytes() {
+  if (data.rounds.length) show("bytes", bytesChart(data)); else showMessage("bytes", "No exchanges yet.");
 }
 
-function privacy() {
-  if (data.epsilon.length) show("privacy", lines("epsilon", data.rounds, [{ name: "epsilon", values: data.epsilon, strong: true }], { xName: "round", limit: data.budget }));
+function drawPrivacy() {
+  if (data.epsilon.length) show("privacy", lineChart("epsilon", data.rounds, [{ name: "epsilon", values: data.epsilon, strong: true }], { xName: "round", limit: data.epsilon_limit }));
 }
 
-const DRAWERS = { curves, part, heat: heats, drift, bytes, privacy };
-const waiting = new Set();
-const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 100));
+const DRAWERS = { curves: drawCurves, participation: drawParticipation, "shift-magnitude": drawShift, updates: drawUpdates, bytes: drawBytes, privacy: drawPrivacy };
+const pending = new Set();
+const whenIdle = window.requestIdleCallback ?? ((work) => setTimeout(work, 100));
 
 function drawOne(id) {
-  if (waiting.delete(id)) DRAWERS[id]();
+  if (pending.delete(id)) DRAWERS[id]();
 }
 
-// What is seen is drawn at once, the rest when the browser has time, so that a page of many sites opens fast.
-const watcher = new IntersectionObserver((seen) => seen.forEach((one) => one.isIntersecting && drawOne(one.target.id)));
+// Visible charts are drawn at once and the others when the browser is idle, so that pages of many sites load fast.
+const observer = new IntersectionObserver((entries) => entries.forEach((entry) => entry.isIntersecting && drawOne(entry.target.id)));
 
 function drawRest() {
-  const [next] = waiting;
+  const [next] = pending;
   if (!next) return;
   drawOne(next);
-  idle(drawRest);
+  whenIdle(drawRest);
 }
 
-function all() {
-  fill(by("metric"), Object.keys(data.metrics).map((name) => [name, NAMES[name] ?? name]), "accuracy");
-  fill(by("drift-of"), Object.keys(data.drift).map((name) => [name, NAMES[name]]), "update_norm");
-  fill(by("highlight"), [["", "no site"], ...data.sites.map((site) => [site, site])], "");
-  by("privacy-box").hidden = !data.epsilon.length;
+function drawAll() {
+  fillSelect(byId("metric"), Object.keys(data.metrics).map((name) => [name, NAMES[name] ?? name]), "accuracy");
+  fillSelect(byId("update-metric"), Object.keys(data.updates).map((name) => [name, NAMES[name]]), "update_norm");
+  fillSelect(byId("highlight"), [["", "no site"], ...data.sites.map((site) => [site, site])], "");
+  byId("privacy-box").hidden = !data.epsilon.length;
   for (const id of Object.keys(DRAWERS)) {
-    waiting.add(id);
-    // Looked at anew, it tells at once whether it is seen.
-    watcher.unobserve(by(id));
-    watcher.observe(by(id));
+    pending.add(id);
+    // Observing an element again reports at once whether it is visible.
+    observer.unobserve(byId(id));
+    observer.observe(byId(id));
   }
-  idle(drawRest);
+  whenIdle(drawRest);
 }
 
-by("metric").addEventListener("change", curves);
-by("highlight").addEventListener("change", () => { curves(); drift(); });
-by("drift-of").addEventListener("change", drift);
-by("heat-round").addEventListener("input", (event) => { following = event.target.value === event.target.max; heats(); });
-document.addEventListener("charts", (event) => { data = event.detail; all(); });
-document.addEventListener("theme", all);
+byId("metric").addEventListener("change", drawCurves);
+byId("highlight").addEventListener("change", () => { drawCurves(); drawUpdates(); });
+byId("update-metric").addEventListener("change", drawUpdates);
+byId("shift-round").addEventListener("input", (event) => { following = event.target.value === event.target.max; drawShift(); });
+document.addEventListener("charts", (event) => { data = event.detail; drawAll(); });
+document.addEventListener("theme", drawAll);
 addEventListener("resize", () => document.querySelectorAll(".chart").forEach((box) => echarts.getInstanceByDom(box)?.resize()));
-all();
+drawAll();

@@ -1,3 +1,3 @@
-// Runs before the first paint, so that a chosen scheme does not flash.
-const chosen = localStorage.getItem("theme");
-if (chosen) document.documentElement.dataset.theme = chosen;
+// Runs before the first paint, so that the page does not flash in the other colour scheme.
+const chosenTheme = localStorage.getItem("theme");
+if (chosenTheme) document.documentElement.dataset.theme = chosenTheme;
