@@ -31,7 +31,6 @@ from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.loop import evaluate, train
 from fedsigma.common.training.metrics import Predictions, compute_metrics
 from fedsigma.common.training.trainer import derive_seed
-from fedsigma.common.wire.records import StudySpec
 
 Sites = dict[str, tuple[list[Example], list[Example]]]
 
@@ -50,7 +49,7 @@ def validation_sites(
         most: validation images a class and site.
         divided: a source and its records by site, in place of the study's sites.
     """
-    source, parts = divided or simulated_sites(StudySpec.of(study).data, study.classes, study.seed)
+    source, parts = divided or simulated_sites(study.data, study.classes, study.seed)
     sites: Sites = {}
     for name, found in parts.items():
         records = [r for r in found if r.split == "train"]

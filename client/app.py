@@ -226,7 +226,7 @@ def _work(
     Where some of the shift is personal, the site's own values are judged and trained with the shared ones,
     and stay: the change is that of the shared ones.
     """
-    split = learner.partition(task.study.personal_config)
+    split = learner.partition(task.study.personal)
     personal = site.personal_state(task.study, learner, run=task.run)
     own = personal.initial(task.round if task.mode == "round" else 1)
     shift = split.combine(decode(task.shift, split.shared), own)
@@ -253,7 +253,7 @@ def _encode_update(
     site: Site, task: TrainTask, trainer: Trainer, update: Vector, feedback: ErrorFeedback
 ) -> bytes:
     """Code an update of a round with what coding lost of the last one, and store what it loses now."""
-    layout = trainer.partition(task.study.personal_config).shared
+    layout = trainer.partition(task.study.personal).shared
     seed = derive_seed(task.study.seed, site.name, task.mode, task.round, "codec")
     if task.mode != "round":
         return encode(update, layout, level=task.codec, seed=seed)
@@ -274,7 +274,7 @@ def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     site.check_study(task.study)
     learner = site.trainer(task.study)
     images = site.images(task.study, side=learner.image_side)
-    split = learner.partition(task.study.personal_config)
+    split = learner.partition(task.study.personal)
     own = site.personal_state(task.study, learner, run=task.run).current() if task.personal else None
     shifts = [split.combine(decode(data, split.shared), own) for data in task.shifts]
     if images.test:

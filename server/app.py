@@ -18,7 +18,6 @@ from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.sigma import ParameterPartition
 from fedsigma.common.training.trainer import Trainer, open_trainer
-from fedsigma.common.wire.records import StudySpec
 from fedsigma.server.deployment.audit_log import RunAuditor
 from fedsigma.server.deployment.database import NodeNames
 from fedsigma.server.evaluation.baselines import Baselines
@@ -173,8 +172,7 @@ def _check_same_study(study: StudyConfig, recorded: StudyConfig, path: Path) -> 
 
 def _check_pictures(run_dir: RunDir, study: StudyConfig) -> None:
     """Report every problem of a simulation's data before training starts."""
-    spec = StudySpec.of(study)
-    if spec.data and (problems := site_data.check_pictures(spec.data, spec.classes, spec.seed)):
+    if study.data and (problems := site_data.check_pictures(study.data, study.classes, study.seed)):
         print(problems, flush=True)
         run_dir.log_event("data_problems", report=problems)
 

@@ -163,7 +163,7 @@ class Site:
             self.personal_path,
             study=study.name,
             run=run,
-            partition=trainer.partition(study.personal_config),
+            partition=trainer.partition(study.personal),
             fingerprint=trainer.fingerprint,
         )
 
@@ -266,7 +266,7 @@ class Site:
 def _load(site: Site, study: StudySpec, side: int) -> SiteData:
     if site.sites:
         source, parts = data_of.simulated_sites(study.data, study.classes, study.seed)
-        records, data = parts[site.name], study.data_config
+        records, data = parts[site.name], study.data
         on_problem = data.on_problem if data else "stop"
     else:
         from fedsigma.common.data.sources.registry import open_source

@@ -6,6 +6,7 @@ expected, and the next step. Bounds stand beside the fields; rules between secti
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import field, replace
 from importlib.resources import files
@@ -18,7 +19,15 @@ from fedsigma.common.config import rules
 from fedsigma.common.config.federation import FederationConfig
 from fedsigma.common.config.fields import Check, Line, ListOf, distinct, matching, one_of
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.config.schema import ConfigError, build, did_you_mean, read_yaml, settings, write_yaml
+from fedsigma.common.config.schema import (
+    ConfigError,
+    build,
+    did_you_mean,
+    read_yaml,
+    settings,
+    to_plain,
+    write_yaml,
+)
 from fedsigma.common.config.sigma import PersonalConfig, SigmaConfig
 from fedsigma.common.config.training import LocalTrainingConfig
 
@@ -52,6 +61,10 @@ class DataConfig:
     """
 
     section: ClassVar[str] = "data"
+
+    def __hash__(self) -> int:
+        # Its tables have no hash of their own.
+        return hash(json.dumps(to_plain(self), sort_keys=True))
 
     source: Annotated[Line, Field(description="Where the images are: kind:path, or demo.")]
     sites_by: Annotated[

@@ -5,16 +5,14 @@ Each checks its own bounds, so a message that exists is in order; `protocol` put
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fedsigma.common.config.constants import METRICS
 from fedsigma.common.config.privacy import PrivacyConfig
-from fedsigma.common.config.schema import build
 from fedsigma.common.config.sigma import PersonalConfig, SigmaConfig
 from fedsigma.common.config.study import DataConfig, StudyConfig
 from fedsigma.common.config.training import LocalTrainingConfig
@@ -56,24 +54,29 @@ class ProtocolError(FedSigmaError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
-    """What a site needs to know of the study in every message; equal setups can share what was built.
+    """What a site needs to know of the study, in every task. Equal ones share what was built for them.
 
-    `layers` is SigmaConfig's layers as JSON. `personal` is the section personal as JSON, empty without one.
-    `data` is the data section as JSON in a simulation; it is empty for real sites, and a real site ignores
-    it.
+    Attributes:
+        name: Name of the study.
+        backbone: Its backbone.
+        sigma: Which weights are adapted.
+        classes: Class names.
+        prompts: The prompt of each class.
+        shots: Training images per class and site.
+        seed: Seed of the study.
+        data: Where a simulation's images are; None for real sites, which ignore it.
+        personal: Which of the adapted weights stay at the site; None for none.
     """
 
     name: str
     backbone: str
-    towers: tuple[str, ...]
-    layers: str
-    parts: tuple[str, ...]
+    sigma: SigmaConfig
     classes: tuple[str, ...]
     prompts: tuple[str, ...]
     shots: int
     seed: int
-    data: str
-    personal: str = ""
+    data: DataConfig | None = None
+    personal: PersonalConfig | None = None
 
     @classmethod
     def of(cls, study: StudyConfig) -> StudySpec:
@@ -81,36 +84,22 @@ class StudySpec:
         return cls(
             name=study.name,
             backbone=study.backbone,
-            towers=study.sigma.towers,
-            layers=json.dumps(study.sigma.layers),
-            parts=study.sigma.parts,
+            sigma=study.sigma,
             classes=study.classes,
             prompts=study.prompts,
             shots=study.shots,
             seed=study.seed,
-            data="" if study.data is None else json.dumps(asdict(study.data), sort_keys=True),
-            personal="" if study.personal is None else json.dumps(asdict(study.personal), sort_keys=True),
+            data=study.data,
+            personal=study.personal,
         )
 
     def __post_init__(self) -> None:
         _require(len(self.classes) == len(self.prompts) >= 2, "the classes and prompts differ in number")
         _require(self.shots >= 1, f"shots is {self.shots}, expected at least 1")
-        _ = self.sigma, self.personal_config, self.data_config
 
-    @property
-    def sigma(self) -> SigmaConfig:
-        """Which weights are adapted."""
-        return _from_json(SigmaConfig, {"towers": self.towers, "parts": self.parts}, layers=self.layers)
-
-    @property
-    def personal_config(self) -> PersonalConfig | None:
-        """Which of the adapted weights stay at the site; None for none."""
-        return _from_json(PersonalConfig, self.personal) if self.personal else None
-
-    @property
-    def data_config(self) -> DataConfig | None:
-        """Where a simulation's images are; None for real sites."""
-        return _from_json(DataConfig, self.data) if self.data else None
+    def __hash__(self) -> int:
+        # The sections hold tables, which have no hash.
+        return hash((self.name, self.backbone, self.classes, self.prompts, self.shots, self.seed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,12 +300,3 @@ class EvaluateReply:
 def _require(condition: bool, words: str) -> None:
     if not condition:
         raise ProtocolError(words)
-
-
-def _from_json(cls: type[T], values: str | dict[str, Any], **texts: str) -> T:
-    try:
-        content = json.loads(values) if isinstance(values, str) else dict(values)
-        content |= {key: json.loads(text) for key, text in texts.items()}
-        return build(cls, content, where="message")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ProtocolError(f"the message's {cls.__name__} does not read: {error}") from error

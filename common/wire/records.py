@@ -8,13 +8,15 @@ whoever built it.
 
 from __future__ import annotations
 
+import json
+import types
 import typing
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedsigma.common.config.schema import ConfigError
+from fedsigma.common.config.schema import ConfigError, build, to_plain
 from fedsigma.common.wire.messages import (
     HANDSHAKE_PROBLEMS,
     LOSS_UNIT,
@@ -55,7 +57,7 @@ __all__ = [
     "wire_bytes",
 ]
 
-PROTOCOL = 8
+PROTOCOL = 9
 """Version of the messages; both sides must have the same."""
 
 HANDSHAKE = "query.hello"
@@ -148,12 +150,21 @@ def _bytes_of(value: Any) -> int:
 
 
 class _Field(NamedTuple):
-    """A field of a message: its type; X, where that is tuple[X, ...]; and whether either is a dataclass."""
+    """A field of a message.
+
+    Attributes:
+        name: Its name.
+        hint: Its type.
+        item: X, where the type is tuple[X, ...]; else None.
+        nested: Whether the type or X is a dataclass.
+        section: The settings class, where the type is one or may be None instead; these travel as JSON.
+    """
 
     name: str
     hint: Any
     item: Any
     nested: bool
+    section: Any
 
 
 _FIELDS: dict[Any, tuple[_Field, ...]] = {}
@@ -163,10 +174,10 @@ def _fields(cls: Any) -> tuple[_Field, ...]:
     """The fields of a dataclass; to find them out takes longer than to read a message."""
     if cls not in _FIELDS:
         hints = typing.get_type_hints(cls)
-        hints.pop("section", None)
         items = {name: _item_type(hint) for name, hint in hints.items()}
         _FIELDS[cls] = tuple(
-            _Field(name, hint, items[name], is_dataclass(items[name] or hint)) for name, hint in hints.items()
+            _Field(name, hint, items[name], is_dataclass(items[name] or hint), _section(hint))
+            for name, hint in hints.items()
         )
     return _FIELDS[cls]
 
@@ -174,9 +185,11 @@ def _fields(cls: Any) -> tuple[_Field, ...]:
 def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
     """Lay the fields of a message, and of the dataclasses in it, side by side as `part.field`."""
     flat: dict[str, Any] = {}
-    for name, _, item, nested in _fields(type(message)):
+    for name, _, item, nested, section in _fields(type(message)):
         key, value = f"{prefix}{name}", getattr(message, name)
-        if nested and item is None:
+        if section is not None:
+            flat[key] = "" if value is None else json.dumps(to_plain(value), sort_keys=True)
+        elif nested and item is None:
             flat |= _flatten(value, f"{key}.")
         elif nested:
             for part in fields(item):
@@ -188,21 +201,36 @@ def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
 
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
     """Take the fields of a dataclass out of `values`."""
-    found: dict[str, Any] = {}
-    for name, hint, item, nested in _fields(cls):
+    arguments: dict[str, Any] = {}
+    for name, hint, item, nested, section in _fields(cls):
         key = f"{prefix}{name}"
-        if nested and item is None:
-            found[name] = _build(hint, values, f"{key}.")
+        if section is not None:
+            arguments[name] = _build_section(key, section, hint, _scalar(key, str, _take(key, values)))
+        elif nested and item is None:
+            arguments[name] = _build(hint, values, f"{key}.")
         elif nested:
-            found[name] = _build_many(item, values, f"{key}.")
+            arguments[name] = _build_many(item, values, f"{key}.")
         elif item is not None:
-            found[name] = tuple(_scalar(key, item, one) for one in _list(key, values))
+            arguments[name] = tuple(_scalar(key, item, one) for one in _list(key, values))
         else:
-            found[name] = _scalar(key, hint, _take(key, values))
+            arguments[name] = _scalar(key, hint, _take(key, values))
     try:
-        return cls(**found)
+        return cls(**arguments)
     except ConfigError as error:
         raise ProtocolError(str(error)) from error
+
+
+def _build_section(key: str, section: type, hint: Any, text: str) -> Any:
+    """Build a section of settings from its JSON; an empty text is None where that is allowed."""
+    if not text and hint is not section:
+        return None
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ConfigError("expected keys and values")
+        return build(section, content, where=f"'{key}'")
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"'{key}' is invalid: {error}") from error
 
 
 def _build_many(cls: type, values: dict[str, Any], prefix: str) -> tuple[Any, ...]:
@@ -245,6 +273,12 @@ def fields_of(content: RecordDict) -> dict[str, Any]:
     if not isinstance(record, ConfigRecord):
         raise KeyError(_RECORD)
     return dict(record)
+
+
+def _section(hint: Any) -> Any:
+    """The settings class of a field, else None."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((option for option in options if hasattr(option, "section")), None)
 
 
 def _item_type(hint: Any) -> Any:

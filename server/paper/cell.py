@@ -23,7 +23,6 @@ from fedsigma.common.data.sampling import few_shot
 from fedsigma.common.data.sources.site_data import NoImages, load_sites, simulated_sites
 from fedsigma.common.training.trainer import Trainer, open_trainer
 from fedsigma.common.utils.files import write_atomic
-from fedsigma.common.wire.records import StudySpec
 from fedsigma.server.evaluation.baselines import train_pooled
 from fedsigma.server.federation import checkpoint
 from fedsigma.server.federation.aggregation import Aggregator
@@ -168,7 +167,7 @@ def _among_sites(learner: Trainer, study: StudyConfig, path: Path) -> _Trained:
     """Run the study's rounds with the real apps of both sides, in this process."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     os.environ["FEDSIGMA_AUDIT"] = str(path / "audit")
-    count = len(simulated_sites(StudySpec.of(study).data, study.classes, study.seed)[1])
+    count = len(simulated_sites(study.data, study.classes, study.seed)[1])
     folder = RunDir.open(path) if (path / "study.yaml").exists() else RunDir.create(path, study.to_yaml())
     aggregator, split = Aggregator(study), learner.partition(None)
     with folder.lock():

@@ -26,7 +26,6 @@ from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.ops.supervisor import flower_environment, free_ports
 from fedsigma.common.utils.errors import FedSigmaError
-from fedsigma.common.wire.records import StudySpec
 from fedsigma.server.evaluation.model_versions import find_version
 from fedsigma.server.runs.run_dir import check_free
 from fedsigma.server.runs.summary import runs_folder
@@ -117,13 +116,12 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _count_sites(study: StudyConfig) -> int:
     from fedsigma.common.data.sources.site_data import simulated_sites
 
-    spec = StudySpec.of(study)
-    if not spec.data:
+    if study.data is None:
         raise ConfigError(
             f"study '{study.name}' has no data section, which a simulation needs: add one, or"
             " submit the study to a server"
         )
-    return len(simulated_sites(spec.data, spec.classes, spec.seed)[1])
+    return len(simulated_sites(study.data, study.classes, study.seed)[1])
 
 
 def _environment(home: Path) -> dict[str, str]:

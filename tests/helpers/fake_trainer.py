@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedsigma.common.config.privacy import PrivacyConfig
+from fedsigma.common.config.study import DataConfig
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.sigma import Entry, Fingerprint, Layout, ParameterPartition
 from fedsigma.common.training.trainer import EvalOutput, TrainOutput, trainers
@@ -82,8 +82,8 @@ class FakeTrainer:
         return EvalOutput(metrics=scores, confusion=(right, 0, len(examples) - right, 0))
 
 
-def parts(data: str, classes: Any, seed: int) -> Any:
-    names = json.loads(data)["options"].get("names", list(NAMES))
+def parts(data: DataConfig, classes: Any, seed: int) -> Any:
+    names = data.options.get("names", list(NAMES))
     return "source", {name: [name] for name in names}
 
 

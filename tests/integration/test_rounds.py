@@ -119,8 +119,8 @@ def test_plain_steps_are_for_rounds_and_not_for_a_site_that_trains_alone(tmp_pat
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         values = task.content.config_records["fedsigma"]
-        if "recipe.optimiser" in values:
-            taken.add(tuple(values[key] for key in ("mode", "recipe.optimiser")))
+        if "recipe" in values:
+            taken.add((values["mode"], json.loads(values["recipe"])["optimiser"]))
         return reply
 
     run(
@@ -197,7 +197,7 @@ def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
     folder = run(tmp_path, tamper=watch)
     assert set(states) == {"running"} and summarize_run(folder).state == "finished"
     lines = len(folder.events())
-    with folder.lock(), pytest.raises(RunDirError, match="is written by a run that still goes on"):
+    with folder.lock(), pytest.raises(RunDirError, match="is written by a run that is still running"):
         run(tmp_path, resume=True)
     assert len(folder.events()) == lines
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
 from fedsigma.common.config.schema import ConfigError, build, read_yaml
-from fedsigma.common.config.study import StudyConfig, load_study
+from fedsigma.common.config.study import DataConfig, StudyConfig, load_study
 from fedsigma.common.data.catalog import (
     Archive,
     CardError,
@@ -342,7 +342,7 @@ def test_a_simulation_divides_a_published_set(tmp_path: Path) -> None:
         "options": {"half": "novel"},
         "sites_by": {"iid": {"sites": 2}},
     }
-    _, sites = simulated_sites(json.dumps(data), classes, seed=1)
+    _, sites = simulated_sites(DataConfig(**data), classes, seed=1)
     records = [record for one in sites.values() for record in one]
     assert len(sites) == 2 and len(records) == 15
     # The official split stays as it is; no part of it is made anew.

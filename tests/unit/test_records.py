@@ -65,8 +65,8 @@ def test_every_message_comes_back(message: object) -> None:
 def test_a_setup_is_a_cache_key_and_keeps_the_selection() -> None:
     back = from_record(HandshakeRequest, to_record(MESSAGES[0])).study
     assert back == SETUP and hash(back) == hash(SETUP)
-    assert back.sigma == STUDY.sigma and back.data_config == STUDY.data
-    assert StudySpec.of(dataclasses.replace(STUDY, data=None, baselines=())).data_config is None
+    assert back.sigma == STUDY.sigma and back.data == STUDY.data
+    assert StudySpec.of(dataclasses.replace(STUDY, data=None, baselines=())).data is None
 
 
 def fields_of(message: object) -> dict:

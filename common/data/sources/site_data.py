@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedsigma.common.config.schema import ConfigError, build
+from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import DataConfig, StudyConfig
 from fedsigma.common.utils.errors import FedSigmaError
 
@@ -40,7 +39,7 @@ def usable_records(
     return list(split_groups(report.require_usable(on_problem), test_share=test_share, seed=seed))
 
 
-def check_pictures(data_json: str, classes: tuple[str, ...], seed: int) -> str:
+def check_pictures(data: DataConfig, classes: tuple[str, ...], seed: int) -> str:
     """Decode every picture of a simulation once; return the problems as one report, empty if there are none.
 
     Raises:
@@ -48,8 +47,7 @@ def check_pictures(data_json: str, classes: tuple[str, ...], seed: int) -> str:
     """
     from fedsigma.common.data.validation import check_source
 
-    data = build(DataConfig, json.loads(data_json), where="the data section")
-    source, _ = simulated_sites(data_json, classes, seed)
+    source, _ = simulated_sites(data, classes, seed)
     report = check_source(source, classes=classes)
     report.require_usable(data.on_problem)
     return "" if report.ok else report.to_text()
@@ -57,14 +55,14 @@ def check_pictures(data_json: str, classes: tuple[str, ...], seed: int) -> str:
 
 @lru_cache(maxsize=2)
 def simulated_sites(
-    data_json: str, classes: tuple[str, ...], seed: int
+    data: DataConfig, classes: tuple[str, ...], seed: int
 ) -> tuple[Source, dict[str, list[Record]]]:
     """Open a simulation's source and divide it: site name -> its records, in the order of the partition.
 
     Args:
-        data_json: the study's data section as JSON (text, so that equal sections share the cache).
-        classes: the classes of the study; images of others are left out.
-        seed: the study's seed.
+        data: The study's data section; equal sections share the cache.
+        classes: The classes of the study; images of others are left out.
+        seed: The study's seed.
 
     Raises:
         DataError: the data cannot be read or divided, or have problems and on_problem is 'stop'.
@@ -72,7 +70,6 @@ def simulated_sites(
     from fedsigma.common.data.partition import partition
     from fedsigma.common.data.sources.registry import open_source
 
-    data = build(DataConfig, json.loads(data_json), where="the data section")
     source = open_source(data.source, **data.options)
     records = usable_records(
         source, classes=classes, test_share=data.test_share, on_problem=data.on_problem, seed=seed
@@ -87,11 +84,9 @@ def load_sites(study: StudyConfig, *, side: int) -> dict[str, SiteData]:
         ConfigError: the study has no data section.
         NoImages, DataError: as `load_site` and `simulated_sites`.
     """
-    from fedsigma.common.wire.records import StudySpec
-
     if study.data is None:
         raise ConfigError(f"study '{study.name}' has no data section, so its images are at its sites")
-    source, parts = simulated_sites(StudySpec.of(study).data, study.classes, study.seed)
+    source, parts = simulated_sites(study.data, study.classes, study.seed)
     return {
         name: load_site(
             source,
