@@ -16,7 +16,7 @@ from fedsigma.common.utils.errors import PROBLEMS, InputError
 from fedsigma.server.paper import NO_END, ROUNDS
 
 if TYPE_CHECKING:
-    from fedsigma.server.paper.runner import Outcome, Recipe
+    from fedsigma.server.paper.runner import CellSettings, Outcome
     from fedsigma.server.paper.sets import TableSets
     from fedsigma.server.paper.tables import PaperTable
 
@@ -39,84 +39,92 @@ def _bench() -> None:
 
 @bench_app.command()
 def paper(
-    table: Annotated[str, typer.Option(help="Which; --table list says which there are.")],
+    table: Annotated[str, typer.Option(help="Name of the table; list: print the names.")],
     data: Annotated[
         Path,
-        typer.Option(envvar="FEDSIGMA_DATA", help="The folder with the sets, each in a folder of its own."),
+        typer.Option(envvar="FEDSIGMA_DATA", help="Folder of the sets, each in its own subfolder."),
     ] = Path(),
     out: Annotated[Path, typer.Option(help="Results database, run folders, tables.")] = Path("paper"),
     datasets: Annotated[
-        str, typer.Option(help="Sets by commas, also medmnist:NAME:SIZE; default: the table's that are here.")
+        str,
+        typer.Option(
+            help="Comma-separated sets, also medmnist:NAME:SIZE; default: all of the table's in --data."
+        ),
     ] = "",
     setting: Annotated[
-        str, typer.Option(help="By commas: central, iid, dirichlet-ALPHA, disjoint, natural.")
+        str, typer.Option(help="Comma-separated: central, iid, dirichlet-ALPHA, disjoint, natural.")
     ] = "central,iid,dirichlet-0.5,dirichlet-0.1",
-    sites: Annotated[str, typer.Option(help="Numbers of sites by commas, 2 to 10000.")] = "10",
-    participation: Annotated[str, typer.Option(help="Shares of the sites in a round, by commas.")] = "1",
+    sites: Annotated[str, typer.Option(help="Comma-separated numbers of sites, 2 to 10000.")] = "10",
+    participation: Annotated[str, typer.Option(help="Comma-separated shares of the sites in a round.")] = "1",
     pooled: Annotated[bool, typer.Option(help="Also train each division's images in one place.")] = False,
-    shots: Annotated[str, typer.Option(help="Images a class, by commas; few-shot tables.")] = "1,2,4,8,16",
-    seeds: Annotated[str, typer.Option(help="By commas.")] = "1,2,3",
+    shots: Annotated[
+        str, typer.Option(help="Comma-separated training images a class; few-shot tables only.")
+    ] = "1,2,4,8,16",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "1,2,3",
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds of a federated run.")] = ROUNDS,
-    most_steps: Annotated[
-        int, typer.Option(min=1, help="Cut longer runs to so many steps a site, to try things out.")
-    ] = NO_END,
-    backbone: Annotated[str, typer.Option(help="Other than that of the sets' cards.")] = "",
+    most_steps: Annotated[int, typer.Option(min=1, help="Most steps a site, for a quick try.")] = NO_END,
+    backbone: Annotated[str, typer.Option(help="Backbone instead of that of the sets' cards.")] = "",
     change: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of all studies: federation.codec=small.")
+        list[str] | None,
+        typer.Option("--set", help="Setting of all studies, such as federation.codec=small."),
     ] = None,
-    share: Annotated[str, typer.Option(help="Run one share of the cells: 2/4, of four machines.")] = "1/1",
-    show: Annotated[bool, typer.Option(help="Print what is there, run nothing.")] = False,
+    share: Annotated[
+        str, typer.Option(help="Run one share of the cells: 2/4 is the second of four machines.")
+    ] = "1/1",
+    show: Annotated[bool, typer.Option(help="Print the finished results, run nothing.")] = False,
     allow_differences: Annotated[
-        bool, typer.Option(help="Take sets that are not as their cards say; the table says so.")
+        bool, typer.Option(help="Use sets that differ from their cards; the table notes it.")
     ] = False,
-    database: Annotated[
-        str, typer.Option(help="An URL of SQLAlchemy's.", show_default="OUT/results.sqlite")
-    ] = "",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    database: Annotated[str, typer.Option(help="SQLAlchemy URL.", show_default="OUT/results.sqlite")] = "",
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the values to this file.")
+    ] = None,
 ) -> None:
-    """Train and judge all cells of a table; print it in the paper's form, with mean and spread over seeds.
+    """Train and evaluate all cells of a table, and print it with mean and standard deviation over seeds.
 
-    A finished cell is kept in the results database; the same command goes on where it was interrupted.
+    Finished cells are saved in the results database; the same command resumes an interrupted table.
     Nothing is downloaded.
 
-    Exit code 0: the table is whole; 3: bad input, or no set is here; 4: it has gaps, which it names; 130:
-    interrupted.
+    Exit code 0: the table is complete; 3: invalid input, or no set was found; 4: cells are missing, which are
+    listed; 130: interrupted.
 
     Example: fedsigma bench paper --table fewshot-biomedical --data sets --setting central,dirichlet-0.1
     """
-    from fedsigma.server.paper.results import Results
-    from fedsigma.server.paper.runner import Recipe, share_of, work
+    from fedsigma.server.paper.results import ResultsDatabase
+    from fedsigma.server.paper.runner import CellSettings, run_cells, select_share
     from fedsigma.server.paper.sets import find_sets
     from fedsigma.server.paper.study_builder import read_overrides
-    from fedsigma.server.paper.tables import cells_of, settings_of
+    from fedsigma.server.paper.tables import list_cells, parse_settings
 
     chosen = _table(table)
-    settings = settings_of(
+    settings = parse_settings(
         _words(setting),
         sites=_whole("sites", sites),
         participation=_shares(participation),
         pooled=pooled,
     )
     numbers, draws = _whole("shots", shots), _whole("seeds", seeds)
-    recipe = Recipe(
+    recipe = CellSettings(
         backbone=backbone, rounds=rounds, most_steps=most_steps, overrides=read_overrides(change or [])
     )
     sets = find_sets(chosen, data.expanduser(), _words(datasets))
-    _say_missing(sets)
+    _print_missing(sets)
     _check_differences(sets, allow_differences)
-    names = [one.name for one in sets.judged]
-    cells = list(cells_of(chosen, names, settings=settings, shots=numbers, seeds=draws))
-    own = share_of(cells, share)
+    names = [one.name for one in sets.evaluated]
+    cells = list(list_cells(chosen, names, settings=settings, shots=numbers, seeds=draws))
+    selected = select_share(cells, share)
     by_name = {one.name: one for one in sets.found}
     recipe.check(cells, by_name)
     for option, folder in (("out", out), ("json", as_json.parent if as_json else out)):
         _make(option, folder)
-    results = Results(database or (out / "results.sqlite").resolve())
-    run = set() if show else own
+    results = ResultsDatabase(database or (out / "results.sqlite").resolve())
+    run = set() if show else selected
     try:
-        outcome = work(cells, by_name, results, recipe, out.resolve() / "runs", run=run)
+        outcome = run_cells(cells, by_name, results, recipe, out.resolve() / "runs", run=run)
     except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command goes on; with --show it prints what is done.", err=True)
+        typer.echo(
+            "Interrupted. The same command resumes; with --show it prints the finished results.", err=True
+        )
         raise typer.Exit(130) from None
     finally:
         results.close()
@@ -130,7 +138,7 @@ def _make(option: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"--{option}: {folder} cannot be made a folder ({error.strerror}): name another place"
+            f"--{option}: {folder} cannot be created ({error.strerror}): name another folder"
         ) from error
 
 
@@ -141,7 +149,7 @@ def _words(text: str) -> list[str]:
 def _whole(name: str, text: str) -> list[int]:
     words = _words(text)
     if not words or not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
-        raise InputError(f"--{name} is '{text}', expected whole numbers above 0 by commas")
+        raise InputError(f"--{name} is '{text}', expected comma-separated whole numbers above 0")
     return list(dict.fromkeys(map(int, words)))
 
 
@@ -151,7 +159,7 @@ def _shares(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found:
-        raise InputError(f"--participation is '{text}', expected shares by commas, as 1,0.1")
+        raise InputError(f"--participation is '{text}', expected comma-separated shares, such as 1,0.1")
     return found
 
 
@@ -168,25 +176,25 @@ def _table(name: str) -> PaperTable:
     return TABLES[name]
 
 
-def _say_missing(sets: TableSets) -> None:
-    """Name the sets that are not here.
+def _print_missing(sets: TableSets) -> None:
+    """Print the sets that are missing.
 
     Raises:
-        CardError: None is, or the one that training is on is not, or nothing to judge it on.
+        CardError: No set was found, or none to train on, or none to evaluate on.
     """
     from fedsigma.common.data.catalog import CardError
 
     for name, reason in sets.missing.items():
         typer.echo(f"Left out: {name}: {reason}", err=True)
-    if not (sets.trained and sets.judged):
-        raise CardError("no set of this table is here, or not the one to train on: see --data")
+    if not (sets.trained and sets.evaluated):
+        raise CardError("no set of this table was found, or not the one to train on: check --data")
 
 
 def _check_differences(sets: TableSets, allowed: bool) -> None:
-    """Say what is otherwise than on the cards.
+    """Print the differences from the cards.
 
     Raises:
-        CardError: Something is, and that was not allowed.
+        CardError: There are differences, and they are not allowed.
     """
     from fedsigma.common.data.catalog import CardError
 
@@ -195,21 +203,21 @@ def _check_differences(sets: TableSets, allowed: bool) -> None:
             typer.echo(f"{one.name}: {line}", err=True)
     if any(one.differs for one in sets.found) and not allowed:
         raise CardError(
-            "these are not the published sets, so figures on them are not the paper's: mend them, or take"
-            " them as they are by --allow-differences"
+            "these are not the published sets, so results on them are not comparable with the paper's:"
+            " repair them, or use them with --allow-differences"
         )
 
 
 def _write(
-    name: str, sets: TableSets, recipe: Recipe, outcome: Outcome, out: Path, as_json: Path | None
+    name: str, sets: TableSets, recipe: CellSettings, outcome: Outcome, out: Path, as_json: Path | None
 ) -> None:
     """Print the table and write it as Markdown, CSV and JSON."""
     from fedsigma.common.utils.files import write_atomic
-    from fedsigma.server.paper.markdown import blocks_of, flat, markdown
+    from fedsigma.server.paper.markdown import build_blocks, flatten_blocks, render_markdown
 
-    blocks = blocks_of(sets.table, outcome.cells, [one.name for one in sets.judged], sets.averaged)
-    entries = flat(blocks)
-    text = markdown(sets.table, blocks, notes=_notes(sets, recipe, outcome))
+    blocks = build_blocks(sets.table, outcome.cells, [one.name for one in sets.evaluated], sets.averaged)
+    entries = flatten_blocks(blocks)
+    text = render_markdown(sets.table, blocks, notes=_notes(sets, recipe, outcome))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(entries[0]))
     writer.writeheader()
@@ -223,8 +231,8 @@ def _write(
     typer.echo(f"{outcome.done} of {len(outcome.cells)} cells. Table: {out / name}.md")
 
 
-def _notes(sets: TableSets, recipe: Recipe, outcome: Outcome) -> list[str]:
-    """What a reader must know to read the table."""
+def _notes(sets: TableSets, recipe: CellSettings, outcome: Outcome) -> list[str]:
+    """Return the notes below the table."""
     from fedsigma.server.paper.sets import published_on
 
     table, found, averaged = sets.table, sets.found, sets.averaged
@@ -233,10 +241,10 @@ def _notes(sets: TableSets, recipe: Recipe, outcome: Outcome) -> list[str]:
              f"{', '.join(backbones)}."]  # fmt: skip
     own = sorted({one.backbone for one in found})
     if changed := recipe.changed():
-        notes.append(f"With settings that are not the table's own: {', '.join(changed)}.")
+        notes.append(f"With other settings than the table's: {', '.join(changed)}.")
     if table.published and backbones == own and not changed:
-        told = ", ".join(f"{column} {value:.2f}" for column, value in table.published.items())
-        notes.append(f"Published average, central: {told} (CLIP-SVD's README).")
+        averages = ", ".join(f"{column} {value:.2f}" for column, value in table.published.items())
+        notes.append(f"Published average, central: {averages} (CLIP-SVD's README).")
         if set(averaged) != published_on(table):
             notes.append(
                 f"It is over other sets than the average here ({', '.join(averaged)}), so not to be compared."
@@ -251,5 +259,5 @@ def _notes(sets: TableSets, recipe: Recipe, outcome: Outcome) -> list[str]:
         )
     notes += [f"{one.name} differs from its card: {'; '.join(one.differs)}." for one in found if one.differs]
     if sets.missing:
-        notes.append(f"Not here, so in no average: {', '.join(sets.missing)}.")
+        notes.append(f"Missing, so in no average: {', '.join(sets.missing)}.")
     return notes + [f"Failed: {where}: {reason}" for where, reason in outcome.failures.items()]

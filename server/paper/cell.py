@@ -1,4 +1,4 @@
-"""Running one cell: training in one place or among sites, and judging on the test images."""
+"""Run one cell: train in one place or at sites, and evaluate on the test images."""
 
 from __future__ import annotations
 
@@ -36,16 +36,23 @@ from fedsigma.server.paper.tables import Cell
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.in_process import InProcessGrid
 
-__all__ = ["Finished", "Score", "run_cell"]
+__all__ = ["CellResult", "Score", "run_cell"]
 
 Vector = NDArray[np.float32]
 CLIENT_APP = "fedsigma.clientapp"
-"""The sites' app, named as Flower is told it: the server imports nothing of the sites'."""
+"""Module of the sites' app, loaded by name: the server does not import the site's code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How a model did. half: 'base' or 'novel', '' for all classes; scores by name, shares of 1."""
+    """Metrics of a model on one set.
+
+    Attributes:
+        judged_on: Name of the set.
+        half: `base` or `novel`; empty for all classes.
+        images: Number of test images.
+        scores: Metrics by name, 0 to 1.
+    """
 
     judged_on: str
     half: str
@@ -54,11 +61,16 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What a cell gave.
+class CellResult:
+    """Result of a cell.
 
-    Fields: scores; sites that trained (1 for one place, 0 for no training); examples in all; steps of one
-    site; bytes_up, one site's in one round; seconds.
+    Attributes:
+        scores: Metrics by set and half.
+        sites: Sites that trained; 1 for one place, 0 for no training.
+        examples: Training images of all sites.
+        steps: Optimiser steps of one site.
+        bytes_up: Bytes that one site uploads in one round.
+        seconds: Duration.
     """
 
     scores: tuple[Score, ...]
@@ -71,7 +83,7 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class _Trained:
-    """A model and how it came about: as in `Finished`."""
+    """A trained model; the numbers are those of `CellResult`."""
 
     shift: Vector
     sites: int = 0
@@ -80,7 +92,7 @@ class _Trained:
     bytes_up: int = 0
 
     def save(self, file: Path) -> None:
-        """Write it, the numbers beside the shift."""
+        """Write the shift, with the numbers as metadata."""
         numbers = {name: str(value) for name, value in vars(self).items() if name != "shift"}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, to_bytes({"shift": self.shift}, metadata=numbers))
@@ -88,106 +100,109 @@ class _Trained:
     @classmethod
     def load(cls, file: Path) -> _Trained:
         """Read what `save` wrote."""
-        with safe_open(file, framework="np") as found:
-            numbers = {name: int(value) for name, value in found.metadata().items()}
-            return cls(shift=found.get_tensor("shift"), **numbers)
+        with safe_open(file, framework="np") as tensors:
+            numbers = {name: int(value) for name, value in tensors.metadata().items()}
+            return cls(shift=tensors.get_tensor("shift"), **numbers)
 
 
 def run_cell(
     cell: Cell, study: StudyConfig, sets: Mapping[str, PublishedSet], folder: Path, judge_on: Sequence[str]
-) -> Finished:
-    """Train a cell's model, if it has one and has not been trained before, and judge it.
+) -> CellResult:
+    """Train a cell's model, unless it was trained before or needs no training, and evaluate it.
 
     Args:
-        cell, study: What to train; the study is `study_of` the cell.
-        sets: By name, with those that the cell is trained and judged on.
-        folder: Of this cell; the run folder of a federated one, which is gone on with if it was interrupted.
-            A model that is judged on several sets is kept beside it, for those that come later.
-        judge_on: Those of the cell's sets.
+        cell: The cell.
+        study: Its study, from `build_study`.
+        sets: Sets by name, including those that the cell is trained and evaluated on.
+        folder: Run folder of a federated cell, resumed if it was interrupted. A model that is evaluated on
+            several sets is stored beside it.
+        judge_on: Names of the cell's sets to evaluate on.
 
     Raises:
-        DataError: Images cannot be read, or not divided as the setting says.
+        DataError: Images cannot be read, or cannot be divided as in the setting.
         TrainingError: Training diverged.
     """
-    begun = time.monotonic()
-    kept = folder.with_name(f"{folder.name}.safetensors")
-    if kept.is_file():
-        trained = _Trained.load(kept)
+    start = time.monotonic()
+    model_file = folder.with_name(f"{folder.name}.safetensors")
+    if model_file.is_file():
+        trained = _Trained.load(model_file)
     else:
         trained = _train(cell, study, sets[cell.trained_on], folder)
         if len(cell.judged_on) > 1:
-            trained.save(kept)
-    scores = tuple(score for name in judge_on for score in _judge(trained.shift, cell, study, sets[name]))
-    return Finished(
+            trained.save(model_file)
+    scores = tuple(score for name in judge_on for score in _evaluate(trained.shift, cell, study, sets[name]))
+    return CellResult(
         scores=scores,
         sites=trained.sites,
         examples=trained.examples,
         steps=trained.steps,
         bytes_up=trained.bytes_up,
-        seconds=time.monotonic() - begun,
+        seconds=time.monotonic() - start,
     )
 
 
 def _train(cell: Cell, study: StudyConfig, trained_on: PublishedSet, folder: Path) -> _Trained:
-    learner = open_trainer(study.backbone, study.sigma, study.classes, study.prompts)
+    trainer = open_trainer(study.backbone, study.sigma, study.classes, study.prompts)
     match cell.setting:
         case None:
-            return _Trained(shift=_zeros(learner))
+            return _Trained(shift=_zeros(trainer))
         case setting if setting.way == "central":
-            return _in_one_place(learner, study, _central(cell, study, trained_on, learner))
+            return _in_one_place(trainer, study, _central(cell, study, trained_on, trainer))
         case setting if setting.pooled:
-            images = load_sites(study, side=learner.image_side)
+            images = load_sites(study, side=trainer.image_side)
             together = [example for one in images.values() for example in one.train]
-            return _in_one_place(learner, study, together, sites=len(images))
-    return _among_sites(learner, study, folder)
+            return _in_one_place(trainer, study, together, sites=len(images))
+    return _among_sites(trainer, study, folder)
 
 
-def _zeros(learner: Trainer) -> Vector:
-    return np.zeros(learner.layout.size, np.float32)
+def _zeros(trainer: Trainer) -> Vector:
+    return np.zeros(trainer.layout.size, np.float32)
 
 
-def _central(cell: Cell, study: StudyConfig, chosen: PublishedSet, learner: Trainer) -> list[Example]:
+def _central(cell: Cell, study: StudyConfig, chosen: PublishedSet, trainer: Trainer) -> list[Example]:
     half = "base" if cell.protocol == "base_to_novel" else None
     source, records = chosen.records("train", half)
     drawn = few_shot(records, shots=study.shots, classes=study.classes, seed=study.seed)
-    return load_examples(source, drawn, study.classes, side=learner.image_side)
+    return load_examples(source, drawn, study.classes, side=trainer.image_side)
 
 
 def _in_one_place(
-    learner: Trainer, study: StudyConfig, examples: list[Example], *, sites: int = 1
+    trainer: Trainer, study: StudyConfig, examples: list[Example], *, sites: int = 1
 ) -> _Trained:
-    """Train on these images, for the steps of so many sites together."""
+    """Train on images in one place, for as many steps as `sites` sites make together."""
     if not examples:
         raise NoImages(f"study '{study.name}' has no training image of its classes")
-    learned = train_pooled(learner, study, examples, sites=sites)
+    learned = train_pooled(trainer, study, examples, sites=sites)
     return _Trained(shift=learned.shift, sites=1, examples=len(examples), steps=learned.steps)
 
 
-def _among_sites(learner: Trainer, study: StudyConfig, path: Path) -> _Trained:
-    """Run the study's rounds with the real apps of both sides, in this process."""
+def _among_sites(trainer: Trainer, study: StudyConfig, path: Path) -> _Trained:
+    """Run the study's rounds in this process, with the real apps of both sides."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     os.environ["FEDSIGMA_AUDIT"] = str(path / "audit")
     count = len(simulated_sites(study.data, study.classes, study.seed)[1])
-    folder = RunDir.open(path) if (path / "study.yaml").exists() else RunDir.create(path, study.to_yaml())
-    aggregator, split = Aggregator(study), learner.partition(None)
-    with folder.lock():
+    run_dir = RunDir.open(path) if (path / "study.yaml").exists() else RunDir.create(path, study.to_yaml())
+    aggregator, split = Aggregator(study), trainer.partition(None)
+    with run_dir.lock():
         shift, done = checkpoint.load(
-            folder, aggregator, study=study, split=split, fingerprint=learner.fingerprint
+            run_dir, aggregator, study=study, split=split, fingerprint=trainer.fingerprint
         )
-        exchange = Messenger(InProcessGrid(importlib.import_module(CLIENT_APP).app, count))
-        roster = SiteManager(exchange, folder, study, learner.fingerprint)
+        messenger = Messenger(InProcessGrid(importlib.import_module(CLIENT_APP).app, count))
+        site_manager = SiteManager(messenger, run_dir, study, trainer.fingerprint)
         federation = Federation(
             study=study,
-            site_manager=roster,
-            messenger=exchange,
-            run_dir=folder,
+            site_manager=site_manager,
+            messenger=messenger,
+            run_dir=run_dir,
             aggregator=aggregator,
             partition=split,
-            fingerprint=learner.fingerprint,
+            fingerprint=trainer.fingerprint,
         )
         shift = train(federation, shift, done=done)
-    rows = [row for row in folder.rounds() if row["status"] == "accepted"]
-    examples = {row["site"]: row["examples"] or 0 for row in rows}  # under masks a site does not tell
+    rows = [row for row in run_dir.rounds() if row["status"] == "accepted"]
+    examples = {
+        row["site"]: row["examples"] or 0 for row in rows
+    }  # with masks a site does not report its number
     return _Trained(
         shift=split.combine(shift),
         sites=len(examples),
@@ -197,18 +212,18 @@ def _among_sites(learner: Trainer, study: StudyConfig, path: Path) -> _Trained:
     )
 
 
-def _judge(shift: Vector, cell: Cell, study: StudyConfig, chosen: PublishedSet) -> list[Score]:
-    """Judge a model on one set: on all its classes, or among those of each half."""
-    found = []
+def _evaluate(shift: Vector, cell: Cell, study: StudyConfig, chosen: PublishedSet) -> list[Score]:
+    """Evaluate a model on one set: on all its classes, or on those of each half."""
+    scores = []
     for half in ("base", "novel") if cell.protocol == "base_to_novel" else (None,):
-        learner = open_trainer(study.backbone, study.sigma, chosen.half(half), chosen.prompts(half))
+        trainer = open_trainer(study.backbone, study.sigma, chosen.half(half), chosen.prompts(half))
         source, records = chosen.records("test", half)
-        examples: Any = LazyExamples(source, records, chosen.half(half), side=learner.image_side)
+        examples: Any = LazyExamples(source, records, chosen.half(half), side=trainer.image_side)
         try:
-            judged = learner.evaluate(shift, examples)
+            output = trainer.evaluate(shift, examples)
         finally:
             examples.close()
-        found.append(
-            Score(judged_on=chosen.name, half=half or "", images=len(examples), scores=judged.metrics)
+        scores.append(
+            Score(judged_on=chosen.name, half=half or "", images=len(examples), scores=output.metrics)
         )
-    return found
+    return scores

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fedsigma.server.paper.cell import Score
 from fedsigma.server.paper.tables import ZERO_SHOT, Cell, PaperTable
 
-__all__ = ["AVERAGE", "Value", "blocks_of", "flat", "markdown"]
+__all__ = ["AVERAGE", "Value", "build_blocks", "flatten_blocks", "render_markdown"]
 
 AVERAGE = "average"
 NOTHING = "–"
@@ -45,7 +45,7 @@ class Value:
         return told if len(self.seeds) == self.wanted else f"{told} ({len(self.seeds)} of {self.wanted})"
 
 
-def blocks_of(
+def build_blocks(
     table: PaperTable,
     cells: Iterable[tuple[Cell, list[Score] | None]],
     names: Sequence[str],
@@ -172,7 +172,7 @@ class _Harmonic(Value):
         return 2 * base * novel / (base + novel) if base + novel else 0.0
 
 
-def markdown(table: PaperTable, blocks: dict[str, Block], *, notes: Sequence[str] = ()) -> str:
+def render_markdown(table: PaperTable, blocks: dict[str, Block], *, notes: Sequence[str] = ()) -> str:
     """The whole table as text, notes at its end."""
     lines = [f"## {table.title}", ""]
     for name, block in blocks.items():
@@ -185,7 +185,7 @@ def markdown(table: PaperTable, blocks: dict[str, Block], *, notes: Sequence[str
     return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
 
 
-def flat(blocks: dict[str, Block]) -> list[dict[str, object]]:
+def flatten_blocks(blocks: dict[str, Block]) -> list[dict[str, object]]:
     """One line an entry, for CSV and JSON: block, row, column, mean, spread, seeds, how many were wanted."""
     return [
         {

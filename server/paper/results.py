@@ -15,11 +15,11 @@ import sqlalchemy as sa
 from fedsigma.common import __version__
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import DataConfig, StudyConfig
-from fedsigma.server.paper.cell import Finished, Score
+from fedsigma.server.paper.cell import CellResult, Score
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
 
-__all__ = ["Results", "key_of"]
+__all__ = ["ResultsDatabase", "cell_key"]
 
 _METADATA = sa.MetaData()
 _CELLS = sa.Table(
@@ -54,58 +54,58 @@ _SCORES = sa.Table(
 )
 
 
-def key_of(cell: Cell, study: StudyConfig, trained_on: PublishedSet) -> str:
-    """What a cell trains, as a digest: by which settings, on which lists of images.
+def cell_key(cell: Cell, study: StudyConfig, trained_on: PublishedSet) -> str:
+    """Return a digest of what a cell trains: its settings and lists of images.
 
-    Where a set lies does not count. What is trained by other settings, or on a set whose classes, images or
-    sites have changed, is another cell. What judges it is not part of it: the same model may be judged on a
-    set that came later. Settings that have their defaults are left out, so that a cell is found again by a
-    later version that has more of them.
+    The location of a set does not count. Other settings, or a set whose classes, images or sites have
+    changed, give another key. The sets that evaluate the model are not part of it, since the same model may
+    later be evaluated on further sets. Settings with default values are left out, so that later versions with
+    more settings find the cell again.
     """
-    # The places of the sets are left out, too: which they are is told below.
+    # The locations of the sets are left out; the sets themselves are identified below.
     data = DataConfig(source=study.data.source) if study.data else None
     plain = StudyConfig(name=study.name, backbone="any", classes=study.classes, data=data)
     content = _other_than(asdict(plain), asdict(study))
     content.get("data", {}).get("options", {}).pop("root", None)
-    told = [trained_on.classes, trained_on.digest]
-    place = [cell.protocol, cell.trained_on, cell.row, cell.shots, cell.seed]
-    return hashlib.sha256(json.dumps([place, content, told], sort_keys=True).encode()).hexdigest()
+    data_of_set = [trained_on.classes, trained_on.digest]
+    identity = [cell.protocol, cell.trained_on, cell.row, cell.shots, cell.seed]
+    return hashlib.sha256(json.dumps([identity, content, data_of_set], sort_keys=True).encode()).hexdigest()
 
 
 def _shown(url: str) -> str:
-    """An URL without its password."""
+    """Return a URL without its password."""
     try:
         return sa.make_url(url).render_as_string(hide_password=True)
     except sa.exc.ArgumentError:
         return f"'{url}'"
 
 
-def _other_than(plain: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The entries of nested settings that differ."""
-    found = {}
-    for name, value in given.items():
-        default = plain.get(name)
+def _other_than(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of nested settings that differ."""
+    changed = {}
+    for name, value in values.items():
+        default = defaults.get(name)
         if isinstance(value, dict) and isinstance(default, dict):
             value = _other_than(default, value) or default
         if value != default:
-            found[name] = value
-    return found
+            changed[name] = value
+    return changed
 
 
-class Results:
-    """The cells that are done.
+class ResultsDatabase:
+    """Database of the finished cells.
 
     Args:
-        place: A file of SQLite, made if it is not there, or an URL of SQLAlchemy's.
+        place: An SQLite file, created if missing, or an SQLAlchemy URL.
 
     Raises:
-        ConfigError: There is no such database, or it is not one of these results.
+        ConfigError: The database cannot be used.
     """
 
     def __init__(self, place: Path | str) -> None:
         url = place if isinstance(place, str) else f"sqlite:///{place}"
         try:
-            # A run may take hours, in which a server drops the connection.
+            # A run may take hours, during which a server drops the connection.
             self._engine = sa.create_engine(url, pool_pre_ping=True)
             _METADATA.create_all(self._engine)
             with self._engine.connect() as connection:
@@ -114,25 +114,30 @@ class Results:
         except (sa.exc.SQLAlchemyError, ImportError) as error:
             reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
             raise ConfigError(
-                f"the results database {_shown(url)} cannot be used ({reason}): expected an URL of"
-                " SQLAlchemy's, as sqlite:///results.sqlite, of a database that can be written to"
+                f"the results database {_shown(url)} cannot be used ({reason}): expected an"
+                " SQLAlchemy URL of a writable database, such as sqlite:///results.sqlite"
             ) from error
 
     def find(self, key: str, digests: Mapping[str, str]) -> list[Score]:
-        """What is known of a cell on these sets, by name, with the digests of what they list."""
-        wanted = sa.select(_SCORES).where(_SCORES.c.key == key)
+        """Return the scores of a cell on these sets.
+
+        Args:
+            key: Key of the cell.
+            digests: Digest of each set's lists of images, by name.
+        """
+        query = sa.select(_SCORES).where(_SCORES.c.key == key)
         with self._engine.connect() as connection:
-            rows = connection.execute(wanted).all()
+            rows = connection.execute(query).all()
         return [
             Score(judged_on=r.judged_on, half=r.half, images=r.images, scores=json.loads(r.scores))
             for r in rows
             if digests.get(r.judged_on) == r.digest
         ]
 
-    def keep(
-        self, key: str, cell: Cell, study: StudyConfig, done: Finished, digests: Mapping[str, str]
+    def save(
+        self, key: str, cell: Cell, study: StudyConfig, done: CellResult, digests: Mapping[str, str]
     ) -> None:
-        """Write a finished cell, or further scores of it, all or nothing."""
+        """Save a finished cell, or further scores of it, in one transaction."""
         row = {
             "key": key,
             "protocol": cell.protocol,
@@ -171,5 +176,5 @@ class Results:
             connection.execute(sa.insert(_SCORES), scores)
 
     def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         self._engine.dispose()

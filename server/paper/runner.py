@@ -1,4 +1,4 @@
-"""Working through a table's cells: what is done is kept, what fails is told, and the rest goes on."""
+"""Run the cells of a table: results are saved, and a failed cell is reported without stopping the others."""
 
 from __future__ import annotations
 
@@ -21,20 +21,27 @@ from fedsigma.server.federation.rounds import NoModel
 from fedsigma.server.federation.site_manager import TooFewSites
 from fedsigma.server.paper import NO_END, ROUNDS
 from fedsigma.server.paper.cell import Score, run_cell
-from fedsigma.server.paper.results import Results, key_of
+from fedsigma.server.paper.results import ResultsDatabase, cell_key
 from fedsigma.server.paper.sets import PublishedSet
-from fedsigma.server.paper.study_builder import study_of
+from fedsigma.server.paper.study_builder import build_study
 from fedsigma.server.paper.tables import Cell
 
-__all__ = ["Outcome", "Recipe", "share_of", "work"]
+__all__ = ["CellSettings", "Outcome", "run_cells", "select_share"]
 
-# What is wrong with one cell, and not with the others.
+# Errors that concern one cell only.
 _FAILURES = (DataError, NoImages, TrainingError, NoModel, TooFewSites)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What all cells of a call have in common: see `study_of`."""
+class CellSettings:
+    """Settings that all cells of a call share.
+
+    Attributes:
+        backbone: Backbone of the studies; empty for that of each set's card.
+        rounds: Most rounds of a federated run.
+        most_steps: Most optimiser steps of a site.
+        overrides: Settings by section, from `read_overrides`.
+    """
 
     backbone: str
     rounds: int
@@ -42,27 +49,27 @@ class Recipe:
     overrides: Mapping[str, Any]
 
     def changed(self) -> list[str]:
-        """What makes these cells others than the table's own, in words."""
-        found = [f"{place} = {value}" for place, value in flatten(self.overrides)]
+        """Describe each difference from the table's own settings."""
+        changes = [f"{name} = {value}" for name, value in flatten(self.overrides)]
         if self.rounds != ROUNDS:
-            found.append(f"at most {self.rounds:,} rounds")
+            changes.append(f"at most {self.rounds:,} rounds")
         if self.most_steps != NO_END:
-            found.append(f"at most {self.most_steps:,} steps a site")
-        return found
+            changes.append(f"at most {self.most_steps:,} steps a site")
+        return changes
 
     def check(self, cells: Sequence[Cell], sets: Mapping[str, PublishedSet]) -> None:
-        """See that the settings go together in every cell, before any is trained.
+        """Check that the settings are compatible in every cell, before any is trained.
 
         Raises:
-            ConfigError: They do not.
+            ConfigError: They are not.
         """
         for cell in cells:
-            with suppress(*_FAILURES):  # what is wrong with one cell is told when it is reached
+            with suppress(*_FAILURES):  # an error of one cell is reported when it is reached
                 self.study(cell, sets)
 
     def study(self, cell: Cell, sets: Mapping[str, PublishedSet]) -> StudyConfig:
-        """The study of a cell."""
-        return study_of(
+        """Return the study of a cell."""
+        return build_study(
             cell,
             sets[cell.trained_on],
             backbone=self.backbone,
@@ -74,7 +81,13 @@ class Recipe:
 
 @dataclass
 class Outcome:
-    """The cells of a table with their scores, None where there are none, and why some failed."""
+    """Results of a table.
+
+    Attributes:
+        cells: Each cell with its scores; None if it has none.
+        failures: Reasons by name of the cells that failed.
+        studies: Studies by key of the cell.
+    """
 
     cells: list[tuple[Cell, list[Score] | None]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -82,15 +95,15 @@ class Outcome:
 
     @property
     def done(self) -> int:
-        """How many cells have scores."""
+        """Number of cells that have scores."""
         return sum(scores is not None for _, scores in self.cells)
 
 
-def share_of(cells: Sequence[Cell], share: str) -> set[Cell]:
-    """The cells of one of several machines: '2/4' is the second of four.
+def select_share(cells: Sequence[Cell], share: str) -> set[Cell]:
+    """Return the cells of one of several machines: '2/4' is the second of four.
 
     Raises:
-        ValueError: It is not of that form.
+        InputError: It is not of this form.
     """
     number, slash, count = share.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -98,24 +111,27 @@ def share_of(cells: Sequence[Cell], share: str) -> set[Cell]:
     return set(cells[int(number) - 1 :: int(count)])
 
 
-def work(
+def run_cells(
     cells: Sequence[Cell],
     sets: Mapping[str, PublishedSet],
-    results: Results,
-    recipe: Recipe,
+    results: ResultsDatabase,
+    recipe: CellSettings,
     folder: Path,
     *,
     run: set[Cell],
 ) -> Outcome:
-    """Run the cells that are missing, one by one, and return all.
+    """Run the cells that have no result yet, one after the other.
 
     Args:
-        cells: Of the table.
-        sets: By name.
-        results: Where finished ones are kept.
-        recipe: Of all.
-        folder: The run folders of federated cells are below it.
-        run: Those that this call may run; empty to run none.
+        cells: All cells of the table.
+        sets: Sets by name.
+        results: Database of finished cells.
+        recipe: Settings of all cells.
+        folder: Parent of the run folders of federated cells.
+        run: Cells that this call may run; empty to run none.
+
+    Returns:
+        The results of all cells.
     """
     outcome = Outcome()
     console = Console(stderr=True)
@@ -127,20 +143,20 @@ def work(
             progress.update(bar, description=str(cell))
             try:
                 study = recipe.study(cell, sets)
-                key = key_of(cell, study, sets[cell.trained_on])
+                key = cell_key(cell, study, sets[cell.trained_on])
                 outcome.studies[key] = study
                 digests = {name: sets[name].digest for name in cell.judged_on}
                 scores = results.find(key, digests)
-                lacking = [name for name in cell.judged_on if name not in {one.judged_on for one in scores}]
-                if lacking and cell in run:
-                    done = run_cell(cell, study, sets, folder / key[:16], lacking)
-                    results.keep(key, cell, study, done, digests)
-                    scores, lacking = [*scores, *done.scores], []
+                missing = [name for name in cell.judged_on if name not in {one.judged_on for one in scores}]
+                if missing and cell in run:
+                    done = run_cell(cell, study, sets, folder / key[:16], missing)
+                    results.save(key, cell, study, done, digests)
+                    scores, missing = [*scores, *done.scores], []
             except _FAILURES as error:
                 # Other shots and seeds of a set and a setting mostly fail for the same reason.
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 outcome.failures.setdefault(f"{cell.trained_on}, {cell.row}", reason)
-                lacking = list(cell.judged_on)
-            outcome.cells.append((cell, None if lacking else scores))
+                missing = list(cell.judged_on)
+            outcome.cells.append((cell, None if missing else scores))
             progress.advance(bar)
     return outcome

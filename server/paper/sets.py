@@ -79,7 +79,7 @@ class TableSets:
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
-    def judged(self) -> tuple[PublishedSet, ...]:
+    def evaluated(self) -> tuple[PublishedSet, ...]:
         """Those that models are judged on: all but the one that every model is trained on."""
         return tuple(one for one in self.found if one.name != self.table.trained_on)
 
@@ -95,8 +95,8 @@ class TableSets:
         The others are not in the paper's averages, and would spoil one: half of BUSI's three classes is a
         single class, of which every model is right.
         """
-        published = [one.name for one in self.judged if one.publishes(self.table.protocol)]
-        return published or [one.name for one in self.judged]
+        published = [one.name for one in self.evaluated if one.publishes(self.table.protocol)]
+        return published or [one.name for one in self.evaluated]
 
 
 @lru_cache(maxsize=64)

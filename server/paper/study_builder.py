@@ -16,7 +16,7 @@ from fedsigma.common.data.catalog import Protocol
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
 
-__all__ = ["read_overrides", "steps_of", "study_of"]
+__all__ = ["build_study", "count_steps", "read_overrides"]
 
 BATCH = 32
 """The paper's batch size, of all its runs."""
@@ -41,7 +41,7 @@ _NOT_GIVEN = (
 _SECTIONS = {"training": LocalTrainingConfig, "federation": FederationConfig}
 
 
-def steps_of(protocol: Protocol, *, shots: int, classes: int, batch: int = BATCH) -> int:
+def count_steps(protocol: Protocol, *, shots: int, classes: int, batch: int = BATCH) -> int:
     """Optimiser steps of a run: iterations by shots where the protocol counts so, else whole epochs.
 
     An epoch has as many steps as there are full batches among shots * classes images, and at least one: the
@@ -52,7 +52,7 @@ def steps_of(protocol: Protocol, *, shots: int, classes: int, batch: int = BATCH
     return protocol.epochs * max(1, shots * classes // batch)
 
 
-def study_of(
+def build_study(
     cell: Cell,
     trained_on: PublishedSet,
     *,
@@ -87,7 +87,7 @@ def study_of(
         **overrides.get("training", {}),
     }
     batch = build(LocalTrainingConfig, training, where=str(cell)).batch_size
-    steps = steps_of(protocol, shots=max(1, cell.shots), classes=len(classes), batch=batch)
+    steps = count_steps(protocol, shots=max(1, cell.shots), classes=len(classes), batch=batch)
     steps = min(steps, most_steps) if cell.setting else 1
     local_steps = training.setdefault("local_steps", math.ceil(steps / rounds) if apart else steps)
     federation: dict[str, Any] = {**FEDERATION, "min_sites": 1, "wait_for_sites_s": 0}

@@ -17,8 +17,8 @@ __all__ = [
     "Cell",
     "PaperTable",
     "Setting",
-    "cells_of",
-    "settings_of",
+    "list_cells",
+    "parse_settings",
 ]
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -121,7 +121,7 @@ class Setting:
 CENTRAL = Setting()
 
 
-def settings_of(
+def parse_settings(
     names: Sequence[str], *, sites: Sequence[int], participation: Sequence[float], pooled: bool
 ) -> list[Setting]:
     """Every setting that is asked for, each once.
@@ -189,7 +189,7 @@ class Cell:
         return f"{self.trained_on}, {self.row}{shots}"
 
 
-def cells_of(
+def list_cells(
     table: PaperTable,
     sets: Sequence[str],
     *,

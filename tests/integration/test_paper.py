@@ -29,12 +29,12 @@ from fedsigma.server.federation import messenger
 from fedsigma.server.paper import sets
 from fedsigma.server.paper.cell import Score
 from fedsigma.server.paper.lazy_images import LazyExamples
-from fedsigma.server.paper.markdown import blocks_of, flat, markdown
-from fedsigma.server.paper.results import key_of
-from fedsigma.server.paper.runner import share_of
+from fedsigma.server.paper.markdown import build_blocks, flatten_blocks, render_markdown
+from fedsigma.server.paper.results import cell_key
+from fedsigma.server.paper.runner import select_share
 from fedsigma.server.paper.sets import PublishedSet, TableSets, find_sets, published_on
-from fedsigma.server.paper.study_builder import read_overrides, steps_of, study_of
-from fedsigma.server.paper.tables import CENTRAL, TABLES, Cell, Setting, settings_of
+from fedsigma.server.paper.study_builder import build_study, count_steps, read_overrides
+from fedsigma.server.paper.tables import CENTRAL, TABLES, Cell, Setting, parse_settings
 from tests.helpers.fake_trainer import FakeTrainer, HurriedTime
 from tests.helpers.medmnist_files import npz
 from tests.helpers.published import stand_in
@@ -109,7 +109,7 @@ def a_cell(**changes: Any) -> Cell:
 
 
 def a_study(cell: Cell, rounds: int = 60, most_steps: int = 10**9, **overrides: Any) -> StudyConfig:
-    return study_of(cell, a_set(), backbone="", rounds=rounds, most_steps=most_steps, overrides=overrides)
+    return build_study(cell, a_set(), backbone="", rounds=rounds, most_steps=most_steps, overrides=overrides)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def a_study(cell: Cell, rounds: int = 60, most_steps: int = 10**9, **overrides: 
 def test_lengths_are_those_of_the_published_code(
     protocol: Protocol, shots: int, classes: int, steps: int
 ) -> None:
-    assert steps_of(protocol, shots=shots, classes=classes) == steps
+    assert count_steps(protocol, shots=shots, classes=classes) == steps
 
 
 def test_a_federated_study_has_the_steps_of_the_central_one() -> None:
@@ -188,7 +188,7 @@ def test_settings_of_all_studies() -> None:
 
 
 def test_settings_have_names() -> None:
-    found = settings_of(
+    found = parse_settings(
         ["central", "iid", "dirichlet-0.1", "disjoint", "natural"],
         sites=[3, 100],
         participation=[1.0, 0.1],
@@ -210,7 +210,7 @@ def test_settings_have_names() -> None:
     ]
     assert len(found) == len(set(found)) == 1 + 3 * 8 + 4
     # Rows are told apart by these names.
-    near = settings_of(["iid"], sites=[100], participation=[0.12, 0.125, 0.07, 0.004], pooled=False)
+    near = parse_settings(["iid"], sites=[100], participation=[0.12, 0.125, 0.07, 0.004], pooled=False)
     assert [str(one).partition("sites, ")[2] for one in near] == [
         "12% a round",
         "12.5% a round",
@@ -219,11 +219,11 @@ def test_settings_have_names() -> None:
     ]
     for name in ("dirichlet", "dirichlet-0", "sorted"):
         with pytest.raises(ConfigError, match=f"the setting '{name}' is not known"):
-            settings_of([name], sites=[3], participation=[1.0], pooled=False)
+            parse_settings([name], sites=[3], participation=[1.0], pooled=False)
     with pytest.raises(ConfigError, match="sites is 1, expected 2"):
-        settings_of(["iid"], sites=[1], participation=[1.0], pooled=False)
+        parse_settings(["iid"], sites=[1], participation=[1.0], pooled=False)
     with pytest.raises(ConfigError, match="participation is 2, expected a share"):
-        settings_of(["iid"], sites=[3], participation=[2.0], pooled=False)
+        parse_settings(["iid"], sites=[3], participation=[2.0], pooled=False)
 
 
 def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +233,8 @@ def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 
     def key(root: Path, cell: Cell = cell, **overrides: Any) -> str:
         (one,) = find_sets(TABLES["fewshot-biomedical"], root, ["btmri"]).found
-        study = study_of(cell, one, backbone="", rounds=60, most_steps=9, overrides=overrides)
-        return key_of(cell, study, one)
+        study = build_study(cell, one, backbone="", rounds=60, most_steps=9, overrides=overrides)
+        return cell_key(cell, study, one)
 
     first = key(tmp_path / "a")
     assert key(tmp_path / "b") == first
@@ -255,11 +255,11 @@ def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_shares_of_machines_are_all_cells_once() -> None:
     cells = [a_cell(seed=seed) for seed in range(1, 8)]
-    parts = [share_of(cells, f"{number}/3") for number in (1, 2, 3)]
+    parts = [select_share(cells, f"{number}/3") for number in (1, 2, 3)]
     assert sorted(one.seed for part in parts for one in part) == list(range(1, 8))
     for wrong in ("0/3", "4/3", "1", "a/b"):
         with pytest.raises(ValueError, match="expected NUMBER/COUNT"):
-            share_of(cells, wrong)
+            select_share(cells, wrong)
 
 
 def scored(cell: Cell, *values: float) -> tuple[Cell, list[Score]]:
@@ -282,24 +282,24 @@ def test_mean_and_spread_over_seeds_and_the_average_over_sets() -> None:
     cells += [few("btmri", 1, 0.5), few("btmri", 2, 0.7), few("busi", 1, 0.9)]
     table, names = TABLES["fewshot-biomedical"], ["btmri", "busi"]
     missing = (a_cell(trained_on="busi", judged_on=("busi",), seed=2), None)
-    blocks = blocks_of(table, [*cells, missing], names, names)
+    blocks = build_blocks(table, [*cells, missing], names, names)
     assert str(blocks["btmri"]["central"]["16"]) == "60.0 ± 14.1"
     assert str(blocks["btmri"]["zero-shot"]["16"]) == "25.0"
     assert str(blocks["busi"]["central"]["16"]) == "90.0 (1 of 2)"
     assert str(blocks["average"]["central"]["16"]) == "70.0 (1 of 2)"  # of seed 1, which both sets have
-    whole = blocks_of(table, [*cells, few("busi", 2, 0.5)], names, names)
-    assert "average" not in blocks_of(table, [*cells, missing], names, ["btmri"])
-    one = next(e for e in flat(blocks) if (e["block"], e["row"]) == ("busi", "central"))
+    whole = build_blocks(table, [*cells, few("busi", 2, 0.5)], names, names)
+    assert "average" not in build_blocks(table, [*cells, missing], names, ["btmri"])
+    one = next(e for e in flatten_blocks(blocks) if (e["block"], e["row"]) == ("busi", "central"))
     assert (one["seeds"], one["wanted"], one["spread"]) == ([0.9], 2, None)
     assert str(whole["average"]["central"]["16"]) == "65.0 ± 7.1"  # of 70 and 60
-    text = markdown(table, whole, notes=["a note"])
+    text = render_markdown(table, whole, notes=["a note"])
     assert "| zero-shot | 30.0 |" in text and "### average" in text and "- a note" in text
 
 
 def test_the_harmonic_mean_is_that_of_the_averages() -> None:
     cell = a_cell(protocol="base_to_novel")
     other = replace(cell, trained_on="busi", judged_on=("busi",))
-    blocks = blocks_of(
+    blocks = build_blocks(
         TABLES["base-to-novel-biomedical"],
         [scored(cell, 0.8, 0.4), scored(other, 0.4, 0.8)],
         ["btmri", "busi"],
@@ -311,7 +311,7 @@ def test_the_harmonic_mean_is_that_of_the_averages() -> None:
 
 def test_one_source_and_many_targets_have_one_block() -> None:
     cell = a_cell(protocol="cross_dataset", trained_on="imagenet", judged_on=("imagenet", "dtd", "eurosat"))
-    blocks = blocks_of(TABLES["cross-dataset"], [scored(cell, 0.9, 0.4, 0.6)], ["dtd", "eurosat"], [])
+    blocks = build_blocks(TABLES["cross-dataset"], [scored(cell, 0.9, 0.4, 0.6)], ["dtd", "eurosat"], [])
     assert {c: str(v) for c, v in blocks["From one data set to others"]["central"].items()} == {
         "imagenet": "90.0",
         "dtd": "40.0",
@@ -405,14 +405,14 @@ def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     code, _, wrong = paper("--table", "fewshot")
     assert code == 3 and "there is no table 'fewshot'" in wrong
     code, _, wrong = paper(*args, "--data", tmp_path)
-    assert code == 3 and "fedsigma data fetch btmri" in wrong and "no set of this table is here" in wrong
+    assert code == 3 and "fedsigma data fetch btmri" in wrong and "no set of this table was found" in wrong
     code, _, wrong = paper(*args, "--data", tmp_path, "--datasets", "eurosat")
     assert code == 3 and "eurosat is not of this table: its sets are btmri" in wrong
     code, _, wrong = paper(*args, "--data", tmp_path, "--shots", "one")
     assert code == 3 and "--shots is 'one', expected whole numbers" in wrong
     for shares in ("", "half"):
         code, _, wrong = paper(*args, "--data", tmp_path, "--participation", shares)
-        assert code == 3 and f"--participation is '{shares}', expected shares by commas" in wrong
+        assert code == 3 and f"--participation is '{shares}', expected comma-separated shares" in wrong
     stand_in(card("btmri"), tmp_path / "BTMRI")
     code, _, wrong = paper(*args, "--data", tmp_path)
     assert code == 3 and "btmri: train: 4 images, the card says 2,854" in wrong and fake == []
@@ -424,7 +424,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert code == 4 and "2 of 3 cells" in told
     assert "Failed: btmri, natural sites: sites_by is 'site', and 4 of 4 records have no site" in text
     assert (
-        "btmri differs from its card: train: 4 images" in text and "Not here, so in no average: busi" in text
+        "btmri differs from its card: train: 4 images" in text and "Missing, so in no average: busi" in text
     )
 
 
@@ -519,7 +519,7 @@ def test_databases_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monke
             ["--out", tmp_path / "new", "--database", "mysql://me:secret@here/x"],
             "mysql://me:***@here/x cannot be",
         ),
-        (["--out", tmp_path / "file"], "file cannot be made a folder (File exists): name another place"),
+        (["--out", tmp_path / "file"], "file cannot be created (File exists): name another folder"),
         (["--out", tmp_path / "new", "--json", tmp_path / "file" / "x.json"], "--json: "),
     ):
         code, _, wrong = paper(*args, *given)
