@@ -33,7 +33,7 @@ from fedsigma.common.utils.files import write_secret, write_whole
 
 __all__ = ["Connection", "SiteHome", "TrustedCertificates"]
 
-_SITE_YAML = """\
+SITE_YAML = """\
 # The rules of this site. Nothing that the server sends can widen them; docs/federation.md explains each.
 name: {name}
 
@@ -168,7 +168,7 @@ class SiteHome:
         if not (path / "worker" / "identity.pem").exists():
             new_identity(path / "worker" / "identity.pem")
         if not (path / "site.yaml").exists():
-            (path / "site.yaml").write_text(_SITE_YAML.format(name=invitation.site), encoding="utf-8")
+            (path / "site.yaml").write_text(SITE_YAML.format(name=invitation.site), encoding="utf-8")
         connection = Connection(
             site=invitation.site, server_name=invitation.server_name, address=invitation.address
         )

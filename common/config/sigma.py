@@ -44,7 +44,7 @@ class SigmaConfig:
 
     section: ClassVar[str] = "sigma"
 
-    towers: Annotated[ListOf[Tower], distinct, Field(min_length=1, description="image, text or both.")] = (
+    towers: Annotated[ListOf[Tower], Field(min_length=1, description="image, text or both."), distinct] = (
         TOWERS
     )
     layers: Annotated[
@@ -53,7 +53,7 @@ class SigmaConfig:
         Field(description="Layers: all, a third (bottom, middle, top), or a list of numbers from 0."),
     ] = "all"
     parts: Annotated[
-        ListOf[Part], distinct, Field(min_length=1, description="Parts of a layer: q, k, v, o, mlp.")
+        ListOf[Part], Field(min_length=1, description="Parts of a layer: q, k, v, o, mlp."), distinct
     ] = PARTS
 
     def __str__(self) -> str:

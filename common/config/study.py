@@ -119,8 +119,8 @@ class StudyConfig:
     ]
     classes: Annotated[
         ListOf[Line],
-        distinct,
         Field(min_length=2, description="Names of the classes, as they go into prompts."),
+        distinct,
     ]
     template: Annotated[
         Line,
@@ -149,8 +149,8 @@ class StudyConfig:
     )
     baselines: Annotated[
         ListOf[Annotated[str, one_of(BASELINES)]],
-        distinct,
         Field(description="Models to compare with: zero_shot, local_only, pooled (simulations only)."),
+        distinct,
     ] = ("zero_shot",)
     evaluate_versions: Annotated[
         ListOf[Line],

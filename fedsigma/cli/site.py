@@ -168,6 +168,18 @@ def doctor(
 
 
 @site_app.command()
+def schema() -> None:
+    """Print the JSON Schema of site.yaml, with which editors complete and check it.
+
+    Example: fedsigma site schema > site.schema.json
+    """
+    from fedsigma.client.site.policy import SitePolicy
+    from fedsigma.common.config.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(SitePolicy), indent=2))
+
+
+@site_app.command()
 def approve(
     folder: Folder,
     digest: Annotated[

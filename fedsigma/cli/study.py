@@ -175,6 +175,18 @@ def study_check(study: StudyArgument) -> None:
             typer.echo(f"{row.site or '-'}: {row.label}: {row.train} train, {row.test} test")
 
 
+@study_app.command("schema")
+def study_schema() -> None:
+    """Print the JSON Schema of a study file, with which editors complete and check it.
+
+    Example: fedsigma study schema > study.schema.json
+    """
+    from fedsigma.common.config.schema import json_schema
+    from fedsigma.common.config.study import StudyConfig
+
+    typer.echo(json.dumps(json_schema(StudyConfig), indent=2))
+
+
 @study_app.command("privacy")
 def study_privacy(
     study: StudyArgument,
