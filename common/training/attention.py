@@ -2,8 +2,8 @@
 
 For the few images that training sends through a model at once, its forward and backward pass together take
 more than twice as long as plain batched products (`bench/attention.py`). In float32, on a GPU and without
-gradients the fused kernels are left alone. Where an adapted layer computes its own projection
-(`sigma.Separation`), torch's attention layer is given that, whichever kernel follows.
+gradients the fused kernels stay. For per-sample gradients an adapted layer computes its own projection
+(`sigma.PerSampleGradients`), which torch's attention layer then uses with either kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedsigma.common.training.classifier import uses_bfloat16
 class BatchedAttention(torch.autograd.Function):
     """Scaled dot-product self-attention of packed queries, keys and values, by batched products.
 
-    The probabilities (n, heads, length, length) are kept for the way back, which is little where a few
+    The probabilities (n, heads, length, length) are kept for the backward pass, which is little where a few
     images go through a model at once.
     """
 
@@ -85,7 +85,7 @@ def _fused(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
 def replace_attention(
     model: nn.Module, *, products: bool, project: Project = project_packed
 ) -> Iterator[None]:
-    """Have a model's attention layers compute in the block as is said here.
+    """Replace the computation of a model's attention layers in the block.
 
     torch's own layer is given another forward pass for the time; timm's layers have a switch for products.
     Other layers, and calls that are not plain self-attention, stay as they are. Outputs differ by rounding.

@@ -32,10 +32,17 @@ _SAME = 0.2
 
 
 def privacy_units(examples: Sequence[Example], level: str) -> list[list[int]]:
-    """The examples that are hidden together, as lists of their numbers: each by itself, or each group.
+    """Group the examples whose presence is hidden together.
+
+    Args:
+        examples: the training examples; each has a `group` where the level is `group`.
+        level: `image` or `group`.
+
+    Returns:
+        Lists of positions in `examples`, one list for each image or group.
 
     Raises:
-        TrainingError: groups are asked for, and an example has none: nobody knows whose it is.
+        TrainingError: the level is `group`, and an example has no group.
     """
     if level == "image":
         return [[i] for i in range(len(examples))]
@@ -52,10 +59,17 @@ def privacy_units(examples: Sequence[Example], level: str) -> list[list[int]]:
 
 
 def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
-    """The sum of gradients (n, values), each shortened to a length of at most `norm`: (values,), float32.
+    """Sum gradients, each clipped to an L2 norm of at most `norm`.
 
-    One that is not finite counts as zero, so that no input can lift the bound; nor can rounding, for which a
-    millionth is kept back.
+    A gradient that is not finite adds nothing. The norm is lowered by a millionth, so that rounding cannot
+    exceed it.
+
+    Args:
+        gradients: shape (n, values).
+        norm: the clipping norm.
+
+    Returns:
+        Shape (values,), float32.
     """
     lengths = gradients.norm(dim=1)
     norm *= 1 - 1e-6
@@ -67,14 +81,15 @@ def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
 def per_sample_gradients(
     classifier: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
 ) -> Iterator[Tensor]:
-    """The gradient of each example's cross-entropy by the task's shift, `task.micro_batch` at a time.
+    """The gradient of each example's cross-entropy by the classifier's shift, `classifier.micro_batch` at a
+    time.
 
     Both towers count: each example has prompts of its own in the text tower, since the features of shared
     ones would mix what the examples do to it. So the text tower costs as much as for images times classes
     prompts.
 
     Args:
-        task: whose shift is trained.
+        classifier: its shift is trained.
         images: uint8 (n, 3, size, size).
         labels: class numbers (n,).
         precision: "auto", "float32" or "bfloat16".
@@ -108,7 +123,7 @@ def per_sample_gradients(
 def sequential_gradients(
     classifier: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
 ) -> Iterator[Tensor]:
-    """As `per_sample_gradients`, with one backward pass an example: slow, and right for any model."""
+    """As `per_sample_gradients`, with one backward pass for each example: slow, and exact for any model."""
     shift = classifier.sigma.shift
     kept, shift.grad = shift.grad, None
     try:
@@ -146,7 +161,7 @@ class DPSGDGradient:
     """One private step's gradient after another, for `train`.
 
     Args:
-        task: whose shift is trained.
+        classifier: its shift is trained.
         examples: of the site.
         recipe: its batch_size is the number of images that a sample has on average.
         privacy: level `image` or `group`.
@@ -158,7 +173,7 @@ class DPSGDGradient:
 
     def __init__(
         self,
-        task: ClipClassifier,
+        classifier: ClipClassifier,
         examples: Sequence[Example],
         recipe: TrainingConfig,
         privacy: PrivacyConfig,
@@ -166,22 +181,24 @@ class DPSGDGradient:
     ) -> None:
         if not examples:
             raise TrainingError("no training example: the site has no labelled image of the study's classes")
-        self._task, self._examples, self._recipe, self._privacy = task, examples, recipe, privacy
-        self._augment = build_augmentation(task, recipe)
+        self._classifier, self._examples, self._recipe, self._privacy = classifier, examples, recipe, privacy
+        self._augment = build_augmentation(classifier, recipe)
         self.units = privacy_units(examples, privacy.level)
         self.sampling_rate = sampling_rate(len(examples), recipe.batch_size)
         self._random = randomness or SecureRandom()
-        if recipe.precision not in task.per_sample_supported:
-            task.per_sample_supported[recipe.precision] = supports_per_sample_gradients(
-                task, precision=recipe.precision
+        if recipe.precision not in classifier.per_sample_supported:
+            classifier.per_sample_supported[recipe.precision] = supports_per_sample_gradients(
+                classifier, precision=recipe.precision
             )
         self._gradients = (
-            per_sample_gradients if task.per_sample_supported[recipe.precision] else sequential_gradients
+            per_sample_gradients
+            if classifier.per_sample_supported[recipe.precision]
+            else sequential_gradients
         )
 
     def __call__(self) -> float:
-        """Set the shift's gradient to the noisy mean of the clipped ones; the loss stays untold (nan)."""
-        shift, privacy = self._task.sigma.shift, self._privacy
+        """Set the shift's gradient to the noisy mean of the clipped ones; the returned loss is nan."""
+        shift, privacy = self._classifier.sigma.shift, self._privacy
         chosen = [self.units[i] for i in self._random.sample(len(self.units), self.sampling_rate)]
         total = self._sum(chosen).to(torch.float64).cpu()
         noise = torch.from_numpy(self._random.normal(shift.numel()))
@@ -192,20 +209,22 @@ class DPSGDGradient:
 
     def _sum(self, units: Sequence[Sequence[int]]) -> Tensor:
         """The sum of each unit's clipped gradient, which is the mean of its images'."""
-        task = self._task
-        total = torch.zeros_like(task.sigma.shift, requires_grad=False)
+        classifier = self._classifier
+        total = torch.zeros_like(classifier.sigma.shift, requires_grad=False)
         numbers = [i for unit in units for i in unit]
         if not numbers:
             return total
         images = torch.stack([self._augment(self._examples[i].image) for i in numbers])
         labels = torch.tensor([self._examples[i].label for i in numbers])
-        owners = torch.tensor([owner for owner, unit in enumerate(units) for _ in unit], device=task.device)
-        shares = torch.tensor([1 / len(unit) for unit in units for _ in unit], device=task.device)
-        carried, start = torch.zeros(1, len(total), device=task.device), 0
-        for rows in self._gradients(task, images, labels, precision=self._recipe.precision):
+        owners = torch.tensor(
+            [owner for owner, unit in enumerate(units) for _ in unit], device=classifier.device
+        )
+        shares = torch.tensor([1 / len(unit) for unit in units for _ in unit], device=classifier.device)
+        carried, start = torch.zeros(1, len(total), device=classifier.device), 0
+        for rows in self._gradients(classifier, images, labels, precision=self._recipe.precision):
             stop = start + len(rows)
             owner = owners[start:stop] - owners[start]
-            sums = torch.zeros(int(owner[-1]) + 1, len(total), device=task.device)
+            sums = torch.zeros(int(owner[-1]) + 1, len(total), device=classifier.device)
             sums.index_add_(0, owner, rows * shares[start:stop, None])
             sums[0] += carried[0]
             # The last unit may have images in the next part, too.

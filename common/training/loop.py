@@ -21,7 +21,13 @@ from fedsigma.common.training.metrics import Predictions
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Mean cross-entropy over the steps, steps made, examples at hand."""
+    """Summary of one call of `train`.
+
+    Attributes:
+        loss: mean cross-entropy over the steps; nan where training is private.
+        steps: number of steps.
+        examples: number of training examples.
+    """
 
     loss: float
     steps: int
@@ -45,13 +51,13 @@ def endless_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 def accumulate_gradient(
     classifier: ClipClassifier, images: Tensor, labels: Tensor, *, precision: str = "auto"
 ) -> float:
-    """Add the gradient of a batch's mean cross-entropy to that of the task's shift.
+    """Add the gradient of a batch's mean cross-entropy to that of the classifier's shift.
 
-    The images go through the model `task.micro_batch` at a time, the prompts once: the gradient is that of
-    the whole batch, but the activations of one part only are held.
+    The images go through the model `classifier.micro_batch` at a time, the prompts once: the gradient is that
+    of the whole batch, but the activations of one part only are held.
 
     Args:
-        task: whose shift is trained.
+        classifier: its shift is trained.
         images: uint8 (n, 3, size, size), n > 0.
         labels: class numbers (n,).
         precision: "auto", "float32" or "bfloat16".
@@ -81,7 +87,7 @@ def accumulate_gradient(
 
 
 GradientStep = Callable[[], float]
-"""Adds the gradient of one step to that of the task's shift, and returns the step's loss."""
+"""Adds the gradient of one step to that of the classifier's shift, and returns the step's loss."""
 
 
 def batch_gradient(
@@ -122,12 +128,13 @@ def train(
     progress: bool = False,
     gradient: GradientStep | None = None,
 ) -> TrainResult:
-    """Train the task's shift in place: the recipe's optimiser on the cross-entropy of cosine similarities.
+    """Train the classifier's shift in place: the recipe's optimiser on the cross-entropy of cosine
+    similarities.
 
     Args:
-        task: holds the shift to start from.
+        classifier: has the shift to start from.
         examples: at least one; some classes may be missing.
-        recipe: optimiser settings.
+        config: optimiser settings.
         first_step: number of this call's first step within the study, for the schedule.
         steps: steps to make.
         total_steps: of the whole study.
@@ -167,7 +174,7 @@ def evaluate(
     precision: str = "auto",
     progress: bool = False,
 ) -> Predictions:
-    """Class probabilities of every example under the task's shift.
+    """Class probabilities of every example under the classifier's shift.
 
     Raises:
         TrainingError: a probability is not a number, as where the shift has diverged.

@@ -24,10 +24,14 @@ ECE_BINS = 15
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class probabilities (n, classes) and true labels (n,) of n images.
+    """Predictions and labels of n images.
+
+    Attributes:
+        probabilities: class probabilities, shape (n, classes).
+        labels: true class numbers, shape (n,).
 
     Raises:
-        ValueError: shapes that do not fit, or a label outside the classes.
+        InputError: the shapes do not match, or a label is outside the classes.
     """
 
     probabilities: Tensor
@@ -40,7 +44,7 @@ class Predictions:
                 "do not fit: expected (n, classes) and (n,)"
             )
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.class_count:
-            raise InputError(f"a label lies outside 0..{self.class_count - 1}")
+            raise InputError(f"a label is outside 0..{self.class_count - 1}")
 
     @property
     def class_count(self) -> int:
@@ -49,7 +53,7 @@ class Predictions:
 
     @staticmethod
     def concatenate(parts: Sequence[Predictions]) -> Predictions:
-        """The pooled predictions of several sites."""
+        """Concatenate the predictions of several sites."""
         return Predictions(torch.cat([p.probabilities for p in parts]), torch.cat([p.labels for p in parts]))
 
 

@@ -1,7 +1,7 @@
-"""What a site and the server do with a model: train a sigma shift on images, and judge one.
+"""Trainers: train a sigma shift on images and evaluate it, at a site and at the server.
 
-A `Trainer` holds one backbone with its basis, for one list of classes. Building one takes seconds, so each
-process keeps those it has built; the shift is handed in and out, and nothing of a call stays behind.
+A `Trainer` has one backbone with its basis, for one list of classes. Building one takes seconds, so each
+process keeps the last ones. The shift is an argument and a result; a trainer keeps no state of a call.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ NO_PRIVACY = PrivacyConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOutput:
-    """What training gave. Shapes: shift (layout size,) float32. loss: mean cross-entropy of the steps,
-    nan where training is private."""
+    """Result of training.
+
+    Attributes:
+        shift: the trained shift, shape (layout.size,), float32.
+        loss: mean cross-entropy of the steps; nan where training is private.
+        steps: number of steps.
+        examples: number of training examples.
+    """
 
     shift: Vector
     loss: float
@@ -52,9 +58,11 @@ class TrainOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOutput:
-    """How a shift did: the scalar metrics by name, and `examples`, their number.
+    """Result of an evaluation.
 
-    confusion: images by true class (rows) and predicted class (columns), row by row.
+    Attributes:
+        metrics: the scalar metrics by name, and `examples`, the number of images.
+        confusion: number of images by true class (rows) and predicted class (columns), row by row.
     """
 
     metrics: dict[str, float]
@@ -62,7 +70,7 @@ class EvalOutput:
 
 
 class Trainer(Protocol):
-    """The seam between the federation and the method."""
+    """The interface between the federation and the method."""
 
     layout: Layout
     fingerprint: Fingerprint
@@ -97,7 +105,7 @@ class Trainer(Protocol):
         ...
 
     def evaluate(self, shift: Vector, examples: Sequence[Any]) -> EvalOutput:
-        """Judge `shift` on these examples."""
+        """Evaluate `shift` on these examples."""
         ...
 
     def explain(self, shift: Vector, *, heads: int = 8, phrases: int = 5) -> list[dict[str, Any]]:
@@ -106,13 +114,13 @@ class Trainer(Protocol):
         The first takes the text tower's time for all descriptions, each further one next to none.
 
         Raises:
-            ExplainError: it cannot be told by heads.
+            ExplainError: the adapted weights cannot be assigned to heads.
         """
         ...
 
 
 class SigmaTrainer:
-    """The learner of the real method."""
+    """The trainer of a real backbone."""
 
     def __init__(
         self, backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
