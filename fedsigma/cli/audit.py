@@ -1,4 +1,4 @@
-"""The command `fedsigma audit`: whether a log of a site or a server is whole."""
+"""The command `fedsigma audit`, which verifies the logs of a site or a server."""
 
 from __future__ import annotations
 
@@ -15,41 +15,44 @@ __all__ = ["app"]
 
 
 app = typer.Typer(no_args_is_help=True)
-audit_app = typer.Typer(no_args_is_help=True, help="Look whether a log was changed.")
+audit_app = typer.Typer(no_args_is_help=True, help="Verify the integrity of an audit log.")
 app.add_typer(audit_app, name="audit")
 
 
 @app.callback()
 def _group() -> None:
-    """Keep `audit` a group of its own."""
+    """Make `audit` a group of commands."""
 
 
-Log = Annotated[Path, typer.Argument(metavar="LOG", help="audit.jsonl or privacy.jsonl.")]
+Log = Annotated[Path, typer.Argument(metavar="LOG", help="The log: audit.jsonl or privacy.jsonl.")]
 
 
 @audit_app.command()
 def verify(
     log: Log,
     head: Annotated[
-        str | None, typer.Option(help="LINES:SHA256 as it was printed and noted elsewhere, at any time.")
+        str | None,
+        typer.Option(help="LINES:SHA256, a head that an earlier call printed."),
     ] = None,
 ) -> None:
-    """Find any line of a log that was changed or removed, and print its head to be noted elsewhere.
+    """Verify the integrity of an audit log.
 
-    Each line holds the digest of the one before it, and LOG.head beside the log its length and last digest.
-    Who can replace both files can write a new log; a head that was noted elsewhere finds that, too.
+    Finds any line that was changed or removed, and prints the log's head, to be noted elsewhere. Each line
+    holds the digest of the previous line; LOG.head, beside the log, holds its length and last digest.
+    A person with access to both files can write a new log; a head noted elsewhere detects that, too.
 
-    Exit code 0: whole; 3: there is no log, or --head is none; 4: something was changed or removed.
+    Exit codes: 0 the log is intact, 3 the log is missing or --head is invalid, 4 a line was changed or
+    removed.
     """
     if not log.is_file():
-        raise FileNotFoundError(f"{log} is not there")
+        raise FileNotFoundError(f"{log} does not exist")
     try:
         noted = Head.parse(head) if head else None
     except ValueError as error:
         raise ConfigError(str(error)) from None
     try:
-        lines, now = HashChainedLog(log).check(noted)
+        lines, current = HashChainedLog(log).check(noted)
     except LogTampered as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(PROBLEMS) from None
-    typer.echo(f"{len(lines)} lines, all as they were written. Head: {now}")
+    typer.echo(f"{len(lines)} lines, none changed or removed. Head: {current}")

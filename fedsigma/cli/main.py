@@ -18,33 +18,33 @@ __all__ = ["main"]
 _MODEL, _STUDY = "fedsigma.cli.model", "fedsigma.cli.study"
 # Name -> (module with a typer `app`, one line of help): enough to print the list without importing torch.
 COMMANDS = {
-    "inspect": (_MODEL, "Count what a study would train on a backbone."),
-    "backbone": (_MODEL, "Bring a backbone to a machine without internet: fetch, convert."),
+    "inspect": (_MODEL, "Count the values that a study would train on a backbone."),
+    "backbone": (_MODEL, "Prepare a backbone for a machine without internet: fetch, convert."),
     "data": (
         "fedsigma.cli.data",
-        "Look at images before a study: check; published data sets: cards, fetch.",
+        "Check images before a study, and fetch published data sets: check, cards, fetch.",
     ),
-    "identity": (_MODEL, "Make the key by which other sites know this one."),
-    "audit": ("fedsigma.cli.audit", "Find what was changed in a log: verify."),
-    "budget": (_MODEL, "Say what private studies have spent of a site's images."),
-    "study": (_STUDY, "Simulate a study: run, check, privacy; or run it at a server: submit, status, stop."),
-    "predict": (_MODEL, "Judge a folder of pictures or DICOM files with a finished study."),
-    "serve": ("fedsigma.cli.serve", "Judge images by HTTP with a finished study."),
-    "calibrate": (_MODEL, "Fit how sure a finished model says it is, on labelled images."),
-    "explain": (_MODEL, "Say in words what a finished study changed."),
+    "identity": (_MODEL, "Create this site's identity key for secure aggregation."),
+    "audit": ("fedsigma.cli.audit", "Verify the integrity of an audit log: verify."),
+    "budget": (_MODEL, "Show the privacy budget that studies have spent at a site."),
+    "study": (_STUDY, "Simulate a study (run, check, privacy) or run it on a server (submit, status, stop)."),
+    "predict": (_MODEL, "Predict images or DICOM files in a folder with a trained model."),
+    "serve": ("fedsigma.cli.serve", "Serve predictions of a trained model over HTTP."),
+    "calibrate": (_MODEL, "Calibrate a trained model's probabilities on labelled images."),
+    "explain": (_MODEL, "Describe in words how a study changed the model."),
     "models": (
         "fedsigma.cli.models",
-        "Finished models: list, show, diff, promote, combine, export, verify.",
+        "Manage the model registry: list, show, diff, promote, combine, export, verify.",
     ),
-    "export": (_MODEL, "Write a finished study's model as a plain open_clip folder."),
+    "export": (_MODEL, "Export a trained model as a plain open_clip folder."),
     "site": ("fedsigma.cli.site", "Run a hospital's site: enrol, doctor, up, status, approve, rotate."),
     "server": ("fedsigma.cli.server", "Run a coordinating server: init, up, invite, admit, sites, revoke."),
-    "dashboard": ("fedsigma.cli.dashboard", "Show runs in a browser: of simulations, or of a server."),
+    "dashboard": ("fedsigma.cli.dashboard", "Show the runs of simulations or of a server in a browser."),
     "users": (
         "fedsigma.cli.users",
-        "Say who may see a server's dashboard: add, password, change, remove, list, token.",
+        "Manage dashboard users: add, password, change, remove, list, token.",
     ),
-    "bench": ("fedsigma.cli.bench", "Run the tables of CLIP-SVD's paper, also federated: paper."),
+    "bench": ("fedsigma.cli.bench", "Reproduce the tables of the CLIP-SVD paper, also federated: paper."),
     "runs": (_STUDY, "List the runs in a folder."),
     "report": (_STUDY, "Write the report of a run."),
 }
@@ -54,11 +54,11 @@ class Commands(TyperGroup):
     """Loads a command's module only when that command is called, and turns errors into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names, in the order of the table."""
+        """Return all names, in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """A stand-in with the line of help; `resolve_command` gives the real one."""
+        """Return a placeholder with the line of help; `resolve_command` returns the real command."""
         if cmd_name not in COMMANDS:
             return None
         return TyperCommand(name=cmd_name, help=COMMANDS[cmd_name][1])
@@ -66,12 +66,12 @@ class Commands(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The real command that is called."""
+        """Import and return the command that is called."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, load(name) if name in COMMANDS else command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run, and report what goes wrong."""
+        """Run the command, and report an error in one line."""
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, click.ClickException):
@@ -94,7 +94,7 @@ def load(name: str | None) -> click.Command:
 
 
 def exit_code(error: BaseException) -> int:
-    """The code of a FedSigmaError; 3 for a file that is missing or may not be used; else 1."""
+    """Return the exit code of an error: a FedSigmaError's own, 3 for a file that cannot be used, else 1."""
     if isinstance(error, FedSigmaError):
         return error.code
     if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError):
@@ -105,7 +105,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def describe(error: BaseException, code: int) -> str:
-    """One line about an error."""
+    """Describe an error in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if code != FAILED:
         return text
@@ -118,12 +118,12 @@ main = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 bad input, 4 a check found problems.",
+    epilog="Exit codes: 0 success, 1 unexpected error, 2 wrong usage, 3 bad input, 4 a check found problems.",
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"fedsigma {__version__}")
         raise typer.Exit
 
@@ -137,7 +137,7 @@ def fedsigma(
     """Federated few-shot adaptation of CLIP by its singular values.
 
     Studies are run with Flower: flwr run . --run-config 'study="demo"'. This command prepares them (inspect,
-    backbone, data) and uses what they leave (runs, report, predict, export).
+    backbone, data) and uses their results (runs, report, predict, export).
     """
 
 

@@ -1,6 +1,6 @@
-"""The commands of a site: look at backbones, bring them over, use a finished study.
+"""The commands that inspect and prepare backbones, and that use a trained model.
 
-Nothing heavy is imported until a command runs, so that help is quick.
+Heavy imports happen when a command runs, so that help is quick.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ __all__ = ["app"]
 
 
 app = typer.Typer(no_args_is_help=True, help="Commands for a site.")
-backbone_app = typer.Typer(no_args_is_help=True, help="Bring a backbone to a machine without internet.")
+backbone_app = typer.Typer(no_args_is_help=True, help="Prepare a backbone for a machine without internet.")
 app.add_typer(backbone_app, name="backbone")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a sigma.safetensors, or NAME@N.")]
-Place = Annotated[
+BackboneOption = Annotated[
     str | None,
-    typer.Option("--backbone", help="Where the study's backbone lies here, such as local-dir:DIR."),
+    typer.Option("--backbone", help="The study's backbone on this machine, such as local-dir:DIR."),
 ]
 
 
 Personal = Annotated[
     Path | None,
-    typer.Option("--personal", help="The site's own values, of a study that leaves some at the sites."),
+    typer.Option("--personal", help="File of the site's personal values, for a study that has them."),
 ]
 
 
 @app.command()
 def identity(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Where the private key goes; site.yaml names it.")
+        Path, typer.Argument(metavar="FILE", help="The private key file to write; name it in site.yaml.")
     ],
 ) -> None:
-    """Make the key by which other sites know this one, for studies that mask what sites send.
+    """Create this site's identity key for secure aggregation, and print the public key.
 
-    The private key stays in FILE, readable by its owner alone. The public key is printed: give it to the
-    other sites by a way that the server does not control; they write it into their site.yaml under peers.
+    The private key stays in FILE, readable by its owner only. Send the public key to the other sites over a
+    channel that the server does not control; they enter it in their site.yaml under peers.
 
-    Exit code 3: FILE exists.
+    Exit codes: 0 created, 3 FILE exists.
     """
     from fedsigma.client.site.identity import new_identity
 
@@ -56,14 +56,14 @@ def identity(
 
 @app.command()
 def budget(
-    file: Annotated[Path, typer.Argument(metavar="SITE_YAML", help="The site's rules.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+    file: Annotated[Path, typer.Argument(metavar="SITE_YAML", help="The site's policy file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what private studies have spent of this site's images, by study and of all together.
+    """Show the privacy budget that studies have spent at this site, by study and in total.
+
+    Exit codes: 0 success, 3 SITE_YAML or the ledger is invalid.
 
     Example: fedsigma budget site.yaml
-
-    Exit code 3: SITE_YAML or the ledger cannot be read.
     """
     from fedsigma.client.site.privacy_ledger import PrivacyLedger
     from fedsigma.client.site.site import SitePolicy
@@ -82,7 +82,7 @@ def budget(
         return
     for study, spent in studies.items():
         typer.echo(f"{study}: epsilon {spent:.2f}")
-    allowed = "no budget of the site's own" if policy.epsilon is None else f"budget {policy.epsilon:g}"
+    allowed = "no budget of the site" if policy.epsilon is None else f"budget {policy.epsilon:g}"
     typer.echo(f"all studies: epsilon {total:.2f} at delta {policy.delta:g}; {allowed}")
 
 
@@ -91,12 +91,12 @@ def inspect(
     name: Annotated[
         str, typer.Argument(help="A backbone: starter, ViT-B-16, ViT-B-16/openai, local-dir:DIR, ...")
     ],
-    towers: Annotated[str, typer.Option(help="Towers to adapt, by commas.")] = "image,text",
-    layers: Annotated[str, typer.Option(help="all, top, middle, bottom, or numbers by commas.")] = "all",
-    parts: Annotated[str, typer.Option(help="Parts of a layer, by commas.")] = "q,k,v,o,mlp",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    towers: Annotated[str, typer.Option(help="Towers to adapt, separated by commas.")] = "image,text",
+    layers: Annotated[str, typer.Option(help="all, top, middle, bottom, or numbers such as 0,1,2.")] = "all",
+    parts: Annotated[str, typer.Option(help="Parts of a layer, separated by commas.")] = "q,k,v,o,mlp",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count what a study would train on a backbone. Needs no weights and no download.
+    """Count the values that a study would train on a backbone, without weights or a download.
 
     Example: fedsigma inspect ViT-B-16 --towers image --parts q,v
     """
@@ -155,10 +155,10 @@ def _print_counts(summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 @backbone_app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="ARCH/TAG, hf-hub:org/name, or local-dir:DIR to adopt one.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    name: Annotated[str, typer.Argument(help="ARCH/TAG, hf-hub:org/name, or local-dir:DIR.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
 ) -> None:
-    """Download a backbone, on a connected machine, into one folder to carry to the sites.
+    """Download a backbone into one folder that can be copied to the sites.
 
     Example: fedsigma backbone fetch ViT-B-16/openai clip-b16
     """
@@ -173,9 +173,9 @@ def convert(
     architecture: Annotated[
         str, typer.Argument(help="ARCH, ARCH/TAG, hf-hub:org/name, or local-dir:DIR with its configuration.")
     ],
-    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
 ) -> None:
-    """Turn a torch file into a folder of safetensors. No code in the file is run.
+    """Convert a torch checkpoint to a folder of safetensors, without running code in the checkpoint.
 
     Example: fedsigma backbone convert model.pt ViT-B-16/laion2b_s34b_b88k clip-b16
     """
@@ -187,14 +187,14 @@ def convert(
 def _written(backbone: Backbone, folder: Path) -> None:
     size = sum(p.stat().st_size for p in folder.iterdir())
     notes = json.loads((folder / "fedsigma_backbone.json").read_text("utf-8"))["notes"]
-    typer.echo(f"Wrote {folder} ({size / 1e6:,.1f} MB), checked by loading it again.")
+    typer.echo(f"Wrote {folder} ({size / 1e6:,.1f} MB) and loaded it as a check.")
     typer.echo(
-        f"Pictures: {backbone.image_size} pixels, {backbone.interpolation}, {backbone.resize_mode} side; "
+        f"Images: {backbone.image_size} pixels, {backbone.interpolation}, {backbone.resize_mode} side; "
         f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}."
     )
     for note in notes:
         typer.echo(f"Note: {note}.")
-    typer.echo(f"At a site, name it local-dir:{folder} (or wherever the folder is copied to).")
+    typer.echo(f"Name it local-dir:{folder} at a site, or the path of its copy there.")
 
 
 def _numbers(values: tuple[float, ...]) -> str:
@@ -204,46 +204,49 @@ def _numbers(values: tuple[float, ...]) -> str:
 @app.command()
 def predict(
     run: Run,
-    folder: Annotated[Path, typer.Argument(help="Of pictures or DICOM; folders inside it are read too.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images or DICOM files, with its subfolders.")],
     out: Annotated[Path, typer.Option(help="The CSV file to write.")],
-    backbone: Place = None,
+    backbone: BackboneOption = None,
     personal: Personal = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one batch.")] = 64,
     maps: Annotated[
-        Path | None, typer.Option(help="A folder for PNGs of what drove each judgement, beside zero-shot's.")
+        Path | None,
+        typer.Option(help="Folder for PNG attribution maps of the adapted and the zero-shot model."),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="A file of `fedsigma calibrate`: probabilities are scaled.", exists=True),
+        typer.Option(help="Calibration file written by `fedsigma calibrate`.", exists=True),
     ] = None,
     abstain_below: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Leave the prediction empty below this probability.")
     ] = 0.0,
     series: Annotated[
-        bool, typer.Option("--series", help="Judge each DICOM series as a whole: the mean of its images.")
+        bool, typer.Option("--series", help="One prediction a DICOM series: the mean over its images.")
     ] = False,
-    most_maps: Annotated[int, typer.Option(min=1, help="At most so many of them.")] = 20,
+    most_maps: Annotated[int, typer.Option(min=1, help="Highest number of maps.")] = 20,
 ) -> None:
-    """Judge a folder of pictures or DICOM files with a finished study. For research, not for clinical use.
+    """Predict images or DICOM files in a folder with a trained model. Research use only.
 
-    Writes a CSV: file, prediction, and a probability for each class. The backbone's fingerprint is compared
-    with the study's first. Exit code 4 if some pictures could not be read.
+    Writes a CSV with file, prediction, and a probability for each class, after comparing the backbone's
+    fingerprint with the study's.
+
+    Exit codes: 0 success, 3 bad input, 4 some images could not be read.
 
     Example: fedsigma predict runs/demo pictures --out predictions.csv
     """
-    from fedsigma.client.inference.batch import predict_folder as judge
+    from fedsigma.client.inference.batch import predict_folder
     from fedsigma.client.inference.calibration import Calibration
     from fedsigma.client.inference.loaded_model import load_model
 
-    restored = load_model(run, backbone, personal)
-    known = Calibration.load_for(restored, calibration)
-    unreadable = judge(
-        restored,
+    model = load_model(run, backbone, personal)
+    fitted = Calibration.load_for(model, calibration)
+    unreadable = predict_folder(
+        model,
         folder,
         out,
         batch_size=batch_size,
         progress=True,
-        temperature=known.temperature if known else 1.0,
+        temperature=fitted.temperature if fitted else 1.0,
         abstain_below=abstain_below,
         by_series=series,
     )
@@ -251,7 +254,7 @@ def predict(
     if maps is not None:
         from fedsigma.client.inference.attribution import write_maps
 
-        typer.echo(f"Wrote {write_maps(restored, folder, maps, limit=most_maps)} maps into {maps}.")
+        typer.echo(f"Wrote {write_maps(model, folder, maps, limit=most_maps)} maps into {maps}.")
     if unreadable:
         for line in unreadable:
             typer.echo(f"Could not read {line}", err=True)
@@ -262,13 +265,15 @@ def predict(
 def calibrate(
     run: Run,
     data: Annotated[str, typer.Option(help="Labelled images: folder:PATH, csv:PATH, parquet:PATH or demo.")],
-    out: Annotated[Path, typer.Option(help="The file to write, JSON.")],
-    backbone: Place = None,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    backbone: BackboneOption = None,
     personal: Personal = None,
 ) -> None:
-    """Fit how sure the model says it is, on labelled images of your own that it was not trained on.
+    """Calibrate a model's probabilities by one temperature, on labelled images that it was not trained on.
 
-    Changes no judgement. Exit code 3: too few images have one of the study's classes.
+    No predicted class changes.
+
+    Exit codes: 0 success, 3 too few images have one of the study's classes.
 
     Example: fedsigma calibrate runs/demo --data folder:labelled --out calibration.json
     """
@@ -276,10 +281,10 @@ def calibrate(
     from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.data.sources.registry import open_source
 
-    found = fit(load_model(run, backbone, personal), open_source(data))
-    found.write(out)
-    typer.echo(f"Temperature {found.temperature:.3f}, fitted on {found.images} images.")
-    typer.echo(f"Expected calibration error there {found.before:.3f} before, {found.after:.3f} after.")
+    calibration = fit(load_model(run, backbone, personal), open_source(data))
+    calibration.write(out)
+    typer.echo(f"Temperature {calibration.temperature:.3f}, fitted on {calibration.images} images.")
+    typer.echo(f"Expected calibration error {calibration.before:.3f} before, {calibration.after:.3f} after.")
     typer.echo(f"Wrote {out}.")
 
 
@@ -288,17 +293,17 @@ def explain(
     run: Run,
     phrases: Annotated[
         Path | None,
-        typer.Option(help="YAML: your own descriptions, a list or a mapping of kinds to lists.", exists=True),
+        typer.Option(help="YAML file of descriptions: a list, or a mapping of kinds to lists.", exists=True),
     ] = None,
-    template: Annotated[str, typer.Option(help="Into which each description is put.")] = "{}",
-    heads: Annotated[int, typer.Option(min=1, help="How many heads.")] = 8,
-    words: Annotated[int, typer.Option(min=1, help="How many descriptions of each.")] = 5,
-    backbone: Place = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+    template: Annotated[str, typer.Option(help="Template that each description is inserted into.")] = "{}",
+    heads: Annotated[int, typer.Option(min=1, help="Number of attention heads.")] = 8,
+    words: Annotated[int, typer.Option(min=1, help="Number of descriptions of each head.")] = 5,
+    backbone: BackboneOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say in words what a finished study changed: which attention heads, and what they write more of.
+    """Describe in words how a study changed the model: which attention heads, and in which directions.
 
-    Needs no image. docs/explain.md has the formulas, and what such words are worth.
+    Needs no images. docs/explain.md has the formulas and their limits.
 
     Example: fedsigma explain runs/demo --template "a photo of {}"
     """
@@ -307,21 +312,21 @@ def explain(
     from fedsigma.common.explain.report import build_explainer, format_explanation, to_rows
 
     corpus = Phrases.parse(phrases.read_text(encoding="utf-8")) if phrases else Phrases.bundled()
-    restored = load_model(run, backbone)
-    explains = build_explainer(restored.backbone, restored.sigma, corpus, template=template)
-    found = explains.explain(restored.sigma.get_shift().cpu(), heads=heads, phrases=words)
-    typer.echo(json.dumps(to_rows(found), indent=2) if as_json else format_explanation(found))
+    model = load_model(run, backbone)
+    explainer = build_explainer(model.backbone, model.sigma, corpus, template=template)
+    explanation = explainer.explain(model.sigma.get_shift().cpu(), heads=heads, phrases=words)
+    typer.echo(json.dumps(to_rows(explanation), indent=2) if as_json else format_explanation(explanation))
 
 
 @app.command()
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
-    backbone: Place = None,
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.")],
+    backbone: BackboneOption = None,
     personal: Personal = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write image.onnx and text.onnx, too.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write image.onnx and text.onnx.")] = False,
 ) -> None:
-    """Merge a finished study's shift into its backbone: a plain open_clip folder, with no extra cost in use.
+    """Export a trained model, merged into its backbone, as a plain open_clip folder.
 
     Example: fedsigma export runs/demo --out adapted-clip
     """
@@ -331,7 +336,7 @@ def export(
     folder = write_merged(load_model(run, backbone, personal), out, onnx=onnx)
     typer.echo(f"Wrote {folder}.")
     if onnx:
-        typer.echo("image.onnx and text.onnx give the same features as torch, to 1e-3 at most.")
+        typer.echo("The features of image.onnx and text.onnx match those of torch to within 1e-3.")
     typer.echo(f"With open_clip: open_clip.create_model_and_transforms('local-dir:{folder}')")
 
 

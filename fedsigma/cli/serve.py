@@ -1,4 +1,4 @@
-"""The command `fedsigma serve`: inference by HTTP."""
+"""The command `fedsigma serve`: predictions over HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Keep `serve` a command of its own."""
+    """Make `serve` a named command."""
 
 
 @app.command()
@@ -29,47 +29,49 @@ def serve(
         typer.Argument(metavar="MODEL", help="A run folder, a sigma.safetensors, or NAME@N."),
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 chooses a free port.")] = 8000,
     token_file: Annotated[
-        Path | None, typer.Option(help="A file with a token that requests must carry.", exists=True)
+        Path | None, typer.Option(help="File with the bearer token that requests must send.", exists=True)
     ] = None,
     open_to_all: Annotated[
-        bool, typer.Option("--open", help="Let everyone who reaches the address use it without a token.")
+        bool, typer.Option("--open", help="Accept requests without a token from any machine.")
     ] = False,
-    certificate: Annotated[Path | None, typer.Option(help="For TLS: the chain, PEM.", exists=True)] = None,
-    key: Annotated[Path | None, typer.Option(help="For TLS: the key, PEM.", exists=True)] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="For TLS: PEM file of the certificate chain.", exists=True)
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="For TLS: PEM file of the key.", exists=True)] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Where the study's backbone lies here, such as local-dir:DIR.")
+        str | None, typer.Option(help="The study's backbone on this machine, such as local-dir:DIR.")
     ] = None,
     personal: Annotated[
-        Path | None, typer.Option(help="The site's own values, of a study that leaves some at the sites.")
+        Path | None, typer.Option(help="File of the site's personal values, for a study that has them.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="A file of `fedsigma calibrate`.", exists=True)
+        Path | None, typer.Option(help="Calibration file written by `fedsigma calibrate`.", exists=True)
     ] = None,
     abstain_below: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Name no class below this probability.")
+        float, typer.Option(min=0.0, max=1.0, help="Predict no class below this probability.")
     ] = 0.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images judged together at most.")] = 32,
-    wait_ms: Annotated[float, typer.Option(min=0, help="A batch waits so long for images being read.")] = 5.0,
-    queue: Annotated[int, typer.Option(min=1, help="Images that wait at most.")] = 256,
-    max_images: Annotated[int, typer.Option(min=1, help="Images of a request.")] = 64,
-    max_mb: Annotated[float, typer.Option(min=0.001, help="MB of a request.")] = 32.0,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Million pixels of an image.")] = 25.0,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 32,
-    per_client: Annotated[int, typer.Option(min=1, help="Of them from one address.")] = 16,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most images in one batch.")] = 32,
+    wait_ms: Annotated[float, typer.Option(min=0, help="Milliseconds that a batch waits for images.")] = 5.0,
+    queue: Annotated[int, typer.Option(min=1, help="Most images waiting in the queue.")] = 256,
+    max_images: Annotated[int, typer.Option(min=1, help="Most images of one request.")] = 64,
+    max_mb: Annotated[float, typer.Option(min=0.001, help="Most megabytes of one request.")] = 32.0,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Most megapixels of one image.")] = 25.0,
+    max_requests: Annotated[int, typer.Option(min=1, help="Most concurrent requests.")] = 32,
+    per_client: Annotated[int, typer.Option(min=1, help="Most concurrent requests of one address.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request times out.")] = 60.0,
     openapi: Annotated[
-        Path | None, typer.Option(help="Write the OpenAPI document here, and serve nothing.")
+        Path | None, typer.Option(help="Write the OpenAPI document to this file and exit.")
     ] = None,
 ) -> None:
-    """Serve a finished model by HTTP until Ctrl-C or SIGTERM. For research, not for clinical use.
+    """Serve predictions of a trained model over HTTP, until Ctrl-C or SIGTERM. Research use only.
 
-    POST /v1/predict judges images (PNG, JPEG, TIFF, DICOM), GET /v1/model says what is served, /health and
-    /ready how it is, /openapi.json how to call it. Nothing of a request is logged.
-    docs/serve.md has the rest.
+    POST /v1/predict predicts images (PNG, JPEG, TIFF, DICOM), GET /v1/model describes the model, /health and
+    /ready report the service's state, /openapi.json documents the API. Requests are not logged.
+    docs/serve.md has the details.
 
-    Exit code 0: stopped; 3: the model, the address, the token or the certificate cannot be used.
+    Exit codes: 0 stopped, 3 the model, address, token or certificate cannot be used.
 
     Example: fedsigma serve white-cells@3 --token-file token
     """
@@ -100,12 +102,12 @@ def serve(
     check_tls(certificate, key)
     restrict_decoders(limits.pixels)
     service = _service(model, backbone, personal, calibration, abstain_below, limits, token)
-    with listening(host, port, remedy="name a free one with --host and --port") as place:
+    with listening(host, port, remedy="choose a free one with --host and --port") as listener:
         scheme, name = "https" if certificate else "http", f"[{host}]" if ":" in host else host
-        address = f"{scheme}://{name}:{place.getsockname()[1]}"
+        address = f"{scheme}://{name}:{listener.getsockname()[1]}"
         run(
             server(asgi(service), grace_s=limits.grace_s, certificate=certificate, key=key),
-            place,
+            listener,
             lambda: typer.echo(f"Serving {service.info.model} on {address}. {service.info.notice}"),
         )
     typer.echo("Stopped.")
@@ -116,7 +118,7 @@ def _service(
     backbone: str | None,
     personal: Path | None,
     calibration: Path | None,
-    least: float,
+    abstain_below: float,
     limits: Limits,
     token: str | None,
 ) -> Service:
@@ -125,12 +127,13 @@ def _service(
     from fedsigma.client.inference.predictor import Predictor
     from fedsigma.client.serving.service import Service, describe_model
 
-    restored = load_model(model, backbone, personal)
-    known = Calibration.load_for(restored, calibration)
-    info = describe_model(model, restored, known, least, limits)
-    restored.sigma.merge()
-    judge = Predictor(restored, temperature=known.temperature if known else 1.0, abstain_below=least)
-    return Service(judge, info, limits, token=token)
+    loaded = load_model(model, backbone, personal)
+    fitted = Calibration.load_for(loaded, calibration)
+    info = describe_model(model, loaded, fitted, abstain_below, limits)
+    loaded.sigma.merge()
+    temperature = fitted.temperature if fitted else 1.0
+    predictor = Predictor(loaded, temperature=temperature, abstain_below=abstain_below)
+    return Service(predictor, info, limits, token=token)
 
 
 def _write_document(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands of a hospital's IT: join a server, run the site, approve bundles."""
+"""The commands that enrol, run and check a site, for a hospital's IT department."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ app.add_typer(site_app, name="site")
 
 @app.callback()
 def _group() -> None:
-    """Keep `site` a group of its own."""
+    """Make `site` a group of commands."""
 
 
 PROCESSES = ("node", "worker")
@@ -39,47 +39,53 @@ Folder = Annotated[
 
 @site_app.command()
 def enrol(
-    invitation: Annotated[Path, typer.Argument(metavar="INVITATION", help="The file from the server.")],
+    invitation: Annotated[Path, typer.Argument(metavar="INVITATION", help="The invitation from the server.")],
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Option(help="The file of keys to send back.", show_default="SITE.keys.json")
+        Path | None,
+        typer.Option(help="The key file to write, for the server.", show_default="SITE.keys.json"),
     ] = None,
 ) -> None:
-    """Make this site's folder and keys. Private keys never leave it; the file to send back has public ones.
+    """Create this site's folder and keys from an invitation.
 
-    Exit code 3: the invitation is damaged or too old, or the folder belongs to a site already.
+    Private keys never leave the folder; the key file for the server holds public keys only.
+
+    Exit codes: 0 enrolled, 3 the invitation is invalid or expired, or the folder belongs to another site.
     """
-    given = Invitation.read(invitation)
-    made, keys = SiteHome.enrol(folder, given)
-    path = out or Path(f"{given.site}.keys.json")
+    invited = Invitation.read(invitation)
+    site, keys = SiteHome.enrol(folder, invited)
+    path = out or Path(f"{invited.site}.keys.json")
     keys.write(path)
-    typer.echo(f"Made site '{given.site}' in {made.path}, for {given.server_name} at {given.address}.")
-    typer.echo(f"The server read this aloud: {fingerprint(given.certificates, given.word)}")
-    typer.echo(f"Send {path} back, and read this aloud: {fingerprint(keys.node_key, keys.identity)}")
-    typer.echo(f"Then write {made.path / 'site.yaml'}: what this site allows.")
+    server = f"{invited.server_name} at {invited.address}"
+    typer.echo(f"Created site '{invited.site}' in {site.path}, for {server}.")
+    typer.echo(f"The server's fingerprint: {fingerprint(invited.certificates, invited.word)}")
+    typer.echo(f"This site's fingerprint: {fingerprint(keys.node_key, keys.identity)}")
+    typer.echo(f"Send {path} to the server, and compare both fingerprints by telephone.")
+    typer.echo(f"Then edit {site.path / 'site.yaml'}, the policy of this site.")
 
 
 @site_app.command()
 def up(
     folder: Folder,
-    only: Annotated[str | None, typer.Option(help="One process in the foreground: node or worker.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run one process only: node or worker.")] = None,
     node: Annotated[
         str | None,
         typer.Option(
-            envvar="FEDSIGMA_NODE", help="With --only worker: HOST:PORT of the node, not connection.yaml's."
+            envvar="FEDSIGMA_NODE",
+            help="With --only worker: HOST:PORT of the node.",
         ),
     ] = None,
 ) -> None:
     """Run the site in the foreground until Ctrl-C or SIGTERM: the node and the worker, supervised.
 
-    With --only, this becomes that one process, for systemd or a container to supervise.
+    With --only, the command is replaced by that one process, for systemd or a container to supervise.
 
-    Exit code 0: stopped; 3: it runs already, or site.yaml does not read.
+    Exit codes: 0 stopped, 3 the site is already running, or site.yaml is invalid.
     """
     _check_process(only)
     if node and only != "worker":
         raise EnrolmentFileError(
-            "--node goes with --only worker: for both processes, connection.yaml says it"
+            "--node needs --only worker; for both processes, set node in connection.yaml"
         )
     site = SiteHome(folder)
     if node:
@@ -93,31 +99,29 @@ def up(
 
 @site_app.command()
 def down(folder: Folder) -> None:
-    """Stop a site that `up` runs."""
+    """Stop a running site."""
     stop(SiteHome(folder).path)
 
 
 @site_app.command()
 def status(
     folder: Folder,
-    only: Annotated[
-        str | None, typer.Option(help="One process: node or worker, where it has a container of its own.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+    only: Annotated[str | None, typer.Option(help="Report one process only: node or worker.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say how the node and the worker are.
+    """Show the state of the node and the worker.
 
-    Exit code 0: both serve, or the one asked for; 4: one does not.
+    Exit codes: 0 all processes serve, 4 a process does not serve.
     """
     _check_process(only)
     site = SiteHome(folder)
-    # Not from the processes themselves: to make the worker's would write its programs, and read site.yaml.
+    # Not by worker_process, which writes the worker's programs and reads site.yaml.
     health = {"node": site.connection.node_health, "worker": site.connection.worker_health}
-    known = {s.name: s.state.lower() for s in states(site.path)} if running(site.path) else {}
+    supervised = {s.name: s.state.lower() for s in states(site.path)} if running(site.path) else {}
     rows = [
         {
             "process": name,
-            "state": known.get(name, "not supervised here"),
+            "state": supervised.get(name, "not supervised here"),
             "health": health_of(address) if address else "",
         }
         for name, address in health.items()
@@ -135,35 +139,33 @@ def status(
 @site_app.command()
 def doctor(
     folder: Folder,
-    offline: Annotated[bool, typer.Option("--offline", help="Leave out what needs the server.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out backbones, images and training.")] = False,
-    only: Annotated[
-        str | None, typer.Option(help="What one process needs: node or worker, by its own user or container.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Skip the checks that need the server.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip backbones, images and training.")] = False,
+    only: Annotated[str | None, typer.Option(help="Check one process only: node or worker.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check all that a study needs of this site: folder, keys, way to the server, clock, backbone, images.
+    """Check this site's requirements for a study: folder, keys, connection, clock, backbones, images.
 
-    Nothing that is found is sent anywhere.
+    The results are not sent anywhere.
 
-    Exit code 0: all is well; 4: a check found problems.
+    Exit codes: 0 all checks passed, 4 a check found problems.
     """
     from dataclasses import asdict
 
     from fedsigma.client.deployment.diagnostics import run_checks
 
     _check_process(only)
-    found = []
-    for one in run_checks(folder, offline=offline, deep=not quick, only=only):
-        found.append(one)
+    results = []
+    for result in run_checks(folder, offline=offline, deep=not quick, only=only):
+        results.append(result)
         if not as_json:
-            typer.secho("ok   " if one.ok else "FAIL ", fg="green" if one.ok else "red", nl=False)
-            typer.echo(f"{one.check:<20} {one.detail}")
-            if one.remedy:
-                typer.echo(f"{'':<26}-> {one.remedy}")
+            typer.secho("ok   " if result.ok else "FAIL ", fg="green" if result.ok else "red", nl=False)
+            typer.echo(f"{result.check:<20} {result.detail}")
+            if result.remedy:
+                typer.echo(f"{'':<26}-> {result.remedy}")
     if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
-    if not all(one.ok for one in found):
+        typer.echo(json.dumps([asdict(result) for result in results], indent=2))
+    if not all(result.ok for result in results):
         raise typer.Exit(PROBLEMS)
 
 
@@ -184,21 +186,21 @@ def approve(
     folder: Folder,
     digest: Annotated[
         str | None,
-        typer.Argument(help="The bundle's SHA-256 or its beginning.", show_default="the latest refused"),
+        typer.Argument(help="SHA-256 of the bundle, or its start.", show_default="the latest pending bundle"),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Approve without being asked.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without a prompt.")] = False,
 ) -> None:
-    """Show what a refused app bundle brings beside the last approved one, and approve it.
+    """Show the differences of a pending app bundle to the last approved one, and approve it.
 
-    Exit code 1: not approved; 3: there is no such bundle.
+    Exit codes: 0 approved, 1 not confirmed, 3 no such bundle.
     """
     site = SiteHome(folder)
     bundles = BundleApprovals(site.path)
     pending = bundles.pending()
     if digest is None and not pending:
         last = bundles.last_approved()
-        typer.echo("No bundle waits for approval.")
-        typer.echo(f"The last approved one is {bundle_digest(last)}." if last else "None was approved yet.")
+        typer.echo("No bundle is pending.")
+        typer.echo(f"The last approved bundle is {bundle_digest(last)}." if last else "None is approved yet.")
         return
     bundle = bundles.find(digest or pending[0].stem)
     before = bundles.last_approved()
@@ -209,30 +211,32 @@ def approve(
     if not yes:
         typer.confirm("Approve it?", abort=True)
     bundles.approve(bundle)
-    typer.echo(f"Approved: it may run here from now on ({site.path / 'site.yaml'}).")
+    typer.echo(f"Approved: {site.path / 'site.yaml'} now lists it.")
 
 
 @site_app.command()
 def rotate(
     folder: Folder,
-    switch: Annotated[bool, typer.Option("--switch", help="Take the new key into use.")] = False,
+    switch: Annotated[bool, typer.Option("--switch", help="Replace the old key by the new one.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="The file of keys to send.", show_default="SITE.keys.json")
+        Path | None, typer.Option(help="The key file to write.", show_default="SITE.keys.json")
     ] = None,
 ) -> None:
-    """Renew the node's key in two steps: make a new one and send it; once the server has it, --switch.
+    """Renew the node's key in two steps: create and send a new key; once it is admitted, run with --switch.
 
-    Until the switch the old key goes on working, and the server shuts it out afterwards.
+    The old key remains valid until the switch; afterwards the server rejects it.
+
+    Exit codes: 0 success, 3 there is no new key to switch to.
     """
     site = SiteHome(folder)
     if not switch:
         keys = site.rotate_key()
         path = out or Path(f"{keys.site}.keys.json")
         keys.write(path)
-        typer.echo(f"Send {path} to the server. When it has let the key in: fedsigma site rotate --switch")
+        typer.echo(f"Send {path} to the server. Once the key is admitted: fedsigma site rotate --switch")
         return
     site.switch_key()
-    typer.echo("The new key is in use from the node's next start.")
+    typer.echo("The node uses the new key from its next start.")
     if running(site.path):
         restart(site.path, "node")
         typer.echo("Restarted the node.")
@@ -240,23 +244,23 @@ def rotate(
 
 @site_app.command()
 def trust(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The certificates from the server, PEM.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="PEM file of certificates from the server.")],
     folder: Folder,
-    yes: Annotated[bool, typer.Option("--yes", help="Trust them without being asked.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Trust them without a prompt.")] = False,
 ) -> None:
-    """Trust the server's next authority beside its present one; the file comes from the server.
+    """Replace the trusted certificates by those that the server sent.
 
-    Exit code 1: not confirmed; 3: the file holds no certificate that is valid now.
+    Exit codes: 0 trusted, 1 not confirmed, 3 the file has no certificate that is valid now.
     """
     site = SiteHome(folder)
-    found = site.read_trust(file)
-    for one in found.subjects:
-        typer.echo(f"  {one}")
-    typer.echo(f"The server reads this aloud: {fingerprint(found.pem)}")
+    certificates = site.read_trust(file)
+    for subject in certificates.subjects:
+        typer.echo(f"  {subject}")
+    typer.echo(f"Fingerprint, to compare with the server by telephone: {fingerprint(certificates.pem)}")
     if not yes:
-        typer.confirm("Trust them, and nothing else?", abort=True)
-    site.trust(found)
-    typer.echo("They are trusted from the node's next start.")
+        typer.confirm("Trust only these certificates?", abort=True)
+    site.trust(certificates)
+    typer.echo("The node trusts them from its next start.")
     if running(site.path):
         restart(site.path, "node")
         typer.echo("Restarted the node.")
@@ -264,4 +268,4 @@ def trust(
 
 def _check_process(name: str | None) -> None:
     if name not in (None, *PROCESSES):
-        raise EnrolmentFileError(f"no process '{name}': there are {' and '.join(PROCESSES)}")
+        raise EnrolmentFileError(f"unknown process '{name}': expected {' or '.join(PROCESSES)}")

@@ -383,7 +383,7 @@ def test_a_changed_audit_log_is_found(tmp_path: Path) -> None:
     for number in range(3):
         log.append({"number": number})
     code, out, _ = run("audit", "verify", log.path)
-    assert code == 0 and "3 lines, all as they were written" in out
+    assert code == 0 and "3 lines, none changed or removed" in out
     head = out.split()[-1]
     assert run("audit", "verify", log.path, "--head", head)[0] == 0
     log.path.write_text(log.path.read_text().replace('"number": 1', '"number": 7'))
@@ -417,7 +417,7 @@ def test_a_server_and_a_site_are_made_by_command(tmp_path: Path) -> None:
     code, out, _ = run("site", "status", "-f", site)
     assert code == 4 and "not supervised here" in out
     code, out, _ = run("site", "approve", "-f", site)
-    assert code == 0 and "No bundle waits" in out
+    assert code == 0 and "No bundle is pending" in out
     assert run("site", "rotate", "-f", site, "--switch")[0] == 3
 
 

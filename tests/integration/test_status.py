@@ -94,7 +94,7 @@ def test_a_process_that_is_not_there_is_named(
     # Where it is not refused, nothing must take this process's place.
     monkeypatch.setattr("fedsigma.cli.site.supervise", lambda processes, folder: None)
     code, _, err = run("site", command, "--folder", site.path, "--only", "superlink")
-    assert code == 3 and "there are node and worker" in err
+    assert code == 3 and "expected node or worker" in err
 
 
 def test_the_doctor_of_one_process_looks_at_what_that_one_sees(site: SiteHome) -> None:
@@ -124,7 +124,7 @@ def test_the_worker_can_be_told_where_the_node_is(site: SiteHome, monkeypatch: p
     assert run(*up, "--only", "worker")[0] == 0 and "10.0.0.7:9101" in started[0]
     for more in ([], ["--only", "node"]):
         code, _, err = run(*up, *more)
-        assert code == 3 and "--node goes with --only worker" in err
+        assert code == 3 and "--node needs --only worker" in err
     monkeypatch.setenv("FEDSIGMA_NODE", "$(NO_SUCH_SERVICE_HOST):9101")
     code, _, err = run(*up, "--only", "worker")
     assert code == 3 and "expected HOST:PORT" in err and len(started) == 1
