@@ -1,4 +1,4 @@
-"""Judging a folder of pictures and DICOM files with a finished model, into a CSV."""
+"""Predicts a folder of images and DICOM files with a loaded model, and writes a CSV."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +26,13 @@ __all__ = ["Frame", "list_images", "predict_folder", "read_frames", "write_csv"]
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One picture as the model sees it: all of a file, or one frame of a DICOM file.
+    """One preprocessed image: a file, or one frame of a DICOM file.
 
-    Fields: file, its path in the folder; frame, counted from 0; series, the SeriesInstanceUID or empty;
-    image, uint8 (3, image_size, image_size).
+    Attributes:
+        file: Path of the file in the folder.
+        index: Number of the frame, from 0.
+        series: SeriesInstanceUID; empty without one.
+        image: The image, uint8 of shape (3, image_size, image_size).
     """
 
     file: str
@@ -39,27 +42,29 @@ class Frame:
 
 
 def list_images(folder: Path) -> list[str]:
-    """The picture and DICOM files in a folder and below it, as paths inside it, sorted; no hidden ones.
+    """Return the image and DICOM files in a folder and its subfolders, as sorted relative paths.
+
+    Hidden files and folders are ignored.
 
     Raises:
-        ApplyError: no folder, or no picture in it.
+        ModelLoadError: The folder does not exist, or has no image.
     """
     if not folder.is_dir():
-        raise ModelLoadError(f"there is no folder {folder}")
-    found = []
+        raise ModelLoadError(f"{folder} is not a folder")
+    images = []
     for base, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         here = Path(base)
-        found += [
+        images += [
             (here / n).relative_to(folder).as_posix()
             for n in names
             if not n.startswith(".") and (_has_image_suffix(n) or is_dicom(here / n))
         ]
-    if not found:
+    if not images:
         raise ModelLoadError(
-            f"no picture in {folder}: expected DICOM, or files ending in {', '.join(sorted(SUFFIXES))}"
+            f"no image in {folder}: expected DICOM files, or files ending in {', '.join(sorted(SUFFIXES))}"
         )
-    return sorted(found)
+    return sorted(images)
 
 
 def _has_image_suffix(name: str) -> bool:
@@ -69,55 +74,63 @@ def _has_image_suffix(name: str) -> bool:
 def read_frames(
     model: LoadedModel, folder: Path, names: Sequence[str], unreadable: list[str]
 ) -> Iterator[Frame]:
-    """The pictures that can be read, frame by frame; the others are added to `unreadable`, one line each.
+    """Yield the frames of all readable files.
 
-    A file of which one frame cannot be read is left out as a whole.
+    Args:
+        model: The model that the frames are preprocessed for.
+        folder: The folder.
+        names: Paths in the folder.
+        unreadable: One line is added for each file with an unreadable frame; none of its frames is yielded.
 
     Raises:
-        DataError: there is DICOM, and pydicom is not installed.
+        DataError: There are DICOM files, and pydicom is not installed.
     """
     for name in names:
         try:
-            found = list(_read_file(model, folder, name))
+            frames = list(_read_file(model, folder, name))
         except PictureError as error:
             unreadable.append(str(error))
         else:
-            yield from found
+            yield from frames
 
 
-def _read_file(restored: LoadedModel, folder: Path, name: str) -> Iterator[Frame]:
+def _read_file(model: LoadedModel, folder: Path, name: str) -> Iterator[Frame]:
     slices = None if _has_image_suffix(name) else DicomFile.read(folder / name, name)
 
-    def opened(frame: int) -> Image.Image:
+    def load(frame: int) -> Image.Image:
         return slices.image(frame) if slices else Image.open(folder / name)
 
     for frame in range(slices.frames if slices else 1):
-        source = PictureSource([], lambda _, f=frame: opened(f))  # type: ignore[misc]
-        image = preprocess(restored.backbone, source.image(Record(key=name)))
+        source = PictureSource([], lambda _, f=frame: load(f))  # type: ignore[misc]
+        image = preprocess(model.backbone, source.image(Record(key=name)))
         yield Frame(file=name, index=frame, series=slices.series if slices else "", image=image)
 
 
 class _MeanProbabilities:
-    """Sums of the probabilities of what is judged together."""
+    """Averages probabilities over the frames of a file or the images of a series."""
 
     def __init__(self, *, by_series: bool) -> None:
         self._by_series = by_series
-        self._found: dict[tuple[str, str], tuple[Frame, int, Tensor]] = {}
+        self._sums: dict[tuple[str, str], tuple[Frame, int, Tensor]] = {}
 
-    def add(self, view: Frame, probabilities: Tensor) -> None:
-        key = ("series", view.series) if self._by_series and view.series else ("file", view.file)
-        first, images, total = self._found.get(key, (view, 0, torch.zeros(len(probabilities))))
-        self._found[key] = first, images + 1, total + probabilities
+    def add(self, frame: Frame, probabilities: Tensor) -> None:
+        key = ("series", frame.series) if self._by_series and frame.series else ("file", frame.file)
+        first, images, total = self._sums.get(key, (frame, 0, torch.zeros(len(probabilities))))
+        self._sums[key] = first, images + 1, total + probabilities
 
-    def predictions(self, judge: Predictor) -> list[Prediction]:
-        found = []
-        for first, images, total in self._found.values():
+    def predictions(self, predictor: Predictor) -> list[Prediction]:
+        predictions = []
+        for first, images, total in self._sums.values():
             mean = tuple((total / images).tolist())
-            one = Prediction(
-                file=first.file, probabilities=mean, prediction=judge.choose_class(mean), images=images
+            prediction = Prediction(
+                file=first.file,
+                probabilities=mean,
+                prediction=predictor.choose_class(mean),
+                images=images,
+                series=first.series if self._by_series else "",
             )
-            found.append(replace(one, series=first.series) if self._by_series else one)
-        return found
+            predictions.append(prediction)
+        return predictions
 
 
 def predict_folder(
@@ -131,63 +144,67 @@ def predict_folder(
     abstain_below: float = 0.0,
     by_series: bool = False,
 ) -> list[str]:
-    """Judge every picture and DICOM file of a folder and write a CSV, see `write_csv`.
-
-    Returns one line for each file that could not be read.
+    """Predict all image and DICOM files of a folder and write a CSV, see `write_csv`.
 
     Args:
-        restored: the model.
-        folder: of pictures.
-        out: the CSV, which appears only when it is complete.
-        batch_size: pictures at a time.
-        progress: whether to show it.
-        temperature: of the probabilities, from a calibration; 1 leaves them as they are.
-        least: below this probability of its first class a picture is not judged: its prediction is empty.
-        by_series: one row for each DICOM series, with the mean of its images' probabilities, in place of one
-            for each file with the mean of its frames'.
+        model: The model.
+        folder: The folder, read with its subfolders.
+        out: The CSV file, written as a whole at the end.
+        batch_size: Images in one batch.
+        progress: Show a progress bar.
+        temperature: Temperature of the probabilities, from a calibration; 1 for none.
+        abstain_below: Probability below which the prediction is empty.
+        by_series: Write one row a DICOM series, with the mean over its images, instead of one row a file.
+
+    Returns:
+        One line for each file that could not be read.
 
     Raises:
-        ApplyError: there is nothing to judge.
-        DataError: there is DICOM, and pydicom is not installed.
+        ModelLoadError: No image can be predicted.
+        DataError: There are DICOM files, and pydicom is not installed.
     """
-    judge = Predictor(model, temperature=temperature, abstain_below=abstain_below)
+    predictor = Predictor(model, temperature=temperature, abstain_below=abstain_below)
     names, unreadable, means = list_images(folder), list[str](), _MeanProbabilities(by_series=by_series)
     batch: list[Frame] = []
 
     def flush() -> None:
         if batch:
-            found = judge.probabilities(torch.stack([view.image for view in batch]))
-            for view, row in zip(batch, found, strict=True):
-                means.add(view, row)
+            probabilities = predictor.probabilities(torch.stack([frame.image for frame in batch]))
+            for frame, row in zip(batch, probabilities, strict=True):
+                means.add(frame, row)
             batch.clear()
 
     with model.sigma.inference_mode():
-        for name in track(names, "judging", disable=not progress):
-            for view in read_frames(model, folder, [name], unreadable):
-                batch.append(view)
+        for name in track(names, "predicting", disable=not progress):
+            for frame in read_frames(model, folder, [name], unreadable):
+                batch.append(frame)
                 if len(batch) == batch_size:
                     flush()
         flush()
-    found = means.predictions(judge)
-    if not found:
-        raise ModelLoadError(f"none of the {len(names)} pictures in {folder} can be read: {unreadable[0]}")
-    write_csv(out, judge.classes, found, by_series=by_series)
+    predictions = means.predictions(predictor)
+    if not predictions:
+        raise ModelLoadError(f"none of the {len(names)} images in {folder} can be read: {unreadable[0]}")
+    write_csv(out, predictor.classes, predictions, by_series=by_series)
     return unreadable
 
 
 def write_csv(
     path: Path, classes: Sequence[str], predictions: Sequence[Prediction], *, by_series: bool = False
 ) -> None:
-    """Write predictions as a table: file, prediction (empty: abstained), and a probability for each class.
+    """Write predictions as a CSV with file, prediction (empty: abstained), and a probability a class.
 
-    By series, the columns series and images (how many were judged) follow the file, the series' first.
+    Args:
+        path: The CSV file.
+        classes: The classes, in the order of the probabilities.
+        predictions: The rows.
+        by_series: Add the columns series and images (their number) after the file.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     extra = ["series", "images"] if by_series else []
     writer.writerow(["file", *extra, "prediction", *(f"probability_{name}" for name in classes)])
-    for one in predictions:
-        numbers = [f"{p:.6f}" for p in one.probabilities]
-        group = [one.series, one.images] if by_series else []
-        writer.writerow([one.file, *group, one.prediction or "", *numbers])
+    for row in predictions:
+        numbers = [f"{p:.6f}" for p in row.probabilities]
+        group = [row.series, row.images] if by_series else []
+        writer.writerow([row.file, *group, row.prediction or "", *numbers])
     write_atomic(path, text.getvalue().encode())

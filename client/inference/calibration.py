@@ -1,8 +1,8 @@
-"""Calibrated probabilities: one temperature, fitted on labelled images of one's own.
+"""Calibration of probabilities by one temperature, fitted on labelled images.
 
 Temperature scaling (Guo et al., On Calibration of Modern Neural Networks, 2017): probabilities are
-softmax(logits / T). T is the one value that makes the labels of held-out images most likely. It changes no
-judgement, only how sure each is.
+softmax(logits / T), where T maximises the likelihood of the labels of held-out images. The predicted classes
+stay the same; only their confidence changes.
 """
 
 from __future__ import annotations
@@ -34,10 +34,15 @@ MIN_IMAGES = 20
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and what it was fitted on.
+    """A fitted temperature.
 
-    Fields: temperature; images, how many; before and after, the expected calibration errors on those images,
-    shares; study and round, of the model it belongs to.
+    Attributes:
+        temperature: The temperature.
+        images: Number of images it was fitted on.
+        before: Expected calibration error on those images before calibration, from 0 to 1.
+        after: The same after calibration.
+        study: Name of the model's study.
+        round: Round of the model.
     """
 
     temperature: float
@@ -48,47 +53,51 @@ class Calibration:
     round: int
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the calibration as JSON."""
         write_whole(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode())
 
     @classmethod
     def load_for(cls, model: LoadedModel, path: Path | None) -> Calibration | None:
-        """Read the calibration of a model, where a file is named.
+        """Read the calibration of a model; return None without a file.
+
+        Args:
+            model: The model that the calibration must belong to.
+            path: The file; None for no calibration.
 
         Raises:
-            ApplyError: it is no calibration, or was not fitted for this model.
+            ModelLoadError: The file is invalid, or was fitted for another model.
         """
         if path is None:
             return None
-        found = cls.read(path)
-        found.check(model)
-        return found
+        calibration = cls.read(path)
+        calibration.check(model)
+        return calibration
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
-        """Read what `write` wrote.
+        """Read a file that `write` wrote.
 
         Raises:
-            ApplyError: it is no calibration.
+            ModelLoadError: The file is invalid.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
                 raise ValueError(f"expected format {FORMAT}")
-            found = cls(**values)
+            calibration = cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelLoadError(f"{path} is no calibration ({error}): use `fedsigma calibrate`") from None
-        if not 0 < found.temperature < 1e4:
+            raise ModelLoadError(f"{path} is not a calibration ({error}): use `fedsigma calibrate`") from None
+        if not 0 < calibration.temperature < 1e4:
             raise ModelLoadError(
-                f"{path}: the temperature is {found.temperature}, expected a positive number"
+                f"{path}: the temperature is {calibration.temperature}, expected a positive number"
             )
-        return found
+        return calibration
 
     def check(self, model: LoadedModel) -> None:
-        """Refuse a model that it was not fitted for.
+        """Reject a model that the calibration was not fitted for.
 
         Raises:
-            ApplyError: study or round differ.
+            ModelLoadError: The study or the round differs.
         """
         saved = model.saved
         if (self.study, self.round) != (model.study.name, saved.round):
@@ -99,9 +108,11 @@ class Calibration:
 
 
 def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
-    """The temperature under which the labels are most likely.
+    """Return the temperature that maximises the likelihood of the labels.
 
-    Shapes: probabilities (n, classes), labels (n,).
+    Args:
+        probabilities: Uncalibrated probabilities of shape (n, classes).
+        labels: Class indices of shape (n,).
     """
     logits = probabilities.double().clamp_min(1e-12).log()
     inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -109,7 +120,7 @@ def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # In the logarithm, so that it stays positive; the loss is convex in the inverse temperature.
+        # Optimised in the logarithm to stay positive; the loss is convex in the inverse temperature.
         loss = F.cross_entropy(logits * inverse.clamp(-6, 6).exp(), labels)
         loss.backward()
         return loss
@@ -119,32 +130,35 @@ def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def scale_probabilities(probabilities: Tensor, temperature: float) -> Tensor:
-    """Probabilities at another temperature. Shapes: (n, classes)."""
+    """Return probabilities of shape (n, classes) at another temperature."""
     return (probabilities.double().clamp_min(1e-12).log() / temperature).softmax(1).to(probabilities.dtype)
 
 
 def calibrate(model: LoadedModel, source: Source) -> Calibration:
     """Fit the temperature of a model on labelled images that it was not trained on.
 
+    Args:
+        model: The model.
+        source: The labelled images; images of other classes are ignored.
+
     Raises:
-        ApplyError: fewer than 20 images have one of the study's classes.
+        ModelLoadError: Fewer than 20 images have one of the study's classes.
     """
     records = select_labelled(model, source)
     if len(records) < MIN_IMAGES:
         raise ModelLoadError(
-            f"{len(records)} images there have one of the classes {', '.join(model.study.classes)}:"
-            f" at least {MIN_IMAGES} are needed to fit a temperature"
+            f"{len(records)} images have one of the classes {', '.join(model.study.classes)}:"
+            f" expected at least {MIN_IMAGES}"
         )
-    task, examples = prepare_evaluation(model, source, records)
-    found = evaluate(task, examples)
-    temperature = fit_temperature(found.probabilities, found.labels)
-    after = Predictions(
-        probabilities=scale_probabilities(found.probabilities, temperature), labels=found.labels
-    )
+    classifier, examples = prepare_evaluation(model, source, records)
+    predictions = evaluate(classifier, examples)
+    temperature = fit_temperature(predictions.probabilities, predictions.labels)
+    calibrated = scale_probabilities(predictions.probabilities, temperature)
+    after = Predictions(probabilities=calibrated, labels=predictions.labels)
     return Calibration(
         temperature=temperature,
         images=len(examples),
-        before=compute_metrics(found).to_dict()["ece"],
+        before=compute_metrics(predictions).to_dict()["ece"],
         after=compute_metrics(after).to_dict()["ece"],
         study=model.study.name,
         round=model.saved.round,

@@ -1,4 +1,4 @@
-"""How accuracy moves along a line of shifts: from the pretrained model to an adapted one, or between two."""
+"""Metrics along a line of shifts, from the pretrained model to an adapted one or between two versions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ __all__ = ["CurvePoint", "evaluate_curve"]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One place on the line: the factor, and the metrics over all labelled images, shares between 0 and 1."""
+    """One point of the line.
+
+    Attributes:
+        factor: Factor of the version.
+        metrics: Metrics over all labelled images, from 0 to 1.
+    """
 
     factor: float
     metrics: dict[str, float]
@@ -27,23 +32,23 @@ class CurvePoint:
 def evaluate_curve(
     model: LoadedModel, other: SavedShift | None, source: Source, factors: Sequence[float]
 ) -> Iterator[CurvePoint]:
-    """Judge (1 - t) a + t b for each factor t; without `other`, t a: 0 is the pretrained model.
+    """Evaluate (1 - t) a + t b for each factor t; without `other`, evaluate t a.
 
     Args:
-        restored: the version a on its backbone.
-        other: the version b.
-        source: labelled images; those of other classes are left out.
-        factors: of b, or of a alone.
+        model: The version a, loaded on its backbone.
+        other: The version b.
+        source: Labelled images; images of other classes are ignored.
+        factors: The factors t.
 
     Raises:
-        ModelError: no image has a class of the study, or the two are of different bases.
+        ModelError: No image has a class of the study, or the versions have different bases.
     """
     records = select_labelled(model, source)
     if not records:
-        raise ModelError(f"no image there has one of the classes {', '.join(model.study.classes)}")
-    task, examples = prepare_evaluation(model, source, records)
+        raise ModelError(f"no image has one of the classes {', '.join(model.study.classes)}")
+    classifier, examples = prepare_evaluation(model, source, records)
     for factor in factors:
-        own = factor if other is None else 1 - factor
-        ends = [(model.saved, own), *([(other, factor)] if other is not None else [])]
+        first = factor if other is None else 1 - factor
+        ends = [(model.saved, first), *([(other, factor)] if other is not None else [])]
         model.sigma.set_shift(combine(ends).shift)
-        yield CurvePoint(factor, compute_metrics(evaluate(task, examples)).to_dict())
+        yield CurvePoint(factor, compute_metrics(evaluate(classifier, examples)).to_dict())

@@ -1,4 +1,4 @@
-"""Using a finished study at a site: find its model, put its shift on the backbone, export it."""
+"""Loads a trained shift onto its backbone, prepares its evaluation, and exports the merged model."""
 
 from __future__ import annotations
 
@@ -32,14 +32,19 @@ __all__ = [
 
 
 class ModelLoadError(FedSigmaError, ValueError):
-    """A sigma shift that does not belong to this backbone, or pictures that cannot be judged."""
+    """The sigma shift does not belong to the backbone, or the images cannot be predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A study's result, put back on its backbone.
+    """A trained shift on its backbone.
 
-    own_round: the round after which the site's own values on top are; None without such values.
+    Attributes:
+        saved: The shift file.
+        study: The study that trained it.
+        backbone: The backbone.
+        sigma: The adapted model with the shift set.
+        personal_round: Round of the site's personal values; None without them.
     """
 
     saved: SavedShift
@@ -50,10 +55,10 @@ class LoadedModel:
 
 
 def resolve_model_path(name: Path) -> Path:
-    """Where a model lies that is named as in the registry, NAME@N or NAME@LABEL; a path stays what it is.
+    """Return the path of a model, given as a path or as NAME@N or NAME@LABEL of the registry.
 
     Raises:
-        ModelError: the registry has no such version, or it was changed.
+        ModelError: The registry has no such version, or its files were changed.
     """
     if "@" not in name.name or name.parent != Path() or name.exists():
         return name
@@ -64,17 +69,16 @@ def resolve_model_path(name: Path) -> Path:
 
 
 def load_model(path: Path, backbone: str | None = None, personal: Path | None = None) -> LoadedModel:
-    """Load a sigma file (or a run folder), its backbone, and set the shift, having compared fingerprints.
+    """Load a shift and its backbone, and set the shift after comparing fingerprints.
 
     Args:
-        path: of the sigma file or run folder, or a version of the registry, see `located`.
-        backbone: where the same backbone lies on this machine, if the study's own name does not fit here.
-        personal: a site's file of its own values for this study; without it the pretrained ones are in place.
+        path: Sigma file, run folder or version of the registry; see `resolve_model_path`.
+        backbone: The backbone on this machine, where it differs from the study's name of it.
+        personal: A site's file of personal values for this study; None for the pretrained values.
 
     Raises:
-        ApplyError: the backbone is not the one that the shift was trained on, or personal values are given to
-            a study that has none.
-        PersonalError: the file of personal values does not belong to this study.
+        ModelLoadError: The shift was trained on another backbone, or the study has no personal values.
+        PersonalError: The file of personal values does not belong to this study.
     """
     from fedsigma.common.backbones import load_backbone
     from fedsigma.common.sigma import Fingerprint, SigmaModel
@@ -85,11 +89,11 @@ def load_model(path: Path, backbone: str | None = None, personal: Path | None = 
     sigma = SigmaModel.adapt(loaded.model, study.sigma)
     problem = Fingerprint.from_json(saved.fingerprint_json).describe_mismatch(sigma.fingerprint)
     if problem is None and saved.shift.numel() != sigma.layout.size:
-        problem = f"it has {saved.shift.numel()} values, this layout {sigma.layout.size}"
+        problem = f"it has {saved.shift.numel()} values, expected {sigma.layout.size}"
     if problem:
         raise ModelLoadError(
             f"the sigma shift in {path} was not trained on {loaded.name}: {problem}. The study's backbone is "
-            f"{study.backbone!r}; name where it lies here with --backbone"
+            f"{study.backbone!r}; name its path on this machine with --backbone"
         )
     shift, own_round = saved.shift, None
     if personal is not None:
@@ -101,31 +105,39 @@ def load_model(path: Path, backbone: str | None = None, personal: Path | None = 
 def _with_personal(
     saved: SavedShift, study: StudyConfig, sigma: SigmaModel, file: Path
 ) -> tuple[Tensor, int]:
-    """The shared values with a site's own, as a whole shift, and the round after which those are."""
+    """Combine the shared values with a site's personal values; return the shift and their round."""
     import torch
 
     from fedsigma.client.site.personal_state import read_personal_values
     from fedsigma.common.training.trainer import make_partition
 
     if study.personal is None:
-        raise ModelLoadError(f"study '{study.name}' keeps nothing at the sites: leave --personal out")
-    split = make_partition(sigma, study.personal)
-    last, _, own = read_personal_values(file, split, sigma.fingerprint, study=study.name, run=saved.run)
-    return torch.from_numpy(split.combine(split.shared_values(saved.shift.numpy()), own)), last
+        raise ModelLoadError(f"study '{study.name}' has no personal values: omit --personal")
+    partition = make_partition(sigma, study.personal)
+    last, _, personal = read_personal_values(
+        file, partition, sigma.fingerprint, study=study.name, run=saved.run
+    )
+    shift = partition.combine(partition.shared_values(saved.shift.numpy()), personal)
+    return torch.from_numpy(shift), last
 
 
 def select_labelled(model: LoadedModel, source: Source) -> list[Record]:
-    """The images of a source that have one of the study's classes; others are left out."""
+    """Return the images of a source that have one of the study's classes."""
     return [record for record in source.records if record.label in model.study.classes]
 
 
 def prepare_evaluation(
     model: LoadedModel, source: Source, records: Sequence[Record]
 ) -> tuple[ClipClassifier, list[Example]]:
-    """What evaluation takes: the model with its prompts, and the labelled images, decoded.
+    """Return the classifier and the decoded images of an evaluation.
+
+    Args:
+        model: The model.
+        source: The source of the images.
+        records: The labelled images to decode.
 
     Raises:
-        PictureError: an image cannot be decoded.
+        PictureError: An image cannot be decoded.
     """
     from fedsigma.common.data.loading import load_examples
     from fedsigma.common.training.classifier import ClipClassifier
@@ -136,11 +148,19 @@ def prepare_evaluation(
 
 
 def export(model: LoadedModel, folder: Path, *, onnx: bool = False) -> Path:
-    """Write the adapted model as a plain open_clip folder, and both towers as ONNX files if wanted.
+    """Write the merged model as a plain open_clip folder.
+
+    Args:
+        model: The model.
+        folder: The folder to write; new or empty.
+        onnx: Also write both towers as ONNX files.
+
+    Returns:
+        The folder.
 
     Raises:
-        BackboneError: the folder is not empty.
-        OnnxError: a tower cannot be written as ONNX, or would give other features.
+        BackboneError: The folder is not empty.
+        OnnxError: A tower cannot be exported to ONNX, or its features differ.
     """
     from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Judging images with a finished model: how a picture is brought to its size, and what comes out."""
+"""Predictions of a loaded model: image preprocessing and class probabilities."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ __all__ = ["Prediction", "Predictor", "preprocess"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What is said of one file or of one series; writers of results take a list of these.
+    """The prediction for one file or one DICOM series.
 
-    Fields: file, its path in the folder, of a series that of its first image; probabilities, one a class, in
-    the order of the study's classes; prediction, the class, None where the model abstains; images, how many
-    the probabilities are the mean of; series, the SeriesInstanceUID, empty where there is none or where files
-    are judged by themselves.
+    Attributes:
+        file: Path of the file in the folder; for a series, that of its first image.
+        probabilities: One probability a class, in the order of the study's classes.
+        prediction: The predicted class; None where the model abstains.
+        images: Number of images that the probabilities are the mean of.
+        series: SeriesInstanceUID; empty without one, or where each file is predicted separately.
     """
 
     file: str
@@ -36,18 +38,18 @@ class Prediction:
 
 
 def preprocess(backbone: Backbone, image: Image.Image) -> Tensor:
-    """An RGB picture as the model sees it in evaluation, uint8 (3, image_size, image_size)."""
+    """Resize an RGB image as in evaluation, to uint8 of shape (3, image_size, image_size)."""
     return resize_image(to_tensor(image, side=backbone.image_size * 3 // 2), backbone)
 
 
 class Predictor:
-    """A finished model with its text features, which are computed once.
+    """Predicts images with a loaded model, whose text features are computed once.
 
     Args:
-        restored: the model. If its shift is merged, judging costs what the plain model does; if not, enter
-            `restored.sigma.inference_mode()` around several calls.
-        temperature: of the probabilities, from a calibration; 1 leaves them as they are.
-        least: below this probability of its first class an image is not judged.
+        model: The model. With a merged shift, inference costs as much as for the plain model; otherwise
+            enter `model.sigma.inference_mode()` around several calls.
+        temperature: Temperature of the probabilities, from a calibration; 1 for none.
+        abstain_below: Probability below which no class is predicted.
         precision: "auto", "float32" or "bfloat16".
     """
 
@@ -67,21 +69,29 @@ class Predictor:
             self._text = self._classifier.text_features().detach()
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Class probabilities (n, classes) of prepared images, uint8 (n, 3, image_size, image_size).
+        """Compute class probabilities.
+
+        Args:
+            images: Preprocessed images, uint8 of shape (n, 3, image_size, image_size).
+
+        Returns:
+            Probabilities of shape (n, classes), on the CPU.
 
         Raises:
-            ApplyError: one is not a number.
+            ModelLoadError: A probability is not finite.
         """
         with self._classifier.sigma.inference_mode(), autocast(self._precision, self._classifier.device):
             logits = self._classifier.logits(self._classifier.image_features(images), self._text)
-            found = logits.softmax(1).cpu()
-        if not bool(torch.isfinite(found).all()):
+            probabilities = logits.softmax(1).cpu()
+        if not bool(torch.isfinite(probabilities).all()):
             raise ModelLoadError(
-                "no finite probability comes out: the shift has diverged, take another version"
+                "the probabilities are not finite: the shift has diverged, use another version"
             )
-        return found if self.temperature == 1 else scale_probabilities(found, self.temperature)
+        return (
+            probabilities if self.temperature == 1 else scale_probabilities(probabilities, self.temperature)
+        )
 
     def choose_class(self, probabilities: Sequence[float]) -> str | None:
-        """The most probable class, or None if it is less probable than the least that was asked for."""
+        """Return the most probable class, or None if its probability is below `abstain_below`."""
         best = max(range(len(self.classes)), key=probabilities.__getitem__)
         return self.classes[best] if probabilities[best] >= self.abstain_below else None

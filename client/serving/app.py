@@ -1,4 +1,4 @@
-"""The service's addresses and its OpenAPI document."""
+"""The service's endpoints and its OpenAPI document."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _bearer = HTTPBearer(
     scheme_name="token",
     description="The token in the file that the service was started with, if it was started with one.",
 )
-# The token is asked for only where the service was started with one.
+# A token is required only if the service was started with one.
 _OPEN: dict[str, Any] = {"security": [{}]}
 _FORM: dict[str, Any] = {
     "required": True,
@@ -46,8 +46,8 @@ _FORM: dict[str, Any] = {
                     FIELD: {
                         "type": "array",
                         "minItems": 1,
-                        "description": "PNG, JPEG, TIFF (its first page) or DICOM files, told by content; "
-                        "file names and types are not looked at.",
+                        "description": "PNG, JPEG, TIFF (first page) or DICOM files, by content; "
+                        "file names and declared types are ignored.",
                         "items": {"type": "string", "format": "binary"},
                     }
                 },
@@ -59,17 +59,17 @@ _FORM: dict[str, Any] = {
 
 
 def _service(request: Request) -> Service:
-    found: Service = request.app.state.service
-    return found
+    service: Service = request.app.state.service
+    return service
 
 
 def _authorised(
     service: Annotated[Service, Depends(_service)],
-    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Service:
     if service.token is not None:
-        told = given.credentials if given else ""
-        if not hmac.compare_digest(told.encode(), service.token.encode()):
+        token = credentials.credentials if credentials else ""
+        if not hmac.compare_digest(token.encode(), service.token.encode()):
             raise Problem("unauthorized", "Send the header Authorization: Bearer TOKEN.")
     return service
 
@@ -79,7 +79,7 @@ Authorised = Annotated[Service, Depends(_authorised)]
 
 
 def create_app(service: Service | None = None) -> FastAPI:
-    """The application; without a service it is good for its document alone."""
+    """Create the application; without a service it provides the OpenAPI document only."""
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
@@ -91,9 +91,9 @@ def create_app(service: Service | None = None) -> FastAPI:
     app = FastAPI(
         title="FedSigma",
         version=__version__,
-        summary="Judges images with a finished study's model.",
+        summary="Predicts images with a study's trained model.",
         description=NOTICE,
-        # Pages that would be loaded from elsewhere are left out; the document itself is at /openapi.json.
+        # The pages that load scripts from elsewhere are off; the document itself is at /openapi.json.
         docs_url=None,
         redoc_url=None,
         lifespan=running,
@@ -101,24 +101,24 @@ def create_app(service: Service | None = None) -> FastAPI:
     )
     app.state.service = service
     add_problem_handlers(app)
-    _add_judging(app)
+    _add_predict(app)
     _add_health(app)
     _complete(app)
     return app
 
 
 def asgi(service: Service) -> ASGIApp:
-    """The application as a server runs it: errors that nobody expected leave no trace in its log."""
+    """Create the application as a server runs it, which logs unexpected errors by their type only."""
     return RedactErrors(create_app(service))
 
 
 def openapi_document() -> dict[str, Any]:
-    """The OpenAPI document, the same for every model."""
+    """Return the OpenAPI document, which is the same for every model."""
     return create_app().openapi()
 
 
-def _add_judging(app: FastAPI) -> None:
-    asked = (
+def _add_predict(app: FastAPI) -> None:
+    codes = (
         "malformed",
         "unauthorized",
         "body-too-slow",
@@ -135,15 +135,15 @@ def _add_judging(app: FastAPI) -> None:
 
     @app.post(
         "/v1/predict",
-        tags=["judging"],
+        tags=["predict"],
         operation_id="predict",
-        summary="Judge one or several images",
-        response_description="One judgement an image, in the order of the images.",
-        responses=problem_responses(*asked),
+        summary="Predict one or several images",
+        response_description="One prediction an image, in the order of the images.",
+        responses=problem_responses(*codes),
         openapi_extra={"requestBody": _FORM, **_OPEN},
     )
     async def predict(request: Request, response: Response, service: Authorised) -> Predictions:
-        """All images are judged or none: what is wrong with the first that cannot be is the answer."""
+        """Predicts all images or none; the first image that cannot be predicted determines the error."""
         response.headers["Cache-Control"] = "no-store"
         reading = True
         try:
@@ -156,19 +156,19 @@ def _add_judging(app: FastAPI) -> None:
             seconds = f"{service.limits.timeout_s:g} seconds"
             if reading:
                 raise Problem("body-too-slow", f"The body did not arrive within {seconds}.") from None
-            raise Problem("busy", f"There was no answer within {seconds}: try later.") from None
+            raise Problem("busy", f"No response within {seconds}: try again later.") from None
 
     @app.get(
         "/v1/model",
-        tags=["judging"],
+        tags=["predict"],
         operation_id="model",
-        summary="What is served",
-        response_description="The model, its limits, and what it may be used for.",
+        summary="Describe the model",
+        response_description="The model, its limits and its permitted use.",
         responses=problem_responses("unauthorized"),
         openapi_extra=_OPEN,
     )
     async def model(service: Authorised) -> ModelInfo:
-        """The model's classes, version, digests, calibration and limits."""
+        """Returns the model's classes, version, digests, calibration and limits."""
         return service.info
 
 
@@ -177,8 +177,8 @@ def _add_health(app: FastAPI) -> None:
         "/health",
         tags=["health"],
         operation_id="health",
-        summary="Whether the service answers",
-        response_description="It does.",
+        summary="Report that the service responds",
+        response_description="The service responds.",
     )
     async def health() -> Health:
         """Needs no token."""
@@ -188,8 +188,8 @@ def _add_health(app: FastAPI) -> None:
         "/ready",
         tags=["health"],
         operation_id="ready",
-        summary="Whether images are judged",
-        response_description="They are.",
+        summary="Report whether the service predicts images",
+        response_description="The service predicts images.",
         responses=problem_responses("busy"),
     )
     async def ready(service: Reachable) -> Health:
@@ -200,11 +200,11 @@ def _add_health(app: FastAPI) -> None:
 
 
 def _complete(app: FastAPI) -> None:
-    """Put into the document the schema that errors refer to, and what every address may answer."""
-    made = app.openapi
+    """Add the schema of errors to the document."""
+    generate = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = made()
+        document = generate()
         schemas = document["components"]["schemas"]
         schemas["ProblemDetails"] = ProblemDetails.model_json_schema(mode="serialization")
         return document

@@ -1,4 +1,4 @@
-"""One thread that owns the model and judges together what arrives together."""
+"""Dynamic batching: one thread owns the model and predicts images of concurrent requests together."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Row = tuple[float, ...]
 
 
 class QueueFull(FedSigmaError):
-    """The queue takes no more images, or the service is stopping."""
+    """The queue is full, or the service is stopping."""
 
 
 class Batcher:
-    """A bounded queue of images and the thread that judges them.
+    """A bounded queue of images, and the thread that predicts them.
 
-    An idle thread takes what there is at once. Only while other images are being decoded does it wait for
-    them, for `wait_s` at most: one client alone never waits.
+    An idle thread starts at once. It waits only while other images are being decoded, for `wait_s` at most,
+    so that a single client never waits.
 
     Args:
-        compute: from images, uint8 (n, 3, size, size), to probabilities (n, classes); called by the thread
-            alone.
-        batch: images judged together at most.
-        wait_s: seconds.
-        waiting: images in the queue at most.
+        compute: Maps images, uint8 of shape (n, 3, size, size), to probabilities of shape (n, classes);
+            called in the thread only.
+        batch_size: Most images in one batch.
+        wait_s: Seconds that a batch waits for images being decoded.
+        queue_size: Most images in the queue.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Batcher:
         self._queue: deque[tuple[Tensor, Future[Row]]] = deque()
         self._changed = threading.Condition()
         self._expected, self._stopping = 0, False
-        self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="predict", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more images, judge those that wait, and end the thread."""
+        """Accept no more images, predict the waiting ones, and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -64,12 +64,12 @@ class Batcher:
 
     @property
     def ready(self) -> bool:
-        """Whether images are taken and judged."""
+        """Whether images are accepted and predicted."""
         return self._thread.is_alive() and not self._stopping
 
     @contextmanager
     def expect_images(self) -> Iterator[None]:
-        """Say that images are about to be submitted, which a batch may wait for."""
+        """Announce images that are about to be submitted, so that a batch can wait for them."""
         with self._changed:
             self._expected += 1
         try:
@@ -80,12 +80,16 @@ class Batcher:
                 self._changed.notify_all()
 
     def submit(self, images: Sequence[Tensor]) -> list[Future[Row]]:
-        """Put the images of one request into the queue, all or none of them.
+        """Add the images of one request to the queue, all or none.
 
-        Returns one future for each, with its probabilities; a future may be cancelled.
+        Args:
+            images: Preprocessed images, uint8 of shape (3, size, size) each.
+
+        Returns:
+            One future an image, with its probabilities; a future may be cancelled.
 
         Raises:
-            Full: there is no room, or the service is stopping.
+            QueueFull: The queue is full, or the service is stopping.
         """
         futures: list[Future[Row]] = [Future() for _ in images]
         with self._changed:
@@ -96,21 +100,21 @@ class Batcher:
         return futures
 
     def _run(self) -> None:
-        while (taken := self._next_batch()) is not None:
-            wanted = [(image, future) for image, future in taken if future.set_running_or_notify_cancel()]
-            if not wanted:
+        while (batch := self._next_batch()) is not None:
+            batch = [(image, future) for image, future in batch if future.set_running_or_notify_cancel()]
+            if not batch:
                 continue
             try:
-                found = self._compute(torch.stack([image for image, _ in wanted])).tolist()
-            except Exception as error:  # whatever it is, those who wait must hear of it
-                for _, future in wanted:
+                rows = self._compute(torch.stack([image for image, _ in batch])).tolist()
+            except Exception as error:  # any error must reach the waiting requests
+                for _, future in batch:
                     future.set_exception(error)
             else:
-                for (_, future), row in zip(wanted, found, strict=True):
+                for (_, future), row in zip(batch, rows, strict=True):
                     future.set_result(tuple(row))
 
     def _next_batch(self) -> list[tuple[Tensor, Future[Row]]] | None:
-        """The next batch; None when there is none and will be none."""
+        """Return the next batch; None when the queue is empty and the service is stopping."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
             end = time.monotonic() + self._wait_s

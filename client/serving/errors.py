@@ -1,4 +1,4 @@
-"""What goes wrong with a request, as problem details (RFC 9457): which there are, how they are answered."""
+"""Errors of requests as problem details (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ RETRY_S = 1
 
 @dataclass(frozen=True)
 class ProblemType:
-    """A kind of problem: its status, what it means, a header of its answer, whether the connection ends."""
+    """A type of problem.
+
+    Attributes:
+        status: HTTP status.
+        meaning: Meaning, for the OpenAPI document.
+        header: A header of the response.
+        closes_connection: Whether the connection is closed after the response.
+    """
 
     status: HTTPStatus
     meaning: str
@@ -42,9 +49,7 @@ class ProblemType:
 
 _RETRY = ("Retry-After", str(RETRY_S))
 PROBLEMS = {
-    "malformed": ProblemType(
-        HTTPStatus.BAD_REQUEST, "The form cannot be read, or has no file named `images`."
-    ),
+    "malformed": ProblemType(HTTPStatus.BAD_REQUEST, "The form is invalid, or has no file named `images`."),
     "unauthorized": ProblemType(
         HTTPStatus.UNAUTHORIZED, "The bearer token is missing or wrong.", ("WWW-Authenticate", "Bearer")
     ),
@@ -58,35 +63,33 @@ PROBLEMS = {
     "too-many-pixels": ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "An image has too many pixels."),
     "not-a-form": ProblemType(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body is not multipart/form-data."),
     "not-an-image": ProblemType(
-        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is, by its first bytes, no image of a kind that is read."
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is not an image of a supported format."
     ),
     "unreadable-image": ProblemType(
-        HTTPStatus.UNPROCESSABLE_ENTITY, "An image of a known kind is damaged or of a form that is not read."
+        HTTPStatus.UNPROCESSABLE_ENTITY, "An image is damaged, or uses an unsupported variant of its format."
     ),
     "too-many-requests": ProblemType(
-        HTTPStatus.TOO_MANY_REQUESTS, "This client has too many requests under way.", _RETRY
+        HTTPStatus.TOO_MANY_REQUESTS, "This client has too many active requests.", _RETRY
     ),
-    "failed": ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault of the service."),
-    "busy": ProblemType(
-        HTTPStatus.SERVICE_UNAVAILABLE, "The service has too much to do, or is stopping.", _RETRY
-    ),
+    "failed": ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error of the service."),
+    "busy": ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "The service is overloaded or stopping.", _RETRY),
 }
 
 
 class ProblemDetails(BaseModel):
-    """A problem as RFC 9457 has it; `code` and `image` are FedSigma's own."""
+    """Problem details of RFC 9457, with `code` and `image` as extensions."""
 
     type: str = Field(
-        default="about:blank", description="Always about:blank: status and code say what it is."
+        default="about:blank", description="Always about:blank; status and code identify the problem."
     )
-    title: str = Field(description="The status in words.", examples=["Unprocessable Content"])
+    title: str = Field(description="Reason phrase of the status.", examples=["Unprocessable Content"])
     status: int = Field(description="The HTTP status.", examples=[422])
     detail: str = Field(
-        description="What was found and what was expected.", examples=["Image 2 cannot be decoded."]
+        description="The problem, and what was expected.", examples=["Image 2 cannot be decoded."]
     )
-    code: str = Field(description="A fixed word for programs.", examples=["unreadable-image"])
+    code: str = Field(description="Identifier of the problem, for programs.", examples=["unreadable-image"])
     image: int | None = Field(
-        default=None, description="Which image of the request it is about, counted from 1.", examples=[2]
+        default=None, description="Number of the image in the request, from 1.", examples=[2]
     )
 
 
@@ -94,9 +97,9 @@ class Problem(Exception):
     """Ends a request with a problem.
 
     Args:
-        code: one of `PROBLEMS`.
-        detail: what was found and expected; no name of a file, and nothing of an image.
-        image: which image of the request, counted from 1.
+        code: One of `PROBLEMS`.
+        detail: The problem and what was expected; it must not contain file names or image content.
+        image: Number of the image in the request, from 1.
     """
 
     def __init__(self, code: str, detail: str, *, image: int | None = None) -> None:
@@ -105,15 +108,15 @@ class Problem(Exception):
 
 
 def _phrase(status: int) -> str:
-    # Two were renamed by RFC 9110, which not every Python follows.
+    # RFC 9110 renamed two phrases; older Pythons have the old ones.
     renamed = {413: "Content Too Large", 422: "Unprocessable Content"}
     return renamed.get(status) or HTTPStatus(status).phrase
 
 
 def _details(status: int, code: str, detail: str, image: int | None = None) -> dict[str, Any]:
     title = _phrase(status)
-    found = ProblemDetails(title=title, status=status, detail=detail, code=code, image=image)
-    return found.model_dump(exclude_none=True)
+    problem = ProblemDetails(title=title, status=status, detail=detail, code=code, image=image)
+    return problem.model_dump(exclude_none=True)
 
 
 def _problem_response(details: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -121,9 +124,9 @@ def _problem_response(details: Mapping[str, Any], headers: Mapping[str, str] | N
 
 
 def add_problem_handlers(app: FastAPI) -> None:
-    """Have every error of an app answered as a problem."""
+    """Make an app respond to every error with problem details."""
 
-    async def known(_: Request, problem: Exception) -> Response:
+    async def problem_handler(_: Request, problem: Exception) -> Response:
         assert isinstance(problem, Problem)
         kind = PROBLEMS[problem.code]
         headers = dict([kind.header] if kind.header else [])
@@ -131,35 +134,35 @@ def add_problem_handlers(app: FastAPI) -> None:
             headers["Connection"] = "close"
         return _problem_response(_details(kind.status, problem.code, problem.detail, problem.image), headers)
 
-    async def by_status(_: Request, error: Exception) -> Response:
+    async def status_handler(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         phrase = _phrase(error.status_code)
         code = phrase.lower().replace(" ", "-")
         return _problem_response(_details(error.status_code, code, f"{phrase}."), error.headers)
 
-    async def gone(_: Request, __: Exception) -> Response:
-        return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody reads it
+    async def disconnect_handler(_: Request, __: Exception) -> Response:
+        return Response(status_code=HTTPStatus.BAD_REQUEST)  # the client has disconnected
 
-    async def unexpected(_: Request, __: Exception) -> Response:
-        return _problem_response(_details(500, "failed", "A fault of the service; its log names the kind."))
+    async def error_handler(_: Request, __: Exception) -> Response:
+        return _problem_response(_details(500, "failed", "Internal error; the service's log has its type."))
 
-    app.add_exception_handler(Problem, known)
-    app.add_exception_handler(HTTPException, by_status)
-    app.add_exception_handler(ClientDisconnect, gone)
-    app.add_exception_handler(Exception, unexpected)
+    app.add_exception_handler(Problem, problem_handler)
+    app.add_exception_handler(HTTPException, status_handler)
+    app.add_exception_handler(ClientDisconnect, disconnect_handler)
+    app.add_exception_handler(Exception, error_handler)
 
 
 class RedactErrors:
-    """Around an app: an unexpected error is logged by its type alone.
+    """Middleware that logs unexpected errors by their type only.
 
-    Its text and its trace can hold what was in a request.
+    The message and traceback could contain data of a request.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Handle a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -170,11 +173,11 @@ class RedactErrors:
 
 
 def problem_responses(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """The problems of an operation, as its OpenAPI responses."""
-    found: dict[int | str, dict[str, Any]] = {}
+    """Return the OpenAPI responses of an operation's problems."""
+    responses: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         kind = PROBLEMS[code]
-        one = found.setdefault(
+        response = responses.setdefault(
             int(kind.status),
             {
                 "description": "",
@@ -183,10 +186,10 @@ def problem_responses(*codes: str) -> dict[int | str, dict[str, Any]]:
                 },
             },
         )
-        one["description"] = f"{one['description']} {kind.meaning}".strip()
+        response["description"] = f"{response['description']} {kind.meaning}".strip()
         if kind.header:
             name, value = kind.header
-            one["headers"] = {name: {"schema": {"type": "string"}, "required": True, "example": value}}
+            response["headers"] = {name: {"schema": {"type": "string"}, "required": True, "example": value}}
         example = _details(kind.status, code, kind.meaning)
-        one["content"][MEDIA_TYPE]["examples"][code] = {"value": example}
-    return found
+        response["content"][MEDIA_TYPE]["examples"][code] = {"value": example}
+    return responses

@@ -1,4 +1,4 @@
-"""From the bytes of an upload to pictures: what they are by content, and no larger than allowed."""
+"""Decodes uploads: detects the format by content and enforces the size limits."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
 def restrict_decoders(pixels: int) -> None:
-    """Have the libraries that decode refuse larger pictures, and say nothing, in the whole process.
+    """Limit the image size of the decoding libraries in this process, and silence their warnings.
 
-    Their warnings quote what is in a file, such as a name.
+    The warnings can quote the content of a file, such as a name.
+
+    Args:
+        pixels: Most pixels of an image.
     """
-    # Pillow refuses twice the number that it warns of; pydicom calls it for a picture within a picture.
+    # Pillow rejects images of twice this number; pydicom uses Pillow for embedded images.
     Image.MAX_IMAGE_PIXELS = pixels // 2 or 1
     warnings.simplefilter("ignore")
     for name in ("pydicom", "PIL"):
@@ -46,16 +49,19 @@ def restrict_decoders(pixels: int) -> None:
 
 
 def decode_image(content: bytes, backbone: Backbone, limits: Limits, number: int) -> list[Tensor]:
-    """The frames of an image as the model sees them, each uint8 (3, image_size, image_size).
+    """Decode and preprocess the frames of an image.
 
     Args:
-        content: of a file.
-        backbone: for which they are made.
-        limits: of pixels and frames.
-        number: of the image in the request, for the problem's detail.
+        content: Bytes of the file.
+        backbone: Backbone that the frames are preprocessed for.
+        limits: Limits of pixels and frames.
+        number: Number of the image in the request, from 1.
+
+    Returns:
+        The frames, each uint8 of shape (3, image_size, image_size).
 
     Raises:
-        Problem: it is no image that is read, too large, or damaged.
+        Problem: The format is not supported, or the image is too large or damaged.
     """
     kind = _detect_format(content)
     if kind is None or (kind == "DICOM" and importlib.util.find_spec("pydicom") is None):
@@ -69,7 +75,7 @@ def decode_image(content: bytes, backbone: Backbone, limits: Limits, number: int
         raise
     except (Image.DecompressionBombError, MemoryError):
         raise _too_many_pixels(limits, number) from None
-    # Decoders of hostile bytes fail in every way there is; what they say can hold what they read.
+    # Decoders of hostile bytes raise any exception; its message can contain data of the file.
     except Exception:
         raise Problem(
             "unreadable-image", f"Image {number} ({kind}) cannot be decoded.", image=number
@@ -89,7 +95,7 @@ def _supported_formats() -> list[str]:
 
 def _picture(content: bytes, kind: str, limits: Limits, number: int) -> Iterator[Image.Image]:
     picture = Image.open(BytesIO(content), formats=[kind])
-    # libtiff makes room for a whole tile, however small the picture is.
+    # libtiff allocates a whole tile, however small the image is.
     tags: Any = getattr(picture, "tag_v2", {})
     tile = int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
     if max(picture.width * picture.height, tile) > limits.pixels:
@@ -101,14 +107,14 @@ def _slices(content: bytes, limits: Limits, number: int) -> Iterator[Image.Image
     if _deflated(content):
         raise Problem(
             "unreadable-image",
-            f"Image {number} is DICOM deflated as a whole, which is not read: save it in another form.",
+            f"Image {number} is DICOM with a deflated transfer syntax: save it with another.",
             image=number,
         )
     slices = DicomFile.read(BytesIO(content), f"image {number}")
     if slices.frames > limits.images:
         raise Problem(
             "too-many-images",
-            f"Image {number} has {slices.frames} frames, at most {limits.images} are judged in a request.",
+            f"Image {number} has {slices.frames} frames, a request may have {limits.images}.",
             image=number,
         )
     if int(slices.dataset.Rows) * int(slices.dataset.Columns) > limits.pixels:
@@ -118,7 +124,7 @@ def _slices(content: bytes, limits: Limits, number: int) -> Iterator[Image.Image
 
 
 def _deflated(content: bytes) -> bool:
-    """Whether pydicom would inflate a file as a whole, to any size; told by the same reader that it uses."""
+    """Return whether pydicom would inflate the whole file, to any size; detected by its own reader."""
     from pydicom.filereader import read_dataset
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 

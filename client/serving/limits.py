@@ -1,4 +1,4 @@
-"""What a service is held to: its limits, who may reach it, and the token."""
+"""Limits of the service, the check of its network exposure, and its token."""
 
 from __future__ import annotations
 
@@ -16,20 +16,26 @@ GRACE_S = 5
 
 
 class ServeError(FedSigmaError, ValueError):
-    """A service that cannot or must not be started as asked."""
+    """The service cannot be started with these settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request, and all together, may ask for.
+    """Limits of one request, and of all requests together.
 
-    Fields: body_bytes of a request; images a request, frames counted singly; pixels of an image; requests
-    under way at once, and per_client of one address; waiting, images in the queue; batch, images judged
-    together at most; wait_s, seconds that a batch waits for those that are being decoded; timeout_s, seconds
-    from a request's head to its answer.
+    Attributes:
+        body_bytes: Most bytes of a request's body.
+        images: Most images of a request; each frame counts as one.
+        pixels: Most pixels of an image or frame.
+        requests: Most concurrent requests.
+        per_client: Most concurrent requests of one address.
+        queue_size: Most images in the queue.
+        batch_size: Most images in one batch.
+        wait_s: Seconds that a batch waits for images being decoded.
+        timeout_s: Seconds from a request's headers to its response.
 
     Raises:
-        ServeError: one is not positive, or the queue does not take the images of one request.
+        ServeError: A limit is not positive, or the queue is smaller than one request.
     """
 
     body_bytes: int = 32 * 2**20
@@ -44,14 +50,14 @@ class Limits:
 
     @property
     def grace_s(self) -> int:
-        """Seconds that requests under way get when the service is told to stop."""
+        """Seconds that active requests have to complete after a stop signal."""
         return int(self.timeout_s) + GRACE_S
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value, least = getattr(self, one.name), 0 if one.name == "wait_s" else 1e-9
-            if not (math.isfinite(value) and value >= least):
-                raise ServeError(f"the limit {one.name} is {value}, expected a positive number")
+        for limit in fields(self):
+            value, minimum = getattr(self, limit.name), 0 if limit.name == "wait_s" else 1e-9
+            if not (math.isfinite(value) and value >= minimum):
+                raise ServeError(f"the limit {limit.name} is {value}, expected a positive number")
         if self.queue_size < self.images:
             raise ServeError(
                 f"the queue holds {self.queue_size} images and a request may have {self.images}: expected a"
@@ -60,10 +66,10 @@ class Limits:
 
 
 def read_token(path: Path) -> str:
-    """The bearer token in a file: one line of at least 16 visible ASCII characters.
+    """Read a bearer token from a file: one line of at least 16 visible ASCII characters.
 
     Raises:
-        ServeError: it is too short, or something else.
+        ServeError: The token is too short, or has other characters.
     """
     token = path.read_bytes().strip()
     if len(token) < MIN_TOKEN_LENGTH or not all(33 <= byte <= 126 for byte in token):
@@ -75,7 +81,7 @@ def read_token(path: Path) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own, which others cannot reach."""
+    """Return whether an address is a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -83,13 +89,18 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, *, token: bool, open_to_all: bool) -> None:
-    """Refuse to let a service be reached by others without a token, unless that is meant.
+    """Reject an address that other machines can reach, without a token and without `--open`.
+
+    Args:
+        host: Address that the service listens on.
+        token: Whether requests must send a token.
+        open_to_all: Whether access without a token is intended.
 
     Raises:
-        ServeError: it would be.
+        ServeError: The service would be open to other machines.
     """
     if not (token or open_to_all or is_loopback(host)):
         raise ServeError(
-            f"{host} can be reached from other machines, and no token is asked for: name one with"
-            " --token-file, or say --open if everyone who reaches it may use it"
+            f"{host} can be reached from other machines and no token is required: set --token-file, or"
+            " --open to allow access to everyone"
         )

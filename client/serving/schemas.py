@@ -1,4 +1,4 @@
-"""What the service answers."""
+"""The response schemas of the service."""
 
 from __future__ import annotations
 
@@ -10,72 +10,75 @@ NOTICE = "For research, not for clinical use: this is no medical device."
 
 
 class Health(BaseModel):
-    """That the service answers."""
+    """State of the service."""
 
     status: str = Field(description="Always ok.", examples=["ok"])
 
 
 class ImagePrediction(BaseModel):
-    """What is said of one image."""
+    """Prediction for one image."""
 
-    image: int = Field(description="Which image of the request, counted from 1.", examples=[1])
+    image: int = Field(description="Number of the image in the request, from 1.", examples=[1])
     prediction: str | None = Field(
-        description="The most probable class; null where its probability is below abstain_below.",
+        description="The most probable class; null if its probability is below abstain_below.",
         examples=["neutrophil"],
     )
     probabilities: dict[str, float] = Field(
-        description="By class, of all classes of the model; calibrated if the model is.",
+        description="Probability of each class; calibrated if the service has a calibration.",
         examples=[{"neutrophil": 0.91, "lymphocyte": 0.06, "monocyte": 0.03}],
     )
     frames: int = Field(
-        description="How many frames the probabilities are the mean of; 1 but for DICOM of several frames.",
+        description="Number of averaged frames; above 1 for multi-frame DICOM only.",
         examples=[1],
     )
 
 
 class Predictions(BaseModel):
-    """The judgements of a request, in the order of its images."""
+    """Predictions for the images of a request, in their order."""
 
-    model: str = Field(description="NAME@N, or the study.", examples=["white-cells@3"])
+    model: str = Field(description="NAME@N of the registry, or the study's name.", examples=["white-cells@3"])
     results: list[ImagePrediction]
-    notice: str = Field(description="What it may be used for.", examples=[NOTICE])
+    notice: str = Field(description="Permitted use.", examples=[NOTICE])
 
 
 class CalibrationInfo(BaseModel):
-    """The temperature by which probabilities are scaled, and what it was fitted on."""
+    """The temperature of the probabilities, and its fit."""
 
     temperature: float = Field(examples=[1.4])
-    images: int = Field(description="How many it was fitted on.", examples=[120])
-    before: float = Field(description="Expected calibration error on them before, a share.", examples=[0.11])
-    after: float = Field(description="And after.", examples=[0.04])
+    images: int = Field(description="Number of images it was fitted on.", examples=[120])
+    before: float = Field(
+        description="Expected calibration error before, from 0 to 1.",
+        examples=[0.11],
+    )
+    after: float = Field(description="The same after calibration.", examples=[0.04])
 
 
 class LimitsInfo(BaseModel):
-    """What one request may ask for."""
+    """Limits of one request."""
 
-    body_bytes: int = Field(description="Bytes of its body.", examples=[33554432])
-    images: int = Field(description="Images, frames counted singly.", examples=[64])
-    pixels: int = Field(description="Pixels of an image or frame.", examples=[25000000])
-    per_client: int = Field(description="Requests of one address under way at once.", examples=[16])
-    timeout_s: float = Field(description="Seconds until it is given up.", examples=[60])
+    body_bytes: int = Field(description="Most bytes of the body.", examples=[33554432])
+    images: int = Field(description="Most images; each frame counts as one.", examples=[64])
+    pixels: int = Field(description="Most pixels of an image or frame.", examples=[25000000])
+    per_client: int = Field(description="Most concurrent requests of one address.", examples=[16])
+    timeout_s: float = Field(description="Seconds until a request times out.", examples=[60])
 
 
 class ModelInfo(BaseModel):
-    """What is served."""
+    """Description of the served model."""
 
-    model: str = Field(description="NAME@N of the registry, else the study.", examples=["white-cells@3"])
-    study: str = Field(description="The study that made it.", examples=["white-cells"])
-    round: int = Field(description="After which round of it.", examples=[40])
+    model: str = Field(description="NAME@N of the registry, or the study's name.", examples=["white-cells@3"])
+    study: str = Field(description="Name of the study that trained it.", examples=["white-cells"])
+    round: int = Field(description="Round of the study.", examples=[40])
     personal_round: int | None = Field(
-        description="After which round a site's own values on top are; null without such values.",
+        description="Round of a site's personal values; null without them.",
         examples=[None],
     )
     classes: list[str] = Field(examples=[["neutrophil", "lymphocyte", "monocyte"]])
-    backbone: str = Field(description="Name of the CLIP model below.", examples=["starter"])
+    backbone: str = Field(description="Name of the CLIP backbone.", examples=["starter"])
     backbone_digest: str = Field(description="SHA-256 of the backbone's weights, hex.", examples=["9c1e..."])
     digest: str = Field(description="SHA-256 of the sigma file, hex.", examples=["51d0..."])
-    calibration: CalibrationInfo | None = Field(description="null where probabilities are as they came.")
-    abstain_below: float = Field(description="Below this probability no class is named.", examples=[0.7])
+    calibration: CalibrationInfo | None = Field(description="null without a calibration.")
+    abstain_below: float = Field(description="Probability below which no class is predicted.", examples=[0.7])
     limits: LimitsInfo
     fedsigma: str = Field(description="Version of FedSigma.", examples=["0.1.0"])
-    notice: str = Field(description="What it may be used for.", examples=[NOTICE])
+    notice: str = Field(description="Permitted use.", examples=[NOTICE])

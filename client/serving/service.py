@@ -1,4 +1,4 @@
-"""A model being served: from the bytes of uploads to judgements, within the limits."""
+"""The service behind the API: from the bytes of uploads to predictions, within the limits."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ __all__ = ["Service", "describe_model"]
 
 
 class Service:
-    """A judge behind a queue, with its limits and its token.
+    """A predictor with a queue, limits and a token.
 
     Args:
-        judge: whose shift is merged, so that it costs what the plain model does.
-        info: what is said of the model.
-        limits: of requests.
-        token: which requests must carry; None: none.
+        predictor: The predictor; its shift is merged, so that it costs as much as the plain model.
+        info: Description of the model.
+        limits: Limits of requests.
+        token: Bearer token that requests must send; None for no token.
     """
 
     def __init__(
@@ -56,50 +56,56 @@ class Service:
         self._active = Counter[str]()
 
     def start(self) -> None:
-        """Start judging."""
+        """Start the thread that predicts."""
         self.batcher.start()
 
     def stop(self) -> None:
-        """Judge what waits, and stop."""
+        """Predict the waiting images, and stop."""
         self.batcher.stop()
         self._decoders.shutdown()
 
     @contextmanager
     def admit(self, client: str) -> Iterator[None]:
-        """Let a request in, and count it while it is under way.
+        """Admit a request, and count it as active inside the context.
 
         Raises:
-            Problem: this client, or all together, have too many.
+            Problem: This client, or all clients together, have too many active requests.
         """
         if self._active.total() >= self.limits.requests:
-            raise Problem("busy", f"{self.limits.requests} requests are under way: try again later.")
+            raise Problem("busy", f"{self.limits.requests} requests are active: try again later.")
         if self._active[client] >= self.limits.per_client:
             raise Problem(
-                "too-many-requests", f"{self.limits.per_client} of your requests are under way: wait for one."
+                "too-many-requests",
+                f"{self.limits.per_client} of your requests are active: wait for one to end.",
             )
         self._active[client] += 1
         try:
             yield
         finally:
             self._active[client] -= 1
-            self._active += Counter()  # forgets those at zero
+            self._active += Counter()  # removes the zero counts
 
     async def predict(self, contents: Sequence[bytes]) -> Predictions:
-        """Judge images, each by the mean of its frames.
+        """Predict images, each by the mean of its frames.
+
+        Args:
+            contents: The bytes of each uploaded file.
 
         Raises:
-            Problem: an image cannot be judged, there are too many frames, or the queue is full.
+            Problem: An image cannot be decoded, there are too many frames, or the queue is full.
         """
         with self.batcher.expect_images():
             images = await self._decode(contents)
-            together = sum(map(len, images))
-            if together > self.limits.images:
-                most = f"at most {self.limits.images} are judged in a request"
-                raise Problem("too-many-images", f"The images have {together} frames, {most}.")
+            frames = sum(map(len, images))
+            if frames > self.limits.images:
+                limit = f"a request may have {self.limits.images}"
+                raise Problem("too-many-images", f"The images have {frames} frames, {limit}.")
             try:
-                futures = self.batcher.submit([frame for frames in images for frame in frames])
+                futures = self.batcher.submit([frame for parts in images for frame in parts])
             except QueueFull:
-                raise Problem("busy", "The queue is full, or the service is stopping: try later.") from None
+                raise Problem(
+                    "busy", "The queue is full, or the service is stopping: try again later."
+                ) from None
         rows = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
         results = [
             self._image_prediction(number, [next(rows) for _ in frames])
@@ -131,28 +137,28 @@ class Service:
 def describe_model(
     path: Path, model: LoadedModel, calibration: Calibration | None, abstain_below: float, limits: Limits
 ) -> ModelInfo:
-    """What a service says of its model.
+    """Describe a model for the API.
 
     Args:
-        path: by which the model was named.
-        restored: the model.
-        calibration: where it has one.
-        least: below this probability it names no class.
-        limits: of requests.
+        path: The model as it was named.
+        model: The loaded model.
+        calibration: Its calibration; None without one.
+        abstain_below: Probability below which no class is predicted.
+        limits: Limits of requests.
 
     Raises:
-        ModelError: it is a version of the registry that was changed.
+        ModelError: The model is a version of the registry whose files were changed.
     """
     from fedsigma.common.registry.manifest import MANIFEST, Manifest, digest_of
 
-    place = resolve_model_path(path)
-    study, file = model.study, place / "sigma.safetensors" if place.is_dir() else place
-    version = Manifest.read(place).reference if (place / MANIFEST).is_file() else study.name
-    known = None
+    path = resolve_model_path(path)
+    study, file = model.study, path / "sigma.safetensors" if path.is_dir() else path
+    reference = Manifest.read(path).reference if (path / MANIFEST).is_file() else study.name
+    calibration_info = None
     if calibration is not None:
-        known = CalibrationInfo.model_validate(calibration, from_attributes=True)
+        calibration_info = CalibrationInfo.model_validate(calibration, from_attributes=True)
     return ModelInfo(
-        model=version,
+        model=reference,
         study=study.name,
         round=model.saved.round,
         personal_round=model.personal_round,
@@ -160,7 +166,7 @@ def describe_model(
         backbone=study.backbone,
         backbone_digest=model.backbone.digest,
         digest=digest_of(file.read_bytes()),
-        calibration=known,
+        calibration=calibration_info,
         abstain_below=abstain_below,
         limits=LimitsInfo.model_validate(limits, from_attributes=True),
         fedsigma=__version__,

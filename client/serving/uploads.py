@@ -1,4 +1,4 @@
-"""The images of a request, out of its body: in memory only, counted while they arrive."""
+"""Reads the images of a request from its body, in memory only and with a running size check."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FIELD = "images"
 
 
 class _Form:
-    """The parts of a form as they arrive; the names that files are given are dropped unread.
+    """Parses a form as it arrives; file names are dropped unread.
 
-    Not Starlette's parser: it writes files of more than a megabyte to the disk.
+    Starlette's parser is not used, because it writes files above one megabyte to the disk.
     """
 
-    def __init__(self, boundary: bytes, most: int) -> None:
+    def __init__(self, boundary: bytes, max_images: int) -> None:
         self.parts: list[bytearray] = []
         self.complete = False
-        self._most, self._field, self._value, self._disposition = most, b"", b"", b""
+        self._max_images, self._field, self._value, self._disposition = max_images, b"", b"", b""
         self._parser = MultipartParser(
             boundary,
             {
@@ -41,12 +41,12 @@ class _Form:
         )
 
     def write(self, chunk: bytes) -> None:
-        """Take the next bytes of the body."""
+        """Parse the next bytes of the body."""
         self._parser.write(chunk)
 
     def _begin(self) -> None:
-        if len(self.parts) >= self._most:
-            raise Problem("too-many-images", f"A request has at most {self._most} images.")
+        if len(self.parts) >= self._max_images:
+            raise Problem("too-many-images", f"A request has at most {self._max_images} images.")
         self.parts.append(bytearray())
         self._disposition = b""
 
@@ -74,13 +74,17 @@ class _Form:
 
 
 async def read_images(request: Request, limits: Limits) -> list[bytes]:
-    """The contents of the files named `images` of a form.
+    """Return the contents of the files named `images` of a form.
+
+    Args:
+        request: The request.
+        limits: Limits of requests.
 
     Raises:
-        Problem: it is no form, malformed, or larger than the limits.
+        Problem: The body is not a form, is malformed, or exceeds a limit.
     """
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    if kind != b"multipart/form-data":
+    media_type, options = parse_options_header(request.headers.get("content-type", ""))
+    if media_type != b"multipart/form-data":
         raise Problem("not-a-form", f"Send multipart/form-data with files named {FIELD}.")
     boundary = options.get(b"boundary")
     if not boundary:
@@ -90,23 +94,23 @@ async def read_images(request: Request, limits: Limits) -> list[bytes]:
         async for chunk in _stream_body(request, limits.body_bytes):
             form.write(chunk)
     except FormParserError:
-        raise Problem("malformed", "The form cannot be read: see RFC 7578.") from None
+        raise Problem("malformed", "The form is invalid: see RFC 7578.") from None
     if not form.complete or not form.parts:
         raise Problem("malformed", f"The form ends early, or has no file named {FIELD}.")
     return [bytes(part) for part in form.parts]
 
 
-async def _stream_body(request: Request, most: int) -> AsyncIterator[bytes]:
-    """The body, until it is too long; what Content-Length says is believed only where it says too much."""
-    told = request.headers.get("content-length", "")
-    large = told.isdecimal() and len(told) < 20 and int(told) > most
+async def _stream_body(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the body while it is within the limit; Content-Length is only used to reject early."""
+    length = request.headers.get("content-length", "")
+    large = length.isdecimal() and len(length) < 20 and int(length) > max_bytes
     total = 0
     if not large:
         async for chunk in request.stream():
             total += len(chunk)
-            large = total > most
+            large = total > max_bytes
             if large:
                 break
             yield chunk
     if large:
-        raise Problem("body-too-large", f"A body has at most {most} bytes.")
+        raise Problem("body-too-large", f"A body has at most {max_bytes} bytes.")

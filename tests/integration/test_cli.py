@@ -428,7 +428,7 @@ def test_what_a_simulation_cannot_begin_with_is_told_before_flower_starts(
     monkeypatch.setattr("fedsigma.server.simulation.simulate._superlink", None)  # so that none can be started
     (tmp_path / "file").write_text("")
     result = runner.invoke(main, ["study", "run", "demo", "--out", str(tmp_path / "file")])
-    assert result.exit_code == 3 and "is a file, a run needs a folder" in " ".join(result.stderr.split())
+    assert result.exit_code == 3 and "is a file, expected a folder" in " ".join(result.stderr.split())
     result = runner.invoke(main, ["study", "evaluate", "demo", "nosuch@9"])
     assert result.exit_code == 3 and "there is no model 'nosuch'" in " ".join(result.stderr.split())
     assert not (tmp_path / "runs").exists()

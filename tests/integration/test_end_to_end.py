@@ -96,7 +96,7 @@ def test_personal_values_go_on_top_of_a_study(places: Path) -> None:
 
 def test_a_study_without_a_personal_part_takes_no_personal_values(places: Path) -> None:
     folder = study_of(places, STUDY.replace("[zero_shot, local_only, pooled]", "[]"))
-    with pytest.raises(ModelLoadError, match="keeps nothing at the sites: leave --personal out"):
+    with pytest.raises(ModelLoadError, match="has no personal values: omit --personal"):
         load_model(folder.path, personal=places / "any.safetensors")
 
 

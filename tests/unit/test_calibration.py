@@ -96,7 +96,7 @@ def test_the_commands_calibrate_and_abstain(run: Path, tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ModelLoadError, match="is no calibration"):
+    with pytest.raises(ModelLoadError, match="is not a calibration"):
         Calibration.read(tmp_path / "x.json")
 
 

@@ -266,7 +266,7 @@ def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path
         evaluate_curve(restored, replace(restored.saved, shift=torch.zeros_like(shift)), source, (1,))
     )
     assert nothing[0].metrics == points[0].metrics
-    with pytest.raises(ModelError, match="no image there"):
+    with pytest.raises(ModelError, match="no image has one of"):
         list(
             evaluate_curve(
                 replace(restored, study=replace(restored.study, classes=("x", "y"))), None, source, (0,)
