@@ -17,18 +17,19 @@ __all__ = ["WebError", "check_tls", "listening", "run", "server"]
 
 
 class WebError(FedSigmaError, ValueError):
-    """An address cannot be listened on, or a certificate does not do."""
+    """An address cannot be listened on, or a certificate is invalid."""
 
 
 def listening(host: str, port: int, *, remedy: str = "name a free one") -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """Open a listening socket.
 
     Args:
-        host, port: where.
-        remedy: what the error says is to be done.
+        host: Address of this machine.
+        port: Port; 0 takes a free one.
+        remedy: The next step, for the error message.
 
     Raises:
-        WebError: the address is not this machine's, or is taken.
+        WebError: The address is not this machine's, or the port is in use.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

@@ -105,16 +105,17 @@ def sign(identity: Ed25519PrivateKey, *, run: int, name: str, key: bytes) -> Mem
 
 
 def check_members(place: MaskContext, identities: Mapping[str, bytes], *, me: str, key: bytes) -> None:
-    """Refuse a cohort whose keys are not those of known sites.
+    """Check that the keys of a cohort are those of known sites.
 
     Args:
-        place: with the members as the server named them.
-        identities: the Ed25519 public key (32 bytes) of each site that this one knows.
-        me: this site's name, and key its public key of this run.
+        place: The context, with the members as the server named them.
+        identities: The Ed25519 public key (32 bytes) of each site that this one knows.
+        me: This site's name.
+        key: This site's X25519 public key of this run, 32 bytes.
 
     Raises:
-        MaskingError: a site is not known, named twice or not in order, a signature does not fit, or this site
-            is not among them with its own key.
+        MaskingError: A site is unknown, named twice or out of order, a signature is invalid, or this site is not
+            among the members with its own key.
     """
     names = [one.name for one in place.members]
     if names != sorted(set(names)):

@@ -128,7 +128,8 @@ def parse_settings(
 
     Args:
         names: `central`, `iid`, `dirichlet-ALPHA`, `disjoint` or `natural`.
-        sites, participation: Those to try, for the settings that they concern.
+        sites: Numbers of sites to try, for the settings that they concern.
+        participation: Shares of sites a round to try, for federated settings.
         pooled: Whether each division is also trained in one place.
 
     Raises:
@@ -202,7 +203,9 @@ def list_cells(
     Args:
         table: Which.
         sets: The names of its sets that are here; without the one that training is on, if it is one.
-        settings, shots, seeds: Those wanted; shots concern the few-shot protocol alone.
+        settings: The settings of the rows.
+        shots: Numbers of images a class, for the few-shot protocol.
+        seeds: The seeds.
     """
     together = tuple(sets) if table.trained_on else ()
     groups = [(table.trained_on, (table.trained_on, *together))] if together else [(s, (s,)) for s in sets]

@@ -152,7 +152,7 @@ def test_only_pictures_and_dicom_are_listed(folder: Path, tmp_path: Path) -> Non
     (folder / ".hidden.dcm").write_bytes(b"x")
     assert list_images(folder) == ["a/1.dcm", "a/2.dcm", "b/IM0001", "c.dcm", "d.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelLoadError, match="expected DICOM, or files ending in"):
+    with pytest.raises(ModelLoadError, match="expected DICOM files, or files ending in"):
         list_images(tmp_path / "empty")
 
 
