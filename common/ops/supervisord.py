@@ -18,6 +18,18 @@ from supervisor.options import ServerOptions
 __all__ = ["end_with_parent", "main"]
 
 
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its parent ends; it holds over an exec.
+
+    Only Linux can; elsewhere nothing happens, and a killed parent leaves its children.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class _Options(ServerOptions):
     def execve(self, filename: str, argv: list[str], env: dict[str, str]) -> None:
         """Called in a child, before it becomes its program."""
@@ -60,15 +72,3 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-
-
-_PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent ends; it holds over an exec.
-
-    Only Linux can; elsewhere nothing happens, and a killed parent leaves its children.
-    """
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

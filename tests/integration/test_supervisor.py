@@ -211,7 +211,7 @@ def program():
 
 module = sys.modules["deaf"] = type(sys)("deaf")
 module.program = program
-from fedsigma.common import flower_process
+from fedsigma.common.ops import flower_process
 entry = EntryPoint("flower-deaf", "deaf:program", "console_scripts")
 with mock.patch.object(flower_process, "entry_points", return_value=(entry,)):
     flower_process.main("flower-deaf")
