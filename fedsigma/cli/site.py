@@ -60,7 +60,7 @@ def enrol(
     typer.echo(f"Created site '{invited.site}' in {site.path}, for {server}.")
     typer.echo(f"The server's fingerprint: {fingerprint(invited.certificates, invited.word)}")
     typer.echo(f"This site's fingerprint: {fingerprint(keys.node_key, keys.identity)}")
-    typer.echo(f"Send {path} to the server, and compare both fingerprints by telephone.")
+    typer.echo(f"Send {path} to the server, and compare both fingerprints by phone.")
     typer.echo(f"Then edit {site.path / 'site.yaml'}, the policy of this site.")
 
 
@@ -256,7 +256,7 @@ def trust(
     certificates = site.read_trust(file)
     for subject in certificates.subjects:
         typer.echo(f"  {subject}")
-    typer.echo(f"Fingerprint, to compare with the server by telephone: {fingerprint(certificates.pem)}")
+    typer.echo(f"Fingerprint, to compare with the server by phone: {fingerprint(certificates.pem)}")
     if not yes:
         typer.confirm("Trust only these certificates?", abort=True)
     site.trust(certificates)

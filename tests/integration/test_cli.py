@@ -343,7 +343,7 @@ def test_predict_without_anything_to_read(sigma_file: Path, tmp_path: Path) -> N
     (tmp_path / "empty" / "bad.png").write_bytes(b"x")
     code, _, err = run("predict", sigma_file, tmp_path / "empty", "--out", tmp_path / "x.csv")
     assert code == 3
-    assert "none of the 1 pictures" in err
+    assert "none of the 1 images" in err
     assert not (tmp_path / "x.csv").exists()
 
 
@@ -406,7 +406,7 @@ def test_a_server_and_a_site_are_made_by_command(tmp_path: Path) -> None:
     assert run("server", "init", tmp_path / "other", "--address", "fl.example.org")[0] == 3
     join, keys = tmp_path / "join.json", tmp_path / "keys.json"
     code, out, _ = run("server", "invite", "north", "-f", server, "--out", join)
-    words = out.split("telephone: ")[1].split()[0]
+    words = out.split("phone: ")[1].split()[0]
     code, out, _ = run("site", "enrol", join, "-f", site, "--out", keys)
     assert code == 0 and words in out
     assert run("site", "enrol", join, "-f", site)[0] == 3
@@ -430,5 +430,5 @@ def test_what_a_simulation_cannot_begin_with_is_told_before_flower_starts(
     result = runner.invoke(main, ["study", "run", "demo", "--out", str(tmp_path / "file")])
     assert result.exit_code == 3 and "is a file, expected a folder" in " ".join(result.stderr.split())
     result = runner.invoke(main, ["study", "evaluate", "demo", "nosuch@9"])
-    assert result.exit_code == 3 and "there is no model 'nosuch'" in " ".join(result.stderr.split())
+    assert result.exit_code == 3 and "no model 'nosuch'" in " ".join(result.stderr.split())
     assert not (tmp_path / "runs").exists()

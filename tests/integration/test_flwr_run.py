@@ -75,7 +75,7 @@ def test_a_simulation_completes(tmp_path: Path, study: Path) -> None:
     # The app bundle has what the server's own steps read, and the model is registered.
     assert len(summary["explanation"]) == 8 and all(one["gained"] for one in summary["explanation"])
     assert set(summary["explanation_by_site"]) == set(summary["sites"])
-    assert "<h2>In words</h2>" in folder.report_path.read_text()
+    assert "<h2>Explanation</h2>" in folder.report_path.read_text()
     assert (tmp_path / "models").is_dir()
     # Ray's workers wrote the sites' own logs.
     assert len(list((tmp_path / "audit").rglob("*.jsonl"))) == 4

@@ -80,7 +80,7 @@ def test_when_budgets_are_spent_the_study_ends_with_the_model_it_has(tmp_path: P
     assert events(folder, "run_end")[-1]["ok"] is True
     assert folder.load_shift().round == 2
     assert folder.read_summary()["federated"]["accuracy"] is not None
-    assert "privacy budget spent: no more training" in write_report(folder).read_text()
+    assert "privacy budget exhausted: no more training" in write_report(folder).read_text()
     asked = [kind for node, kind in run.grid.asked if node == 100]  # type: ignore[attr-defined]
     assert asked == ["query.hello", "train", "train", "train", "evaluate"]
 

@@ -101,7 +101,7 @@ def test_what_is_served_is_told(client: httpx.Client, run: Path) -> None:
 
 def test_requests_that_arrive_together_are_judged_together(run: Path, restored: LoadedModel) -> None:
     with (
-        serving(restored, run, held=True, batch=4) as (client, service, held),
+        serving(restored, run, held=True, batch_size=4) as (client, service, held),
         ThreadPoolExecutor(6) as pool,
     ):
         first = pool.submit(post, client, picture(0))

@@ -254,7 +254,7 @@ def test_a_token_is_asked_for_before_anything_is_read(run: Path, restored: Loade
 
 def test_a_full_queue_says_when_to_come_again(run: Path, restored: LoadedModel) -> None:
     with (
-        serving(restored, run, held=True, images=2, waiting=2) as (client, service, held),
+        serving(restored, run, held=True, images=2, queue_size=2) as (client, service, held),
         ThreadPoolExecutor(2) as pool,
     ):
         first = pool.submit(post, client, picture())
@@ -329,7 +329,7 @@ def test_a_model_that_has_diverged_is_a_fault(run: Path) -> None:
         for parameter in broken.sigma.merge().parameters():
             parameter.fill_(float("nan"))
     side = broken.backbone.image_size
-    with pytest.raises(ModelLoadError, match="no finite probability"):
+    with pytest.raises(ModelLoadError, match="the probabilities are not finite"):
         Predictor(broken).probabilities(torch.zeros(1, 3, side, side, dtype=torch.uint8))
 
 
