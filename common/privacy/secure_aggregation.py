@@ -114,8 +114,8 @@ def check_members(place: MaskContext, identities: Mapping[str, bytes], *, me: st
         key: This site's X25519 public key of this run, 32 bytes.
 
     Raises:
-        MaskingError: A site is unknown, named twice or out of order, a signature is invalid, or this site is not
-            among the members with its own key.
+        MaskingError: A site is unknown, named twice or out of order, a signature is invalid, or this site is
+            not among the members with its own key.
     """
     names = [one.name for one in place.members]
     if names != sorted(set(names)):

@@ -95,7 +95,7 @@ def clean(tmp_path: Path) -> np.ndarray:
         (lambda *_: {"update": b"\0" * 100_000_000}, "at most"),
         (lambda *_: {"update": b"\0" * 1000}, "not a coded shift"),
         (lambda *_: {"examples": 10**9}, "1000000000 training images are claimed"),
-        (lambda *_: {"steps": 10**6}, "1000000 steps were taken"),
+        (lambda *_: {"steps": 10**6}, "1000000 steps were trained"),
         (moved(lambda x: 100 * x), "times the round's median"),
         (moved(lambda x: 1e30 * (x + 1)), "times the round's median"),
     ],

@@ -380,7 +380,7 @@ def test_an_interrupted_table_goes_on_where_it_was(
 
     monkeypatch.setattr(PictureTrainer, "train", stopped)
     code, _, wrong = paper(*args)
-    assert code == 130 and "The same command goes on" in wrong
+    assert code == 130 and "The same command resumes" in wrong
     code, told, _ = paper(*args, "--show")
     assert code == 4 and "2 of 5 cells" in told
     monkeypatch.setattr(PictureTrainer, "train", plain)
@@ -409,7 +409,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     code, _, wrong = paper(*args, "--data", tmp_path, "--datasets", "eurosat")
     assert code == 3 and "eurosat is not of this table: its sets are btmri" in wrong
     code, _, wrong = paper(*args, "--data", tmp_path, "--shots", "one")
-    assert code == 3 and "--shots is 'one', expected whole numbers" in wrong
+    assert code == 3 and "--shots is 'one', expected comma-separated whole numbers" in wrong
     for shares in ("", "half"):
         code, _, wrong = paper(*args, "--data", tmp_path, "--participation", shares)
         assert code == 3 and f"--participation is '{shares}', expected comma-separated shares" in wrong
@@ -569,7 +569,8 @@ def test_a_table_says_what_is_not_its_own(
     code, _, wrong = paper(*args, *own, *changes, "--out", tmp_path / "changed")
     assert code == 0, wrong
     changed = (tmp_path / "changed" / "fewshot-biomedical.md").read_text()
-    said = "not the table's own: federation.strategy = fedmedian, at most 1 rounds, at most 2 steps a site."
+    settings = "federation.strategy = fedmedian, at most 1 rounds, at most 2 steps a site."
+    said = f"With other settings than the table's: {settings}"
     assert said in changed and "Published average" not in changed
 
 
