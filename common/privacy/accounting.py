@@ -12,7 +12,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from typing import Any
 
 from fedsigma.common.config.schema import ConfigError
 
@@ -55,14 +56,7 @@ def epsilon(releases: Iterable[PrivacyEvent], delta: float) -> float:
 def _epsilon(groups: tuple[tuple[float, float, int], ...], delta: float) -> float:
     if not groups:
         return 0.0
-    from dp_accounting import (
-        ComposedDpEvent,
-        GaussianDpEvent,
-        NeighboringRelation,
-        PoissonSampledDpEvent,
-        SelfComposedDpEvent,
-    )
-    from dp_accounting.pld import PLDAccountant
+    from dp_accounting import ComposedDpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
     from dp_accounting.rdp import RdpAccountant
 
     # It warns of orders that it leaves out, which only loosens the bound.
@@ -73,12 +67,31 @@ def _epsilon(groups: tuple[tuple[float, float, int], ...], delta: float) -> floa
             for rate, noise, steps in groups
         ]
     )
-    zero_out = NeighboringRelation.REPLACE_SPECIAL
-    quick = float(RdpAccountant(neighboring_relation=zero_out).compose(event).get_epsilon(delta))
+    quick = float(RdpAccountant(neighboring_relation=_zero_out()).compose(event).get_epsilon(delta))
     if quick > _TIGHT_BELOW:
         return quick
-    tight = float(PLDAccountant(neighboring_relation=zero_out).compose(event).get_epsilon(delta))
-    return min(quick, tight)
+    losses = [_privacy_loss(rate, noise).self_compose(steps) for rate, noise, steps in groups]
+    return min(quick, float(reduce(lambda a, b: a.compose(b), losses).get_epsilon_for_delta(delta)))
+
+
+def _zero_out() -> Any:
+    from dp_accounting import NeighboringRelation
+
+    return NeighboringRelation.REPLACE_SPECIAL
+
+
+# Most of a tight bound's time goes into this distribution, which does not depend on the number of steps.
+@lru_cache(maxsize=64)
+def _privacy_loss(rate: float, noise_multiplier: float) -> Any:
+    """The privacy loss distribution of one release, in steps of 1e-4 as in dp-accounting's PLDAccountant."""
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(
+        noise_multiplier,
+        value_discretization_interval=1e-4,
+        sampling_prob=rate,
+        neighboring_relation=_zero_out(),
+    )
 
 
 def calibrate_noise_multiplier(target: float, *, delta: float, rate: float, steps: int) -> float:

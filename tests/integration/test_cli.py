@@ -157,8 +157,8 @@ def test_a_study_s_privacy_is_reckoned_before_it_runs(tmp_path: Path) -> None:
     assert values["release"] == {"rate": 0.25, "noise_multiplier": 2.0, "steps": 2}
     assert values["epsilon_after"]["4"] == epsilon([one] * 4, 1e-5)
     assert epsilon([one] * values["within"], 1e-5) <= 1.5 < epsilon([one] * (values["within"] + 1), 1e-5)
-    words = " ".join(run("study", "privacy", file)[1].split())
-    assert "Hides each image, of 32 images at a site: noise multiplier 2" in words
+    words = " ".join(run("study", "privacy", file, "--images", 64)[1].split())
+    assert "Hides each image, of 64 images at a site: noise multiplier 2" in words
     assert "The budget, epsilon 1.5, allows" in words
 
 
