@@ -89,8 +89,8 @@ class PrivacyLedger:
             PrivacyBudgetSpent: A budget does not allow it; nothing is written.
             LedgerDamaged: A line is invalid, or was changed or removed.
         """
-        with _report_damage(self.path), self._log.opened() as log:
-            after = [*map(_entry, log.lines()), entry]
+        with _report_damage(self.path), self._log.locked() as append:
+            after = [*map(_entry, self._log.lines()), entry]
             spent = epsilon([e.event for e in after if e.study == entry.study], privacy.delta)
             if spent > privacy.epsilon:
                 raise PrivacyBudgetSpent(
@@ -103,7 +103,7 @@ class PrivacyLedger:
                     f"all studies together would spend epsilon {total:.2f}, site.yaml allows {budget:g}"
                     f" at delta {delta:g}"
                 )
-            log.append(_values(entry))
+            append(_values(entry))
         return spent
 
 

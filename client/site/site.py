@@ -211,14 +211,15 @@ class Site:
         """
         if self.sites:
             return
-        with HashChainedLog(self.ledger_path.with_name("evaluations.jsonl")).opened() as log:
+        log = HashChainedLog(self.ledger_path.with_name("evaluations.jsonl"))
+        with log.locked() as append:
             before = sum(int(line["models"]) for line in log.lines() if line["study"] == study.name)
             if before + versions > self.policy.max_evaluations:
                 raise TooManyEvaluations(
                     f"{versions} more evaluations of study '{study.name}' after {before}; site.yaml allows"
                     f" {self.policy.max_evaluations}"
                 )
-            log.append({"time": round(time.time(), 3), "study": study.name, "models": versions})
+            append({"time": round(time.time(), 3), "study": study.name, "models": versions})
 
     @property
     def has_identity(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsigma.common.config.constants import METRICS
 from fedsigma.common.utils.files import write_atomic
-from fedsigma.server.runs.append_log import AppendLog, Row
+from fedsigma.common.utils.json_lines import AppendLog, Row
 
 __all__ = ["ALL_SITES", "METRIC_COLUMNS", "RoundsTable", "latest_rows", "parse_row", "split_cells"]
 
@@ -86,8 +86,7 @@ class RoundsTable(AppendLog[Row]):
 
     def _cells(self) -> list[list[str]]:
         text = self.path.read_bytes().decode("utf-8", "replace") if self.path.is_file() else ""
-        lines = (line.removesuffix("\r") for line in text.split("\n"))
-        return [split_cells(line) for line in lines if line.strip()]
+        return [split_cells(line) for line in text.split("\n") if line.strip()]
 
 
 def latest_rows(rows: Iterable[Row | None]) -> list[Row]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic
+from fedsigma.common.utils.json_lines import JsonLines, Row, to_json
 from fedsigma.server.runs import lock
-from fedsigma.server.runs.append_log import JsonLines, Row, to_json
 from fedsigma.server.runs.rounds_table import RoundsTable, latest_rows
 
 if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from fedsigma.common.utils.files import runs_folder
-from fedsigma.server.runs.append_log import CHUNK, Row, first_line, last_lines, parse_object
+from fedsigma.common.utils.json_lines import CHUNK, Row, first_line, last_lines, parse_object
 from fedsigma.server.runs.rounds_table import ALL_SITES, latest_rows, parse_row, split_cells
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 

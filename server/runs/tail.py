@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from fedsigma.server.runs.append_log import Row
+from fedsigma.common.utils.json_lines import Row
 from fedsigma.server.runs.rounds_table import latest_rows
 from fedsigma.server.runs.run_dir import RunDir, latest_by_round
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedsigma.common.config.constants import METRICS
-from fedsigma.server.runs.append_log import Row
+from fedsigma.common.utils.json_lines import Row
 from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 

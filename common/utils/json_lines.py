@@ -11,12 +11,22 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
-__all__ = ["CHUNK", "AppendLog", "JsonLines", "Row", "first_line", "last_lines", "parse_object", "to_json"]
+__all__ = [
+    "CHUNK",
+    "AppendLog",
+    "JsonLines",
+    "Row",
+    "first_line",
+    "last_lines",
+    "parse_object",
+    "read_tail",
+    "to_json",
+]
 
 CHUNK = 1 << 13
-"""How many bytes of the end of a file `last_lines` reads at first."""
+"""How many bytes of the end of a file are read at first."""
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -60,16 +70,16 @@ class AppendLog(Generic[T]):
         if self._repaired:
             return
         self._repaired = True
-        content = _read_bytes(self.path)
-        if not content or content.endswith(b"\n"):
+        if not self.path.is_file():
             return
-        start = content.rfind(b"\n") + 1
         with self.path.open("r+b") as file:
-            if self.is_complete(content[start:].decode("utf-8", "replace")):
-                file.seek(0, os.SEEK_END)
+            _, end = read_tail(file)
+            file.seek(end)
+            torn = file.read()
+            if torn and self.is_complete(torn.decode("utf-8", "replace")):
                 file.write(b"\n")
-            else:
-                file.truncate(start)
+            elif torn:
+                file.truncate(end)
 
     def read(self) -> list[T]:
         """Return all records, in the order in which they were written."""
@@ -77,7 +87,7 @@ class AppendLog(Generic[T]):
         if tail and self.is_complete(tail):
             lines.append(tail)
         parse = self.parser()
-        records = (parse(line.removesuffix("\r"), number) for number, line in enumerate(lines, start=1))
+        records = (parse(line, number) for number, line in enumerate(lines, start=1))
         return [record for record in records if record is not None]
 
     def follow(self) -> list[T]:
@@ -102,7 +112,7 @@ class AppendLog(Generic[T]):
         self._offset += len(content)
         for line in content.decode("utf-8", "replace").split("\n")[:-1]:
             self._number += 1
-            record = self._parse(line.removesuffix("\r"), self._number)
+            record = self._parse(line, self._number)
             if record is not None:
                 self._records.append(record)
         return self._records
@@ -185,18 +195,23 @@ def last_lines(path: Path, *, size: int = CHUNK) -> list[str]:
     """Return the whole lines in the last `size` bytes of a file; more bytes are read while they hold none."""
     try:
         with path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            while True:
-                start = max(0, end - size)
-                file.seek(start)
-                content = file.read(end - start)
-                # The first piece began before `start`, and what follows the last newline is torn.
-                lines = content.split(b"\n")[0 if start == 0 else 1 : -1]
-                if lines or start == 0:
-                    return [line.decode("utf-8", "replace") for line in lines]
-                size *= 4
+            return [line.decode("utf-8", "replace") for line in read_tail(file, size)[0]]
     except FileNotFoundError:
         return []
+
+
+def read_tail(file: IO[bytes], size: int = CHUNK) -> tuple[list[bytes], int]:
+    """Read the whole lines at the end of a file, and the offset at which the last of them ends."""
+    end = file.seek(0, os.SEEK_END)
+    while True:
+        start = max(0, end - size)
+        file.seek(start)
+        content = file.read(end - start)
+        # The first piece began before `start`, and what follows the last newline is torn.
+        lines = content.split(b"\n")[0 if start == 0 else 1 : -1]
+        if lines or start == 0:
+            return lines, start + content.rfind(b"\n") + 1
+        size *= 4
 
 
 def _read_bytes(path: Path) -> bytes:
