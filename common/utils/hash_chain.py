@@ -124,12 +124,11 @@ class HashChainedLog(AppendLog[tuple[Row, str]]):
         heads = [self._read_head(), noted]
         records = self.read()
         digests = [digest for _, digest in records]
+        count = len(digests)
         for head in filter(None, heads):
-            if head.lines > len(digests):
-                what = (
-                    f"{head.lines - len(digests)} lines were removed from the end, after line {len(digests)}"
-                )
-                raise LogTampered(self.path, len(digests) + 1, what)
+            if head.lines > count:
+                what = f"{head.lines - count} lines were removed from the end, after line {count}"
+                raise LogTampered(self.path, count + 1, what)
             if head.lines and digests[head.lines - 1] != head.digest:
                 raise LogTampered(self.path, head.lines, f"line {head.lines} is not the one that was noted")
         return [values for values, _ in records], Head(count, digests[-1]) if count else Head(0)
@@ -160,9 +159,7 @@ class HashChainedLog(AppendLog[tuple[Row, str]]):
             count = file.read(end).count(b"\n")
             if head and head.lines >= count:
                 # A further line would write a new head, and the removal could not be detected any more.
-                what = (
-                    f"its end was changed or removed: it has {count} lines, its head notes {head.lines}"
-                )
+                what = f"its end was changed or removed: it has {count} lines, its head notes {head.lines}"
                 raise LogTampered(self.path, count, what)
         line = json.dumps({**values, "previous": previous}, sort_keys=True).encode()
         file.truncate(end)
