@@ -1,4 +1,4 @@
-"""What sites that are not alike cost against pooled training, and what wins it back.
+"""Sites that differ: their cost against pooled training, and candidates that reduce it.
 
-Candidates are tried here first. What does not help stays here; docs/research/unlike-sites.md has the numbers.
+Candidates that do not help stay here; docs/research/unlike-sites.md has the figures.
 """

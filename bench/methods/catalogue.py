@@ -1,4 +1,4 @@
-"""The methods by name: how each is built, and which settings its search tries."""
+"""The methods by name: how each is built, and the settings that its search tries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedsigma.common.config.study import StudyConfig
 __all__ = ["CANDIDATES", "Candidate", "Setting", "with_setting"]
 
 Setting = dict[str, Any]
-"""A learning rate, a strategy's options, or what the method itself takes."""
+"""A learning rate, a strategy's options, or arguments of the method."""
 Build = Callable[[Backbone, StudyConfig, Setting], Method]
 
 
@@ -24,11 +24,15 @@ Build = Callable[[Backbone, StudyConfig, Setting], Method]
 class Candidate:
     """A row of the comparison.
 
-    title: in tables. build: a method on a fresh backbone. rates: learning rates to begin the search with,
-    evenly spaced by their ratio; it goes on past an end that is best. others: settings tried with each rate.
-    after: a candidate whose chosen setting this one takes over. strategy: other than the study's.
-    quick: the image tower is frozen and its features are remembered, so that a search costs little.
-    anew: its settings hang on how a study's features lie, and are searched in every study.
+    Attributes:
+        title: Title in tables.
+        build: Builds the method on a new backbone.
+        rates: Learning rates that the search starts with, in equal ratios; it is extended beyond a best end.
+        others: Settings that are tried with each rate.
+        after: Name of a candidate whose chosen setting this one starts from.
+        strategy: Strategy in place of the study's.
+        quick: Whether the image tower is frozen and its features are cached, so that a search costs little.
+        search_everywhere: Whether settings depend on a study's features, and are searched in every study.
     """
 
     title: str
@@ -38,18 +42,18 @@ class Candidate:
     after: str = ""
     strategy: str = ""
     quick: bool = False
-    anew: bool = False
+    search_everywhere: bool = False
 
 
 def with_setting(study: StudyConfig, candidate: Candidate, setting: Mapping[str, Any]) -> StudyConfig:
-    """The study under a candidate's setting and strategy."""
+    """Return the study under a candidate's setting and strategy."""
     federation = study.federation
     if candidate.strategy:
         options = dict(setting.get("options", {}))
         federation = replace(federation, strategy=candidate.strategy, options=options)
     training = study.training
     if rate := setting.get("learning_rate"):
-        # The schedule keeps its form: a rate near the study's last one would hardly fall, or rise.
+        # Keeps the form of the schedule: a rate near the study's last one would hardly fall, or rise.
         last = training.final_learning_rate * rate / training.learning_rate
         training = replace(training, learning_rate=rate, final_learning_rate=last)
     return replace(study, federation=federation, training=training)
@@ -66,13 +70,13 @@ def _cache(kind: type[TipAdapter]) -> Build:
 
 
 def _strategy(name: str, *options: Setting, rates: Sequence[float] = (), after: str = "fedavg") -> Candidate:
-    """Sigma under another strategy, at the rate of `fedavg`: like it, most have no step of their own."""
+    """Return sigma under another strategy, at the rate of `fedavg`: most have no step of their own either."""
     return Candidate(
         title=f"sigma, {name}",
         build=_sigma(),
         strategy=name,
         rates=rates,
-        others=tuple({"options": one} for one in options) or ({},),
+        others=tuple({"options": setting} for setting in options) or ({},),
         after=after,
     )
 
@@ -127,14 +131,16 @@ CANDIDATES: dict[str, Candidate] = {
         rates=(3e-3, 9e-3, 2.7e-2),
         quick=True,
     ),
-    "tip": Candidate(title="Tip-Adapter", build=_cache(TipAdapter), others=_CACHES, quick=True, anew=True),
+    "tip": Candidate(
+        title="Tip-Adapter", build=_cache(TipAdapter), others=_CACHES, quick=True, search_everywhere=True
+    ),
     "tip-f": Candidate(
         title="Tip-Adapter-F",
         build=_cache(TipAdapterF),
         rates=(1e-5, 1e-4, 1e-3),
         after="tip",
         quick=True,
-        anew=True,
+        search_everywhere=True,
     ),
     "fedavg": _strategy("fedavg", rates=(4e-2, 8e-2), after=""),
     "fedprox": _strategy("fedprox", {"proximal_mu": 0.01}, {"proximal_mu": 0.1}),

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.methods.frozen import FrozenImages
-from bench.methods.method import FLOAT, Place, Trained, Tuned
-from bench.methods.tuning import State, Tuning
+from bench.methods.method import FLOAT, Trained, TrainedMethod, Turn
+from bench.methods.tuning import State, TensorShift
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.training.classifier import Example, autocast
@@ -23,7 +23,7 @@ __all__ = ["FedClip", "LinearProbe", "PromptFL", "TipAdapter", "TipAdapterF"]
 CONTEXT = 16
 
 
-class PromptFL(Tuned):
+class PromptFL(TrainedMethod):
     """PromptFL (Guo et al. 2022, arXiv:2208.11625): 16 context vectors before each class's name.
 
     They are shared by the classes, start as CoOp's (normal, 0.02), and stand where the text has 16 words of
@@ -51,7 +51,7 @@ class PromptFL(Tuned):
             )
         generator = torch.Generator().manual_seed(derive_seed(seed, "context"))
         context = 0.02 * torch.randn(CONTEXT, table.embedding_dim, generator=generator)
-        tuning = Tuning(backbone.model, {"context": context}, towers=["text"])
+        tuning = TensorShift(backbone.model, {"context": context}, towers=["text"])
         super().__init__(FrozenImages(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
         table.register_forward_hook(self._with_context)
 
@@ -66,7 +66,7 @@ class PromptFL(Tuned):
 class _Head(FrozenImages):
     """A task with frozen towers and something behind them."""
 
-    def __init__(self, backbone: Backbone, tuning: Tuning, prompts: Sequence[str]) -> None:
+    def __init__(self, backbone: Backbone, tuning: TensorShift, prompts: Sequence[str]) -> None:
         super().__init__(backbone, tuning, prompts)  # type: ignore[arg-type]
         self.tuning = tuning
 
@@ -83,7 +83,7 @@ class _AttentionTask(_Head):
             return l2_normalize(weights * x)
 
 
-class FedClip(Tuned):
+class FedClip(TrainedMethod):
     """FedCLIP's adapter (Lu et al. 2023, arXiv:2302.13485): image features times weights made of them.
 
     The weights come from two linear layers of the features' width with tanh between and softmax behind, in
@@ -99,7 +99,7 @@ class FedClip(Tuned):
             for name in ("first", "second"):
                 layer = nn.Linear(width, width)
                 start |= {f"{name}.{kind}": tensor.detach() for kind, tensor in layer.named_parameters()}
-        tuning = Tuning(backbone.model, start)
+        tuning = TensorShift(backbone.model, start)
         super().__init__(_AttentionTask(backbone, tuning, prompts), tuning)
 
 
@@ -109,13 +109,13 @@ class _ProbeTask(_Head):
             return self.backbone.logit_scale * self._linear("classes", image_features)
 
 
-class LinearProbe(Tuned):
+class LinearProbe(TrainedMethod):
     """A linear layer on unit image features. It starts as zero-shot: its rows are the text features."""
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...]) -> None:
         rows = _text_features(backbone, prompts)
         start = {"classes.weight": rows, "classes.bias": torch.zeros(len(rows))}
-        tuning = Tuning(backbone.model, start)
+        tuning = TensorShift(backbone.model, start)
         super().__init__(_ProbeTask(backbone, tuning, prompts), tuning)
 
 
@@ -138,7 +138,7 @@ class _CacheTask(_Head):
             return zero_shot + self.alpha * near @ F.one_hot(self.labels, self.class_count).float()
 
 
-class TipAdapter(Tuned):
+class TipAdapter(TrainedMethod):
     """Tip-Adapter (Zhang et al. 2022, arXiv:2207.09519): a cache of all training images' features and labels.
 
     Nothing is trained. Federated, the sites' caches are joined: each sends a feature and a label for each of
@@ -160,12 +160,12 @@ class TipAdapter(Tuned):
         """The joined cache: a feature of each training image (images, width), as evaluation sees it."""
         examples = [example for part in sites.values() for example in part]
         plain = _Head(
-            self._backbone, Tuning(self._backbone.model, {"nothing": torch.zeros(1)}), self._prompts
+            self._backbone, TensorShift(self._backbone.model, {"nothing": torch.zeros(1)}), self._prompts
         )
         with torch.no_grad(), autocast("auto", plain.device):
             batches = [examples[i : i + 64] for i in range(0, len(examples), 64)]
             keys = [plain.image_features(torch.stack([plain.resize(e) for e in batch])) for batch in batches]
-        self._tuning = Tuning(self._backbone.model, {"keys": torch.cat(keys)})
+        self._tuning = TensorShift(self._backbone.model, {"keys": torch.cat(keys)})
         self.task = task = _CacheTask(self._backbone, self._tuning, self._prompts)
         task.labels = torch.tensor([example.label for example in examples])
         task.alpha, task.beta = self._alpha, self._beta
@@ -176,9 +176,7 @@ class TipAdapter(Tuned):
         """A feature, and a label as one 32-bit number, an image."""
         return FLOAT * examples * (self._width + 1)
 
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
-    ) -> Trained:
+    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
         """Nothing: the cache is what it is."""
         return Trained(state=state, loss=0.0)
 
@@ -190,12 +188,10 @@ class TipAdapter(Tuned):
 class TipAdapterF(TipAdapter):
     """As `TipAdapter`, with the keys of the joined cache trained further by the sites, and averaged."""
 
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
-    ) -> Trained:
+    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
         """See `Method.train`."""
-        return Tuned.train(self, state, examples, recipe, place)
+        return TrainedMethod.train(self, state, examples, recipe, turn)
 
     def bytes_up(self, state: State) -> int:
         """All keys, whosever image they are of."""
-        return Tuned.bytes_up(self, state)
+        return TrainedMethod.bytes_up(self, state)

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.methods.tuning import State, Tuning
+from bench.methods.tuning import State, TensorShift
 from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.training import loop
 from fedsigma.common.training.classifier import ClipClassifier, Example
 from fedsigma.common.training.metrics import Predictions
 
-__all__ = ["FLOAT", "Method", "Place", "Rule", "Trained", "Tuned", "Upload", "Vector", "values"]
+__all__ = ["FLOAT", "Method", "Rule", "Trained", "TrainedMethod", "Turn", "Upload", "Vector", "count_values"]
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -27,7 +27,7 @@ Rule = Callable[[Vector, Sequence[Vector], Sequence[int]], Vector]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Turn:
     """Where in a study one piece of work is: for the schedule of the learning rate, and for its seed."""
 
     site: str
@@ -67,13 +67,11 @@ class Method(Protocol):
         """Bytes that a site with so many training images sends once, before the first round."""
         ...
 
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
-    ) -> Trained:
+    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
         """Make a site's local steps of one round."""
         ...
 
-    def upload(self, start: State, trained: State, place: Place) -> Upload:
+    def upload(self, start: State, trained: State, turn: Turn) -> Upload:
         """Bring a trained state to the server, as it arrives there."""
         ...
 
@@ -90,7 +88,7 @@ class Method(Protocol):
         ...
 
 
-class Tuned:
+class TrainedMethod:
     """A method whose state is trained by gradients, and averaged value by value.
 
     Args:
@@ -98,7 +96,7 @@ class Tuned:
         tuning: holds the trained tensors.
     """
 
-    def __init__(self, task: ClipClassifier, tuning: Tuning) -> None:
+    def __init__(self, task: ClipClassifier, tuning: TensorShift) -> None:
         self.task, self._tuning = task, tuning
         self._start = tuning.state()
 
@@ -110,40 +108,38 @@ class Tuned:
         """See `Method.bytes_before`."""
         return 0
 
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
-    ) -> Trained:
+    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
         """See `Method.train`."""
         self._load(state)
         result = loop.train(
             self.task,
             examples,
             recipe,
-            first_step=place.first_step,
-            steps=place.steps,
-            total_steps=place.total_steps,
-            seed=place.seed,
+            first_step=turn.first_step,
+            steps=turn.steps,
+            total_steps=turn.total_steps,
+            seed=turn.seed,
         )
         return Trained(state=self._state(), loss=result.loss)
 
-    def upload(self, start: State, trained: State, place: Place) -> Upload:
+    def upload(self, start: State, trained: State, turn: Turn) -> Upload:
         """See `Method.upload`."""
         return Upload(state=trained, bytes=self.bytes_up(trained))
 
     def bytes_up(self, state: State) -> int:
         """See `Method.bytes_up`."""
-        return FLOAT * values(state)
+        return FLOAT * count_values(state)
 
     def aggregate(self, start: State, states: Sequence[State], weights: Sequence[int], rule: Rule) -> State:
         """See `Method.aggregate`."""
-        return self.restored(rule(self.averaged(start), [self.averaged(one) for one in states], weights))
+        return self.from_vector(rule(self.to_vector(start), [self.to_vector(one) for one in states], weights))
 
-    def averaged(self, state: State) -> Vector:
+    def to_vector(self, state: State) -> Vector:
         """What the server averages of a state (values,): all of it, unless a method says otherwise."""
         flat = torch.cat([tensor.flatten() for tensor in state.values()])
         return flat.numpy().astype(np.float64)
 
-    def restored(self, vector: Vector) -> State:
+    def from_vector(self, vector: Vector) -> State:
         """The state of an averaged vector; the other way round than `averaged`."""
         found, start = dict[str, Tensor](), 0
         for name, tensor in self._start.items():
@@ -164,6 +160,6 @@ class Tuned:
         return self._tuning.state()
 
 
-def values(state: State) -> int:
+def count_values(state: State) -> int:
     """The number of values of a state."""
     return sum(tensor.numel() for tensor in state.values())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from flwr.app import RecordDict
 
-from bench.methods.method import FLOAT, Place, Trained, Tuned, Upload
+from bench.methods.method import FLOAT, Trained, TrainedMethod, Turn, Upload
 from bench.methods.tuning import State
 from fedsigma.client.site.error_feedback import ErrorFeedback
 from fedsigma.common.backbones import Backbone
@@ -25,7 +25,7 @@ __all__ = ["Sigma", "ZeroShot"]
 SHIFT = "shift"
 
 
-class Sigma(Tuned):
+class Sigma(TrainedMethod):
     """The sigma shift, coded on its way in both directions as the product codes it.
 
     Args:
@@ -45,21 +45,19 @@ class Sigma(Tuned):
         self._lost = defaultdict(lambda: ErrorFeedback(RecordDict()))
         return self._start
 
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
-    ) -> Trained:
+    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
         """See `Method.train`."""
-        return super().train(self._received(state, place), examples, recipe, place)
+        return super().train(self._received(state, turn), examples, recipe, turn)
 
-    def upload(self, start: State, trained: State, place: Place) -> Upload:
+    def upload(self, start: State, trained: State, turn: Turn) -> Upload:
         """Code the change, with what coding lost of this site's last one, as `client.app` does."""
-        layout, feedback = self._sigma.layout, self._lost[place.site]
-        seed = derive_seed(self._study.seed, place.site, "round", place.round, "codec")
-        change = (trained[SHIFT] - self._received(start, place)[SHIFT]).numpy()
-        change = change + feedback.residual(layout, before=place.round)
+        layout, feedback = self._sigma.layout, self._lost[turn.site]
+        seed = derive_seed(self._study.seed, turn.site, "round", turn.round, "codec")
+        change = (trained[SHIFT] - self._received(start, turn)[SHIFT]).numpy()
+        change = change + feedback.residual(layout, before=turn.round)
         data = encode(change, layout, level=self._codec, seed=seed)
         arrived = decode(data, layout)
-        feedback.store(change - arrived, layout, round=place.round)
+        feedback.store(change - arrived, layout, round=turn.round)
         # In float64, as the server adds it, so that the mean is rounded once.
         whole = start[SHIFT].double() + torch.from_numpy(arrived)
         return Upload(state={SHIFT: whole}, bytes=len(data))
@@ -68,10 +66,10 @@ class Sigma(Tuned):
         """Four bytes a value, without the codec's header."""
         return FLOAT * state[SHIFT].numel()
 
-    def _received(self, state: State, place: Place) -> State:
+    def _received(self, state: State, turn: Turn) -> State:
         """The state as a site gets it."""
         layout, level = self._sigma.layout, download_level(self._codec)
-        seed = derive_seed(self._study.seed, "pooled", "round", place.round, "codec")
+        seed = derive_seed(self._study.seed, "pooled", "round", turn.round, "codec")
         data = encode(state[SHIFT].numpy().astype(np.float32), layout, level=level, seed=seed)
         return {SHIFT: torch.from_numpy(decode(data, layout))}
 
@@ -85,13 +83,11 @@ class Sigma(Tuned):
 class ZeroShot(Sigma):
     """No training and nothing sent: the backbone as it came."""
 
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, place: Place
-    ) -> Trained:
+    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
         """Nothing."""
         return Trained(state=state, loss=0.0)
 
-    def upload(self, start: State, trained: State, place: Place) -> Upload:
+    def upload(self, start: State, trained: State, turn: Turn) -> Upload:
         """Nothing."""
         return Upload(state=trained, bytes=0)
 

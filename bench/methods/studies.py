@@ -1,4 +1,4 @@
-"""Where methods are compared: the studies of real sites, and sets of one place divided into four sites."""
+"""The studies that methods are compared on besides the bundled ones: sets divided among sites."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from bench.runs import REAL_STUDIES
 from fedsigma.common.config.study import DataConfig, StudyConfig, load_study
 
-__all__ = ["REAL", "SETS", "find_study"]
+__all__ = ["SETS", "find_study"]
 
-REAL = ("white-cells-four-labs", "dermoscopy-four-sites")
 SETS: Mapping[str, tuple[str, ...]] = {
     "brain_mri": ("glioma", "meningioma", "no tumour", "pituitary tumour"),
     "chest_xray": ("normal chest X-ray", "pneumonia"),
@@ -26,19 +26,19 @@ SETS: Mapping[str, tuple[str, ...]] = {
     ),
     "lung_histology": ("benign lung tissue", "lung adenocarcinoma", "lung squamous cell carcinoma"),
 }
-"""Classes by set. The starter was pre-trained on the training parts of all six, with these words."""
+"""Classes by set. The starter was pre-trained on the training parts of all six, with these names."""
 SITES, ALPHA = 4, 0.5
-"""Into how many sites a set is divided, and how unevenly its classes (Dirichlet; small is uneven)."""
+"""Number of sites of a set, and the Dirichlet distribution's alpha (small is uneven)."""
 
 
 def find_study(name: str) -> StudyConfig:
-    """A study by its name; a set is read from NAME.parquet in $FEDSIGMA_DATA, as the first study trains.
+    """Return a study by name; a set is NAME.parquet in $FEDSIGMA_DATA, with the first real study's recipe.
 
-    Its augmentation is the one of CLIP-SVD's biomedical runs: the studies' own is for microscopes.
+    Its augmentation is that of CLIP-SVD's biomedical runs, since the study's own is for microscopes.
     """
     if name not in SETS:
         return load_study(name)
-    base = load_study(REAL[0])
+    base = load_study(REAL_STUDIES[0])
     source = Path(os.environ.get("FEDSIGMA_DATA") or ".").resolve() / f"{name}.parquet"
     return replace(
         base,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["State", "Tuning"]
+__all__ = ["State", "TensorShift"]
 
 State = dict[str, Tensor]
 """What a method trains and sends, by name."""
@@ -41,7 +41,7 @@ class _InPlace(nn.Module):
         return self.value[0] if self.value else weight
 
 
-class Tuning:
+class TensorShift:
     """Takes the place of `ClipClassifier`'s `SigmaModel`: one vector, `shift`, holds all trained tensors.
 
     So `training.train` and `training.evaluate` serve every method, and batches, augmentation, schedule,
@@ -117,7 +117,7 @@ class Tuning:
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
 
-    def to(self, device: torch.device | str) -> Tuning:
+    def to(self, device: torch.device | str) -> TensorShift:
         """Move the model and the tensors."""
         self.model.to(device)
         self.shift.data = self.shift.data.to(device)

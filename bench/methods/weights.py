@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.methods.method import Tuned, Vector
-from bench.methods.tuning import State, Tuning
+from bench.methods.method import TrainedMethod, Vector
+from bench.methods.tuning import State, TensorShift
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.constants import TOWERS
 from fedsigma.common.config.sigma import SigmaConfig
@@ -28,11 +28,11 @@ def _trained(backbone: Backbone, wanted: Callable[[str], bool]) -> State:
     }
 
 
-class _Weights(Tuned):
+class _Weights(TrainedMethod):
     """Some of the model's own parameters, as they are."""
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...], wanted: Callable[[str], bool]) -> None:
-        tuning = Tuning(backbone.model, _trained(backbone, wanted), weights=dict, towers=TOWERS)
+        tuning = TensorShift(backbone.model, _trained(backbone, wanted), weights=dict, towers=TOWERS)
         super().__init__(ClipClassifier(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
 
 
@@ -58,7 +58,7 @@ class LayerNorms(_Weights):
         super().__init__(backbone, prompts, lambda name: name.startswith(norms))
 
 
-class Lora(Tuned):
+class Lora(TrainedMethod):
     """CLIP-LoRA (Zanella and Ben Ayed 2024, arXiv:2405.18541): W0 + B A / sqrt(r) for q, k, v of both towers.
 
     Each of q, k and v has a pair of its own, also where the model packs them into one matrix. peft has one
@@ -93,7 +93,7 @@ class Lora(Tuned):
                 blocks[entry.weight].append((entry, self._product(tensors, entry)))
             return {name: _changed(frozen[name], found) for name, found in blocks.items()}
 
-        tuning = Tuning(backbone.model, start, weights=weights, towers=TOWERS)
+        tuning = TensorShift(backbone.model, start, weights=weights, towers=TOWERS)
         super().__init__(ClipClassifier(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
 
     def _product(self, tensors: Mapping[str, Tensor], entry: Entry) -> Tensor:
@@ -108,12 +108,12 @@ class LoraProducts(Lora):
     with A's rows of length one (Bai et al. 2024, arXiv:2402.11505).
     """
 
-    def averaged(self, state: State) -> Vector:
+    def to_vector(self, state: State) -> Vector:
         """The products, one after another."""
         parts = [self._product(state, entry).flatten() for entry in self._entries]
         return torch.cat(parts).numpy().astype(np.float64)
 
-    def restored(self, vector: Vector) -> State:
+    def from_vector(self, vector: Vector) -> State:
         """The factors of the best approximation."""
         found, start = dict[str, Tensor](), 0
         for entry in self._entries:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from bench.gap.__main__ import main
-from bench.gap.rounds import _divergence, by_images, in_turns, site_offsets
-from bench.gap.ways import Server, Way
+from bench.gap.candidate import Candidate, ServerStep
+from bench.gap.rounds import _divergence, cohorts_by_images, cohorts_in_turns, logit_offsets
 from fedsigma.common.config.study import StudyConfig
 
 
 def test_offsets_are_logs_of_raised_shares() -> None:
-    found = site_offsets(torch.tensor([2, 0, 1]), 1.5, 1.0)
+    found = logit_offsets(torch.tensor([2, 0, 1]), 1.5, 1.0)
     torch.testing.assert_close(found, 1.5 * torch.tensor([3 / 6, 1 / 6, 2 / 6]).log())
 
 
@@ -36,35 +36,37 @@ def test_in_turns_all_make_the_same_steps_and_by_images_as_many_as_their_share()
     study = StudyConfig.from_yaml("{name: s, backbone: b, classes: [a, b]}")
     for size in (1, 2):
         shares, times = torch.zeros(4), torch.zeros(4)
-        turns = in_turns(weights, turns=10, size=size, seed=1)
+        turns = cohorts_in_turns(weights, turns=10, size=size, seed=1)
         for cohort, share in turns:
             shares[cohort] += share
             times[cohort] += 1
         assert len(turns) == 40 // size and times.tolist() == [10] * 4
         torch.testing.assert_close(shares / shares.sum(), weights)
-    dealt = by_images(images, study, turns=30, size=1)
+    dealt = cohorts_by_images(images, study, turns=30, size=1)
     asked = torch.bincount(torch.tensor([cohort[0] for cohort, _ in dealt]), minlength=4)
     assert len(dealt) == 120 and (asked - 120 * weights).abs().max() < 3
     assert all(share.tolist() == [1.0] for _, share in dealt)
-    assert len(in_turns(weights, turns=7, size=4, seed=1)) == 7
+    assert len(cohorts_in_turns(weights, turns=7, size=4, seed=1)) == 7
     with pytest.raises(ValueError, match="cannot take turns by 3"):
-        in_turns(weights, turns=1, size=3, seed=1)
+        cohorts_in_turns(weights, turns=1, size=3, seed=1)
 
 
 @pytest.mark.parametrize("beta2", [0.9, 0.99])
 def test_the_servers_adam_is_flowers(beta2: float) -> None:
-    from bench.methods.federation import _Strategy
+    from bench.methods.federation import VectorAggregator
 
     options = f"{{eta: 0.2, beta_1: 0.9, beta_2: {beta2}, tau: 1.0e-8}}"
     federation = f"{{strategy: fedadam, schedule: cosine, rounds: 5, options: {options}}}"
     study = StudyConfig.from_yaml(f"{{name: s, backbone: b, classes: [a, b], federation: {federation}}}")
-    strategy = _Strategy(study)
-    way = Way(steps=1, server="adam", flat=True, eta=0.2, beta1=0.9, beta2=beta2)
-    server, shift = Server(way, torch.ones(4), [slice(0, 4)]), torch.zeros(4, dtype=torch.float64)
+    strategy = VectorAggregator(study)
+    way = Candidate(
+        local_steps=1, server_optimiser="adam", constant_rate=True, eta=0.2, beta1=0.9, beta2=beta2
+    )
+    server, shift = ServerStep(way, torch.ones(4), [slice(0, 4)]), torch.zeros(4, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     for number in range(1, 6):
         change = torch.randn(4, generator=generator, dtype=torch.float64)
-        theirs = strategy.of_round(number, [0.0])(shift.numpy(), [(shift + change).numpy()], [1])
+        theirs = strategy.rule_of_round(number, [0.0])(shift.numpy(), [(shift + change).numpy()], [1])
         shift = shift + server.step(change, number, 5)
         torch.testing.assert_close(torch.from_numpy(theirs), shift, rtol=1e-5, atol=1e-6)
         shift = torch.from_numpy(theirs)
@@ -77,5 +79,5 @@ def test_the_test_part_chooses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit, match="2"):
         main()
     monkeypatch.setattr("sys.argv", [*words, "--validate", "product"])
-    with pytest.raises(SystemExit, match="judged on the test part alone"):
+    with pytest.raises(SystemExit, match="evaluated on the test part only"):
         main()

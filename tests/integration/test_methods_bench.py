@@ -25,15 +25,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.cell_store import CellStore, recipe_digest
 from bench.methods import cells, frozen, studies
 from bench.methods.__main__ import collect
 from bench.methods.__main__ import main as show
 from bench.methods.catalogue import CANDIDATES, with_setting
-from bench.methods.cells import Cell, Cells, Plan, _alike, grid, recipe_of
-from bench.methods.federation import accuracy, federate, study_sites
+from bench.methods.cells import Cell, Plan, _equal_images, grid
+from bench.methods.federation import accuracy, federate
 from bench.methods.figure import draw
 from bench.methods.heads import FedClip, LinearProbe, PromptFL, TipAdapter, TipAdapterF
-from bench.methods.method import Method, Place, Tuned, values
+from bench.methods.method import Method, TrainedMethod, Turn, count_values
 from bench.methods.sigma import Sigma
 from bench.methods.studies import SETS, find_study
 from bench.methods.tables import combine, front, markdown, verdicts
@@ -46,6 +47,7 @@ from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.data.loading import Example
+from fedsigma.common.data.sources.site_data import load_sites
 from fedsigma.common.training.classifier import TrainingError
 from fedsigma.common.training.loop import accumulate_gradient, evaluate
 from fedsigma.server.app import app as server
@@ -123,7 +125,7 @@ def parquet(path: Path, classes: tuple[str, ...] = CLASSES, *, sited: bool = Tru
 
 
 SITES = {"one": examples(6, seed=1), "two": examples(4, seed=2)}
-PLACE = Place(site="one", round=1, first_step=0, steps=3, total_steps=3, seed=5)
+PLACE = Turn(site="one", round=1, first_step=0, steps=3, total_steps=3, seed=5)
 BUILD: dict[str, Any] = {
     "full": lambda b: FullTuning(b, PROMPTS),
     "layer-norms": lambda b: LayerNorms(b, PROMPTS),
@@ -181,7 +183,7 @@ def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(
     study = StudyConfig.from_yaml(file.read_text())
     loaded = load_backbone(study.backbone)
     method = Sigma(loaded, study, codec)
-    sites = study_sites(study, loaded.image_size * 3 // 2)
+    sites = load_sites(study, side=loaded.image_size * 3 // 2)
     run = federate(method, {name: data.train for name, data in sites.items()}, study)
     theirs = folder.load_shift().shift
     assert theirs.abs().max() > 0.01
@@ -209,7 +211,7 @@ def test_a_method_learns_the_same_thing_each_time_and_keeps_its_names_and_shapes
     assert any(not torch.equal(one.state[key], before[key]) for key in before)
     together = method.aggregate(start, [one.state, longer.state], [1, 3], mean)
     assert {k: v.shape for k, v in together.items()} == {k: v.shape for k, v in start.items()}
-    assert method.upload(start, one.state, PLACE).bytes == method.bytes_up(start) == 4 * values(start)
+    assert method.upload(start, one.state, PLACE).bytes == method.bytes_up(start) == 4 * count_values(start)
 
 
 @pytest.mark.parametrize("name", ["full", "layer-norms", "lora", "lora-products", "probe"])
@@ -264,7 +266,7 @@ def test_layer_norms_are_all_layer_norms_and_nothing_else() -> None:
     model = backbone()
     norms = [m for m in model.model.modules() if isinstance(m, nn.LayerNorm)]
     method = LayerNorms(model, PROMPTS)
-    assert values(method.initial(SITES)) == sum(2 * m.normalized_shape[0] for m in norms)
+    assert count_values(method.initial(SITES)) == sum(2 * m.normalized_shape[0] for m in norms)
 
 
 # --- low rank --------------------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ def test_layer_norms_are_all_layer_norms_and_nothing_else() -> None:
 def test_lora_has_a_pair_for_each_of_q_k_and_v() -> None:
     state = Lora(backbone(), PROMPTS, seed=1).initial(SITES)
     # Two layers a tower of widths 32 and 16, each with q, k and v: A and B of rank 2.
-    assert values(state) == 2 * 3 * 2 * (32 + 32) + 2 * 3 * 2 * (16 + 16)
+    assert count_values(state) == 2 * 3 * 2 * (32 + 32) + 2 * 3 * 2 * (16 + 16)
     other = Lora(backbone(), PROMPTS, seed=1).initial(SITES)
     assert all(torch.equal(state[name], other[name]) for name in state)
 
@@ -332,7 +334,7 @@ def test_the_mean_of_factors_is_not_the_mean_of_products_which_is_cut_as_well_as
 
 def test_learned_context_stands_where_its_words_were() -> None:
     method = PromptFL(backbone(), CLASSES, seed=1)
-    assert values(method.initial(SITES)) == 16 * 16
+    assert count_values(method.initial(SITES)) == 16 * 16
     table = method.task.backbone.model.token_embedding.weight
     word = int(method.task.backbone.tokenizer(["x"])[0, 1])
     words = [" ".join(["x"] * 16 + [name]) + "." for name in CLASSES]
@@ -355,7 +357,7 @@ def test_a_name_that_does_not_fit_behind_the_context_is_refused() -> None:
 def test_the_adapter_weighs_features_by_two_layers_of_their_width() -> None:
     method = FedClip(backbone(), PROMPTS, seed=1)
     state = method.initial(SITES)
-    assert values(state) == 2 * (16 * 16 + 16)
+    assert count_values(state) == 2 * (16 * 16 + 16)
     method._load(state)
     plain = backbone()
     images = torch.stack([e.image for e in examples()])
@@ -470,7 +472,7 @@ class Scripted(Plan):
 
 
 def plan(path: Path, **options: Any) -> Scripted:
-    made = Scripted(Cells(path / "cells.sqlite"), rounds=4, **options)
+    made = Scripted(CellStore(path / "cells.jsonl"), rounds=4, **options)
     made.ran = []
     return made
 
@@ -488,14 +490,14 @@ def test_the_search_goes_on_past_a_best_end_and_no_cell_is_run_twice(tmp_path: P
 
 
 def test_a_trained_tower_is_searched_by_the_runs_that_are_told(tmp_path: Path) -> None:
-    first = plan(tmp_path, most_rates=3)
+    first = plan(tmp_path, max_rates=3)
     assert first.tested("s", "lora", 1) is not None and first.tested("s", "lora", 2) is not None
     tried = [("validation", "s", rate, 1) for rate in (0.001, 0.003, 0.009)]
     assert first.places() == [*tried, ("test", "s", 0.009, 2)]
     shown = plan(tmp_path, run_missing=False)
     assert shown.search("s", "lora") == first.search("s", "lora"), "the fourth rate was not run"
     # Averaged products take the factors' rate over; with one setting there is nothing to search.
-    second = plan(tmp_path, most_rates=3)
+    second = plan(tmp_path, max_rates=3)
     second.tested("s", "lora-products", 1)
     assert second.places() == [("test", "s", 0.009, 1)]
 
@@ -520,7 +522,7 @@ def test_a_chosen_setting_that_diverges_on_the_test_part_is_an_error(tmp_path: P
                 raise TrainingError("the loss is nan")
             return super()._run(cell, study)
 
-    found = Diverges(Cells(tmp_path / "cells.sqlite"), rounds=4)
+    found = Diverges(CellStore(tmp_path / "cells.jsonl"), rounds=4)
     found.ran = []
     with pytest.raises(TrainingError):
         found.tested("s", "probe", 1)
@@ -535,7 +537,7 @@ def test_a_run_is_judged_on_images_that_the_draw_left_over_and_on_the_test_part(
     )
     monkeypatch.setattr(cells, "find_study", lambda name: study)
     monkeypatch.setattr(cells, "load_backbone", lambda name: backbone())
-    built = Plan(Cells(tmp_path / "cells.sqlite"), rounds=1)
+    built = Plan(CellStore(tmp_path / "cells.jsonl"), rounds=1)
     rate = {"learning_rate": 0.003}
     cell = Cell(part="validation", study="s", method="layer-norms", setting=rate, rounds=1, seed=1)
     judged = built._run(cell, study)
@@ -559,14 +561,14 @@ def test_a_set_of_one_place_is_divided_into_four_sites(
     parquet(tmp_path / "chest_xray.parquet", SETS["chest_xray"], sited=False)
     study = find_study("chest_xray")
     assert study.classes == SETS["chest_xray"] and study.federation.rounds == 60
-    sites = study_sites(study, 32)
+    sites = load_sites(study, side=32)
     assert len(sites) == 4
     assert sum(len(data.train) for data in sites.values()) == 4 * 2 * 3
     assert sum(len(data.test) for data in sites.values()) == 4 * 2 * 2
     # Its validation images are left over at the same sites, so one model is judged on both parts.
     held = validation_sites(study, 32, 1)
     for name, (train, left) in held.items():
-        assert _alike({name: train}, {name: sites[name].train})
+        assert _equal_images({name: train}, {name: sites[name].train})
         assert not any(torch.equal(a.image, b.image) for a in left for b in sites[name].test)
 
 
@@ -594,9 +596,9 @@ def test_what_was_run_is_shown_without_running_anything(
     figures = {"accuracy": {"all": 0.5, "here": 0.5}, "bytes_upload": 0, "bytes_float32": 0, "bytes_total": 0}
     place = {"part": "test", "method": "zero-shot", "setting": {}, "rounds": 60, "seed": 2}
     cell = Cell(study="white-cells-four-labs", **place)
-    kept = Cells(tmp_path / "cells.sqlite")
-    kept.keep(cell, figures, recipe_of(Plan(kept, rounds=60)._study(cell)))
-    kept.keep(replace(cell, seed=3), figures, "of another recipe")
+    store = CellStore(tmp_path / "cells.jsonl")
+    store.save(cell, figures, recipe_digest(Plan(store, rounds=60)._study(cell)))
+    store.save(replace(cell, seed=3), figures, "of another recipe")
     words = ["methods", "--data", str(tmp_path), "--out", str(tmp_path), "--json", str(tmp_path / "x.json")]
     monkeypatch.setattr("sys.argv", [*words, "--show"])
     monkeypatch.setenv("FEDSIGMA_DATA", "")
@@ -626,9 +628,9 @@ def test_rows_are_compared_over_the_seeds_that_all_have(capsys: pytest.CaptureFi
     rows = collect(listed, "s", ["sigma", "full"], [1, 2, 3])
     assert rows["sigma"]["mean"] == pytest.approx(0.45) and rows["full"]["mean"] == pytest.approx(0.6)
     assert rows["sigma"]["per_site"] == {"here": 0.5}
-    assert "sigma has seeds [1], too" in capsys.readouterr().out
+    assert "seeds [1] of sigma are left out" in capsys.readouterr().out
     apart: Any = Listed(sigma={1: 0.9}, full={2: 0.6})
-    with pytest.raises(SystemExit, match="no seed has been run of all methods"):
+    with pytest.raises(SystemExit, match="no seed has been run with all methods"):
         collect(apart, "s", ["sigma", "full"], [1, 2])
 
 
@@ -679,7 +681,7 @@ def test_nobody_on_the_front_is_beaten_and_everybody_else_is(points: list[tuple[
 def test_what_is_trained_is_what_is_evaluated() -> None:
     """No tensor of one state stays behind in the model when another is judged."""
     for name, build in BUILD.items():
-        method: Tuned = build(backbone())
+        method: TrainedMethod = build(backbone())
         start = method.initial(SITES)
         before = method.evaluate(start, examples()).probabilities
         trained = method.train(start, SITES["one"], RECIPE, PLACE).state

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.methods.federation import _Strategy
+from bench.methods.federation import VectorAggregator
 from fedsigma.common.config.federation import STRATEGIES
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
@@ -421,7 +421,7 @@ def test_fedavgm_follows_a_schedule_that_begins_at_one_without_momentum() -> Non
     fading = replace(plain, federation=replace(plain.federation, schedule="cosine", rounds=4))
     start, there = np.zeros(3), np.ones(3, np.float32)
     for config, expected in ((fading, 0.5), (plain, 1.0)):
-        shift = _Strategy(config).of_round(3, [1.0, 1.0])(start, [there, there], [1, 3])
+        shift = VectorAggregator(config).rule_of_round(3, [1.0, 1.0])(start, [there, there], [1, 3])
         assert shift.tolist() == pytest.approx([expected] * 3)
 
 
