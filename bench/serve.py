@@ -46,7 +46,7 @@ from fedsigma.client.serving.limits import Limits
 from fedsigma.client.serving.service import Service, describe_model
 from fedsigma.common.backbones import load_backbone, save_backbone
 from fedsigma.common.config.sigma import SigmaConfig
-from fedsigma.common.ops.web import listening, server
+from fedsigma.common.ops.web import create_server, open_listener
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.classifier import autocast, supports_bfloat16
@@ -131,8 +131,8 @@ def serving(judge: Predictor, restored: LoadedModel, path: Path, batch: int) -> 
     """The address of a real server on this machine."""
     limits = Limits(batch_size=batch, per_client=1000, requests=1000, queue_size=4096, timeout_s=600)
     service = Service(judge, describe_model(path, restored, None, 0.0, limits), limits)
-    made = server(asgi(service), grace_s=limits.grace_s)
-    with listening("127.0.0.1", 0) as place:
+    made = create_server(asgi(service), grace_s=limits.grace_s)
+    with open_listener("127.0.0.1", 0) as place:
         thread = threading.Thread(target=made.run, kwargs={"sockets": [place]})
         thread.start()
         try:

@@ -15,7 +15,7 @@ from cryptography import x509
 from fedsigma.client.deployment.findings import CheckFailed
 from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.deployment.node_status import NodeStatus, node_status
-from fedsigma.common.ops.health import SERVING, health_of
+from fedsigma.common.ops.health import SERVING, check_health
 
 __all__ = ["process_checks", "server_checks"]
 
@@ -114,7 +114,7 @@ def _clock(site: SiteHome) -> str:
 
 
 def _server(site: SiteHome) -> str:
-    health = health_of(
+    health = check_health(
         site.connection.address,
         timeout_s=TIMEOUT_S,
         certificates=(site.path / "node" / "sites.crt").read_bytes(),
@@ -142,7 +142,7 @@ def _key(site: SiteHome) -> str:
 def _process(address: str, name: str) -> str:
     if not address:
         return "no health service in connection.yaml"
-    health = health_of(address)
+    health = check_health(address)
     if health != SERVING:
         raise CheckFailed(f"{name}: {health}", f"fedsigma site up, and look at logs/{name}.log")
     return "serving"

@@ -4,9 +4,9 @@
     site:   enrol   ->  hospital-1.keys.json   two public keys, bound to that word and signed
     server: admit
 
-Private keys are made at the site and never leave it. The invitation's word shows that the keys come from
-whoever was given the invitation; what it cannot show is that nobody exchanged both files on their way, so
-both sides read each other the few words of `fingerprint` over the telephone.
+Private keys are created at the site and never leave it. The secret word proves that the keys come from the
+receiver of the invitation. It cannot prove that nobody replaced both files in transit, so both sides compare
+their `fingerprint` on the phone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import hashlib
 import hmac
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import ClassVar, Self
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
@@ -28,22 +28,22 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["EnrolmentFileError", "Invitation", "SiteKeys", "check_site_name", "fingerprint", "write_json"]
+__all__ = ["EnrolmentFileError", "Invitation", "SiteKeys", "check_site_name", "fingerprint"]
 
 _VERSION = 1
-_LARGEST = 1 << 20
-T = TypeVar("T", "Invitation", "SiteKeys")
+_MAX_BYTES = 1 << 20
 
 
 class EnrolmentFileError(FedSigmaError, ValueError):
-    """An invitation or a file of keys is damaged, too old, forged or of another kind."""
+    """An invitation or a file of keys is damaged, expired, forged or of another kind."""
 
 
 def check_site_name(name: str) -> None:
-    """Refuse a site's name that would not do as a file's name and in reports.
+    """Check that a site's name can be used in file names and reports.
 
     Raises:
-        JoinError: it is not letters, digits, `.`, `_` and `-`, or longer than 64, or a reserved word.
+        EnrolmentFileError: It has other characters than letters, digits, `.`, `_` and `-`, is longer than 64,
+            or is reserved.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == "pooled":
         raise EnrolmentFileError(
@@ -52,14 +52,60 @@ def check_site_name(name: str) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Invitation:
-    """What the server gives a site.
+class _EnrolmentFile:
+    """A dataclass of texts that is stored as one JSON object, with its kind and a version."""
 
-    Fields: site, its name; server_name, that of the server; address, HOST:PORT that the site's node calls;
-    certificates, PEM of the authorities that it trusts; word, 64 hex digits that only the two know; expires,
-    an ISO date and time in UTC.
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    mode: ClassVar[int]
+
+    def write(self, path: Path) -> None:
+        """Write the file; an invitation is readable by its owner only."""
+        content = {"fedsigma": self.kind, "version": _VERSION, **vars(self)}
+        path.touch(mode=self.mode)
+        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file that `write` wrote.
+
+        Raises:
+            EnrolmentFileError: The file cannot be read, or is of another kind or version.
+        """
+        try:
+            with path.open("rb") as file:
+                values = json.loads(file.read(_MAX_BYTES))
+            kind, version = values.pop("fedsigma"), values.pop("version")
+        except OSError as error:
+            raise EnrolmentFileError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EnrolmentFileError(f"{path} is not {cls.title}: ask for a new one") from None
+        if kind != cls.kind:
+            raise EnrolmentFileError(f"{path} is a file of kind {kind!r}, expected {cls.title}")
+        if version != _VERSION:
+            raise EnrolmentFileError(
+                f"{path} is of version {version!r}, this FedSigma reads {_VERSION}: update the older side"
+            )
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if set(values) != names or not all(isinstance(value, str) for value in values.values()):
+            raise EnrolmentFileError(f"{path} has other fields than {cls.title}: ask for a new one")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invitation(_EnrolmentFile):
+    """An invitation, which the server sends to a site.
+
+    Attributes:
+        site: Name of the site.
+        server_name: Name of the server.
+        address: HOST:PORT that the site's node connects to.
+        certificates: PEM certificates of the authorities that the site trusts.
+        word: Secret that only the two sides have, 64 hex digits.
+        expires: End of validity, ISO date and time with a time zone.
     """
+
+    kind, title, mode = "join", "an invitation", 0o600
 
     site: str
     server_name: str
@@ -69,15 +115,15 @@ class Invitation:
     expires: str
 
     def check(self, *, now: datetime.datetime) -> None:
-        """Refuse an invitation that is no longer valid.
+        """Check that the invitation is valid at this time.
 
         Raises:
-            JoinError: it has expired, or a field is not in order.
+            EnrolmentFileError: It has expired, or a field is invalid.
         """
         check_site_name(self.site)
         if not re.fullmatch("[0-9a-f]{64}", self.word):
             raise EnrolmentFileError(
-                "the invitation's word is no 64 hex digits: ask the server for a new one"
+                "the invitation's secret word is not 64 hex digits: ask the server for a new invitation"
             )
         try:
             end = datetime.datetime.fromisoformat(self.expires)
@@ -90,28 +136,21 @@ class Invitation:
                 f"the invitation expired on {self.expires}: ask the server for a new one"
             )
 
-    def write(self, path: Path) -> None:
-        """Write the invitation."""
-        write_json(path, "join", asdict(self), secret=True)
-
-    @classmethod
-    def read(cls, path: Path) -> Invitation:
-        """Read what `write` wrote.
-
-        Raises:
-            JoinError: it is not an invitation.
-        """
-        return _read(cls, path, "join")
-
 
 @dataclass(frozen=True, kw_only=True)
-class SiteKeys:
-    """What a site gives the server: public keys only.
+class SiteKeys(_EnrolmentFile):
+    """The public keys that a site sends to the server.
 
-    Fields: site; node_key, by which its Flower node is known (OpenSSH, ECDSA P-384); identity, its Ed25519
-    public key (64 hex digits), which other sites pin; made, when; proof, HMAC-SHA256 of the rest under the
-    invitation's word (empty when keys are renewed); signature, by the identity, of all the rest.
+    Attributes:
+        site: Name of the site.
+        node_key: Key of its Flower node, ECDSA P-384 in OpenSSH's format.
+        identity: Ed25519 key of the site, which other sites pin, 64 hex digits.
+        made: Time of creation.
+        proof: HMAC-SHA256 of the fields above with the invitation's word; empty for renewed keys.
+        signature: Signature of all other fields by the identity, Base64.
     """
+
+    kind, title, mode = "keys", "a file of keys", 0o644
 
     site: str
     node_key: str
@@ -124,23 +163,22 @@ class SiteKeys:
     def sign(
         cls, *, site: str, node_key: str, identity: Ed25519PrivateKey, made: str, word: str | None
     ) -> SiteKeys:
-        """Make the file of keys, bound to an invitation's word or (None) to the identity known already."""
+        """Create the file of keys; `word` is the invitation's, None for renewed keys."""
         public = identity.public_key().public_bytes_raw().hex()
         keys = cls(site=site, node_key=node_key, identity=public, made=made)
-        proof = _proof(keys, word) if word else ""
-        keys = cls(site=site, node_key=node_key, identity=public, made=made, proof=proof)
-        signature = base64.b64encode(identity.sign(keys._signed())).decode()
-        return cls(site=site, node_key=node_key, identity=public, made=made, proof=proof, signature=signature)
+        keys = replace(keys, proof=_proof(keys, word) if word else "")
+        signature = identity.sign(_canonical(keys, "signature"))
+        return replace(keys, signature=base64.b64encode(signature).decode())
 
     def check(self, *, word: str | None, identity: str | None = None) -> None:
-        """Refuse keys that do not come from whom they should.
+        """Check that the keys come from the invited site, or from the site with this identity.
 
         Args:
-            word: of the invitation; None where keys are renewed.
-            identity: the site's known public key, where keys are renewed.
+            word: Secret word of the invitation; None for renewed keys.
+            identity: Known identity of the site, for renewed keys.
 
         Raises:
-            JoinError: a key is of the wrong kind, or proof or signature is wrong.
+            EnrolmentFileError: A key is of another type, or the proof or signature is wrong.
         """
         check_site_name(self.site)
         try:
@@ -148,14 +186,14 @@ class SiteKeys:
             public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.identity))
         except (ValueError, UnsupportedAlgorithm):
             raise EnrolmentFileError(
-                "a key in the file is damaged: have the site make the file again"
+                "a key in the file is damaged: ask the site to create the file again"
             ) from None
         if not isinstance(node, EllipticCurvePublicKey) or not isinstance(node.curve, SECP384R1):
             raise EnrolmentFileError(
-                "the node's key is not ECDSA P-384: have the site make it with `fedsigma site enrol`"
+                "the node's key is not ECDSA P-384: create it at the site with `fedsigma site enrol`"
             )
         try:
-            public.verify(base64.b64decode(self.signature), self._signed())
+            public.verify(base64.b64decode(self.signature), _canonical(self, "signature"))
         except (InvalidSignature, ValueError):
             raise EnrolmentFileError(
                 "the file of keys is not signed by its own identity: it was changed"
@@ -170,25 +208,9 @@ class SiteKeys:
                 f"the keys of '{self.site}' are signed by another identity than the one known"
             )
 
-    def write(self, path: Path) -> None:
-        """Write the file of keys."""
-        write_json(path, "keys", asdict(self), secret=False)
-
-    @classmethod
-    def read(cls, path: Path) -> SiteKeys:
-        """Read what `write` wrote.
-
-        Raises:
-            JoinError: it is not a file of keys.
-        """
-        return _read(cls, path, "keys")
-
-    def _signed(self) -> bytes:
-        return _canonical(self, without=("signature",))
-
 
 def fingerprint(*parts: str | bytes) -> str:
-    """Twenty letters and digits that stand for some public text, to be read aloud: 100 bits of SHA-256."""
+    """Return 20 letters and digits to compare on the phone: 100 bits of SHA-256 of the parts."""
     digest = hashlib.sha256()
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -197,38 +219,11 @@ def fingerprint(*parts: str | bytes) -> str:
     return "-".join(text[i : i + 5] for i in range(0, 20, 5))
 
 
-def write_json(path: Path, kind: str, values: dict[str, Any], *, secret: bool) -> None:
-    """Write one of these files; `secret` ones are readable by their owner alone."""
-    path.touch(mode=0o600 if secret else 0o644)
-    path.write_text(json.dumps({"fedsigma": kind, "version": _VERSION, **values}, indent=2) + "\n", "utf-8")
-
-
-def _read(cls: type[T], path: Path, kind: str) -> T:
-    what = {"join": "an invitation", "keys": "a file of keys"}[kind]
-    try:
-        with path.open("rb") as file:
-            values = json.loads(file.read(_LARGEST))
-        found, version = values.pop("fedsigma"), values.pop("version")
-    except OSError as error:
-        raise EnrolmentFileError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise EnrolmentFileError(f"{path} is not {what}: ask for it again") from None
-    if found != kind:
-        raise EnrolmentFileError(f"{path} is a file of kind {found!r}, expected {what}")
-    if version != _VERSION:
-        raise EnrolmentFileError(
-            f"{path} is of version {version!r}, this FedSigma reads {_VERSION}: update the older side"
-        )
-    if set(values) != set(cls.__dataclass_fields__) or not all(isinstance(v, str) for v in values.values()):
-        raise EnrolmentFileError(f"{path} has other fields than {what}: ask for it again")
-    return cls(**values)
-
-
-def _canonical(keys: SiteKeys, *, without: tuple[str, ...]) -> bytes:
+def _canonical(keys: SiteKeys, *without: str) -> bytes:
     values = {name: value for name, value in asdict(keys).items() if name not in without}
     return b"fedsigma site keys\0" + json.dumps(values, sort_keys=True).encode()
 
 
 def _proof(keys: SiteKeys, word: str) -> str:
-    text = _canonical(keys, without=("signature", "proof"))
+    text = _canonical(keys, "signature", "proof")
     return hmac.new(bytes.fromhex(word), text, hashlib.sha256).hexdigest()

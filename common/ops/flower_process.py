@@ -1,8 +1,7 @@
-"""One of Flower's programs as a process that ends when its work does.
+"""Run one of Flower's programs in a process that ends when the program returns.
 
-Flower's SuperNode gives up when the SuperLink's certificate is refused, and returns; but a thread of its own
-web server keeps the process alive, deaf, and well by its own word. Nobody would start it again. Here the
-process ends with the program.
+Flower's SuperNode returns when the SuperLink's certificate is refused, but a thread of its health server
+keeps the process alive and healthy, so that it would never be restarted.
 
 Arguments: the program's name, such as flower-supernode, and its arguments.
 """
@@ -14,13 +13,13 @@ import sys
 import traceback
 from importlib.metadata import entry_points
 
-__all__ = ["flower_command", "main"]
+from fedsigma.common.utils.errors import FAILED
 
-ENDED_BY_ITSELF = 1
+__all__ = ["flower_command", "main"]
 
 
 def flower_command(name: str, *arguments: str) -> list[str]:
-    """The command of one of Flower's programs, as `Process` takes it."""
+    """Return the command that runs one of Flower's programs in this way."""
     return [sys.executable, "-P", "-m", __name__, name, *arguments]
 
 
@@ -28,7 +27,7 @@ def main(name: str) -> None:
     """Run the program of this name with the arguments of this process; does not return.
 
     Raises:
-        SystemExit: the program ended itself, as by a signal, and has cleaned up.
+        SystemExit: The program ended the process itself, and has cleaned up.
     """
     (program,) = entry_points(group="console_scripts", name=name)
     try:
@@ -38,10 +37,10 @@ def main(name: str) -> None:
     except BaseException:
         traceback.print_exc()
     print(f"FedSigma: {name} has ended, and its process with it", file=sys.stderr, flush=True)
-    os._exit(ENDED_BY_ITSELF)
+    os._exit(FAILED)
 
 
 if __name__ == "__main__":
-    # The program reads its arguments from here, and says its name in its help.
+    # The program parses sys.argv, and prints argv[0] in its help.
     sys.argv = sys.argv[1:]
     main(sys.argv[0])

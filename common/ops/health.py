@@ -1,4 +1,4 @@
-"""Whether a process is alive: a Flower process by gRPC's own health service, a web server by its /health."""
+"""The health of a process: of a Flower process by gRPC's health service, of a web server by GET /health."""
 
 from __future__ import annotations
 
@@ -9,66 +9,60 @@ import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-__all__ = ["SERVING", "health_of", "web_health_of"]
+__all__ = ["SERVING", "check_health", "check_web_health"]
 
 SERVING = "serving"
+TIMEOUT_S = 5.0
 
 
-def health_of(
-    address: str, *, timeout_s: float = 5.0, certificates: bytes | None = None, name: str = ""
+def check_health(
+    address: str, *, timeout_s: float = TIMEOUT_S, certificates: bytes | None = None, name: str = ""
 ) -> str:
-    """Ask a process for its health.
+    """Ask a gRPC health service for its status.
 
     Args:
-        address: HOST:PORT of its health service, or of a proxy in front of it.
-        timeout_s: how long to wait, in seconds.
-        certificates: PEM of the authorities to trust; None for a connection without TLS, on this machine.
-        name: whose certificate it has to be, where that is not the address's host.
+        address: HOST:PORT of the service, or of a proxy in front of it.
+        timeout_s: Time limit in seconds.
+        certificates: PEM certificates of the authorities to trust; None to connect without TLS.
+        name: Name in the server's certificate, if it is not the host of `address`.
 
     Returns:
-        `SERVING`, or in a few words why not; never raises for a process that does not answer.
+        `SERVING`, or the reason why not, also for a process that does not answer.
     """
-    channel = (
-        grpc.insecure_channel(address)
-        if certificates is None
-        else grpc.secure_channel(
-            address,
-            grpc.ssl_channel_credentials(certificates),
-            options=[("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)]
-            if name
-            else [],
-        )
-    )
+    if certificates is None:
+        channel = grpc.insecure_channel(address)
+    else:
+        options = ("grpc.ssl_target_name_override", "grpc.default_authority") if name else ()
+        credentials = grpc.ssl_channel_credentials(certificates)
+        channel = grpc.secure_channel(address, credentials, options=[(option, name) for option in options])
     with channel:
         try:
-            answer = HealthStub(channel).Check(HealthCheckRequest(), timeout=timeout_s)
+            reply = HealthStub(channel).Check(HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            code = error.code() if isinstance(error, grpc.Call) else None
-            return f"no answer ({code.name.lower().replace('_', ' ') if code else 'unknown'})"
-    return HealthCheckResponse.ServingStatus.Name(answer.status).lower().replace("_", " ")
+            code = error.code().name if isinstance(error, grpc.Call) else "unknown"
+            return f"no answer ({_plain(code)})"
+    return _plain(HealthCheckResponse.ServingStatus.Name(reply.status))
 
 
-def web_health_of(address: str, *, timeout_s: float = 5.0, certificate: bytes | None = None) -> str:
-    """Ask a web server for its health, by GET /health.
+def check_web_health(address: str, *, certificate: bytes | None = None) -> str:
+    """Ask a web server for its status.
 
     Args:
         address: HOST:PORT.
-        timeout_s: how long to wait, in seconds.
-        certificate: PEM of the certificate that it has to have, what follows in the file left out; None for a
-            connection without TLS.
+        certificate: PEM file whose first certificate the server must have; None to connect without TLS.
 
     Returns:
-        `SERVING`, or in a few words why not; never raises for a server that does not answer.
+        `SERVING`, or the reason why not, also for a server that does not answer.
 
     Raises:
-        ValueError: the certificate is none.
+        ValueError: `certificate` cannot be parsed.
     """
     host, _, port = address.rpartition(":")
-    # Not by urllib: it would ask a proxy that the environment names.
+    # Not by urllib, which would use a proxy of the environment.
     connection = (
-        http.client.HTTPConnection(host, int(port), timeout=timeout_s)
+        http.client.HTTPConnection(host, int(port), timeout=TIMEOUT_S)
         if certificate is None
-        else http.client.HTTPSConnection(host, int(port), timeout=timeout_s, context=_only(certificate))
+        else http.client.HTTPSConnection(host, int(port), timeout=TIMEOUT_S, context=_trust_only(certificate))
     )
     try:
         connection.request("GET", "/health")
@@ -76,15 +70,19 @@ def web_health_of(address: str, *, timeout_s: float = 5.0, certificate: bytes | 
     except ssl.SSLCertVerificationError as error:
         return f"no answer ({error.verify_message})"
     except (OSError, http.client.HTTPException) as error:
-        words = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
-        return f"no answer ({str(words).lower().replace('_', ' ')})"
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
+        return f"no answer ({_plain(str(reason))})"
     finally:
         connection.close()
     return SERVING if status == http.client.OK else f"answers {status}"
 
 
-def _only(certificate: bytes) -> ssl.SSLContext:
-    """Trust in this very certificate, whoever signed it and whatever names it is for."""
+def _plain(text: str) -> str:
+    return text.lower().replace("_", " ")
+
+
+def _trust_only(certificate: bytes) -> ssl.SSLContext:
+    """Return a context that accepts this certificate only, whatever its issuer and names."""
     from cryptography.hazmat.primitives.serialization import Encoding
     from cryptography.x509 import load_pem_x509_certificate
 

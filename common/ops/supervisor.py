@@ -1,8 +1,8 @@
-"""The long-running processes of a server or a site: one of them in this process's place, or all, supervised.
+"""Run the long-running processes of a server or a site: one in place of this process, or all, supervised.
 
-Supervision is supervisord's: a process that ends is started again, after a pause that grows while it keeps
-failing; logs are rotated; ending the supervisor ends all of them in order. systemd or a container engine
-takes its place where each process has a unit or a container of its own.
+Supervision is supervisord's: a process that ends is restarted, after a pause that grows while it keeps
+failing; logs are rotated; all processes end in order with their supervisor. Where each process has a systemd
+unit or a container of its own, these take supervisord's place.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ import sys
 import tempfile
 import xmlrpc.client
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
+
+from supervisor.xmlrpc import SupervisorTransport
 
 from fedsigma.common.utils.errors import FedSigmaError
 
@@ -33,15 +37,15 @@ __all__ = [
     "call",
     "flower_environment",
     "free_ports",
+    "is_running",
     "restart",
-    "running",
     "states",
     "stop",
     "supervise",
 ]
 
-# A path of a Unix socket longer than this is refused by the kernel.
-_LONGEST_SOCKET = 100
+# The kernel refuses longer paths of Unix sockets (108 bytes on Linux).
+_MAX_SOCKET_PATH = 100
 
 
 class ProcessError(FedSigmaError, RuntimeError):
@@ -52,9 +56,13 @@ class ProcessError(FedSigmaError, RuntimeError):
 class Process:
     """One long-running process.
 
-    Fields: name; command; environment, besides this process's own; health, HOST:PORT of its gRPC health
-    service, if it has one; needs, a program that it runs in turn; after, the order of starting, smaller first
-    (and of stopping, reversed); patience_s, how long it may take to stop.
+    Attributes:
+        name: Name of the process.
+        command: Program and arguments.
+        environment: Environment variables besides those of this process.
+        health: HOST:PORT of its gRPC health service; empty if it has none.
+        needs: Another program that must be installed, since `command` runs it; empty for none.
+        after: Order of starting, smallest first, and of stopping, reversed.
     """
 
     name: str
@@ -63,23 +71,22 @@ class Process:
     health: str = ""
     needs: str = ""
     after: int = 0
-    patience_s: int = 20
 
     def program(self) -> str:
-        """The path of its program.
+        """Return the path of its program.
 
         Raises:
-            ProcessError: it, or what it needs, is not installed.
+            ProcessError: It, or what it needs, is not installed.
         """
         if self.needs:
-            _program(self.needs)
-        return _program(self.command[0])
+            _find_program(self.needs)
+        return _find_program(self.command[0])
 
     def replace_this(self, folder: Path) -> None:
-        """Become this process; returns only by an error.
+        """Replace the running process by this one.
 
         Raises:
-            ProcessError: the program is not installed.
+            ProcessError: The program is not installed.
         """
         program = self.program()
         os.chdir(folder)
@@ -88,52 +95,50 @@ class Process:
 
 @dataclass(frozen=True)
 class State:
-    """How a supervised process is: `RUNNING`, `BACKOFF` and so on; its pid (0: none), and words to read."""
+    """State of a supervised process.
+
+    Attributes:
+        name: Name of the process.
+        state: `RUNNING`, `BACKOFF` and so on.
+        pid: Its number; 0 if it is not running.
+    """
 
     name: str
     state: str
     pid: int
-    description: str
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """What every process of Flower's is told: its home, and to install, report and look for nothing."""
+    """Return the environment of Flower's processes: no installations, update checks or telemetry."""
     return {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
-        # The programs of this environment first, even where it is not activated.
+        # The programs of this environment first, even if it is not activated.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses now; somebody else may take one the next moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Return unused ports of 127.0.0.1; another process may take one before its use."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in sockets]
 
 
 def supervise(processes: Sequence[Process], folder: Path) -> None:
-    """Become a supervisor of these processes, in the foreground; returns only by an error.
-
-    SIGTERM or Ctrl-C stops them all and ends it with 0.
+    """Replace this process by a supervisor of these processes, until SIGTERM or Ctrl-C.
 
     Args:
-        processes: to start.
-        folder: of the server or site; logs go to its logs/.
+        processes: Processes to start.
+        folder: Folder of the server or site; logs are written to its logs/.
 
     Raises:
-        ProcessError: they run already, or a program is not installed.
+        ProcessError: They are running already, or a program is not installed.
     """
-    if running(folder):
+    if is_running(folder):
         raise ProcessError(f"the processes of {folder} run already: stop them with `down` first")
     for process in processes:
         process.program()
@@ -146,8 +151,8 @@ def supervise(processes: Sequence[Process], folder: Path) -> None:
     os.execv(sys.executable, [*supervisor, "--nodaemon", "--configuration", str(file)])
 
 
-def running(folder: Path) -> bool:
-    """Whether a supervisor of this folder answers."""
+def is_running(folder: Path) -> bool:
+    """Return whether a supervisor of this folder answers."""
     try:
         call(folder, "supervisor.getState")
     except ProcessError:
@@ -156,22 +161,20 @@ def running(folder: Path) -> bool:
 
 
 def states(folder: Path) -> list[State]:
-    """How each process of this folder is.
+    """Return the state of each process of this folder.
 
     Raises:
-        ProcessError: no supervisor of this folder runs.
+        ProcessError: No supervisor of this folder is running.
     """
-    return [
-        State(one["name"], one["statename"], int(one["pid"]), one["description"])
-        for one in call(folder, "supervisor.getAllProcessInfo")
-    ]
+    infos = call(folder, "supervisor.getAllProcessInfo")
+    return [State(info["name"], info["statename"], int(info["pid"])) for info in infos]
 
 
 def restart(folder: Path, name: str) -> None:
-    """Stop one process of this folder and start it again.
+    """Restart one process of this folder.
 
     Raises:
-        ProcessError: no supervisor of this folder runs, or it has no such process.
+        ProcessError: No supervisor of this folder is running, or it has no such process.
     """
     call(folder, "supervisor.stopProcess", name, True)
     call(folder, "supervisor.startProcess", name, False)
@@ -181,33 +184,48 @@ def stop(folder: Path) -> None:
     """Stop all processes of this folder, and their supervisor.
 
     Raises:
-        ProcessError: no supervisor of this folder runs.
+        ProcessError: No supervisor of this folder is running.
     """
     call(folder, "supervisor.shutdown")
 
 
-def _program(name: str) -> str:
-    found = shutil.which(name, path=flower_environment(Path())["PATH"])
-    if found is None:
+def call(folder: Path, method: str, *arguments: Any) -> Any:
+    """Call a method of supervisord's XML-RPC interface.
+
+    Raises:
+        ProcessError: No supervisor of this folder is running, or it returns an error.
+    """
+    transport = SupervisorTransport(serverurl=f"unix://{_socket(folder)}")
+    try:
+        with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as proxy:
+            return attrgetter(method)(proxy)(*arguments)
+    except xmlrpc.client.Fault as fault:
+        raise ProcessError(f"the supervisor of {folder} reports: {fault.faultString}") from fault
+    except (OSError, http.client.HTTPException) as error:
+        raise ProcessError(f"no processes of {folder} run here: start them with `up`") from error
+
+
+def _find_program(name: str) -> str:
+    path = shutil.which(name, path=flower_environment(Path())["PATH"])
+    if path is None:
         raise ProcessError(f"the program '{name}' is not installed, or not on PATH")
-    return found
+    return path
 
 
 def _socket(folder: Path) -> Path:
-    """Where the supervisor of a folder listens: in it, or in a folder of the user's if that is too long."""
-    inside = folder / "logs" / "supervisor.sock"
-    if len(str(inside)) <= _LONGEST_SOCKET:
-        return inside
-    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    place = Path(tempfile.gettempdir()) / f"fedsigma-{os.getuid()}"
-    place.mkdir(mode=0o700, exist_ok=True)
-    if place.stat().st_uid != os.getuid() or place.stat().st_mode & 0o077:
-        raise ProcessError(f"{place} belongs to someone else or is open to others: remove it")
-    return place / f"{digest}.sock"
+    """Return the path of the supervisor's socket: in logs/, or in /tmp if that path is too long."""
+    path = folder / "logs" / "supervisor.sock"
+    if len(str(path)) <= _MAX_SOCKET_PATH:
+        return path
+    parent = Path(tempfile.gettempdir()) / f"fedsigma-{os.getuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    if parent.stat().st_uid != os.getuid() or parent.stat().st_mode & 0o077:
+        raise ProcessError(f"{parent} belongs to another user or is open to others: remove it")
+    return parent / f"{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.sock"
 
 
 def _configuration(processes: Sequence[Process], folder: Path) -> str:
-    logs = Path(_plain(str(folder / "logs")))
+    logs = Path(_checked(str(folder / "logs")))
     config = configparser.RawConfigParser()
     config["unix_http_server"] = {"file": str(_socket(folder)), "chmod": "0700"}
     config["supervisord"] = {
@@ -221,15 +239,15 @@ def _configuration(processes: Sequence[Process], folder: Path) -> str:
     for process in processes:
         environment = ",".join(f"{key}={_quoted(value)}" for key, value in process.environment.items())
         config[f"program:{process.name}"] = {
-            "command": " ".join(shlex.quote(_plain(word)) for word in process.command),
+            "command": " ".join(shlex.quote(_checked(argument)) for argument in process.command),
             "directory": str(folder),
             "environment": environment,
             "priority": str(process.after),
             "autorestart": "true",
-            # It goes on trying for ever: a server that is down for a night must not end a site's node.
+            # A server that is down for a night must not end a site's node.
             "startretries": "1000000",
             "startsecs": "3",
-            "stopwaitsecs": str(process.patience_s),
+            "stopwaitsecs": "20",
             "stopasgroup": "true",
             "killasgroup": "true",
             "redirect_stderr": "true",
@@ -242,11 +260,11 @@ def _configuration(processes: Sequence[Process], folder: Path) -> str:
     return text.getvalue()
 
 
-def _plain(value: str) -> str:
-    """A value as supervisord reads it from its file, in which " ;" and " #" begin comments.
+def _checked(value: str) -> str:
+    """Return a value as supervisord's file needs it, in which " ;" and " #" begin comments.
 
     Raises:
-        ProcessError: it would read another.
+        ProcessError: The value contains one of these.
     """
     if re.search(r"\n|\s[;#]", value):
         raise ProcessError(f"a value for the supervisor holds a comment or line break: {value[:80]!r}")
@@ -254,53 +272,11 @@ def _plain(value: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """An environment's value between double quotes; supervisord strips single ones from its ends.
+    """Return an environment value in double quotes; supervisord strips single ones from its ends.
 
     Raises:
-        ProcessError: it would read another value.
+        ProcessError: The value contains a quote that supervisord would remove.
     """
     if '"' in value or value != value.strip("'"):
         raise ProcessError(f"an environment value for the supervisor holds a quote: {value[:80]!r}")
-    return f'"{_plain(value)}"'
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=60)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the socket."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
-class _Transport(xmlrpc.client.Transport):
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        """Connect to the socket, whatever the host."""
-        return _Connection(self._path)
-
-
-def call(folder: Path, method: str, *arguments: Any) -> Any:
-    """Call the supervisor of a folder by supervisord's own interface.
-
-    Raises:
-        ProcessError: no supervisor of this folder runs, or it refuses.
-    """
-    proxy = xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(_socket(folder)))
-    function: Any = proxy
-    for part in method.split("."):
-        function = getattr(function, part)
-    try:
-        return function(*arguments)
-    except xmlrpc.client.Fault as fault:
-        raise ProcessError(f"the supervisor of {folder} says: {fault.faultString}") from fault
-    except (OSError, http.client.HTTPException) as error:
-        raise ProcessError(f"no processes of {folder} run here: start them with `up`") from error
+    return f'"{_checked(value)}"'

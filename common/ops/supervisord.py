@@ -1,7 +1,7 @@
-"""supervisord, with two weaknesses less.
+"""supervisord with two changes for unattended operation.
 
-A full disk on which its own output lies must not end it, and its own end must not leave processes that nobody
-watches and that hold their ports. Arguments: those of supervisord.
+A full disk under its output does not end it, and its children end when it is killed, so that no unwatched
+process holds a port. Arguments: those of supervisord.
 """
 
 from __future__ import annotations
@@ -17,45 +17,37 @@ from supervisor.options import ServerOptions
 
 __all__ = ["end_with_parent", "main"]
 
-
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent ends; it holds over an exec.
-
-    Only Linux can; elsewhere nothing happens, and a killed parent leaves its children.
-    """
+    """Have the kernel send this process SIGTERM when its parent ends, also after an exec; Linux only."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class _Options(ServerOptions):
+class _Options(ServerOptions):  # type: ignore[misc]
     def execve(self, filename: str, argv: list[str], env: dict[str, str]) -> None:
-        """Called in a child, before it becomes its program."""
+        """Replace a child process by its program."""
         end_with_parent()
         super().execve(filename, argv, env)
 
 
-class _Unfailing:
-    """A stream of which a write that fails is lost, and no error.
-
-    Args:
-        stream: to write to.
-    """
+class _BestEffortStream:
+    """A text stream that drops what it fails to write."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str | bytes) -> int:
-        """Write, or lose it. What its programs say comes as bytes."""
+        """Write text, or a child's output in bytes."""
         with suppress(OSError):
             self._stream.write(text if isinstance(text, str) else text.decode("utf-8", "replace"))
             self._stream.flush()
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or lose it."""
+        """Flush."""
         with suppress(OSError):
             self._stream.flush()
 
@@ -64,8 +56,8 @@ class _Unfailing:
 
 
 def main(arguments: list[str]) -> None:
-    """Run supervisord in this process; ends with its exit code."""
-    sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)  # type: ignore[assignment]
+    """Run supervisord in this process until it ends."""
+    sys.stdout, sys.stderr = _BestEffortStream(sys.stdout), _BestEffortStream(sys.stderr)  # type: ignore[assignment]
     supervisord.ServerOptions = _Options
     supervisord.main(arguments)
 

@@ -1,4 +1,4 @@
-"""Serving web requests: the socket, TLS, and an orderly end. Needs uvicorn, which the extras bring."""
+"""Serve a web application: socket, TLS and orderly shutdown. Needs uvicorn, from the extras."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from starlette.types import ASGIApp
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["WebError", "check_tls", "listening", "run", "server"]
+__all__ = ["WebError", "check_tls", "create_server", "open_listener", "serve_until_stopped"]
 
 
 class WebError(FedSigmaError, ValueError):
     """An address cannot be listened on, or a certificate is invalid."""
 
 
-def listening(host: str, port: int, *, remedy: str = "name a free one") -> socket.socket:
+def open_listener(host: str, port: int, *, remedy: str = "name a free one") -> socket.socket:
     """Open a listening socket.
 
     Args:
@@ -39,17 +39,17 @@ def listening(host: str, port: int, *, remedy: str = "name a free one") -> socke
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:
-    """Refuse a certificate and key that do not do.
+    """Check a certificate and its key; both None for no TLS.
 
     Raises:
-        WebError: one is missing, they do not belong together, or the key is encrypted.
+        WebError: One is missing, they do not belong together, or the key is encrypted.
     """
     if certificate is None and key is None:
         return
     if certificate is None or key is None:
-        raise WebError("TLS needs both a certificate and a key: name both")
+        raise WebError("TLS needs both a certificate and a key: pass both")
     try:
-        # An empty password, since OpenSSL would ask for one at the terminal.
+        # With an empty password, since OpenSSL would otherwise prompt for one.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
         raise WebError(
@@ -58,13 +58,13 @@ def check_tls(certificate: Path | None, key: Path | None) -> None:
         ) from None
 
 
-def server(
+def create_server(
     app: ASGIApp, *, grace_s: int, certificate: Path | None = None, key: Path | None = None
 ) -> uvicorn.Server:
-    """A server that logs no request and stops in order, giving those under way `grace_s` seconds."""
+    """Return a server without request logs, which gives open requests `grace_s` seconds on shutdown."""
     config = uvicorn.Config(
         app,
-        # h11 bounds the size of a request's head; nothing here is chosen by what happens to be installed.
+        # Named, since uvicorn's defaults depend on what is installed; h11 limits a request's head.
         http="h11",
         ws="none",
         loop="asyncio",
@@ -80,10 +80,12 @@ def server(
     return uvicorn.Server(config)
 
 
-def run(made: uvicorn.Server, place: socket.socket, announce: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
-    # uvicorn stops in order, then raises the signal again for whoever waited for it: here nobody does.
+def serve_until_stopped(
+    web_server: uvicorn.Server, listener: socket.socket, announce: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; calls `announce` before."""
+    # uvicorn raises the signal again after its shutdown, which must not end the process with an error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     announce()
-    made.run(sockets=[place])
+    web_server.run(sockets=[listener])

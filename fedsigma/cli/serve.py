@@ -84,7 +84,7 @@ def serve(
     from fedsigma.client.serving.app import asgi
     from fedsigma.client.serving.images import restrict_decoders
     from fedsigma.client.serving.limits import Limits, check_exposure, read_token
-    from fedsigma.common.ops.web import check_tls, listening, run, server
+    from fedsigma.common.ops.web import check_tls, create_server, open_listener, serve_until_stopped
 
     limits = Limits(
         body_bytes=int(max_mb * 1e6),
@@ -102,11 +102,11 @@ def serve(
     check_tls(certificate, key)
     restrict_decoders(limits.pixels)
     service = _service(model, backbone, personal, calibration, abstain_below, limits, token)
-    with listening(host, port, remedy="choose a free one with --host and --port") as listener:
+    with open_listener(host, port, remedy="choose a free one with --host and --port") as listener:
         scheme, name = "https" if certificate else "http", f"[{host}]" if ":" in host else host
         address = f"{scheme}://{name}:{listener.getsockname()[1]}"
-        run(
-            server(asgi(service), grace_s=limits.grace_s, certificate=certificate, key=key),
+        serve_until_stopped(
+            create_server(asgi(service), grace_s=limits.grace_s, certificate=certificate, key=key),
             listener,
             lambda: typer.echo(f"Serving {service.info.model} on {address}. {service.info.notice}"),
         )

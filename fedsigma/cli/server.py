@@ -10,12 +10,12 @@ import typer
 
 from fedsigma.common.config.schema import resolve_relative, split_address
 from fedsigma.common.ops.enrolment_files import SiteKeys, fingerprint
-from fedsigma.common.ops.health import SERVING, health_of, web_health_of
+from fedsigma.common.ops.health import SERVING, check_health, check_web_health
 from fedsigma.common.ops.supervisor import (
     Process,
     ProcessError,
+    is_running,
     restart,
-    running,
     states,
     stop,
     supervise,
@@ -154,7 +154,7 @@ def status(
     Exit code 0: all are serving, or the one given by --only; 4: one is not.
     """
     server = ServerHome(folder)
-    supervised = {s.name: s for s in states(server.path)} if running(server.path) else {}
+    supervised = {s.name: s for s in states(server.path)} if is_running(server.path) else {}
     rows = []
     for process in _chosen(server, only):
         state = supervised.get(process.name)
@@ -311,7 +311,7 @@ def rotate(
 
 
 def _restart(server: ServerHome, *processes: str) -> None:
-    for process in processes if running(server.path) else ():
+    for process in processes if is_running(server.path) else ():
         try:
             restart(server.path, process)
             typer.echo(f"Restarted {process}.")
@@ -334,9 +334,9 @@ def _health(server: ServerHome, process: Process) -> str:
     if process.name == "dashboard":
         return _dashboard_health(server)
     if process.name != "proxy":
-        return health_of(process.health) if process.health else ""
+        return check_health(process.health) if process.health else ""
     name, _ = split_address(server.config.address, where="address")
-    return health_of(
+    return check_health(
         resolve_relative(server.config.listen, where="listen"),
         certificates=server.tls("sites.crt").read_bytes(),
         name=name,
@@ -350,7 +350,7 @@ def _dashboard_health(server: ServerHome) -> str:
     try:
         config = DashboardConfig.read(server.path)
         certificate = Path(config.certificate).read_bytes() if config.certificate else None
-        return web_health_of(resolve_relative(config.listen, where="listen"), certificate=certificate)
+        return check_web_health(resolve_relative(config.listen, where="listen"), certificate=certificate)
     except (ValueError, OSError) as error:
         # The health of the other processes is still shown.
         return f"unknown ({error})"

@@ -13,8 +13,8 @@ from fedsigma.client.deployment.bundle_approval import BundleApprovals, bundle_d
 from fedsigma.client.deployment.home import SiteHome
 from fedsigma.client.deployment.services import node_process, worker_process
 from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, fingerprint
-from fedsigma.common.ops.health import SERVING, health_of
-from fedsigma.common.ops.supervisor import restart, running, states, stop, supervise
+from fedsigma.common.ops.health import SERVING, check_health
+from fedsigma.common.ops.supervisor import is_running, restart, states, stop, supervise
 from fedsigma.common.utils.errors import PROBLEMS
 
 __all__ = ["app"]
@@ -117,12 +117,12 @@ def status(
     site = SiteHome(folder)
     # Not by worker_process, which writes the worker's programs and reads site.yaml.
     health = {"node": site.connection.node_health, "worker": site.connection.worker_health}
-    supervised = {s.name: s.state.lower() for s in states(site.path)} if running(site.path) else {}
+    supervised = {s.name: s.state.lower() for s in states(site.path)} if is_running(site.path) else {}
     rows = [
         {
             "process": name,
             "state": supervised.get(name, "not supervised here"),
-            "health": health_of(address) if address else "",
+            "health": check_health(address) if address else "",
         }
         for name, address in health.items()
         if only in (None, name)
@@ -237,7 +237,7 @@ def rotate(
         return
     site.switch_key()
     typer.echo("The node uses the new key from its next start.")
-    if running(site.path):
+    if is_running(site.path):
         restart(site.path, "node")
         typer.echo("Restarted the node.")
 
@@ -261,7 +261,7 @@ def trust(
         typer.confirm("Trust only these certificates?", abort=True)
     site.trust(certificates)
     typer.echo("The node trusts them from its next start.")
-    if running(site.path):
+    if is_running(site.path):
         restart(site.path, "node")
         typer.echo("Restarted the node.")
 

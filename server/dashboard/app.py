@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from fedsigma.common.config.schema import split_address
-from fedsigma.common.ops.web import check_tls, listening, run, server
+from fedsigma.common.ops.web import check_tls, create_server, open_listener, serve_until_stopped
 from fedsigma.server.dashboard.auth.accounts import Accounts
 from fedsigma.server.dashboard.auth.login import OneTimeLink
 from fedsigma.server.dashboard.auth.middleware import require_login
@@ -122,5 +122,6 @@ def serve(
     """
     check_tls(certificate, key)
     host, port = split_address(listen, where="listen")
-    with listening(host, port) as socket:
-        run(server(app, grace_s=SHUTDOWN_GRACE_S, certificate=certificate, key=key), socket, announce)
+    with open_listener(host, port) as socket:
+        web_server = create_server(app, grace_s=SHUTDOWN_GRACE_S, certificate=certificate, key=key)
+        serve_until_stopped(web_server, socket, announce)

@@ -18,7 +18,7 @@ from typing import Any
 from fedsigma.client.deployment.bundle_approval import BundleApprovals
 from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.flower_compat import build_fab_from_disk
-from fedsigma.common.ops.supervisor import ProcessError, free_ports, running, states, stop
+from fedsigma.common.ops.supervisor import ProcessError, free_ports, is_running, states, stop
 from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.home import ServerConfig, ServerHome
 from fedsigma.server.runs.run_dir import RunDir
@@ -94,7 +94,7 @@ class Deployment:
     def stop(self, place: str) -> None:
         """End what `start` started, and wait for it."""
         process = self._up.pop(place)
-        wait_for(lambda: running(self.folder(place)), f"the supervisor of {place}")
+        wait_for(lambda: is_running(self.folder(place)), f"the supervisor of {place}")
         stop(self.folder(place))
         assert process.wait(timeout=60) == 0
 

@@ -22,7 +22,7 @@ from fedsigma.client.inference.predictor import Predictor
 from fedsigma.client.serving.app import asgi
 from fedsigma.client.serving.limits import Limits
 from fedsigma.client.serving.service import Service, describe_model
-from fedsigma.common.ops.web import listening, server
+from fedsigma.common.ops.web import create_server, open_listener
 
 PATIENT = "MUSTERMANN_19700101.png"
 
@@ -63,8 +63,8 @@ def serving(
     if holder:
         judge.probabilities = holder  # type: ignore[method-assign]
     service = Service(judge, describe_model(run, restored, calibration, least, bounds), bounds, token=token)
-    made = server(asgi(service), grace_s=bounds.grace_s)
-    with listening("127.0.0.1", 0) as place:
+    made = create_server(asgi(service), grace_s=bounds.grace_s)
+    with open_listener("127.0.0.1", 0) as place:
         thread = threading.Thread(target=made.run, kwargs={"sockets": [place]})
         thread.start()
         try:

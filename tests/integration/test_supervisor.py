@@ -19,13 +19,13 @@ from fedsigma.common.ops import supervisor as processes
 from fedsigma.common.ops.supervisor import (
     Process,
     ProcessError,
+    is_running,
     restart,
-    running,
     states,
     stop,
     supervise,
 )
-from fedsigma.common.ops.supervisord import _Unfailing
+from fedsigma.common.ops.supervisord import _BestEffortStream
 
 SUPERVISE = """
 import sys
@@ -53,7 +53,7 @@ def pid_of(folder: Path, name: str) -> int:
 
 def all_run(folder: Path, *, but: int = 0) -> bool:
     """Whether all processes run, none of them as this process number."""
-    if not running(folder):
+    if not is_running(folder):
         return False
     return all(state.state == "RUNNING" and state.pid != but for state in states(folder))
 
@@ -83,17 +83,17 @@ def test_what_dies_is_started_again_and_what_is_stopped_leaves_nothing(
 
     with pytest.raises(ProcessError, match="run already"):
         supervise([], tmp_path)
-    with pytest.raises(ProcessError, match=r"the supervisor of .* says"):
+    with pytest.raises(ProcessError, match=r"the supervisor of .* reports"):
         restart(tmp_path, "three")
 
     left = [pid_of(tmp_path, name) for name in ("one", "two")]
     stop(tmp_path)
     assert supervisor.wait(timeout=60) == 0
-    assert not any(psutil.pid_exists(pid) for pid in left) and not running(tmp_path)
+    assert not any(psutil.pid_exists(pid) for pid in left) and not is_running(tmp_path)
 
 
 def test_without_a_supervisor_there_is_nothing_to_ask(tmp_path: Path) -> None:
-    assert not running(tmp_path)
+    assert not is_running(tmp_path)
     for call in (states, stop):
         with pytest.raises(ProcessError, match="start them with `up`"):
             call(tmp_path)
@@ -228,5 +228,5 @@ def test_a_program_of_flowers_that_returns_ends_although_a_thread_of_its_own_goe
 
 def test_what_programs_say_in_bytes_is_written_too() -> None:
     stream = io.StringIO()
-    _Unfailing(stream).write("ein Gerät\n".encode() + b"\xff")
+    _BestEffortStream(stream).write("ein Gerät\n".encode() + b"\xff")
     assert stream.getvalue() == "ein Gerät\n\ufffd"

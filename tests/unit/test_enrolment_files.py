@@ -62,7 +62,7 @@ def test_an_invitation_comes_back_and_is_secret(tmp_path: Path) -> None:
         ({"expires": "2026-04-30T00:00:00+00:00"}, "expired on 2026-04-30"),
         ({"expires": "2026-06-01T00:00:00"}, "expired"),
         ({"expires": "soon"}, "expected a date"),
-        ({"word": "AB"}, "no 64 hex digits"),
+        ({"word": "AB"}, "not 64 hex digits"),
         ({"site": "../north"}, "the site's name is"),
     ],
 )
