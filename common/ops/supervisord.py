@@ -57,7 +57,7 @@ class _BestEffortStream:
 
 def main(arguments: list[str]) -> None:
     """Run supervisord in this process until it ends."""
-    sys.stdout, sys.stderr = _BestEffortStream(sys.stdout), _BestEffortStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _BestEffortStream(sys.stdout), _BestEffortStream(sys.stderr)
     supervisord.ServerOptions = _Options
     supervisord.main(arguments)
 
