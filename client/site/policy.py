@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from fedsigma.common.config.constants import PRIVACY_LEVELS
+from fedsigma.common.config.constants import ALL_SITES, PRIVACY_LEVELS
 from fedsigma.common.config.fields import Check, Line, ListOf, Sha256, matching, one_of
 from fedsigma.common.config.schema import ConfigError, build, read_yaml, settings
 
@@ -16,8 +16,8 @@ __all__ = ["SitePolicy"]
 
 
 def _check_name(name: str) -> None:
-    if len(name) > 80 or name == "pooled":
-        raise ValueError("expected at most 80 characters and not 'pooled'")
+    if len(name) > 80 or name == ALL_SITES:
+        raise ValueError(f"expected at most 80 characters and not '{ALL_SITES}'")
 
 
 @settings
@@ -35,7 +35,7 @@ class SitePolicy:
 
     name: Annotated[
         Line,
-        Check(_check_name, {"maxLength": 80, "not": {"const": "pooled"}}),
+        Check(_check_name, {"maxLength": 80, "not": {"const": ALL_SITES}}),
         Field(description="Name of the site, as the server knows it."),
     ]
     source: Annotated[

@@ -5,6 +5,9 @@ from __future__ import annotations
 TOWERS = ("image", "text")
 """The two halves of a CLIP."""
 
+ALL_SITES = "all sites"
+"""Site name and status of the row of metrics over all sites' test images; no site may have this name."""
+
 PARTS = ("q", "k", "v", "o", "mlp")
 """The parts of a layer whose matrices are adapted."""
 

@@ -42,13 +42,13 @@ def check_site_name(name: str) -> None:
     """Check that a site's name can be used in file names and reports.
 
     Raises:
-        EnrolmentFileError: It has other characters than letters, digits, `.`, `_` and `-`, is longer than 64,
-            or is reserved.
+        EnrolmentFileError: It has other characters than letters, digits, `.`, `_` and `-`, or is longer
+            than 64.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == "pooled":
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise EnrolmentFileError(
             f"the site's name is {name[:80]!r}, expected 1 to 64 letters, digits, '.', '_' or '-',"
-            " beginning with a letter or digit, and not 'pooled'"
+            " beginning with a letter or digit"
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fedsigma.common.config.constants import METRICS
+from fedsigma.common.config.constants import ALL_SITES, METRICS
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.sigma import PersonalConfig, SigmaConfig
 from fedsigma.common.config.study import DataConfig, StudyConfig
@@ -168,7 +168,7 @@ class HandshakeReply:
     mask_signature: bytes = b""
 
     def __post_init__(self) -> None:
-        plain_name = 0 < len(self.site) <= 80 and self.site.isprintable() and self.site != "pooled"
+        plain_name = 0 < len(self.site) <= 80 and self.site.isprintable() and self.site != ALL_SITES
         _require(plain_name, "the site's name is empty, too long, reserved or not printable")
         plain = 0 < len(self.version) <= 64 and self.version.isprintable()
         _require(plain, "the version is empty, too long or not printable")

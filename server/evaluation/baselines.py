@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.training.trainer import Trainer, TrainOutput, derive_seed
@@ -24,7 +25,6 @@ from fedsigma.server.federation.validation import (
     validate_evaluations,
     validate_update,
 )
-from fedsigma.server.runs.rounds_table import ALL_SITES
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import ParameterPartition

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.training.trainer import Trainer
 from fedsigma.common.wire.records import Evaluation
 from fedsigma.server.evaluation.baselines import Baselines, method_entry
 from fedsigma.server.federation.rounds import NoModel
 from fedsigma.server.federation.validation import SiteEvaluation
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 
 __all__ = ["evaluate_study", "write_summary"]
@@ -67,7 +67,7 @@ def evaluate_study(
     for site, evaluation in evaluated["federated"].items():
         run_dir.log_round(last, site, evaluation.evaluation.metrics(), 0, 0, "accepted")
     federated = method_entry(evaluated["federated"])
-    run_dir.log_round(last, ALL_SITES, federated["metrics"], 0, 0, "pooled")
+    run_dir.log_round(last, ALL_SITES, federated["metrics"], 0, 0, ALL_SITES)
 
     summary: dict[str, Any] = {"study": study.name, "rounds": study.federation.rounds}
     summary |= {

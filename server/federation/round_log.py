@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.server.federation.aggregation import Aggregator
 from fedsigma.server.federation.messenger import SiteReply
@@ -14,7 +15,6 @@ from fedsigma.server.federation.privacy_plan import site_level_epsilon
 from fedsigma.server.federation.site_manager import BUDGET_SPENT, SiteManager
 from fedsigma.server.federation.site_sampling import Cohort
 from fedsigma.server.federation.validation import InvalidReply, ValidUpdate, aggregate_metrics
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 
 __all__ = ["RoundLog", "log_plan", "round_line"]
@@ -139,5 +139,5 @@ class RoundLog:
         totals = dict(metrics)
         if self._study.privacy.of_sites:
             totals["epsilon"] = site_level_epsilon(self._study, self.number)
-        self.row(ALL_SITES, totals, "pooled")
+        self.row(ALL_SITES, totals, ALL_SITES)
         return totals

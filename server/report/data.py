@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.server.report.formatting import METHODS, format_ranges
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.runs.shift_magnitude import ShiftMagnitude, shift_magnitudes
 from fedsigma.server.runs.summary import RunSummary, study_of, summarize_run

@@ -13,10 +13,7 @@ from fedsigma.common.config.constants import METRICS
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.common.utils.json_lines import AppendLog, Row
 
-__all__ = ["ALL_SITES", "METRIC_COLUMNS", "RoundsTable", "latest_rows", "parse_row", "split_cells"]
-
-ALL_SITES = "pooled"
-"""The site name of the row that is computed over all sites' test images."""
+__all__ = ["METRIC_COLUMNS", "RoundsTable", "latest_rows", "parse_row", "split_cells"]
 
 METRIC_COLUMNS = (
     *(*METRICS, "loss", "examples", "test_examples", "epsilon"),

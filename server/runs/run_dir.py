@@ -191,7 +191,7 @@ class RunDir:
             metrics: Values by name.
             bytes_up: Bytes from the site to the server.
             bytes_down: Bytes from the server to the site.
-            status: `accepted`, `rejected`, `late` or `failed`; `pooled` in the row of all sites.
+            status: `accepted`, `rejected`, `late` or `failed`; `all sites` in the row of all sites.
             reason: Why a reply does not count.
 
         Raises:

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.utils.files import runs_folder
 from fedsigma.common.utils.json_lines import CHUNK, Row, first_line, last_lines, parse_object
-from fedsigma.server.runs.rounds_table import ALL_SITES, latest_rows, parse_row, split_cells
+from fedsigma.server.runs.rounds_table import latest_rows, parse_row, split_cells
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 
 __all__ = ["RunSummary", "find_runs", "last_contacts", "runs_folder", "study_of", "summarize_run"]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.common.config.constants import ALL_SITES
 
 __all__ = ["final_metrics", "flatten_parameters", "row_metrics", "safe_name"]
 
@@ -31,7 +31,7 @@ def safe_name(name: str) -> str:
 def row_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics of a row of rounds.csv by name, such as `site/NAME/accuracy`."""
     is_all_sites = row["site"] == ALL_SITES
-    prefix = ALL_SITES if is_all_sites else f"site/{safe_name(row['site'])}"
+    prefix = "all_sites" if is_all_sites else f"site/{safe_name(row['site'])}"
     return {
         f"{prefix}/{name}": float(value)
         for name, value in row.items()

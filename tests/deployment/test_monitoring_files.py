@@ -14,6 +14,7 @@ import promql_parser as promql
 import pytest
 import yaml
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.server.dashboard.pages.prometheus import RunCollector
 from fedsigma.server.runs.run_dir import RunDir
 from tests.deployment.test_deploy_files import YAMLLINT
@@ -33,7 +34,7 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     place = tmp_path_factory.mktemp("runs")
     write_synthetic_run(place / "blood", finished=6)
     private = RunDir.create(place / "private", "name: private\n")
-    for site in ("a", "pooled"):
+    for site in ("a", ALL_SITES):
         private.log_round(1, site, {"epsilon": 1.5, "loss": 0.5}, 1, 1, "accepted")
     found: dict[str, set[str]] = {"up": set()}
     for family in RunCollector(lambda: read(place)).collect():

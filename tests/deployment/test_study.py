@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
@@ -75,7 +76,7 @@ def test_it_ends_with_the_shift_of_the_simulation(
 def test_the_run_was_gone_on_with_after_its_process_died(finished: RunDir) -> None:
     kinds = [e["kind"] for e in finished.events() if e["kind"] in ("run_start", "run_end")]
     assert kinds == ["run_start", "run_start", "run_end"]
-    lost = [r for r in finished.rounds() if r["status"] not in ("accepted", "pooled")]
+    lost = [r for r in finished.rounds() if r["status"] not in ("accepted", ALL_SITES)]
     assert lost == []
 
 

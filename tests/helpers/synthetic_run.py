@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.sigma.layout import Entry, Layout
 from fedsigma.server.federation.validation import metrics_of_confusion
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.runs.shift_magnitude import shift_magnitudes, to_towers
 
@@ -201,7 +201,7 @@ def _write_rows(
         told = metrics if status == "accepted" else {}
         folder.log_round(number, site, told, 0 if final else UPLOAD, DOWNLOAD, status, reason)
     if sites:
-        folder.log_round(number, ALL_SITES, _metrics(float(at.mean()), rng), 0, 0, "pooled")
+        folder.log_round(number, ALL_SITES, _metrics(float(at.mean()), rng), 0, 0, ALL_SITES)
 
 
 def _drift(number: int, rng: np.random.Generator) -> dict[str, float]:

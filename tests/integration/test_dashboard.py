@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.registry import ModelRegistry
 from fedsigma.common.registry.manifest import Manifest
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.browser import MISSING, Seen, chromium
 from tests.helpers.dashboard_process import dashboard
@@ -212,7 +212,7 @@ def test_masked_updates_are_explained(page: Page, runs: Path, tmp_path: Path) ->
     text = folder.study_yaml.replace("strategy: fedavg", "strategy: fedavg\n  masking: true")
     (source / "study.yaml").write_text(text)
     folder.log_round(1, "north", {}, 10, 10, "accepted")
-    folder.log_round(1, ALL_SITES, {"accuracy": 0.5}, 0, 0, "pooled")
+    folder.log_round(1, ALL_SITES, {"accuracy": 0.5}, 0, 0, ALL_SITES)
     time.sleep(1.1)
     page.goto("/runs/masked")
     expect(page.locator("#updates")).to_contain_text("the server only learns the sum of the updates")
@@ -233,7 +233,7 @@ def test_live_run_is_updated_without_a_reload(page: Page, runs: Path) -> None:
                 folder.log_round(number, "north", {"accuracy": 0.9}, 1000, 1000, "accepted")
                 folder.log_round(number, "east", {}, 0, 1000, "late", "no reply within 600 s")
                 folder.log_event("site_timed_out", round=number, site="east")
-                folder.log_round(number, ALL_SITES, {"accuracy": 0.91}, 0, 0, "pooled")
+                folder.log_round(number, ALL_SITES, {"accuracy": 0.91}, 0, 0, ALL_SITES)
                 folder.log_event("round_end", round=number, sites=["north"], seconds=1.0)
             ended.wait(20)
 

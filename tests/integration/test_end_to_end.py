@@ -13,6 +13,7 @@ from fedsigma.client.inference.loaded_model import ModelLoadError, load_model
 from fedsigma.client.site.personal_state import PersonalError
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.common.backbones import save_backbone
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.sigma import Layout
 from fedsigma.common.training.trainer import make_partition
 from fedsigma.server.app import app as server
@@ -69,7 +70,7 @@ def check_guarded(folder: RunDir, audit: Path) -> None:
     shift = saved.shift.numpy()
     assert not shift[text].any() and np.abs(shift[~text]).min() > 0
     # A masked reply: 4 bytes a shared value, and those of the counts.
-    first = [row for row in folder.rounds() if row["round"] == 1 and row["site"] != "pooled"]
+    first = [row for row in folder.rounds() if row["round"] == 1 and row["site"] != ALL_SITES]
     assert all(0 < row["bytes_up"] - 4 * int((~text).sum()) < 100 for row in first)
     ledgers = list((audit / "privacy").glob("*.jsonl"))
     assert len(ledgers) == 4
@@ -110,7 +111,7 @@ def test_a_study_of_the_demonstration_images(places: Path) -> None:
     bad = [e for e in folder.events() if e["kind"] in ("site_failed", "reply_rejected", "site_timed_out")]
     assert bad == []
     assert folder.report_path.is_file()
-    first = [row for row in folder.rounds() if row["round"] == 1 and row["site"] != "pooled"]
+    first = [row for row in folder.rounds() if row["round"] == 1 and row["site"] != ALL_SITES]
     # Accuracy is a count over a count, without float32's error.
     assert all(
         row["accuracy"] == round(row["accuracy"] * n) / n for row in first for n in [row["test_examples"]]

@@ -12,6 +12,7 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedsigma.client.site import site
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
@@ -36,7 +37,7 @@ def test_the_model_is_that_of_the_unmasked_study_to_the_rounding(tmp_path: Path)
     # Sum of halves over the scale: bound 16, 4 sites of 8 images, so a step of 2^-21, over 20 images.
     np.testing.assert_allclose(shift_of(masked), shift_of(plain), rtol=0, atol=3 * 2 * 2**-21 / 20 + 1e-7)
     for mine, theirs in zip(masked.rounds(), plain.rounds(), strict=True):
-        if mine["site"] == "pooled" and mine["round"] <= 3:
+        if mine["site"] == ALL_SITES and mine["round"] <= 3:
             assert mine["accuracy"] == pytest.approx(theirs["accuracy"])
             assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
             assert (mine["examples"], mine["test_examples"]) == (theirs["examples"], theirs["test_examples"])
@@ -54,7 +55,7 @@ def test_no_single_change_loss_count_or_score_is_told(tmp_path: Path) -> None:
     folder = run(tmp_path, MASKED, tamper=watch)
     assert all(set(values) == {"kind", "masked", "steps"} for values in told) and len(told) == 12
     for row in folder.rounds():
-        if row["site"] != "pooled" and row["round"] <= 3:
+        if row["site"] != ALL_SITES and row["round"] <= 3:
             names = ("accuracy", "f1", "loss", "examples", "test_examples")
             known = (row[name] for name in (*names, "update_norm", "update_cosine", "shift_norm"))
             assert row["status"] == "accepted" and not any(known)

@@ -13,6 +13,7 @@ from flwr.app import Message
 
 from fedsigma.client import app as client_app
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
 from fedsigma.common.privacy.noise import SecureRandom
@@ -45,8 +46,8 @@ def test_every_round_is_entered_at_each_site_and_told(tmp_path: Path) -> None:
     for round in (1, 2, 3):
         expected = epsilon([ROUND] * round, 1e-5)
         assert rows[round, "barcelona"]["epsilon"] == pytest.approx(expected)
-        assert rows[round, "pooled"]["epsilon"] == pytest.approx(expected)
-        assert rows[round, "barcelona"]["loss"] is None and rows[round, "pooled"]["loss"] is None
+        assert rows[round, ALL_SITES]["epsilon"] == pytest.approx(expected)
+        assert rows[round, "barcelona"]["loss"] is None and rows[round, ALL_SITES]["loss"] is None
     assert "epsilon" in write_report(folder).read_text()
 
 
@@ -103,9 +104,9 @@ def test_a_site_whose_budget_is_spent_is_left_out_and_the_others_go_on(
         folder = run(tmp_path, text, out=name)
         assert [e["site"] for e in events(folder, "site_budget_exhausted")] == ["bccd"]
         third = [r for r in folder.rounds() if r["round"] == 3]
-        assert sorted(r["site"] for r in third) == ["barcelona", "cellavision", "jiangxi", "pooled"]
+        assert sorted(r["site"] for r in third) == [ALL_SITES, "barcelona", "cellavision", "jiangxi"]
         final = [r["site"] for r in folder.rounds() if r["round"] == 4]
-        assert set(final) == {*NAMES, "pooled"}
+        assert set(final) == {*NAMES, ALL_SITES}
 
 
 def test_an_interrupted_study_goes_on_with_what_it_has_spent(tmp_path: Path) -> None:
@@ -219,11 +220,11 @@ def test_the_noise_that_hides_sites_is_in_the_model(
 
 def test_sites_under_masks_are_counted_alike_and_tell_nothing_of_their_images(tmp_path: Path) -> None:
     folder = run(tmp_path, SITE.replace(*MASKED))
-    pooled = next(r for r in folder.rounds() if r["round"] == 1 and r["site"] == "pooled")
-    assert (pooled["examples"], pooled["test_examples"]) == (4, 0)
-    assert pooled["loss"] is None and pooled["accuracy"] is None
+    totals = next(r for r in folder.rounds() if r["round"] == 1 and r["site"] == ALL_SITES)
+    assert (totals["examples"], totals["test_examples"]) == (4, 0)
+    assert totals["loss"] is None and totals["accuracy"] is None
     spent = epsilon([PrivacyEvent(rate=1.0, noise_multiplier=8.0, steps=1)], 1e-5)
-    assert pooled["epsilon"] == pytest.approx(spent)
+    assert totals["epsilon"] == pytest.approx(spent)
     assert [e.level for e in ledger(tmp_path).entries()] == ["site"] * 3
 
 

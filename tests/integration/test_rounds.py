@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedsigma import __version__
 from fedsigma.client.app import app as client
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.sigma import Layout
@@ -140,7 +141,7 @@ def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
         assert rows[1, name]["accuracy"] == summary["zero_shot"]["per_site"][name]
         assert rows[4, name]["accuracy"] == summary["federated"]["per_site"][name]
         assert rows[1, name]["examples"] == IMAGES[name]
-    assert rows[4, "pooled"]["accuracy"] == summary["federated"]["accuracy"]
+    assert rows[4, ALL_SITES]["accuracy"] == summary["federated"]["accuracy"]
     assert summary["bytes_up_per_site_round"] == rows[1, "bccd"]["bytes_up"] > 4 * LAYOUT.size
 
 
@@ -171,7 +172,7 @@ def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
         assert row["update_cosine"] == pytest.approx(float(cosine), abs=1e-5)
     # In round 1 a change begins at zero, so it is the shift.
     assert rows[1, "bccd"]["shift_norm"] == rows[1, "bccd"]["update_norm"] != rows[2, "bccd"]["shift_norm"]
-    for row in (rows[2, "jiangxi"], rows[2, "pooled"], rows[3, "bccd"]):
+    for row in (rows[2, "jiangxi"], rows[2, ALL_SITES], rows[3, "bccd"]):
         assert row["update_norm"] is row["update_cosine"] is row["shift_norm"] is None
 
 
@@ -484,7 +485,7 @@ def test_every_strategy_runs_and_an_interrupted_run_ends_where_a_whole_one_does(
     np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
     assert resumed.read_summary()["federated"] == whole.read_summary()["federated"]
     assert resumed.read_summary()["zero_shot"] == whole.read_summary()["zero_shot"]
-    assert [row["round"] for row in resumed.rounds() if row["site"] == "pooled"] == [1, 2, 3, 4, 5]
+    assert [row["round"] for row in resumed.rounds() if row["site"] == ALL_SITES] == [1, 2, 3, 4, 5]
 
 
 def test_a_disk_that_is_full_ends_a_run_which_goes_on_where_it_stood(
@@ -706,7 +707,7 @@ def test_a_round_in_which_the_way_to_the_sites_was_lost_is_asked_for_again(tmp_p
     assert [e["round"] for e in events(folder, "round_start")] == [1, 2, 2, 3]
     assert [(e["round"], e["ok"]) for e in events(folder, "round_end")] == [(1, True), (2, True), (3, True)]
     np.testing.assert_array_equal(shift_of(folder), shift_of(whole))
-    assert {r["status"] for r in folder.rounds()} == {"accepted", "pooled"}
+    assert {r["status"] for r in folder.rounds()} == {"accepted", ALL_SITES}
 
 
 @pytest.mark.parametrize("cohorts", ["random", "by_images"])

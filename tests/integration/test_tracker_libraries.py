@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.study import load_study
 from fedsigma.common.ops.supervisor import free_ports
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.trackers import TrackerCallback, choose_trackers
 from tests.unit.test_run_dir import STUDY as SMALL
@@ -29,7 +29,7 @@ def write_round(folder: RunDir, number: int) -> None:
     for index, site in enumerate(("north", HOSTILE)):
         metrics = {"accuracy": 0.5 + number / 10 + index / 100, "loss": 1 / number, "epsilon": 0.25 * number}
         folder.log_round(number, site, metrics, 61_700, 58_200, "accepted")
-    folder.log_round(number, ALL_SITES, {"accuracy": 0.5 + number / 10}, 0, 0, "pooled")
+    folder.log_round(number, ALL_SITES, {"accuracy": 0.5 + number / 10}, 0, 0, ALL_SITES)
 
 
 def track(path: Path, names: str, *, rounds: tuple[int, ...], end: bool) -> RunDir:
@@ -189,7 +189,7 @@ def test_tensorboard_reads_all_rounds_of_a_resumed_run(
     found.Reload()
     told = {tag: [(one.step, one.value) for one in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
     assert told["site/north/accuracy"] == [(1, pytest.approx(0.6)), (2, pytest.approx(0.7))]
-    assert told["pooled/accuracy"] == [(1, pytest.approx(0.6)), (2, pytest.approx(0.7))]
+    assert told["all_sites/accuracy"] == [(1, pytest.approx(0.6)), (2, pytest.approx(0.7))]
     assert told["site/north/bytes_up"] == [(1, 61_700), (2, 61_700)]
     assert told["final/federated/accuracy"] == [(0, 0.75)]
     tensors = {tag: found.Tensors(tag)[-1].tensor_proto for tag in found.Tags()["tensors"]}
@@ -255,7 +255,7 @@ def test_wandb_writes_an_offline_run_and_goes_on_with_it(tmp_path: Path, offline
         for item in record.summary.update:
             summary[item.key or "/".join(item.nested_key)] = item.value_json
         saved |= {file.path for file in record.files.files}
-    assert told["site/north/accuracy"] == ["0.6", "0.7"] and told["pooled/accuracy"] == ["0.6", "0.7"]
+    assert told["site/north/accuracy"] == ["0.6", "0.7"] and told["all_sites/accuracy"] == ["0.6", "0.7"]
     assert told["round"] == ["1"] * 3 + ["2"] * 3
     assert summary["final/federated/accuracy"] == "0.75" and {"study.yaml", "report.html"} <= saved
 

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.ops.enrolment_files import (
     EnrolmentFileError,
     Invitation,
@@ -128,7 +129,7 @@ def test_files_of_another_kind_are_refused(content: str, why: str, tmp_path: Pat
         Invitation.read(tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a b", "pooled", "x" * 65, "a\n"])
+@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a b", ALL_SITES, "x" * 65, "a\n"])
 def test_a_sites_name_does_as_a_files_name(name: str) -> None:
     with pytest.raises(EnrolmentFileError):
         check_site_name(name)

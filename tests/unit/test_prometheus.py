@@ -14,6 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from fedsigma import __version__
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.server.dashboard.pages.prometheus import (
     RunCollector,
     RunMetrics,
@@ -116,7 +117,7 @@ def test_statuses_and_privacy_are_told(tmp_path: Path) -> None:
     for site, status in (("a", "accepted"), ("b", "late"), ("c", "rejected")):
         metrics = {"epsilon": 1.5} if status == "accepted" else {}
         folder.log_round(1, site, metrics, 10, 20, status)
-    folder.log_round(1, "pooled", {"epsilon": 1.5}, 0, 0, "pooled")
+    folder.log_round(1, ALL_SITES, {"epsilon": 1.5}, 0, 0, ALL_SITES)
     # The final model: judged, without an exchange of its own.
     folder.log_round(2, "a", {"accuracy": 0.5}, 0, 0, "accepted")
     text = page(RunCollector(lambda: read(tmp_path)))

@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.wire import records
@@ -129,7 +130,7 @@ def test_only_messages_can_be_sent() -> None:
         to_record(dataclasses.replace(REPLY, update=b"\0" * records.MAX_REPLY_BYTES))
 
 
-@pytest.mark.parametrize("name", ["", "pooled", "a\nb", "x" * 81])
+@pytest.mark.parametrize("name", ["", ALL_SITES, "a\nb", "x" * 81])
 def test_a_site_name_is_short_and_printable(name: str) -> None:
     with pytest.raises(ProtocolError):
         HandshakeReply(protocol=records.PROTOCOL, site=name, fingerprint="{}", version="0.1.0")

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.registry.shift_file import ShiftFileError
 from fedsigma.server.runs import lock
-from fedsigma.server.runs.rounds_table import ALL_SITES, METRIC_COLUMNS
+from fedsigma.server.runs.rounds_table import METRIC_COLUMNS
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.runs.summary import find_runs, summarize_run
 from tests.helpers.synthetic_run import synthetic_layout, synthetic_shift, write_synthetic_run
@@ -301,7 +302,7 @@ def test_summary_and_sigma_round_trip(folder: RunDir) -> None:
 def test_overview_follows_a_run_through_failure_and_resume(folder: RunDir) -> None:
     assert summarize_run(folder).state == "interrupted"
     folder.log_event("run_start")
-    folder.log_round(1, ALL_SITES, {"accuracy": 0.25}, 0, 0, "pooled")
+    folder.log_round(1, ALL_SITES, {"accuracy": 0.25}, 0, 0, ALL_SITES)
     folder.log_event("round_end", round=1, sites=["a"], seconds=1.0)
     folder.log_event("run_end", ok=False, reason="no site left")
     run = summarize_run(folder)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.client.deployment.home import SITE_YAML
 from fedsigma.client.site.policy import SitePolicy
-from fedsigma.common.config.constants import CODECS, OPTIMISERS, PARTS, PRIVACY_LEVELS, TOWERS
+from fedsigma.common.config.constants import ALL_SITES, CODECS, OPTIMISERS, PARTS, PRIVACY_LEVELS, TOWERS
 from fedsigma.common.config.federation import STRATEGIES, FederationConfig
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import ConfigError, build, read_yaml, write_yaml
@@ -73,7 +73,7 @@ def test_each_setting_has_a_description(printed_schema: dict[str, Any]) -> None:
         ("site", {"max_steps": 1}),
         ("site", {"min_cohort": 0}),
         ("site", {"privacy": "site"}),
-        ("site", {"name": "pooled"}),
+        ("site", {"name": ALL_SITES}),
         ("site", {"peers": {"south": "abc"}}),
         ("site", {"gpus": "all"}),
     ],

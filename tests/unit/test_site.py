@@ -21,6 +21,7 @@ from fedsigma.client.site.identity import new_identity
 from fedsigma.client.site.image_cache import IMAGES
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.client.site.site import SitePolicy
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
@@ -153,7 +154,7 @@ def test_a_node_without_site_yaml_or_partition_says_nothing(ask: Any, tmp_path: 
         ("name: x", "'source', 'studies' is missing"),
         (POLICY + "max_steps: 1", "did you mean 'max_local_steps'?"),
         (POLICY + "min_cohort: 0", "min_cohort is 0"),
-        (POLICY.replace("barcelona", "pooled"), "not 'pooled'"),
+        (POLICY.replace("barcelona", ALL_SITES), f"not '{ALL_SITES}'"),
         (POLICY.replace("local-dir:/models/fake", "3"), "backbones.fake is 3, expected text"),
     ],
 )

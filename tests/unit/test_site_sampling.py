@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.server.federation.site_sampling import (
@@ -88,7 +89,7 @@ def test_what_sites_have_told_is_read_from_the_rounds_that_are_done() -> None:
     rows = [
         {"round": 1, "site": "a", "status": "accepted", "examples": 9},
         {"round": 1, "site": "b", "status": "rejected", "examples": 400},
-        {"round": 1, "site": "pooled", "status": "pooled", "examples": 9},
+        {"round": 1, "site": ALL_SITES, "status": ALL_SITES, "examples": 9},
         {"round": 2, "site": "c", "status": "accepted", "examples": 50.0},
         {"round": 3, "site": "d", "status": "accepted", "examples": 5},
         {"round": 2, "site": "e", "status": "accepted", "examples": None},

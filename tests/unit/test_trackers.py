@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.study import load_study
 from fedsigma.server.deployment.auto_resume import resume_crashed_runs
 from fedsigma.server.deployment.studies import Studies
 from fedsigma.server.federation.site_manager import WrongSiteCount
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.trackers import TrackerCallback, TrackerError, callback, config, parse_trackers, worker
 from fedsigma.server.trackers.base import TrackedRun
@@ -96,7 +96,7 @@ def test_a_run_tells_its_settings_rounds_results_and_files(tmp_path: Path, use: 
     assert told.parameters["federation.rounds"] == "3" and told.parameters["classes"] == "a, b"
     assert told.tags["study"] == "fake" and told.tags["run"] == "1" and told.tags["fedsigma_version"]
     for row in folder.rounds():
-        where = ALL_SITES if row["site"] == ALL_SITES else f"site/{row['site']}"
+        where = "all_sites" if row["site"] == ALL_SITES else f"site/{row['site']}"
         assert heard.numbers[row["round"], f"{where}/accuracy"] == row["accuracy"]
         if row["site"] != ALL_SITES and row["round"] < 4:
             assert heard.numbers[row["round"], f"{where}/bytes_up"] == row["bytes_up"] > 0
@@ -363,7 +363,7 @@ def test_different_sites_have_different_names_that_every_tracker_takes(sites: li
     assert one != other
     assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", one) and not one.endswith(".")
     (name,) = row_metrics({"round": 1, "site": sites[0], "status": "accepted", "reason": "", "loss": 1})
-    assert name in (f"site/{one}/loss", "pooled/loss")
+    assert name in (f"site/{one}/loss", "all_sites/loss")
 
 
 def test_only_finite_numbers_are_told() -> None:

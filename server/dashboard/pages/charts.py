@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fedsigma.common.config.constants import METRICS
+from fedsigma.common.config.constants import ALL_SITES, METRICS
 from fedsigma.common.utils.json_lines import Row
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.run_dir import RunDir
 
 __all__ = ["comparison_charts", "run_charts"]

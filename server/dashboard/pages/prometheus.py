@@ -20,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from fedsigma.common import __version__
-from fedsigma.server.runs.rounds_table import ALL_SITES
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.server.runs.summary import RunSummary, last_contacts
 
 __all__ = ["NEWEST", "RunCollector", "RunMetrics", "metrics_page"]

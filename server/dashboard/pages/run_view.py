@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.utils.json_lines import Row
 from fedsigma.server.dashboard.pages.charts import run_charts
 from fedsigma.server.dashboard.pages.run_index import RunEntry, RunIndex
@@ -20,7 +21,6 @@ from fedsigma.server.report.formatting import (
     format_timestamp,
 )
 from fedsigma.server.report.summary_text import LabelledValue, headline, study_settings
-from fedsigma.server.runs.rounds_table import ALL_SITES
 from fedsigma.server.runs.summary import last_contacts
 from fedsigma.server.runs.tail import RunTailer
 
