@@ -17,12 +17,11 @@ import datetime
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from pydantic import Field
 
 from fedsigma.client.site.identity import new_identity, read_identity
 from fedsigma.client.site.policy import SitePolicy
@@ -89,24 +88,20 @@ class Connection:
     section: ClassVar[str] = ""
     renamed: ClassVar[dict[str, str]] = {"centre": "server_name", "server": "address"}
 
-    site: Annotated[str, Field(description="Name of the site, from the invitation.")]
-    server_name: Annotated[str, Field(description="Name of the server, from the invitation.")]
-    address: Annotated[Address, Field(description="HOST:PORT of the server, from the invitation.")]
-    node: Annotated[
-        Address,
-        Field(
-            description="HOST:PORT where the node serves the worker; it must not be reachable from outside."
-        ),
-    ] = "127.0.0.1:9101"
-    listen: Annotated[
-        OptionalAddress, Field(description="HOST:PORT where the node listens for the worker; empty: node.")
-    ] = ""
-    node_health: Annotated[
-        OptionalAddress, Field(description="HOST:PORT of the node's gRPC health service; empty: none.")
-    ] = "127.0.0.1:9102"
-    worker_health: Annotated[
-        OptionalAddress, Field(description="HOST:PORT of the worker's gRPC health service; empty: none.")
-    ] = "127.0.0.1:9103"
+    site: str
+    """Name of the site, from the invitation."""
+    server_name: str
+    """Name of the server, from the invitation."""
+    address: Address
+    """HOST:PORT of the server, from the invitation."""
+    node: Address = "127.0.0.1:9101"
+    """HOST:PORT where the node serves the worker; it must not be reachable from outside."""
+    listen: OptionalAddress = ""
+    """HOST:PORT where the node listens for the worker; empty: node."""
+    node_health: OptionalAddress = "127.0.0.1:9102"
+    """HOST:PORT of the node's gRPC health service; empty: none."""
+    worker_health: OptionalAddress = "127.0.0.1:9103"
+    """HOST:PORT of the worker's gRPC health service; empty: none."""
 
 
 @dataclass(frozen=True)

@@ -33,101 +33,70 @@ class SitePolicy:
         "max_judged": "max_evaluations",
     }
 
-    name: Annotated[
-        Line,
-        Check(_check_name, {"maxLength": 80, "not": {"const": ALL_SITES}}),
-        Field(description="Name of the site, as the server knows it."),
-    ]
-    source: Annotated[
-        Line, Field(description="Where the images are: folder:PATH, csv:PATH, parquet:PATH or dicom:PATH.")
-    ]
-    studies: Annotated[ListOf[str], Field(description="Names of the studies that may run here; '*': any.")]
-    backbones: Annotated[
-        dict[str, Annotated[str, Field(min_length=1)]],
-        Field(description="Allowed backbones: the study's name of each, and where it is stored here."),
-    ] = field(default_factory=lambda: {"starter": "starter"})
-    options: Annotated[dict[str, Any], Field(description="Options of the source.")] = field(
-        default_factory=dict
+    name: Annotated[Line, Check(_check_name, {"maxLength": 80, "not": {"const": ALL_SITES}})]
+    """Name of the site, as the server knows it."""
+    source: Line
+    """Where the images are: folder:PATH, csv:PATH, parquet:PATH or dicom:PATH."""
+    studies: ListOf[str]
+    """Names of the studies that may run here; '*': any."""
+    backbones: dict[str, Annotated[str, Field(min_length=1)]] = field(
+        default_factory=lambda: {"starter": "starter"}
     )
-    on_problem: Annotated[
-        str,
-        one_of(("stop", "skip")),
-        Field(description="Whether a damaged image or unknown label stops the site's work or is skipped."),
-    ] = "stop"
-    test_share: Annotated[
-        float,
-        Field(ge=0.05, le=0.95, description="Share of groups for testing, where the data have no split."),
-    ] = 0.5
-    max_local_steps: Annotated[int, Field(ge=1, description="Most steps of one training task.")] = 1000
-    max_examples: Annotated[int, Field(ge=1, description="Most training images that are used.")] = 10_000
-    max_rounds: Annotated[int, Field(ge=1, description="Most rounds of a study.")] = 1000
-    max_evaluations: Annotated[
-        int,
-        Field(ge=1, description="Most models of a study, over all its runs, evaluated on the test images."),
-    ] = 10_000
-    min_cohort: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="Fewest sites whose updates must be averaged together; 2 or more also refuses"
-            " to train alone.",
-        ),
-    ] = 2
-    share_class_counts: Annotated[
-        bool, Field(description="Whether the server learns the number of training images of each class.")
-    ] = False
-    share_confusion: Annotated[
-        bool,
-        Field(
-            description="Whether the server learns the final models' confusion matrices, which count the test"
-            " images of each class."
-        ),
-    ] = False
-    allow_attribution: Annotated[bool, Field(description="Whether finished models name this site.")] = False
-    allow_explanation: Annotated[
-        bool,
-        Field(description="Whether the server may describe in words what this site's last update changed."),
-    ] = False
-    audit: Annotated[str, Field(description="File of the audit log.")] = "audit.jsonl"
-    identity: Annotated[
-        str, Field(description="File of the site's Ed25519 private key (PEM), for secure aggregation.")
-    ] = ""
-    peers: Annotated[
-        dict[str, Sha256],
-        Field(
-            description="Public key of each site of the study (64 hex digits), for secure aggregation: from"
-            " the study's list, never from the server."
-        ),
-    ] = field(default_factory=dict)
-    require_masking: Annotated[
-        bool, Field(description="Whether a round without secure aggregation is refused.")
-    ] = False
-    max_cohorts: Annotated[
-        int, Field(ge=1, description="Number of cohorts that one masked round is answered for.")
-    ] = 2
-    privacy: Annotated[
-        str,
-        one_of(PRIVACY_LEVELS[:3]),
-        Field(description="What training must hide at least: none, image or group."),
-    ] = "none"
-    epsilon: Annotated[
-        float | None,
-        Field(ge=1e-3, description="Privacy budget of all studies together; null: each study's own only."),
-    ] = None
-    delta: Annotated[float, Field(ge=1e-15, le=0.1, description="Delta at which epsilon is counted.")] = 1e-5
-    ledger: Annotated[str, Field(description="File of the privacy ledger.")] = "privacy.jsonl"
-    personal: Annotated[str, Field(description="Folder of the values that studies leave at the site.")] = (
-        "personal"
+    """Allowed backbones: the study's name of each, and where it is stored here."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the source."""
+    on_problem: Annotated[str, one_of(("stop", "skip"))] = "stop"
+    """Whether a damaged image or unknown label stops the site's work or is skipped."""
+    test_share: Annotated[float, Field(ge=0.05, le=0.95)] = 0.5
+    """Share of groups for testing, where the data have no split."""
+    max_local_steps: Annotated[int, Field(ge=1)] = 1000
+    """Most steps of one training task."""
+    max_examples: Annotated[int, Field(ge=1)] = 10_000
+    """Most training images that are used."""
+    max_rounds: Annotated[int, Field(ge=1)] = 1000
+    """Most rounds of a study."""
+    max_evaluations: Annotated[int, Field(ge=1)] = 10_000
+    """Most models of a study, over all its runs, evaluated on the test images."""
+    min_cohort: Annotated[int, Field(ge=1)] = 2
+    """Fewest sites whose updates must be averaged together; 2 or more also refuses to train alone."""
+    share_class_counts: bool = False
+    """Whether the server learns the number of training images of each class."""
+    share_confusion: bool = False
+    """Whether the server learns the final models' confusion matrices, which count the test images of each
+    class."""
+    allow_attribution: bool = False
+    """Whether finished models name this site."""
+    allow_explanation: bool = False
+    """Whether the server may describe in words what this site's last update changed."""
+    audit: str = "audit.jsonl"
+    """File of the audit log."""
+    identity: str = ""
+    """File of the site's Ed25519 private key (PEM), for secure aggregation."""
+    peers: dict[str, Sha256] = field(default_factory=dict)
+    """Public key of each site of the study (64 hex digits), for secure aggregation: from the study's list,
+    never from the server."""
+    require_masking: bool = False
+    """Whether a round without secure aggregation is refused."""
+    max_cohorts: Annotated[int, Field(ge=1)] = 2
+    """Number of cohorts that one masked round is answered for."""
+    privacy: Annotated[str, one_of(PRIVACY_LEVELS[:3])] = "none"
+    """What training must hide at least: none, image or group."""
+    epsilon: Annotated[float | None, Field(ge=1e-3)] = None
+    """Privacy budget of all studies together; null: each study's own only."""
+    delta: Annotated[float, Field(ge=1e-15, le=0.1)] = 1e-5
+    """Delta at which epsilon is counted."""
+    ledger: str = "privacy.jsonl"
+    """File of the privacy ledger."""
+    personal: str = "personal"
+    """Folder of the values that studies leave at the site."""
+    bundles: ListOf[Sha256] = ()
+    """SHA-256 of each app bundle that may run here."""
+    cpus: Annotated[int | None, Field(ge=1)] = None
+    """Processors for training; null: all."""
+    gpus: Annotated[str, matching("auto|none|[0-9]+(,[0-9]+)*", 'auto, none, or numbers such as "0,1"')] = (
+        "auto"
     )
-    bundles: Annotated[
-        ListOf[Sha256], Field(description="SHA-256 of each app bundle that may run here.")
-    ] = ()
-    cpus: Annotated[int | None, Field(ge=1, description="Processors for training; null: all.")] = None
-    gpus: Annotated[
-        str,
-        matching("auto|none|[0-9]+(,[0-9]+)*", 'auto, none, or numbers such as "0,1"'),
-        Field(description='GPUs for training: auto, none, or numbers such as "0,1".'),
-    ] = "auto"
+    """GPUs for training: auto, none, or numbers such as "0,1"."""
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.privacy == "none":

@@ -37,68 +37,39 @@ class FederationConfig:
 
     section: ClassVar[str] = "federation"
 
-    strategy: Annotated[
-        str, one_of(STRATEGIES), Field(description="How the server aggregates the sites' updates.")
-    ] = "fedavg"
-    schedule: Annotated[
-        str,
-        one_of(("cosine", "constant")),
-        Field(description="Decay of the server's step over the rounds, for fedavgm, fedadam and fedyogi."),
-    ] = "constant"
-    rounds: Annotated[int, Field(ge=1, le=100_000, description="Number of rounds.")] = 10
-    participation: Annotated[
-        float, Field(ge=1e-6, le=1, description="Share of the available sites that is sampled in each round.")
-    ] = 1.0
-    cohorts: Annotated[
-        str,
-        one_of(("random", "by_images")),
-        Field(
-            description="How sites are sampled: random, or by_images, in proportion to their training images."
-        ),
-    ] = "random"
-    min_sites: Annotated[
-        int, Field(ge=1, le=100_000, description="Fewest valid replies for a round to count.")
-    ] = 2
-    round_timeout_s: Annotated[
-        float, Field(ge=1, le=43_200, description="Seconds that the server waits for the replies of a round.")
-    ] = 600.0
-    wait_for_sites_s: Annotated[
-        float, Field(ge=0, le=604_800, description="Seconds that the server waits for min_sites to connect.")
-    ] = 300.0
-    evaluate_every: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=100_000,
-            description="Evaluate the incoming shift every n-th round; the final shift is always evaluated.",
-        ),
-    ] = 1
-    options: Annotated[
-        dict[str, Any], Field(description="Options of the strategy, such as eta of fedadam.")
-    ] = field(default_factory=dict)
-    codec: Annotated[
-        str, one_of(CODECS), Field(description="How sites encode their updates: exact, half, int8 or small.")
-    ] = "exact"
-    norm_bound: Annotated[
-        float | None, Field(ge=1e-12, description="Largest L2 norm of an update that is accepted; null: any.")
-    ] = None
-    norm_factor: Annotated[
-        float | None,
-        Field(
-            ge=1,
-            description="Largest L2 norm of an update, in multiples of the round's median, where three or"
-            " more sites reply; null: any.",
-        ),
-    ] = 10.0
-    masking: Annotated[
-        bool, Field(description="Secure aggregation: the server learns only the sum of the updates.")
-    ] = False
-    mask_bound: Annotated[
-        float, Field(ge=1e-6, le=1e6, description="Largest magnitude of a value in a masked update.")
-    ] = 16.0
-    max_examples: Annotated[
-        int | None, Field(ge=1, description="Most examples that a site is weighted by; null: no limit.")
-    ] = None
+    strategy: Annotated[str, one_of(STRATEGIES)] = "fedavg"
+    """How the server aggregates the sites' updates."""
+    schedule: Annotated[str, one_of(("cosine", "constant"))] = "constant"
+    """Decay of the server's step over the rounds, for fedavgm, fedadam and fedyogi."""
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """Number of rounds."""
+    participation: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
+    """Share of the available sites that is sampled in each round."""
+    cohorts: Annotated[str, one_of(("random", "by_images"))] = "random"
+    """How sites are sampled: random, or by_images, in proportion to their training images."""
+    min_sites: Annotated[int, Field(ge=1, le=100_000)] = 2
+    """Fewest valid replies for a round to count."""
+    round_timeout_s: Annotated[float, Field(ge=1, le=43_200)] = 600.0
+    """Seconds that the server waits for the replies of a round."""
+    wait_for_sites_s: Annotated[float, Field(ge=0, le=604_800)] = 300.0
+    """Seconds that the server waits for min_sites to connect."""
+    evaluate_every: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Evaluate the incoming shift every n-th round; the final shift is always evaluated."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the strategy, such as eta of fedadam."""
+    codec: Annotated[str, one_of(CODECS)] = "exact"
+    """How sites encode their updates: exact, half, int8 or small."""
+    norm_bound: Annotated[float | None, Field(ge=1e-12)] = None
+    """Largest L2 norm of an update that is accepted; null: any."""
+    norm_factor: Annotated[float | None, Field(ge=1)] = 10.0
+    """Largest L2 norm of an update, in multiples of the round's median, where three or more sites reply;
+    null: any."""
+    masking: bool = False
+    """Secure aggregation: the server learns only the sum of the updates."""
+    mask_bound: Annotated[float, Field(ge=1e-6, le=1e6)] = 16.0
+    """Largest magnitude of a value in a masked update."""
+    max_examples: Annotated[int | None, Field(ge=1)] = None
+    """Most examples that a site is weighted by; null: no limit."""
 
     def __post_init__(self) -> None:
         if self.schedule != "constant" and self.strategy not in STEPS:

@@ -19,30 +19,17 @@ class PrivacyConfig:
 
     section: ClassVar[str] = "privacy"
 
-    level: Annotated[
-        str,
-        one_of(PRIVACY_LEVELS),
-        Field(
-            description="Whose presence is hidden: none, image, group (all images of one group of the data"
-            " source, such as a patient) or site."
-        ),
-    ] = "none"
-    noise_multiplier: Annotated[
-        float,
-        Field(ge=1e-3, le=1e6, description="Standard deviation of the noise divided by the clipping norm."),
-    ] = 1.0
-    clip_norm: Annotated[
-        float,
-        Field(
-            ge=1e-9,
-            le=1e9,
-            description="L2 norm to which the gradient of an image or group, or a site's update, is clipped.",
-        ),
-    ] = 1.0
-    delta: Annotated[float, Field(ge=1e-15, le=0.1, description="Delta of the guarantee.")] = 1e-5
-    epsilon: Annotated[
-        float, Field(ge=1e-3, le=1e9, description="Budget: training that would exceed it is refused.")
-    ] = 8.0
+    level: Annotated[str, one_of(PRIVACY_LEVELS)] = "none"
+    """Whose presence is hidden: none, image, group (all images of one group of the data source, such as a
+    patient) or site."""
+    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e6)] = 1.0
+    """Standard deviation of the noise divided by the clipping norm."""
+    clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
+    """L2 norm to which the gradient of an image or group, or a site's update, is clipped."""
+    delta: Annotated[float, Field(ge=1e-15, le=0.1)] = 1e-5
+    """Delta of the guarantee."""
+    epsilon: Annotated[float, Field(ge=1e-3, le=1e9)] = 8.0
+    """Budget: training that would exceed it is refused."""
 
     @property
     def in_training(self) -> bool:

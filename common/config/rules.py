@@ -1,7 +1,4 @@
-"""Rules between the sections of a study; the bounds of single values stand beside their fields.
-
-Each function raises ConfigError with the keys that contradict each other and what to change.
-"""
+"""Rules between the sections of a study; bounds of single values stand beside their fields."""
 
 from __future__ import annotations
 
@@ -12,29 +9,46 @@ from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.sigma import PersonalConfig, SigmaConfig
 
-__all__ = ["check_baselines", "check_evaluate_versions", "check_personal", "check_privacy"]
+__all__ = ["check_study"]
 
 
-def check_baselines(
-    baselines: tuple[str, ...],
+def check_study(
     *,
+    baselines: tuple[str, ...],
+    evaluate_versions: tuple[str, ...],
     has_data: bool,
+    sigma: SigmaConfig,
     personal: PersonalConfig | None,
     federation: FederationConfig,
     privacy: PrivacyConfig,
 ) -> None:
-    """Refuse a baseline whose images or updates the study does not let out of a site."""
+    """Refuse sections that contradict each other.
+
+    Raises:
+        ConfigError: Names the keys and what to change.
+    """
+    if evaluate_versions and personal is not None:
+        raise ConfigError("evaluate_versions evaluates shared values only: leave the section personal out")
+    if evaluate_versions and (trained := sorted(set(baselines) - {"zero_shot"})):
+        raise ConfigError(
+            f"evaluate_versions trains nothing, and baselines has '{trained[0]}', which does: leave it out"
+        )
+    if personal is not None:
+        _check_personal(personal, sigma)
+    _check_privacy(privacy, federation)
     if "pooled" in baselines and not has_data:
         raise ConfigError(
             "baselines has 'pooled', but the study has no data section: pooling needs all images in one"
             " place, which only a simulation has; leave 'pooled' out"
         )
-    if "local_only" in baselines and personal is not None:
+    if "local_only" not in baselines:
+        return
+    if personal is not None:
         raise ConfigError(
             "baselines has 'local_only', which would send each site's personal values to the others: run the"
             " same study without its section personal to compare"
         )
-    if "local_only" in baselines and (federation.masking or privacy.of_sites):
+    if federation.masking or privacy.of_sites:
         reason = "federation.masking" if federation.masking else "privacy.level 'site'"
         raise ConfigError(
             "baselines has 'local_only', which would show each site's update to the server and the other"
@@ -42,25 +56,11 @@ def check_baselines(
         )
 
 
-def check_evaluate_versions(
-    versions: tuple[str, ...], *, personal: PersonalConfig | None, baselines: tuple[str, ...]
-) -> None:
-    """Refuse what needs training, or values that are not shared, where versions are only evaluated."""
-    if versions and personal is not None:
-        raise ConfigError("evaluate_versions evaluates shared values only: leave the section personal out")
-    if versions and (trained := sorted(set(baselines) - {"zero_shot"})):
-        raise ConfigError(
-            f"evaluate_versions trains nothing, and baselines has '{trained[0]}', which does: leave it out"
-        )
-
-
-def check_personal(personal: PersonalConfig | None, sigma: SigmaConfig) -> None:
+def _check_personal(personal: PersonalConfig, sigma: SigmaConfig) -> None:
     """Refuse a personal part that is empty or leaves nothing to share.
 
-    It needs no backbone; `ParameterPartition` checks the layers' numbers.
+    Needs no backbone; `ParameterPartition` checks the layers' numbers.
     """
-    if personal is None:
-        return
     if set(personal.towers).isdisjoint(sigma.towers) or set(personal.parts).isdisjoint(sigma.parts):
         raise ConfigError(
             f"personal is {personal}, which is nothing of what sigma adapts, {sigma}: choose some of it,"
@@ -74,7 +74,7 @@ def check_personal(personal: PersonalConfig | None, sigma: SigmaConfig) -> None:
         )
 
 
-def check_privacy(privacy: PrivacyConfig, federation: FederationConfig) -> None:
+def _check_privacy(privacy: PrivacyConfig, federation: FederationConfig) -> None:
     """Refuse a federation that undoes the privacy, or whose aggregation has no accounting."""
     strategy = federation.strategy
     if privacy.in_training and strategy == "qfedavg":

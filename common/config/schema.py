@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
+import inspect
+import itertools
 import math
 import re
 import typing
@@ -13,6 +16,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import pydantic
 import yaml
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from fedsigma.common.utils.errors import FedSigmaError
@@ -52,7 +56,7 @@ _WORDS = {
 
 
 class ConfigError(FedSigmaError, ValueError):
-    """A study or site file holds something that is not allowed."""
+    """A settings file is invalid."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -82,57 +86,60 @@ def check_printable(where: str, value: str) -> None:
         raise ConfigError(f"{where} is {value!r}, expected printable text on one line")
 
 
-def flatten(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """Each of nested settings by its path, as federation.rounds, with its value."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key, such as federation.rounds, and the value of each of nested settings."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{where}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{where}{name}", value
+            yield f"{prefix}{name}", value
 
 
 def resolve_relative(address: str, *, where: str) -> str:
-    """How this machine reaches what listens at HOST:PORT, which may be all of its addresses.
-
-    Raises:
-        ConfigError: as `split_address`.
-    """
+    """Return the HOST:PORT at which this machine reaches a listening address, which may be 0.0.0.0 or ::."""
     host, port = split_address(address, where=where)
     return f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
 
 
 def split_address(address: str, *, where: str) -> tuple[str, int]:
-    """Split host:port.
+    """Split HOST:PORT.
 
     Raises:
-        ConfigError: it is not of this form.
+        ConfigError: The address has another form.
     """
-    found = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})", address)
-    if found is None or not 0 < int(found[2]) < 65536:
+    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})", address)
+    if match is None or not 0 < int(match[2]) < 65536:
         raise ConfigError(f"{where} is '{address}', expected HOST:PORT, such as fl.example.org:443")
-    return found[1].strip("[]"), int(found[2])
+    return match[1].strip("[]"), int(match[2])
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, with `1e-3` read as a number and a key written twice refused."""
+    """YAML's safe subset; reads `1e-3` as a number and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, typing.Hashable) and key in seen:
-                raise ConfigError(f"'{key}' is written twice (line {key_node.start_mark.line + 1})")
             if isinstance(key, typing.Hashable):
-                seen.add(key)
+                if key in keys:
+                    raise ConfigError(f"'{key}' is written twice (line {key_node.start_mark.line + 1})")
+                keys.add(key)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what _Loader reads: a text like `1e3` is put in quotes."""
+    """Writes what `_Loader` reads: text such as `1e3` is quoted, and control characters are escaped."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
         list("-+.0123456789"),
@@ -143,11 +150,10 @@ def read_yaml(text: str, *, where: str) -> dict[str, Any]:
     """Read one YAML mapping.
 
     Raises:
-        ConfigError: the text is not YAML, or not a mapping.
+        ConfigError: The text is not a YAML mapping.
     """
     try:
-        # _Loader derives from SafeLoader: it builds plain values only.
-        content = yaml.load(text, Loader=_Loader)
+        content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{where} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -157,18 +163,19 @@ def read_yaml(text: str, *, where: str) -> dict[str, Any]:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Make a class of annotated fields into frozen, keyword-only settings that check themselves.
+    """Make a class of annotated fields a frozen, keyword-only dataclass that validates its values.
 
     Values are not converted, except a whole number to a float and a list to a tuple. A field of another
     settings class also takes a mapping. Class variables: `section` is the section's name, which errors put
-    before a key; `renamed` maps old keys to new ones, which errors name.
+    before a key; `renamed` maps old keys to new ones, which errors name. The docstring below a field
+    describes it in the JSON Schema.
 
     Raises:
         ConfigError: When an instance is made with an unknown or missing key, or with an invalid value.
     """
     cls.__get_pydantic_core_schema__ = classmethod(_accept_mapping)  # type: ignore[attr-defined]
-    made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
-    check = made.__init__
+    settings_class = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
+    check = settings_class.__init__
 
     @functools.wraps(check)
     def init(self: Any, **values: Any) -> None:
@@ -177,8 +184,8 @@ def settings(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise _explain(type(self), error) from None
 
-    made.__init__ = init  # type: ignore[method-assign]
-    return typing.cast(type[T], made)
+    settings_class.__init__ = init  # type: ignore[method-assign]
+    return typing.cast(type[T], settings_class)
 
 
 def _accept_mapping(cls: type, source: Any, handler: pydantic.GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -212,9 +219,24 @@ def _make(cls: type[T], content: Mapping[Any, Any]) -> T:
     return cls(**content)
 
 
+class _SchemaWithDocstrings(GenerateJsonSchema):
+    """Describes each field by the docstring below it."""
+
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        result = super().dataclass_schema(schema)
+        for cls in filter(is_dataclass, reversed(schema["cls"].__mro__)):
+            (definition,) = ast.parse(inspect.getsource(cls)).body
+            assert isinstance(definition, ast.ClassDef)
+            for statement, docstring in itertools.pairwise(definition.body):
+                match statement, docstring:
+                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                        result["properties"][name]["description"] = " ".join(text.split())
+        return result
+
+
 def json_schema(cls: type) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a settings class, for editors and validators."""
-    schema = pydantic.TypeAdapter(cls).json_schema()
+    schema = pydantic.TypeAdapter(cls).json_schema(schema_generator=_SchemaWithDocstrings)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -251,7 +273,7 @@ def _unknown_key(cls: type, key: Any) -> ConfigError:
     renamed = getattr(cls, "renamed", {})
     if key in renamed:
         return ConfigError(f"the key '{_key(cls, key)}' is now called '{_key(cls, renamed[key])}'")
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    known = list(vars(cls)["__pydantic_fields__"])
     return ConfigError(f"the key '{_key(cls, key)}' is not known{did_you_mean(str(key), known)}")
 
 
@@ -261,7 +283,7 @@ def _key(cls: type, name: Any) -> str:
 
 
 def _expected(cls: Any, name: str, problem: Any) -> str:
-    """Return the second half of an error, which says what was expected."""
+    """Return the second half of an error: what was expected."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind in _BOUNDS:
         low, high = _bound(cls, name, "ge"), _bound(cls, name, "le")
@@ -282,30 +304,24 @@ def _bound(cls: type, name: str, key: str) -> float | None:
 
 
 def _field(cls: type, name: str) -> pydantic.fields.FieldInfo:
-    found: pydantic.fields.FieldInfo = vars(cls)["__pydantic_fields__"][name]
-    return found
+    return typing.cast(pydantic.fields.FieldInfo, vars(cls)["__pydantic_fields__"][name])
 
 
 def write_yaml(settings: Any) -> str:
-    """Write settings as YAML from which `read_yaml` and `build` make equal ones."""
+    """Write settings as YAML that `read_yaml` and `build` read."""
     return yaml.dump(to_plain(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def to_plain(value: Any) -> Any:
-    """Turn settings into mappings, lists and scalars, without the optional sections that are not there."""
+    """Turn settings into mappings, lists and scalars; optional sections that are None are left out."""
     if is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
+        items = {field.name: getattr(value, field.name) for field in fields(value)}
         return {
-            item.name: to_plain(getattr(value, item.name))
-            for item in fields(value)
-            if not (
-                getattr(value, item.name) is None and item.default is None and _is_section(hints[item.name])
-            )
+            name: to_plain(item)
+            for name, item in items.items()
+            if item is not None or not any(map(is_dataclass, typing.get_args(hints[name])))
         }
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _is_section(hint: Any) -> bool:
-    return any(is_dataclass(option) for option in typing.get_args(hint))

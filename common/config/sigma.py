@@ -44,17 +44,12 @@ class SigmaConfig:
 
     section: ClassVar[str] = "sigma"
 
-    towers: Annotated[ListOf[Tower], Field(min_length=1, description="image, text or both."), distinct] = (
-        TOWERS
-    )
-    layers: Annotated[
-        str | ListOf[int],
-        Check(_check_layers, _LAYERS),
-        Field(description="Layers: all, a third (bottom, middle, top), or a list of numbers from 0."),
-    ] = "all"
-    parts: Annotated[
-        ListOf[Part], Field(min_length=1, description="Parts of a layer: q, k, v, o, mlp."), distinct
-    ] = PARTS
+    towers: Annotated[ListOf[Tower], Field(min_length=1), distinct] = TOWERS
+    """image, text or both."""
+    layers: Annotated[str | ListOf[int], Check(_check_layers, _LAYERS)] = "all"
+    """Layers: all, a third (bottom, middle, top), or a list of numbers from 0."""
+    parts: Annotated[ListOf[Part], Field(min_length=1), distinct] = PARTS
+    """Parts of a layer: q, k, v, o, mlp."""
 
     def __str__(self) -> str:
         layers = self.layers if isinstance(self.layers, str) else list(self.layers)

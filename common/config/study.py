@@ -1,7 +1,6 @@
 """Study files: the settings of a federated experiment.
 
-The errors are read by people who have just edited a study file, so each names the key, the value, what was
-expected, and the next step. Bounds stand beside the fields; rules between sections are in `rules`.
+Bounds stand beside the fields; rules between sections are in `rules`.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from fedsigma.common.config import rules
 from fedsigma.common.config.federation import FederationConfig
 from fedsigma.common.config.fields import Check, Line, ListOf, distinct, matching, one_of
 from fedsigma.common.config.privacy import PrivacyConfig
+from fedsigma.common.config.rules import check_study
 from fedsigma.common.config.schema import (
     ConfigError,
     build,
@@ -48,6 +47,10 @@ def _check_sites_by(value: str | dict[str, Any]) -> None:
         raise ValueError(f"which is not known{did_you_mean(name, known)}")
 
 
+_PARTITIONER: dict[str, Any] = {"type": "object", "propertyNames": {"enum": list(PARTITIONERS)}}
+_PARTITIONER |= {"minProperties": 1, "maxProperties": 1}
+
+
 def _check_template(value: str) -> None:
     if value.count("{}") != 1 or "{" in value.replace("{}", ""):
         raise ValueError("expected one {} where the class name goes")
@@ -62,44 +65,23 @@ class DataConfig:
 
     section: ClassVar[str] = "data"
 
-    def __hash__(self) -> int:
-        # Its tables have no hash of their own.
+    def __hash__(self) -> int:  # the mappings have none
         return hash(json.dumps(to_plain(self), sort_keys=True))
 
-    source: Annotated[Line, Field(description="Where the images are: kind:path, or demo.")]
+    source: Line
+    """Where the images are: kind:path, or demo."""
     sites_by: Annotated[
         str | dict[str, Any],
-        Check(
-            _check_sites_by,
-            {
-                "anyOf": [
-                    {"const": "site"},
-                    {
-                        "type": "object",
-                        "propertyNames": {"enum": list(PARTITIONERS)},
-                        "minProperties": 1,
-                        "maxProperties": 1,
-                    },
-                ]
-            },
-        ),
-        Field(
-            description="site: by the column or folder of that name; or one partitioner (iid, dirichlet,"
-            " pathological, disjoint) with its settings."
-        ),
+        Check(_check_sites_by, {"anyOf": [{"const": "site"}, _PARTITIONER]}),
     ] = "site"
-    on_problem: Annotated[
-        str,
-        one_of(("stop", "skip")),
-        Field(description="Whether a damaged image or unknown label stops the study or is skipped."),
-    ] = "stop"
-    test_share: Annotated[
-        float,
-        Field(ge=0.05, le=0.95, description="Share of groups for testing, where the data have no split."),
-    ] = 0.5
-    options: Annotated[dict[str, Any], Field(description="Options of the source.")] = field(
-        default_factory=dict
-    )
+    """site: by the column or folder of that name; or one partitioner (iid, dirichlet, pathological,
+    disjoint) with its settings."""
+    on_problem: Annotated[str, one_of(("stop", "skip"))] = "stop"
+    """Whether a damaged image or unknown label stops the study or is skipped."""
+    test_share: Annotated[float, Field(ge=0.05, le=0.95)] = 0.5
+    """Share of groups for testing, where the data have no split."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the source."""
 
 
 @settings
@@ -110,65 +92,42 @@ class StudyConfig:
     renamed: ClassVar[dict[str, str]] = {"judge": "evaluate_versions"}
 
     name: Annotated[
-        str,
-        matching("[A-Za-z0-9][A-Za-z0-9._-]{0,79}", "up to 80 letters, digits, '.', '_' and '-'"),
-        Field(description="Name of the study."),
+        str, matching("[A-Za-z0-9][A-Za-z0-9._-]{0,79}", "up to 80 letters, digits, '.', '_' and '-'")
     ]
-    backbone: Annotated[
-        Line, Field(description="Name of the CLIP that is adapted, as fedsigma inspect takes it.")
-    ]
-    classes: Annotated[
-        ListOf[Line],
-        Field(min_length=2, description="Names of the classes, as they go into prompts."),
-        distinct,
-    ]
-    template: Annotated[
-        Line,
-        Check(_check_template, {"pattern": "^[^{]*\\{\\}[^{]*$"}),
-        Field(description="Prompt of a class, with {} where its name goes."),
-    ] = "a photo of a {}."
-    data: Annotated[DataConfig | None, Field(description="Images of a simulation.")] = None
-    shots: Annotated[int, Field(ge=1, le=100_000, description="Training images of each class at a site.")] = (
-        16
-    )
-    sigma: Annotated[SigmaConfig, Field(description="Which weights are adapted.")] = field(
-        default_factory=SigmaConfig
-    )
-    personal: Annotated[
-        PersonalConfig | None,
-        Field(description="Which of the adapted weights stay at their site; null: none."),
-    ] = None
-    training: Annotated[LocalTrainingConfig, Field(description="Training at a site.")] = field(
-        default_factory=LocalTrainingConfig
-    )
-    federation: Annotated[FederationConfig, Field(description="How the sites work together.")] = field(
-        default_factory=FederationConfig
-    )
-    privacy: Annotated[PrivacyConfig, Field(description="Differential privacy.")] = field(
-        default_factory=PrivacyConfig
-    )
-    baselines: Annotated[
-        ListOf[Annotated[str, one_of(BASELINES)]],
-        Field(description="Models to compare with: zero_shot, local_only, pooled (simulations only)."),
-        distinct,
-    ] = ("zero_shot",)
-    evaluate_versions: Annotated[
-        ListOf[Line],
-        Field(
-            description="Versions of models (NAME@N, or a path) that each site evaluates; nothing is trained."
-        ),
-    ] = ()
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1, description="Seed of sampling and training.")] = 1
+    """Name of the study."""
+    backbone: Line
+    """Name of the CLIP that is adapted, as fedsigma inspect takes it."""
+    classes: Annotated[ListOf[Line], Field(min_length=2), distinct]
+    """Names of the classes, as they go into prompts."""
+    template: Annotated[Line, Check(_check_template, {"pattern": "^[^{]*\\{\\}[^{]*$"})] = "a photo of a {}."
+    """Prompt of a class, with {} where its name goes."""
+    data: DataConfig | None = None
+    """Images of a simulation."""
+    shots: Annotated[int, Field(ge=1, le=100_000)] = 16
+    """Training images of each class at a site."""
+    sigma: SigmaConfig = field(default_factory=SigmaConfig)
+    """Which weights are adapted."""
+    personal: PersonalConfig | None = None
+    """Which of the adapted weights stay at their site; null: none."""
+    training: LocalTrainingConfig = field(default_factory=LocalTrainingConfig)
+    """Training at a site."""
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    """How the sites work together."""
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """Differential privacy."""
+    baselines: Annotated[ListOf[Annotated[str, one_of(BASELINES)]], distinct] = ("zero_shot",)
+    """Models to compare with: zero_shot, local_only, pooled (simulations only)."""
+    evaluate_versions: ListOf[Line] = ()
+    """Versions of models (NAME@N, or a path) that each site evaluates; nothing is trained."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1
+    """Seed of sampling and training."""
 
     def __post_init__(self) -> None:
-        rules.check_evaluate_versions(
-            self.evaluate_versions, personal=self.personal, baselines=self.baselines
-        )
-        rules.check_personal(self.personal, self.sigma)
-        rules.check_privacy(self.privacy, self.federation)
-        rules.check_baselines(
-            self.baselines,
+        check_study(
+            baselines=self.baselines,
+            evaluate_versions=self.evaluate_versions,
             has_data=self.data is not None,
+            sigma=self.sigma,
             personal=self.personal,
             federation=self.federation,
             privacy=self.privacy,
@@ -176,12 +135,12 @@ class StudyConfig:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The template filled with each class name, in the order of the classes."""
+        """Return the prompt of each class."""
         return tuple(self.template.format(name) for name in self.classes)
 
     @property
     def max_examples_per_site(self) -> int:
-        """The most training images a site can have in this study: shots times classes."""
+        """Return the most training images of a site: shots times classes."""
         return self.shots * len(self.classes)
 
     def replaced(self, *, rounds: int | None = None, seed: int | None = None) -> StudyConfig:
@@ -192,7 +151,7 @@ class StudyConfig:
         return study if seed is None else replace(study, seed=seed)
 
     def to_yaml(self) -> str:
-        """Write the study with every setting spelled out; `StudyConfig.from_yaml` reads it back equal."""
+        """Write the study as YAML with all settings, also the defaults."""
         return write_yaml(self)
 
     @classmethod
@@ -200,40 +159,40 @@ class StudyConfig:
         """Read a study from YAML text.
 
         Raises:
-            ConfigError: it is not YAML, a key is unknown or missing, or a value is not allowed.
+            ConfigError: The text is not YAML, a key is unknown or missing, or a value is invalid.
         """
         return build(cls, read_yaml(text, where=where), where=where)
 
 
 def study_names() -> list[str]:
-    """Return the names of the studies that come with FedSigma."""
-    folder = files("fedsigma.configs") / "studies"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    """Return the names of the bundled studies."""
+    names = (file.name for file in (files("fedsigma.configs") / "studies").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_study(name_or_path: str | Path) -> StudyConfig:
-    """Read a study by the name of one that comes with FedSigma, or by the path of a YAML file.
+    """Read a bundled study by its name, or a study file by its path.
 
-    A relative path in `data.source` is looked for under the folder $FEDSIGMA_DATA if that is set, else beside
-    the study file, else (for a study that comes with FedSigma) in the working directory; the returned study
-    holds the absolute path, since sites of a simulation run in another working directory.
+    A relative path in `data.source` becomes absolute, because the sites of a simulation run in another
+    working directory. It starts from the folder $FEDSIGMA_DATA if that is set, else from the study file's
+    folder, or from the working directory for a bundled study.
 
     Raises:
-        ConfigError: there is no such study, or it does not read.
+        ConfigError: There is no such study, or it is invalid.
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
     if name in study_names():
         text = (files("fedsigma.configs") / "studies" / f"{name}.yaml").read_text(encoding="utf-8")
-        study, beside = StudyConfig.from_yaml(text, where=f"study '{name}'"), Path.cwd()
+        study, folder = StudyConfig.from_yaml(text, where=f"study '{name}'"), Path.cwd()
     elif path.is_file():
         study = StudyConfig.from_yaml(path.read_text(encoding="utf-8"), where=str(path))
-        beside = path.resolve().parent
+        folder = path.resolve().parent
     else:
         raise ConfigError(f"no study or file named '{name}'{did_you_mean(name, study_names())}")
     if study.data is None:
         return study
-    base = Path(os.environ.get("FEDSIGMA_DATA") or beside).expanduser().resolve()
+    base = Path(os.environ.get("FEDSIGMA_DATA") or folder).expanduser().resolve()
     return replace(study, data=replace(study.data, source=_absolute(study.data.source, base)))
 
 

@@ -28,48 +28,27 @@ class TrainingConfig:
 
     section: ClassVar[str] = "training"
 
-    learning_rate: Annotated[
-        float,
-        Field(ge=1e-9, le=10, description="Learning rate at the start of the study, after the warm-up."),
-    ] = 0.01
-    optimiser: Annotated[
-        str,
-        one_of(OPTIMISERS),
-        Field(
-            description="adamw, or sgd for plain steps, whose mean over unlike sites is a step on all their"
-            " images. sgd keeps its learning rate; federation.schedule is the server's step's."
-        ),
-    ] = "adamw"
-    batch_size: Annotated[int, Field(ge=1, le=65536, description="Images in a step.")] = 32
-    weight_decay: Annotated[
-        float, Field(ge=0, le=100, description="Pull of each singular value to its pretrained one.")
-    ] = 0.0
-    schedule: Annotated[
-        str, one_of(("cosine", "constant")), Field(description="Schedule of the learning rate.")
-    ] = "cosine"
-    final_learning_rate: Annotated[
-        float,
-        Field(ge=0, le=10, description="Learning rate at the end of the study, for the cosine schedule."),
-    ] = 1e-6
-    warmup_steps: Annotated[
-        int, Field(ge=0, le=1_000_000, description="Steps of linear warm-up at the start of the study.")
-    ] = 0
-    augment: Annotated[
-        str, one_of(AUGMENTATIONS), Field(description="Augmentation of the training images.")
-    ] = "paper"
-    proximal: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1e6,
-            description="FedProx's mu, the pull to the shift that the round began with (Li et al. 2020).",
-        ),
-    ] = 0.0
-    precision: Annotated[
-        str,
-        one_of(PRECISIONS),
-        Field(description="Number format of the forward pass; auto: bfloat16 where the processor has it."),
-    ] = "auto"
+    learning_rate: Annotated[float, Field(ge=1e-9, le=10)] = 0.01
+    """Learning rate at the start of the study, after the warm-up."""
+    optimiser: Annotated[str, one_of(OPTIMISERS)] = "adamw"
+    """adamw, or sgd for plain steps, whose mean over unlike sites is a step on all their images. sgd keeps
+    its learning rate; federation.schedule is the server's step's."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    """Images in a step."""
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Pull of each singular value to its pretrained one."""
+    schedule: Annotated[str, one_of(("cosine", "constant"))] = "cosine"
+    """Schedule of the learning rate."""
+    final_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-6
+    """Learning rate at the end of the study, for the cosine schedule."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Steps of linear warm-up at the start of the study."""
+    augment: Annotated[str, one_of(AUGMENTATIONS)] = "paper"
+    """Augmentation of the training images."""
+    proximal: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """FedProx's mu, the pull to the shift that the round began with (Li et al. 2020)."""
+    precision: Annotated[str, one_of(PRECISIONS)] = "auto"
+    """Number format of the forward pass; auto: bfloat16 where the processor has it."""
 
     def __post_init__(self) -> None:
         if self.schedule == "cosine" and self.final_learning_rate > self.learning_rate:
@@ -95,4 +74,5 @@ class TrainingConfig:
 class LocalTrainingConfig(TrainingConfig):
     """How a site trains in a round."""
 
-    local_steps: Annotated[int, Field(ge=1, le=1_000_000, description="Steps of one site in one round.")] = 20
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    """Steps of one site in one round."""
