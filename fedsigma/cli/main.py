@@ -41,7 +41,7 @@ COMMANDS = {
     "server": ("fedsigma.cli.server", "Run a coordinating server: init, up, invite, admit, sites, revoke."),
     "dashboard": ("fedsigma.cli.dashboard", "Show the runs of simulations or of a server in a browser."),
     "users": (
-        "fedsigma.cli.users",
+        "fedsigma.cli.dashboard",
         "Manage dashboard users: add, password, change, remove, list, token.",
     ),
     "bench": ("fedsigma.cli.bench", "Reproduce the tables of the CLIP-SVD paper, also federated: paper."),

@@ -51,14 +51,6 @@ def test_one_comes_back_to_the_page_that_was_asked_for(visitor: TestClient) -> N
     assert sign_in(visitor, "anna", next=place[0]).headers["location"] == place[0]
 
 
-def test_a_part_of_a_page_makes_the_page_go_to_the_sign_in(visitor: TestClient) -> None:
-    answer = visitor.get(
-        "/part", headers={**HTML, "HX-Request": "true", "HX-Current-URL": f"{ORIGIN}/runs?page=2"}
-    )
-    assert answer.status_code == 401
-    assert answer.headers["hx-redirect"] == "/login?next=%2Fruns%3Fpage%3D2"
-
-
 def test_who_signed_in_is_known(anna: TestClient) -> None:
     assert anna.get("/").json() == {"name": "anna", "role": "operator"}
     answer = anna.get("/login?next=/runs")

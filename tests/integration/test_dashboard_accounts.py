@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.server.dashboard import config as dashboard_config
-from fedsigma.server.dashboard.auth.accounts import Accounts, AccountsError
-from fedsigma.server.dashboard.auth.passwords import check_password
+from fedsigma.server.dashboard.auth.accounts import Accounts
+from fedsigma.server.dashboard.auth.passwords import AccountsError, check_password
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.config import check_installed
 from fedsigma.server.deployment.home import ServerConfig, ServerHome

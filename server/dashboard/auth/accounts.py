@@ -18,27 +18,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import ClassVar
 
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import QueuePool, create_engine, delete, event, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fedsigma.server.dashboard.auth.passwords import (
+    METRICS,
     AccountsError,
     check_name,
     check_password,
+    check_role,
     normalize_password,
 )
 from fedsigma.server.deployment.database import set_sqlite_pragmas, utc_now
 
-if TYPE_CHECKING:
-    from argon2 import PasswordHasher
-
-__all__ = ["METRICS", "OPERATOR", "ROLES", "VIEWER", "Account", "Accounts", "AccountsError", "User"]
-
-VIEWER, OPERATOR, METRICS = "viewer", "operator", "metrics"
-ROLES = (VIEWER, OPERATOR)
-"""Roles of users; `metrics` is the role of programs' tokens in lists."""
+__all__ = ["LINK", "OIDC", "PASSWORD", "Accounts", "User"]
 
 PASSWORD, OIDC, LINK = "password", "oidc", "link"
 """How a session was opened."""
@@ -51,13 +48,26 @@ class _Base(DeclarativeBase):
     """Base of all tables."""
 
 
-class _User(_Base):
+class UserAccount(_Base):
+    """A local user."""
+
     __tablename__ = "users"
     name: Mapped[str] = mapped_column(primary_key=True)
     role: Mapped[str]
     hash: Mapped[str]
     created_at: Mapped[datetime.datetime]
     disabled: Mapped[bool] = mapped_column(default=False)
+
+
+class ProgramToken(_Base):
+    """The token of a program."""
+
+    __tablename__ = "tokens"
+    role: ClassVar = METRICS
+    disabled: ClassVar = False
+    name: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime.datetime]
 
 
 class _Session(_Base):
@@ -70,13 +80,6 @@ class _Session(_Base):
     role: Mapped[str]
     started_at: Mapped[float]
     last_used_at: Mapped[float]
-
-
-class _Token(_Base):
-    __tablename__ = "tokens"
-    name: Mapped[str] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(unique=True)
-    created_at: Mapped[datetime.datetime]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +95,6 @@ class User:
     name: str
     role: str
     csrf: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Account:
-    """A user or a program's token, as shown in lists.
-
-    Attributes:
-        name: Name of the user or program.
-        role: `viewer`, `operator`, or `metrics` for a program's token.
-        created_at: Time of creation, in UTC.
-        disabled: Whether the user may not sign in.
-    """
-
-    name: str
-    role: str
-    created_at: datetime.datetime
-    disabled: bool = False
 
 
 class Accounts:
@@ -132,7 +118,7 @@ class Accounts:
         hasher: PasswordHasher | None = None,
     ) -> None:
         self._max_age, self._idle_timeout, self._clock = max_age, idle_timeout, clock
-        self._custom_hasher = hasher
+        self._hasher = hasher or PasswordHasher()
         if path is None:
             # A single connection, shared by all threads: a second one would open another, empty database.
             self._engine = create_engine(
@@ -165,19 +151,12 @@ class Accounts:
     def add_user(self, name: str, *, role: str, password: str) -> None:
         """Add a user.
 
-        Args:
-            name: Name of the user.
-            role: One of `ROLES`.
-            password: The password.
-
         Raises:
             AccountsError: The name is taken, or the name, role or password is invalid.
         """
         check_name(name)
-        _check_role(role)
-        check_password(password, name=name)
-        password_hash = self._hasher.hash(normalize_password(password))
-        user = _User(name=name, role=role, hash=password_hash, created_at=utc_now())
+        check_role(role)
+        user = UserAccount(name=name, role=role, hash=self._hash(name, password), created_at=utc_now())
         with self._session() as session:
             _check_free(session, name)
             session.add(user)
@@ -187,70 +166,54 @@ class Accounts:
     ) -> None:
         """Change a user and end the user's sessions; arguments that are None are not changed.
 
-        Args:
-            name: Name of the user.
-            role: One of `ROLES`.
-            password: The new password.
-            disabled: Whether the user may not sign in.
-
         Raises:
             AccountsError: There is no such user, or the role or password is invalid.
         """
-        values: dict[str, Any] = {}
         if role is not None:
-            _check_role(role)
-            values["role"] = role
-        if password is not None:
-            check_password(password, name=name)
-            values["hash"] = self._hasher.hash(normalize_password(password))
-        if disabled is not None:
-            values["disabled"] = disabled
+            check_role(role)
+        password_hash = None if password is None else self._hash(name, password)
         with self._session() as session:
             user = _get_user(session, name)
-            for key, value in values.items():
-                setattr(user, key, value)
+            for key, value in {"role": role, "hash": password_hash, "disabled": disabled}.items():
+                if value is not None:
+                    setattr(user, key, value)
             _end_sessions(session, name)
 
-    def remove(self, name: str) -> Account:
-        """Remove a user and end the user's sessions, or remove a program's token.
+    def _hash(self, name: str, password: str) -> str:
+        check_password(password, name=name)
+        return self._hasher.hash(normalize_password(password))
 
-        Args:
-            name: Name of the user or program.
-
-        Returns:
-            The removed account.
+    def remove(self, name: str) -> UserAccount | ProgramToken:
+        """Remove and return a user, whose sessions end, or a program's token.
 
         Raises:
             AccountsError: There is no such user or token.
         """
         with self._session() as session:
-            token = session.get(_Token, name)
-            row: _User | _Token = token if token is not None else _get_user(session, name)
+            row = session.get(ProgramToken, name) or _get_user(session, name)
             _end_sessions(session, name)
             session.delete(row)
-            return _account(row)
+            return row
 
-    def list_accounts(self) -> list[Account]:
+    def list_accounts(self) -> list[UserAccount | ProgramToken]:
         """Return all users and tokens, sorted by name."""
         with self._session() as session:
-            rows = [*session.scalars(select(_User)), *session.scalars(select(_Token))]
-            return sorted((_account(row) for row in rows), key=lambda account: account.name)
+            rows = [*session.scalars(select(UserAccount)), *session.scalars(select(ProgramToken))]
+            return sorted(rows, key=lambda row: row.name)
 
     def has_user(self, name: str) -> bool:
         """Return whether there is such a user."""
         with self._session() as session:
-            return session.get(_User, name) is not None
+            return session.get(UserAccount, name) is not None
 
     def verify_password(self, name: str, password: str) -> bool:
         """Return whether this is the password of an enabled user.
 
         The computation takes as long for unknown names, so that it does not reveal which users exist.
         """
-        from argon2.exceptions import InvalidHashError, VerificationError
-
         unknown_user_hash, normalized = self._unknown_user_hash, normalize_password(password)
         with self._session() as session:
-            user = session.get(_User, name)
+            user = session.get(UserAccount, name)
         enabled = user is not None and not user.disabled
         stored_hash = user.hash if user is not None and enabled else unknown_user_hash
         try:
@@ -260,23 +223,13 @@ class Accounts:
         if not enabled:
             return False
         if self._hasher.check_needs_rehash(stored_hash):
-            self._replace_hash(name, stored_hash, self._hasher.hash(normalized))
+            # Unless the password was changed meanwhile.
+            unchanged = (UserAccount.name == name) & (UserAccount.hash == stored_hash)
+            with self._session() as session:
+                session.execute(
+                    update(UserAccount).where(unchanged).values(hash=self._hasher.hash(normalized))
+                )
         return True
-
-    def _replace_hash(self, name: str, old: str, new: str) -> None:
-        """Store a hash with the current parameters, unless the password was changed meanwhile."""
-        with self._session() as session:
-            session.execute(update(_User).where(_User.name == name, _User.hash == old).values(hash=new))
-
-    @cached_property
-    def _hasher(self) -> PasswordHasher:
-        if self._custom_hasher is not None:
-            return self._custom_hasher
-        try:
-            from argon2 import PasswordHasher
-        except ImportError:
-            raise AccountsError("argon2 is not installed: pip install 'fedsigma[dashboard]'") from None
-        return PasswordHasher()
 
     @cached_property
     def _unknown_user_hash(self) -> str:
@@ -297,7 +250,7 @@ class Accounts:
             AccountsError: The user was removed or disabled, or the role is unknown.
         """
         if method != PASSWORD:
-            _check_role(role)
+            check_role(role)
         token, time_s = secrets.token_urlsafe(32), self._clock()
         with self._session() as session:
             if method == PASSWORD and _get_user(session, name).disabled:
@@ -338,7 +291,7 @@ class Accounts:
                 return None
             role = row.role
             if row.method == PASSWORD:
-                user = session.get(_User, row.user)
+                user = session.get(UserAccount, row.user)
                 if user is None or user.disabled:
                     return None
                 role = user.role
@@ -354,13 +307,7 @@ class Accounts:
     # -- tokens of programs --------------------------------------------------------------------------------
 
     def add_token(self, name: str) -> str:
-        """Create a token that allows a program to read the metrics; only its hash is stored.
-
-        Args:
-            name: Name of the program.
-
-        Returns:
-            The token.
+        """Create and return a token that allows a program to read the metrics; only its hash is stored.
 
         Raises:
             AccountsError: The name is taken or invalid.
@@ -369,14 +316,14 @@ class Accounts:
         token = secrets.token_urlsafe(32)
         with self._session() as session:
             _check_free(session, name)
-            session.add(_Token(name=name, digest=_digest(token), created_at=utc_now()))
+            session.add(ProgramToken(name=name, digest=_digest(token), created_at=utc_now()))
         return token
 
     def find_token(self, token: str) -> str | None:
         """Return the name of the program with this token, or None."""
         with self._session() as session:
             # Looking up the hash instead of the token makes timing attacks useless.
-            return session.scalar(select(_Token.name).where(_Token.digest == _digest(token)))
+            return session.scalar(select(ProgramToken.name).where(ProgramToken.digest == _digest(token)))
 
 
 def _digest(token: str) -> str:
@@ -388,18 +335,13 @@ def _csrf_token(token: str) -> str:
     return hmac.new(token.encode("utf-8"), b"fedsigma dashboard forms", hashlib.sha256).hexdigest()
 
 
-def _check_role(role: str) -> None:
-    if role not in ROLES:
-        raise AccountsError(f"unknown role '{role}', expected {' or '.join(ROLES)}")
-
-
 def _check_free(session: Session, name: str) -> None:
-    if session.get(_User, name) is not None or session.get(_Token, name) is not None:
+    if session.get(UserAccount, name) is not None or session.get(ProgramToken, name) is not None:
         raise AccountsError(f"'{name}' already exists: choose another name, or remove it first")
 
 
-def _get_user(session: Session, name: str) -> _User:
-    user = session.get(_User, name)
+def _get_user(session: Session, name: str) -> UserAccount:
+    user = session.get(UserAccount, name)
     if user is None:
         raise AccountsError(f"no user '{name[:80]}': see `fedsigma users list`")
     return user
@@ -408,9 +350,3 @@ def _get_user(session: Session, name: str) -> _User:
 def _end_sessions(session: Session, name: str) -> None:
     """End the sessions of a local user; a user of an OpenID provider may have the same name."""
     session.execute(delete(_Session).where(_Session.user == name, _Session.method == PASSWORD))
-
-
-def _account(row: _User | _Token) -> Account:
-    if isinstance(row, _Token):
-        return Account(name=row.name, role=METRICS, created_at=row.created_at)
-    return Account(name=row.name, role=row.role, created_at=row.created_at, disabled=row.disabled)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import secrets
 import threading
+from pathlib import Path
 from typing import Any
 
 import anyio
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.middleware import Middleware
 from starlette.middleware.sessions import SessionMiddleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from fedsigma.common.utils.hash_chain import LogTampered
-from fedsigma.server.dashboard.auth.accounts import LINK, OIDC, PASSWORD, VIEWER, Accounts
-from fedsigma.server.dashboard.auth.login_page import login_page
+from fedsigma.server.dashboard.auth.accounts import LINK, OIDC, PASSWORD, Accounts
 from fedsigma.server.dashboard.auth.oidc import OidcProvider
-from fedsigma.server.dashboard.auth.passwords import AccountsError
+from fedsigma.server.dashboard.auth.passwords import VIEWER, AccountsError
 from fedsigma.server.dashboard.auth.rate_limit import LoginRateLimiter
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.auth.urls import local_path
 from fedsigma.server.deployment.audit_log import ServerAuditLog
+from fedsigma.server.report.style import SCHEMES
 
 __all__ = ["CHALLENGE", "LOGIN", "LOGIN_PATHS", "PUBLIC_PATHS", "LoginApp", "OneTimeLink"]
 
@@ -41,6 +46,21 @@ _MAX_PARALLEL_HASHES = 2
 """Number of passwords that are verified at a time; each takes 64 MiB of memory."""
 _OIDC_STATE_S = 600
 """Lifetime of the state that is kept while the user is at the OpenID provider."""
+
+_TEMPLATES = Path(__file__).parents[1] / "templates"
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_STYLE = SCHEMES + (_TEMPLATES / "login.css").read_text(encoding="utf-8")
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; form-action 'self';"
+    " base-uri 'none'; frame-ancestors 'none'"
+)
 
 
 class OneTimeLink:
@@ -139,8 +159,9 @@ class LoginApp:
         if await anyio.to_thread.run_sync(verify, name, password, limiter=self._hash_limiter):
             self._rate_limiter.reset(name)
             return await self._open_session(request, name, method=PASSWORD, next_path=next_path)
-        user = await run_in_threadpool(self._known_name, name)
-        await self._record_refusal(request, method=PASSWORD, user=user)
+        # Other input may be a password typed by mistake.
+        known = await run_in_threadpool(self._accounts.has_user, name)
+        await self._record_refusal(request, method=PASSWORD, user=name if known else "")
         return self._page(
             error="Invalid name or password. The server's administrator can set a new password:"
             " fedsigma users password NAME",
@@ -231,18 +252,30 @@ class LoginApp:
         same_site = "lax" if self._oidc is not None else "strict"
         return {"path": "/", "secure": self._settings.secure, "httponly": True, "samesite": same_site}
 
-    def _page(self, **values: Any) -> Response:
-        provider = self._oidc.settings.name if self._oidc is not None else ""
-        return login_page(passwords=self._link is None, provider=provider, **values)
+    def _page(
+        self,
+        *,
+        error: str = "",
+        status: int = 200,
+        next_path: str = "/",
+        name: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> Response:
+        """Return the login page, with `name` filled in and a redirect to `next_path` after signing in."""
+        html = _ENVIRONMENT.get_template("login.html").render(
+            style=Markup(_STYLE),
+            passwords=self._link is None,
+            provider=self._oidc.settings.name if self._oidc is not None else "",
+            next=next_path,
+            name=name,
+            error=error,
+        )
+        return HTMLResponse(html, status, headers={"Content-Security-Policy": _POLICY, **(headers or {})})
 
     def _too_many_attempts(self, wait: int, **values: Any) -> Response:
         time = f"{wait} seconds" if wait < 90 else f"{-(-wait // 60)} minutes"
         text = f"Too many attempts. Try again in {time}."
         return self._page(error=text, status=429, headers={"Retry-After": str(wait)}, **values)
-
-    def _known_name(self, name: str) -> str:
-        """Return the name if there is such a user: other input may be a password typed by mistake."""
-        return name if self._accounts.has_user(name) else ""
 
     async def _record_refusal(self, request: Request, **fields: str) -> None:
         await self._record("dashboard_refused", address=_address(request), **fields)

@@ -7,7 +7,7 @@ Layers around the app, from the outside: security headers, client address from a
 from __future__ import annotations
 
 import secrets
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import anyio
 from starlette.authentication import AuthCredentials, SimpleUser, UnauthenticatedUser, requires
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedsigma.server.dashboard.auth.accounts import OPERATOR, VIEWER, Accounts, User
+from fedsigma.server.dashboard.auth.accounts import Accounts, User
 from fedsigma.server.dashboard.auth.login import (
     CHALLENGE,
     LOGIN,
@@ -29,12 +29,13 @@ from fedsigma.server.dashboard.auth.login import (
     OneTimeLink,
 )
 from fedsigma.server.dashboard.auth.oidc import OidcProvider
+from fedsigma.server.dashboard.auth.passwords import OPERATOR, VIEWER
 from fedsigma.server.dashboard.auth.security_headers import SecurityHeadersMiddleware
 from fedsigma.server.dashboard.auth.settings import AccessSettings
 from fedsigma.server.dashboard.auth.urls import is_ambiguous, local_path
 from fedsigma.server.deployment.audit_log import ServerAuditLog
 
-__all__ = ["CSRF_FIELD", "CSRF_HEADER", "POLL_HEADER", "operator_only", "require_login"]
+__all__ = ["operator_only", "require_login"]
 
 CSRF_FIELD, CSRF_HEADER = "csrf", "X-CSRF-Token"
 """Form field or header in which state-changing requests send `request.state.user.csrf`."""
@@ -70,9 +71,6 @@ def require_login(
         oidc: OpenID provider for signing in, if there is one.
         link: One-time link as the only way to sign in, for a dashboard without users.
         log: The server's audit log, if there is one.
-
-    Returns:
-        The wrapped app.
     """
     login_app = LoginApp(accounts=accounts, settings=settings, oidc=oidc, link=link, log=log)
     inner: ASGIApp = ServerErrorMiddleware(
@@ -135,14 +133,14 @@ class AuthMiddleware:
         if changes or "content-length" in request.headers or "transfer-encoding" in request.headers:
             body = await _read_body(request, receive, self._settings)
             if changes and user is not None and path not in PUBLIC_PATHS:
-                await _check_csrf(Request(scope, _replay(body, receive)), user)
+                await _check_csrf(Request(scope, _replay(body, receive)), user.csrf)
             receive = _replay(body, receive)
         return (self._login_app if path in LOGIN_PATHS else self._app), receive
 
     async def _check_token(self, request: Request) -> None:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
-        token = token.strip() if kind.lower() == "bearer" else ""
-        if not token or await run_in_threadpool(self._accounts.find_token, token) is None:
+        find_token = self._accounts.find_token
+        if kind.lower() != "bearer" or await run_in_threadpool(find_token, token.strip()) is None:
             raise HTTPException(
                 401,
                 "The metrics require a token: fedsigma users token NAME",
@@ -150,12 +148,7 @@ class AuthMiddleware:
             )
 
     def _check_origin(self, request: Request, *, required: bool) -> None:
-        """Reject requests that a page of another site made a browser send.
-
-        Args:
-            request: The request.
-            required: Whether to reject requests without an origin as well.
-        """
+        """Reject requests that a page of another site sent; also those without an origin if `required`."""
         site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
         if site is not None:
             # `none` is a request by the user, not by a page.
@@ -181,19 +174,13 @@ def _set_user(scope: Scope, user: User | None) -> None:
 
 
 def _login_required(request: Request) -> HTTPException:
-    """Return a redirect to the login page for a page, and an error with the same link for other requests."""
-    headers = request.headers
+    """Return a redirect to the login page for a page, and an error for other requests."""
     path = quote(request.scope["path"]) + (f"?{request.url.query}" if request.url.query else "")
-    by_script = "hx-request" in headers
-    if by_script:
-        page = urlsplit(headers.get("hx-current-url", ""))
-        path = page.path + (f"?{page.query}" if page.query else "")
     next_path = local_path(path)
     login = LOGIN if next_path == "/" else f"{LOGIN}?next={quote(next_path, safe='')}"
-    if request.method == "GET" and "text/html" in headers.get("accept", "") and not by_script:
+    if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         return HTTPException(303, "Sign in first.", headers={"Location": login})
-    redirect = {"HX-Redirect": login} if by_script else {}
-    return HTTPException(401, "Sign in first.", headers={"WWW-Authenticate": CHALLENGE, **redirect})
+    return HTTPException(401, "Sign in first.", headers={"WWW-Authenticate": CHALLENGE})
 
 
 async def _read_body(request: Request, receive: Receive, settings: AccessSettings) -> bytes:
@@ -234,7 +221,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _check_csrf(request: Request, user: User) -> None:
+async def _check_csrf(request: Request, expected: str) -> None:
     """Reject a state-changing request without the CSRF token of the user's session."""
     token = request.headers.get(CSRF_HEADER)
     if token is None:
@@ -244,5 +231,5 @@ async def _check_csrf(request: Request, user: User) -> None:
         except MultiPartException:
             raise HTTPException(400, "Invalid form.") from None
         token = field if isinstance(field, str) else ""
-    if not secrets.compare_digest(token.encode("utf-8", "replace"), user.csrf.encode("ascii")):
+    if not secrets.compare_digest(token.encode("utf-8", "replace"), expected.encode("ascii")):
         raise HTTPException(403, "This form has expired. Reload the page and try again.")

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fedsigma.common.config.fields import ListOf
+from fedsigma.common.config.fields import Check, Line, ListOf
 from fedsigma.common.config.schema import ConfigError, build, check_printable, read_yaml, settings
 from fedsigma.common.utils.errors import FedSigmaError
-from fedsigma.server.dashboard.auth.accounts import OPERATOR, VIEWER
-from fedsigma.server.dashboard.auth.settings import check_url
+from fedsigma.server.dashboard.auth.passwords import OPERATOR, VIEWER
+from fedsigma.server.dashboard.auth.urls import check_url
 
 __all__ = ["OidcError", "OidcProvider", "OidcSettings", "OidcUser"]
 
 _ALGORITHMS = (
-    "RS256",
-    "RS384",
-    "RS512",
-    "PS256",
-    "PS384",
-    "PS512",
-    "ES256",
-    "ES384",
-    "ES512",
-    "EdDSA",
-    "Ed25519",
+    *(f"{family}{bits}" for family in ("RS", "PS", "ES") for bits in (256, 384, 512)),
+    *("EdDSA", "Ed25519"),
 )
 """Accepted signature algorithms: asymmetric only, so neither `none` nor shared secrets."""
 
@@ -38,71 +30,59 @@ class OidcError(FedSigmaError, ValueError):
     """The provider's response is invalid, or lacks the claims that are needed to sign in."""
 
 
+def _check_scopes(scopes: tuple[str, ...]) -> None:
+    if "openid" not in scopes:
+        raise ValueError("which lacks 'openid': add it")
+
+
 @settings
 class OidcSettings:
-    """An OpenID provider, and the mapping from its users to roles.
-
-    Attributes:
-        issuer: URL of the provider; https, or http on this machine.
-        client_id: Id of the dashboard at the provider.
-        client_secret_file: File with the dashboard's secret at the provider.
-        name: Name of the provider, as shown on the login page.
-        roles_claim: Claim with a user's groups or roles; `realm_access.roles` is a nested claim.
-        operators: Values of the claim that grant the role `operator`.
-        viewers: Values of the claim that grant the role `viewer`.
-        name_claim: Claim with a user's name.
-        scopes: Scopes to request.
-    """
+    """An OpenID provider, and the mapping from its users to roles: oidc.yaml in the server's folder."""
 
     section: ClassVar[str] = "oidc"
 
-    issuer: str
-    client_id: str
-    client_secret_file: str
-    name: str = "your organisation"
-    roles_claim: str = "groups"
-    operators: ListOf[str] = ()
-    viewers: ListOf[str] = ()
-    name_claim: str = "preferred_username"
-    scopes: ListOf[str] = ("openid", "profile")
+    issuer: Annotated[str, Check(check_url, {}), Field(description="URL of the provider.")]
+    client_id: Annotated[Line, Field(description="Id of the dashboard at the provider.")]
+    client_secret_file: Annotated[
+        Line, Field(description="File with the dashboard's secret at the provider, beside oidc.yaml.")
+    ]
+    name: Annotated[Line, Field(description="Name of the provider on the login page.")] = "your organisation"
+    roles_claim: Annotated[
+        Line, Field(description="Claim with a user's groups or roles, such as realm_access.roles.")
+    ] = "groups"
+    operators: Annotated[ListOf[str], Field(description="Values of the claim for the role operator.")] = ()
+    viewers: Annotated[ListOf[str], Field(description="Values of the claim for the role viewer.")] = ()
+    name_claim: Annotated[Line, Field(description="Claim with a user's name.")] = "preferred_username"
+    scopes: Annotated[ListOf[str], Check(_check_scopes, {}), Field(description="Scopes to request.")] = (
+        "openid",
+        "profile",
+    )
 
     def __post_init__(self) -> None:
-        check_url("oidc.issuer", self.issuer)
-        for key in ("name", "client_id", "client_secret_file", "roles_claim", "name_claim"):
-            check_printable(f"oidc.{key}", getattr(self, key))
         if not self.operators and not self.viewers:
             raise ConfigError("oidc.operators and oidc.viewers are empty: name at least one group")
-        if "openid" not in self.scopes:
-            raise ConfigError("oidc.scopes lacks 'openid': add it")
 
     @classmethod
     def read(cls, path: Path) -> OidcSettings:
         """Read a YAML file; a relative `client_secret_file` is resolved against its folder.
 
-        Args:
-            path: The file.
-
         Raises:
             ConfigError: The file cannot be parsed, or a value is invalid.
         """
-        content = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
-        found = build(cls, content, where=str(path))
-        secret = path.parent / Path(found.client_secret_file).expanduser()
-        return build(cls, {**content, "client_secret_file": str(secret)}, where=str(path))
+        values = build(cls, read_yaml(path.read_text(encoding="utf-8"), where=str(path)), where=str(path))
+        return replace(
+            values, client_secret_file=str(path.parent / Path(values.client_secret_file).expanduser())
+        )
 
     def read_secret(self) -> str:
-        """Read the client's secret.
-
-        Raises:
-            ConfigError: The file cannot be read, or is empty.
-        """
+        """Read the client's secret; an unreadable or empty file is a ConfigError."""
         try:
             text = Path(self.client_secret_file).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise ConfigError(
                 f"oidc.client_secret_file '{self.client_secret_file}' cannot be read: {error.strerror}"
             ) from None
-        check_printable("the content of oidc.client_secret_file", text or " ")
+        check_printable("the content of oidc.client_secret_file", text)
         return text
 
     def role(self, claims: Mapping[str, Any]) -> str | None:
@@ -129,15 +109,7 @@ class OidcUser:
 
 
 class OidcProvider:
-    """Client of an OpenID provider.
-
-    Args:
-        settings: The provider, and the mapping to roles.
-        origin: Origin of the dashboard, such as https://fl.example.org.
-
-    Raises:
-        ConfigError: The secret cannot be read.
-    """
+    """Client of an OpenID provider; `origin` is that of the dashboard, such as https://fl.example.org."""
 
     PATHS: ClassVar[tuple[str, str]] = ("/login/oidc", "/login/oidc/back")
     """Paths of the redirect to the provider and of the callback, which is to be registered there."""
@@ -156,21 +128,17 @@ class OidcProvider:
         )
 
     async def redirect_to_provider(self, request: Request) -> Response:
-        """Redirect to the provider; state, nonce and verifier are kept in the request's session.
-
-        Raises:
-            OidcError: The provider's metadata do not match the settings.
-        """
+        """Redirect to the provider; state, nonce and verifier are kept in the request's session."""
         await self._check_metadata()
-        return await self._client.authorize_redirect(request, self._callback_url)
+        response: Response = await self._client.authorize_redirect(request, self._callback_url)
+        return response
 
     async def handle_callback(self, request: Request) -> OidcUser:
         """Return the user whom the provider redirected back.
 
         Raises:
-            OidcError: The provider's response is invalid.
-            authlib.common.errors.AuthlibBaseError: The response is forged or expired.
-            joserfc.errors.JoseError: The ID token is forged or expired.
+            OidcError: The provider's response is invalid. Authlib and joserfc raise errors of their own for
+                responses and ID tokens that are forged or expired.
         """
         await self._check_metadata()
         expected = {
@@ -178,10 +146,9 @@ class OidcProvider:
             "aud": {"essential": True, "value": self.settings.client_id},
         }
         token = await self._client.authorize_access_token(request, claims_options=expected)
-        userinfo = token.get("userinfo")
-        if not userinfo:
+        claims = dict(token.get("userinfo") or {})
+        if not claims:
             raise OidcError("the provider sent no ID token")
-        claims = dict(userinfo)
         if not isinstance(claims["sub"], str) or not claims["sub"]:
             raise OidcError("the ID token has no subject")
         if (
@@ -192,11 +159,8 @@ class OidcProvider:
             if more_claims.get("sub") != claims["sub"]:
                 raise OidcError("the userinfo endpoint returned another user than the ID token")
             claims = {**more_claims, **claims}
-        return OidcUser(
-            name=_user_name(claims, self.settings),
-            subject=claims["sub"],
-            role=self.settings.role(claims),
-        )
+        name = _user_name(claims, self.settings.name_claim)
+        return OidcUser(name=name, subject=claims["sub"], role=self.settings.role(claims))
 
     async def _check_metadata(self) -> None:
         """Load the provider's metadata once, and restrict them to safe URLs and algorithms."""
@@ -204,13 +168,14 @@ class OidcProvider:
         if metadata.get("issuer") != self.settings.issuer:
             raise OidcError("the issuer in the provider's metadata differs from oidc.issuer")
         for key in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
-            check_url(f"the provider's {key}", str(metadata.get(key, "")))
+            try:
+                check_url(str(metadata.get(key, "")))
+            except ValueError as error:
+                raise OidcError(f"the provider's {key} is '{metadata.get(key)}', {error}") from None
         key = "id_token_signing_alg_values_supported"
         metadata[key] = [name for name in metadata.get(key) or ["RS256"] if name in _ALGORITHMS]
         if not metadata[key]:
-            raise OidcError(
-                f"the provider supports none of the signature algorithms {', '.join(_ALGORITHMS)}"
-            )
+            raise OidcError(f"the provider supports none of the algorithms {', '.join(_ALGORITHMS)}")
 
 
 def _claim_values(claims: Mapping[str, Any], path: str) -> set[str]:
@@ -223,9 +188,9 @@ def _claim_values(claims: Mapping[str, Any], path: str) -> set[str]:
     return {item for item in value if isinstance(item, str)} if isinstance(value, list | tuple) else set()
 
 
-def _user_name(claims: Mapping[str, Any], settings: OidcSettings) -> str:
+def _user_name(claims: Mapping[str, Any], name_claim: str) -> str:
     """Return the user's name if it is safe to log, else the subject."""
-    for value in (claims.get(settings.name_claim), claims["sub"]):
+    for value in (claims.get(name_claim), claims["sub"]):
         if isinstance(value, str) and 0 < len(value) <= 128 and value.isprintable() and value.strip():
             return value
     raise OidcError("the ID token has no printable name or subject")

@@ -1,4 +1,4 @@
-"""Rules for user names and passwords; a password needs length, not character classes (NIST SP 800-63B)."""
+"""Rules for user names, roles and passwords; length counts, not character classes (NIST SP 800-63B)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from itertools import pairwise
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["AccountsError", "check_name", "check_password", "normalize_password"]
+__all__ = [
+    "METRICS",
+    "OPERATOR",
+    "ROLES",
+    "VIEWER",
+    "AccountsError",
+    "check_name",
+    "check_password",
+    "check_role",
+    "normalize_password",
+]
+
+VIEWER, OPERATOR, METRICS = "viewer", "operator", "metrics"
+ROLES = (VIEWER, OPERATOR)
+"""Roles of users; `metrics` is the role of programs' tokens in lists."""
 
 MIN_LENGTH, MAX_LENGTH = 12, 128
 """Limits of a password's length, in characters."""
@@ -38,12 +52,14 @@ def check_name(name: str) -> None:
         )
 
 
-def check_password(password: str, *, name: str) -> None:
-    """Reject passwords that are easy to guess. The messages do not contain the password.
+def check_role(role: str) -> None:
+    """Reject roles that are not in `ROLES`."""
+    if role not in ROLES:
+        raise AccountsError(f"unknown role '{role}', expected {' or '.join(ROLES)}")
 
-    Args:
-        password: The password.
-        name: Name of the user.
+
+def check_password(password: str, *, name: str) -> None:
+    """Reject passwords that are easy to guess; the messages do not contain the password.
 
     Raises:
         AccountsError: It is too short, too long, the user's name, or a repeated or counted pattern.
@@ -68,9 +84,8 @@ def _is_repetition(text: str) -> bool:
 
 def _is_sequence(text: str) -> bool:
     """Return whether each character follows the one before it, up or down, as in 123456789012."""
-    pairs = list(pairwise(text))
-    steps = {ord(b) - ord(a) for a, b in pairs}
+    steps = {ord(b) - ord(a) for a, b in pairwise(text)}
     if text.isdecimal():
         # 0 follows 9.
-        steps = {(int(b) - int(a)) % 10 for a, b in pairs}
+        steps = {step % 10 for step in steps}
     return steps in ({1}, {-1}, {9})

@@ -11,16 +11,15 @@ from pydantic import Field
 
 from fedsigma.common.config.fields import Check, ListOf
 from fedsigma.common.config.schema import ConfigError, settings
+from fedsigma.server.dashboard.auth.urls import check_url
 
-__all__ = ["HERE", "AccessSettings", "check_url"]
+__all__ = ["AccessSettings"]
 
-HERE = ("127.0.0.1", "localhost", "::1")
-"""Host names of this machine itself."""
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
 
 
 def _check_origin(origin: str) -> None:
-    check_url("access.origins", origin)
+    check_url(origin)
     default_port = ":443" if origin.startswith("https:") else ":80"
     if not _ORIGIN.fullmatch(origin) or origin.endswith(default_port):
         raise ValueError(
@@ -82,25 +81,3 @@ class AccessSettings:
         name then has the port, since all ports of a machine share their cookies.
         """
         return "__Host-fedsigma" if self.secure else f"fedsigma-{urlsplit(self.origins[0]).port or 80}"
-
-
-def check_url(where: str, url: str) -> None:
-    """Refuse a URL without TLS, unless its host is this machine.
-
-    Args:
-        where: Key of the URL, for the error.
-        url: The URL.
-
-    Raises:
-        ConfigError: It is neither https://HOST nor http:// with a host of this machine.
-    """
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in HERE)
-        good = good and bool(parts.hostname) and not parts.username and (parts.port or 1) > 0
-    except ValueError:
-        good = False
-    if not good:
-        raise ConfigError(
-            f"{where} has '{url[:200]}', expected https://..., or http://127.0.0.1:PORT on this machine"
-        )
