@@ -18,8 +18,8 @@ from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.sigma import ParameterPartition
 from fedsigma.common.training.trainer import Trainer, open_trainer
-from fedsigma.server.deployment.audit_log import RunAuditor
-from fedsigma.server.deployment.database import NodeNames
+from fedsigma.server.deployment.audit_log import run_auditor
+from fedsigma.server.deployment.database import ServerDatabase
 from fedsigma.server.evaluation.baselines import Baselines
 from fedsigma.server.evaluation.model_versions import evaluate_versions
 from fedsigma.server.evaluation.results import evaluate_study, write_summary
@@ -67,7 +67,7 @@ def _run(
     resumed: bool,
 ) -> None:
     """Run a study in its folder and record how it ended."""
-    if auditor := RunAuditor.from_environment(study=study.name, run=run):
+    if auditor := run_auditor(study=study.name, run=run):
         run_dir.listen(auditor)
     tracking = TrackerCallback(run_dir, trackers, study=study, run=run)
     run_dir.log_event("run_start", study=study.name, run=run, resume=resumed)
@@ -103,7 +103,7 @@ def _run_study(
             run_dir, aggregator, study=study, split=partition, fingerprint=trainer.fingerprint
         )
     messenger = Messenger(grid)
-    nodes = None if study.data else NodeNames.from_environment()
+    nodes = None if study.data else ServerDatabase.from_environment()
     site_manager = SiteManager(messenger, run_dir, study, trainer.fingerprint, nodes)
     site_manager.wait_for_sites()
     baselines = Baselines(messenger, site_manager, run_dir, study, partition)

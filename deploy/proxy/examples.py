@@ -1,7 +1,6 @@
-"""Write nginx.conf and Caddyfile as `fedsigma server up` writes them, for a server of example values.
+"""Write the example nginx.conf and Caddyfile, as `fedsigma server up` writes them for a server.
 
-`make deploy-files` does. They are there to be read before a server exists; the test of deploy/ fails if they
-say anything else than the code.
+`make deploy-files` runs this script; a test fails if the examples differ from the code.
 """
 
 from __future__ import annotations
@@ -10,18 +9,17 @@ import tempfile
 from pathlib import Path
 
 from fedsigma.server.deployment.home import ServerConfig, ServerHome
-from fedsigma.server.deployment.proxy import caddyfile, nginx_conf
+from fedsigma.server.deployment.proxy import proxy_files
 
 EXAMPLE = ServerConfig(name="Example server", address="fl.example.org:443", proxy="none")
 FOLDER = "/var/lib/fedsigma/server"
 
 
 def examples() -> dict[str, str]:
-    """The text of each example file, by name."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = ServerHome.create(Path(place) / "server", EXAMPLE, own=None)
-        made = {"nginx.conf": nginx_conf(folder), "Caddyfile": caddyfile(folder)}
-        return {name: text.replace(str(folder.path), FOLDER) for name, text in made.items()}
+    """Return the text of each example file by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = ServerHome.create(Path(folder) / "server", EXAMPLE, own=None)
+        return {name: text.replace(str(home.path), FOLDER) for name, text in proxy_files(home).items()}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.runs.summary import RunSummary, find_runs, runs_folder, summarize_run
 
 if TYPE_CHECKING:
-    from fedsigma.server.deployment.studies import Studies, SubmissionStatus
+    from fedsigma.server.deployment.studies import Studies
 
 __all__ = ["app"]
 
@@ -312,7 +312,7 @@ def status(
         typer.echo(json.dumps(rows, indent=2))
     else:
         print_table(("run", "study", "status", "rounds", "submitted"), rows)
-    if run and _ended_badly(statuses[0]):
+    if run and statuses[0].resumable:
         raise typer.Exit(FAILED)
 
 
@@ -364,9 +364,5 @@ def _wait(studies: Studies, run: str) -> None:
     last = None
     for last in studies.watch(run):
         typer.echo(f"{last.status}, round {last.rounds}")
-    if last is None or _ended_badly(last):
+    if last is None or last.resumable:
         raise typer.Exit(FAILED)
-
-
-def _ended_badly(status: SubmissionStatus) -> bool:
-    return not status.active and status.status != "finished:completed"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.deployment.database import utc_now
 
-__all__ = ["RunAuditor", "ServerAuditLog"]
+__all__ = ["AUDITED_EVENTS", "ServerAuditLog", "run_auditor"]
 
 
 class ServerAuditLog:
@@ -24,11 +24,7 @@ class ServerAuditLog:
         self._log = HashChainedLog(path / "audit.jsonl")
 
     def record(self, kind: str, **fields: object) -> None:
-        """Append a line with the present time.
-
-        Args:
-            kind: Kind of the event.
-            **fields: Its values.
+        """Append an event with the present time.
 
         Raises:
             OSError: The line cannot be written.
@@ -58,32 +54,27 @@ AUDITED_EVENTS = frozenset(
 _FIELDS = ("round", "site", "reason", "bytes", "sha256", "ok", "file", "resume")
 
 
-class RunAuditor:
-    """Writes the events of one run into the server's audit log.
+def run_auditor(*, study: str, run: str) -> Callable[[Mapping[str, Any]], None] | None:
+    """Return a listener that writes a run's events into its server's audit log.
+
+    It skips events of other kinds than `AUDITED_EVENTS`. It raises an error if it cannot write, since a run
+    must not continue without its audit log.
 
     Args:
-        path: The server's folder.
-        study: The study's name.
-        run: The run's number.
+        study: Name of the study.
+        run: Number of the run.
+
+    Returns:
+        The listener; None in a simulation, which has no server.
     """
+    folder = os.environ.get("FEDSIGMA_SERVER", "")
+    if not folder:
+        return None
+    log = ServerAuditLog(Path(folder))
 
-    def __init__(self, path: Path, *, study: str, run: str) -> None:
-        self._log = ServerAuditLog(path)
-        self._run = {"study": study, "run": run}
-
-    @classmethod
-    def from_environment(cls, *, study: str, run: str) -> RunAuditor | None:
-        """Return the auditor of the server that started this process; None in a simulation."""
-        folder = os.environ.get("FEDSIGMA_SERVER", "")
-        return cls(Path(folder), study=study, run=run) if folder else None
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        """Append an event of the run folder, if its kind is in `AUDITED_EVENTS`.
-
-        Raises:
-            OSError: The line cannot be written; the run must not continue without it.
-            LogTampered: An earlier line was changed or removed.
-        """
+    def record(event: Mapping[str, Any]) -> None:
         if event["kind"] in AUDITED_EVENTS:
             fields = {name: event[name] for name in _FIELDS if name in event}
-            self._log.record(event["kind"], **self._run, **fields)
+            log.record(event["kind"], study=study, run=run, **fields)
+
+    return record

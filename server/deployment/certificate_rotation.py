@@ -39,10 +39,7 @@ def renew_certificates(server: ServerHome, own: CertificatePair | None = None) -
     if own is not None:
         check_pair(own)
     server.issue_inner()
-    if own is not None:
-        own.write(server.tls("outer.crt"), server.tls("outer.key"))
-    else:
-        server.issue_outer()
+    server.install_outer(own)
     _record(server, "certificate_renewed", own=own is not None)
 
 
@@ -91,20 +88,17 @@ def switch_authority(server: ServerHome) -> None:
         server.tls(f"ca.{suffix}").replace(server.tls(f"old-ca.{suffix}"))
         server.tls(f"next-ca.{suffix}").replace(server.tls(f"ca.{suffix}"))
     server.issue_inner()
-    server.issue_outer()
+    server.install_outer()
     # Sites that join later need not trust the old one.
     write_whole(server.tls("sites.crt"), server.tls("ca.crt").read_bytes())
     _record(server, "authority_switched")
 
 
 def _record(server: ServerHome, kind: str, **fields: object) -> None:
-    ServerAuditLog(server.path).record(kind, sha256=_fingerprint(server), **fields)
-
-
-def _fingerprint(server: ServerHome) -> str:
-    """SHA-256 of the certificate that sites see."""
+    """Write to the audit log, with the SHA-256 of the certificate that sites see."""
     certificate = x509.load_pem_x509_certificate(server.tls("outer.crt").read_bytes())
-    return certificate.fingerprint(hashes.SHA256()).hex()
+    fingerprint = certificate.fingerprint(hashes.SHA256()).hex()
+    ServerAuditLog(server.path).record(kind, sha256=fingerprint, **fields)
 
 
 def _is_ours(server: ServerHome) -> bool:

@@ -6,11 +6,12 @@ needed, and a server's certificate can be replaced without any change at the sit
 
 from __future__ import annotations
 
-import datetime
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -61,17 +62,12 @@ def create_authority(name: str, *, days: int = AUTHORITY_DAYS) -> CertificatePai
         name: Common name of the authority.
         days: Validity in days.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    key, subject = ec.generate_private_key(ec.SECP256R1()), _common_name(name)
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-    certificate = (
-        _builder(subject, subject, key, days)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    return _issued(certificate, key)
+    critical = [x509.BasicConstraints(ca=True, path_length=0), usage]
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    end = datetime.now(UTC) + timedelta(days=days)
+    return _sign(subject, subject, key, key, end, critical, [identifier])
 
 
 def issue_certificate(
@@ -87,22 +83,22 @@ def issue_certificate(
     Raises:
         AuthorityError: The authority's key does not belong to its certificate, or the authority has expired.
     """
-    signer, signer_key = _loaded(authority)
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
-    builder = _builder(subject, signer.subject, key, days, latest=signer.not_valid_after_utc)
-    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
-    certificate = (
-        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer_key.public_key()), critical=False
-        )
-        .sign(signer_key, hashes.SHA256())
+    signer, signer_key = _load(
+        authority,
+        "the authority's certificate",
+        "restore both files",
+        " with `fedsigma server rotate authority`",
     )
-    return _issued(certificate, key)
+    key = ec.generate_private_key(ec.SECP256R1())
+    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
+    critical = [x509.BasicConstraints(ca=False, path_length=None), usage]
+    other = [
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
+        x509.SubjectAlternativeName([_general_name(name) for name in names]),
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(signer_key.public_key()),
+    ]
+    end = min(datetime.now(UTC) + timedelta(days=days), signer.not_valid_after_utc)
+    return _sign(_common_name(names[0][:64]), signer.subject, key, signer_key, end, critical, other)
 
 
 def check_pair(pair: CertificatePair) -> None:
@@ -111,64 +107,58 @@ def check_pair(pair: CertificatePair) -> None:
     Raises:
         AuthorityError: They are no pair, cannot be parsed, or the certificate has expired.
     """
+    _load(pair, "the certificate", "pass the two files of one request")
+
+
+def _load(pair: CertificatePair, name: str, remedy: str, command: str = "") -> tuple[x509.Certificate, Any]:
     try:
         certificate = x509.load_pem_x509_certificate(pair.certificate)
         key = load_pem_private_key(pair.key, password=None)
     except (ValueError, TypeError) as error:
         raise AuthorityError(
-            f"certificate or key cannot be parsed as PEM without a password: {error}"
+            f"{name} or its key cannot be parsed as PEM without a password: {error}"
         ) from None
     if certificate.public_key() != key.public_key():
-        raise AuthorityError("the key does not belong to the certificate: name the two files of one request")
-    if certificate.not_valid_after_utc <= _now():
-        raise AuthorityError(f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
-
-
-def _loaded(authority: CertificatePair) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    certificate = x509.load_pem_x509_certificate(authority.certificate)
-    key = load_pem_private_key(authority.key, password=None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
-        raise AuthorityError("the authority's key does not belong to its certificate: restore both files")
-    if certificate.not_valid_after_utc <= _now():
+        raise AuthorityError(f"the key does not belong to {name}: {remedy}")
+    if certificate.not_valid_after_utc <= datetime.now(UTC):
         raise AuthorityError(
-            f"the authority's certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}:"
-            " create a new one with `fedsigma server rotate authority`"
+            f"{name} expired on {certificate.not_valid_after_utc:%Y-%m-%d}: create a new one{command}"
         )
     return certificate, key
 
 
-def _builder(
+def _sign(
     subject: x509.Name,
     issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
-    days: int,
-    *,
-    latest: datetime.datetime | None = None,
-) -> x509.CertificateBuilder:
-    end = _now() + datetime.timedelta(days=days)
-    return (
+    signer_key: ec.EllipticCurvePrivateKey,
+    end: datetime,
+    critical: Sequence[x509.ExtensionType],
+    other: Sequence[x509.ExtensionType],
+) -> CertificatePair:
+    builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        # A site's clock may be behind ours.
-        .not_valid_before(_now() - datetime.timedelta(hours=1))
-        .not_valid_after(min(end, latest) if latest else end)
+        # Valid from an hour ago, since a site's clock may be behind.
+        .not_valid_before(datetime.now(UTC) - timedelta(hours=1))
+        .not_valid_after(end)
     )
-
-
-def _issued(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> CertificatePair:
+    for extension in (*critical, *other):
+        builder = builder.add_extension(extension, critical=extension in critical)
+    certificate = builder.sign(signer_key, hashes.SHA256())
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return CertificatePair(certificate.public_bytes(Encoding.PEM), pem)
 
 
-def _general(name: str) -> x509.GeneralName:
+def _common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         return x509.DNSName(name)
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)

@@ -9,40 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import ForeignKey, create_engine, event, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, selectinload
 
-__all__ = ["NodeKey", "NodeNames", "ServerDatabase", "Site", "Submission", "set_sqlite_pragmas", "utc_now"]
-
-
-class NodeNames:
-    """The sites that a server has admitted, by node.
-
-    A node proves its identity by its key, but it could claim any name. At a server, the name in a site's
-    reply must therefore be the one that belongs to its node.
-
-    Args:
-        path: The server's folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._database = ServerDatabase(path / "server.db")
-
-    @classmethod
-    def from_environment(cls) -> NodeNames | None:
-        """Return the names of the server that started this process; None in a simulation."""
-        folder = os.environ.get("FEDSIGMA_SERVER", "")
-        return cls(Path(folder)) if folder else None
-
-    def problem(self, node: int, name: str) -> str:
-        """Return why this node cannot be the site of this name; empty if it is.
-
-        The database is read each time, since sites may join during a run.
-        """
-        keys = {k.node_id: s.name for s in self._database.sites() for k in s.keys if k.state != REVOKED}
-        site = keys.get(str(node))
-        if site == name:
-            return ""
-        return f"its node belongs to site '{site}'" if site else "its node belongs to no site of this server"
+__all__ = ["NodeKey", "ServerDatabase", "Site", "Submission", "set_sqlite_pragmas", "utc_now"]
 
 
 ACTIVE, RETIRING, REVOKED = "active", "retiring", "revoked"
@@ -101,15 +70,22 @@ class ServerDatabase:
     """The database of one server; created at first use.
 
     Args:
-        path: The SQLite file; the variable FEDSIGMA_DATABASE may name another database by an SQLAlchemy URL.
+        folder: The server's folder; FEDSIGMA_DATABASE may name another database than its server.db by an
+            SQLAlchemy URL.
     """
 
-    def __init__(self, path: Path) -> None:
-        url = os.environ.get("FEDSIGMA_DATABASE") or f"sqlite:///{path}"
+    def __init__(self, folder: Path) -> None:
+        url = os.environ.get("FEDSIGMA_DATABASE") or f"sqlite:///{folder / 'server.db'}"
         self._engine = create_engine(url)
         if url.startswith("sqlite"):
             event.listen(self._engine, "connect", set_sqlite_pragmas)
         _Base.metadata.create_all(self._engine)
+
+    @classmethod
+    def from_environment(cls) -> ServerDatabase | None:
+        """Return the database of the server that started this process; None in a simulation."""
+        folder = os.environ.get("FEDSIGMA_SERVER", "")
+        return cls(Path(folder)) if folder else None
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -119,17 +95,27 @@ class ServerDatabase:
 
     def sites(self) -> list[Site]:
         """Return all sites with their keys, by name."""
+        query = select(Site).order_by(Site.name).options(selectinload(Site.keys))
         with self.session() as session:
-            sites = list(session.scalars(select(Site).order_by(Site.name)))
-            for site in sites:
-                _ = list(site.keys)  # loaded before the session ends
-            return sites
+            return list(session.scalars(query))
 
     def submissions(self, *, study: str | None = None) -> list[Submission]:
         """Return all submissions, or those of one study, the latest first."""
         query = select(Submission).order_by(Submission.submitted_at.desc())
         with self.session() as session:
             return list(session.scalars(query if study is None else query.where(Submission.study == study)))
+
+    def node_problem(self, node: int, name: str) -> str:
+        """Return why a node cannot be the site of this name; empty if it is.
+
+        A node proves its identity by its key, but it could claim any name. The database is read each time,
+        since sites may join during a run.
+        """
+        keys = {k.node_id: s.name for s in self.sites() for k in s.keys if k.state != REVOKED}
+        site = keys.get(str(node))
+        if site == name:
+            return ""
+        return f"its node belongs to site '{site}'" if site else "its node belongs to no site of this server"
 
 
 def set_sqlite_pragmas(connection: object, _: object) -> None:

@@ -34,7 +34,7 @@ class Enrolment:
     def __init__(self, home: ServerHome, control: FlowerControl | None = None) -> None:
         self._home = home
         self._control = control or FlowerControl(home)
-        self._database = ServerDatabase(home.path / "server.db")
+        self._database = ServerDatabase(home.path)
         self._log = ServerAuditLog(home.path)
 
     def invite(self, name: str, path: Path, *, days: int, note: str = "") -> Invitation:
@@ -120,13 +120,13 @@ class Enrolment:
             ControlError: The SuperLink does not answer.
         """
         nodes = self._control.nodes()
+        online = {node.node_id for node in nodes.values() if node.status == "online"}
         retired = []
         with self._database.session() as session:
             for site in session.query(Site):
-                seen = [k for k in site.keys if k.state == ACTIVE and self._online(nodes, k)]
-                for key in [k for k in site.keys if k.state == RETIRING] if seen else []:
-                    self._revoke_key(key)
-                    retired.append(key)
+                if any(key.state == ACTIVE and key.node_id in online for key in site.keys):
+                    retired += [key for key in site.keys if key.state == RETIRING]
+            self._revoke_keys(retired, nodes)
         for key in retired:
             self._log.record("key_retired", site=key.site, node=key.node_id)
         return retired
@@ -144,18 +144,13 @@ class Enrolment:
                 raise ServerHomeError(f"there is no site '{name}': `fedsigma server sites` lists them")
             site.word = ""
             keys = [key for key in site.keys if key.state != REVOKED]
-            for key in keys:
-                self._revoke_key(key)
+            self._revoke_keys(keys, self._control.nodes() if keys else {})
         self._log.record("site_revoked", site=name, nodes=[key.node_id for key in keys])
         return keys
 
     def sites(self) -> list[Site]:
         """Return all sites with their keys, by name."""
         return self._database.sites()
-
-    def site_of_node(self) -> dict[str, str]:
-        """Return the site of each admitted node, by Flower's node id."""
-        return {k.node_id: s.name for s in self.sites() for k in s.keys if k.state != REVOKED}
 
     def _check_first(self, site: Site, keys: SiteKeys) -> None:
         if not site.word:
@@ -169,12 +164,8 @@ class Enrolment:
             )
         keys.check(word=site.word)
 
-    def _revoke_key(self, key: NodeKey) -> None:
-        nodes = self._control.nodes()
-        if key.node_id in nodes and nodes[key.node_id].status != "unregistered":
-            self._control.unregister(key.node_id)
-        key.state = REVOKED
-
-    @staticmethod
-    def _online(nodes: dict[str, Node], key: NodeKey) -> bool:
-        return key.node_id in nodes and nodes[key.node_id].status == "online"
+    def _revoke_keys(self, keys: list[NodeKey], nodes: dict[str, Node]) -> None:
+        for key in keys:
+            if key.node_id in nodes and nodes[key.node_id].status != "unregistered":
+                self._control.unregister(key.node_id)
+            key.state = REVOKED

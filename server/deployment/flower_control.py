@@ -16,7 +16,7 @@ from fedsigma.common.ops.supervisor import flower_environment
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.deployment.home import ServerHome
 
-__all__ = ["ControlError", "FlowerControl", "Node", "Run"]
+__all__ = ["ControlError", "FlowerControl", "Node"]
 
 CONNECTION = "server"
 TIMEOUT_S = 120
@@ -39,29 +39,6 @@ class Node:
     node_id: str
     status: str
     last_seen: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run as Flower reports it.
-
-    Attributes:
-        run_id: The run's number.
-        status: `pending`, `starting`, `running`, or `finished:` with `completed`, `failed` or `stopped`.
-    """
-
-    run_id: str
-    status: str
-
-    @property
-    def ended(self) -> bool:
-        """Whether the run has ended."""
-        return self.status.startswith("finished")
-
-    @property
-    def completed(self) -> bool:
-        """Whether the run completed."""
-        return self.status == "finished:completed"
 
 
 class FlowerControl:
@@ -110,21 +87,26 @@ class FlowerControl:
         Raises:
             ControlError: The SuperLink does not answer.
         """
-        nodes = {}
-        for entry in self._flwr(["supernode", "list", CONNECTION]).get("nodes", []):
-            last_seen = entry.get("online-at") or entry.get("last-activated-at") or ""
-            node = Node(str(entry["node-id"]), str(entry["status"]), str(last_seen))
-            nodes[node.node_id] = node
-        return nodes
+        entries = self._flwr(["supernode", "list", CONNECTION]).get("nodes", [])
+        return {
+            str(entry["node-id"]): Node(
+                node_id=str(entry["node-id"]),
+                status=str(entry["status"]),
+                last_seen=str(entry.get("online-at") or entry.get("last-activated-at") or ""),
+            )
+            for entry in entries
+        }
 
-    def runs(self) -> dict[str, Run]:
-        """Return all runs by number.
+    def runs(self) -> dict[str, str]:
+        """Return the status of all runs by number.
+
+        It is `pending`, `starting`, `running`, or `finished:` with `completed`, `failed` or `stopped`.
 
         Raises:
             ControlError: The SuperLink does not answer.
         """
         entries = self._flwr(["ls", CONNECTION]).get("runs", [])
-        return {str(entry["run-id"]): Run(str(entry["run-id"]), str(entry["status"])) for entry in entries}
+        return {str(entry["run-id"]): str(entry["status"]) for entry in entries}
 
     def start(self, app: Path, values: dict[str, Any]) -> str:
         """Start a run of an app.

@@ -36,6 +36,14 @@ from fedsigma.server.deployment.certificates import CertificatePair, create_auth
 __all__ = ["ServerConfig", "ServerHome", "ServerHomeError"]
 
 PROXIES = ("nginx", "caddy", "none")
+_FLOWER_CONFIG = """\
+[superlink]
+default = "server"
+
+[superlink.server]
+address = "{address}"
+root-certificates = "{authority}"
+"""
 
 
 class ServerHomeError(FedSigmaError, ValueError):
@@ -120,16 +128,13 @@ class ServerHome:
         path.chmod(0o700)
         for name in ("tls", "secrets", "proxy", "studies", "runs", "logs", "flwr"):
             (path / name).mkdir(mode=0o700)
-        write_secret(path / "secrets" / "superexec.secret", secrets.token_bytes(32))
         (path / "server.yaml").write_text(write_yaml(config), encoding="utf-8")
         home = cls(path)
+        write_secret(home.secret, secrets.token_bytes(32))
         authority = create_authority(f"{config.name} FedSigma authority")
         authority.write(home.tls("ca.crt"), home.tls("ca.key"))
         home.issue_inner()
-        if own is None:
-            home.issue_outer()
-        else:
-            own.write(home.tls("outer.crt"), home.tls("outer.key"))
+        home.install_outer(own)
         home.tls("sites.crt").write_bytes(trust or authority.certificate)
         home.write_flower_config()
         return home
@@ -162,10 +167,11 @@ class ServerHome:
         names = dict.fromkeys([*self.config.names, *([host] if host not in ("0.0.0.0", "::") else [])])
         issue_certificate(self.authority(), list(names)).write(self.tls("inner.crt"), self.tls("inner.key"))
 
-    def issue_outer(self) -> None:
-        """Issue a new certificate for the address that sites connect to."""
+    def install_outer(self, own: CertificatePair | None = None) -> None:
+        """Install a certificate for the address that sites connect to; None to issue a new one."""
         host, _ = split_address(self.config.address, where="address")
-        issue_certificate(self.authority(), [host]).write(self.tls("outer.crt"), self.tls("outer.key"))
+        pair = own or issue_certificate(self.authority(), [host])
+        pair.write(self.tls("outer.crt"), self.tls("outer.key"))
 
     @property
     def control(self) -> str:
@@ -174,8 +180,7 @@ class ServerHome:
 
     def write_flower_config(self) -> None:
         """Write the configuration by which the `flwr` command connects to the SuperLink."""
-        lines = ["[superlink]", 'default = "server"', "", "[superlink.server]"]
-        lines += [f'address = "{self.control}"', f'root-certificates = "{self.tls("ca.crt")}"']
-        file, text = self.path / "flwr" / "config.toml", "\n".join(lines) + "\n"
+        file = self.path / "flwr" / "config.toml"
+        text = _FLOWER_CONFIG.format(address=self.control, authority=self.tls("ca.crt"))
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             write_whole(file, text.encode())

@@ -7,12 +7,10 @@ and the proxy forwards no other path. The one exception is gRPC's health check, 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fedsigma.common.config.schema import split_address
 from fedsigma.server.deployment.home import ServerHome
 
-__all__ = ["caddyfile", "nginx_conf", "write_proxy_files"]
+__all__ = ["proxy_files", "write_proxy_files"]
 
 _NGINX = """\
 # Written by fedsigma from server.yaml; changes here are lost at the next `fedsigma server up`.
@@ -101,39 +99,28 @@ https://{host}:{port} {{
 """
 
 
-def nginx_conf(home: ServerHome) -> str:
-    """Return the configuration for nginx 1.18 and newer."""
-    return _NGINX.format(**_values(home))
-
-
-def caddyfile(home: ServerHome) -> str:
-    """Return the configuration for Caddy 2."""
-    return _CADDY.format(**_values(home))
-
-
-def write_proxy_files(home: ServerHome) -> Path:
-    """Write both files into proxy/, and create the folders that they name; returns proxy/."""
-    proxy_folder = home.path / "proxy"
-    for name in ("run", "run/body"):
-        (proxy_folder / name).mkdir(exist_ok=True)
-    (proxy_folder / "nginx.conf").write_text(nginx_conf(home), encoding="utf-8")
-    (proxy_folder / "Caddyfile").write_text(caddyfile(home), encoding="utf-8")
-    return proxy_folder
-
-
-def _values(home: ServerHome) -> dict[str, str]:
+def proxy_files(home: ServerHome) -> dict[str, str]:
+    """Return nginx.conf, for nginx 1.18 and newer, and the Caddyfile, for Caddy 2, by name."""
     config = home.config
     host, _ = split_address(config.address, where="address")
     bind, port = split_address(config.listen, where="listen")
-    return {
-        "run": str(home.path / "proxy" / "run"),
-        "tls": str(home.path / "tls"),
+    values = {
+        "run": home.path / "proxy" / "run",
+        "tls": home.path / "tls",
         "listen": config.listen,
         "host": host,
         "bind": bind,
-        "port": str(port),
+        "port": port,
         "superlink": home.control,
         "inner": config.names[0],
         "health": config.health,
-        "megabytes": str(config.largest_message),
+        "megabytes": config.largest_message,
     }
+    return {"nginx.conf": _NGINX.format(**values), "Caddyfile": _CADDY.format(**values)}
+
+
+def write_proxy_files(home: ServerHome) -> None:
+    """Write both files into proxy/, and create the folders that they name."""
+    (home.path / "proxy" / "run" / "body").mkdir(parents=True, exist_ok=True)
+    for name, text in proxy_files(home).items():
+        (home.path / "proxy" / name).write_text(text, encoding="utf-8")

@@ -1,9 +1,9 @@
 """Run the proxy as one process that ends with all its children.
 
-nginx's workers keep running when their master is killed, and hold its port, so that no new master could
-start. Here the workers end with the master, and the master with this process. nginx also opens its output by
-name, which fails for a journal's socket or another user's pipe: here its output is a pipe, which is copied to
-the output of this process.
+nginx's workers survive when their master is killed, and hold its port, so that no new master could start.
+Here the workers end with the master, and the master with this process. nginx also opens its output by name,
+which fails for a journal's socket or another user's pipe: here it writes to a pipe, which is copied to the
+output of this process.
 
 Arguments: the proxy's command.
 """
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from types import FrameType
 
 from fedsigma.common.ops.supervisord import end_with_parent
 
@@ -33,22 +32,18 @@ def main(command: list[str]) -> int:
         preexec_fn=end_with_parent,
     )
     assert child.stdout is not None
-    pump = threading.Thread(target=_pass_output, args=(child.stdout.fileno(),), daemon=True)
-    pump.start()
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
-
+    copier = threading.Thread(target=_copy_output, args=(child.stdout.fileno(),), daemon=True)
+    copier.start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, pass_on)
+        signal.signal(number, lambda number, _: child.send_signal(number))
     code = child.wait()
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    pump.join(timeout=5)
+    copier.join(timeout=5)
     return code if code >= 0 else 128 - code
 
 
-def _pass_output(source: int) -> None:
+def _copy_output(source: int) -> None:
     while chunk := os.read(source, 65536):
         # A reader that has closed the pipe must not stop the proxy.
         with suppress(OSError):

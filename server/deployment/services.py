@@ -11,7 +11,8 @@ from fedsigma.server.deployment.home import ServerHome
 
 __all__ = ["server_processes"]
 
-_PROXY_PROCESS = (sys.executable, "-P", "-m", "fedsigma.server.deployment.proxy_process")
+_PYTHON = (sys.executable, "-P", "-m")
+_PROXY_PROCESS = (*_PYTHON, "fedsigma.server.deployment.proxy_process")
 
 
 def server_processes(home: ServerHome) -> list[Process]:
@@ -21,40 +22,42 @@ def server_processes(home: ServerHome) -> list[Process]:
     `auto-resume` resumes runs whose process died. `proxy` reads the files of `write_proxy_files`. `dashboard`
     is included if the folder has a dashboard.yaml; no other process needs it.
     """
-    proxy_folder, config = home.path / "proxy", home.config
+    folder, config = str(home.path), home.config
     host, port = split_address(config.superlink, where="superlink")
-    environment = flower_environment(home.path / "flwr") | {
-        "FEDSIGMA_SERVER": str(home.path),
-        "FEDSIGMA_RUNS": str(home.path / "runs"),
-    }
-    tls = ["--ssl-ca-certfile", str(home.tls("ca.crt")), "--ssl-certfile", str(home.tls("inner.crt"))]
-    tls += ["--ssl-keyfile", str(home.tls("inner.key"))]
-    secret = ["--superexec-auth-secret-file", str(home.secret)]
-    superlink = flower_command("flower-superlink", "--host", host, "--port", str(port))
-    superlink += ["--isolation", "process"]
-    superlink += [*tls, *secret, "--enable-supernode-auth", "--database", str(home.path / "state.db")]
-    superlink += ["--health-server-address", config.health, "--disable-runtime-dependency-installation"]
-    worker = flower_command("flower-superexec", "--runtime-api-address", home.control)
-    worker += ["--root-certificates", str(home.tls("ca.crt")), *secret]
-    worker += ["--health-server-address", config.worker_health]
-    auto_resume = [sys.executable, "-P", "-m", "fedsigma.server.deployment.auto_resume", str(home.path)]
+    environment = flower_environment(home.path / "flwr")
+    environment |= {"FEDSIGMA_SERVER": folder, "FEDSIGMA_RUNS": f"{folder}/runs"}
+    authority, secret = str(home.tls("ca.crt")), ["--superexec-auth-secret-file", str(home.secret)]
+    superlink = flower_command("flower-superlink", "--host", host, "--port", str(port), *secret)
+    superlink += ["--isolation", "process", "--enable-supernode-auth", "--ssl-ca-certfile", authority]
+    superlink += ["--ssl-certfile", str(home.tls("inner.crt")), "--ssl-keyfile", str(home.tls("inner.key"))]
+    superlink += ["--database", f"{folder}/state.db", "--disable-runtime-dependency-installation"]
+    superlink += ["--health-server-address", config.health]
+    worker = flower_command("flower-superexec", "--runtime-api-address", home.control, *secret)
+    worker += ["--root-certificates", authority, "--health-server-address", config.worker_health]
+    auto_resume = [*_PYTHON, "fedsigma.server.deployment.auto_resume", folder]
     processes = [
         Process(name="superlink", command=superlink, environment=environment, health=config.health, after=1),
         Process(name="worker", command=worker, environment=environment, health=config.worker_health, after=2),
         Process(name="auto-resume", command=auto_resume, environment=environment, after=3),
     ]
     if (home.path / "dashboard.yaml").is_file():
-        dashboard = [sys.executable, "-P", "-m", "fedsigma.cli.main", "dashboard", str(home.path)]
+        dashboard = [*_PYTHON, "fedsigma.cli.main", "dashboard", folder]
         processes.append(Process(name="dashboard", command=dashboard, environment=environment, after=5))
-    run = str(proxy_folder / "run")
+    proxy, run = f"{folder}/proxy", f"{folder}/proxy/run"
     if config.proxy == "nginx":
-        command = [*_PROXY_PROCESS, "nginx", "-c", str(proxy_folder / "nginx.conf"), "-p", run]
-        # Until it has read its configuration, nginx would write into a folder of the system.
-        command += ["-e", "stderr"]
+        # -e: before it has read its configuration, nginx would log into a folder of the system.
+        command = [*_PROXY_PROCESS, "nginx", "-c", f"{proxy}/nginx.conf", "-p", run, "-e", "stderr"]
         processes.append(Process(name="proxy", command=command, needs="nginx", after=4))
     elif config.proxy == "caddy":
-        command = [*_PROXY_PROCESS, "caddy", "run", "--config", str(proxy_folder / "Caddyfile")]
-        command += ["--adapter", "caddyfile"]
+        command = [
+            *_PROXY_PROCESS,
+            "caddy",
+            "run",
+            "--config",
+            f"{proxy}/Caddyfile",
+            "--adapter",
+            "caddyfile",
+        ]
         folders = {"HOME": run, "XDG_CONFIG_HOME": run}
         processes.append(Process(name="proxy", command=command, environment=folders, needs="caddy", after=4))
     return processes

@@ -16,7 +16,7 @@ from pathlib import Path
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.server.deployment.audit_log import ServerAuditLog
 from fedsigma.server.deployment.database import ServerDatabase, Submission, utc_now
-from fedsigma.server.deployment.flower_control import ControlError, FlowerControl, Run
+from fedsigma.server.deployment.flower_control import ControlError, FlowerControl
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 from fedsigma.server.federation.privacy_plan import check_budget
 from fedsigma.server.runs.run_dir import RunDir
@@ -51,6 +51,11 @@ class SubmissionStatus:
         return not self.status.startswith("finished") and self.status != UNKNOWN
 
     @property
+    def resumable(self) -> bool:
+        """Whether the run has ended without completing."""
+        return not self.active and self.status != "finished:completed"
+
+    @property
     def crashed(self) -> bool:
         """Whether the run failed without recording an end: it never started, or its process died."""
         return self.status == "finished:failed" and not has_ended(self.submission)
@@ -76,7 +81,7 @@ class Studies:
     def __init__(self, home: ServerHome, control: FlowerControl | None = None, *, by: str = "") -> None:
         self._home, self._by = home, by
         self._control = control or FlowerControl(home)
-        self._database = ServerDatabase(home.path / "server.db")
+        self._database = ServerDatabase(home.path)
         self._log = ServerAuditLog(home.path)
 
     def submit(
@@ -104,9 +109,7 @@ class Studies:
         text = config.to_yaml()
         digest = hashlib.sha256(text.encode()).hexdigest()
         for previous in self.statuses(study=config.name) if not again else ():
-            if previous.submission.digest == digest and (
-                previous.active or previous.status == "finished:completed"
-            ):
+            if previous.submission.digest == digest and not previous.resumable:
                 raise ServerHomeError(
                     f"study '{config.name}' was submitted before as run {previous.submission.run_id}, which"
                     f" is {previous.status}: submit it again with `--again`"
@@ -125,7 +128,7 @@ class Studies:
             ControlError: The SuperLink does not answer.
         """
         previous = self.find(run)
-        if previous.active or previous.status == "finished:completed":
+        if not previous.resumable:
             raise ServerHomeError(
                 f"run {previous.submission.run_id} is {previous.status}: there is nothing to resume"
             )
@@ -172,11 +175,9 @@ class Studies:
 
         Raises:
             ServerHomeError: No submission matches.
+            ControlError: The SuperLink does not answer.
         """
-        for status in self.statuses():
-            if run in (status.submission.run_id, status.submission.study):
-                return status
-        raise ServerHomeError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
+        return self._status_of(self._find_submission(run), self._control.runs())
 
     def watch(self, run: str) -> Iterator[SubmissionStatus]:
         """Yield the state of a run every `POLL_S` seconds until it ends, also while the SuperLink is down.
@@ -186,10 +187,7 @@ class Studies:
         Raises:
             ServerHomeError: The run does not exist.
         """
-        if not any(run in (s.run_id, s.study) for s in self._database.submissions()):
-            raise ServerHomeError(
-                f"there is no run or study '{run}' here: `fedsigma study status` lists them"
-            )
+        self._find_submission(run)
         polls_since_crash = 0
         while True:
             try:
@@ -212,6 +210,12 @@ class Studies:
         command = self._control.log_command(self.find(run).submission.run_id, follow=follow)
         done = subprocess.run(command, env=self._control.environment, cwd=self._home.path, check=False)
         return done.returncode
+
+    def _find_submission(self, run: str) -> Submission:
+        for submission in self._database.submissions():
+            if run in (submission.run_id, submission.study):
+                return submission
+        raise ServerHomeError(f"there is no run or study '{run}' here: `fedsigma study status` lists them")
 
     def _start(
         self,
@@ -239,13 +243,11 @@ class Studies:
         self._record("study_resumed" if resumes else "study_submitted", submission)
         return submission
 
-    def _status_of(self, submission: Submission, runs: dict[str, Run]) -> SubmissionStatus:
-        path = Path(submission.folder)
-        rounds = 0
+    def _status_of(self, submission: Submission, runs: dict[str, str]) -> SubmissionStatus:
+        path, rounds = Path(submission.folder), 0
         if (path / "study.yaml").is_file():
             rounds = max((row["round"] for row in RunDir.open(path).rounds()), default=0)
-        status = runs[submission.run_id].status if submission.run_id in runs else UNKNOWN
-        return SubmissionStatus(submission, status, rounds)
+        return SubmissionStatus(submission, runs.get(submission.run_id, UNKNOWN), rounds)
 
     def _record(self, kind: str, submission: Submission) -> None:
         user = {"by": self._by} if self._by else {}

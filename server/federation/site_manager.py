@@ -50,7 +50,7 @@ class WrongSiteCount(FedSigmaError, RuntimeError):
 class NodeDirectory(Protocol):
     """Knows which site each node belongs to."""
 
-    def problem(self, node: int, name: str) -> str:
+    def node_problem(self, node: int, name: str) -> str:
         """Why this node cannot be the site of this name; empty if it can."""
         ...
 
@@ -237,7 +237,7 @@ class SiteManager:
         return mismatch
 
     def _name_conflict(self, node: int, name: str, online: set[int]) -> str:
-        if self._nodes is not None and (problem := self._nodes.problem(node, name)):
+        if self._nodes is not None and (problem := self._nodes.node_problem(node, name)):
             return problem
         for other, other_name in list(self.names.items()):
             if other_name == name and other != node:

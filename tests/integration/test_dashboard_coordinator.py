@@ -21,7 +21,7 @@ from fedsigma.server.dashboard.pages.run_index import RunIndex
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch
 from fedsigma.server.deployment.audit_log import ServerAuditLog
 from fedsigma.server.deployment.database import NodeKey, ServerDatabase, Site, Submission
-from fedsigma.server.deployment.flower_control import Node, Run
+from fedsigma.server.deployment.flower_control import Node
 from fedsigma.server.deployment.home import ServerConfig, ServerHome
 from tests.helpers.dashboard_door import ACCESS, FROM_US, HTML, PASSWORD, QUICK, client, sign_in
 from tests.helpers.synthetic_run import write_synthetic_run
@@ -35,8 +35,8 @@ class Told:
     def nodes(self) -> dict[str, Node]:
         return {"7": Node("7", "online", "2026-03-01T11:00:00+00:00")}
 
-    def runs(self) -> dict[str, Run]:
-        return {"1": Run("1", "pending"), "2": Run("2", "finished:failed")}
+    def runs(self) -> dict[str, str]:
+        return {"1": "pending", "2": "finished:failed"}
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def server(tmp_path: Path) -> ServerHome:
         name="Tests", address=f"127.0.0.1:{ports[0]}", superlink=f"127.0.0.1:{ports[1]}", proxy="none"
     )
     found = ServerHome.create(tmp_path / "server", config, own=None)
-    registry = ServerDatabase(found.path / "server.db")
+    registry = ServerDatabase(found.path)
     with registry.session() as session:
         session.add(Site(name="north", invited_at=NOON))
         session.add(Site(name="annex", invited_at=NOON, note="<i>new</i>"))

@@ -261,7 +261,7 @@ def test_at_a_server_a_site_is_who_its_node_says(tmp_path: Path) -> None:
     """Else a site could take another's place by its name."""
 
     class Nodes:
-        def problem(self, node: int, name: str) -> str:
+        def node_problem(self, node: int, name: str) -> str:
             return "" if (node, name) == (1, "north") else "its node belongs to site 'south'"
 
     folder, good = RunDir.create(tmp_path / "run", STUDY), FINGERPRINT.to_json()

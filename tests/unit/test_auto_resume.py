@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from fedsigma.server.deployment.auto_resume import MAX_ATTEMPTS, resume_crashed_runs
-from fedsigma.server.deployment.flower_control import Run
 from fedsigma.server.deployment.home import ServerConfig, ServerHome
 from fedsigma.server.deployment.studies import Studies
 from fedsigma.server.runs.run_dir import RunDir
@@ -29,8 +28,8 @@ class FakeControl:
         self.status[run] = "running"
         return run
 
-    def runs(self) -> dict[str, Run]:
-        return {run: Run(run, status) for run, status in self.status.items()}
+    def runs(self) -> dict[str, str]:
+        return self.status
 
 
 @pytest.fixture

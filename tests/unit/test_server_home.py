@@ -22,11 +22,11 @@ from fedsigma.server.deployment.certificates import (
     create_authority,
     issue_certificate,
 )
-from fedsigma.server.deployment.database import NodeNames
+from fedsigma.server.deployment.database import REVOKED, ServerDatabase
 from fedsigma.server.deployment.enrolment import Enrolment
 from fedsigma.server.deployment.flower_control import ControlError, Node
 from fedsigma.server.deployment.home import ServerConfig, ServerHome, ServerHomeError
-from fedsigma.server.deployment.proxy import caddyfile, nginx_conf
+from fedsigma.server.deployment.proxy import proxy_files
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,10 @@ def join(enrolment: Enrolment, folder: Path, name: str = "north") -> tuple[SiteH
     return SiteHome.enrol(folder / name, invitation)
 
 
+def site_of_node(enrolment: Enrolment) -> dict[str, str]:
+    return {key.node_id: site.name for site in enrolment.sites() for key in site.keys if key.state != REVOKED}
+
+
 def test_secrets_of_a_new_server_are_its_owners_alone(server: ServerHome) -> None:
     for file in ("tls/ca.key", "tls/inner.key", "tls/outer.key", "secrets/superexec.secret"):
         assert stat.S_IMODE((server.path / file).stat().st_mode) == 0o600, file
@@ -120,7 +124,7 @@ def test_a_setting_that_does_not_do_is_refused(key: str, value: str) -> None:
 
 
 def test_the_proxy_passes_the_fleet_interface_alone(server: ServerHome) -> None:
-    for text in (nginx_conf(server), caddyfile(server)):
+    for text in proxy_files(server).values():
         assert "/v1/fleet/" in text and "control" not in text and str(server.tls("outer.key")) in text
 
 
@@ -129,7 +133,7 @@ def test_a_site_joins_by_two_files(enrolment: Enrolment, control: FakeControl, t
     added = enrolment.admit(keys)
     assert control.known == {added.node_id: keys.node_key}
     assert [(s.name, s.state, s.identity) for s in enrolment.sites()] == [("north", "joined", keys.identity)]
-    assert enrolment.site_of_node() == {added.node_id: "north"}
+    assert site_of_node(enrolment) == {added.node_id: "north"}
     for file in ("node/node.key", "worker/identity.pem", "node/superexec.secret"):
         assert stat.S_IMODE((site.path / file).stat().st_mode) == 0o600, file
         content = (site.path / file).read_bytes()
@@ -177,7 +181,7 @@ def test_a_key_is_renewed_with_an_overlap(enrolment: Enrolment, control: FakeCon
     site, keys = join(enrolment, tmp_path)
     old = enrolment.admit(keys).node_id
     new = enrolment.admit(site.rotate_key()).node_id
-    assert set(enrolment.site_of_node()) == {old, new}
+    assert set(site_of_node(enrolment)) == {old, new}
     control.status[old] = "online"
     assert enrolment.retire_old_keys() == []
     before = (site.path / "node" / "node.key").read_bytes()
@@ -185,7 +189,7 @@ def test_a_key_is_renewed_with_an_overlap(enrolment: Enrolment, control: FakeCon
     assert (site.path / "node" / "old.key").read_bytes() == before
     control.status[new] = "online"
     assert [key.node_id for key in enrolment.retire_old_keys()] == [old]
-    assert enrolment.site_of_node() == {new: "north"} and control.status[old] == "unregistered"
+    assert site_of_node(enrolment) == {new: "north"} and control.status[old] == "unregistered"
     with pytest.raises(EnrolmentFileError, match=r"holds no next\.key"):
         site.switch_key()
 
@@ -196,7 +200,7 @@ def test_a_revoked_site_is_out_and_the_others_are_not(
     for name in ("north", "south"):
         enrolment.admit(join(enrolment, tmp_path, name)[1])
     enrolment.revoke("north")
-    assert set(enrolment.site_of_node().values()) == {"south"}
+    assert set(site_of_node(enrolment).values()) == {"south"}
     assert list(control.status.values()) == ["unregistered", "registered"]
     assert [s.state for s in enrolment.sites()] == ["revoked", "joined"]
     with pytest.raises(ServerHomeError, match="there is no site 'west'"):
@@ -208,16 +212,16 @@ def test_a_revoked_site_is_out_and_the_others_are_not(
 def test_a_node_is_the_site_that_was_let_in(
     enrolment: Enrolment, server: ServerHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert NodeNames.from_environment() is None
+    assert ServerDatabase.from_environment() is None
     monkeypatch.setenv("FEDSIGMA_SERVER", str(server.path))
-    nodes = NodeNames.from_environment()
+    nodes = ServerDatabase.from_environment()
     assert nodes is not None
     node = int(enrolment.admit(join(enrolment, tmp_path)[1]).node_id)
-    assert nodes.problem(node, "north") == ""
-    assert nodes.problem(node, "south") == "its node belongs to site 'north'"
-    assert nodes.problem(7, "north") == "its node belongs to no site of this server"
+    assert nodes.node_problem(node, "north") == ""
+    assert nodes.node_problem(node, "south") == "its node belongs to site 'north'"
+    assert nodes.node_problem(7, "north") == "its node belongs to no site of this server"
     enrolment.revoke("north")
-    assert "no site of this server" in nodes.problem(node, "north")
+    assert "no site of this server" in nodes.node_problem(node, "north")
 
 
 def test_a_folder_is_one_sites(enrolment: Enrolment, tmp_path: Path) -> None:

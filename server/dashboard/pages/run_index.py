@@ -79,7 +79,7 @@ class RunIndex:
     def database(self) -> ServerDatabase:
         """The server's database, opened once."""
         assert self.server is not None
-        return ServerDatabase(self.server.path / "server.db")
+        return ServerDatabase(self.server.path)
 
     def list_runs(self) -> list[RunEntry]:
         """Return all runs, newest first."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsigma.server.deployment.database import ServerDatabase, Site
-from fedsigma.server.deployment.flower_control import ControlError, FlowerControl, Node, Run
+from fedsigma.server.deployment.flower_control import ControlError, FlowerControl, Node
 from fedsigma.server.deployment.home import ServerHome
 from fedsigma.server.runs.summary import last_contacts
 
@@ -48,7 +48,7 @@ class SuperLinkWatch:
 
     Attributes:
         nodes: Nodes by id, as last reported.
-        runs: Runs by id, as last reported.
+        runs: Status of each run by id, as last reported.
         error: Why `nodes` and `runs` are missing or outdated; empty while the SuperLink responds.
     """
 
@@ -57,7 +57,7 @@ class SuperLinkWatch:
         self._stopped = threading.Event()
         self._wake = threading.Event()
         self.nodes: dict[str, Node] = {}
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, str] = {}
         self.error = "the SuperLink has not been polled yet"
         self._thread = threading.Thread(target=self._poll, name="superlink-watch", daemon=True)
 
@@ -72,8 +72,8 @@ class SuperLinkWatch:
 
     def end_status(self, run_id: str) -> str:
         """Return the SuperLink's status of a run that has ended; empty if it has not or is unknown."""
-        run = None if self.error else self.runs.get(run_id)
-        return run.status if run is not None and run.ended else ""
+        status = "" if self.error else self.runs.get(run_id, "")
+        return status if status.startswith("finished") else ""
 
     def refresh(self) -> None:
         """Poll at once, because a run was started or stopped."""
