@@ -1,39 +1,38 @@
-"""Feed the reader of coded shifts with hostile bytes: each must give a shift or a `CodecError`.
+"""Feed the decoder of shifts with hostile bytes: each input must give a shift or a `CodecError`.
 
     python -m bench.fuzz_wire --inputs 200000 --json out/fuzz.json
 
-Four kinds in equal numbers, drawn by hypothesis: any bytes; any payload, often of a right length, behind a
-right header and checksum; any integers, well compressed, behind right step codes; and valid messages with a
-few bytes changed and the checksum mended. Any other exception, a wrong shape, a value that is not finite, or
-more than 16 MiB of new memory ends the run with code 1 and prints the input.
+Four kinds in equal numbers, drawn by hypothesis: any bytes; any payload, often of a valid length, behind a
+valid header and checksum; any integers, correctly compressed, behind valid step codes; and valid messages
+with a few bytes changed and the checksum corrected. Any other exception, a wrong shape, a value that is not
+finite, or more than 16 MiB of additional memory ends the run with code 1 and prints the input.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import struct
 import time
 import tracemalloc
 import zlib
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zstandard
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from bench.harness import Table, argument_parser, parse_arguments, write_json
 from fedsigma.common.config.constants import CODECS
 from fedsigma.common.sigma.layout import Entry, Layout
-from fedsigma.common.wire.codec import HEADER_BYTES, LEVELS, CodecError, decode, encode
+from fedsigma.common.wire.codec import HEADER_BYTES, LEVELS, MAGIC, VERSION, CodecError, decode, encode
 
 BLOCKS = (5, 1, 30, 12)
-MOST_MEMORY = 16 * 2**20
+MAX_MEMORY = 16 * 2**20
 
 
-def layout() -> Layout:
-    """A small layout of several matrices."""
+def small_layout() -> Layout:
+    """Return a small layout of several matrices."""
     starts = np.cumsum((0, *BLOCKS[:-1])).tolist()
     return Layout(
         tuple(
@@ -43,13 +42,13 @@ def layout() -> Layout:
     )
 
 
-LAYOUT = layout()
+LAYOUT = small_layout()
 
 
 def sealed(level: int, payload: bytes, *, values: int = LAYOUT.size) -> bytes:
-    """A message with a right header and checksum around any payload."""
+    """Return a message with a valid header and checksum around any payload."""
     digest = bytes.fromhex(LAYOUT.digest)
-    header = struct.pack("<4sBBHII32s", b"FSIG", 2, level, 0, values, len(payload), digest)
+    header = struct.pack("<4sBBHII32s", MAGIC, VERSION, level, 0, values, len(payload), digest)
     return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
@@ -62,7 +61,7 @@ fitting = st.sampled_from([4 * LAYOUT.size, len(BLOCKS) + 2 * LAYOUT.size]).flat
 
 @st.composite
 def compressed(draw: st.DrawFn) -> bytes:
-    """Any integers, compressed as a writer would, of a length that may be wrong."""
+    """Any integers, compressed as `encode` does, of a length that may be wrong."""
     bits = draw(st.sampled_from([4, 8, 8, 4, 0, 255]))
     expected = LAYOUT.size if bits == 8 else (LAYOUT.size + 1) // 2
     length = draw(st.one_of(st.just(expected), st.integers(0, 4 * LAYOUT.size)))
@@ -75,7 +74,7 @@ def compressed(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A valid message of any level with some bytes of its payload changed, cut or added."""
+    """A valid message of any level, with some bytes of its payload changed, cut or added."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     level = draw(st.sampled_from(CODECS))
     valid = encode(
@@ -98,8 +97,8 @@ KINDS = {
 
 
 def feed(kind: str, inputs: int) -> collections.Counter[str]:
-    """Read so many inputs of one kind; how many gave a shift, and how many which error."""
-    found: collections.Counter[str] = collections.Counter()
+    """Decode so many inputs of one kind; returns the number of shifts and of each error."""
+    outcomes: collections.Counter[str] = collections.Counter()
 
     @settings(
         max_examples=inputs,
@@ -109,41 +108,41 @@ def feed(kind: str, inputs: int) -> collections.Counter[str]:
         suppress_health_check=list(HealthCheck),
     )
     @given(KINDS[kind])
-    def read(data: bytes) -> None:
+    def check(data: bytes) -> None:
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
         try:
             vector = decode(data, LAYOUT)
         except CodecError as error:
-            found[type(error).__name__] += 1
+            outcomes[type(error).__name__] += 1
         else:
             assert vector.shape == (LAYOUT.size,) and vector.dtype == np.float32, data
             assert np.isfinite(vector).all(), data
-            found["a shift"] += 1
-        assert tracemalloc.get_traced_memory()[1] - before < MOST_MEMORY, data
+            outcomes["a shift"] += 1
+        assert tracemalloc.get_traced_memory()[1] - before < MAX_MEMORY, data
 
-    read()
-    return found
+    check()
+    return outcomes
 
 
 def main() -> None:
-    """Feed all kinds and print what came of them."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Feed all kinds and print the outcomes."""
+    p = argument_parser(__doc__)
     p.add_argument("--inputs", type=int, default=200_000)
-    p.add_argument("--json", type=Path)
-    a = p.parse_args()
-    each, started, figures = -(-a.inputs // len(KINDS)), time.monotonic(), {}
-    print(f"{'kind':20}{'inputs':>10}{'a shift':>10}{'CodecError':>12}")
+    options = parse_arguments(p)
+    count, started = -(-options.inputs // len(KINDS)), time.monotonic()
+    figures: dict[str, Any] = {}
+    table = Table({"kind": "<20", "inputs": ">9,", "a shift": ">9,", "CodecError": ">11,"})
     tracemalloc.start()
     for kind in KINDS:
-        found = feed(kind, each)
-        figures[kind] = {"inputs": found.total(), **found}
-        print(f"{kind:20}{found.total():10,}{found['a shift']:10,}{found['CodecError']:12,}", flush=True)
+        outcomes = feed(kind, count)
+        figures[kind] = {"inputs": outcomes.total(), **outcomes}
+        table.row(kind, outcomes.total(), outcomes["a shift"], outcomes["CodecError"])
     total = sum(row["inputs"] for row in figures.values())
-    print(f"{total:,} inputs in {time.monotonic() - started:.0f} s, nothing else came of any")
-    if a.json:
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"{total:,} inputs in {time.monotonic() - started:.0f} s, without another outcome")
+    write_json(options.json, figures)
+    if not any("a shift" in row for row in figures.values()):
+        raise SystemExit("no input gave a shift: the headers of this script do not match the codec's")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DATA_HELP",
     "REQUIRED",
     "Table",
     "alternate",

@@ -1,27 +1,25 @@
-"""What each further Ray actor of a simulation takes of a machine's memory, beside the first.
+"""The memory that each further Ray actor of a simulation takes, beside the first.
 
     python -m bench.memory --out out/memory --json out/memory.json
 
 Actors are started one after another. Each is a Ray actor that loads CLIP ViT-B/16 as a site does (folder,
-verified, sigma of both towers, basis from the cache) and trains one step of a batch of 32. The weights are
-random and the basis is random numbers of a basis' shapes, for memory does not depend on their values; both
-are made once under --out.
+verified, sigma of both towers, basis from the cache) and trains one step of a batch of 32. Weights and basis
+are random numbers of the right shapes, since memory does not depend on their values; both are written once
+under --out.
 
-Memory is PSS, in which a page that n processes share counts 1/n to each: the sum over the actors is what they
-take of the machine together. Looked at in four states of the newest: `imported`, nothing loaded; `loaded`,
-its basis compared with its fingerprint; `training`, all at once, the largest sum of ten looks a second; and
+Memory is PSS, in which a page shared by n processes counts 1/n to each, so that the sum over the actors
+is their memory together. It is read in four states of the newest: `imported`, nothing loaded; `loaded`, its
+basis compared with its fingerprint; `training`, all at once, the largest sum of ten readings a second; and
 `trained`, in which an actor stays between its turns until the study ends. The aim is for that one.
 
     sum      of all actors
     further  what the newest added to the sum of those that had trained; in `training`, to their largest
-    files    of the sum, pages of the files of backbone and basis: one copy, however many actors
-    private  of the newest, what it has written itself (Private_Dirty): objects of libraries, the heap
+    files    part of the sum in pages of the backbone's and basis' files: one copy, however many actors
+    private  of the newest, written by itself (Private_Dirty): objects of libraries, the heap
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import threading
@@ -32,15 +30,15 @@ from typing import Any
 
 import psutil
 
-from fedsigma.common.utils.console import print_table
+from bench.harness import Table, argument_parser, parse_arguments, write_json
 
-ARCHITECTURE, CLASSES, MOST_SHARE = "ViT-B-16", ("a", "b", "c", "d"), 0.4
-HEADS = ("actors", "state", "sum", "further", "files", "private")
+ARCHITECTURE, CLASSES, MAX_SHARE = "ViT-B-16", ("a", "b", "c", "d"), 0.4
 STATES = ("imported", "loaded", "training", "trained")
+COLUMNS = {"actors": ">6", "state": "<9"} | dict.fromkeys(("sum", "further", "files", "private"), ">8,.0f")
 
 
 def prepare(out: Path) -> Path:
-    """Write the backbone's folder and a stand-in for its basis, as far as they are not there."""
+    """Write the backbone's folder and a random basis, unless present."""
     import torch
 
     from fedsigma.common.backbones import load_backbone, save_backbone
@@ -65,22 +63,21 @@ def prepare(out: Path) -> Path:
 
 
 class Site:
-    """What runs in an actor."""
+    """The code of an actor."""
 
-    def begin(self) -> int:
-        """Import what a site needs; returns the process's id."""
-
+    def process_id(self) -> int:
+        """Return the id of the actor's process."""
         return os.getpid()
 
     def load(self, backbone: str) -> None:
-        """Build the learner as a site does."""
+        """Open the trainer as a site does."""
         from fedsigma.common.config.sigma import SigmaConfig
         from fedsigma.common.training.trainer import open_trainer
 
-        self.learner = open_trainer(backbone, SigmaConfig(), CLASSES, tuple(f"a {c}." for c in CLASSES))
+        self.trainer = open_trainer(backbone, SigmaConfig(), CLASSES, tuple(f"a {c}." for c in CLASSES))
 
     def train(self) -> int:
-        """One step on 32 random images; returns how many were made."""
+        """Make one step on 32 random images; returns the number of steps."""
         import numpy as np
         import torch
 
@@ -89,50 +86,50 @@ class Site:
         side = 224
         images = torch.randint(0, 256, (32, 3, side, side), dtype=torch.uint8)
         examples = [SimpleNamespace(image=image, label=i % len(CLASSES)) for i, image in enumerate(images)]
-        shift = np.zeros(self.learner.layout.size, np.float32)
-        done = self.learner.train(
+        shift = np.zeros(self.trainer.layout.size, np.float32)
+        done = self.trainer.train(
             shift, examples, LocalTrainingConfig(), first_step=0, steps=1, total_steps=1, seed=0
         )
         return done.steps
 
 
 def total_mb(pids: list[int]) -> float:
-    """The memory of these processes together, PSS."""
+    """Return the memory of these processes together, PSS."""
     return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
 
 
 def at_rest(pids: list[int]) -> dict[str, float]:
-    """The same, with what of it is pages of safetensors files, and what the last process has written."""
-    found = {"sum": 0.0, "files": 0.0, "private": 0.0}
+    """Return the same, its part in pages of safetensors files, and private memory of the last process."""
+    memory = {"sum": 0.0, "files": 0.0, "private": 0.0}
     for pid in pids:
-        found["private"] = 0.0
+        memory["private"] = 0.0
         for mapped in psutil.Process(pid).memory_maps():
-            found["sum"] += mapped.pss / 2**20
-            found["private"] += mapped.private_dirty / 2**20
+            memory["sum"] += mapped.pss / 2**20
+            memory["private"] += mapped.private_dirty / 2**20
             if mapped.path.endswith(".safetensors"):
-                found["files"] += mapped.pss / 2**20
-    return found
+                memory["files"] += mapped.pss / 2**20
+    return memory
 
 
 def while_training(ray: Any, actors: list[Any], pids: list[int]) -> dict[str, float]:
-    """Have all train at once; the most memory they had together."""
-    seen, ended = [0.0], threading.Event()
+    """Let all train at once; returns the largest sum of their memory."""
+    sums, ended = [0.0], threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not ended.is_set():
-            seen.append(total_mb(pids))
+            sums.append(total_mb(pids))
             time.sleep(0.1)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=sample)
     thread.start()
     ray.get([actor.train.remote() for actor in actors])
     ended.set()
     thread.join()
-    return {"sum": max(seen)}
+    return {"sum": max(sums)}
 
 
 def measure(out: Path, count: int) -> list[dict[str, Any]]:
-    """So many actors, one after another."""
+    """Start so many actors one after another; returns a row for each and state."""
     import ray
 
     folder = prepare(out)
@@ -147,48 +144,41 @@ def measure(out: Path, count: int) -> list[dict[str, Any]]:
     remote = ray.remote(num_cpus=1)(Site)
     actors: list[Any] = []
     pids: list[int] = []
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     before = dict.fromkeys(STATES, 0.0)
     for number in range(1, count + 1):
         actors.append(remote.remote())
-        pids.append(ray.get(actors[-1].begin.remote()))
-        now = {"imported": at_rest(pids)}
+        pids.append(ray.get(actors[-1].process_id.remote()))
+        states = {"imported": at_rest(pids)}
         ray.get(actors[-1].load.remote(f"local-dir:{folder}"))
-        now |= {"loaded": at_rest(pids), "training": while_training(ray, actors, pids)}
-        now["trained"] = at_rest(pids)
-        for state, line in now.items():
-            found.append({"actors": number, "state": state, **line, "further": line["sum"] - before[state]})
-        before = {state: now[state]["sum"] for state in STATES}
-        before["imported"] = before["loaded"] = before["trained"]  # the others had, when this one came
-        print(f"{number}: {now['trained']['sum']:.0f} MB", file=sys.stderr, flush=True)
+        states |= {"loaded": at_rest(pids), "training": while_training(ray, actors, pids)}
+        states["trained"] = at_rest(pids)
+        for state, memory in states.items():
+            further = memory["sum"] - before[state]
+            rows.append({"actors": number, "state": state, **memory, "further": further})
+        before = {state: states[state]["sum"] for state in STATES}
+        before["imported"] = before["loaded"] = before["trained"]  # the state of the others from here
+        print(f"{number}: {states['trained']['sum']:.0f} MB", file=sys.stderr, flush=True)
     ray.shutdown()
-    return found
-
-
-def cell(value: Any) -> str:
-    """A value of the table."""
-    return f"{value:,.0f}" if isinstance(value, float) else str(value)
+    return rows
 
 
 def main() -> None:
-    """Measure, print the table and say whether the aim is met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/memory"))
-    parser.add_argument("--actors", type=int, default=4, choices=range(2, 65), metavar="2..64")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = measure(options.out.resolve(), options.actors)
-    print_table(HEADS, [{head: cell(line.get(head, "")) for head in HEADS} for line in found])
+    """Measure, and print the table and whether the aim is met."""
+    p = argument_parser(__doc__, out="out/memory")
+    p.add_argument("--actors", type=int, default=4, choices=range(2, 65), metavar="2..64")
+    options = parse_arguments(p)
+    rows = measure(options.out, options.actors)
+    table = Table(COLUMNS)
+    table.rows([row.get(name) for name in COLUMNS] for row in rows)
     shares = {}
     for state in STATES:
-        first, *others = (line["further"] for line in found if line["state"] == state)
+        first, *others = (row["further"] for row in rows if row["state"] == state)
         shares[state] = max(others) / first
-        words = f"{state}: a further actor takes at most {shares[state]:.0%} of the first"
-        met = "met: " if shares[state] <= MOST_SHARE else "MISSED: "
-        print(met + words if state == "trained" else words)
-    if options.json:
-        options.json.write_text(json.dumps({"lines": found, "shares": shares}, indent=2) + "\n", "utf-8")
+        text = f"{state}: a further actor takes at most {shares[state]:.0%} of the first"
+        met = "met: " if shares[state] <= MAX_SHARE else "MISSED: "
+        print(met + text if state == "trained" else text)
+    write_json(options.json, {"lines": rows, "shares": shares})
 
 
 if __name__ == "__main__":

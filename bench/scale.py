@@ -1,21 +1,21 @@
-"""What a round costs the server by the number of sites: its own seconds, its memory and its disk.
+"""The cost of a round for the server by the number of sites: its own seconds, memory and disk.
 
     python -m bench.scale --out out/scale --json out/scale.json --figure out/scale.png
 
-The server's side of a study is real: handshake, tasks, checks, averaging, drift, events and rows, checkpoint.
-The sites are not. `RecordedGrid` stands in for Flower's and hands out recorded uploads: changes of CLIP
-ViT-B/16's 92,160 values with random values, coded as sites code them, made once and kept under --out. Of
---uploads different ones each site sends one, as a record of its own. The time that this grid takes is taken
-off, so Flower's transport and the sites' work are not in these numbers.
+The server's side of a study is real: handshake, tasks, validation, averaging, events and rows, checkpoint.
+The sites are not. `RecordedGrid` replaces Flower's and returns recorded uploads: random updates of CLIP
+ViT-B/16's 92,160 values, coded as sites code them, made once and kept under --out. Of --uploads different
+ones each site sends one, as a separate record. The time of this grid is subtracted, so Flower's transport and
+the sites' work are not in these figures.
 
-`seconds` are the server's own: by the clock, less the time in which it could have run and other work on the
-machine had the processors (Linux's schedstat). `clock_s` is by the clock alone, `cpu_s` what it had of the
-processors; on a quiet machine the first two are the same. They are those of the quickest of --rounds rounds.
+`seconds` are the server's own: by the clock, less the time in which it was ready to run while other work on
+the machine had the processors (Linux's schedstat). `clock_s` is by the clock alone, `cpu_s` its processor
+time; on a quiet machine the first two are equal. They are those of the fastest of --rounds rounds.
 
-Each line is a process of its own, and its peak memory is that of its rounds (VmHWM). Growth is over the least
-number of sites. Disk is the size of the file in which a round's changes lie until they are averaged, by
-reckoning; give --out a place on a disk, for a file in memory (tmpfs) would count nowhere. fedmedian stands
-for the strategies that need all replies at once, measured to --robust sites.
+Each row is a process of its own, and its peak memory is that of its rounds (VmHWM). Growth is over the least
+number of sites. Disk is the computed size of the file in which a round's updates are spooled; --out
+must be on a disk, since a file in memory (tmpfs) is not counted. fedmedian stands for the strategies that
+need all replies at once, measured to --robust sites.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from bench.harness import Table, argument_parser, parse_arguments, peak_mib, reset_peak, write_json
 from fedsigma.common.config.constants import CODECS
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.ops.flower_compat import set_message_id, set_task_identity
 from fedsigma.common.sigma import Fingerprint, Layout, ParameterPartition
-from fedsigma.common.utils.console import print_table
 from fedsigma.common.wire.codec import VERSION, encode
 from fedsigma.common.wire.records import (
     HANDSHAKE,
@@ -51,9 +51,10 @@ from fedsigma.common.wire.records import (
 )
 
 ARCHITECTURE = "ViT-B-16"
-MOST_SECONDS, MOST_MB = 2.0, 200.0
-"""The aims: a round of 1,000 sites, and what 10,000 take more than 10; for strategies that take a mean."""
-HEADS = ("strategy", "codec", "sites", "seconds", "clock_s", "cpu_s", "peak_mb", "growth_mb", "disk_mb")
+MAX_SECONDS, MAX_MB = 2.0, 200.0
+"""The aims for strategies that average: a round of 1,000 sites, and memory of 10,000 beyond that of 10."""
+COLUMNS = {"strategy": "<9", "codec": "<6", "sites": ">6,"}
+COLUMNS |= dict.fromkeys(("seconds", "clock_s", "cpu_s", "peak_mb", "growth_mb", "disk_mb"), ">9.4g")
 STUDY = """
 name: scale
 backbone: none
@@ -65,20 +66,20 @@ baselines: []
 """
 
 
-def now() -> NDArray[np.float64]:
-    """Seconds: of the clock less what this thread waited for a processor, of the clock, of processors."""
+def read_clocks() -> NDArray[np.float64]:
+    """Return seconds of the clock less this thread's waits for a processor, of the clock, of processors."""
     waited = int(Path("/proc/thread-self/schedstat").read_text("ascii").split()[1]) / 1e9
     clock = time.perf_counter()
     return np.array([clock - waited, clock, time.process_time()])
 
 
 class RecordedGrid(Grid):
-    """Sites that answer at once, each with a recorded upload; it counts the seconds that it takes itself."""
+    """Sites that reply at once, each with a recorded upload; counts its own seconds in `spent`."""
 
     def __init__(self, sites: int, uploads: list[Path], fingerprint: Fingerprint) -> None:
         set_task_identity(1)
         self.sites, self.uploads = sites, uploads
-        self.taken = np.zeros(3)
+        self.spent = np.zeros(3)
         self._hello = fingerprint.to_json()
         self._waiting: dict[str, Message] = {}
 
@@ -87,22 +88,22 @@ class RecordedGrid(Grid):
         return list(range(100, 100 + self.sites))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Take the tasks; their answers are made when they are pulled."""
-        start, ids = now(), []
+        """Store the tasks; they are answered when their replies are pulled."""
+        start, ids = read_clocks(), []
         for message in messages:
             name = f"to-{message.metadata.dst_node_id}"
             set_message_id(message, name)
             self._waiting[name] = message
             ids.append(name)
-        self.taken += now() - start
+        self.spent += read_clocks() - start
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The answers to these tasks, each a record of its own."""
-        start = now()
+        """Return the replies to these tasks, each a separate record."""
+        start = read_clocks()
         tasks = [self._waiting.pop(name) for name in message_ids]
         replies = [Message(self._reply(task), reply_to=task) for task in tasks]
-        self.taken += now() - start
+        self.spent += read_clocks() - start
         return replies
 
     def _no(self, *args: object, **kwargs: object) -> None:
@@ -133,12 +134,12 @@ class RecordedGrid(Grid):
 
 
 def upload(out: Path, codec: str, number: int) -> Path:
-    """Where a coded change lies, or is to."""
+    """Return the file of a coded update."""
     return out / f"{codec}-{VERSION}-{number}.bin"
 
 
 def record(out: Path, codecs: Iterable[str], count: int) -> None:
-    """Write the layout of ViT-B/16 and so many coded changes a level, as far as they are not there."""
+    """Write the layout of ViT-B/16 and so many coded updates a level, unless present."""
     from fedsigma.common.backbones.load import load_meta_model
     from fedsigma.common.sigma import find_layout
 
@@ -148,12 +149,12 @@ def record(out: Path, codecs: Iterable[str], count: int) -> None:
         for number in range(count):
             path = upload(out, codec, number)
             if not path.exists():
-                change = 0.01 * np.random.default_rng(number).standard_normal(layout.size, np.float32)
-                path.write_bytes(encode(change, layout, level=codec, seed=number))
+                update = 0.01 * np.random.default_rng(number).standard_normal(layout.size, np.float32)
+                path.write_bytes(encode(update, layout, level=codec, seed=number))
 
 
 def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, uploads: int) -> dict[str, Any]:
-    """So many rounds in this process: the server's seconds of the quickest and its peak memory."""
+    """Run rounds in this process; returns the server's seconds of the fastest and its peak memory."""
     from fedsigma.server.federation import checkpoint
     from fedsigma.server.federation.aggregation import Aggregator
     from fedsigma.server.federation.messenger import Messenger
@@ -166,23 +167,23 @@ def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, up
     study = StudyConfig.from_yaml(STUDY.format(rounds=rounds, strategy=strategy, codec=codec))
     folder = RunDir.create(out / f"run-{os.getpid()}", study.to_yaml())
     grid = RecordedGrid(sites, [upload(out, codec, number) for number in range(uploads)], fingerprint)
-    exchange = Messenger(grid)
-    roster = SiteManager(exchange, folder, study, fingerprint)
-    roster.wait_for_sites()
+    messenger = Messenger(grid)
+    site_manager = SiteManager(messenger, folder, study, fingerprint)
+    site_manager.wait_for_sites()
     federation = Federation(
         study=study,
-        site_manager=roster,
-        messenger=exchange,
+        site_manager=site_manager,
+        messenger=messenger,
         run_dir=folder,
         aggregator=Aggregator(study),
         partition=ParameterPartition(layout),
         fingerprint=fingerprint,
     )
     shift = np.zeros(layout.size, np.float32)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    took = []
+    reset_peak()
+    times = []
     for number in range(1, rounds + 1):
-        start = now() - grid.taken
+        start = read_clocks() - grid.spent
         outcome = run_round(federation, number, shift)
         assert outcome.shift is not None
         shift = outcome.shift
@@ -195,91 +196,80 @@ def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, up
             fingerprint=fingerprint,
             round=number,
         )
-        took.append((now() - grid.taken - start).tolist())
-    seconds, clock, cpu = min(took)
-    peak = peak_mb()
-    counted = sum(row["status"] == "accepted" for row in folder.rounds())
-    assert counted == sites * rounds, f"{counted} of {sites * rounds} replies were accepted"
-    found = {"sites": sites, "strategy": strategy, "codec": codec, "seconds": seconds}
-    return found | {"clock_s": clock, "cpu_s": cpu, "peak_mb": peak}
+        times.append((read_clocks() - grid.spent - start).tolist())
+    seconds, clock, cpu = min(times)
+    peak = peak_mib()
+    accepted = sum(row["status"] == "accepted" for row in folder.rounds())
+    assert accepted == sites * rounds, f"{accepted} of {sites * rounds} replies were accepted"
+    figures = {"sites": sites, "strategy": strategy, "codec": codec, "seconds": seconds}
+    return figures | {"clock_s": clock, "cpu_s": cpu, "peak_mb": peak}
 
 
-def peak_mb() -> float:
-    """The most memory that this process has had since its peak was reset."""
-    line = next(x for x in Path("/proc/self/status").read_text("ascii").splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def child(out: Path, **what: Any) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    call = [sys.executable, "-m", "bench.scale", "--out", str(out), "--measure", json.dumps(what)]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
+def measure_in_process(out: Path, **settings: Any) -> dict[str, Any]:
+    """Run `measure` in a process of its own."""
+    command = [sys.executable, "-m", "bench.scale", "--out", str(out), "--measure", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every line of the table, and say on the way how far it is."""
+    """Measure and print every row of the table."""
     plan = [("fedavg", codec, sites) for codec in options.codecs for sites in sorted(options.sites)]
     plan += [("fedmedian", "exact", sites) for sites in sorted(options.sites) if sites <= options.robust]
     record(options.out, {codec for _, codec, _ in plan}, options.uploads)
     values = Layout.from_json((options.out / "layout.json").read_text(encoding="utf-8")).size
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    table = Table(COLUMNS)
     for strategy, codec, sites in plan:
-        what = {"rounds": options.rounds, "uploads": options.uploads}
-        one = child(options.out, sites=sites, strategy=strategy, codec=codec, **what)
-        least = next((x for x in found if (x["strategy"], x["codec"]) == (strategy, codec)), one)
-        one |= {"growth_mb": one["peak_mb"] - least["peak_mb"], "disk_mb": sites * 4 * values / 1e6}
-        found.append(one)
-        print(f"{strategy} {codec} {sites}: {one['seconds']:.2f} s", file=sys.stderr, flush=True)
-    return found
+        settings = {"rounds": options.rounds, "uploads": options.uploads}
+        row = measure_in_process(options.out, sites=sites, strategy=strategy, codec=codec, **settings)
+        same = (r for r in rows if (r["strategy"], r["codec"]) == (strategy, codec))
+        row["growth_mb"] = row["peak_mb"] - next(same, row)["peak_mb"]
+        row["disk_mb"] = sites * 4 * values / 1e6
+        rows.append(row)
+        table.row(*(row[name] for name in COLUMNS))
+    return rows
 
 
-def cell(value: Any) -> str:
-    """A value of the table, to three digits or a whole number."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else value
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return whether each aim is met."""
+    lines = []
+    for row in rows:
+        if row["strategy"] == "fedavg" and row["sites"] == 1000:
+            met = "met" if row["seconds"] < MAX_SECONDS else "MISSED"
+            lines.append(f"{met}: {row['codec']}, 1,000 sites: {row['seconds']:.2f} s, aim {MAX_SECONDS:g} s")
+        if row["strategy"] == "fedavg" and row["sites"] == 10_000 and row["growth_mb"]:
+            met = "met" if row["growth_mb"] < MAX_MB else "MISSED"
+            growth = f"{row['growth_mb']:.0f} MB more, aim {MAX_MB:g} MB"
+            lines.append(f"{met}: {row['codec']}, 10,000 sites: {growth}")
+    return lines
 
 
-def judged(found: list[dict[str, Any]]) -> list[str]:
-    """Whether each aim is met, in words."""
-    said = []
-    for one in found:
-        if one["strategy"] == "fedavg" and one["sites"] == 1000:
-            met = "met" if one["seconds"] < MOST_SECONDS else "MISSED"
-            said.append(f"{met}: {one['codec']}, 1,000 sites: {one['seconds']:.2f} s, aim {MOST_SECONDS:g} s")
-        if one["strategy"] == "fedavg" and one["sites"] == 10_000 and one["growth_mb"]:
-            met = "met" if one["growth_mb"] < MOST_MB else "MISSED"
-            words = f"{one['growth_mb']:.0f} MB more, aim {MOST_MB:g} MB"
-            said.append(f"{met}: {one['codec']}, 10,000 sites: {words}")
-    return said
-
-
-def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Seconds and memory by the number of sites, a line for each strategy and coding."""
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw seconds and memory by the number of sites, a line for each strategy and coding level."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    drawn = list(dict.fromkeys((one["strategy"], one["codec"]) for one in found))
-    # Markers of different sizes, for lines lie on each other.
+    drawn = list(dict.fromkeys((row["strategy"], row["codec"]) for row in rows))
+    # Markers of different sizes, since lines coincide.
     looks = zip(("C0", "C1", "0.45", "C2"), (9, 5, 7, 3), strict=True)
     for (strategy, codec), (colour, size) in zip(drawn, looks, strict=False):
-        line = [one for one in found if (one["strategy"], one["codec"]) == (strategy, codec)]
-        sites, style = [one["sites"] for one in line], "-" if strategy == "fedavg" else "--"
+        line = [row for row in rows if (row["strategy"], row["codec"]) == (strategy, codec)]
+        sites, style = [row["sites"] for row in line], "-" if strategy == "fedavg" else "--"
         for axis, key in ((time_axis, "seconds"), (memory_axis, "peak_mb")):
             label = f"{strategy}, {codec}" + ("" if strategy == "fedavg" else " (needs all replies at once)")
-            values = [one[key] for one in line]
+            values = [row[key] for row in line]
             axis.plot(sites, values, style, marker="o", markersize=size, color=colour, label=label)
-    base = min(one["peak_mb"] for one in found if one["strategy"] == "fedavg")
-    time_axis.plot(1000, MOST_SECONDS, "v", color="C3", markersize=9, linestyle="none")
-    words, place = f"aim: {MOST_SECONDS:g} s\nat 1,000 sites", (16, -36)
-    time_axis.annotate(words, (1000, MOST_SECONDS), place, textcoords="offset points", color="C3")
-    memory_axis.axhspan(base, base + MOST_MB, color="C3", alpha=0.12, label=f"aim: {MOST_MB:g} MB more")
+    base = min(row["peak_mb"] for row in rows if row["strategy"] == "fedavg")
+    time_axis.plot(1000, MAX_SECONDS, "v", color="C3", markersize=9, linestyle="none")
+    text, offset = f"aim: {MAX_SECONDS:g} s\nat 1,000 sites", (16, -36)
+    time_axis.annotate(text, (1000, MAX_SECONDS), offset, textcoords="offset points", color="C3")
+    memory_axis.axhspan(base, base + MAX_MB, color="C3", alpha=0.12, label=f"aim: {MAX_MB:g} MB more")
     time_axis.set(yscale="log", title="The server's own time a round", ylabel="seconds")
     memory_axis.set(ylim=0, title="The server's peak memory", ylabel="MB")
     for axis in (time_axis, memory_axis):
@@ -296,30 +286,23 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print the table and say whether the aims are met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/scale"), help="for uploads and run folders")
-    parser.add_argument("--sites", type=int, nargs="+", default=[10, 100, 1000, 10_000])
-    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["exact", "int8"])
-    parser.add_argument("--robust", type=int, default=1000, help="most sites of a strategy that needs all")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--uploads", type=int, default=64, help="different recorded changes")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
-    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    """Measure, and print the table and whether the aims are met."""
+    p = argument_parser(__doc__, out="out/scale", rounds=3, rounds_help="rounds of each row")
+    p.add_argument("--sites", type=int, nargs="+", default=[10, 100, 1000, 10_000])
+    p.add_argument("--codecs", nargs="+", choices=CODECS, default=["exact", "int8"])
+    p.add_argument("--robust", type=int, default=1000, help="most sites of a strategy that needs all replies")
+    p.add_argument("--uploads", type=int, default=64, help="different recorded updates")
+    p.add_argument("--figure", type=Path)
+    p.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    options = parse_arguments(p)
     if options.measure:
         print(json.dumps(measure(options.out, **options.measure)))
         return
-    found = sweep(options)
-    print_table(HEADS, [{key: cell(one[key]) for key in HEADS} for one in found])
-    for line in judged(found):
-        print(line)
-    if options.json:
-        options.json.write_text(json.dumps({"lines": found}, indent=2) + "\n", encoding="utf-8")
+    rows = sweep(options)
+    print("\n".join(verdicts(rows)))
+    write_json(options.json, {"lines": rows})
     if options.figure:
-        draw(found, options.figure)
+        draw(rows, options.figure)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,28 @@
-"""One training step of sigma against the paper's published form, and evaluation against plain open_clip.
+"""One training step of sigma against the published form, and evaluation against plain open_clip.
 
     python -m bench.step --json out/step.json
 
-CLIP ViT-B/16 with random weights (time and memory do not depend on their values), batch 32, 8 classes,
-both towers. The paper's form, written here as the baseline: each weight as two dense layers U and V with
-the vector of singular values between, separate q, k and v, 77-token prompts, float32 storage under
-autocast to bfloat16 where the processor computes in it. Both forms run in turns in one process, so that a
-busy machine slows both; each one's peak memory is that of a process of its own that makes three steps.
+CLIP ViT-B/16 with random weights (time and memory do not depend on their values), batch 32, 8 classes, both
+towers. The published form, written here as the baseline: each weight as two dense layers U and V with the
+vector of singular values between, separate q, k and v, 77-token prompts, float32 storage under autocast to
+bfloat16 where the processor supports it. Both forms run in turns in one process, so that other work on the
+machine slows both; each one's peak memory is that of a process of its own that makes three steps.
 
 In the same turns runs the floor, below which no method can train both towers: the plain image tower with
-nothing to train, stored in the precision it computes in, forward and back to the pixels.
+nothing to train, stored in the precision that it computes in, forward and back to the pixels.
 
 The first run computes a basis, which takes minutes and is cached.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -33,6 +30,15 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.harness import (
+    Table,
+    alternate,
+    argument_parser,
+    parse_arguments,
+    peak_mib,
+    timed,
+    write_json,
+)
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.sigma import Basis, SigmaModel, cached_basis, default_cache_dir, find_layout
 from fedsigma.common.sigma.basis import SVD
@@ -61,7 +67,7 @@ Step = Callable[[Tensor, Tensor], float]
 
 
 class FactoredLinear(nn.Module):
-    """The paper's form of a linear layer: y = U (s * (V^T x)) + b."""
+    """The published form of a linear layer: y = U (s * (V^T x)) + b."""
 
     def __init__(self, svd: SVD, bias: Tensor | None) -> None:
         super().__init__()
@@ -76,7 +82,7 @@ class FactoredLinear(nn.Module):
 
 
 class FactoredAttention(nn.Module):
-    """Multi-head attention with separate factored q, k, v and o; called as open_clip calls its own."""
+    """Multi-head attention with separate factored q, k, v and o, called as open_clip's own."""
 
     def __init__(self, plain: nn.MultiheadAttention, svds: list[SVD]) -> None:
         super().__init__()
@@ -85,7 +91,7 @@ class FactoredAttention(nn.Module):
         self.q, self.k, self.v, self.o = (FactoredLinear(t, b) for t, b in zip(svds, biases, strict=True))
 
     def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: bool) -> tuple[Tensor]:
-        """Attention over x (batch, length, width); the other arguments are open_clip's."""
+        """Return the attention over x (batch, length, width)."""
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
@@ -94,8 +100,8 @@ class FactoredAttention(nn.Module):
         return (self.o(out.transpose(1, 2).flatten(2)),)
 
 
-def papers_form(model: nn.Module, basis: Basis) -> nn.Module:
-    """Replace each adapted layer of a plain CLIP by the paper's form."""
+def published_form(model: nn.Module, basis: Basis) -> nn.Module:
+    """Replace each adapted layer of a plain CLIP by the published form."""
     svds: dict[str, list[SVD]] = {}
     for entry, svd in zip(basis.layout.entries, basis.svds, strict=True):
         svds.setdefault(entry.weight.partition("resblocks.")[0] + str(entry.layer), []).append(svd)
@@ -110,14 +116,14 @@ def papers_form(model: nn.Module, basis: Basis) -> nn.Module:
             for name, svd in (("c_fc", fc), ("c_proj", proj)):
                 plain = getattr(block.mlp, name)
                 setattr(block.mlp, name, FactoredLinear(svd, plain.bias.detach()))
-    # open_clip asks this weight for the type to compute in.
+    # open_clip reads the type to compute in from this weight.
     for transformer in (model.visual.transformer, model.transformer):
         transformer.get_cast_dtype = lambda: torch.float32
     return model
 
 
 def build() -> tuple[nn.Module, Basis]:
-    """A plain model with fixed random weights and its basis."""
+    """Return a plain model with fixed random weights, and its basis."""
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     model = open_clip.create_model(ARCHITECTURE, pretrained=None).eval().requires_grad_(False)
@@ -125,7 +131,7 @@ def build() -> tuple[nn.Module, Basis]:
 
 
 def backbone(model: nn.Module) -> Backbone:
-    """What `PromptEncoder` needs to know of a model."""
+    """Return a model as a `Backbone`, for `PromptEncoder`."""
     tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
     return Backbone(
         name=ARCHITECTURE,
@@ -140,7 +146,7 @@ def backbone(model: nn.Module) -> Backbone:
 
 
 def stepper(parameters: list[nn.Parameter], gradient: Step) -> Step:
-    """One step of the optimiser, given what adds a batch's gradient and returns its loss."""
+    """Return a step of the optimiser, given a function that adds a batch's gradient and returns its loss."""
     optimiser = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step(images: Tensor, labels: Tensor) -> float:
@@ -152,17 +158,17 @@ def stepper(parameters: list[nn.Parameter], gradient: Step) -> Step:
     return step
 
 
-def sigmas_step(precision: str, micro_batch: int | None = None) -> Step:
-    """FedSigma's own step, as a site makes it."""
+def sigma_step(precision: str) -> Step:
+    """Return FedSigma's step, as a site makes it."""
     model, basis = build()
     sigma = SigmaModel(model, basis)
-    task = ClipClassifier(backbone(model), sigma, PROMPTS, device="cpu", micro_batch=micro_batch)
+    task = ClipClassifier(backbone(model), sigma, PROMPTS, device="cpu")
     return stepper(sigma.parameters(), partial(accumulate_gradient, task, precision=precision))
 
 
-def papers_step(precision: str) -> Step:
-    """The published form's step: the whole batch and the uncut prompts in one pass."""
-    model = papers_form(*build())
+def published_step(precision: str) -> Step:
+    """Return the published form's step: the batch and the uncut prompts in one pass."""
+    model = published_form(*build())
     prompts = PromptEncoder(backbone(model), PROMPTS, cut=False)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
 
@@ -177,56 +183,50 @@ def papers_step(precision: str) -> Step:
     return stepper([p for p in model.parameters() if p.requires_grad], gradient)
 
 
-def floors_step(precision: str) -> Step:
-    """What training of both towers cannot do without: the image tower forward, and back to its input.
+def floor_step(precision: str) -> Step:
+    """Return the least work of training both towers: the image tower forward, and back to its input.
 
     No gradient of a weight, no adapted weight, no text and no cast, in parts and with attention as sigma's.
-    Every method that trains values in the first layers has to do this much, so the published form's seconds
-    over its seconds bound what can be gained on a machine.
+    Every method that trains values in the first layers needs it, so the published form's seconds over its
+    seconds bound the gain on a machine.
     """
-    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    model = build()[0].visual.to(kind)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    model = build()[0].visual.to(dtype)
 
     def step(images: Tensor, _: Tensor) -> float:
         with training_attention(model, precision, torch.device("cpu")):
             for part in images.split(FLOOR_PARTS):
-                pixels = (part.to(kind) / 255).requires_grad_()
+                pixels = (part.to(dtype) / 255).requires_grad_()
                 model(pixels).sum().backward()
         return float("nan")
 
     return step
 
 
-def make(form: str, precision: str, micro_batch: int | None = None) -> Step:
-    """The step of one form: "sigma", "paper" or "floor"."""
-    if form == "sigma":
-        return sigmas_step(precision, micro_batch)
-    return papers_step(precision) if form == "paper" else floors_step(precision)
+def make(form: str, precision: str) -> Step:
+    """Return the step of one form: "sigma", "paper" or "floor"."""
+    return {"sigma": sigma_step, "paper": published_step, "floor": floor_step}[form](precision)
 
 
 def batch(size: int) -> tuple[Tensor, Tensor]:
-    """Random pictures, uint8 (size, 3, 224, 224), and labels (size,)."""
+    """Return random images, uint8 (size, 3, 224, 224), and labels (size,)."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (size, 3, 224, 224), generator=generator, dtype=torch.uint8)
     return images, torch.randint(len(CLASSES), (size,), generator=generator)
 
 
-def _peak(form: str, precision: str, size: int, out: multiprocessing.SimpleQueue[int]) -> None:
+def _report_peak(form: str, precision: str, size: int, out: multiprocessing.SimpleQueue[float]) -> None:
     step = make(form, precision)
-    for _ in range(
-        MEMORY_STEPS
-    ):  # after one, the optimiser's state and the allocator's leftovers are missing
+    for _ in range(MEMORY_STEPS):  # one lacks the optimiser's state and the allocator's leftovers
         step(*batch(size))
-    # Not getrusage's ru_maxrss: Linux hands that on to a child, with the parent's peak in it.
-    status = Path("/proc/self/status").read_text()
-    out.put(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")))
+    out.put(peak_mib())
 
 
-def peak_memory(form: str, precision: str, size: int) -> int:
-    """Peak resident memory of a process that makes a few steps, in KiB; Linux only."""
+def peak_memory(form: str, precision: str, size: int) -> float:
+    """Return the peak resident memory of a process that makes a few steps, in MiB."""
     context = multiprocessing.get_context("spawn")
-    out: multiprocessing.SimpleQueue[int] = context.SimpleQueue()
-    worker = context.Process(target=_peak, args=(form, precision, size, out))
+    out: multiprocessing.SimpleQueue[float] = context.SimpleQueue()
+    worker = context.Process(target=_report_peak, args=(form, precision, size, out))
     worker.start()
     worker.join()
     if worker.exitcode:
@@ -234,18 +234,11 @@ def peak_memory(form: str, precision: str, size: int) -> int:
     return out.get()
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def compare_evaluation(precision: str, size: int, rounds: int) -> float:
-    """Images per second of the adapted model over those of plain open_clip.
+    """Return the images per second of the adapted model over those of plain open_clip.
 
-    In each round eight batches by each, one by one in turns (A B B A), so that what else a machine does slows
-    both; the adapted weights are computed anew in each round, as in a study, and count.
+    In each round eight batches by each, in turns; the adapted weights are computed in each round, as in a
+    study.
     """
     plain, basis = build()
     adapted = SigmaModel(build()[0], basis)
@@ -255,17 +248,16 @@ def compare_evaluation(precision: str, size: int, rounds: int) -> float:
     with torch.no_grad(), autocast(precision, torch.device("cpu")):
         plain.encode_image(images)  # warms up
         for _ in range(rounds):
-            seconds = {"plain": 0.0, "sigma": 0.0}
             with adapted.inference_mode() as model:
-                for form in ("plain", "sigma", "sigma", "plain") * 4:
-                    of = plain if form == "plain" else model
-                    seconds[form] += timed(lambda m=of: m.encode_image(images))
-            ratios.append(seconds["plain"] / seconds["sigma"])
+                first, second = alternate(
+                    lambda: plain.encode_image(images), lambda m=model: m.encode_image(images), 4
+                )
+            ratios.append(sum(first) / sum(second))
     return statistics.median(ratios)
 
 
 def startup(rounds: int = 3) -> float:
-    """Seconds that the adapter adds to a loaded model when its basis is cached."""
+    """Return the seconds that the adapter adds to a loaded model when its basis is cached."""
     times = []
     for _ in range(rounds):
         model, _ = build()
@@ -274,9 +266,9 @@ def startup(rounds: int = 3) -> float:
 
 
 def alternating(steps: dict[str, Step], size: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Loss of each form's first step, and median seconds of the others, made in turns.
+    """Return the loss of each form's first step, and the median seconds of the others, made in turns.
 
-    A form that takes minutes a step, as bfloat16 does where it is emulated, makes one more step only.
+    A form that takes minutes a step, such as emulated bfloat16, makes only one more step.
     """
     data = batch(size)
     first: dict[str, float] = {}
@@ -293,7 +285,7 @@ def alternating(steps: dict[str, Step], size: int, rounds: int) -> tuple[dict[st
 
 
 def sweep(precision: str, size: int, rounds: int) -> dict[int, float]:
-    """Median seconds of a step of ours by micro-batch: 1, 2, 4 and so on up to the whole batch."""
+    """Return the median seconds of sigma's step by micro-batch: 1, 2, 4 and so on up to the batch."""
     sizes = [2**n for n in range(size.bit_length()) if 2**n < size] + [size]
     model, basis = build()
     task = ClipClassifier(backbone(model), SigmaModel(model, basis), PROMPTS, device="cpu")
@@ -302,70 +294,61 @@ def sweep(precision: str, size: int, rounds: int) -> dict[int, float]:
     for number in range(rounds + 1):
         for task.micro_batch in sizes:
             seconds = timed(lambda: accumulate_gradient(task, *data, precision=precision))
-            if number:  # the first round of all warms up
+            if number:  # the first round warms up
                 times[task.micro_batch].append(seconds)
         print(f"micro-batches: round {number} of {rounds}", file=sys.stderr, flush=True)
     return {s: statistics.median(t) for s, t in times.items()}
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--batch", type=int, default=32)
-    auto = "auto is bfloat16 where the processor computes in it and float32 elsewhere"
-    choices = ["auto", "float32", "bfloat16"]
-    p.add_argument("--precision", choices=choices, default="auto", help=f"the published form's: {auto}")
-    p.add_argument("--ours", choices=choices, default="auto", help="sigma's, likewise")
-    p.add_argument("--sweep", action="store_true", help="also time micro-batches of every size")
-    p.add_argument("--json", type=Path)
-    return p.parse_args()
-
-
 def main() -> None:
     """Measure and print."""
-    a = arguments()
+    p = argument_parser(__doc__, rounds=3, rounds_help="timed steps of each form")
+    p.add_argument("--batch", type=int, default=32)
+    choices = ["auto", "float32", "bfloat16"]
+    help_text = "of the published form; auto: bfloat16 where the processor supports it, else float32"
+    p.add_argument("--precision", choices=choices, default="auto", help=help_text)
+    p.add_argument("--ours", choices=choices, default="auto", help="precision of sigma")
+    p.add_argument("--sweep", action="store_true", help="also time micro-batches of every size")
+    options = parse_arguments(p)
     native = supports_bfloat16(torch.device("cpu"))
     auto = "bfloat16" if native else "float32"
-    ours, papers = (auto if p == "auto" else p for p in (a.ours, a.precision))
-    forms = {"sigma": ("sigma", ours), "paper": ("paper", papers)}
-    if ours != papers:
+    ours, published = (auto if choice == "auto" else choice for choice in (options.ours, options.precision))
+    forms = {"sigma": ("sigma", ours), "paper": ("paper", published)}
+    if ours != published:
         forms["same"] = ("paper", ours)
     forms["floor"] = ("floor", ours)
-    first, seconds = alternating({name: make(*form) for name, form in forms.items()}, a.batch, a.rounds)
+    steps = {name: make(*form) for name, form in forms.items()}
+    losses, seconds = alternating(steps, options.batch, options.rounds)
     memory = {}
     for name, form in forms.items():
         print(f"{name}: {MEMORY_STEPS} steps in a process of its own", file=sys.stderr, flush=True)
-        memory[name] = peak_memory(*form, a.batch)
+        memory[name] = peak_memory(*form, options.batch)
     same = "same" if "same" in forms else "paper"
-    figures = {
+    figures: dict[str, Any] = {
         "step_speedup": seconds["paper"] / seconds["sigma"],
         "step_speedup_same_precision": seconds[same] / seconds["sigma"],
         "memory_ratio": memory["sigma"] / memory["paper"],
         "memory_ratio_same_precision": memory["sigma"] / memory[same],
-        "eval_ratio": compare_evaluation(ours, a.batch, a.rounds),
+        "eval_ratio": compare_evaluation(ours, options.batch, options.rounds),
         "startup_seconds": startup(),
         "attainable_speedup": seconds["paper"] / seconds["floor"],
         "native_bfloat16": native,
-        "precision": {"sigma": ours, "paper": papers},
+        "precision": {"sigma": ours, "paper": published},
     }
     print(f"bfloat16 in the processor: {'yes' if native else 'no'}; threads: {torch.get_num_threads()}")
-    print(f"{'form':8}{'precision':>12}{'first loss':>12}{'s a step':>12}{'peak GiB':>12}{'speed-up':>12}")
+    columns = {"form": "<8", "precision": ">11", "first loss": ">11.4f", "s a step": ">11.2f"}
+    table = Table(columns | {"peak GiB": ">11.2f", "speed-up": ">11.2f"})
     for name, (form, precision) in forms.items():
-        print(
-            f"{form:8}{precision:>12}{first[name]:12.4f}{seconds[name]:12.2f}{memory[name] / 2**20:12.2f}"
-            f"{seconds[name] / seconds['sigma']:12.2f}"
-        )
+        speedup = seconds[name] / seconds["sigma"]
+        table.row(form, precision, losses[name], seconds[name], memory[name] / 1024, speedup)
     print(f"steps a second of the floor, the most attainable: {figures['attainable_speedup']:.2f}")
-    print(f"memory, sigma's share of the paper's: {figures['memory_ratio']:.2f}")
+    print(f"memory, sigma's share of the published form's: {figures['memory_ratio']:.2f}")
     print(f"evaluation, share of plain open_clip's images a second: {figures['eval_ratio']:.3f}")
     print(f"start-up with a warm basis cache, seconds added: {figures['startup_seconds']:.2f}")
-    if a.sweep:
-        figures["micro_batch_seconds"] = by_size = sweep(ours, a.batch, a.rounds)
+    if options.sweep:
+        figures["micro_batch_seconds"] = by_size = sweep(ours, options.batch, options.rounds)
         print("images at once in a step: " + ", ".join(f"{n}: {t:.1f} s" for n, t in by_size.items()))
-    if a.json:
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":
