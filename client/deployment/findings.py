@@ -1,4 +1,4 @@
-"""What a check of a site found: all is well, or a problem with its next step."""
+"""Results of the checks of a site."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["CheckFailed", "CheckResult"]
 
 
 class CheckFailed(FedSigmaError):
-    """What is wrong, and what to do.
+    """A check found a problem.
 
     Args:
-        what: in one sentence.
-        todo: the next step.
+        detail: The problem, in one sentence.
+        remedy: The next step.
     """
 
     def __init__(self, detail: str, remedy: str) -> None:
@@ -24,7 +24,14 @@ class CheckFailed(FedSigmaError):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check: its name, whether all is well, what was seen, and what to do if it is not."""
+    """Result of one check.
+
+    Attributes:
+        check: Name of the check.
+        ok: Whether it passed.
+        detail: What was found.
+        remedy: The next step, if it failed.
+    """
 
     check: str
     ok: bool

@@ -1,8 +1,8 @@
-"""What a site's worker runs instead of `flwr-clientapp`: the same, for approved bundles only.
+"""The worker's ClientApp process: Flower's `flwr-clientapp`, for approved bundles only.
 
-Flower installs and runs whatever bundle the server names. Here the bundle's SHA-256 must be in site.yaml;
-any other is kept for people to look at and answered with an error. And whatever else fails before or outside
-FedSigma's own code, the server learns the kind of the error and never its text, which may hold paths.
+Flower installs and runs any bundle that the server names. Here the bundle's SHA-256 must be in site.yaml; any
+other is stored for review and answered with an error. For every error outside FedSigma's own code, the server
+receives its type only, because its text may contain paths.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ class BundleNotApproved(FedSigmaError, PermissionError):
 
 
 def main() -> None:
-    """Run one ClientApp under guard; the environment variable FEDSIGMA_SITE names site.yaml."""
+    """Run one ClientApp; the environment variable FEDSIGMA_SITE names site.yaml."""
     from fedsigma.common.ops.flower_compat import clientapp_module, flwr_clientapp
 
     flower = clientapp_module()  # its functions are replaced in this process only
     site_yaml = Path(os.environ["FEDSIGMA_SITE"])
     install, push_output, error = flower.install_from_fab, flower.push_task_output, flower.Error
 
-    def guarded(bundle: bytes, *args: Any, **options: Any) -> Any:
+    def install_approved(bundle: bytes, *args: Any, **options: Any) -> Any:
         check_bundle(bundle, site_yaml)
         return install(bundle, *args, **options)
 
-    def quiet_output(*args: Any, **options: Any) -> Any:
+    def push_redacted(*args: Any, **options: Any) -> Any:
         if options.get("details"):
-            options["details"] = _kind(str(options["details"]))
+            options["details"] = _error_type(str(options["details"]))
         return push_output(*args, **options)
 
-    def quiet_error(code: int, reason: str | None = None) -> Any:
-        return error(code, _kind(reason or ""))
+    def redacted_error(code: int, reason: str | None = None) -> Any:
+        return error(code, _error_type(reason or ""))
 
-    flower.install_from_fab = guarded  # type: ignore[attr-defined]
-    flower.push_task_output = quiet_output  # type: ignore[attr-defined]
-    flower.Error = quiet_error  # type: ignore[attr-defined]
+    flower.install_from_fab = install_approved  # type: ignore[attr-defined]
+    flower.push_task_output = push_redacted  # type: ignore[attr-defined]
+    flower.Error = redacted_error  # type: ignore[attr-defined]
     flwr_clientapp()
 
 
 def check_bundle(bundle: bytes, site_yaml: Path) -> None:
-    """Refuse a bundle that the site has not approved: keep it, and write that down.
+    """Reject a bundle that the site has not approved: store it for review, and log the rejection.
 
     Raises:
-        BundleNotApproved: its digest is not in site.yaml.
+        BundleNotApproved: The bundle's digest is not in site.yaml.
     """
     from fedsigma.client.deployment.bundle_approval import BundleApprovals, bundle_digest
     from fedsigma.client.site.audit_log import AuditLog
@@ -65,15 +65,15 @@ def check_bundle(bundle: bytes, site_yaml: Path) -> None:
     log = AuditLog(site_yaml.parent / Path(policy.audit).expanduser())
     log.record({"message": "bundle", "bundle": digest}, {"error": BundleNotApproved.__name__})
     print(
-        f"FedSigma: bundle {digest} is not approved here: `fedsigma site approve` shows it", file=sys.stderr
+        f"FedSigma: bundle {digest} is not approved: review it with `fedsigma site approve`", file=sys.stderr
     )
     raise BundleNotApproved(digest)
 
 
-def _kind(reason: str) -> str:
-    """The type's name of an error that Flower describes as <class 'module.Name'>:<'text'>."""
-    found = re.match(r"<class '(?:\w+\.)*(\w+)'>", reason)
-    return found[1] if found else "ClientAppError"
+def _error_type(reason: str) -> str:
+    """Return the type's name of an error that Flower describes as <class 'module.Name'>:<'text'>."""
+    match = re.match(r"<class '(?:\w+\.)*(\w+)'>", reason)
+    return match[1] if match else "ClientAppError"
 
 
 if __name__ == "__main__":

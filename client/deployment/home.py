@@ -1,21 +1,20 @@
-"""A site's folder: what a hospital keeps to take part, made by `fedsigma site enrol`.
+"""A site's folder, created by `fedsigma site enrol`.
 
-    site.yaml        the site's own rules; written once, then the site's to edit
-    connection.yaml  which server, and where the site's own processes find each other
-    node/            of the process that talks to the server: node.key, sites.crt, the shared secret
-    worker/          of the process that sees images: identity.pem, the shared secret, approved and pending
+    site.yaml        the site's policy; written once, then edited by the site
+    connection.yaml  the server, and the addresses of the site's own processes
+    node/            of the process that connects to the server: node.key, sites.crt, the shared secret
+    worker/          of the process that reads images: identity.pem, the shared secret, approved and pending
                      bundles, audit log, ledger, personal values
     logs/            of both
 
-The two parts share nothing but the secret, so that two users or two containers can own them: the one that
-holds the key to the outside sees no image, and the one that sees images has no way out.
+The two parts share the secret only, so that two users or two containers can own them: the process with the
+server's connection has no images, and the process with the images has no connection to the outside.
 """
 
 from __future__ import annotations
 
 import datetime
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,48 +29,49 @@ from fedsigma.common.config.schema import ConfigError, build, read_yaml, setting
 from fedsigma.common.ops.enrolment_files import EnrolmentFileError, Invitation, SiteKeys
 from fedsigma.common.utils.files import write_secret, write_whole
 
-__all__ = ["Connection", "SiteHome", "TrustedCertificates"]
+__all__ = ["Connection", "SiteHome"]
 
+FOLDERS = (".", "node", "node/flwr", "worker", "worker/flwr", "worker/approved", "worker/pending", "logs")
 SITE_YAML = """\
-# The rules of this site. Nothing that the server sends can widen them; docs/federation.md explains each.
+# The policy of this site. Nothing that the server sends can widen it; docs/federation.md explains each key.
 name: {name}
 
 # Where the images are: folder:PATH, csv:PATH, parquet:PATH or dicom:PATH. Try it: fedsigma data check
 source: folder:/data
 
-# Which studies may run here, by name.
+# Names of the studies that may run here.
 studies: []
 
-# Which backbones they may use, and where each lies on this machine.
+# Backbones that studies may use, and where each is stored on this machine.
 backbones:
   starter: starter
 
-# Which app bundles may run here. `fedsigma site approve` shows what a new one brings, and adds it.
+# App bundles that may run here. `fedsigma site approve` shows the changes of a new one, and adds it.
 bundles: []
 
-# The most that one round, and one study, may ask.
+# Limits of one round and of one study.
 max_local_steps: 1000
 max_examples: 10000
 max_rounds: 1000
 max_evaluations: 10000
 
-# The fewest sites that must be averaged together, and what may be told beside the average.
+# Fewest sites that are averaged together, and what is shared besides the average.
 min_cohort: 2
 share_class_counts: false
 share_confusion: false
 allow_attribution: false
 allow_explanation: false
 
-# Processors for training (null: all), and which GPUs: auto, none, or numbers such as "0,1".
+# Processors for training (null: all), and GPUs: auto, none, or numbers such as "0,1".
 cpus: null
 gpus: auto
 
-# Masked sums: this site's key, and the other sites' public keys from the study's list.
+# Secure aggregation: this site's key, and the other sites' public keys from the study's list.
 identity: worker/identity.pem
 peers: {{}}
 require_masking: false
 
-# Differential privacy: the least that training must hide, and the budget of all studies together.
+# Differential privacy: what training must hide at least, and the budget of all studies together.
 privacy: none
 epsilon: null
 
@@ -83,7 +83,7 @@ personal: worker/personal
 
 @settings
 class Connection:
-    """Which server a site belongs to, and where its own processes find each other: connection.yaml."""
+    """connection.yaml: a site's server, and the addresses of its own processes."""
 
     section: ClassVar[str] = ""
     renamed: ClassVar[dict[str, str]] = {"centre": "server_name", "server": "address"}
@@ -104,20 +104,15 @@ class Connection:
     """HOST:PORT of the worker's gRPC health service; empty: none."""
 
 
-@dataclass(frozen=True)
-class TrustedCertificates:
-    """Certificates of authorities: their PEM text, and for people whose they are and until when."""
-
-    pem: str
-    subjects: tuple[str, ...]
-
-
 class SiteHome:
-    """A site's folder, opened.
+    """The folder of a site.
+
+    Args:
+        path: The folder.
 
     Raises:
-        JoinError: there is no connection.yaml.
-        ConfigError: it does not read.
+        EnrolmentFileError: There is no connection.yaml.
+        ConfigError: connection.yaml is invalid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -132,12 +127,10 @@ class SiteHome:
 
     @classmethod
     def enrol(cls, path: Path, invitation: Invitation) -> tuple[SiteHome, SiteKeys]:
-        """Make a site's folder and keys from an invitation.
-
-        A folder that has a site.yaml already keeps it: a hospital may write its rules first.
+        """Create a site's folder and keys from an invitation; an existing site.yaml is kept.
 
         Raises:
-            JoinError: the invitation is not valid, or the folder belongs to a site already.
+            EnrolmentFileError: The invitation is invalid, or the folder belongs to a site already.
         """
         invitation.check(now=_now())
         path = path.expanduser().resolve()
@@ -145,16 +138,7 @@ class SiteHome:
             raise EnrolmentFileError(
                 f"{path} belongs to a site already: renew its keys with `fedsigma site rotate`"
             )
-        for name in (
-            "",
-            "node",
-            "node/flwr",
-            "worker",
-            "worker/flwr",
-            "worker/approved",
-            "worker/pending",
-            "logs",
-        ):
+        for name in FOLDERS:
             (path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         secret = secrets.token_bytes(32)
         for part in ("node", "worker"):
@@ -167,87 +151,82 @@ class SiteHome:
         connection = Connection(
             site=invitation.site, server_name=invitation.server_name, address=invitation.address
         )
-        node_key = _new_node_key(path / "node")
-        keys = SiteKeys.sign(
-            site=invitation.site,
-            node_key=node_key,
-            identity=read_identity(path / "worker" / "identity.pem"),
-            made=_now().isoformat(),
-            word=invitation.word,
-        )
-        # Last, so that a folder without it can be enrolled again.
+        keys = _new_keys(path, "node.key", site=invitation.site, word=invitation.word)
+        # Last, so that an incomplete folder can be enrolled again.
         (path / "connection.yaml").write_text(write_yaml(connection), encoding="utf-8")
         return cls(path), keys
 
     def rotate_key(self) -> SiteKeys:
-        """Make a new node key beside the one in use; `switch` takes it into use once the server knows it."""
-        node_key = _new_node_key(self.path / "node", name="next.key")
-        identity = read_identity(self.path / "worker" / "identity.pem")
-        site = self.connection.site
-        return SiteKeys.sign(
-            site=site, node_key=node_key, identity=identity, made=_now().isoformat(), word=None
-        )
+        """Create a new node key; `switch_key` replaces the old one once the server has admitted it."""
+        return _new_keys(self.path, "next.key", site=self.connection.site, word=None)
 
     def switch_key(self) -> None:
-        """Take the new node key into use; the old one stays as old.key until the next time.
+        """Replace the node key by the new one; the old one is kept as old.key.
 
         Raises:
-            JoinError: there is none.
+            EnrolmentFileError: There is no new key.
         """
         node = self.path / "node"
         if not (node / "next.key").exists():
-            raise EnrolmentFileError(f"{node} holds no next.key: make one with `fedsigma site rotate`")
+            raise EnrolmentFileError(f"{node} holds no next.key: create it with `fedsigma site rotate`")
         for old, new in (("node", "old"), ("next", "node")):
             for suffix in ("key", "pub"):
                 (node / f"{old}.{suffix}").replace(node / f"{new}.{suffix}")
 
     @staticmethod
-    def read_trust(file: Path) -> TrustedCertificates:
-        """Read the certificates that the server sent.
+    def read_trust(file: Path) -> tuple[str, list[str]]:
+        """Read certificates that the server sent.
+
+        Returns:
+            Their PEM text, and for each its subject and end of validity.
 
         Raises:
-            JoinError: there is none, or none that is valid now.
+            EnrolmentFileError: The file has no certificate, or none that is valid now.
         """
         try:
-            text = file.read_text(encoding="ascii")
-            found = x509.load_pem_x509_certificates(text.encode())
+            pem = file.read_text(encoding="ascii")
+            certificates = x509.load_pem_x509_certificates(pem.encode())
         except (OSError, ValueError) as error:
             raise EnrolmentFileError(f"{file} holds no certificates: {error}") from None
-        if not any(one.not_valid_before_utc <= _now() < one.not_valid_after_utc for one in found):
+        if not any(c.not_valid_before_utc <= _now() < c.not_valid_after_utc for c in certificates):
             raise EnrolmentFileError(
                 f"{file} holds no certificate that is valid now: ask the server for a new file"
             )
-        ends = [f"{one.subject.rfc4514_string()}, until {one.not_valid_after_utc:%Y-%m-%d}" for one in found]
-        return TrustedCertificates(text, tuple(ends))
+        return pem, [
+            f"{c.subject.rfc4514_string()}, until {c.not_valid_after_utc:%Y-%m-%d}" for c in certificates
+        ]
 
-    def trust(self, certificates: TrustedCertificates) -> None:
-        """Trust these certificates and no others; what was trusted before stays as sites.old.crt."""
+    def trust(self, pem: str) -> None:
+        """Trust only these certificates; the earlier ones are kept as sites.old.crt."""
         file = self.path / "node" / "sites.crt"
         write_whole(file.with_name("sites.old.crt"), file.read_bytes())
-        write_whole(file, certificates.pem.encode("ascii"))
+        write_whole(file, pem.encode("ascii"))
 
     def read_policy(self) -> SitePolicy:
-        """The site's rules.
+        """Read site.yaml.
 
         Raises:
-            ConfigError: site.yaml does not read, or is another site's.
+            ConfigError: site.yaml is invalid, or belongs to another site.
         """
-        found = SitePolicy.read(self.path / "site.yaml")
-        if found.name != self.connection.site:
+        policy = SitePolicy.read(self.path / "site.yaml")
+        if policy.name != self.connection.site:
             raise ConfigError(
-                f"{self.path / 'site.yaml'}: name is '{found.name}', and the server knows this site as"
+                f"{self.path / 'site.yaml'}: name is '{policy.name}', and the server knows this site as"
                 f" '{self.connection.site}'"
             )
-        return found
+        return policy
 
 
-def _new_node_key(folder: Path, *, name: str = "node.key") -> str:
-    """Make an ECDSA P-384 key, the kind that Flower takes; returns the public key in OpenSSH's form."""
+def _new_keys(path: Path, name: str, *, site: str, word: str | None) -> SiteKeys:
+    """Create a node key (ECDSA P-384, as Flower requires) and sign it with the site's identity."""
     key = ec.generate_private_key(ec.SECP384R1())
-    write_secret(folder / name, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    file = path / "node" / name
+    write_secret(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    (folder / name).with_suffix(".pub").write_bytes(public + b"\n")
-    return public.decode()
+    file.with_suffix(".pub").write_bytes(public + b"\n")
+    identity = read_identity(path / "worker" / "identity.pem")
+    made = _now().isoformat()
+    return SiteKeys.sign(site=site, node_key=public.decode(), identity=identity, made=made, word=word)
 
 
 def _now() -> datetime.datetime:

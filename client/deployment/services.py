@@ -1,4 +1,4 @@
-"""The processes of a site: the node, which talks to the server, and the worker, which sees the images."""
+"""The processes of a site: the node, which connects to the server, and the worker, which reads the images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fedsigma.common.config.schema import split_address
 from fedsigma.common.ops.flower_process import flower_command
 from fedsigma.common.ops.supervisor import Process, flower_environment
 
-__all__ = ["site_processes"]
+__all__ = ["node_process", "worker_process"]
 
-# Whatever else a superexec could be told to start has no place at a hospital.
+# Other programs that a SuperExec could be asked to start.
 _REFUSED = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
 _GUARD = """\
 #!{python}
@@ -30,47 +30,40 @@ sys.exit("FedSigma: {name} does not run at a site")
 """
 
 
-def site_processes(folder: SiteHome) -> list[Process]:
-    """The two processes of a site, in the order of starting.
-
-    Raises:
-        ConfigError: site.yaml does not read.
-    """
-    return [node_process(folder), worker_process(folder)]
-
-
-def node_process(folder: SiteHome) -> Process:
-    """The node: holds the key to the server, sees no image, and needs one way out."""
-    here, connection = folder.path / "node", folder.connection
+def node_process(site: SiteHome) -> Process:
+    """Return the node: it has the key for the server, one outbound connection, and no images."""
+    folder, connection = site.path / "node", site.connection
     host, port = split_address(connection.listen or connection.node, where="listen")
     command = flower_command("flower-supernode", "--superlink", connection.address)
-    command += ["--root-certificates", str(here / "sites.crt")]
-    command += ["--auth-supernode-private-key", str(here / "node.key")]
+    command += ["--root-certificates", str(folder / "sites.crt")]
+    command += ["--auth-supernode-private-key", str(folder / "node.key")]
     command += ["--isolation", "process", "--host", host, "--port", str(port)]
-    command += ["--superexec-auth-secret-file", str(here / "superexec.secret")]
+    command += ["--superexec-auth-secret-file", str(folder / "superexec.secret")]
     command += ["--node-config", f"site-name={json.dumps(connection.site)}"]
     if connection.node_health:
         command += ["--health-server-address", connection.node_health]
-    environment = flower_environment(here / "flwr")
+    environment = flower_environment(folder / "flwr")
     return Process(
         name="node", command=command, environment=environment, health=connection.node_health, after=1
     )
 
 
-def worker_process(folder: SiteHome) -> Process:
-    """The worker: sees images, runs approved bundles, and reaches nothing but the node."""
-    here, connection, policy = folder.path / "worker", folder.connection, folder.read_policy()
+def worker_process(site: SiteHome) -> Process:
+    """Return the worker: it reads images, runs approved bundles, and connects to the node only.
+
+    Raises:
+        ConfigError: site.yaml is invalid.
+    """
+    folder, connection, policy = site.path / "worker", site.connection, site.read_policy()
     command = flower_command("flower-superexec", "--insecure", "--runtime-api-address", connection.node)
-    command += ["--superexec-auth-secret-file", str(here / "superexec.secret")]
+    command += ["--superexec-auth-secret-file", str(folder / "superexec.secret")]
     if connection.worker_health:
         command += ["--health-server-address", connection.worker_health]
-    environment = flower_environment(here / "flwr")
-    programs = _write_programs(here / "bin")
+    environment = flower_environment(folder / "flwr")
     environment |= {
-        "PATH": os.pathsep.join([str(programs), environment["PATH"]]),
-        "FEDSIGMA_SITE": str(folder.path / "site.yaml"),
-        # There is no way out, so no library should wait for one.
-        "HF_HUB_OFFLINE": "1",
+        "PATH": os.pathsep.join([str(_write_programs(folder / "bin")), environment["PATH"]]),
+        "FEDSIGMA_SITE": str(site.path / "site.yaml"),
+        "HF_HUB_OFFLINE": "1",  # the worker has no internet
     }
     if policy.cpus:
         environment |= {"OMP_NUM_THREADS": str(policy.cpus), "MKL_NUM_THREADS": str(policy.cpus)}
@@ -82,7 +75,7 @@ def worker_process(folder: SiteHome) -> Process:
 
 
 def _write_programs(folder: Path) -> Path:
-    """Write what the worker finds on its PATH before Flower's own programs."""
+    """Write the programs that come before Flower's own on the worker's PATH."""
     folder.mkdir(exist_ok=True)
     texts = {"flwr-clientapp": _GUARD.format(python=sys.executable)}
     texts |= {name: _REFUSAL.format(python=sys.executable, name=name) for name in _REFUSED}

@@ -7,32 +7,19 @@ from typing import Annotated
 
 import typer
 
-from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.utils.errors import PROBLEMS
 from fedsigma.common.utils.hash_chain import HashChainedLog, Head, LogTampered
 
 __all__ = ["app"]
 
-
-app = typer.Typer(no_args_is_help=True)
-audit_app = typer.Typer(no_args_is_help=True, help="Verify the integrity of an audit log.")
-app.add_typer(audit_app, name="audit")
+app = typer.Typer(no_args_is_help=True, help="Verify the integrity of an audit log.")
 
 
-@app.callback()
-def _group() -> None:
-    """Make `audit` a group of commands."""
-
-
-Log = Annotated[Path, typer.Argument(metavar="LOG", help="The log: audit.jsonl or privacy.jsonl.")]
-
-
-@audit_app.command()
+@app.command()
 def verify(
-    log: Log,
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="The log: audit.jsonl or privacy.jsonl.")],
     head: Annotated[
-        str | None,
-        typer.Option(help="LINES:SHA256, a head that an earlier call printed."),
+        str | None, typer.Option(help="LINES:SHA256, a head that an earlier call printed.")
     ] = None,
 ) -> None:
     """Verify the integrity of an audit log.
@@ -47,11 +34,7 @@ def verify(
     if not log.is_file():
         raise FileNotFoundError(f"{log} does not exist")
     try:
-        noted = Head.parse(head) if head else None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    try:
-        lines, current = HashChainedLog(log).check(noted)
+        lines, current = HashChainedLog(log).check(Head.parse(head) if head else None)
     except LogTampered as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(PROBLEMS) from None

@@ -27,16 +27,6 @@ bench_app = typer.Typer(no_args_is_help=True, help="Run the tables of the paper:
 app.add_typer(bench_app, name="bench")
 
 
-@app.callback()
-def _group() -> None:
-    """Keep `bench` a group of its own."""
-
-
-@bench_app.callback()
-def _bench() -> None:
-    """Keep `paper` a command of its own."""
-
-
 @bench_app.command()
 def paper(
     table: Annotated[str, typer.Option(help="Name of the table; list: print the names.")],

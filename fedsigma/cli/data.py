@@ -20,11 +20,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at images before a study
 app.add_typer(data_app, name="data")
 
 
-@app.callback()
-def _group() -> None:
-    """Keep `data` a group of its own."""
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -1,4 +1,4 @@
-"""The command `fedsigma`: one list of commands, each imported when it runs, and one way to report errors."""
+"""The command `fedsigma`: the table of its commands, and the reporting of errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedsigma.common.utils.errors import BAD_INPUT, FAILED, FedSigmaError
 __all__ = ["main"]
 
 _MODEL, _STUDY = "fedsigma.cli.model", "fedsigma.cli.study"
-# Name -> (module with a typer `app`, one line of help): enough to print the list without importing torch.
+# Name -> (module, help). The module's `app` has a command or group of this name, or is the group itself.
 COMMANDS = {
     "inspect": (_MODEL, "Count the values that a study would train on a backbone."),
     "backbone": (_MODEL, "Prepare a backbone for a machine without internet: fetch, convert."),
@@ -51,7 +51,7 @@ COMMANDS = {
 
 
 class Commands(TyperGroup):
-    """Loads a command's module only when that command is called, and turns errors into one line."""
+    """Imports a command's module only when that command is called, and reports errors in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all names, in the order of the table."""
@@ -66,9 +66,11 @@ class Commands(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Import and return the command that is called."""
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, load(name) if name in COMMANDS else command, rest
+        """Import the module of the command that is called, and return the command."""
+        name, _, rest = super().resolve_command(ctx, args)
+        assert name is not None
+        group = typer.main.get_group(importlib.import_module(COMMANDS[name][0]).app)
+        return name, group.commands.get(name, group), rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and report an error in one line."""
@@ -80,36 +82,20 @@ class Commands(TyperGroup):
             if os.environ.get("FEDSIGMA_DEBUG", "") not in ("", "0"):
                 raise
             code = exit_code(error)
+            text = " ".join(str(error).split()) or type(error).__name__
+            if code == FAILED:
+                text = f"unexpected {type(error).__name__}: {text} (FEDSIGMA_DEBUG=1 shows where)"
             typer.secho("Error: ", fg="red", nl=False, err=True)
-            typer.echo(describe(error, code), err=True)
+            typer.echo(text, err=True)
             raise typer.Exit(code) from error
-
-
-def load(name: str | None) -> click.Command:
-    """Import the module of a command and pick the command."""
-    module = importlib.import_module(COMMANDS[str(name)][0])
-    group = typer.main.get_command(module.app)
-    assert isinstance(group, click.Group)
-    return group.commands[str(name)]
 
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: a FedSigmaError's own, 3 for a file that cannot be used, else 1."""
     if isinstance(error, FedSigmaError):
         return error.code
-    if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError):
-        return BAD_INPUT
-    if isinstance(error, PermissionError):
-        return BAD_INPUT
-    return FAILED
-
-
-def describe(error: BaseException, code: int) -> str:
-    """Describe an error in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if code != FAILED:
-        return text
-    return f"unexpected {type(error).__name__}: {text} (FEDSIGMA_DEBUG=1 shows where)"
+    file_errors = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+    return BAD_INPUT if isinstance(error, file_errors) else FAILED
 
 
 main = typer.Typer(

@@ -23,11 +23,6 @@ models_app = typer.Typer(no_args_is_help=True, help="Finished models and their v
 app.add_typer(models_app, name="models")
 
 
-@app.callback()
-def _group() -> None:
-    """Keep `models` a group of its own."""
-
-
 RegistryOption = Annotated[
     Path | None,
     typer.Option(

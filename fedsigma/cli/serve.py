@@ -17,11 +17,6 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Make `serve` a named command."""
-
-
 @app.command()
 def serve(
     model: Annotated[

@@ -37,11 +37,6 @@ server_app = typer.Typer(no_args_is_help=True, help="Run a coordinating server."
 app.add_typer(server_app, name="server")
 
 
-@app.callback()
-def _group() -> None:
-    """Keep `server` a group of its own."""
-
-
 Folder = Annotated[
     Path,
     typer.Option("--folder", "-f", envvar="FEDSIGMA_SERVER", help="The server's folder."),

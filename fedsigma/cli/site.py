@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,32 +19,32 @@ from fedsigma.common.utils.errors import PROBLEMS
 
 __all__ = ["app"]
 
+app = typer.Typer(no_args_is_help=True, help="Run a hospital's site.")
 
-app = typer.Typer(no_args_is_help=True)
-site_app = typer.Typer(no_args_is_help=True, help="Run a hospital's site.")
-app.add_typer(site_app, name="site")
-
-
-@app.callback()
-def _group() -> None:
-    """Make `site` a group of commands."""
+PROCESSES = {"node": node_process, "worker": worker_process}
 
 
-PROCESSES = ("node", "worker")
+def _check_process(name: str | None) -> str | None:
+    if name not in (None, *PROCESSES):
+        raise EnrolmentFileError(f"unknown process '{name}': expected {' or '.join(PROCESSES)}")
+    return name
+
 
 Folder = Annotated[
     Path, typer.Option("--folder", "-f", envvar="FEDSIGMA_SITE_FOLDER", help="The site's folder.")
 ]
+Only = Annotated[str | None, typer.Option(callback=_check_process, help="One process only: node or worker.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="The key file to write, for the server.", show_default="SITE.keys.json")
+]
 
 
-@site_app.command()
+@app.command()
 def enrol(
     invitation: Annotated[Path, typer.Argument(metavar="INVITATION", help="The invitation from the server.")],
     folder: Folder,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The key file to write, for the server.", show_default="SITE.keys.json"),
-    ] = None,
+    out: KeyFile = None,
 ) -> None:
     """Create this site's folder and keys from an invitation.
 
@@ -64,16 +64,13 @@ def enrol(
     typer.echo(f"Then edit {site.path / 'site.yaml'}, the policy of this site.")
 
 
-@site_app.command()
+@app.command()
 def up(
     folder: Folder,
-    only: Annotated[str | None, typer.Option(help="Run one process only: node or worker.")] = None,
+    only: Only = None,
     node: Annotated[
         str | None,
-        typer.Option(
-            envvar="FEDSIGMA_NODE",
-            help="With --only worker: HOST:PORT of the node.",
-        ),
+        typer.Option(envvar="FEDSIGMA_NODE", help="With --only worker: HOST:PORT of the node."),
     ] = None,
 ) -> None:
     """Run the site in the foreground until Ctrl-C or SIGTERM: the node and the worker, supervised.
@@ -82,7 +79,6 @@ def up(
 
     Exit codes: 0 stopped, 3 the site is already running, or site.yaml is invalid.
     """
-    _check_process(only)
     if node and only != "worker":
         raise EnrolmentFileError(
             "--node needs --only worker; for both processes, set node in connection.yaml"
@@ -90,30 +86,27 @@ def up(
     site = SiteHome(folder)
     if node:
         site.connection = replace(site.connection, node=node)
-    if only == "node":
-        node_process(site).replace_this(site.path)
-    if only == "worker":
-        worker_process(site).replace_this(site.path)
-    supervise([node_process(site), worker_process(site)], site.path)
+    if only:
+        PROCESSES[only](site).replace_this(site.path)
+    supervise([process(site) for process in PROCESSES.values()], site.path)
 
 
-@site_app.command()
+@app.command()
 def down(folder: Folder) -> None:
     """Stop a running site."""
     stop(SiteHome(folder).path)
 
 
-@site_app.command()
+@app.command()
 def status(
     folder: Folder,
-    only: Annotated[str | None, typer.Option(help="Report one process only: node or worker.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    only: Only = None,
+    as_json: Json = False,
 ) -> None:
     """Show the state of the node and the worker.
 
     Exit codes: 0 all processes serve, 4 a process does not serve.
     """
-    _check_process(only)
     site = SiteHome(folder)
     # Not by worker_process, which writes the worker's programs and reads site.yaml.
     health = {"node": site.connection.node_health, "worker": site.connection.worker_health}
@@ -127,22 +120,19 @@ def status(
         for name, address in health.items()
         if only in (None, name)
     ]
-    for row in rows:
-        if not as_json:
-            typer.echo(f"{row['process']:<8}{row['state']:<22}{row['health']}")
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+    lines = [f"{row['process']:<8}{row['state']:<22}{row['health']}" for row in rows]
+    typer.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
     if any(row["health"] not in ("", SERVING) for row in rows):
         raise typer.Exit(PROBLEMS)
 
 
-@site_app.command()
+@app.command()
 def doctor(
     folder: Folder,
     offline: Annotated[bool, typer.Option("--offline", help="Skip the checks that need the server.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Skip backbones, images and training.")] = False,
-    only: Annotated[str | None, typer.Option(help="Check one process only: node or worker.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    only: Only = None,
+    as_json: Json = False,
 ) -> None:
     """Check this site's requirements for a study: folder, keys, connection, clock, backbones, images.
 
@@ -150,11 +140,8 @@ def doctor(
 
     Exit codes: 0 all checks passed, 4 a check found problems.
     """
-    from dataclasses import asdict
-
     from fedsigma.client.deployment.diagnostics import run_checks
 
-    _check_process(only)
     results = []
     for result in run_checks(folder, offline=offline, deep=not quick, only=only):
         results.append(result)
@@ -169,7 +156,7 @@ def doctor(
         raise typer.Exit(PROBLEMS)
 
 
-@site_app.command()
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of site.yaml, with which editors complete and check it.
 
@@ -181,7 +168,7 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(SitePolicy), indent=2))
 
 
-@site_app.command()
+@app.command()
 def approve(
     folder: Folder,
     digest: Annotated[
@@ -205,22 +192,19 @@ def approve(
     bundle = bundles.find(digest or pending[0].stem)
     before = bundles.last_approved()
     typer.echo(diff_bundles(before, bundle) or "(the same files as the last approved bundle)")
-    typer.echo(
-        f"\nBundle {bundle_digest(bundle)}, beside {'the last approved one' if before else 'nothing'}."
-    )
+    other = "the last approved bundle" if before else "no other"
+    typer.echo(f"\nBundle {bundle_digest(bundle)}, compared with {other}.")
     if not yes:
         typer.confirm("Approve it?", abort=True)
     bundles.approve(bundle)
     typer.echo(f"Approved: {site.path / 'site.yaml'} now lists it.")
 
 
-@site_app.command()
+@app.command()
 def rotate(
     folder: Folder,
     switch: Annotated[bool, typer.Option("--switch", help="Replace the old key by the new one.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="The key file to write.", show_default="SITE.keys.json")
-    ] = None,
+    out: KeyFile = None,
 ) -> None:
     """Renew the node's key in two steps: create and send a new key; once it is admitted, run with --switch.
 
@@ -242,7 +226,7 @@ def rotate(
         typer.echo("Restarted the node.")
 
 
-@site_app.command()
+@app.command()
 def trust(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="PEM file of certificates from the server.")],
     folder: Folder,
@@ -253,19 +237,18 @@ def trust(
     Exit codes: 0 trusted, 1 not confirmed, 3 the file has no certificate that is valid now.
     """
     site = SiteHome(folder)
-    certificates = site.read_trust(file)
-    for subject in certificates.subjects:
-        typer.echo(f"  {subject}")
-    typer.echo(f"Fingerprint, to compare with the server by phone: {fingerprint(certificates.pem)}")
+    pem, certificates = site.read_trust(file)
+    for certificate in certificates:
+        typer.echo(f"  {certificate}")
+    typer.echo(f"Fingerprint, to compare with the server by phone: {fingerprint(pem)}")
     if not yes:
         typer.confirm("Trust only these certificates?", abort=True)
-    site.trust(certificates)
+    site.trust(pem)
     typer.echo("The node trusts them from its next start.")
+    _restart_node(site)
+
+
+def _restart_node(site: SiteHome) -> None:
     if is_running(site.path):
         restart(site.path, "node")
         typer.echo("Restarted the node.")
-
-
-def _check_process(name: str | None) -> None:
-    if name not in (None, *PROCESSES):
-        raise EnrolmentFileError(f"unknown process '{name}': expected {' or '.join(PROCESSES)}")

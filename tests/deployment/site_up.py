@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedsigma.client.deployment.home import SiteHome
-from fedsigma.client.deployment.services import site_processes
+from fedsigma.client.deployment.services import node_process, worker_process
 from fedsigma.common.ops.supervisor import Process, supervise
 
 
@@ -24,5 +24,6 @@ def placed(process: Process, folder: Path, namespace: str) -> Process:
 
 if __name__ == "__main__":
     site = SiteHome(Path(sys.argv[1]))
-    found = [placed(p, site.path, n) for p, n in zip(site_processes(site), sys.argv[2:], strict=True)]
-    supervise(found, site.path)
+    node, worker = sys.argv[2:]
+    processes = [placed(node_process(site), site.path, node), placed(worker_process(site), site.path, worker)]
+    supervise(processes, site.path)

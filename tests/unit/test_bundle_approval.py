@@ -15,7 +15,7 @@ from fedsigma.client.deployment.bundle_approval import (
     bundle_digest,
     diff_bundles,
 )
-from fedsigma.client.deployment.guarded_clientapp import BundleNotApproved, _kind, check_bundle
+from fedsigma.client.deployment.guarded_clientapp import BundleNotApproved, _error_type, check_bundle
 from fedsigma.client.site.policy import SitePolicy
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.utils.hash_chain import HashChainedLog
@@ -126,11 +126,11 @@ def test_what_a_bundle_changes_is_shown() -> None:
 
 def test_the_text_of_an_error_stays_at_the_site() -> None:
     assert (
-        _kind("<class 'fedsigma.client.deployment.guarded_clientapp.BundleNotApproved'>:<'abc'>")
+        _error_type("<class 'fedsigma.client.deployment.guarded_clientapp.BundleNotApproved'>:<'abc'>")
         == "BundleNotApproved"
     )
-    assert _kind("<class 'FileNotFoundError'>:<'/data/patient-7'>") == "FileNotFoundError"
-    assert _kind("An exception at /data/patient-7") == "ClientAppError"
+    assert _error_type("<class 'FileNotFoundError'>:<'/data/patient-7'>") == "FileNotFoundError"
+    assert _error_type("An exception at /data/patient-7") == "ClientAppError"
 
 
 def test_the_app_is_the_same_bytes_each_time(tmp_path: Path) -> None:

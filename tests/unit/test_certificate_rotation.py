@@ -82,7 +82,7 @@ def test_an_authority_is_replaced_with_an_overlap(tmp_path: Path) -> None:
     create_next_authority(server, tmp_path / "trust.pem")
     joined_meanwhile = enrol(server, tmp_path / "meanwhile")
     done = CliRunner().invoke(
-        site_cli.app, ["site", "trust", str(tmp_path / "trust.pem"), "--yes", "-f", str(updated.path)]
+        site_cli.app, ["trust", str(tmp_path / "trust.pem"), "--yes", "-f", str(updated.path)]
     )
     assert done.exit_code == 0 and "until" in done.output
     assert all(accepts(site, server) for site in (updated, forgot, joined_meanwhile))

@@ -122,8 +122,8 @@ def test_the_way_to_the_server(
     handler.answers = {}
     assert "the Fleet path answers 404" in by_name(site.path, deep=False)["path"].detail
     for status, words in (
-        (401, "does not take this node's signature"),
-        (412, "does not let this node's key in"),
+        (401, "rejects this node's signature"),
+        (412, "does not admit this node's key"),
         (500, "500"),
     ):
         handler.answers = {"/v1/fleet/activate-node": status}
