@@ -156,10 +156,9 @@ def record(out: Path, codecs: Iterable[str], count: int) -> None:
 def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, uploads: int) -> dict[str, Any]:
     """Run rounds in this process; returns the server's seconds of the fastest and its peak memory."""
     from fedsigma.server.federation import checkpoint
-    from fedsigma.server.federation.aggregation import Aggregator
+    from fedsigma.server.federation.federation import Federation
     from fedsigma.server.federation.messenger import Messenger
-    from fedsigma.server.federation.rounds import Federation, run_round
-    from fedsigma.server.federation.site_manager import SiteManager
+    from fedsigma.server.federation.rounds import run_round
     from fedsigma.server.runs.run_dir import RunDir
 
     layout = Layout.from_json((out / "layout.json").read_text(encoding="utf-8"))
@@ -167,18 +166,8 @@ def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, up
     study = StudyConfig.from_yaml(STUDY.format(rounds=rounds, strategy=strategy, codec=codec))
     folder = RunDir.create(out / f"run-{os.getpid()}", study.to_yaml())
     grid = RecordedGrid(sites, [upload(out, codec, number) for number in range(uploads)], fingerprint)
-    messenger = Messenger(grid)
-    site_manager = SiteManager(messenger, folder, study, fingerprint)
-    site_manager.wait_for_sites()
-    federation = Federation(
-        study=study,
-        site_manager=site_manager,
-        messenger=messenger,
-        run_dir=folder,
-        aggregator=Aggregator(study),
-        partition=ParameterPartition(layout),
-        fingerprint=fingerprint,
-    )
+    federation = Federation(study, folder, Messenger(grid), ParameterPartition(layout), fingerprint)
+    federation.site_manager.wait_for_sites()
     shift = np.zeros(layout.size, np.float32)
     reset_peak()
     times = []
@@ -187,15 +176,7 @@ def measure(out: Path, *, sites: int, strategy: str, codec: str, rounds: int, up
         outcome = run_round(federation, number, shift)
         assert outcome.shift is not None
         shift = outcome.shift
-        checkpoint.save(
-            folder,
-            federation.aggregator,
-            shift,
-            study=study,
-            split=federation.partition,
-            fingerprint=fingerprint,
-            round=number,
-        )
+        checkpoint.save(federation, shift, round=number)
         times.append((read_clocks() - grid.spent - start).tolist())
     seconds, clock, cpu = min(times)
     peak = peak_mib()

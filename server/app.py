@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,25 @@ from numpy.typing import NDArray
 from fedsigma.common.config.schema import ConfigError, flatten
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data.sources import site_data
-from fedsigma.common.sigma import ParameterPartition
+from fedsigma.common.registry import ModelRegistry, registry_folder
+from fedsigma.common.registry.publish import publish
 from fedsigma.common.training.trainer import Trainer, open_trainer
 from fedsigma.server.deployment.audit_log import run_auditor
 from fedsigma.server.deployment.database import ServerDatabase
-from fedsigma.server.evaluation.baselines import Baselines
 from fedsigma.server.evaluation.model_versions import evaluate_versions
 from fedsigma.server.evaluation.results import evaluate_study, write_summary
 from fedsigma.server.federation import checkpoint
 from fedsigma.server.federation.aggregation import Aggregator
+from fedsigma.server.federation.federation import Federation
 from fedsigma.server.federation.messenger import Messenger
 from fedsigma.server.federation.privacy_plan import check_budget
-from fedsigma.server.federation.rounds import Federation, train
-from fedsigma.server.federation.site_manager import SiteManager
+from fedsigma.server.federation.rounds import train
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.runs.summary import runs_folder
-from fedsigma.server.trackers import TrackerCallback, TrackerChoice, choose_trackers
+from fedsigma.server.trackers import TrackerCallback, choose_trackers
 
 __all__ = ["app"]
 
-Vector = NDArray[np.float32]
 app = ServerApp()
 
 SITE_HEADS, SITE_DESCRIPTIONS = 3, 3
@@ -45,34 +45,25 @@ SITE_HEADS, SITE_DESCRIPTIONS = 3, 3
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the study that the run configuration names; an exception makes Flower call the run failed."""
-    config = context.run_config
+    config, run = context.run_config, str(context.run_id)
     study = _load_study(config)
     check_budget(study)
-    aggregator = Aggregator(study)
+    Aggregator(study)  # refuses invalid options before there is a run folder
     trackers = choose_trackers(str(config.get("trackers", "")))
     run_dir, resumed = _open_run_dir(config, study)
     with run_dir.lock():
         print(f"FedSigma: study '{study.name}', run folder {run_dir.path}", flush=True)
-        _run(grid, run_dir, study, aggregator, trackers, run=str(context.run_id), resumed=resumed)
+        if auditor := run_auditor(study=study.name, run=run):
+            run_dir.listen(auditor)
+        with closing(TrackerCallback(run_dir, trackers, study=study, run=run)):
+            run_dir.log_event("run_start", study=study.name, run=run, resume=resumed)
+            _run(grid, run_dir, study)
 
 
-def _run(
-    grid: Grid,
-    run_dir: RunDir,
-    study: StudyConfig,
-    aggregator: Aggregator,
-    trackers: Sequence[TrackerChoice],
-    *,
-    run: str,
-    resumed: bool,
-) -> None:
+def _run(grid: Grid, run_dir: RunDir, study: StudyConfig) -> None:
     """Run a study in its folder and record how it ended."""
-    if auditor := run_auditor(study=study.name, run=run):
-        run_dir.listen(auditor)
-    tracking = TrackerCallback(run_dir, trackers, study=study, run=run)
-    run_dir.log_event("run_start", study=study.name, run=run, resume=resumed)
     try:
-        summary = _run_study(grid, run_dir, study, aggregator, resumed=resumed)
+        summary = _run_study(grid, run_dir, study)
         run_dir.log_event("run_end", ok=True, reason="")
     except Exception as error:
         run_dir.log_event("run_end", ok=False, reason=str(error) or type(error).__name__)
@@ -82,48 +73,31 @@ def _run(
         # Stopped, or the process around this one died: the run can be resumed.
         run_dir.log_event("run_interrupted", by=type(signal).__name__)
         raise
-    else:
-        _report(run_dir, summary)
-    finally:
-        tracking.close()
+    _report(run_dir, summary)
 
 
-def _run_study(
-    grid: Grid, run_dir: RunDir, study: StudyConfig, aggregator: Aggregator, *, resumed: bool
-) -> dict[str, Any]:
+def _run_study(grid: Grid, run_dir: RunDir, study: StudyConfig) -> dict[str, Any]:
     """Wait for the sites, train with them or evaluate versions, and return the summary."""
     started = time.monotonic()
-    _check_pictures(run_dir, study)
+    # Every problem of a simulation's data is reported before training starts.
+    if study.data and (problems := site_data.check_pictures(study.data, study.classes, study.seed)):
+        print(problems, flush=True)
+        run_dir.log_event("data_problems", report=problems)
     trainer = open_trainer(study.backbone, study.sigma, study.classes, study.prompts)
     partition = trainer.partition(study.personal)
     run_dir.log_event("model_ready", parameters=trainer.parameter_count, values=partition.shared.size)
-    shift, done = np.zeros(partition.shared.size, np.float32), 0
-    if resumed:
-        shift, done = checkpoint.load(
-            run_dir, aggregator, study=study, split=partition, fingerprint=trainer.fingerprint
-        )
-    messenger = Messenger(grid)
     nodes = None if study.data else ServerDatabase.from_environment()
-    site_manager = SiteManager(messenger, run_dir, study, trainer.fingerprint, nodes)
-    site_manager.wait_for_sites()
-    baselines = Baselines(messenger, site_manager, run_dir, study, partition)
+    federation = Federation(study, run_dir, Messenger(grid), partition, trainer.fingerprint, nodes)
+    shift, done = checkpoint.load(federation)
+    federation.site_manager.wait_for_sites()
     if study.evaluate_versions:
-        summary = evaluate_versions(run_dir, study, baselines, trainer)
+        summary = evaluate_versions(federation)
         write_summary(run_dir, summary, started)
         return summary
-    federation = Federation(
-        study=study,
-        site_manager=site_manager,
-        messenger=messenger,
-        run_dir=run_dir,
-        aggregator=aggregator,
-        partition=partition,
-        fingerprint=trainer.fingerprint,
-    )
     shift = train(federation, shift, done=done)
-    summary = evaluate_study(run_dir, study, baselines, trainer, shift, started)
-    _explain(run_dir, partition, trainer, shift, federation.explainable_shifts(), summary)
-    _publish(run_dir, study, summary, site_manager.allow_attribution)
+    summary = evaluate_study(federation, trainer, shift, started)
+    _explain(federation, trainer, shift, summary)
+    _publish(run_dir, study, summary, federation.site_manager.allow_attribution)
     return summary
 
 
@@ -170,13 +144,6 @@ def _check_same_study(study: StudyConfig, recorded: StudyConfig, path: Path) -> 
         )
 
 
-def _check_pictures(run_dir: RunDir, study: StudyConfig) -> None:
-    """Report every problem of a simulation's data before training starts."""
-    if study.data and (problems := site_data.check_pictures(study.data, study.classes, study.seed)):
-        print(problems, flush=True)
-        run_dir.log_event("data_problems", report=problems)
-
-
 def _report(run_dir: RunDir, summary: dict[str, Any]) -> None:
     """Write the report and print where it is. A report that fails does not fail the run."""
     for method in ("zero_shot", "local_only", "pooled", "shared_only", "federated"):
@@ -193,31 +160,24 @@ def _report(run_dir: RunDir, summary: dict[str, Any]) -> None:
 
 
 def _explain(
-    run_dir: RunDir,
-    partition: ParameterPartition,
-    trainer: Trainer,
-    shift: Vector,
-    site_shifts: Iterable[tuple[str, Vector]],
-    summary: dict[str, Any],
+    federation: Federation, trainer: Trainer, shift: NDArray[np.float32], summary: dict[str, Any]
 ) -> None:
     """Explain the shared shift, and each site's own more briefly. A failure does not fail the run."""
+    combine = federation.partition.combine
     try:
-        summary["explanation"] = trainer.explain(partition.combine(shift))
+        summary["explanation"] = trainer.explain(combine(shift))
         if by_site := {
-            site: trainer.explain(partition.combine(own), heads=SITE_HEADS, phrases=SITE_DESCRIPTIONS)
-            for site, own in site_shifts
+            site: trainer.explain(combine(site_shift), heads=SITE_HEADS, phrases=SITE_DESCRIPTIONS)
+            for site, site_shift in federation.explainable_shifts()
         }:
             summary["explanation_by_site"] = by_site
     except Exception as error:
         print(f"FedSigma: the adaptation could not be explained: {error}", flush=True)
-    run_dir.write_summary(summary)
+    federation.run_dir.write_summary(summary)
 
 
 def _publish(run_dir: RunDir, study: StudyConfig, summary: dict[str, Any], named: set[str]) -> None:
     """Publish the run's model as a version of the registry. A failure does not fail the run."""
-    from fedsigma.common.registry import ModelRegistry, registry_folder
-    from fedsigma.common.registry.publish import publish
-
     try:
         registry = ModelRegistry(registry_folder(run_dir.path.parent))
         version = publish(

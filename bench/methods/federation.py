@@ -18,7 +18,7 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.training.classifier import Example
 from fedsigma.common.training.metrics import Predictions
 from fedsigma.common.training.trainer import derive_seed
-from fedsigma.server.federation.aggregation import Aggregator, RoundUpdates
+from fedsigma.server.federation.aggregation import Aggregator
 
 __all__ = ["Run", "VectorAggregator", "accuracy", "federate"]
 
@@ -59,9 +59,7 @@ class VectorAggregator:
         updates = [vector - start for vector in vectors]
         mean = np.average(updates, axis=0, weights=weights)
         each = zip(updates, weights, losses, strict=True)
-        shift = self.aggregator.step(
-            start.astype(np.float32), RoundUpdates(mean=mean, each=each), round=number
-        )
+        shift = self.aggregator.step(start.astype(np.float32), mean, each, round=number)
         return shift.astype(np.float64)
 
 

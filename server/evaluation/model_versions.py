@@ -5,36 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.registry import ModelRegistry, registry_folder
 from fedsigma.common.registry.shift_file import load_shift
-from fedsigma.server.evaluation.baselines import Baselines, method_entry
+from fedsigma.common.sigma import Fingerprint
+from fedsigma.server.evaluation.baselines import evaluate_shifts, method_entry
+from fedsigma.server.federation.federation import Federation
 from fedsigma.server.federation.validation import SiteEvaluation
-from fedsigma.server.runs.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from fedsigma.common.training.trainer import Trainer
 
 __all__ = ["evaluate_versions", "fairness", "find_version"]
 
-ZERO_SHOT = "zero_shot"
 
-
-def evaluate_versions(
-    run_dir: RunDir, study: StudyConfig, baselines: Baselines, trainer: Trainer
-) -> dict[str, Any]:
-    """Evaluate the versions that a study names at every site, and zero-shot if it is among the baselines.
-
-    Args:
-        run_dir: The run.
-        study: The study; `evaluate_versions` names the versions.
-        baselines: Evaluates at the sites.
-        trainer: Has the fingerprint that the versions must match.
+def evaluate_versions(federation: Federation) -> dict[str, Any]:
+    """Evaluate the versions that the study names at every site, and zero-shot if it is among the baselines.
 
     Returns:
         The summary; `versions` has an entry for each version, like a method of summary.json, with `fairness`.
@@ -44,19 +31,23 @@ def evaluate_versions(
         ModelError: There is no such version.
         ShiftFileError: A version's file was changed.
     """
-    from fedsigma.common.sigma import Fingerprint
-
-    partition = baselines.partition
-    shifts = {ZERO_SHOT: np.zeros(partition.shared.size, np.float32)} if ZERO_SHOT in study.baselines else {}
+    study, run_dir = federation.study, federation.run_dir
+    shifts = {}
+    if "zero_shot" in study.baselines:
+        shifts["zero_shot"] = np.zeros(federation.layout.size, np.float32)
     for reference in study.evaluate_versions:
         saved = load_shift(find_version(reference, run_dir.path.parent))
-        named = f"evaluate_versions names {reference}"
-        if mismatch := trainer.fingerprint.describe_mismatch(Fingerprint.from_json(saved.fingerprint_json)):
-            raise ConfigError(f"{named}, which does not fit this study: {mismatch}")
+        fingerprint = Fingerprint.from_json(saved.fingerprint_json)
+        if mismatch := federation.fingerprint.describe_mismatch(fingerprint):
+            raise ConfigError(
+                f"evaluate_versions names {reference}, which does not fit this study: {mismatch}"
+            )
         if saved.run:
-            raise ConfigError(f"{named}, some values of which are at the sites that trained it")
-        shifts[reference] = partition.shared_values(saved.shift.numpy())
-    evaluations = baselines.evaluate(shifts, round=1)
+            raise ConfigError(
+                f"evaluate_versions names {reference}, some values of which are at the sites that trained it"
+            )
+        shifts[reference] = federation.partition.shared_values(saved.shift.numpy())
+    evaluations = evaluate_shifts(federation, shifts, round=1)
     versions = {
         name: {**method_entry(by_site), "fairness": fairness(by_site)}
         for name, by_site in evaluations.items()
@@ -85,14 +76,10 @@ def fairness(evaluations: Mapping[str, SiteEvaluation]) -> dict[str, Any]:
         deviation of the sites' accuracies, each site with the same weight. Shares between 0 and 1. Empty
         without test images.
     """
-    accuracies = {
-        site: evaluation.evaluation.accuracy
-        for site, evaluation in evaluations.items()
-        if evaluation.evaluation.test_examples
-    }
+    accuracies = {site: result.accuracy for site, result in evaluations.items() if result.test_examples}
     if not accuracies:
         return {}
-    worst, best = min(accuracies, key=lambda s: accuracies[s]), max(accuracies, key=lambda s: accuracies[s])
+    worst, best = (pick(accuracies, key=lambda site: accuracies[site]) for pick in (min, max))
     mean = sum(accuracies.values()) / len(accuracies)
     return {
         "worst": {"site": worst, "accuracy": accuracies[worst]},

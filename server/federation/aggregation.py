@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,12 @@ from fedsigma.common.config.training import cosine_decay
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.federation import robust_aggregation
-from fedsigma.server.federation.validation import ValidUpdate, dot, l2_norm
+from fedsigma.server.federation.validation import SiteUpdate, dot, l2_norm
 
 __all__ = [
     "AggregationError",
     "Aggregator",
     "OptimizerStateError",
-    "RoundUpdates",
     "fedadam",
     "fedavg",
     "fedavgm",
@@ -153,21 +151,6 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundUpdates:
-    """The accepted updates of one round, as a rule needs them.
-
-    Attributes:
-        mean: The weighted mean update, shape (values,), float64.
-        each: The update, weight and training loss of each accepted site, one at a time; empty where the
-        server
-            learns the mean alone (masked sums, noisy means).
-    """
-
-    mean: Values
-    each: Iterable[tuple[Vector, float, float]] = ()
-
-
 class Aggregator:
     """The aggregation rule of a study, with its options and its state.
 
@@ -221,12 +204,15 @@ class Aggregator:
         factor = cosine_decay((round - 1) / self._federation.rounds)
         return self._options | {name: factor * float(self._options.get(name, self._defaults[name]))}
 
-    def step(self, shift: Vector, updates: RoundUpdates, *, round: int) -> Vector:
+    def step(
+        self, shift: Vector, mean: Values, each: Iterable[tuple[Vector, float, float]] = (), *, round: int
+    ) -> Vector:
         """Compute the next global shift, and keep the rule's new state.
 
         Args:
             shift: The global shift that the round began with, shape (values,), float32.
-            updates: What the round brought.
+            mean: The weighted mean update, shape (values,).
+            each: The update, weight and training loss of each accepted site; used by robust rules alone.
             round: Number of the round, from 1.
 
         Returns:
@@ -237,11 +223,10 @@ class Aggregator:
         """
         start, options = shift.astype(np.float64), self.options(round)
         if self.needs_all_updates:
-            each = [(start + update, weight, loss) for update, weight, loss in updates.each]
-            models, weights, losses = zip(*each, strict=True)
+            models, weights, losses = zip(*((start + u, w, loss) for u, w, loss in each), strict=True)
             result = self._rule(start, models, weights, losses, **options)
         else:
-            result, self.state = self._rule(start, start + updates.mean, self.state, round=round, **options)
+            result, self.state = self._rule(start, start + mean, self.state, round=round, **options)
         next_shift: Vector = result.astype(np.float32)
         if not bool(np.isfinite(next_shift).all()):
             raise AggregationError(
@@ -287,46 +272,40 @@ class Aggregator:
         self.state = arrays
 
 
-def weighted_mean_update(
-    accepted: Mapping[int, ValidUpdate], updates: Mapping[int, Vector]
-) -> NDArray[np.float64]:
-    """Compute the weighted mean update of the accepted sites.
+def weighted_mean_update(weights: Mapping[int, float], updates: Mapping[int, Vector]) -> Values:
+    """Compute the weighted mean update.
 
-    Summed in float64 and in the order of `accepted`, so that the last bit does not depend on who replied
+    Summed in float64 and in the order of `weights`, so that the last bit does not depend on who replied
     first. One update is in memory at a time.
 
     Args:
-        accepted: Accepted replies by node, at least one.
+        weights: Weights of the accepted updates by node, at least one.
         updates: The updates by node, shape (values,) each.
 
     Returns:
         Shape (values,).
     """
-    total: NDArray[np.float64] | None = None
-    for node, reply in accepted.items():
-        update = updates[node]
-        if total is None:
-            total, product = np.zeros((2, update.size))
-        total += np.multiply(update, reply.weight, out=product, dtype=np.float64)
-    assert total is not None
-    return total / sum(reply.weight for reply in accepted.values())
+    total, product = np.zeros((2, updates[next(iter(weights))].size))
+    for node, weight in weights.items():
+        total += np.multiply(updates[node], weight, out=product, dtype=np.float64)
+    return total / sum(weights.values())
 
 
 def update_statistics(
-    accepted: Mapping[int, ValidUpdate], updates: Mapping[int, Vector], mean: NDArray[np.float64]
+    accepted: Mapping[int, SiteUpdate], updates: Mapping[int, Vector], mean: Values
 ) -> dict[int, dict[str, float]]:
-    """How far each site moved in a round, and whether it moved the way of the others.
+    """How far each site moved in a round, and how far in the direction of the mean.
 
     With w the global shift, u_i the update of site i and u the weighted mean update:
 
         update_norm_i = ||u_i||,  update_cosine_i = u_i . u / (||u_i|| ||u||),  shift_norm_i = ||w + u_i||.
 
-    A site whose cosine is far below the others', or negative, has images that ask for another model. Its own
-    update is part of the mean, so a single site has a cosine of 1.
+    A cosine far below the others', or negative, is the sign of images that ask for another model. A site's
+    own update is part of the mean, so a single site has a cosine of 1.
 
     Args:
-        accepted: Accepted replies by node.
-        updates: The updates by node, shape (values,) each.
+        accepted: The accepted updates by node.
+        updates: The vectors of these updates by node, shape (values,) each.
         mean: The result of `weighted_mean_update`, shape (values,).
 
     Returns:
@@ -334,9 +313,9 @@ def update_statistics(
     """
     mean_norm = l2_norm(mean)
     statistics = {}
-    for node, reply in accepted.items():
-        statistics[node] = {"update_norm": reply.update_norm, "shift_norm": reply.shift_norm}
-        if norms := reply.update_norm * mean_norm:
+    for node, update in accepted.items():
+        statistics[node] = {"update_norm": update.update_norm, "shift_norm": update.shift_norm}
+        if norms := update.update_norm * mean_norm:
             cosine = dot(updates[node], mean) / norms
             # Rounding may take it slightly past 1.
             statistics[node]["update_cosine"] = float(np.clip(cosine, -1.0, 1.0))

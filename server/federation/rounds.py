@@ -9,48 +9,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
-from flwr.app import MessageType
 from numpy.typing import NDArray
 
-from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.privacy.noise import noisy_mean
-from fedsigma.common.sigma import Fingerprint, ParameterPartition
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.common.utils.errors import FAILED, FedSigmaError
 from fedsigma.common.wire.codec import download_level, encode
 from fedsigma.common.wire.records import StudySpec, TrainTask
 from fedsigma.server.federation import checkpoint
-from fedsigma.server.federation.aggregation import (
-    Aggregator,
-    RoundUpdates,
-    update_statistics,
-    weighted_mean_update,
-)
-from fedsigma.server.federation.messenger import Messenger
-from fedsigma.server.federation.round_log import RoundLog, log_plan, round_line
-from fedsigma.server.federation.secure_aggregation import MaskedSum, MaskedSumBuilder, masked_task
-from fedsigma.server.federation.site_manager import SiteManager
+from fedsigma.server.federation.aggregation import update_statistics, weighted_mean_update
+from fedsigma.server.federation.federation import Federation, RoundOutcome
+from fedsigma.server.federation.secure_aggregation import run_masked_round
 from fedsigma.server.federation.site_sampling import Cohort, reported_examples, sample_sites
-from fedsigma.server.federation.updates import CollectedUpdates, UpdateBuffer, collect_updates
-from fedsigma.server.federation.validation import InvalidReply, check_norm, l2_norm
-from fedsigma.server.runs.run_dir import RunDir
+from fedsigma.server.federation.updates import UpdateBuffer, collect_updates
+from fedsigma.server.federation.validation import aggregation_weight
 
-__all__ = ["Federation", "NoModel", "RoundOutcome", "run_round", "train"]
+__all__ = ["NoModel", "run_round", "train"]
 
 Vector = NDArray[np.float32]
 log = logging.getLogger("flwr.fedsigma")
 
 MAX_RETRIES = 2
 """How often a round is retried that lost sites and made no model."""
-
 TOO_FEW_OTHERS = "too few other sites replied, and the round was retried"
 """Why a valid reply of a round that was retried is not counted."""
+MAX_NAMES = 20
+"""How many sites the log names."""
 
 
 class NoModel(FedSigmaError, RuntimeError):
@@ -59,75 +48,11 @@ class NoModel(FedSigmaError, RuntimeError):
     code = FAILED
 
 
-@dataclass(kw_only=True)
-class Federation:
-    """What the rounds of one study work with.
-
-    Attributes:
-        study: The study.
-        site_manager: The sites that are ready.
-        messenger: Sends tasks and receives replies.
-        run_dir: Where rounds, events and checkpoints are written.
-        aggregator: The study's aggregation rule.
-        partition: Which values are shared; these alone are sent and averaged.
-        fingerprint: Of the server's backbone and basis.
-        examples: Training images by site, as far as sites reported them.
-        last_shifts: The last shift of each site that allows its explanation, by site.
-    """
-
-    study: StudyConfig
-    site_manager: SiteManager
-    messenger: Messenger
-    run_dir: RunDir
-    aggregator: Aggregator
-    partition: ParameterPartition
-    fingerprint: Fingerprint
-    examples: dict[str, int] = field(default_factory=dict)
-    last_shifts: UpdateBuffer[str] = field(init=False)
-
-    def log_of(self, number: int) -> RoundLog:
-        """Writes what comes of a round."""
-        return RoundLog(self.run_dir, self.study, self.site_manager, number)
-
-    def __post_init__(self) -> None:
-        self.last_shifts = UpdateBuffer(self.partition.shared.size, self.run_dir.path)
-
-    def explainable_shifts(self) -> Iterator[tuple[str, Vector]]:
-        """The last shift of each site that still allows its explanation, by name; none under masks."""
-        allowed = self.site_manager.allow_explanation & self.last_shifts.keys()
-        return ((site, self.last_shifts[site]) for site in sorted(allowed))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundOutcome:
-    """What one attempt at a round came to.
-
-    Attributes:
-        shift: The next global shift, shape (values,), float32; None if too few replies were accepted.
-        cohort: The sites that were sent the task.
-        accepted: Names of the sites whose updates were accepted.
-        lost: Nodes whose connection or machine was lost.
-        attempt: Number of the round's last masked cohort.
-        examples: Training images of the accepted sites, by name.
-        metrics: Metrics over all sites, of the shift that the round began with.
-        bytes_up: Size of all replies, bytes.
-    """
-
-    shift: Vector | None = None
-    cohort: Cohort
-    accepted: list[str]
-    lost: frozenset[int]
-    attempt: int = 0
-    examples: dict[str, int] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    bytes_up: int = 0
-
-
 def train(federation: Federation, shift: Vector, *, done: int = 0) -> Vector:
     """Run the rounds that are left.
 
     Args:
-        federation: What the rounds work with.
+        federation: The sites, the aggregation rule and the run folder.
         shift: The global shift to begin with, shape (values,), float32.
         done: Rounds that an earlier process finished.
 
@@ -143,7 +68,7 @@ def train(federation: Federation, shift: Vector, *, done: int = 0) -> Vector:
     if done:
         federation.examples |= reported_examples(run_dir.rounds(), federation.study, done=done)
     if done < settings.rounds:
-        log_plan(federation.study, federation.aggregator, federation.site_manager.names.values())
+        _log_plan(federation)
     has_model = bool(done) or done >= settings.rounds
     for number in range(done + 1, settings.rounds + 1):
         if federation.site_manager.budgets_exhausted():
@@ -155,29 +80,8 @@ def train(federation: Federation, shift: Vector, *, done: int = 0) -> Vector:
         federation.examples |= outcome.examples
         if outcome.shift is not None:
             shift, has_model = outcome.shift, True
-            checkpoint.save(
-                run_dir,
-                federation.aggregator,
-                shift,
-                study=federation.study,
-                split=federation.partition,
-                fingerprint=federation.fingerprint,
-                round=number,
-            )
-        seconds = time.monotonic() - started
-        ok = outcome.shift is not None
-        run_dir.log_event("round_end", round=number, sites=outcome.accepted, seconds=round(seconds, 3), ok=ok)
-        log.info(
-            round_line(
-                number,
-                accepted=len(outcome.accepted),
-                asked=len(outcome.cohort.sites),
-                metrics=outcome.metrics,
-                seconds=seconds,
-                bytes_up=outcome.bytes_up,
-                ok=ok,
-            )
-        )
+            checkpoint.save(federation, shift, round=number)
+        _log_end(federation, number, outcome, time.monotonic() - started)
     if not has_model:
         raise NoModel(
             f"none of {settings.rounds - done} rounds had {settings.min_sites} accepted replies:"
@@ -198,7 +102,7 @@ def _run_with_retries(federation: Federation, number: int, shift: Vector) -> Rou
         federation.run_dir.log_event("round_retried", round=number, sites=outcome.accepted)
         for site in outcome.accepted:
             federation.run_dir.log_round(number, site, {}, 0, 0, "failed", TOO_FEW_OTHERS)
-        excluded = outcome.lost if len(outcome.lost) < len(outcome.cohort.sites) else frozenset[int]()
+        excluded = outcome.lost if len(outcome.lost) < outcome.sampled else frozenset[int]()
         outcome = run_round(federation, number, shift, attempt=outcome.attempt + 1, excluded=excluded)
     return outcome
 
@@ -214,7 +118,7 @@ def run_round(
     """Run one round: sample sites, send them the global shift, collect their updates, aggregate.
 
     Args:
-        federation: What the round works with.
+        federation: The sites, the aggregation rule and the run folder.
         number: Number of the round, from 1.
         shift: The global shift, shape (values,), float32.
         attempt: Number of masked cohorts that the round had before.
@@ -224,84 +128,50 @@ def run_round(
         TooFewSites: Not enough sites are ready in time.
         AggregationError: The rule's result is not finite.
     """
-    study = federation.study
-    cohort, round_log = _sample_cohort(federation, number, excluded), federation.log_of(number)
-    round_log.event("round_start", sites=list(cohort.sites.values()))
-    task = make_task(federation, number, shift, cohort)
+    study, run_dir, layout = federation.study, federation.run_dir, federation.layout
+    cohort = _sample_cohort(federation, number, excluded)
+    run_dir.log_event("round_start", round=number, sites=list(cohort.sites.values()))
+    task = _make_task(federation, number, shift, cohort=len(cohort.sites))
     if study.federation.masking:
-        return _run_masked_round(federation, round_log, shift, cohort, task, attempt)
+        return run_masked_round(federation, shift, cohort.sites, task, attempt=attempt)
     replies = federation.messenger.send_tasks(
-        dict.fromkeys(cohort.sites, task),
-        kind=MessageType.TRAIN,
-        timeout=study.federation.round_timeout_s,
-        group=str(number),
+        cohort.sites, task, kind="train", timeout=study.federation.round_timeout_s, group=str(number)
     )
-    layout = federation.partition.shared
-    with closing(UpdateBuffer[int](layout.size, federation.run_dir.path)) as buffer:
-        received = collect_updates(
-            replies, buffer, nodes=cohort.sites, study=study, layout=layout, shift=shift
+    with closing(UpdateBuffer[int](layout.size, run_dir.path)) as buffer:
+        updates = collect_updates(
+            replies, buffer, sites=cohort.sites, task=task, study=study, layout=layout, shift=shift
         )
-        updates = received.scaled(cohort.factors)
-        mean, metrics = _mean_and_log(federation, round_log, cohort, updates, buffer)
-        _keep_last_shifts(federation, cohort, updates, buffer, shift)
+        accepted = {node: update.training for node, update in updates.items() if update.training is not None}
+        examples = {node: aggregation_weight(reply.examples, study) for node, reply in accepted.items()}
+        weights = {node: count * cohort.factors[node] for node, count in examples.items()}
+        enough = len(accepted) >= study.federation.min_sites
+        mean, statistics = np.zeros(layout.size), dict[int, dict[str, float]]()
+        if not study.privacy.of_sites and accepted:
+            mean = weighted_mean_update(weights, buffer)
+            statistics = update_statistics({node: updates[node] for node in accepted}, buffer, mean)
+        elif study.privacy.of_sites and enough:
+            # The mean has noise, and nothing is logged of single updates, which have none.
+            mean = noisy_mean((buffer[node] for node in accepted), study.privacy)
+        for node, update in updates.items():
+            federation.log_update(number, update, statistics.get(node))
+        metrics = federation.log_training(number, list(accepted.values()))
+        for node in statistics:
+            if (site := cohort.sites[node]) in federation.site_manager.allow_explanation:
+                federation.last_shifts.put(site, shift.astype(np.float64) + buffer[node])
         next_shift = None
-        if len(updates.accepted) >= study.federation.min_sites:
-            each = (
-                (buffer[node], update.weight, update.reply.loss) for node, update in updates.accepted.items()
-            )
-            next_shift = federation.aggregator.step(shift, RoundUpdates(mean=mean, each=each), round=number)
+        if enough:
+            each = ((buffer[node], weights[node], reply.loss) for node, reply in accepted.items())
+            next_shift = federation.aggregator.step(shift, mean, each, round=number)
     return RoundOutcome(
         shift=next_shift,
-        cohort=cohort,
-        accepted=[cohort.sites[node] for node in updates.accepted],
-        lost=updates.lost,
+        sampled=len(cohort.sites),
+        accepted=[cohort.sites[node] for node in accepted],
+        lost=frozenset(node for node, update in updates.items() if update.reply.connection_lost),
         attempt=attempt,
-        examples={cohort.sites[node]: int(update.weight) for node, update in received.accepted.items()},
+        examples={cohort.sites[node]: count for node, count in examples.items()},
         metrics=metrics,
-        bytes_up=sum(reply.bytes_up for reply in updates.replies.values()),
+        bytes_up=sum(update.reply.bytes_up for update in updates.values()),
     )
-
-
-def _mean_and_log(
-    federation: Federation,
-    round_log: RoundLog,
-    cohort: Cohort,
-    updates: CollectedUpdates,
-    buffer: UpdateBuffer[int],
-) -> tuple[NDArray[np.float64], dict[str, float]]:
-    """Compute the mean update and log every reply; returns the mean and the metrics over all sites.
-
-    Where whole sites are protected the mean has noise, and nothing is logged of single updates, which have
-    none.
-    """
-    privacy, accepted = federation.study.privacy, updates.accepted
-    mean = np.zeros(federation.partition.shared.size)
-    statistics: dict[int, dict[str, float]] = {}
-    enough = len(accepted) >= federation.study.federation.min_sites
-    if accepted and not privacy.of_sites:
-        mean = weighted_mean_update(accepted, buffer)
-        statistics = update_statistics(accepted, buffer, mean)
-    elif enough and privacy.of_sites:
-        mean = noisy_mean((buffer[node] for node in accepted), privacy)
-    for node, reply in updates.replies.items():
-        result = accepted.get(node, updates.rejected.get(node))
-        round_log.reply(cohort.sites[node], reply, result, statistics.get(node))
-    return mean, round_log.all_sites(cohort, accepted)
-
-
-def _keep_last_shifts(
-    federation: Federation,
-    cohort: Cohort,
-    updates: CollectedUpdates,
-    buffer: UpdateBuffer[int],
-    shift: Vector,
-) -> None:
-    """Keep the shifts that may be explained: of sites that allow it, unless whole sites are protected."""
-    if federation.study.privacy.of_sites:
-        return
-    for node in updates.accepted:
-        if (site := cohort.sites[node]) in federation.site_manager.allow_explanation:
-            federation.last_shifts.put(site, shift.astype(np.float64) + buffer[node])
 
 
 def _sample_cohort(federation: Federation, number: int, excluded: Set[int]) -> Cohort:
@@ -312,7 +182,7 @@ def _sample_cohort(federation: Federation, number: int, excluded: Set[int]) -> C
     return sample_sites(ready, federation.study, round=number, images=federation.examples)
 
 
-def make_task(federation: Federation, number: int, shift: Vector, cohort: Cohort) -> TrainTask:
+def _make_task(federation: Federation, number: int, shift: Vector, *, cohort: int) -> TrainTask:
     """Build the task of a round; the download is coded as the study's codec says."""
     study = federation.study
     settings, steps = study.federation, study.training.local_steps
@@ -321,7 +191,7 @@ def make_task(federation: Federation, number: int, shift: Vector, cohort: Cohort
         recipe=replace(study.training, proximal=federation.aggregator.proximal),
         mode="round",
         round=number,
-        cohort=len(cohort.sites),
+        cohort=cohort,
         first_step=(number - 1) * steps,
         steps=steps,
         total_steps=settings.rounds * steps,
@@ -331,81 +201,29 @@ def make_task(federation: Federation, number: int, shift: Vector, cohort: Cohort
         run=federation.run_dir.key,
         shift=encode(
             shift,
-            federation.partition.shared,
+            federation.layout,
             level=download_level(settings.codec),
             seed=derive_seed(study.seed, "pooled", "round", number, "codec"),
         ),
     )
 
 
-def _run_masked_round(
-    federation: Federation,
-    round_log: RoundLog,
-    shift: Vector,
-    cohort: Cohort,
-    task: TrainTask,
-    attempt: int,
-) -> RoundOutcome:
-    """As `run_round`, where the server learns the sum of a cohort alone.
-
-    Without a site the sum cannot be read: the round is repeated with the cohort of those that replied.
-    """
-    settings, nodes = federation.study.federation, list(cohort.sites)
-    bytes_up, bytes_down, lost = Counter[int](), Counter[int](), set[int]()
-    while True:
-        members = {node: federation.site_manager.members[node] for node in nodes}
-        task = masked_task(task, members, federation.study, attempt=attempt)
-        builder = MaskedSumBuilder(federation.partition.shared, steps=task.steps)
-        replies = federation.messenger.send_tasks(
-            dict.fromkeys(nodes, task),
-            kind=MessageType.TRAIN,
-            timeout=settings.round_timeout_s,
-            group=str(round_log.number),
-        )
-        for reply in replies:
-            bytes_up[reply.node] += reply.bytes_up
-            bytes_down[reply.node] += reply.bytes_down
-            lost |= {reply.node} if reply.connection_lost else set()
-            builder.add(reply)
-            del reply  # the loop variable would keep it in memory while the next one is awaited
-        complete = [node for node in nodes if node in builder.added]
-        for node in nodes:
-            if node not in builder.added:
-                round_log.reply(cohort.sites[node], builder.replies[node], builder.rejected.get(node))
-        accepted = [cohort.sites[node] for node in complete]
-        if len(complete) == len(nodes) or len(complete) < settings.min_sites:
-            break
-        round_log.event("masked_round_retried", sites=accepted)
-        nodes, attempt = complete, attempt + 1
-    outcome = RoundOutcome(
-        cohort=cohort, accepted=[], lost=frozenset(lost), attempt=attempt, bytes_up=bytes_up.total()
-    )
-    if len(complete) < settings.min_sites:
-        return outcome
-    outcome = replace(outcome, accepted=accepted)
-    masked_sum = _read_masked_sum(federation, round_log, shift, builder, task)
-    if masked_sum is None:
-        return outcome
-    for node in complete:
-        site, digests = cohort.sites[node], builder.replies[node].traces
-        round_log.event("reply_accepted", site=site, metrics={}, **digests)
-        round_log.row(site, {}, "accepted", up=bytes_up[node], down=bytes_down[node])
-    metrics = round_log.totals(masked_sum.metrics)
-    updates = RoundUpdates(mean=masked_sum.mean)
-    next_shift = federation.aggregator.step(shift, updates, round=round_log.number)
-    return replace(outcome, shift=next_shift, metrics=metrics)
+def _log_plan(federation: Federation) -> None:
+    """Log how the study averages, and with which sites."""
+    settings, sites = federation.study.federation, list(federation.site_manager.names.values())
+    more = f" and {len(sites) - MAX_NAMES:,} more" if len(sites) > MAX_NAMES else ""
+    log.info("aggregation: %s %s", settings.strategy, settings.options or "")
+    if federation.aggregator.needs_all_updates:
+        log.info("%s needs all updates at once: memory grows with their number", settings.strategy)
+    log.info("sites: %s%s", ", ".join(sites[:MAX_NAMES]), more)
 
 
-def _read_masked_sum(
-    federation: Federation, round_log: RoundLog, shift: Vector, builder: MaskedSumBuilder, task: TrainTask
-) -> MaskedSum | None:
-    """Read the sum of a complete cohort; None, with an event, if it cannot be right."""
-    try:
-        masked_sum = builder.sum(task)
-        check_norm(
-            l2_norm(shift.astype(np.float64) + masked_sum.mean), federation.study.federation.norm_bound
-        )
-    except InvalidReply as error:
-        round_log.event("masked_sum_rejected", reason=str(error))
-        return None
-    return masked_sum
+def _log_end(federation: Federation, number: int, outcome: RoundOutcome, seconds: float) -> None:
+    """Log the end of a round; the accuracy is that of the shift which the round began with."""
+    ok, sites = outcome.shift is not None, outcome.accepted
+    federation.run_dir.log_event("round_end", round=number, sites=sites, seconds=round(seconds, 3), ok=ok)
+    parts = [f"{len(sites)} of {outcome.sampled} sites"]
+    if "accuracy" in outcome.metrics:
+        parts.append(f"accuracy {100 * outcome.metrics['accuracy']:.1f} %")
+    parts += [f"{seconds:.1f} s", f"{outcome.bytes_up / 1000:,.0f} kB up"]
+    log.info("round %d: %s%s", number, ", ".join(parts), "" if ok else ", no model: too few updates")

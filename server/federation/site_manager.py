@@ -89,8 +89,7 @@ class SiteManager:
         self.messenger, self.run_dir, self.study, self.fingerprint = messenger, run_dir, study, fingerprint
         self._nodes = nodes
         self._next_handshake: dict[int, float] = {}
-        self._unanswered: dict[int, int] = {}
-        # How often in a row a node did not answer the handshake.
+        self._unanswered: dict[int, int] = {}  # how often in a row a node did not answer the handshake
         self._offline_since: dict[int, float] = {}
         self._reasons: dict[str, str] = {}
         self._sites = 0
@@ -109,15 +108,13 @@ class SiteManager:
         new = [n for n in online if n not in self.names and self._next_handshake.get(n, 0.0) <= now]
         if new:
             self._handshake(sorted(new), online, patience)
-        ready = [node for node in self.names if node in online]
         self._offline_since = {n: self._offline_since.get(n, now) for n in self.names if n not in online}
-        return {node: self.names[node] for node in sorted(ready, key=lambda node: self.names[node])}
+        by_name = sorted(self.names.items(), key=lambda item: item[1])
+        return {node: name for node, name in by_name if node in online}
 
     def trainable(self, patience: float = HANDSHAKE_S) -> dict[int, str]:
         """The sites of `available` that still train."""
-        return {
-            node: name for node, name in self.available(patience).items() if node not in self.without_budget
-        }
+        return {n: name for n, name in self.available(patience).items() if n not in self.without_budget}
 
     def stop_training(self, node: int, *, round: int) -> None:
         """Send a site no more training tasks, from this round on."""
@@ -177,9 +174,7 @@ class SiteManager:
             protocol=PROTOCOL, study=StudySpec.of(self.study), fingerprint=self.fingerprint.to_json()
         )
         timeout = min(patience, self.study.federation.round_timeout_s)
-        for reply in self.messenger.send_tasks(
-            dict.fromkeys(nodes, request), kind=HANDSHAKE, timeout=timeout
-        ):
+        for reply in self.messenger.send_tasks(nodes, request, kind=HANDSHAKE, timeout=timeout):
             unanswered = self._unanswered.get(reply.node, 0) + 1 if reply.timed_out else 0
             self._unanswered[reply.node] = unanswered
             self._next_handshake[reply.node] = time.monotonic() + RETRY_S * 2 ** min(unanswered, 10)
@@ -188,15 +183,13 @@ class SiteManager:
     def _check_reply(self, message: SiteReply, online: set[int]) -> None:
         """Accept a site, or record in one sentence why not."""
         node, name = message.node, f"node {message.node}"
+        if message.content is None:
+            return self._refuse(name, message.failure or "it did not answer the handshake in time")
         try:
-            if message.content is None:
-                return self._refuse(name, message.failure or "it did not answer the handshake in time")
             reply = from_record(HandshakeReply, message.content)
         except ProtocolError as error:
             # The reply of another version has other fields.
-            reason = (
-                _version_mismatch(protocol_version(message.content)) if message.content is not None else ""
-            )
+            reason = _version_mismatch(protocol_version(message.content))
             return self._refuse(name, reason or f"its reply to the handshake is invalid: {error}")
         if reply.problem == "site-count" or (reply.sites and len(online) != reply.sites):
             raise WrongSiteCount(
@@ -204,8 +197,7 @@ class SiteManager:
                 f" run it with --federation-config 'num-supernodes={reply.sites}'"
             )
         self._sites = max(self._sites, reply.sites)
-        reason = self._mismatch(reply) or self._name_conflict(node, reply.site, online)
-        if reason:
+        if reason := self._mismatch(reply) or self._name_conflict(node, reply.site, online):
             return self._refuse(reply.site, reason)
         self._reasons.pop(reply.site, None)
         self._reasons.pop(name, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,103 +17,68 @@ from numpy.typing import NDArray
 
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.utils.errors import FedSigmaError
-from fedsigma.server.federation.messenger import SiteReply, in_order
+from fedsigma.common.wire.records import TrainTask
+from fedsigma.server.federation.messenger import SiteReply
 from fedsigma.server.federation.validation import (
     InvalidReply,
-    ValidUpdate,
-    find_norm_outliers,
+    SiteUpdate,
+    l2_norm,
+    reject_norm_outliers,
     validate_update,
 )
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
 
-__all__ = ["CollectedUpdates", "UpdateBuffer", "UpdateBufferError", "collect_updates"]
+__all__ = ["UpdateBuffer", "UpdateBufferError", "collect_updates"]
 
 Vector = NDArray[np.float32]
 K = TypeVar("K", bound=Hashable)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectedUpdates:
-    """What the sites of a round replied, by node and in the order in which the tasks were sent.
-
-    Attributes:
-        replies: Every site's reply, without its record.
-        accepted: The valid replies; their updates are in the buffer.
-        rejected: Why the other replies are invalid.
-    """
-
-    replies: dict[int, SiteReply]
-    accepted: dict[int, ValidUpdate] = field(default_factory=dict)
-    rejected: dict[int, InvalidReply] = field(default_factory=dict)
-
-    @property
-    def lost(self) -> frozenset[int]:
-        """The nodes whose connection or machine was lost."""
-        return frozenset(node for node, reply in self.replies.items() if reply.connection_lost)
-
-    def scaled(self, factors: Mapping[int, float]) -> CollectedUpdates:
-        """The same with each site's weight multiplied by its factor."""
-        accepted = {
-            node: replace(update, weight=update.weight * factors[node])
-            for node, update in self.accepted.items()
-        }
-        return replace(self, accepted=accepted)
 
 
 def collect_updates(
     replies: Iterable[SiteReply],
     buffer: UpdateBuffer[int],
     *,
-    nodes: Iterable[int],
+    sites: Mapping[int, str],
+    task: TrainTask,
     study: StudyConfig,
     layout: Layout,
     shift: Vector,
-) -> CollectedUpdates:
+) -> dict[int, SiteUpdate]:
     """Validate the replies of a round as they arrive and spool their updates.
 
     Args:
-        replies: One for each node that was sent a task.
+        replies: One for each node that was sent the task.
         buffer: Receives the update of each reply that is valid by itself.
-        nodes: The nodes, in the order of the result.
+        sites: Name of the site of each of these nodes.
+        task: The task.
         study: The study, with its bounds.
         layout: The layout of the shared values.
         shift: The global shift that the sites started from, shape (values,).
+
+    Returns:
+        The updates by node in the order of `sites`, so that results do not depend on who replied first.
     """
-    received: dict[int, SiteReply] = {}
-    accepted: dict[int, ValidUpdate] = {}
-    rejected: dict[int, InvalidReply] = {}
+    updates: dict[int, SiteUpdate] = {}
     for reply in replies:
         node = reply.node
-        received[node] = reply.emptied()
+        update = updates[node] = SiteUpdate(site=sites[node], reply=replace(reply, content=None))
         if reply.content is not None:
             try:
-                accepted[node], update = validate_update(
-                    reply.content,
-                    study=study,
-                    layout=layout,
-                    start=shift,
-                    codec=study.federation.codec,
-                    steps=study.training.local_steps,
+                update.training, vector, update.shift_norm = validate_update(
+                    reply.content, task, study=study, layout=layout, start=shift
                 )
-                buffer.put(node, update)
-            except InvalidReply as error:
-                # Its traceback would keep the reply in memory.
-                rejected[node] = InvalidReply(str(error))
+                update.update_norm = l2_norm(vector)
+                buffer.put(node, vector)
+            except InvalidReply as error:  # not kept itself: its traceback would keep the reply in memory
+                update.rejection = str(error)
         del reply  # the loop variable would keep it in memory while the next one is awaited
     # Where whole sites are protected, updates are clipped instead: the norm of one site's update must not
     # decide whether another's is accepted.
-    factor = None if study.privacy.of_sites else study.federation.norm_factor
-    for node, reason in find_norm_outliers(accepted, factor).items():
-        rejected[node] = InvalidReply(reason)
-        del accepted[node]
-    ordered = in_order(nodes, received.values())
-    return CollectedUpdates(
-        replies=ordered,
-        accepted={node: accepted[node] for node in ordered if node in accepted},
-        rejected=rejected,
-    )
+    if study.federation.norm_factor is not None and not study.privacy.of_sites:
+        reject_norm_outliers(updates.values(), study.federation.norm_factor)
+    return {node: updates[node] for node in sites}
 
 
 class UpdateBufferError(FedSigmaError, OSError):
@@ -145,11 +110,11 @@ class UpdateBuffer(Mapping[K, Vector]):
         if values.shape != (self._size,):
             raise UpdateBufferError(f"a vector has shape {values.shape}, expected ({self._size},)")
         slot = self._slots.get(key, len(self._slots))
-        left = values.view(np.uint8).data
+        data = values.view(np.uint8).data
         try:
-            self._file.seek(slot * left.nbytes)
-            while left:
-                left = left[self._file.write(left) :]
+            self._file.seek(slot * data.nbytes)
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
             raise UpdateBufferError(
                 f"the disk of {self._folder} cannot store the sites' updates ({error.strerror}): a round"
@@ -159,14 +124,10 @@ class UpdateBuffer(Mapping[K, Vector]):
 
     def __getitem__(self, key: K) -> Vector:
         """A copy of the vector, shape (size,)."""
-        values = np.empty(self._size, np.float32)
-        left = values.view(np.uint8).data
-        self._file.seek(self._slots[key] * left.nbytes)
-        while left:
-            count = self._file.readinto(left)
-            if not count:
-                raise UpdateBufferError(f"the disk of {self._folder} lost a site's update: resume the run")
-            left = left[count:]
+        self._file.seek(4 * self._size * self._slots[key])
+        values = np.fromfile(self._file, np.float32, self._size)
+        if values.size != self._size:
+            raise UpdateBufferError(f"the disk of {self._folder} lost a site's update: resume the run")
         return values
 
     def __iter__(self) -> Iterator[K]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,10 @@ from fedsigma.common.wire.records import (
     Evaluation,
     ProtocolError,
     TrainReply,
+    TrainTask,
     from_record,
 )
+from fedsigma.server.federation.messenger import SiteReply
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
@@ -28,18 +30,17 @@ if TYPE_CHECKING:
 __all__ = [
     "InvalidReply",
     "SiteEvaluation",
-    "ValidUpdate",
+    "SiteUpdate",
     "aggregate_metrics",
     "aggregation_weight",
     "check_norm",
     "dot",
-    "find_norm_outliers",
     "l2_norm",
     "metrics_of_confusion",
+    "reject_norm_outliers",
     "validate_evaluations",
     "validate_update",
 ]
-
 
 _PIECE = 16_384
 
@@ -48,47 +49,50 @@ class InvalidReply(FedSigmaError, ValueError):
     """A reply is rejected; the text says why, in one sentence."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ValidUpdate:
-    """A valid training reply; its update, which is most of it, is kept elsewhere.
+@dataclass(kw_only=True)
+class SiteUpdate:
+    """One site's part in a round; the update, which is most of it, is kept elsewhere.
 
     Attributes:
+        site: Name of the site.
+        reply: The site's reply, without its record.
+        training: What the site reports of its training, with an empty update; None unless it is valid.
+        masked: Whether it is part of a masked sum.
+        rejection: Why the reply is rejected; empty if it is not.
         update_norm: L2 norm of the update.
         shift_norm: L2 norm of the global shift plus the update.
-        weight: Weight of the update in the mean.
-        reply: The reply with an empty update.
     """
 
-    update_norm: float
-    shift_norm: float
-    weight: float
-    reply: TrainReply
+    site: str
+    reply: SiteReply
+    training: TrainReply | None = None
+    masked: bool = False
+    rejection: str = ""
+    update_norm: float = 0.0
+    shift_norm: float = 0.0
 
-    @property
     def metrics(self) -> dict[str, float]:
-        """The scalars that the site reported, by the columns of rounds.csv."""
-        metrics = {**self.reply.evaluation.metrics(), "examples": self.reply.examples}
-        if math.isnan(self.reply.loss):  # not reported: training is private
-            return metrics | {"epsilon": self.reply.epsilon}
-        return metrics | {"loss": self.reply.loss}
+        """The scalars of an accepted update, by the columns of rounds.csv."""
+        assert self.training is not None
+        metrics = {**self.training.evaluation.metrics(), "examples": self.training.examples}
+        if math.isnan(self.training.loss):  # not reported: training is private
+            return metrics | {"epsilon": self.training.epsilon}
+        return metrics | {"loss": self.training.loss}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteEvaluation:
+class SiteEvaluation(Evaluation):
     """The evaluation of one shift at one site.
 
     Attributes:
-        evaluation: The scalar metrics.
         confusion: Test images by true class, then by predicted class, row by row; empty unless the site's
-            policy
-            shares it.
+            policy shares it.
     """
 
-    evaluation: Evaluation
     confusion: tuple[int, ...] = ()
 
 
-def validate_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[SiteEvaluation, ...]:
+def validate_evaluations(content: Any, *, shifts: int, classes: int) -> list[SiteEvaluation]:
     """Validate the reply to an `EvaluateTask`.
 
     Args:
@@ -111,46 +115,45 @@ def validate_evaluations(content: Any, *, shifts: int, classes: int) -> tuple[Si
         raise InvalidReply(f"{len(reply.evaluations)} evaluations for {shifts} shifts")
     if len(counts) not in (0, shifts * size):
         raise InvalidReply(f"{len(counts)} counts for {shifts} confusion matrices of {classes} classes")
-    results = []
+    evaluations = []
     for number, evaluation in enumerate(reply.evaluations):
         matrix = counts[number * size : (number + 1) * size]
         if matrix and sum(matrix) != evaluation.test_examples:
             raise InvalidReply(
                 f"a confusion matrix counts {sum(matrix)} of {evaluation.test_examples} test images"
             )
-        results.append(SiteEvaluation(evaluation=evaluation, confusion=matrix))
-    return tuple(results)
+        evaluations.append(SiteEvaluation(**vars(evaluation), confusion=matrix))
+    return evaluations
 
 
 def validate_update(
-    content: Any, *, study: StudyConfig, layout: Layout, start: NDArray[np.float32], codec: str, steps: int
-) -> tuple[ValidUpdate, NDArray[np.float32]]:
-    """Validate a training reply against the study.
+    content: Any, task: TrainTask, *, study: StudyConfig, layout: Layout, start: NDArray[np.float32]
+) -> tuple[TrainReply, NDArray[np.float32], float]:
+    """Validate a training reply against its task and study.
 
     Args:
         content: The reply's record.
+        task: The task.
         study: The study, with its bounds.
         layout: The layout of the shared values.
         start: The global shift that the site started from, shape (layout.size,).
-        codec: The coding level of the task.
-        steps: The training steps of the task.
 
     Returns:
-        The valid reply, and its update, shape (layout.size,), float32.
+        The reply with an empty update; the update, shape (layout.size,), float32; and the L2 norm of `start`
+        plus the update.
 
     Raises:
         InvalidReply: Its form, layout digest, length, type, finiteness, norm or number of examples is
             invalid.
     """
-    federation = study.federation
     try:
         reply = from_record(TrainReply, content)
-        update = decode(reply.update, layout, level=codec)
+        update = decode(reply.update, layout, level=task.codec)
     except (ProtocolError, CodecError) as error:
         raise InvalidReply(str(error)) from error
     # The update is added to the shift itself, not to its coded form, from which the sites start: what coding
-    # lost of that form must not enter the model.
-    bound = None if study.privacy.of_sites else federation.norm_bound  # there updates are clipped instead
+    # lost of that form must not enter the model. Updates that protect whole sites are clipped instead.
+    bound = None if study.privacy.of_sites else study.federation.norm_bound
     shift_norm = check_norm(l2_norm(start, update), bound)
     if reply.examples > study.max_examples_per_site:
         raise InvalidReply(
@@ -163,17 +166,11 @@ def validate_update(
             if math.isnan(reply.loss)
             else "the loss is reported, which private training never does: the site does not add noise"
         )
-    if reply.steps > steps:
-        raise InvalidReply(f"{reply.steps} steps were trained, the task asked for {steps}")
+    if reply.steps > task.steps:
+        raise InvalidReply(f"{reply.steps} steps were trained, the task asked for {task.steps}")
     if len(reply.class_counts) not in (0, len(study.classes)):
         raise InvalidReply(f"{len(reply.class_counts)} class counts for {len(study.classes)} classes")
-    accepted = ValidUpdate(
-        update_norm=l2_norm(update),
-        shift_norm=shift_norm,
-        weight=aggregation_weight(reply.examples, study),
-        reply=replace(reply, update=b""),
-    )
-    return accepted, update
+    return replace(reply, update=b""), update, shift_norm
 
 
 def aggregation_weight(examples: int, study: StudyConfig) -> int:
@@ -210,7 +207,7 @@ def _pieces(values: int) -> Iterator[slice]:
 
 
 def check_norm(norm: float, bound: float | None) -> float:
-    """Check the norm of a shift, and return it.
+    """Return the norm of a shift.
 
     Raises:
         InvalidReply: The norm is above the bound, if there is one.
@@ -220,46 +217,43 @@ def check_norm(norm: float, bound: float | None) -> float:
     return norm
 
 
-def find_norm_outliers(accepted: Mapping[int, ValidUpdate], factor: float | None) -> dict[int, str]:
-    """Find updates whose norms are out of proportion to the others'.
+def reject_norm_outliers(updates: Iterable[SiteUpdate], factor: float) -> None:
+    """Reject updates whose norms are out of proportion to the others'.
 
     All sites train the same number of steps with the same settings, so honest updates have similar norms
     whatever the images, and a mean has no defence of its own against a much longer one.
 
     Args:
-        accepted: The valid replies of a round by node; fewer than three are never outliers, since of two it
-            is
+        updates: The updates of a round. Of fewer than three valid ones none is rejected, since of two it is
             unknown which one is wrong.
-        factor: How many times the median norm is allowed; None allows any.
-
-    Returns:
-        The reason by node.
+        factor: How many times the median norm is allowed.
     """
-    if factor is None or len(accepted) < 3:
-        return {}
-    median = float(np.median([update.update_norm for update in accepted.values()]))
-    bound = factor * median
-    return {
-        node: f"the update's norm {update.update_norm:.4g} is above {factor:g} times the round's median"
-        f" {median:.4g}"
-        for node, update in accepted.items()
-        if update.update_norm > bound > 0
-    }
+    valid = [update for update in updates if update.training is not None]
+    if len(valid) < 3:
+        return
+    median = float(np.median([update.update_norm for update in valid]))
+    for update in valid:
+        if update.update_norm > factor * median > 0:
+            update.training = None
+            update.rejection = (
+                f"the update's norm {update.update_norm:.4g} is above {factor:g} times the round's median"
+                f" {median:.4g}"
+            )
 
 
-def aggregate_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+def aggregate_metrics(evaluations: Iterable[Evaluation]) -> dict[str, float]:
     """Compute the metrics over all sites, weighted by their numbers of test images.
 
     The accuracy is exact: correct predictions of all sites over test images of all sites. The other metrics
     are weighted means, without the sites where a metric cannot be computed.
 
     Args:
-        evaluations: By site.
+        evaluations: One of each site.
 
     Returns:
         The metrics by name, and `test_examples`.
     """
-    tested = [evaluation for evaluation in evaluations.values() if evaluation.test_examples > 0]
+    tested = [evaluation for evaluation in evaluations if evaluation.test_examples > 0]
     total = sum(evaluation.test_examples for evaluation in tested)
     if not total:
         return {"test_examples": 0}

@@ -25,10 +25,9 @@ from fedsigma.common.training.trainer import Trainer, open_trainer
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.evaluation.baselines import train_pooled
 from fedsigma.server.federation import checkpoint
-from fedsigma.server.federation.aggregation import Aggregator
+from fedsigma.server.federation.federation import Federation
 from fedsigma.server.federation.messenger import Messenger
-from fedsigma.server.federation.rounds import Federation, train
-from fedsigma.server.federation.site_manager import SiteManager
+from fedsigma.server.federation.rounds import train
 from fedsigma.server.federation.site_sampling import total_steps
 from fedsigma.server.paper.lazy_images import LazyExamples
 from fedsigma.server.paper.sets import PublishedSet
@@ -182,29 +181,18 @@ def _among_sites(trainer: Trainer, study: StudyConfig, path: Path) -> _Trained:
     os.environ["FEDSIGMA_AUDIT"] = str(path / "audit")
     count = len(simulated_sites(study.data, study.classes, study.seed)[1])
     run_dir = RunDir.open(path) if (path / "study.yaml").exists() else RunDir.create(path, study.to_yaml())
-    aggregator, split = Aggregator(study), trainer.partition(None)
+    partition = trainer.partition(None)
     with run_dir.lock():
-        shift, done = checkpoint.load(
-            run_dir, aggregator, study=study, split=split, fingerprint=trainer.fingerprint
-        )
         messenger = Messenger(InProcessGrid(importlib.import_module(CLIENT_APP).app, count))
-        site_manager = SiteManager(messenger, run_dir, study, trainer.fingerprint)
-        federation = Federation(
-            study=study,
-            site_manager=site_manager,
-            messenger=messenger,
-            run_dir=run_dir,
-            aggregator=aggregator,
-            partition=split,
-            fingerprint=trainer.fingerprint,
-        )
+        federation = Federation(study, run_dir, messenger, partition, trainer.fingerprint)
+        shift, done = checkpoint.load(federation)
         shift = train(federation, shift, done=done)
     rows = [row for row in run_dir.rounds() if row["status"] == "accepted"]
     examples = {
         row["site"]: row["examples"] or 0 for row in rows
     }  # with masks a site does not report its number
     return _Trained(
-        shift=split.combine(shift),
+        shift=partition.combine(shift),
         sites=len(examples),
         examples=sum(examples.values()),
         steps=math.ceil(total_steps(study, count) / count),

@@ -498,15 +498,16 @@ def test_a_disk_that_is_full_ends_a_run_which_goes_on_where_it_stood(
     whole = run(tmp_path, study, out="whole")
     puts = itertools.count(1)
 
-    class Filled(UpdateBuffer[Any]):
-        def put(self, key: Any, vector: Any) -> None:
-            if next(puts) == 4 * 2 * 2 + 2:  # of four sites, each round's changes and last shifts
-                self._file.close()
-                self._file = full.open("r+b", buffering=0)
-            super().put(key, vector)
+    put = UpdateBuffer.put
 
-    monkeypatch.setattr(rounds_module, "UpdateBuffer", Filled)
-    with pytest.raises(UpdateBufferError, match="Make room and resume the run"):
+    def fill(self: UpdateBuffer[Any], key: Any, vector: Any) -> None:
+        if next(puts) == 4 * 2 * 2 + 2:  # of four sites, each round's updates and last shifts
+            self._file.close()
+            self._file = full.open("r+b", buffering=0)
+        put(self, key, vector)
+
+    with monkeypatch.context() as patch, pytest.raises(UpdateBufferError, match="Make room and resume"):
+        patch.setattr(UpdateBuffer, "put", fill)
         run(tmp_path, study, out="broken")
     (end,) = events(out(tmp_path, "broken"), "run_end")
     assert not end["ok"] and "cannot store the sites' updates" in end["reason"]
@@ -824,9 +825,9 @@ def test_sites_with_more_images_are_asked_more_often_and_then_count_alike(
     """Once all have told how many, a site is asked as often as its share of the images says."""
     weights: list[list[float]] = []
 
-    def spied(accepted: Any, changes: Any) -> Any:
-        weights.append([one.weight for one in accepted.values()])
-        return weighted_mean_update(accepted, changes)
+    def spied(round_weights: Any, updates: Any) -> Any:
+        weights.append(list(round_weights.values()))
+        return weighted_mean_update(round_weights, updates)
 
     monkeypatch.setattr(rounds_module, "weighted_mean_update", spied)
     study = STUDY.replace("rounds: 3", "rounds: 42, participation: 0.5, cohorts: by_images")

@@ -27,12 +27,11 @@ from fedsigma.common.wire.records import (
     to_record,
 )
 from fedsigma.server.federation import messenger
-from fedsigma.server.federation.aggregation import Aggregator, weighted_mean_update
+from fedsigma.server.federation.aggregation import weighted_mean_update
+from fedsigma.server.federation.federation import Federation
 from fedsigma.server.federation.messenger import Messenger
-from fedsigma.server.federation.rounds import Federation, train
-from fedsigma.server.federation.site_manager import SiteManager
+from fedsigma.server.federation.rounds import train
 from fedsigma.server.federation.updates import UpdateBuffer, UpdateBufferError
-from fedsigma.server.federation.validation import ValidUpdate
 from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.fake_trainer import FINGERPRINT, LAYOUT, HurriedTime
@@ -90,18 +89,8 @@ def rounds(path: Path, grid: FakeGrid, more: str = "strategy: fedavg", count: in
     """Run rounds of these sites; the run folder says what came of them."""
     study = StudyConfig.from_yaml(STUDY.format(more=f"{more}, rounds: {count}"))
     run_dir = RunDir.create(path, study.to_yaml())
-    messenger = Messenger(grid)
-    site_manager = SiteManager(messenger, run_dir, study, FINGERPRINT)
-    site_manager.wait_for_sites()
-    federation = Federation(
-        study=study,
-        site_manager=site_manager,
-        messenger=messenger,
-        run_dir=run_dir,
-        aggregator=Aggregator(study),
-        partition=ParameterPartition(LAYOUT),
-        fingerprint=FINGERPRINT,
-    )
+    federation = Federation(study, run_dir, Messenger(grid), ParameterPartition(LAYOUT), FINGERPRINT)
+    federation.site_manager.wait_for_sites()
     train(federation, np.zeros(LAYOUT.size, np.float32))
     return run_dir
 
@@ -161,15 +150,12 @@ vectors = st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3)
 
 @given(st.dictionaries(st.integers(0, 9), st.tuples(vectors, st.integers(1, 10**6)), min_size=1))
 def test_the_mean_is_that_of_float64(told: dict[int, tuple[list[float], int]]) -> None:
-    accepted = {
-        node: ValidUpdate(update_norm=0.0, shift_norm=0.0, weight=weight, reply=None)  # type: ignore[arg-type]
-        for node, (_, weight) in told.items()
-    }
+    weights = {node: weight for node, (_, weight) in told.items()}
     changes = {node: np.array(change, np.float32) for node, (change, _) in told.items()}
     expected = np.average(
-        np.array([changes[n] for n in told], np.float64), axis=0, weights=[w for _, w in told.values()]
+        np.array([changes[n] for n in told], np.float64), axis=0, weights=list(weights.values())
     )
-    np.testing.assert_allclose(weighted_mean_update(accepted, changes), expected, rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(weighted_mean_update(weights, changes), expected, rtol=1e-12, atol=1e-9)
 
 
 def test_vectors_come_back_as_they_were_put_and_leave_nothing(tmp_path: Path) -> None:
@@ -203,10 +189,9 @@ def test_a_full_disk_is_said_to_be_one() -> None:
 
 def test_a_reply_that_came_in_time_counts_however_long_those_before_it_take() -> None:
     grid = ManySites(random_changes(100))
-    tasks = dict.fromkeys(grid.contexts, TASK)
     clock = messenger.time
     received = 0
-    for reply in Messenger(grid).send_tasks(tasks, kind="train", timeout=5):
+    for reply in Messenger(grid).send_tasks(grid.contexts, TASK, kind="train", timeout=5):
         received += reply.content is not None
         clock.skipped += 1.0  # type: ignore[attr-defined]
     assert received == 100
@@ -214,11 +199,8 @@ def test_a_reply_that_came_in_time_counts_however_long_those_before_it_take() ->
 
 def test_one_record_goes_to_all_sites_with_the_same_task() -> None:
     FakeGrid(None, 0)  # gives this process an identity, without which there are no messages
-    same, other = (
-        TrainReply(update=b"", examples=count, steps=1, loss=1.0, evaluation=FOUND) for count in (1, 2)
-    )
-    sent = messenger.build_messages({1: same, 2: same, 3: other}, kind="train", ttl=5)
-    assert sent[1].content is sent[2].content is not sent[3].content
+    sent = messenger.build_messages([1, 2], TASK, kind="train", ttl=5)
+    assert sent[1].content is sent[2].content
 
 
 @pytest.mark.parametrize(("failures", "ends"), [(2, True), (4, False)])
@@ -238,9 +220,8 @@ def test_messages_are_pushed_again_if_the_superlink_restarted_meanwhile(
 
     monkeypatch.setattr(messenger.time, "sleep", lambda seconds: None)
     grid = Restarted(lambda message, context: Message(RecordDict(), reply_to=message), 2)
-    tasks = dict.fromkeys((100, 101), TASK)
     if ends:
-        assert len(list(Messenger(grid).send_tasks(tasks, kind="train", timeout=5))) == 2
+        assert len(list(Messenger(grid).send_tasks((100, 101), TASK, kind="train", timeout=5))) == 2
     else:
         with pytest.raises(ObjectPushError):
-            Messenger(grid).send_tasks(tasks, kind="train", timeout=5)
+            Messenger(grid).send_tasks((100, 101), TASK, kind="train", timeout=5)

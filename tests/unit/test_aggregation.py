@@ -26,13 +26,12 @@ from fedsigma.server.federation import site_manager
 from fedsigma.server.federation.aggregation import (
     Aggregator,
     OptimizerStateError,
-    RoundUpdates,
     update_statistics,
     weighted_mean_update,
 )
-from fedsigma.server.federation.messenger import SiteReply, in_order, match_replies
+from fedsigma.server.federation.messenger import SiteReply, match_replies
 from fedsigma.server.federation.site_manager import SiteManager
-from fedsigma.server.federation.validation import ValidUpdate, aggregate_metrics
+from fedsigma.server.federation.validation import SiteUpdate, aggregate_metrics
 from fedsigma.server.runs.run_dir import RunDir
 from tests.helpers.fake_grid import FakeGrid, gone
 from tests.helpers.fake_trainer import FINGERPRINT, STUDY
@@ -58,14 +57,14 @@ def test_every_failure_goes_to_its_own_site() -> None:
         Message(Error(2, "a second reply"), reply_to=tasks[7]),
         Message(Error(2, "never asked"), reply_to=sent(99)[99]),
     ]
-    found = in_order(tasks, match_replies(tasks, replies))
+    found = {reply.node: reply for reply in match_replies(tasks, replies)}
     assert found[7].content is not None and found[7].bytes_up > 0
     assert (found[8].failure, found[9].failure) == (
         "the site's app failed",
         "the site could not be reached in time",
     )
     assert found[10].timed_out and not found[8].timed_out
-    assert list(found) == [7, 8, 9, 10]
+    assert sorted(found) == [7, 8, 9, 10]
 
 
 def test_only_a_type_name_of_a_site_is_repeated() -> None:
@@ -75,7 +74,7 @@ def test_only_a_type_name_of_a_site_is_repeated() -> None:
         Message(Error(100, "/data/patient-7.png"), reply_to=tasks[8]),
         Message(Error(2, "BundleNotApproved"), reply_to=tasks[9]),
     ]
-    found = in_order(tasks, match_replies(tasks, replies))
+    found = {reply.node: reply for reply in match_replies(tasks, replies)}
     assert (found[7].failure, found[8].failure) == ("FileNotFoundError", "error 100")
     assert found[9].failure == "the site's app failed: BundleNotApproved"
 
@@ -91,7 +90,7 @@ def test_pooled_accuracy_is_right_answers_over_images(right_of: list[tuple[int, 
         )
         for i, (right, n) in enumerate(right_of)
     }
-    pooled = aggregate_metrics(told)
+    pooled = aggregate_metrics(told.values())
     assert pooled["accuracy"] == sum(right for right, _ in right_of) / sum(n for _, n in right_of)
     assert "auroc" not in pooled
 
@@ -103,9 +102,9 @@ def test_a_metric_is_the_mean_of_the_sites_that_have_it() -> None:
             accuracy=accuracy, balanced_accuracy=NAN, auroc=auroc, f1=NAN, ece=NAN, test_examples=n
         )
 
-    pooled = aggregate_metrics({"a": one(0.5, 10), "b": one(NAN, 100), "c": one(1.0, 30), "d": one(NAN, 0)})
+    pooled = aggregate_metrics([one(0.5, 10), one(NAN, 100), one(1.0, 30), one(NAN, 0)])
     assert pooled == {"auroc": 0.875, "accuracy": 1.0, "test_examples": 140}
-    assert aggregate_metrics({"d": one(NAN, 0)}) == {"test_examples": 0}
+    assert aggregate_metrics([one(NAN, 0)]) == {"test_examples": 0}
 
 
 START = np.array([1.0, -2.0, 0.5], np.float32)
@@ -114,16 +113,17 @@ START = np.array([1.0, -2.0, 0.5], np.float32)
 def drifts(*told: tuple[list[float], int]) -> list[dict[str, float]]:
     """The drift of sites with these changes and weights, from START."""
     changes = {node: np.array(change, np.float32) for node, (change, _) in enumerate(told)}
-    replies = {
-        node: ValidUpdate(
-            update_norm=float(np.linalg.norm(changes[node].astype(float))),
-            shift_norm=float(np.linalg.norm(START.astype(float) + changes[node])),
-            weight=weight,
-            reply=None,  # type: ignore[arg-type]
+    updates = {
+        node: SiteUpdate(
+            site=str(node),
+            reply=SiteReply(node=node, bytes_down=0),
+            update_norm=float(np.linalg.norm(change.astype(float))),
+            shift_norm=float(np.linalg.norm(START.astype(float) + change)),
         )
-        for node, (_, weight) in enumerate(told)
+        for node, change in changes.items()
     }
-    return list(update_statistics(replies, changes, weighted_mean_update(replies, changes)).values())
+    mean = weighted_mean_update({node: weight for node, (_, weight) in enumerate(told)}, changes)
+    return list(update_statistics(updates, changes, mean).values())
 
 
 def test_drift_is_measured_from_the_rounds_model_and_against_the_weighted_mean() -> None:
@@ -164,11 +164,11 @@ class FakeMessenger:
     def online(self) -> set[int]:
         return set(self.sites)
 
-    def send_tasks(self, tasks: Any, *, kind: str, timeout: float, group: str = "") -> Any:
-        self.asked += list(tasks)
+    def send_tasks(self, nodes: Any, task: Any, *, kind: str, timeout: float, group: str = "") -> Any:
+        self.asked += list(nodes)
         replies = []
-        messages = sent(*tasks)
-        for node in tasks:
+        messages = sent(*nodes)
+        for node in nodes:
             name, fingerprint = self.sites[node]
             reply = HandshakeReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint, version="0.2.0rc1")
             replies.append(Message(to_record(reply), reply_to=messages[node]))
@@ -230,12 +230,10 @@ def test_a_node_that_never_answers_the_handshake_is_asked_ever_more_seldom(
     good, clock = FINGERPRINT.to_json(), [100.0]
 
     class OneSilent(FakeMessenger):
-        def send_tasks(self, tasks: Any, *, kind: str, timeout: float, group: str = "") -> Any:
-            silent = {node for node in tasks if node == 3}
-            yield from super().send_tasks(
-                {n: task for n, task in tasks.items() if n not in silent}, kind=kind, timeout=timeout
-            )
-            if silent:
+        def send_tasks(self, nodes: Any, task: Any, *, kind: str, timeout: float, group: str = "") -> Any:
+            answering = [node for node in nodes if node != 3]
+            yield from super().send_tasks(answering, task, kind=kind, timeout=timeout)
+            if 3 in nodes:
                 clock[0] += timeout
                 yield SiteReply(node=3, bytes_down=0, timed_out=True)
 
@@ -345,7 +343,7 @@ def test_four_rounds_equal_flowers_own_strategy_bit_for_bit(name: str, options: 
         list(reference.configure_train(number, arrays, ConfigRecord(), Cohort(len(replies))))
         expected, _ = reference.aggregate_train(number, replies)
         each = zip(updates, weights, losses, strict=True)
-        shift = ours.step(shift, RoundUpdates(mean=mean, each=each), round=number)
+        shift = ours.step(shift, mean, each, round=number)
         np.testing.assert_array_equal(shift, expected["shift"].numpy().astype(np.float32))
 
 
@@ -354,10 +352,6 @@ def test_the_mean_update_equals_flowers_mean_of_the_models(seed: int, sites: int
     random = np.random.default_rng(seed)
     updates = {node: random.normal(size=20).astype(np.float32) for node in range(sites)}
     weights = {node: int(random.integers(1, 500)) for node in range(sites)}
-    accepted = {
-        node: ValidUpdate(update_norm=0.0, shift_norm=0.0, weight=weight, reply=None)  # type: ignore[arg-type]
-        for node, weight in weights.items()
-    }
     records = [
         RecordDict(
             {
@@ -368,7 +362,7 @@ def test_the_mean_update_equals_flowers_mean_of_the_models(seed: int, sites: int
         for node in updates
     ]
     expected = aggregate_arrayrecords(records, "num-examples")["shift"].numpy()
-    np.testing.assert_allclose(weighted_mean_update(accepted, updates), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(weighted_mean_update(weights, updates), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(
