@@ -20,8 +20,6 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.training.classifier import supports_bfloat16
 from fedsigma.common.utils.files import write_atomic
 
-__all__ = ["CellStore", "recipe_digest"]
-
 Figures = dict[str, Any]
 
 

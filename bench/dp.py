@@ -14,7 +14,7 @@ The accuracy (with --data): the study on white cells at several epsilons, by `fl
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.config.training import TrainingConfig
+from fedsigma.common.data.loading import Example
 from fedsigma.common.privacy.accounting import calibrate_noise_multiplier, sampling_rate
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.classifier import ClipClassifier, autocast
@@ -43,14 +44,6 @@ RECIPES = {"none": IMAGES, "image": IMAGES, "site": ({}, {"rounds": 20}, 5.0)}
 """Fields of training and federation, and the clipping norm, by level. The norm of an update is about 5."""
 POINTS = (("none", 0.0), ("image", 8.0), ("image", 2.0), ("image", 0.5), ("site", 8.0), ("site", 1000.0))
 PRIVACY = PrivacyConfig(level="image", noise_multiplier=1.0, clip_norm=1.0)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image and its label, as training reads them."""
-
-    image: Tensor
-    label: int
 
 
 class Scale(nn.Module):
@@ -80,10 +73,10 @@ class ScaledLinear(nn.Module):
         return F.linear(self.scale(F.linear(x, self.vh)), self.u, self.bias)
 
 
-def samples(count: int) -> list[Sample]:
+def examples(count: int) -> list[Example]:
     """Return the batch of bench/step.py as examples."""
     images, labels = plain_step.batch(count)
-    return [Sample(image, int(label)) for image, label in zip(images, labels, strict=True)]
+    return [Example(image, int(label), None) for image, label in zip(images, labels, strict=True)]
 
 
 def steps(size: int, precision: str, towers: tuple[str, ...]) -> dict[str, plain_step.Step]:
@@ -94,12 +87,12 @@ def steps(size: int, precision: str, towers: tuple[str, ...]) -> dict[str, plain
         model, _ = plain_step.build()
         sigma = SigmaModel.adapt(model, SigmaConfig(towers=towers))
         task = ClipClassifier(plain_step.backbone(model), sigma, plain_step.PROMPTS, device="cpu")
-        examples = samples(size)
+        batch = examples(size)
         # With as many examples as the batch has on average, each is in every step.
         gradient: GradientStep = (
-            batch_gradient(task, examples, recipe, seed=1)
+            batch_gradient(task, batch, recipe, seed=1)
             if form == "plain"
-            else DPSGDGradient(task, examples, recipe, PRIVACY)
+            else DPSGDGradient(task, batch, recipe, PRIVACY)
         )
         forms[form] = plain_step.stepper(sigma.parameters(), lambda *_, g=gradient: g())
     return forms

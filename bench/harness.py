@@ -19,21 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "DATA_HELP",
-    "REQUIRED",
-    "Table",
-    "alternate",
-    "argument_parser",
-    "machine_facts",
-    "median_seconds",
-    "parse_arguments",
-    "peak_mib",
-    "reset_peak",
-    "timed",
-    "write_json",
-]
-
 REQUIRED = "required"
 PACKAGES = ("fedsigma", "torch", "flwr", "open_clip_torch", "numpy")
 DATA_HELP = "folder of wbc_labs.parquet and ham10000_sites.parquet (columns image, label, site, group, split)"

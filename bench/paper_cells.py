@@ -18,8 +18,6 @@ import sqlalchemy as sa
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.paper.results import ResultsDatabase
 
-__all__ = ["export_cells", "import_cells"]
-
 ORDER = ("protocol", "trained_on", "setting", "shots", "seed", "key")
 
 

@@ -14,8 +14,6 @@ from fedsigma.server.app import app as server
 from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.simulate import run_simulation
 
-__all__ = ["REAL_STUDIES", "run_in_process", "run_study"]
-
 REAL_STUDIES = ("white-cells-four-labs", "dermoscopy-four-sites")
 """The bundled studies on real images."""
 

@@ -119,7 +119,7 @@ class RecordedGrid(Grid):
             return to_record(
                 HandshakeReply(protocol=PROTOCOL, site=name, fingerprint=self._hello, version=version)
             )
-        found = Evaluation(
+        evaluation = Evaluation(
             accuracy=0.75, balanced_accuracy=0.7, auroc=0.8, f1=0.7, ece=0.1, test_examples=100
         )
         return to_record(
@@ -128,7 +128,7 @@ class RecordedGrid(Grid):
                 examples=1 + number % 32,
                 steps=5,
                 loss=1.0,
-                evaluation=found,
+                evaluation=evaluation,
             )
         )
 
@@ -280,7 +280,8 @@ def main() -> None:
         print(json.dumps(measure(options.out, **options.measure)))
         return
     rows = sweep(options)
-    print("\n".join(verdicts(rows)))
+    for line in verdicts(rows):
+        print(line)
     write_json(options.json, {"lines": rows})
     if options.figure:
         draw(rows, options.figure)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Table, argument_parser, parse_arguments, write_json
-from fedsigma.common.backbones import build_model, load_backbone
+from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.study import StudyConfig, load_study
 from fedsigma.common.data.loading import Example, load_examples
 from fedsigma.common.data.records import Record, Source
@@ -30,8 +30,6 @@ from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.loop import evaluate, train
 from fedsigma.common.training.metrics import Predictions, compute_metrics
 from fedsigma.common.training.trainer import derive_seed
-
-__all__ = ["Sites", "validation_sites"]
 
 Sites = Mapping[str, tuple[list[Example], list[Example]]]
 """Training images and images to evaluate on, by site."""
@@ -149,8 +147,6 @@ def main() -> None:
     """Run every recipe and print a row for each."""
     p = argument_parser(__doc__, data="folder of the study's images", seeds=(11,))
     p.add_argument("--study", required=True)
-    p.add_argument("--backbone", help="other than the study's")
-    p.add_argument("--random-weights", action="store_true", help="the same architecture, untrained")
     p.add_argument(
         "--try", dest="recipes", action="append", metavar="RECIPE", help="such as rounds=5,augment=none"
     )
@@ -158,11 +154,7 @@ def main() -> None:
     p.add_argument("--validation", type=int, default=25, help="validation images of a class and site at most")
     options = parse_arguments(p)
     base, rows = load_study(options.study), []
-    backbone = load_backbone(options.backbone or base.backbone)
-    if options.random_weights:
-        torch.manual_seed(0)
-        model = build_model(backbone.model_cfg).eval().requires_grad_(False)
-        backbone = replace(backbone, model=model)
+    backbone = load_backbone(base.backbone)
     task = ClipClassifier(backbone, SigmaModel.adapt(backbone.model, base.sigma), base.prompts)
     table = Table({**dict.fromkeys(FIGURES, ">10.4f"), "seconds": ">8.0f", "recipe": "<"})
     for text in options.recipes or [""]:

@@ -43,8 +43,8 @@ def methods(names: Sequence[str], rates: Sequence[float]) -> list[tuple[str, str
     """Return title, method and setting of every row."""
     rows: list[tuple[str, str, dict[str, Any]]] = []
     for name in names:
-        if name in ("zero-shot", "local", "product"):
-            rows.append((name, name, {"learning_rate": 0.04} if name == "local" else {}))
+        if name == "product":
+            rows.append((name, name, {}))
         elif name == "pooled":
             rows += [(f"pooled, rate {rate:g}", name, {"learning_rate": rate}) for rate in rates]
         elif name in CANDIDATES:

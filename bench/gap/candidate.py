@@ -12,8 +12,6 @@ from torch import Tensor
 from fedsigma.common.config.training import cosine_decay
 from fedsigma.common.sigma import Layout
 
-__all__ = ["Candidate", "ServerStep", "image_tower_mask", "matrix_slices", "spectrum_factors"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 from bench.gap.candidate import Candidate
 
-__all__ = ["CANDIDATES", "POOLED_RATES"]
-
 POOLED_RATES = (0.01, 0.02, 0.04)
 TODAY = Candidate()
 ADAM = Candidate(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,9 +18,10 @@ from torch import Tensor
 
 from bench.cell_store import CellStore, recipe_digest
 from bench.gap.candidate import Candidate
-from bench.gap.product import product_recipe, run_product
 from bench.gap.rounds import federate, train_pooled
+from bench.runs import run_in_process
 from bench.tune import Sites, validation_sites
+from fedsigma.client.app import app as client
 from fedsigma.common.backbones import load_backbone
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.config.study import StudyConfig, load_study
@@ -27,15 +31,13 @@ from fedsigma.common.data.sources.site_data import load_sites
 from fedsigma.common.sigma import SigmaModel
 from fedsigma.common.training.classifier import ClipClassifier, Example
 from fedsigma.common.training.loop import evaluate
+from fedsigma.server.simulation.in_process import InProcessGrid
 
-__all__ = ["Cell", "Runner"]
-
-TAILS = (0.25,)
 VALIDATION = 80
 """Validation images of a class and site at most."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Cell:
     """One run.
 
@@ -44,7 +46,7 @@ class Cell:
         study: Name of the study.
         sites: Number of sites; 0 for the study's own sites.
         alpha: Of the Dirichlet distribution that divides the images; 0 for the study's own sites.
-        method: `zero-shot`, `pooled`, `local`, `product` or `candidate`.
+        method: `pooled`, `product` or `candidate`.
         setting: Settings of the method.
         steps: Steps of a site.
         seed: Seed of the study.
@@ -99,16 +101,7 @@ class Runner:
         if method == "product" and part != "test":
             raise SystemExit("product is evaluated on the test part only: name it with --test")
         sites = self.sites if self.alpha else 0
-        cell = Cell(
-            part=part,
-            study=name,
-            sites=sites,
-            alpha=self.alpha,
-            method=method,
-            setting=setting,
-            steps=self.steps,
-            seed=seed,
-        )
+        cell = Cell(part, name, sites, self.alpha, method, setting, self.steps, seed)
         study = self.study(name, seed)
         recipe = recipe_digest(study, *([product_recipe()] if method == "product" else []))
         figures = self.store.find(cell, recipe)
@@ -126,26 +119,12 @@ class Runner:
             return run_product(study, steps=self.steps, sites=self.sites)
         task, sites = task_of(cell.study), self.images(study, cell.part)
         train = {name: examples for name, (examples, _) in sites.items() if examples}
-        held_out = [e for _, examples in sites.values() for e in examples]
-        if cell.method == "zero-shot":
-            return evaluate_shift(task, torch.zeros(task.sigma.layout.size), held_out)
         if cell.method == "pooled":
             pool = [e for examples in train.values() for e in examples]
             shift = train_pooled(task, study, pool, cell.setting["learning_rate"], len(sites))
-            return evaluate_shift(task, shift, held_out)
-        if cell.method == "local":
-            rate = cell.setting["learning_rate"]
-            rows = [
-                evaluate_shift(task, train_pooled(task, study, examples, rate, 1, name), held_out)
-                for name, examples in train.items()
-            ]
-            return {key: mean(row[key] for row in rows) for key in rows[0]}
-        outcome = federate(task, study, train, Candidate(**cell.setting), TAILS)
-        figures = evaluate_shift(task, outcome.last, held_out)
-        if cell.part == "validation":
-            for tail, shift in outcome.tails.items():
-                figures[f"tail-{tail:g}"] = evaluate_shift(task, shift, held_out)
-        return figures
+        else:
+            shift = federate(task, study, train, Candidate(**cell.setting))
+        return evaluate_shift(task, shift, [e for _, examples in sites.values() for e in examples])
 
     def images(self, study: StudyConfig, part: str) -> Sites:
         """Return each site's images for training and evaluation; those of the last call are kept."""
@@ -190,3 +169,27 @@ def evaluate_shift(task: ClipClassifier, shift: Tensor, examples: Sequence[Examp
         "balanced_accuracy": round(mean(by_class), 5),
         "loss": round(loss, 4),
     }
+
+
+def product_recipe() -> StudyConfig:
+    """Return the bundled study whose recipe is used."""
+    return load_study("white-cells-unlike-sites")
+
+
+def run_product(study: StudyConfig, *, steps: int, sites: int) -> dict[str, Any]:
+    """Run both real apps with the bundled recipe, for so many steps of a site on average.
+
+    Returns:
+        Accuracy of the model over all images, and its mean over classes.
+    """
+    recipe = product_recipe()
+    training = replace(recipe.training, augment=study.training.augment)
+    rounds, share = steps * sites, 1 / sites
+    federation = replace(recipe.federation, rounds=rounds, participation=share, evaluate_every=steps)
+    study = replace(study, training=training, federation=federation, baselines=())
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    with TemporaryDirectory() as folder:
+        run = run_in_process(study, Path(folder) / "run", InProcessGrid(client, sites))
+        summary = run.read_summary()["federated"]
+    balanced = summary["confusion"]["metrics"]["balanced_accuracy"]
+    return {"accuracy": round(summary["accuracy"], 5), "balanced_accuracy": round(balanced, 5)}

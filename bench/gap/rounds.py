@@ -25,16 +25,6 @@ from fedsigma.common.training.loop import endless_batches, evaluate, train
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.server.federation.site_sampling import sample_sites
 
-__all__ = [
-    "Outcome",
-    "Site",
-    "cohorts_by_images",
-    "cohorts_in_turns",
-    "federate",
-    "logit_offsets",
-    "train_pooled",
-]
-
 
 @dataclass
 class Site:
@@ -63,19 +53,6 @@ class Site:
         self.labels = torch.tensor([e.label for e in self.examples])
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a run.
-
-    Attributes:
-        last: The shift of the last round (values,).
-        tails: The mean of the last rounds' shifts, by their share of all rounds.
-    """
-
-    last: Tensor
-    tails: dict[float, Tensor]
-
-
 def logit_offsets(counts: Tensor, factor: float, pseudo_count: float) -> Tensor:
     """Return `factor` times the log of a site's class shares (classes,)."""
     raised = counts.double() + pseudo_count
@@ -101,13 +78,10 @@ class Batch:
     """Augmented images and the inputs of each one's loss; the first size of all tensors is that of images.
 
     Attributes:
-        images: uint8 or float images.
+        images: Augmented images (n, 3, size, size).
         labels: Their classes.
         weights: Their weights in the loss.
-        offsets: See `Site`.
-        scale: See `Site`.
-        absent: See `Site`.
-        teacher: See `Site`.
+        offsets, scale, absent, teacher: See `Site`.
     """
 
     images: Tensor
@@ -239,13 +213,12 @@ class Federation:
         self.global_control = torch.zeros(layout.size)
         self.last_update = torch.zeros(layout.size)
 
-    def run(self, sites: Sequence[Site], tails: Sequence[float]) -> Outcome:
-        """Train through all rounds."""
+    def run(self, sites: Sequence[Site]) -> Tensor:
+        """Train through all rounds; returns the last shift (values,)."""
         candidate = self.candidate
         shift = torch.zeros(self.task.sigma.layout.size)
         weights = torch.tensor([1.0 if candidate.equal_weights else float(len(s.examples)) for s in sites])
         weights /= weights.sum()
-        sums, counts = {t: torch.zeros_like(shift) for t in tails}, dict.fromkeys(tails, 0)
         size = candidate.cohort_size or len(sites)
         turns = self.total // candidate.local_steps
         if candidate.by_images:
@@ -266,10 +239,7 @@ class Federation:
                 self.global_control = -mean / (self._learning_rate(number) * candidate.local_steps)
             self.last_update = self.server.step(mean, number, self.rounds)
             shift = shift + self.last_update
-            for tail in tails:
-                if number > self.rounds * (1 - tail):
-                    sums[tail], counts[tail] = sums[tail] + shift, counts[tail] + 1
-        return Outcome(shift, {t: sums[t] / counts[t] for t in tails})
+        return shift
 
     def _learning_rate(self, number: int) -> float:
         done = 0.0 if self.candidate.constant_rate else (number - 1) / self.rounds
@@ -364,11 +334,10 @@ def federate(
     study: StudyConfig,
     sites: Mapping[str, Sequence[Example]],
     candidate: Candidate,
-    tails: Sequence[float] = (),
-) -> Outcome:
-    """Train a candidate through a study."""
-    federation = Federation(task, study, candidate)
-    return federation.run([make_site(task, *site, candidate) for site in sites.items()], tails)
+) -> Tensor:
+    """Train a candidate through a study; returns its shift."""
+    cohort = [make_site(task, name, examples, candidate) for name, examples in sites.items()]
+    return Federation(task, study, candidate).run(cohort)
 
 
 def train_pooled(
@@ -377,11 +346,10 @@ def train_pooled(
     examples: Sequence[Example],
     learning_rate: float,
     sites: int,
-    name: str = "pooled",
 ) -> Tensor:
     """Train on all images in one place, for the steps of so many sites one after the other."""
     task.sigma.set_shift(torch.zeros(task.sigma.layout.size))
     steps = study.training.local_steps * study.federation.rounds * sites
     recipe = replace(study.training, learning_rate=learning_rate)
-    train(task, examples, recipe, steps=steps, total_steps=steps, seed=derive_seed(study.seed, name))
+    train(task, examples, recipe, steps=steps, total_steps=steps, seed=derive_seed(study.seed, "pooled"))
     return task.sigma.get_shift()

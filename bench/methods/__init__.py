@@ -1,5 +1,4 @@
-"""The field's methods beside sigma: on the same backbone, images, seeds, rounds and local steps.
+"""Other methods beside sigma: on the same backbone, images, seeds, rounds and local steps.
 
-These are comparisons. Nothing here is part of the product: there is no wire format, no check of replies and
-no site policy for any method but sigma.
+These are comparisons, not part of the product: only sigma has a wire format, validation and site policies.
 """

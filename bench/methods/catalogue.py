@@ -13,8 +13,6 @@ from bench.methods.weights import FullTuning, LayerNorms, Lora, LoraProducts
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.study import StudyConfig
 
-__all__ = ["CANDIDATES", "Candidate", "Setting", "with_setting"]
-
 Setting = dict[str, Any]
 """A learning rate, a strategy's options, or arguments of the method."""
 Build = Callable[[Backbone, StudyConfig, Setting], Method]

@@ -20,8 +20,6 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data.sources.site_data import load_sites
 from fedsigma.common.training.classifier import Example, TrainingError
 
-__all__ = ["MAX_RATES", "Cell", "Plan", "grid"]
-
 Trial = tuple[Setting, float | None]
 """A setting and its accuracy on validation images; None if it is the only one."""
 SEARCH_SEED, FIRST_SEED = 11, 1
@@ -168,7 +166,9 @@ class Plan:
         side = backbone.image_size * 3 // 2
         parts = (cell.part,) if candidate.quick else ("validation", "test")
         loaded = {part: self._images(replace(cell, part=part), study, side) for part in parts}
-        images = {part: sites for part, sites in loaded.items() if any(held for _, held in sites.values())}
+        images = {
+            part: sites for part, sites in loaded.items() if any(held_out for _, held_out in sites.values())
+        }
         if cell.part not in images:
             raise SystemExit(f"{cell.study} has no {cell.part} images: {cell.method} cannot be evaluated")
         training = [{name: train for name, (train, _) in sites.items()} for sites in images.values()]
@@ -184,7 +184,7 @@ class Plan:
         }
         return {
             part: {
-                "accuracy": accuracy(method, run.state, {n: held for n, (_, held) in sites.items()}),
+                "accuracy": accuracy(method, run.state, {n: held_out for n, (_, held_out) in sites.items()}),
                 **cost,
             }
             for part, sites in images.items()

@@ -20,8 +20,6 @@ from fedsigma.common.training.metrics import Predictions
 from fedsigma.common.training.trainer import derive_seed
 from fedsigma.server.federation.aggregation import Aggregator
 
-__all__ = ["Run", "VectorAggregator", "accuracy", "federate"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -87,18 +85,18 @@ def federate(method: Method, sites: Mapping[str, Sequence[Example]], study: Stud
                 total_steps=rounds * steps,
                 seed=derive_seed(study.seed, site, "round", number),
             )
-            trained = method.train(state, examples, recipe, turn)
-            upload = method.upload(state, trained.state, turn)
-            states.append(upload.state)
-            losses.append(trained.loss)
-            uploads += upload.bytes
+            trained, loss = method.train(state, examples, recipe, turn)
+            received, size = method.upload(state, trained, turn)
+            states.append(received)
+            losses.append(loss)
+            uploads += size
         state = method.aggregate(state, states, weights, strategy.rule_of_round(number, losses))
     return Run(state=state, upload=uploads / rounds / len(sites), total=(total + uploads) / len(sites))
 
 
 def accuracy(method: Method, state: State, sites: Mapping[str, Sequence[Example]]) -> dict[str, float]:
     """Return the accuracy at each site that has images, and over all images as `all`."""
-    predictions = {name: method.evaluate(state, held) for name, held in sites.items() if held}
+    predictions = {n: method.evaluate(state, examples) for n, examples in sites.items() if examples}
     predictions["all"] = Predictions.concatenate(list(predictions.values()))
     return {name: _correct(each) / len(each.labels) for name, each in predictions.items()}
 

@@ -9,14 +9,14 @@ from typing import Any
 from bench.methods.catalogue import CANDIDATES
 from bench.methods.tables import SIGMA, Rows, front
 
-__all__ = ["draw"]
-
-_PLACES = tuple((dx, dy, "left" if dx > 0 else "right") for dy in (7, -7, 17, -17, 27, -27) for dx in (6, -6))
-"""Where a label may stand beside its point, in points, and how it is aligned: the first free one is taken."""
+_OFFSETS = tuple(
+    (dx, dy, "left" if dx > 0 else "right") for dy in (7, -7, 17, -17, 27, -27) for dx in (6, -6)
+)
+"""Offsets of a label from its point, and its alignment: the first free one is used."""
 
 
 def draw(results: Mapping[str, Rows], path: Path) -> None:
-    """Write the figure. Methods that send nothing are a line; sigma's other strategies have no label."""
+    """Draw the figure. Methods that send nothing are lines; sigma's other strategies have no label."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,25 +38,25 @@ def draw(results: Mapping[str, Rows], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _shown(rows: Rows) -> dict[str, tuple[float, float]]:
-    """The place of each method that sends something: bytes, and accuracy in per cent."""
+def _positions(rows: Rows) -> dict[str, tuple[float, float]]:
+    """Return bytes and accuracy in per cent of each method that sends something."""
     return {name: (row["bytes_total"], 100 * row["mean"]) for name, row in rows.items() if row["bytes_total"]}
 
 
 def _points(panel: Any, rows: Rows) -> None:
-    shown = _shown(rows)
-    best = [shown[name] for name in front(rows) if name in shown]
-    x, y = [at[0] for at in best], [at[1] for at in best]
+    positions = _positions(rows)
+    best = [positions[name] for name in front(rows) if name in positions]
+    x, y = [point[0] for point in best], [point[1] for point in best]
     if best:
-        # On to the right end: who sends more and is no better is behind the front.
-        x, y = [*x, max(at[0] for at in shown.values())], [*y, y[-1]]
+        # Extend to the right end: methods that send more and are not better are behind the front.
+        x, y = [*x, max(point[0] for point in positions.values())], [*y, y[-1]]
     panel.step(x, y, where="post", color="0.7", linewidth=1.2, zorder=1, label="front")
-    for name, at in shown.items():
+    for name, point in positions.items():
         error = 100 * (rows[name]["spread"] or 0)
         other = bool(CANDIDATES[name].strategy)
         colour = "tab:red" if name in SIGMA else "tab:orange" if other else "tab:blue"
-        panel.errorbar(*at, yerr=error or None, fmt="o", color=colour, markersize=4 if other else 6)
-    if any(CANDIDATES[name].strategy for name in shown):
+        panel.errorbar(*point, yerr=error or None, fmt="o", color=colour, markersize=4 if other else 6)
+    if any(CANDIDATES[name].strategy for name in positions):
         panel.plot([], [], "o", color="tab:orange", markersize=4, label="sigma by other strategies")
     if "zero-shot" in rows:
         panel.axhline(
@@ -65,17 +65,16 @@ def _points(panel: Any, rows: Rows) -> None:
 
 
 def _labels(panel: Any, rows: Rows) -> None:
-    """Names beside the points, each where it covers no other name and no point."""
+    """Write names beside the points, where they cover no other name and no point."""
     renderer = panel.figure.canvas.get_renderer()
-    shown = _shown(rows)
-    taken = [panel.get_legend().get_window_extent(renderer)] if panel.get_legend() else []
-    pixels = panel.transData.transform(list(shown.values())) if shown else []
-    for name in (name for name in shown if not CANDIDATES[name].strategy):
-        for place in _PLACES:
-            dx, dy, side = place
+    positions = _positions(rows)
+    boxes = [panel.get_legend().get_window_extent(renderer)] if panel.get_legend() else []
+    pixels = panel.transData.transform(list(positions.values())) if positions else []
+    for name in (name for name in positions if not CANDIDATES[name].strategy):
+        for dx, dy, side in _OFFSETS:
             label = panel.annotate(
                 CANDIDATES[name].title,
-                shown[name],
+                positions[name],
                 xytext=(dx, dy),
                 textcoords="offset points",
                 fontsize=8,
@@ -85,9 +84,9 @@ def _labels(panel: Any, rows: Rows) -> None:
             )
             box = label.get_window_extent(renderer).padded(3)
             inside = panel.bbox.x0 <= box.x0 and box.x1 <= panel.bbox.x1
-            free = not any(box.overlaps(one) for one in taken)
+            free = not any(box.overlaps(other) for other in boxes)
             if inside and free and not any(box.contains(x, y) for x, y in pixels):
                 break
-            if place != _PLACES[-1]:
+            if (dx, dy, side) != _OFFSETS[-1]:
                 label.remove()
-        taken.append(box)
+        boxes.append(box)

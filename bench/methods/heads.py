@@ -1,4 +1,4 @@
-"""Methods that leave the towers as they are: learned context, an adapter, a probe, a cache of features."""
+"""Methods with frozen towers: learned context, an adapter, a probe, a cache of features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.methods.frozen import FrozenImages
-from bench.methods.method import FLOAT, Trained, TrainedMethod, Turn
+from bench.methods.method import FLOAT, Method, Turn
 from bench.methods.tuning import State, TensorShift
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.training import TrainingConfig
@@ -18,31 +18,29 @@ from fedsigma.common.training.classifier import Example, autocast
 from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
 from fedsigma.common.training.trainer import derive_seed
 
-__all__ = ["FedClip", "LinearProbe", "PromptFL", "TipAdapter", "TipAdapterF"]
-
 CONTEXT = 16
 
 
-class PromptFL(TrainedMethod):
+class PromptFL(Method):
     """PromptFL (Guo et al. 2022, arXiv:2208.11625): 16 context vectors before each class's name.
 
-    They are shared by the classes, start as CoOp's (normal, 0.02), and stand where the text has 16 words of
-    one token each. Both towers are frozen.
+    They are shared by the classes, start as CoOp's (normal, 0.02), and replace the embeddings of 16 words of
+    one token each.
 
     Args:
-        backbone: open_clip's own text tower, which looks words up in `token_embedding`.
-        classes: their names.
-        seed: of the first vectors, the same at all sites.
+        backbone: With open_clip's own text tower, which has a `token_embedding`.
+        classes: Their names.
+        seed: Of the initial vectors, the same at all sites.
 
     Raises:
-        ValueError: the text tower has no such table, or a name does not fit behind the context.
+        ValueError: The text tower has no such table, or a name does not fit behind the context.
     """
 
     def __init__(self, backbone: Backbone, classes: tuple[str, ...], *, seed: int) -> None:
         tower: Any = getattr(backbone.model, "text", backbone.model)
         table = getattr(tower, "token_embedding", None)
         if not isinstance(table, nn.Embedding):
-            raise ValueError(f"{backbone.name}: its text tower has no token_embedding for context to go into")
+            raise ValueError(f"{backbone.name}: its text tower has no token_embedding for the context")
         prompts = [" ".join(["x"] * CONTEXT + [name]) + "." for name in classes]
         tokens = backbone.tokenizer(prompts)
         if not bool((tokens[:, 1 : CONTEXT + 1] == tokens[0, 1]).all()) or bool((tokens[:, -1] > 0).any()):
@@ -55,16 +53,16 @@ class PromptFL(TrainedMethod):
         super().__init__(FrozenImages(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
         table.register_forward_hook(self._with_context)
 
-    def _with_context(self, module: nn.Module, args: object, words: Tensor) -> Tensor:
-        """The words (classes, length, width), learned vectors in place of the first after the start."""
+    def _with_context(self, module: nn.Module, args: object, embeddings: Tensor) -> Tensor:
+        """Replace the embeddings (classes, length, width) after the start token by the learned context."""
         if "context" not in self._tuning.current:
-            return words
-        context = self._tuning.current["context"].to(words.dtype).expand(len(words), -1, -1)
-        return torch.cat([words[:, :1], context, words[:, CONTEXT + 1 :]], 1)
+            return embeddings
+        context = self._tuning.current["context"].to(embeddings.dtype).expand(len(embeddings), -1, -1)
+        return torch.cat([embeddings[:, :1], context, embeddings[:, CONTEXT + 1 :]], 1)
 
 
 class _Head(FrozenImages):
-    """A task with frozen towers and something behind them."""
+    """A classifier with frozen towers and a head behind the image tower."""
 
     def __init__(self, backbone: Backbone, tuning: TensorShift, prompts: Sequence[str]) -> None:
         super().__init__(backbone, tuning, prompts)  # type: ignore[arg-type]
@@ -83,12 +81,11 @@ class _AttentionTask(_Head):
             return l2_normalize(weights * x)
 
 
-class FedClip(TrainedMethod):
-    """FedCLIP's adapter (Lu et al. 2023, arXiv:2302.13485): image features times weights made of them.
+class FedClip(Method):
+    """FedCLIP's adapter (Lu et al. 2023, arXiv:2302.13485): image features times weights computed from them.
 
-    The weights come from two linear layers of the features' width with tanh between and softmax behind, in
-    torch's own initialisation, the same at all sites. They see the features as the tower gives them; what
-    they weigh is brought to length one afterwards.
+    The weights are the softmax of two linear layers of the features' width with tanh between, in torch's own
+    initialisation, the same at all sites. They are computed from the features before normalisation.
     """
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...], *, seed: int) -> None:
@@ -109,8 +106,8 @@ class _ProbeTask(_Head):
             return self.backbone.logit_scale * self._linear("classes", image_features)
 
 
-class LinearProbe(TrainedMethod):
-    """A linear layer on unit image features. It starts as zero-shot: its rows are the text features."""
+class LinearProbe(Method):
+    """A linear layer on unit image features; starts as zero-shot, with the text features as its rows."""
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...]) -> None:
         rows = _text_features(backbone, prompts)
@@ -125,7 +122,7 @@ def _text_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
 
 
 class _CacheTask(_Head):
-    """Zero-shot logits, and those of a cache of labelled features."""
+    """Zero-shot logits, plus those of a cache of labelled features."""
 
     labels: Tensor
     alpha: float
@@ -138,18 +135,18 @@ class _CacheTask(_Head):
             return zero_shot + self.alpha * near @ F.one_hot(self.labels, self.class_count).float()
 
 
-class TipAdapter(TrainedMethod):
+class TipAdapter(Method):
     """Tip-Adapter (Zhang et al. 2022, arXiv:2207.09519): a cache of all training images' features and labels.
 
-    Nothing is trained. Federated, the sites' caches are joined: each sends a feature and a label for each of
-    its training images, once. **A feature is information on one image of one patient, which leaves the
-    site**: no sum hides it, and no product of ours would send it.
+    Nothing is trained. The sites' caches are joined: each site sends a feature and a label for each of its
+    training images, once. **A feature is information on one image of one patient, which leaves the site**: no
+    sum hides it, and the product would not send it.
 
     Args:
-        backbone: frozen.
-        prompts: one a class.
-        alpha: weight of the cache beside zero-shot.
-        beta: how fast a cached image's say falls with its distance.
+        backbone: Its features are cached.
+        prompts: One a class.
+        alpha: Weight of the cache beside zero-shot.
+        beta: How fast the weight of a cached image falls with its distance.
     """
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...], *, alpha: float, beta: float) -> None:
@@ -157,7 +154,7 @@ class TipAdapter(TrainedMethod):
         self._width = _text_features(backbone, prompts).shape[1]
 
     def initial(self, sites: Mapping[str, Sequence[Example]]) -> State:
-        """The joined cache: a feature of each training image (images, width), as evaluation sees it."""
+        """Return the joined cache: a feature of each training image (images, width), without augmentation."""
         examples = [example for part in sites.values() for example in part]
         plain = _Head(
             self._backbone, TensorShift(self._backbone.model, {"nothing": torch.zeros(1)}), self._prompts
@@ -173,25 +170,29 @@ class TipAdapter(TrainedMethod):
         return self._start
 
     def bytes_before(self, examples: int) -> int:
-        """A feature, and a label as one 32-bit number, an image."""
+        """Return the bytes of a feature and a 32-bit label an image."""
         return FLOAT * examples * (self._width + 1)
 
-    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
-        """Nothing: the cache is what it is."""
-        return Trained(state=state, loss=0.0)
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn
+    ) -> tuple[State, float]:
+        """Return the state: nothing is trained."""
+        return state, 0.0
 
     def bytes_up(self, state: State) -> int:
-        """Nothing, after the cache."""
+        """Return zero: the cache is sent once."""
         return 0
 
 
 class TipAdapterF(TipAdapter):
-    """As `TipAdapter`, with the keys of the joined cache trained further by the sites, and averaged."""
+    """As `TipAdapter`, with the keys of the joined cache trained by the sites and averaged."""
 
-    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn
+    ) -> tuple[State, float]:
         """See `Method.train`."""
-        return TrainedMethod.train(self, state, examples, recipe, turn)
+        return Method.train(self, state, examples, recipe, turn)
 
     def bytes_up(self, state: State) -> int:
-        """All keys, whosever image they are of."""
-        return TrainedMethod.bytes_up(self, state)
+        """Return the bytes of all keys, also of other sites' images."""
+        return Method.bytes_up(self, state)

@@ -1,15 +1,13 @@
-"""What a federated method is here, and the part that all of them share."""
+"""A federated method of the comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bench.methods.tuning import State, TensorShift
 from fedsigma.common.config.training import TrainingConfig
@@ -17,18 +15,16 @@ from fedsigma.common.training import loop
 from fedsigma.common.training.classifier import ClipClassifier, Example
 from fedsigma.common.training.metrics import Predictions
 
-__all__ = ["FLOAT", "Method", "Rule", "Trained", "TrainedMethod", "Turn", "Upload", "Vector", "count_values"]
-
 FLOAT = 4
 """Bytes of a float32."""
 Vector = NDArray[np.float64]
 Rule = Callable[[Vector, Sequence[Vector], Sequence[int]], Vector]
-"""What the server does in a round: from what went out (values,), what came back, and numbers of examples."""
+"""The server's aggregation of a round: from the vector sent, those received, and numbers of examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """Where in a study one piece of work is: for the schedule of the learning rate, and for its seed."""
+    """One site's work of one round: its steps in the study's schedule, and its seed."""
 
     site: str
     round: int
@@ -38,62 +34,12 @@ class Turn:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What a site has after its local steps. loss: their mean cross-entropy."""
-
-    state: State
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Upload:
-    """What the server holds of a site's state, and the bytes that it took."""
-
-    state: State
-    bytes: int
-
-
-class Method(Protocol):
-    """A way to adapt a backbone to the classes of a study, at sites that share what they train."""
-
-    task: ClipClassifier
-
-    def initial(self, sites: Mapping[str, Sequence[Example]]) -> State:
-        """The state before the first round; `sites` are their training images."""
-        ...
-
-    def bytes_before(self, examples: int) -> int:
-        """Bytes that a site with so many training images sends once, before the first round."""
-        ...
-
-    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
-        """Make a site's local steps of one round."""
-        ...
-
-    def upload(self, start: State, trained: State, turn: Turn) -> Upload:
-        """Bring a trained state to the server, as it arrives there."""
-        ...
-
-    def bytes_up(self, state: State) -> int:
-        """Bytes of one upload with each value a float32."""
-        ...
-
-    def aggregate(self, start: State, states: Sequence[State], weights: Sequence[int], rule: Rule) -> State:
-        """The next round's state, from the one that went out and those that came back."""
-        ...
-
-    def evaluate(self, state: State, examples: Sequence[Example]) -> Predictions:
-        """Class probabilities of images."""
-        ...
-
-
-class TrainedMethod:
-    """A method whose state is trained by gradients, and averaged value by value.
+class Method:
+    """A way to adapt a backbone to a study's classes: tensors trained by gradients and averaged by value.
 
     Args:
-        task: a task on `tuning`.
-        tuning: holds the trained tensors.
+        task: A classifier on `tuning`.
+        tuning: Holds the trained tensors.
     """
 
     def __init__(self, task: ClipClassifier, tuning: TensorShift) -> None:
@@ -101,55 +47,50 @@ class TrainedMethod:
         self._start = tuning.state()
 
     def initial(self, sites: Mapping[str, Sequence[Example]]) -> State:
-        """See `Method.initial`."""
+        """Return the state before the first round, given the sites' training images."""
         return self._start
 
     def bytes_before(self, examples: int) -> int:
-        """See `Method.bytes_before`."""
+        """Return the bytes that a site with so many training images sends once, before the first round."""
         return 0
 
-    def train(self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn) -> Trained:
-        """See `Method.train`."""
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn
+    ) -> tuple[State, float]:
+        """Make a site's local steps of one round; returns the new state and the mean loss."""
         self._load(state)
-        result = loop.train(
-            self.task,
-            examples,
-            recipe,
-            first_step=turn.first_step,
-            steps=turn.steps,
-            total_steps=turn.total_steps,
-            seed=turn.seed,
-        )
-        return Trained(state=self._state(), loss=result.loss)
+        steps = {"first_step": turn.first_step, "steps": turn.steps, "total_steps": turn.total_steps}
+        result = loop.train(self.task, examples, recipe, **steps, seed=turn.seed)
+        return self._state(), result.loss
 
-    def upload(self, start: State, trained: State, turn: Turn) -> Upload:
-        """See `Method.upload`."""
-        return Upload(state=trained, bytes=self.bytes_up(trained))
+    def upload(self, start: State, trained: State, turn: Turn) -> tuple[State, int]:
+        """Return a trained state as it arrives at the server, and the bytes of the upload."""
+        return trained, self.bytes_up(trained)
 
     def bytes_up(self, state: State) -> int:
-        """See `Method.bytes_up`."""
+        """Return the bytes of one upload with each value a float32."""
         return FLOAT * count_values(state)
 
     def aggregate(self, start: State, states: Sequence[State], weights: Sequence[int], rule: Rule) -> State:
-        """See `Method.aggregate`."""
-        return self.from_vector(rule(self.to_vector(start), [self.to_vector(one) for one in states], weights))
+        """Return the next round's state, from the one sent and those received."""
+        vectors = [self.to_vector(state) for state in states]
+        return self.from_vector(rule(self.to_vector(start), vectors, weights))
 
     def to_vector(self, state: State) -> Vector:
-        """What the server averages of a state (values,): all of it, unless a method says otherwise."""
+        """Return what the server averages of a state (values,)."""
         flat = torch.cat([tensor.flatten() for tensor in state.values()])
         return flat.numpy().astype(np.float64)
 
     def from_vector(self, vector: Vector) -> State:
-        """The state of an averaged vector; the other way round than `averaged`."""
-        found, start = dict[str, Tensor](), 0
-        for name, tensor in self._start.items():
-            part = vector[start : start + tensor.numel()].astype(np.float32)
-            found[name] = torch.from_numpy(part).view(tensor.shape)
-            start += tensor.numel()
-        return found
+        """Return the state of an averaged vector."""
+        parts = np.split(vector, np.cumsum([tensor.numel() for tensor in self._start.values()])[:-1])
+        return {
+            name: torch.from_numpy(part.astype(np.float32)).view(tensor.shape)
+            for part, (name, tensor) in zip(parts, self._start.items(), strict=True)
+        }
 
     def evaluate(self, state: State, examples: Sequence[Example]) -> Predictions:
-        """See `Method.evaluate`."""
+        """Return the class probabilities of images."""
         self._load(state)
         return loop.evaluate(self.task, examples)
 
@@ -161,5 +102,5 @@ class TrainedMethod:
 
 
 def count_values(state: State) -> int:
-    """The number of values of a state."""
+    """Return the number of values of a state."""
     return sum(tensor.numel() for tensor in state.values())

@@ -10,8 +10,6 @@ from pathlib import Path
 from bench.runs import REAL_STUDIES
 from fedsigma.common.config.study import DataConfig, StudyConfig, load_study
 
-__all__ = ["SETS", "find_study"]
-
 SETS: Mapping[str, tuple[str, ...]] = {
     "brain_mri": ("glioma", "meningioma", "no tumour", "pituitary tumour"),
     "chest_xray": ("normal chest X-ray", "pneumonia"),

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["State", "TensorShift"]
-
 State = dict[str, Tensor]
-"""What a method trains and sends, by name."""
+"""The tensors that a method trains and sends, by name."""
 Weights = Callable[[Mapping[str, Tensor]], State]
-"""From the trained tensors to the model's weights that they make."""
+"""From the trained tensors to the weights of the model that they replace."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tower that is trained; what `ClipClassifier` asks of a layout's entries."""
+    """A trained tower, as `ClipClassifier` reads it from a layout's entries."""
 
     tower: str
 
@@ -30,8 +28,8 @@ class _Layout:
     entries: tuple[_Entry, ...]
 
 
-class _InPlace(nn.Module):
-    """Gives a weight's place to another tensor for a time."""
+class _Replacement(nn.Module):
+    """Replaces a weight by another tensor while one is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,20 +40,20 @@ class _InPlace(nn.Module):
 
 
 class TensorShift:
-    """Takes the place of `ClipClassifier`'s `SigmaModel`: one vector, `shift`, holds all trained tensors.
+    """Replaces `ClipClassifier`'s `SigmaModel`: one vector, `shift`, holds all trained tensors.
 
-    So `training.train` and `training.evaluate` serve every method, and batches, augmentation, schedule,
-    optimiser and precision are the same by construction.
+    So `training.train` and `training.evaluate` serve every method, with the same batches, augmentation,
+    schedule, optimiser and precision.
 
     Args:
-        model: frozen here; its weights stay what they are.
-        start: the tensors to train, float32, at their start.
-        weights: the model's weights (by parameter name) that the tensors make; none by default.
-        towers: those whose features depend on the tensors; the features of others need no gradient.
+        model: It is frozen in place.
+        start: The initial tensors, float32.
+        weights: Computes weights of the model, by parameter name, from the tensors; none by default.
+        towers: Towers whose features depend on the tensors; those of others need no gradient.
 
     Attributes:
-        shift: all tensors one after another (values,).
-        current: the tensors as the pass under way sees them, for what is not a weight of the model.
+        shift: All tensors one after another (values,).
+        current: The tensors in the current forward pass, for heads outside the model.
     """
 
     def __init__(
@@ -72,19 +70,19 @@ class TensorShift:
         self._shapes = {name: tensor.shape for name, tensor in start.items()}
         self._weights = weights
         with torch.no_grad():
-            made = list(weights(start))
+            names = list(weights(start))
         self.shift = nn.Parameter(_flat(start))
-        self._places = {name: _give_place(model, name) for name in made}
+        self._replacements = {name: _make_replaceable(model, name) for name in names}
 
     def state(self) -> State:
-        """Copies of the tensors."""
+        """Return copies of the tensors."""
         return {name: tensor.clone() for name, tensor in self._split(self.shift.detach()).items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from these tensors.
+        """Set the tensors.
 
         Raises:
-            ValueError: other names or shapes than those of the start.
+            ValueError: Names or shapes differ from those of the start.
         """
         if {name: tensor.shape for name, tensor in state.items()} != self._shapes:
             raise ValueError(f"the state has {list(state)}, expected {list(self._shapes)} in their shapes")
@@ -93,26 +91,26 @@ class TensorShift:
 
     @contextmanager
     def inference_mode(self) -> Iterator[nn.Module]:
-        """As `SigmaModel.inference_mode`."""
+        """See `SigmaModel.inference_mode`."""
         with torch.no_grad():
             tensors = self._split(self.shift)
-            with self._seen(tensors, self._weights(tensors)):
+            with self._replaced(tensors, self._weights(tensors)):
                 yield self.model
 
     @contextmanager
     def accumulate_gradients(self) -> Iterator[nn.Module]:
-        """As `SigmaModel.accumulate_gradients`: weights are computed once and gradients add up on them."""
+        """See `SigmaModel.accumulate_gradients`: weights are computed once and gradients add up on them."""
         tensors = self._split(self.shift)
         weights = self._weights(tensors)
-        made = [*tensors.values(), *weights.values()]
-        leaves = [value.detach().requires_grad_() for value in made]
+        values = [*tensors.values(), *weights.values()]
+        leaves = [value.detach().requires_grad_() for value in values]
         count = len(tensors)
-        with self._seen(
+        with self._replaced(
             dict(zip(tensors, leaves[:count], strict=True)), dict(zip(weights, leaves[count:], strict=True))
         ):
             yield self.model
         pairs = [
-            (value, leaf.grad) for value, leaf in zip(made, leaves, strict=True) if leaf.grad is not None
+            (value, leaf.grad) for value, leaf in zip(values, leaves, strict=True) if leaf.grad is not None
         ]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
@@ -124,31 +122,31 @@ class TensorShift:
         return self
 
     def _split(self, flat: Tensor) -> State:
-        # One split, not a slice a tensor: the way back is then one concatenation of the gradients.
+        # One split, not a slice a tensor: its gradient is one concatenation.
         parts = flat.split([shape.numel() for shape in self._shapes.values()])
         return {
             name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
 
     @contextmanager
-    def _seen(self, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def _replaced(self, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
         self.current = tensors
-        for name, place in self._places.items():
-            place.value = (weights[name],)
+        for name, replacement in self._replacements.items():
+            replacement.value = (weights[name],)
         try:
             yield
         finally:
             self.current = {}
-            for place in self._places.values():
-                place.value = ()
+            for replacement in self._replacements.values():
+                replacement.value = ()
 
 
 def _flat(state: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.detach().float().flatten() for tensor in state.values()])
 
 
-def _give_place(model: nn.Module, weight: str) -> _InPlace:
+def _make_replaceable(model: nn.Module, weight: str) -> _Replacement:
     path, _, name = weight.rpartition(".")
-    place = _InPlace()
-    parametrize.register_parametrization(model.get_submodule(path), name, place, unsafe=True)
-    return place
+    replacement = _Replacement()
+    parametrize.register_parametrization(model.get_submodule(path), name, replacement, unsafe=True)
+    return replacement

@@ -1,4 +1,4 @@
-"""Methods that train weights of the towers: all of them, the layer norms, or low-rank changes."""
+"""Methods that train weights of the towers: all of them, the layer norms, or low-rank updates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.methods.method import TrainedMethod, Vector
+from bench.methods.method import Method, Vector
 from bench.methods.tuning import State, TensorShift
 from fedsigma.common.backbones import Backbone
 from fedsigma.common.config.constants import TOWERS
@@ -19,32 +19,34 @@ from fedsigma.common.training.classifier import ClipClassifier
 from fedsigma.common.training.prompts import PromptEncoder
 from fedsigma.common.training.trainer import derive_seed
 
-__all__ = ["FullTuning", "LayerNorms", "Lora", "LoraProducts"]
 
-
-def _trained(backbone: Backbone, wanted: Callable[[str], bool]) -> State:
+def _trained(backbone: Backbone, is_trained: Callable[[str], bool]) -> State:
     return {
-        name: weight.detach().clone() for name, weight in backbone.model.named_parameters() if wanted(name)
+        name: weight.detach().clone()
+        for name, weight in backbone.model.named_parameters()
+        if is_trained(name)
     }
 
 
-class _Weights(TrainedMethod):
+class _Weights(Method):
     """Some of the model's own parameters, as they are."""
 
-    def __init__(self, backbone: Backbone, prompts: tuple[str, ...], wanted: Callable[[str], bool]) -> None:
-        tuning = TensorShift(backbone.model, _trained(backbone, wanted), weights=dict, towers=TOWERS)
+    def __init__(
+        self, backbone: Backbone, prompts: tuple[str, ...], is_trained: Callable[[str], bool]
+    ) -> None:
+        tuning = TensorShift(backbone.model, _trained(backbone, is_trained), weights=dict, towers=TOWERS)
         super().__init__(ClipClassifier(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
 
 
 class FullTuning(_Weights):
-    """Every parameter of both towers, but the logit scale, which no method here trains.
+    """Every parameter of both towers except the logit scale, which no method here trains.
 
-    Running statistics of batch norms stay, for the model stays in eval mode under every method.
+    Running statistics of batch norms do not change: the model is in eval mode under every method.
     """
 
     def __init__(self, backbone: Backbone, prompts: tuple[str, ...]) -> None:
         super().__init__(backbone, prompts, lambda name: name not in ("logit_scale", "logit_bias"))
-        # Prompts that are cut have the tower's positions replaced, and here these are trained.
+        # Cut prompts replace the tower's position embeddings, which are trained here.
         self.task.prompts = PromptEncoder(backbone, prompts, cut=False)
 
 
@@ -58,17 +60,16 @@ class LayerNorms(_Weights):
         super().__init__(backbone, prompts, lambda name: name.startswith(norms))
 
 
-class Lora(TrainedMethod):
+class Lora(Method):
     """CLIP-LoRA (Zanella and Ben Ayed 2024, arXiv:2405.18541): W0 + B A / sqrt(r) for q, k, v of both towers.
 
-    Each of q, k and v has a pair of its own, also where the model packs them into one matrix. peft has one
-    pair for a packed matrix: other values, and fewer of them. No dropout: a change of the weight has no input
-    of its own. The server averages the factors, A and B each by itself.
+    Each of q, k and v has its own pair, also where the model packs them into one matrix (peft has one pair
+    for a packed matrix). Without dropout. The server averages the factors A and B separately.
 
     Args:
-        backbone: adapted here.
-        prompts: one a class.
-        seed: of the first A, which is the same at all sites; B starts at zero.
+        backbone: It is adapted in place.
+        prompts: One a class.
+        seed: Of the initial A, which is the same at all sites; B starts at zero.
         rank: r.
     """
 
@@ -91,7 +92,7 @@ class Lora(TrainedMethod):
             blocks: dict[str, list[tuple[Entry, Tensor]]] = {name: [] for name in frozen}
             for entry in self._entries:
                 blocks[entry.weight].append((entry, self._product(tensors, entry)))
-            return {name: _changed(frozen[name], found) for name, found in blocks.items()}
+            return {name: _add_blocks(frozen[name], rows) for name, rows in blocks.items()}
 
         tuning = TensorShift(backbone.model, start, weights=weights, towers=TOWERS)
         super().__init__(ClipClassifier(backbone, tuning, prompts), tuning)  # type: ignore[arg-type]
@@ -101,37 +102,36 @@ class Lora(TrainedMethod):
 
 
 class LoraProducts(Lora):
-    """As `Lora`, but the server averages the products B A, and cuts their mean to rank r for the next round.
+    """As `Lora`, but the server averages the products B A, and truncates their mean to rank r.
 
-    An upload is the same; the mean of products is what the sites' models mean, while the product of means
-    is not. The mean has up to r ranks a site; the server's next state is its best approximation of rank r,
-    with A's rows of length one (Bai et al. 2024, arXiv:2402.11505).
+    The mean of products is the mean of the sites' models; the product of means is not. The next state is the
+    best approximation of rank r, with A's rows of length one (Bai et al. 2024, arXiv:2402.11505).
     """
 
     def to_vector(self, state: State) -> Vector:
-        """The products, one after another."""
+        """Return the products, one after another."""
         parts = [self._product(state, entry).flatten() for entry in self._entries]
         return torch.cat(parts).numpy().astype(np.float64)
 
     def from_vector(self, vector: Vector) -> State:
-        """The factors of the best approximation."""
-        found, start = dict[str, Tensor](), 0
+        """Return the factors of the best approximation."""
+        state, start = dict[str, Tensor](), 0
         for entry in self._entries:
             shape = _rows(entry), self._columns[entry.weight]
             part = torch.from_numpy(vector[start : start + math.prod(shape)].astype(np.float32)).view(shape)
             u, s, vh = torch.linalg.svd(part, full_matrices=False)
-            found[f"{entry.key}.A"] = vh[: self._rank].contiguous()
-            found[f"{entry.key}.B"] = u[:, : self._rank] * s[: self._rank] / self._scale
+            state[f"{entry.key}.A"] = vh[: self._rank].contiguous()
+            state[f"{entry.key}.B"] = u[:, : self._rank] * s[: self._rank] / self._scale
             start += math.prod(shape)
-        return found
+        return state
 
 
 def _rows(entry: Entry) -> int:
     return entry.rows[1] - entry.rows[0]
 
 
-def _changed(weight: Tensor, blocks: list[tuple[Entry, Tensor]]) -> Tensor:
-    """The weight with products added to its row blocks, which follow each other; others stay."""
+def _add_blocks(weight: Tensor, blocks: list[tuple[Entry, Tensor]]) -> Tensor:
+    """Return the weight with products added to its row blocks, in order of their rows."""
     parts, done = [], 0
     for entry, product in blocks:
         low, high = entry.rows

@@ -1,4 +1,4 @@
-"""The comparison with other methods: its loop is the product's, and each method is what it says."""
+"""The comparison with other methods: its loop equals the product's, and each method follows its paper."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from bench.methods.cells import Cell, Plan, _equal_images, grid
 from bench.methods.federation import accuracy, federate
 from bench.methods.figure import draw
 from bench.methods.heads import FedClip, LinearProbe, PromptFL, TipAdapter, TipAdapterF
-from bench.methods.method import Method, TrainedMethod, Turn, count_values
+from bench.methods.method import Method, Turn, count_values
 from bench.methods.sigma import Sigma
 from bench.methods.studies import SETS, find_study
 from bench.methods.tables import combine, front, markdown, verdicts
@@ -125,7 +125,7 @@ def parquet(path: Path, classes: tuple[str, ...] = CLASSES, *, sited: bool = Tru
 
 
 SITES = {"one": examples(6, seed=1), "two": examples(4, seed=2)}
-PLACE = Turn(site="one", round=1, first_step=0, steps=3, total_steps=3, seed=5)
+TURN = Turn(site="one", round=1, first_step=0, steps=3, total_steps=3, seed=5)
 BUILD: dict[str, Any] = {
     "full": lambda b: FullTuning(b, PROMPTS),
     "layer-norms": lambda b: LayerNorms(b, PROMPTS),
@@ -188,8 +188,8 @@ def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(
     theirs = folder.load_shift().shift
     assert theirs.abs().max() > 0.01
     torch.testing.assert_close(run.state["shift"], theirs, rtol=1e-4, atol=1e-6)
-    told = accuracy(method, run.state, {name: data.test for name, data in sites.items()})
-    assert told["all"] == pytest.approx(folder.read_summary()["federated"]["accuracy"])
+    accuracies = accuracy(method, run.state, {name: data.test for name, data in sites.items()})
+    assert accuracies["all"] == pytest.approx(folder.read_summary()["federated"]["accuracy"])
 
 
 # --- every method ----------------------------------------------------------------------------------------
@@ -201,17 +201,19 @@ def test_a_method_learns_the_same_thing_each_time_and_keeps_its_names_and_shapes
     start = method.initial(SITES)
     before = {key: tensor.clone() for key, tensor in start.items()}
     recipe = replace(RECIPE, schedule="constant")
-    one = method.train(start, SITES["one"], recipe, PLACE)
-    longer = method.train(start, SITES["one"], recipe, replace(PLACE, steps=12, total_steps=12))
-    again = method.train(start, SITES["one"], recipe, PLACE)
-    assert longer.loss < one.loss == again.loss
+    state, loss = method.train(start, SITES["one"], recipe, TURN)
+    longer_state, longer_loss = method.train(
+        start, SITES["one"], recipe, replace(TURN, steps=12, total_steps=12)
+    )
+    repeated_state, repeated_loss = method.train(start, SITES["one"], recipe, TURN)
+    assert longer_loss < loss == repeated_loss
     for key, tensor in before.items():
         assert torch.equal(start[key], tensor), "the state that went in must stay"
-        assert torch.equal(one.state[key], again.state[key])
-    assert any(not torch.equal(one.state[key], before[key]) for key in before)
-    together = method.aggregate(start, [one.state, longer.state], [1, 3], mean)
+        assert torch.equal(state[key], repeated_state[key])
+    assert any(not torch.equal(state[key], before[key]) for key in before)
+    together = method.aggregate(start, [state, longer_state], [1, 3], mean)
     assert {k: v.shape for k, v in together.items()} == {k: v.shape for k, v in start.items()}
-    assert method.upload(start, one.state, PLACE).bytes == method.bytes_up(start) == 4 * count_values(start)
+    assert method.upload(start, state, TURN)[1] == method.bytes_up(start) == 4 * count_values(start)
 
 
 @pytest.mark.parametrize("name", ["full", "layer-norms", "lora", "lora-products", "probe"])
@@ -225,7 +227,7 @@ def test_before_training_a_method_is_zero_shot(name: str) -> None:
 @pytest.mark.parametrize("name", ["lora", "fedclip", "promptfl", "full"])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(name: str) -> None:
     method = BUILD[name](backbone())
-    state = method.train(method.initial(SITES), SITES["one"], RECIPE, PLACE).state
+    state, _ = method.train(method.initial(SITES), SITES["one"], RECIPE, TURN)
     method._tuning.load(state)
     images = torch.stack([e.image for e in examples()])
     labels = torch.tensor([e.label for e in examples()])
@@ -241,7 +243,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(name: str) -> None:
 
 def test_full_tuning_is_adamw_on_the_models_own_parameters() -> None:
     tuned, plain = FullTuning(backbone(), PROMPTS), backbone()
-    trained = tuned.train(tuned.initial(SITES), SITES["two"], RECIPE, replace(PLACE, steps=2, total_steps=2))
+    turn = replace(TURN, steps=2, total_steps=2)
+    trained, _ = tuned.train(tuned.initial(SITES), SITES["two"], RECIPE, turn)
     model = plain.model.requires_grad_(True)
     own = {name: p for name, p in model.named_parameters() if name != "logit_scale"}
     optimiser = torch.optim.AdamW(own.values(), weight_decay=0.0)
@@ -256,9 +259,9 @@ def test_full_tuning_is_adamw_on_the_models_own_parameters() -> None:
         text = F.normalize(model.encode_text(tokens), dim=-1)
         F.cross_entropy(plain.logit_scale * image @ text.T, labels).backward()
         optimiser.step()
-    assert set(trained.state) == set(own)
+    assert set(trained) == set(own)
     # Adam's first steps have the sign of a gradient: where that is rounding alone, they may differ.
-    apart = torch.cat([(trained.state[n] - p.detach()).abs().flatten() for n, p in own.items()])
+    apart = torch.cat([(trained[n] - p.detach()).abs().flatten() for n, p in own.items()])
     assert (apart > 1e-4).float().mean() < 0.01
 
 
@@ -372,8 +375,8 @@ def test_the_adapter_weighs_features_by_two_layers_of_their_width() -> None:
     torch.testing.assert_close(features, F.normalize(weights * x, dim=-1), rtol=1e-4, atol=1e-6)
 
 
-def test_what_a_frozen_tower_makes_of_a_batch_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "_known", frozen.OrderedDict())
+def test_a_frozen_towers_features_of_a_batch_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "_features", frozen.OrderedDict())
     images = torch.stack([e.image for e in examples()])
     for digest, passes in (("a", 2), ("", 4)):
         calls = 0
@@ -391,13 +394,13 @@ def test_what_a_frozen_tower_makes_of_a_batch_is_computed_once(monkeypatch: pyte
             both = [task.image_features(images), task.image_features(images.flip(0))]
             torch.testing.assert_close(both[0], both[1].flip(0))
         assert calls == passes
-    assert len(frozen._known) == 2
+    assert len(frozen._features) == 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
         LinearProbe(replace(backbone(), digest="a"), PROMPTS).task.image_features(images)
-    assert len(frozen._known) == 3
+    assert len(frozen._features) == 3
 
 
-def test_a_joined_cache_knows_its_own_images_and_its_bytes_are_counted() -> None:
+def test_a_joined_cache_recognises_its_images_and_its_bytes_are_counted() -> None:
     method = TipAdapter(backbone(), PROMPTS, alpha=1000.0, beta=1000.0)
     state = method.initial(SITES)
     both = SITES["one"] + SITES["two"]
@@ -415,7 +418,7 @@ def test_a_joined_cache_knows_its_own_images_and_its_bytes_are_counted() -> None
     assert (run.upload, run.total) == (4 * 160, 4 * 17 * 5 + 3 * 4 * 160)
 
 
-def test_a_cache_speaks_by_the_papers_formula() -> None:
+def test_a_cache_follows_the_papers_formula() -> None:
     method, plain = TipAdapter(backbone(), PROMPTS, alpha=2.0, beta=3.0), backbone()
     method._load(method.initial(SITES))
     found = evaluate(method.task, examples(), precision="float32").probabilities
@@ -443,7 +446,7 @@ def test_without_a_cache_tip_adapter_is_zero_shot() -> None:
     torch.testing.assert_close(found.probabilities, zero_shot(backbone()), rtol=1e-3, atol=1e-5)
 
 
-# --- the search, the database and what is told -------------------------------------------------------------
+# --- the search, the stored cells and the tables ---------------------------------------------------------
 
 
 BARE = StudyConfig.from_yaml("{name: s, backbone: b, classes: [a, b], training: {learning_rate: 0.04}}")
@@ -477,7 +480,7 @@ def plan(path: Path, **options: Any) -> Scripted:
     return made
 
 
-def test_the_search_goes_on_past_a_best_end_and_no_cell_is_run_twice(tmp_path: Path) -> None:
+def test_the_search_extends_beyond_a_best_end_and_no_cell_is_run_twice(tmp_path: Path) -> None:
     first = plan(tmp_path)
     assert first.tested("s", "probe", 1) is not None
     # The last diverged: it has lost, and the search goes no further.
@@ -489,7 +492,7 @@ def test_the_search_goes_on_past_a_best_end_and_no_cell_is_run_twice(tmp_path: P
     assert third.tested("s", "lora", 1) is None and third.search("s", "lora") is None and third.ran == []
 
 
-def test_a_trained_tower_is_searched_by_the_runs_that_are_told(tmp_path: Path) -> None:
+def test_a_trained_tower_is_searched_by_the_runs_of_the_first_seed(tmp_path: Path) -> None:
     first = plan(tmp_path, max_rates=3)
     assert first.tested("s", "lora", 1) is not None and first.tested("s", "lora", 2) is not None
     tried = [("validation", "s", rate, 1) for rate in (0.001, 0.003, 0.009)]
@@ -528,7 +531,7 @@ def test_a_chosen_setting_that_diverges_on_the_test_part_is_an_error(tmp_path: P
         found.tested("s", "probe", 1)
 
 
-def test_a_run_is_judged_on_images_that_the_draw_left_over_and_on_the_test_part(
+def test_a_run_is_evaluated_on_images_that_the_draw_left_over_and_on_the_test_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = parquet(tmp_path / "images.parquet")
@@ -572,7 +575,7 @@ def test_a_set_of_one_place_is_divided_into_four_sites(
         assert not any(torch.equal(a.image, b.image) for a in left for b in sites[name].test)
 
 
-def test_every_candidates_settings_are_taken_by_its_study() -> None:
+def test_every_candidates_settings_are_valid_for_its_study() -> None:
     study = StudyConfig.from_yaml(
         STUDY.format(backbone="nowhere", images="nowhere", codec="exact", strategy="fedavg")
     )
@@ -590,7 +593,7 @@ def test_every_candidates_settings_are_taken_by_its_study() -> None:
         Aggregator(with_setting(study, CANDIDATES["fedadam"], {"options": {"etta": 1}}))
 
 
-def test_what_was_run_is_shown_without_running_anything(
+def test_finished_cells_are_shown_without_running_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = {"accuracy": {"all": 0.5, "here": 0.5}, "bytes_upload": 0, "bytes_float32": 0, "bytes_total": 0}
@@ -650,18 +653,18 @@ def test_the_front_and_the_verdicts(tmp_path: Path) -> None:
     rows = {"zero-shot": row(0.3, 0), "sigma": row(0.7, 50), "probe": row(0.6, 60), "full": row(0.704, 5000)}
     assert front(rows) == ["zero-shot", "sigma", "full"]
     (line,) = verdicts("s", rows)
-    assert "is on the front" in line and "0.4 points below" in line and line.endswith("the reach is met")
+    assert "is on the front" in line and "0.4 points below" in line and line.endswith("the aim is met")
     (line,) = verdicts("s", {**rows, "full": row(0.8, 5000)})
-    assert line.endswith("the reach is not met")
+    assert line.endswith("the aim is not met")
     (line,) = verdicts("s", {**rows, "full": row(0.704, 400)})
-    assert line.endswith("the reach is not met")
+    assert line.endswith("the aim is not met")
     (line,) = verdicts("s", {**rows, "probe": row(0.71, 40)})
-    assert "not on the front" in line and line.endswith("the reach is not met")
+    assert "not on the front" in line and line.endswith("the aim is not met")
     # Above all others: whatever they send. Sigma's own other rows are no others.
     (line,) = verdicts("s", {**rows, "full": row(0.69, 51), "fedprox": row(0.9, 50)})
     assert "not on the front" in line and "1.0 points above" in line
     (line,) = verdicts("s", {**rows, "full": row(0.69, 51)})
-    assert line.endswith("the reach is met")
+    assert line.endswith("the aim is met")
     assert "| full fine-tuning | 70.4 | 70.4 | 5,000 | 5,000 | 5,000 | yes |" in markdown("s", rows)
     draw(
         {"s": rows, "none is better": {"zero-shot": row(0.9, 0), "full": row(0.4, 9)}}, tmp_path / "front.png"
@@ -670,7 +673,7 @@ def test_the_front_and_the_verdicts(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 9)), min_size=1))
-def test_nobody_on_the_front_is_beaten_and_everybody_else_is(points: list[tuple[float, int]]) -> None:
+def test_no_method_on_the_front_is_beaten_and_all_others_are(points: list[tuple[float, int]]) -> None:
     rows = {str(i): {"mean": height, "bytes_total": cost} for i, (height, cost) in enumerate(points)}
     best = [points[int(name)] for name in front(rows)]
     for height, cost in points:
@@ -679,12 +682,12 @@ def test_nobody_on_the_front_is_beaten_and_everybody_else_is(points: list[tuple[
 
 
 def test_what_is_trained_is_what_is_evaluated() -> None:
-    """No tensor of one state stays behind in the model when another is judged."""
+    """No tensor of one state stays behind in the model when another is evaluated."""
     for name, build in BUILD.items():
-        method: TrainedMethod = build(backbone())
+        method: Method = build(backbone())
         start = method.initial(SITES)
         before = method.evaluate(start, examples()).probabilities
-        trained = method.train(start, SITES["one"], RECIPE, PLACE).state
+        trained, _ = method.train(start, SITES["one"], RECIPE, TURN)
         after = method.evaluate(trained, examples()).probabilities
         assert (after - before).abs().max() > 1e-5, name
         assert torch.equal(method.evaluate(start, examples()).probabilities, before), name

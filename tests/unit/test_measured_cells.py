@@ -9,8 +9,7 @@ from pathlib import Path
 from bench import cell_store
 from bench.cell_store import CellStore, recipe_digest
 from bench.gap.cells import Cell as GapCell
-from bench.gap.cells import Runner
-from bench.gap.product import product_recipe
+from bench.gap.cells import Runner, product_recipe
 from bench.methods.cells import Cell as MethodCell
 from bench.methods.cells import Plan
 from bench.paper_cells import export_cells, import_cells
