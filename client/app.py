@@ -1,4 +1,4 @@
-"""The ClientApp: a message comes in, one reply of a fixed form goes out, and the audit log knows it first."""
+"""The ClientApp of a site: handles each message, and logs its reply to the audit log before it is sent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from fedsigma.client.site.audit_log import AuditLog
+from fedsigma.client.site.audit_log import log_reply
 from fedsigma.client.site.error_feedback import ErrorFeedback
 from fedsigma.client.site.secure_aggregation import SITE_COUNTS, SecureAggregationClient, make_counts
 from fedsigma.client.site.site import Site, SiteCountDiffers, open_site
@@ -44,7 +44,7 @@ app = ClientApp()
 log = logging.getLogger("fedsigma.client")
 
 SITE_ERROR = 100
-"""Code of the error reply of a site whose handler failed; its reason is the exception's type, no more."""
+"""Code of a site's error reply, whose reason is the exception's type only."""
 
 Vector = NDArray[np.float32]
 Task = TypeVar("Task", HandshakeRequest, TrainTask, EvaluateTask)
@@ -52,61 +52,56 @@ Task = TypeVar("Task", HandshakeRequest, TrainTask, EvaluateTask)
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Say who this site is and what it computes with."""
-    return _answer(message, context, HandshakeRequest, partial(_hello, context=context))
+    """Return the site's name, version, fingerprint and mask key."""
+    return _reply(message, context, HandshakeRequest, partial(_hello, context=context))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Evaluate the incoming shift and train it on this site's images."""
-    return _answer(message, context, TrainTask, partial(_train, context=context))
+    return _reply(message, context, TrainTask, partial(_train, context=context))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate one or more shifts on this site's test images."""
-    return _answer(message, context, EvaluateTask, _evaluate)
+    return _reply(message, context, EvaluateTask, _evaluate)
 
 
-def _answer(
+def _reply(
     message: Message, context: Context, kind: type[Task], handler: Callable[[Site, Task], Any]
 ) -> Message:
-    """Read the task, handle it, and write down what leaves before it leaves.
+    """Parse a task, handle it, and log the reply.
 
-    Whatever fails, the server learns the exception's type alone: its text may hold paths, file names and
-    patients' identifiers, so it stays in the site's own log.
+    The server receives no more of an exception than its type: the text may contain paths, file names and
+    patient identifiers, so it goes to the site's own log.
     """
     site: Site | None = None
-    asked: dict[str, Any] = {"message": kind.__name__, "run": str(context.run_id)}
+    request: dict[str, Any] = {"message": kind.__name__, "run": str(context.run_id)}
     try:
         _use_one_thread_per_cpu(context)
         task = records.from_record(kind, message.content)
-        asked |= {"study": task.study.name, "round": getattr(task, "round", 0)}
-        asked |= {"mode": task.mode} if isinstance(task, TrainTask) else {}
+        request |= {"study": task.study.name, "round": getattr(task, "round", 0)}
+        request |= {"mode": task.mode} if isinstance(task, TrainTask) else {}
         try:
             site = open_site(context.node_config, task.study, run=f"run-{context.run_id}")
-        except SiteCountDiffers as error:
-            # Only a simulation gets here, before it is known which site this is.
+        except SiteCountDiffers as error:  # in a simulation only, before the site's name is known
             name = f"partition {context.node_config['partition-id']}"
-            reply = _no_part(name, "site-count", sites=error.sites)
-            return Message(records.to_record(reply), reply_to=message)
+            refusal = _handshake_reply(name, sites=error.sites, problem="site-count")
+            return Message(records.to_record(refusal), reply_to=message)
         content = records.to_record(handler(site, task))
-        AuditLog(site.audit_path).record(asked, records.fields_of(content))
+        log_reply(site.audit_path, request, records.fields_of(content))
         return Message(content, reply_to=message)
     except Exception as error:
-        told = type(error).__name__ if site is None else _recorded(site, asked, error)
-        log.exception("the task failed; the server is told %s", told)
-        return Message(Error(SITE_ERROR, told), reply_to=message)
-
-
-def _recorded(site: Site, asked: dict[str, Any], error: Exception) -> str:
-    """Write down the type that the server is to be told; what cannot be written down is not told."""
-    try:
-        AuditLog(site.audit_path).record(asked, {"error": type(error).__name__})
-    except (OSError, LogTampered) as failure:
-        log.exception("the audit log at %s cannot be written", site.audit_path)
-        return type(failure).__name__
-    return type(error).__name__
+        reason = type(error).__name__
+        if site is not None:
+            try:
+                log_reply(site.audit_path, request, {"error": reason})
+            except (OSError, LogTampered) as failure:
+                log.exception("the audit log at %s cannot be written", site.audit_path)
+                reason = type(failure).__name__
+        log.exception("the task failed; the server receives %s", reason)
+        return Message(Error(SITE_ERROR, reason), reply_to=message)
 
 
 def _hello(site: Site, task: HandshakeRequest, *, context: Context) -> HandshakeReply:
@@ -114,40 +109,33 @@ def _hello(site: Site, task: HandshakeRequest, *, context: Context) -> Handshake
 
     site.check_study(task.study)
     if task.protocol != records.PROTOCOL:
-        log.error("the server speaks protocol %s, this site %s", task.protocol, records.PROTOCOL)
-        return _no_part(site.name, "protocol", sites=site.sites)
-    mine = site.trainer(task.study).fingerprint
-    # The server compares, too, and decides; this is how the site's own people learn why.
-    difference = Fingerprint.from_json(task.fingerprint).describe_mismatch(mine)
-    if difference:
-        log.error("this site takes no part in study '%s': %s", task.study.name, difference)
-    member = None
+        log.error("the server uses protocol %s, this site %s", task.protocol, records.PROTOCOL)
+        return _handshake_reply(site.name, sites=site.sites, problem="protocol")
+    fingerprint = site.trainer(task.study).fingerprint
+    # The server compares as well, and decides; this tells the site's own people the reason.
+    mismatch = Fingerprint.from_json(task.fingerprint).describe_mismatch(fingerprint)
+    if mismatch:
+        log.error("this site cannot take part in study '%s': %s", task.study.name, mismatch)
+    keys: dict[str, bytes] = {}
     if site.has_identity:
         masker = SecureAggregationClient(site, task.study.name, run=context.run_id)
         with masker.locked():
             member = masker.member()
-    return HandshakeReply(
-        protocol=records.PROTOCOL,
-        site=site.name,
-        fingerprint=mine.to_json(),
-        version=__version__,
+        keys = {"mask_key": member.key, "mask_signature": member.signature}
+    return _handshake_reply(
+        site.name,
+        fingerprint=fingerprint.to_json(),
         sites=site.sites,
-        problem="fingerprint" if difference else "",
+        problem="fingerprint" if mismatch else "",
         allow_attribution=site.policy.allow_attribution,
         allow_explanation=site.policy.allow_explanation,
-        mask_key=member.key if member else b"",
-        mask_signature=member.signature if member else b"",
+        **keys,
     )
 
 
-def _no_part(name: str, problem: str, *, sites: int) -> HandshakeReply:
+def _handshake_reply(name: str, *, fingerprint: str = "", **values: Any) -> HandshakeReply:
     return HandshakeReply(
-        protocol=records.PROTOCOL,
-        site=name,
-        fingerprint="",
-        version=__version__,
-        sites=sites,
-        problem=problem,
+        protocol=records.PROTOCOL, site=name, version=__version__, fingerprint=fingerprint, **values
     )
 
 
@@ -155,19 +143,18 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
     site.check_task(task)
     if task.members:
         masker = SecureAggregationClient(site, task.study.name, run=context.run_id)
-        with masker.locked():  # from what was answered before to the answer
+        with masker.locked():  # until the reply is stored
             return _train_masked(site, task, masker, context)
-    learner = site.trainer(task.study)
-    images = site.images(task.study, side=learner.image_side)
-    _spend_of_site(site, task, context)
-    epsilon = _spend(site, task, images, context)
-    before, learned, change = _work(site, task, learner, images)
+    trainer = site.trainer(task.study)
+    images = site.images(task.study, side=trainer.image_side)
+    _charge_site_release(site, task, context)
+    evaluation, output, update, epsilon = _compute_update(site, task, trainer, images, context)
     return TrainReply(
-        update=_encode_update(site, task, learner, change, ErrorFeedback(context.state)),
-        examples=learned.examples,
-        steps=learned.steps,
-        loss=learned.loss,
-        evaluation=before,
+        update=_encode_update(site, task, trainer, update, ErrorFeedback(context.state)),
+        examples=output.examples,
+        steps=output.steps,
+        loss=output.loss,
+        evaluation=evaluation,
         epsilon=epsilon,
         class_counts=_class_counts(site, task, images.train),
     )
@@ -176,65 +163,63 @@ def _train(site: Site, task: TrainTask, *, context: Context) -> TrainReply | Mas
 def _train_masked(
     site: Site, task: TrainTask, masker: SecureAggregationClient, context: Context
 ) -> MaskedReply:
-    """As `_train`, with a reply of which the server can read the cohort's sum only."""
+    """Train as `_train` does; the server can read only the sum of the cohort's replies."""
     masker.check_task(task)
-    if (answered := masker.find_reply(task)) is not None:
-        return answered
-    _spend_of_site(site, task, context)  # each cohort that is answered gets noise of its own, so each counts
-    if (known := masker.find_update()) is None:
-        learner = site.trainer(task.study)
-        images = site.images(task.study, side=learner.image_side)
-        _spend(site, task, images, context)
-        before, learned, change = _work(site, task, learner, images)
+    if (reply := masker.find_reply(task)) is not None:
+        return reply
+    _charge_site_release(site, task, context)  # each cohort gets noise of its own, so each is charged
+    if (trained := masker.find_update()) is None:
+        trainer = site.trainer(task.study)
+        images = site.images(task.study, side=trainer.image_side)
+        evaluation, output, update, _ = _compute_update(site, task, trainer, images, context)
         counts = make_counts(
-            examples=min(learned.examples, task.most_examples),
-            loss=learned.loss,
-            test_examples=before.test_examples,
-            accuracy=before.accuracy,
+            examples=min(output.examples, task.most_examples),
+            loss=output.loss,
+            test_examples=evaluation.test_examples,
+            accuracy=evaluation.accuracy,
         )
-        masker.store_update(change, counts)
-        known = change, counts
+        masker.store_update(update, counts)
+        trained = update, counts
     if task.privacy.of_sites:
-        known = shared_noise(known[0], task.privacy, sites=len(task.members)), SITE_COUNTS
-    return masker.make_reply(task, *known)
+        trained = shared_noise(trained[0], task.privacy, sites=len(task.members)), SITE_COUNTS
+    return masker.make_reply(task, *trained)
 
 
-def _spend_of_site(site: Site, task: TrainTask, context: Context) -> None:
-    """Where whole sites are hidden, enter an answer into the ledger, whoever adds the noise."""
+def _charge_site_release(site: Site, task: TrainTask, context: Context) -> None:
+    """With privacy of whole sites, enter the reply into the ledger, whichever side adds the noise."""
     if task.privacy.of_sites:
-        release = PrivacyEvent(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
-        site.charge_privacy(task, release, run=str(context.run_id))
+        event = PrivacyEvent(rate=1.0, noise_multiplier=task.privacy.noise_multiplier, steps=1)
+        site.charge_privacy(task, event, run=str(context.run_id))
 
 
-def _spend(site: Site, task: TrainTask, images: SiteData, context: Context) -> float:
-    """Have private training entered into the site's ledger before it starts: what has been spent so far."""
-    if not task.privacy.in_training:
-        return 0.0
-    release = PrivacyEvent(
-        rate=sampling_rate(len(images.train), task.recipe.batch_size),
-        noise_multiplier=task.privacy.noise_multiplier,
-        steps=task.steps,
-    )
-    return site.charge_privacy(task, release, run=str(context.run_id))
+def _compute_update(
+    site: Site, task: TrainTask, trainer: Trainer, images: SiteData, context: Context
+) -> tuple[Evaluation, TrainOutput, Vector, float]:
+    """Evaluate the incoming shift and train it.
 
+    The site's personal values are combined with the shared ones for both, and stay at the site.
 
-def _work(
-    site: Site, task: TrainTask, learner: Trainer, images: SiteData
-) -> tuple[Evaluation, TrainOutput, Vector]:
-    """Judge the incoming shift and train it: the evaluation, what training gave, and the change.
-
-    Where some of the shift is personal, the site's own values are judged and trained with the shared ones,
-    and stay: the change is that of the shared ones.
+    Returns:
+        The evaluation, the training's output, the update of the shared values, and with private training the
+        epsilon spent so far.
     """
-    split = learner.partition(task.study.personal)
-    personal = site.personal_state(task.study, learner, run=task.run)
-    own = personal.initial(task.round if task.mode == "round" else 1)
-    shift = split.combine(decode(task.shift, split.shared), own)
+    epsilon = 0.0
+    if task.privacy.in_training:
+        event = PrivacyEvent(
+            rate=sampling_rate(len(images.train), task.recipe.batch_size),
+            noise_multiplier=task.privacy.noise_multiplier,
+            steps=task.steps,
+        )
+        epsilon = site.charge_privacy(task, event, run=str(context.run_id))
+    partition = trainer.partition(task.study.personal)
+    state = site.personal_state(task.study, trainer, run=task.run)
+    personal = state.initial(task.round if task.mode == "round" else 1)
+    shift = partition.combine(decode(task.shift, partition.shared), personal)
     test = images.test if task.evaluate else []
     if test:
         site.charge_evaluation(task.study, 1)
-    before = _told(_judge(learner, shift, test), test)
-    learned = learner.train(
+    evaluation = Evaluation.of(_evaluate_shift(trainer, shift, test).metrics, len(test))
+    output = trainer.train(
         shift,
         images.train,
         task.recipe,
@@ -244,15 +229,15 @@ def _work(
         seed=derive_seed(task.study.seed, site.name, task.mode, task.round),
         privacy=task.privacy,
     )
-    if split.personal_size and task.mode == "round":
-        personal.store(own, split.personal_values(learned.shift), round=task.round)
-    return before, learned, split.shared_values(learned.shift - shift)
+    if partition.personal_size and task.mode == "round":
+        state.store(personal, partition.personal_values(output.shift), round=task.round)
+    return evaluation, output, partition.shared_values(output.shift - shift), epsilon
 
 
 def _encode_update(
     site: Site, task: TrainTask, trainer: Trainer, update: Vector, feedback: ErrorFeedback
 ) -> bytes:
-    """Code an update of a round with what coding lost of the last one, and store what it loses now."""
+    """Encode an update; in a round, with the residual of the last one, and store the new residual."""
     layout = trainer.partition(task.study.personal).shared
     seed = derive_seed(task.study.seed, site.name, task.mode, task.round, "codec")
     if task.mode != "round":
@@ -272,32 +257,27 @@ def _class_counts(site: Site, task: TrainTask, examples: list[Any]) -> tuple[int
 
 def _evaluate(site: Site, task: EvaluateTask) -> EvaluateReply:
     site.check_study(task.study)
-    learner = site.trainer(task.study)
-    images = site.images(task.study, side=learner.image_side)
-    split = learner.partition(task.study.personal)
-    own = site.personal_state(task.study, learner, run=task.run).current() if task.personal else None
-    shifts = [split.combine(decode(data, split.shared), own) for data in task.shifts]
-    if images.test:
+    trainer = site.trainer(task.study)
+    test = site.images(task.study, side=trainer.image_side).test
+    partition = trainer.partition(task.study.personal)
+    personal = site.personal_state(task.study, trainer, run=task.run).current() if task.personal else None
+    shifts = [partition.combine(decode(data, partition.shared), personal) for data in task.shifts]
+    if test:
         site.charge_evaluation(task.study, len(shifts))
-    judged = [_judge(learner, shift, images.test) for shift in shifts]
-    counts = tuple(count for one in judged for count in one.confusion)
+    outputs = [_evaluate_shift(trainer, shift, test) for shift in shifts]
+    confusions = tuple(count for output in outputs for count in output.confusion)
     return EvaluateReply(
-        evaluations=tuple(_told(one, images.test) for one in judged),
-        confusions=counts if site.policy.share_confusion else (),
+        evaluations=tuple(Evaluation.of(output.metrics, len(test)) for output in outputs),
+        confusions=confusions if site.policy.share_confusion else (),
     )
 
 
-def _judge(learner: Trainer, shift: Vector, examples: list[Any]) -> EvalOutput:
-    """Evaluate a shift; without test images, nothing is known."""
-    return learner.evaluate(shift, examples) if examples else EvalOutput(metrics={}, confusion=())
-
-
-def _told(judged: EvalOutput, examples: list[Any]) -> Evaluation:
-    return Evaluation.of(judged.metrics, len(examples))
+def _evaluate_shift(trainer: Trainer, shift: Vector, examples: list[Any]) -> EvalOutput:
+    return trainer.evaluate(shift, examples) if examples else EvalOutput(metrics={}, confusion=())
 
 
 def _use_one_thread_per_cpu(context: Context) -> None:
-    """In a simulation, use as many threads as the actor has processors: Ray tells by this variable."""
+    """In a simulation, use as many threads as the actor has processors, which Ray sets in this variable."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if "partition-id" in context.node_config and threads.isdecimal() and int(threads) > 0:
         import torch

@@ -55,15 +55,15 @@ def check_bundle(bundle: bytes, site_yaml: Path) -> None:
         BundleNotApproved: The bundle's digest is not in site.yaml.
     """
     from fedsigma.client.deployment.bundle_approval import BundleApprovals, bundle_digest
-    from fedsigma.client.site.audit_log import AuditLog
+    from fedsigma.client.site.audit_log import log_reply
     from fedsigma.client.site.policy import SitePolicy
 
     policy, digest = SitePolicy.read(site_yaml), bundle_digest(bundle)
     if digest in policy.bundles:
         return
     BundleApprovals(site_yaml.parent).add_pending(bundle)
-    log = AuditLog(site_yaml.parent / Path(policy.audit).expanduser())
-    log.record({"message": "bundle", "bundle": digest}, {"error": BundleNotApproved.__name__})
+    audit_path = site_yaml.parent / Path(policy.audit).expanduser()
+    log_reply(audit_path, {"message": "bundle", "bundle": digest}, {"error": BundleNotApproved.__name__})
     print(
         f"FedSigma: bundle {digest} is not approved: review it with `fedsigma site approve`", file=sys.stderr
     )

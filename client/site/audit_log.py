@@ -14,29 +14,20 @@ from typing import Any
 from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.common.wire.digest import describe
 
-__all__ = ["AuditLog"]
+__all__ = ["log_reply"]
 
 
-class AuditLog:
-    """Appends to one site's audit log.
+def log_reply(path: Path, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
+    """Append a request and its reply to the audit log, and flush them to the disk.
 
     Args:
         path: File of the log; created with the first line.
+        request: Kind of message, study, round and run.
+        reply: The fields of the reply as they are sent, or `{"error": type name}`.
+
+    Raises:
+        OSError: The line cannot be written; the reply must not be sent.
+        LogTampered: An earlier line was removed; the reply must not be sent.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._log = HashChainedLog(path)
-
-    def record(self, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
-        """Append a request and its reply, and flush them to the disk.
-
-        Args:
-            request: Kind of message, study, round and run.
-            reply: The fields of the reply as they are sent, or `{"error": type name}`.
-
-        Raises:
-            OSError: The line cannot be written; the reply must not be sent.
-            LogTampered: An earlier line was removed; the reply must not be sent.
-        """
-        entry = {"time": round(time.time(), 3), "request": dict(request), "reply": describe(reply)}
-        self._log.append(entry)
+    entry = {"time": round(time.time(), 3), "request": dict(request), "reply": describe(reply)}
+    HashChainedLog(path).append(entry)

@@ -1,17 +1,16 @@
 """The site's privacy ledger: every private release of its images, and the budgets that limit them.
 
-The ledger is a file of the site and not the state of one run: a budget protects patients, and they are the
-same in all runs and studies. A release is entered before training starts, so that after a crash the ledger
-can only overstate what was spent.
+The ledger belongs to the site and not to one run, because a budget protects patients, who are the same in all
+runs and studies. A release is entered before training starts, so that after a crash the ledger can only
+overstate the amount spent.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
@@ -68,8 +67,14 @@ class PrivacyLedger:
         Raises:
             LedgerDamaged: A line is invalid, or was changed or removed.
         """
-        with _report_damage(self.path):
-            return [_entry(values) for values in self._log.lines()]
+        try:
+            return [_parse_entry(values) for values in self._log.lines()]
+        except (ValueError, KeyError, TypeError) as error:
+            problem = error.what if isinstance(error, LogTampered) else f"invalid entry: {error}"
+            raise LedgerDamaged(
+                f"{self.path} was changed or cut ({problem}): restore the file and its .head from a backup;"
+                " without them the amount spent is unknown, and the site cannot train with privacy"
+            ) from None
 
     def charge(
         self, entry: LedgerEntry, privacy: PrivacyConfig, *, budget: float | None, delta: float
@@ -89,69 +94,36 @@ class PrivacyLedger:
             PrivacyBudgetSpent: A budget does not allow it; nothing is written.
             LedgerDamaged: A line is invalid, or was changed or removed.
         """
-        with _report_damage(self.path), self._log.locked() as append:
-            after = [*map(_entry, self._log.lines()), entry]
-            spent = epsilon([e.event for e in after if e.study == entry.study], privacy.delta)
+        with self._log.locked() as append:
+            entries = [*self.entries(), entry]
+            spent = epsilon([e.event for e in entries if e.study == entry.study], privacy.delta)
             if spent > privacy.epsilon:
                 raise PrivacyBudgetSpent(
                     f"study '{entry.study}' would spend epsilon {spent:.2f}, its budget is"
                     f" {privacy.epsilon:g} at delta {privacy.delta:g}"
                 )
-            total = epsilon([e.event for e in after], delta) if budget is not None else 0.0
+            total = epsilon([e.event for e in entries], delta) if budget is not None else 0.0
             if budget is not None and total > budget:
                 raise PrivacyBudgetSpent(
                     f"all studies together would spend epsilon {total:.2f}, site.yaml allows {budget:g}"
                     f" at delta {delta:g}"
                 )
-            append(_values(entry))
+            values = asdict(entry)
+            append({"time": round(time.time(), 3), **values.pop("event"), **values})
         return spent
 
 
-@contextmanager
-def _report_damage(path: Path) -> Iterator[None]:
-    """Raise LedgerDamaged where the log is tampered with or a line is invalid."""
-    try:
-        yield
-    except (LogTampered, _InvalidEntry) as error:
-        problem = error.what if isinstance(error, LogTampered) else f"invalid entry: {error}"
-        raise LedgerDamaged(
-            f"{path} was changed or cut ({problem}): restore the file and its .head from a backup; without"
-            " them the amount spent is unknown, and the site cannot train with privacy"
-        ) from None
-
-
-class _InvalidEntry(ValueError):
-    """A line of the ledger is not a release."""
-
-
-def _values(entry: LedgerEntry) -> dict[str, object]:
-    return {
-        "time": round(time.time(), 3),
-        "study": entry.study,
-        "run": entry.run,
-        "round": entry.round,
-        "mode": entry.mode,
-        "level": entry.level,
-        "rate": entry.event.rate,
-        "noise_multiplier": entry.event.noise_multiplier,
-        "steps": entry.event.steps,
-    }
-
-
-def _entry(values: dict[str, object]) -> LedgerEntry:
-    try:
-        rate, noise, steps = values["rate"], values["noise_multiplier"], values["steps"]
-        if not (isinstance(rate, float) and isinstance(noise, float) and isinstance(steps, int)):
-            raise TypeError("expected numbers for rate, noise_multiplier and steps")
-        if not (0 < rate <= 1 and noise > 0 and steps > 0):
-            raise ValueError("rate, noise_multiplier or steps is out of range")
-        return LedgerEntry(
-            study=str(values["study"]),
-            run=str(values["run"]),
-            round=int(str(values["round"])),
-            mode=str(values["mode"]),
-            level=str(values["level"]),
-            event=PrivacyEvent(rate=rate, noise_multiplier=noise, steps=steps),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise _InvalidEntry(error) from None
+def _parse_entry(values: dict[str, Any]) -> LedgerEntry:
+    rate, noise, steps = values["rate"], values["noise_multiplier"], values["steps"]
+    if not (isinstance(rate, float) and isinstance(noise, float) and isinstance(steps, int)):
+        raise TypeError("expected numbers for rate, noise_multiplier and steps")
+    if not (0 < rate <= 1 and noise > 0 and steps > 0):
+        raise ValueError("rate, noise_multiplier or steps is out of range")
+    return LedgerEntry(
+        study=str(values["study"]),
+        run=str(values["run"]),
+        round=int(str(values["round"])),
+        mode=str(values["mode"]),
+        level=str(values["level"]),
+        event=PrivacyEvent(rate=rate, noise_multiplier=noise, steps=steps),
+    )

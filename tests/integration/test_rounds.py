@@ -413,7 +413,7 @@ def test_a_foreign_fingerprint_is_refused_on_both_sides_with_the_reason(
     message = Message(records.to_record(hello), dst_node_id=103, message_type=records.HANDSHAKE)
     (reply,) = grid.send_and_receive([message])
     assert records.from_record(records.HandshakeReply, reply.content).problem == "fingerprint"
-    assert "takes no part in study 'fake': the backbone weights differ" in caplog.text
+    assert "cannot take part in study 'fake': the backbone weights differ" in caplog.text
 
 
 def test_a_federation_of_another_size_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
