@@ -6,13 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
 from fedsigma.common.utils.errors import FedSigmaError
 
@@ -24,28 +19,22 @@ class NoIdentity(FedSigmaError, ValueError):
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:
-    """Read the private key that `new_identity` wrote.
-
-    Args:
-        path: The PEM file.
+    """Read the private key of a PEM file.
 
     Raises:
         NoIdentity: The file holds no Ed25519 key.
     """
-    key = load_pem_private_key(path.read_bytes(), password=None)
+    key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise NoIdentity(f"{path} holds no Ed25519 key: create one with `fedsigma identity`")
     return key
 
 
 def new_identity(path: Path) -> str:
-    """Create an Ed25519 key and write it as PEM to a new file, readable by its owner only.
-
-    Args:
-        path: The file to write.
+    """Create an Ed25519 key in a new PEM file, readable by its owner only.
 
     Returns:
-        The public key as 64 hex digits.
+        The public key, 64 hex digits.
 
     Raises:
         FileExistsError: The file exists.
@@ -56,7 +45,9 @@ def new_identity(path: Path) -> str:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is not a folder: create it first")
     key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)
     return key.public_key().public_bytes_raw().hex()

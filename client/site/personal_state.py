@@ -63,16 +63,14 @@ def read_personal_values(
                 f"{path} holds the values of {key} {metadata.get(key)!r}, expected"
                 f" {key} {expected!r}: name the file of the same study and run"
             )
-    if metadata.get("layout") != partition.full.digest or metadata.get("shared") != partition.shared.digest:
+    if (metadata.get("layout"), metadata.get("shared")) != (partition.full.digest, partition.shared.digest):
         raise PersonalError(f"{path} has other personal parts than this study")
-    if metadata.get("weights") != _weights(fingerprint):
+    if metadata.get("weights") != _digest_weights(fingerprint):
         raise PersonalError(f"{path} was trained on another backbone than this study's")
-    for values in (before, after):
-        valid = values.shape == (partition.personal_size,) and values.dtype == np.float32
-        if not valid or not bool(np.isfinite(values).all()):
-            raise PersonalError(
-                f"{path}: expected {partition.personal_size} finite float32 values; restore it from a backup"
-            )
+    size = partition.personal_size
+    arrays = (before, after)
+    if not all(a.shape == (size,) and a.dtype == np.float32 and np.isfinite(a).all() for a in arrays):
+        raise PersonalError(f"{path}: expected {size} finite float32 values; restore it from a backup")
     if not metadata.get("round", "").isdecimal():
         raise PersonalError(f"{path}: round is {metadata.get('round')!r}, expected a whole number")
     return int(metadata["round"]), before, after
@@ -83,7 +81,7 @@ def safe_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
 
 
-def _weights(fingerprint: Fingerprint) -> str:
+def _digest_weights(fingerprint: Fingerprint) -> str:
     return hashlib.sha256(fingerprint.weights.encode()).hexdigest()
 
 
@@ -133,7 +131,7 @@ class PersonalState:
             "format": FORMAT,
             "layout": self._partition.full.digest,
             "shared": self._partition.shared.digest,
-            "weights": _weights(self._fingerprint),
+            "weights": _digest_weights(self._fingerprint),
             "study": self._study,
             "run": self._run,
             "round": str(round),
@@ -145,6 +143,5 @@ class PersonalState:
         if self._partition.personal_size == 0 or not self.path.exists():
             zeros = np.zeros(self._partition.personal_size, np.float32)
             return 0, zeros, zeros
-        return read_personal_values(
-            self.path, self._partition, self._fingerprint, study=self._study, run=self._run
-        )
+        partition, fingerprint = self._partition, self._fingerprint
+        return read_personal_values(self.path, partition, fingerprint, study=self._study, run=self._run)

@@ -109,9 +109,8 @@ class SecureAggregationClient:
 
     def member(self) -> Member:
         """Return this site's member entry: its public key of this run, signed with its identity."""
-        return secure_aggregation.sign(
-            self._site.identity(), run=self._run, name=self._site.name, key=self._public_key()
-        )
+        site = self._site
+        return secure_aggregation.sign(site.identity(), run=self._run, name=site.name, key=self._public_key())
 
     def check_task(self, task: TrainTask) -> None:
         """Reject an untrusted cohort, and a round that was answered for too many cohorts.
@@ -121,27 +120,34 @@ class SecureAggregationClient:
                 task.
             TooManyCohorts: The round, or a later one, was answered for too many cohorts.
         """
-        state, context = self._state, self._make_context(task)
-        self._context = context
-        secure_aggregation.check_members(
-            context, self._site.peers(task.study), me=self._site.name, key=self._public_key()
+        state, site = self._state, self._site
+        self._context = MaskContext(
+            run=self._run,
+            round=task.round,
+            attempt=task.attempt,
+            members=task.members,
+            bound=task.bound,
+            most_examples=task.most_examples,
+            task=bytes.fromhex(_digest(task)),
         )
-        task_digest = _digest(
-            replace(task, members=(), cohort=1, attempt=0, bound=1.0, most_examples=1)
-        ).hex()
-        if task.round == state.round and context.info.hex() in state.replies:
+        context_id = self._context.info.hex()
+        secure_aggregation.check_members(
+            self._context, site.peers(task.study), me=site.name, key=self._public_key()
+        )
+        task_digest = _digest(replace(task, members=(), cohort=1, attempt=0, bound=1.0, most_examples=1))
+        if task.round == state.round and context_id in state.replies:
             return
         cohorts = len(state.replies) if task.round == state.round else 0
-        if cohorts >= self._site.policy.max_cohorts or state.round > task.round:
+        if cohorts >= site.policy.max_cohorts or state.round > task.round:
             raise TooManyCohorts(
                 f"round {task.round} was answered for {cohorts} cohorts, the last round is {state.round};"
-                f" site.yaml allows {self._site.policy.max_cohorts} cohorts a round"
+                f" site.yaml allows {site.policy.max_cohorts} cohorts a round"
             )
         if task.round == state.round and task_digest != state.task_digest:
             raise secure_aggregation.MaskingError(f"round {task.round} is retried with another task")
         if task.round != state.round:
             self._state = state = _RunState(state.private, round=task.round, task_digest=task_digest)
-        state.replies[context.info.hex()] = np.zeros(0, np.uint32)
+        state.replies[context_id] = np.zeros(0, np.uint32)
         self._write()
 
     def find_reply(self, task: TrainTask) -> MaskedReply | None:
@@ -159,12 +165,9 @@ class SecureAggregationClient:
         self._write()
 
     def make_reply(self, task: TrainTask, update: Vector, counts: list[int]) -> MaskedReply:
-        """Mask the weighted update and its counts, and store the reply before it is returned.
+        """Mask the update, float32 of shape (values,), and its counts, and store the reply.
 
-        Args:
-            task: The accepted task.
-            update: The update, float32 of shape (values,).
-            counts: The counts of `make_counts`; the first is the weight.
+        The update is weighted by the first count.
 
         Raises:
             MaskingError: A value or a count is too large for the masked sum.
@@ -181,17 +184,6 @@ class SecureAggregationClient:
         self._state.replies[context.info.hex()] = masked
         self._write()
         return MaskedReply(masked=masked.astype("<u4").tobytes(), steps=task.steps)
-
-    def _make_context(self, task: TrainTask) -> MaskContext:
-        return MaskContext(
-            run=self._run,
-            round=task.round,
-            attempt=task.attempt,
-            members=task.members,
-            bound=task.bound,
-            most_examples=task.most_examples,
-            task=_digest(task),
-        )
 
     def _public_key(self) -> bytes:
         return X25519PrivateKey.from_private_bytes(self._state.private).public_key().public_bytes_raw()
@@ -221,7 +213,7 @@ def _read(path: Path) -> _RunState:
                 round=int(metadata["round"]),
                 task_digest=metadata["task"],
                 replies={
-                    name.removeprefix(_REPLY): file.get_tensor(name)
+                    name[len(_REPLY) :]: file.get_tensor(name)
                     for name in sorted(names)
                     if name.startswith(_REPLY)
                 },
@@ -234,19 +226,15 @@ def _read(path: Path) -> _RunState:
         ) from error
 
 
-def _digest(task: TrainTask) -> bytes:
-    """Return the SHA-256 of a task (32 bytes); all sites of a cohort receive the same task."""
-    return bytes.fromhex(digest(fields_of(to_record(task)))["sha256"])
+def _digest(task: TrainTask) -> str:
+    """Return the SHA-256 of a task, in hex; all sites of a cohort receive the same task."""
+    return str(digest(fields_of(to_record(task)))["sha256"])
 
 
 def make_counts(*, examples: int, loss: float, test_examples: int, accuracy: float) -> list[int]:
     """Return the counts that are summed with the update, in the order of `MASKED_COUNTS`.
 
-    Args:
-        examples: Number of training examples.
-        loss: Mean training loss; a negative loss, or NaN as of private training, counts as zero.
-        test_examples: Number of test examples.
-        accuracy: Accuracy on the test examples, from 0 to 1.
+    A negative loss, or NaN as of private training, counts as zero.
     """
     correct = round(accuracy * test_examples) if test_examples else 0
     units = 0 if math.isnan(loss) else max(0, round(examples * loss * LOSS_UNIT))

@@ -128,15 +128,9 @@ class Site:
         """Reject a training task that exceeds the site's policy.
 
         Raises:
-            StudyNotAllowed: The policy does not list the study.
-            BackboneNotAllowed: The policy does not list the backbone.
-            TooManySteps: The task has too many local steps.
-            TooManyRounds: The task's round is above the limit.
-            CohortTooSmall: The task's cohort has too few sites, or does not match its list of members.
-            NotMasked: The policy requires secure aggregation, and the task does not use it.
-            NotPrivate: The policy requires a privacy level that the task does not provide.
+            FedSigmaError: One of this module's exceptions, whose name states the reason.
         """
-        policy = self.policy
+        policy, privacy = self.policy, task.privacy
         self.check_study(task.study)
         if task.steps > policy.max_local_steps:
             raise TooManySteps(f"{task.steps} local steps; site.yaml allows {policy.max_local_steps}")
@@ -148,13 +142,12 @@ class Site:
             raise CohortTooSmall(f"cohort of {task.cohort} sites, but {len(task.members)} members are listed")
         if policy.require_masking and not task.members:
             raise NotMasked("site.yaml requires secure aggregation")
-        if task.mode == "local" and task.privacy.of_sites:
+        if task.mode == "local" and privacy.of_sites:
             raise NotPrivate("local training reveals the site's update, which the privacy level 'site' hides")
-        level = PRIVACY_LEVELS.index(task.privacy.level) if task.privacy.in_training else 0
+        level = PRIVACY_LEVELS.index(privacy.level) if privacy.in_training else 0
         if level < PRIVACY_LEVELS.index(policy.privacy):
             raise NotPrivate(
-                f"site.yaml requires privacy of each {policy.privacy}, the task's level is"
-                f" {task.privacy.level}"
+                f"site.yaml requires privacy of each {policy.privacy}, the task's level is {privacy.level}"
             )
 
     def personal_state(self, study: StudySpec, trainer: Trainer, *, run: str) -> PersonalState:
@@ -169,11 +162,6 @@ class Site:
 
     def charge_privacy(self, task: TrainTask, event: PrivacyEvent, *, run: str) -> float:
         """Enter a private release of this site's images into the ledger, before it happens.
-
-        Args:
-            task: The training task.
-            event: The release.
-            run: Flower's id of the run.
 
         Returns:
             The epsilon spent for this study so far, at the study's delta.
@@ -198,12 +186,8 @@ class Site:
     def charge_evaluation(self, study: StudySpec, versions: int) -> None:
         """Count evaluations on the site's test images, before they happen.
 
-        Metrics are a function of the images: a server that may evaluate any number of models of its own
-        choice can reconstruct labels from them.
-
-        Args:
-            study: The study.
-            versions: Number of models that are evaluated.
+        A server that may evaluate any number of models of its own choice can reconstruct labels from the
+        metrics.
 
         Raises:
             TooManyEvaluations: The site's policy allows fewer for this study.
@@ -252,12 +236,7 @@ class Site:
         return open_trainer(backbone, study.sigma, study.classes, study.prompts)
 
     def images(self, study: StudySpec, *, side: int) -> SiteData:
-        """Return the site's training and test images, decoded at their first use in this process.
-
-        Args:
-            study: The study.
-            side: Side of the decoded images in pixels.
-        """
+        """Return the site's training and test images, decoded at their first use in this process."""
         return IMAGES.get((self, study, side), lambda: _load(self, study, side))
 
     def __hash__(self) -> int:
@@ -313,14 +292,14 @@ def open_site(node_config: Mapping[str, Any], study: StudySpec, *, run: str) -> 
     file = str(node_config.get("site-config") or os.environ.get("FEDSIGMA_SITE") or "")
     if file:
         path = Path(file).expanduser().resolve()
-        policy = SitePolicy.read(path)
+        policy, base = SitePolicy.read(path), path.parent
         return Site(
             name=policy.name,
             policy=policy,
-            base=path.parent,
-            audit_path=path.parent / Path(policy.audit).expanduser(),
-            ledger_path=path.parent / Path(policy.ledger).expanduser(),
-            personal_path=path.parent / Path(policy.personal).expanduser(),
+            base=base,
+            audit_path=base / Path(policy.audit).expanduser(),
+            ledger_path=base / Path(policy.ledger).expanduser(),
+            personal_path=base / Path(policy.personal).expanduser(),
         )
     if "partition-id" not in node_config or not study.data:
         raise ConfigError("this node has no site.yaml: start it with --node-config 'site-config=\"PATH\"'")
@@ -343,22 +322,17 @@ def open_site(node_config: Mapping[str, Any], study: StudySpec, *, run: str) -> 
         allow_attribution=True,
         allow_explanation=True,
     )
-    folder, file_name = _simulated_folder(run, name)
+    from platformdirs import user_state_path
+
+    file_name = safe_name(name)
+    audit = Path(os.environ.get("FEDSIGMA_AUDIT") or user_state_path("fedsigma") / "audit")
     return Site(
         name=name,
         policy=policy,
         base=Path(),
-        audit_path=folder / f"{file_name}.jsonl",
+        audit_path=audit / run / f"{file_name}.jsonl",
         # Outside the run's folder, because a resumed study is another run of Flower.
-        ledger_path=folder.parent / "privacy" / f"{file_name}.jsonl",
-        personal_path=folder.parent / "personal" / file_name,
+        ledger_path=audit / "privacy" / f"{file_name}.jsonl",
+        personal_path=audit / "personal" / file_name,
         sites=len(parts),
     )
-
-
-def _simulated_folder(run: str, name: str) -> tuple[Path, str]:
-    """Return the folder of a simulated site's files in a run, and its name as a file name."""
-    from platformdirs import user_state_path
-
-    folder = os.environ.get("FEDSIGMA_AUDIT") or user_state_path("fedsigma") / "audit"
-    return Path(folder) / run, safe_name(name)
