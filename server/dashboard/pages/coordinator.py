@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
@@ -18,11 +17,10 @@ from fedsigma.common.utils.hash_chain import HashChainedLog, LogTampered
 from fedsigma.server.dashboard.auth.middleware import operator_only
 from fedsigma.server.dashboard.pages.routes import DashboardContext, etag_of, json_response
 from fedsigma.server.dashboard.pages.run_view import describe_event
-from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, list_sites
+from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, site_rows
 from fedsigma.server.deployment.flower_control import ControlError
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 from fedsigma.server.deployment.studies import Studies
-from fedsigma.server.report.formatting import MISSING, format_timestamp
 
 __all__ = ["coordinator_routes"]
 
@@ -39,7 +37,7 @@ def coordinator_routes(context: DashboardContext, server: ServerHome, watch: Sup
         server: Folder of the server.
         watch: Poller of the SuperLink.
     """
-    pages = CoordinatorPages(context, server, watch)
+    pages = _Pages(context, server, watch)
     return [
         Route("/sites", pages.sites),
         Route("/state-of-sites", pages.sites_state),
@@ -51,47 +49,33 @@ def coordinator_routes(context: DashboardContext, server: ServerHome, watch: Sup
     ]
 
 
-class CoordinatorPages:
-    """The endpoints of `coordinator_routes`; see there for the arguments."""
+class _Pages:
+    """The endpoints; Starlette runs those that are not coroutines in a thread, because they read files."""
 
     def __init__(self, context: DashboardContext, server: ServerHome, watch: SuperLinkWatch) -> None:
         self._context, self._server, self._watch = context, server, watch
 
-    async def sites(self, request: Request) -> Response:
+    def sites(self, request: Request) -> Response:
         """Show the sites with their last contact."""
-        values = await run_in_threadpool(self._sites)
-        return self._context.render_page(request, "sites.html", **values)
+        return self._context.render_page(request, "sites.html", **self._sites())
 
-    async def sites_state(self, request: Request) -> Response:
+    def sites_state(self, request: Request) -> Response:
         """Return the list of sites for the page's script."""
-        values = await run_in_threadpool(self._sites)
-        html = self._context.render(request, "sites_list.html", **values)
+        html = self._context.render(request, "sites_list.html", **self._sites())
         return json_response(request, etag_of(html), {"parts": {"sites": html}})
 
     def _sites(self) -> dict[str, Any]:
         index = self._context.run_index
         keys = [entry.key for entry in index.list_runs() if entry.started][:CONTACT_RUNS]
         events = [event for key in keys for event in index.open_run(key).events()]
-        rows = [
-            (
-                site.name,
-                site.state,
-                site.node_status or MISSING,
-                format_timestamp(site.last_contact),
-                site.version or MISSING,
-                site.note,
-            )
-            for site in list_sites(index.database, self._watch, events)
-        ]
-        return {"sites": rows, "error": self._watch.error}
+        return {"sites": site_rows(index.database, self._watch, events), "error": self._watch.error}
 
-    async def audit(self, request: Request) -> Response:
+    def audit(self, request: Request) -> Response:
         """Verify the server's audit log and show its newest lines."""
-        log = HashChainedLog(self._server.path / "audit.jsonl")
         lines: list[dict[str, Any]] = []
         head = error = ""
         try:
-            lines, verified = await run_in_threadpool(log.check)
+            lines, verified = HashChainedLog(self._server.path / "audit.jsonl").check()
             head = str(verified)
         except LogTampered as problem:
             error = f"Verification of the audit log failed: {problem.what}. Compare the log with a backup."
@@ -100,18 +84,14 @@ class CoordinatorPages:
             request, "audit.html", rows=rows, count=len(lines), head=head, error=error
         )
 
-    async def start_form(self, request: Request) -> Response:
+    def start_form(self, request: Request) -> Response:
         """Show the form that starts a study."""
         return self._form(request, {"bundled": "", "text": "", "rounds": 0, "seed": -1})
 
     def _form(self, request: Request, values: dict[str, Any], *, error: str = "") -> Response:
+        status = 400 if error else 200
         return self._context.render_page(
-            request,
-            "start.html",
-            status=400 if error else 200,
-            bundled=study_names(),
-            values=values,
-            error=error,
+            request, "start.html", status=status, bundled=study_names(), values=values, error=error
         )
 
     async def start(self, request: Request) -> Response:
@@ -119,43 +99,38 @@ class CoordinatorPages:
         form = await request.form()
         values = {key: str(form.get(key, "")).strip() for key in ("bundled", "text", "rounds", "seed")}
         try:
-            await run_in_threadpool(self._submit, form, values, by=request.state.user.name)
+            await run_in_threadpool(self._submit, request, values, again="again" in form)
         except (ValueError, ServerHomeError, ControlError) as error:
             return self._form(request, values, error=str(error))
         self._watch.refresh()
         return RedirectResponse("/", 303)
 
-    def _submit(self, form: FormData, values: dict[str, str], *, by: str) -> None:
-        rounds, seed = (_parse_int(values, key, empty) for key, empty in (("rounds", 0), ("seed", -1)))
-        options: dict[str, Any] = {"again": "again" in form, "rounds": max(0, rounds), "seed": max(-1, seed)}
-        studies = Studies(self._server, by=by)
-        if values["bundled"]:
-            if values["bundled"] not in study_names():
-                raise ServerHomeError(
-                    f"no study '{values['bundled']}' is included in FedSigma: choose one from the list"
-                )
-            studies.submit(values["bundled"], **options)
-        elif values["text"]:
-            with TemporaryDirectory(prefix="fedsigma-") as folder:
-                file = Path(folder) / "study.yaml"
-                file.write_text(values["text"], encoding="utf-8")
-                studies.submit(str(file), **options)
-        else:
+    def _submit(self, request: Request, values: dict[str, str], *, again: bool) -> None:
+        rounds, seed = max(0, _parse_int(values, "rounds", 0)), max(-1, _parse_int(values, "seed", -1))
+        if not values["bundled"] and not values["text"]:
             raise ServerHomeError("no study was given: choose one, or paste a study file")
-
-    async def stop(self, request: Request) -> Response:
-        """Stop a run."""
-        return await self._act(request, Studies.stop)
-
-    async def resume(self, request: Request) -> Response:
-        """Resume a run."""
-        return await self._act(request, Studies.resume)
-
-    async def _act(self, request: Request, action: Callable[[Studies, str], Any]) -> Response:
-        entry = await run_in_threadpool(self._context.run_index.find_run, request.path_params["key"])
-        try:
+        if values["bundled"] not in ("", *study_names()):
+            raise ServerHomeError(
+                f"no study '{values['bundled']}' is included in FedSigma: choose one from the list"
+            )
+        with TemporaryDirectory(prefix="fedsigma-") as folder:
+            file = Path(folder) / "study.yaml"
+            file.write_text(values["text"], encoding="utf-8")
             studies = Studies(self._server, by=request.state.user.name)
-            await run_in_threadpool(action, studies, entry.run_id)
+            studies.submit(values["bundled"] or str(file), again=again, rounds=rounds, seed=seed)
+
+    def stop(self, request: Request) -> Response:
+        """Stop a run."""
+        return self._act(request, Studies.stop)
+
+    def resume(self, request: Request) -> Response:
+        """Resume a run."""
+        return self._act(request, Studies.resume)
+
+    def _act(self, request: Request, action: Callable[[Studies, str], Any]) -> Response:
+        entry = self._context.run_index.find_run(request.path_params["key"])
+        try:
+            action(Studies(self._server, by=request.state.user.name), entry.run_id)
         except (ServerHomeError, ControlError) as error:
             values = {"title": "Action failed", "message": str(error)}
             return self._context.render_page(request, "error.html", status=409, **values)

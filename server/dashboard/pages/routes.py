@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, DictLoader, Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -26,6 +26,7 @@ from fedsigma.server.dashboard.pages.run_index import RunEntry, RunIndex, Unknow
 from fedsigma.server.dashboard.pages.run_view import Sections, list_view, run_view
 from fedsigma.server.report.style import CHOSEN_SCHEMES, SCHEMES
 from fedsigma.server.report.template import TABLE
+from fedsigma.server.runs.tail import RunTailer
 
 __all__ = ["DashboardContext", "make_app"]
 
@@ -46,18 +47,23 @@ class DashboardContext:
     def __init__(self, run_index: RunIndex, pages: tuple[tuple[str, str], ...]) -> None:
         self.run_index = run_index
         self.pages = pages
-        self._views: dict[str, tuple[tuple[Any, ...], Sections]] = {}
+        self._view = lru_cache(MAX_CACHED_VIEWS)(_view)
         loader = ChoiceLoader([FileSystemLoader(HERE / "templates"), DictLoader({"grids.html": TABLE})])
         self._environment = Environment(
             loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
         self._environment.globals |= {"asset": asset_url, "version": __version__}
 
+    def compile_templates(self) -> None:
+        """Compile all templates, so that the first request does not wait for it."""
+        for name in self._environment.list_templates(extensions=["html"]):
+            self._environment.get_template(name)
+
     def render(self, request: Request, template: str, **values: Any) -> str:
         """Return a template as HTML; all text from runs and studies is escaped."""
-        return "".join(self._template(request, template, values))
+        return "".join(self._generate(request, template, values))
 
-    def _template(self, request: Request, template: str, values: dict[str, Any]) -> Iterator[str]:
+    def _generate(self, request: Request, template: str, values: dict[str, Any]) -> Iterator[str]:
         server = self.run_index.server
         shared = {
             "user": request.state.user,
@@ -69,32 +75,18 @@ class DashboardContext:
         }
         return self._environment.get_template(template).generate(**(shared | values))
 
-    def compile_templates(self) -> None:
-        """Compile all templates, so that the first request does not wait for it."""
-        for name in self._environment.list_templates():
-            self._environment.get_template(name)
-
-    def stream_page(self, request: Request, template: str, **values: Any) -> Response:
-        """Return a page whose head is sent first, so that the browser loads scripts early."""
-        pieces = self._template(request, template, values | {"flush": _FLUSH})
-
-        def parts() -> Iterator[str]:
-            buffer: list[str] = []
-            for piece in pieces:
-                if piece == _FLUSH:
-                    yield "".join(buffer)
-                    buffer = []
-                else:
-                    buffer.append(piece)
-            yield "".join(buffer)
-
-        return StreamingResponse(parts(), media_type="text/html")
-
     def render_page(
         self, request: Request, template: str, *, status: int = 200, **values: Any
     ) -> HTMLResponse:
         """Return a complete page."""
         return HTMLResponse(self.render(request, template, **values), status_code=status)
+
+    def stream_page(self, request: Request, template: str, **values: Any) -> Response:
+        """Return a page whose head is sent first, so that the browser loads scripts early."""
+        pieces = self._generate(request, template, values | {"flush": _FLUSH})
+        # Pieces up to the mark, then the rest.
+        parts = ("".join(iter(partial(next, pieces, _FLUSH), _FLUSH)) for _ in range(2))
+        return StreamingResponse(parts, media_type="text/html")
 
     def may_operate(self, request: Request) -> bool:
         """Return whether the user may start, stop and resume runs."""
@@ -108,48 +100,26 @@ class DashboardContext:
             UnknownRun: There is no such run.
         """
         tailer = self.run_index.open_run(entry.key)
-        state = (tailer.state, entry.summary.state)
-        cached = self._views.get(entry.key)
-        if cached is None or cached[0] != state:
-            cached = self._views[entry.key] = (state, run_view(tailer, entry))
-            while len(self._views) > MAX_CACHED_VIEWS:
-                del self._views[next(iter(self._views))]
-        return etag_of(repr(state)), cached[1]
+        state = tailer.state
+        return etag_of(repr((state, entry.summary.state))), self._view(tailer, entry, state)
+
+
+def _view(tailer: RunTailer, entry: RunEntry, state: tuple[int, ...]) -> Sections:
+    """Return the content of a run's page; `state` is part of the cache's key."""
+    return run_view(tailer, entry)
 
 
 @cache
-def read_static(name: str) -> tuple[bytes, bytes, str]:
-    """Return a static file: its content, the content compressed by gzip, and a hash of the content.
-
-    Raises:
-        FileNotFoundError: There is no file of this name.
-    """
-    paths = {path.name: path for path in (HERE / "static").iterdir()}
-    if name not in paths:
-        raise FileNotFoundError(name)
-    content = paths[name].read_bytes()
-    if name == "app.css":
-        content = (SCHEMES + CHOSEN_SCHEMES).encode() + content
-    return content, gzip.compress(content, 6), hashlib.sha256(content).hexdigest()[:12]
+def static_files() -> dict[str, tuple[bytes, str]]:
+    """Return the content of each static file and a hash of it, by name."""
+    contents = {path.name: path.read_bytes() for path in (HERE / "static").iterdir()}
+    contents["app.css"] = (SCHEMES + CHOSEN_SCHEMES).encode() + contents["app.css"]
+    return {name: (content, hashlib.sha256(content).hexdigest()[:12]) for name, content in contents.items()}
 
 
 def asset_url(name: str) -> str:
     """Return the URL of a static file, with a version that changes with the content."""
-    return f"/static/{name}?v={read_static(name)[2]}"
-
-
-async def _static(request: Request) -> Response:
-    name = request.path_params["name"]
-    try:
-        content, compressed, _ = read_static(name)
-    except FileNotFoundError:
-        raise HTTPException(404) from None
-    headers = {"Vary": "Accept-Encoding"}
-    # Scripts import modules without the version; these are revalidated each time.
-    headers["Cache-Control"] = "private, max-age=31536000, immutable" if request.query_params else "no-cache"
-    if "gzip" in request.headers.get("accept-encoding", ""):
-        content, headers["Content-Encoding"] = compressed, "gzip"
-    return Response(content, media_type=MEDIA_TYPES[Path(name).suffix], headers=headers)
+    return f"/static/{name}?v={static_files()[name][1]}"
 
 
 def make_app(context: DashboardContext, extra_routes: list[Route], *, lifespan: Any = None) -> Starlette:
@@ -160,18 +130,26 @@ def make_app(context: DashboardContext, extra_routes: list[Route], *, lifespan: 
         extra_routes: Routes that only a server's dashboard has.
         lifespan: Lifespan handler of the Starlette app.
     """
+    collector = RunCollector(context.run_index.collect_metrics)
+
+    def route(path: str, handler: Callable[..., Response], *, compressed: bool = False) -> Route:
+        # Starlette runs handlers that are not coroutines in a thread. Pages are not compressed: they have
+        # CSRF tokens and repeat parameters of the request.
+        middleware = [Middleware(GZipMiddleware)] if compressed else []
+        return Route(path, partial(handler, context), middleware=middleware)
+
     routes = [
-        Route("/", _page(context, _runs)),
-        Route("/state", _page(context, _runs_state)),
-        Route("/runs/{key:path}", _page(context, _run)),
-        Route("/state/{key:path}", _page(context, _run_state)),
-        Route("/report/{key:path}", _page(context, _report)),
-        Route("/compare", _page(context, _compare)),
-        Route("/models", _page(context, _models)),
-        Route("/models/{reference}", _page(context, _model)),
-        Route("/static/{name}", _static),
-        Route("/health", _health),
-        Route("/metrics", _metrics(context)),
+        route("/", _runs),
+        route("/state", _runs_state, compressed=True),
+        route("/runs/{key:path}", _run),
+        route("/state/{key:path}", _run_state, compressed=True),
+        route("/report/{key:path}", _report),
+        route("/compare", _compare),
+        route("/models", _models),
+        route("/models/{reference}", _model),
+        route("/static/{name}", _static, compressed=True),
+        Route("/health", lambda request: PlainTextResponse("ok\n")),
+        Route("/metrics", partial(_metrics, collector)),
         *extra_routes,
     ]
 
@@ -183,54 +161,36 @@ def make_app(context: DashboardContext, extra_routes: list[Route], *, lifespan: 
             message = "There is no such page, or the run was removed."
         return context.render_page(request, "error.html", status=status, title=title, message=message)
 
-    return Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        exception_handlers={HTTPException: error_page, UnknownRun: error_page},
-    )
+    handlers = {HTTPException: error_page, UnknownRun: error_page}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
-def _page(
-    context: DashboardContext, handler: Callable[[DashboardContext, Request], Response]
-) -> Callable[[Request], Any]:
-    """Return an endpoint that runs the handler in a thread, because handlers read files."""
-
-    async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(handler, context, request)
-
-    return endpoint
-
-
-async def _health(request: Request) -> Response:
-    return PlainTextResponse("ok\n")
+def _static(context: DashboardContext, request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in static_files():
+        raise HTTPException(404)
+    # Scripts import modules without the version; these are revalidated each time.
+    kept = "private, max-age=31536000, immutable" if request.query_params else "no-cache"
+    media_type = MEDIA_TYPES[Path(name).suffix]
+    return Response(static_files()[name][0], media_type=media_type, headers={"Cache-Control": kept})
 
 
-def _metrics(context: DashboardContext) -> Callable[[Request], Any]:
-    collector = RunCollector(context.run_index.collect_metrics)
-
-    async def endpoint(request: Request) -> Response:
-        accept = request.headers.get("accept", "")
-        content, content_type = await run_in_threadpool(metrics_page, collector, accept=accept)
-        return Response(content, headers={"Content-Type": content_type})
-
-    return endpoint
+def _metrics(collector: RunCollector, request: Request) -> Response:
+    content, content_type = metrics_page(collector, accept=request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": content_type})
 
 
 def _runs(context: DashboardContext, request: Request) -> Response:
-    return context.render_page(request, "runs.html", **_runs_list(context, request))
-
-
-def _runs_list(context: DashboardContext, request: Request) -> dict[str, Any]:
-    return {
-        "runs": list_view(context.run_index),
-        "folder": context.run_index.folder.name,
-        "may_start": context.may_operate(request),
-    }
+    return context.render_page(request, "runs.html", **_runs_list(context))
 
 
 def _runs_state(context: DashboardContext, request: Request) -> Response:
-    html = context.render(request, "runs_list.html", **_runs_list(context, request))
+    html = context.render(request, "runs_list.html", **_runs_list(context))
     return json_response(request, etag_of(html), {"parts": {"live": html}})
+
+
+def _runs_list(context: DashboardContext) -> dict[str, Any]:
+    return {"runs": list_view(context.run_index), "folder": context.run_index.folder.name}
 
 
 def etag_of(text: str) -> str:
@@ -239,19 +199,11 @@ def etag_of(text: str) -> str:
 
 
 def json_response(request: Request, tag: str, values: dict[str, Any]) -> Response:
-    """Return values for a page's script, or status 304 if the client has this version.
-
-    Args:
-        request: The request, with the client's version in `If-None-Match`.
-        tag: Identifies this version.
-        values: The content, to be encoded as JSON.
-    """
-    headers = {"ETag": f'"{tag}"', "Vary": "Accept-Encoding"}
+    """Return values for a page's script, or status 304 if the request has this `tag` in `If-None-Match`."""
+    headers = {"ETag": f'"{tag}"'}
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
-    content = json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
-    if "gzip" in request.headers.get("accept-encoding", ""):
-        content, headers["Content-Encoding"] = gzip.compress(content, 1), "gzip"
+    content = json.dumps(values, separators=(",", ":"), allow_nan=False)
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -273,16 +225,15 @@ def _embed_charts(sections: Sections) -> Markup:
 
 
 def _actions(entry: RunEntry) -> list[tuple[str, dict[str, str]]]:
-    if not entry.run_id:
-        return []
     stop = {"button": "Stop", "confirm": "Stop this run? Finished rounds are kept, and it can be resumed."}
     resume = {"button": "Resume", "confirm": "Resume this run after its last finished round?"}
-    return {
+    actions = {
         "queued": [("stop", stop)],
         "running": [("stop", stop)],
         "interrupted": [("stop", stop), ("resume", resume)],
         "failed": [("resume", resume)],
-    }.get(entry.summary.state, [])
+    }
+    return actions.get(entry.summary.state, []) if entry.run_id else []
 
 
 def _run_state(context: DashboardContext, request: Request) -> Response:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fedsigma.common.registry import ModelRegistry, registry_folder
@@ -47,11 +44,6 @@ class RunEntry:
     run_id: str = ""
     started: bool = True
 
-    @property
-    def active(self) -> bool:
-        """Whether the run may still change."""
-        return self.summary.state in ("running", "queued")
-
 
 class RunIndex:
     """The runs below one folder.
@@ -69,11 +61,10 @@ class RunIndex:
         self.server = server
         self._watch = watch
         self.model_registry = ModelRegistry(server.path / "models" if server else registry_folder(folder))
-        self._lock = threading.Lock()
         self._listed: tuple[float, list[Path]] = (-LIST_TTL_S, [])
         self._summaries: dict[Path, tuple[tuple[int, ...], RunSummary]] = {}
-        self._open: OrderedDict[Path, RunTailer] = OrderedDict()
-        self._metrics: dict[str, tuple[tuple[int, ...], RunMetrics]] = {}
+        self._open = lru_cache(MAX_OPEN)(RunTailer)
+        self._metrics = lru_cache(2 * NEWEST)(self._compute_metrics)
 
     @cached_property
     def database(self) -> ServerDatabase:
@@ -92,17 +83,10 @@ class RunIndex:
         Raises:
             UnknownRun: There is no run with this key.
         """
-        for entry in self._entries([path for path in self._paths() if self.key(path) == key]):
+        for entry in self._entries([path for path in self._paths() if self._key(path) == key]):
             if entry.key == key:
                 return entry
         raise UnknownRun(key)
-
-    def _entries(self, paths: list[Path]) -> list[RunEntry]:
-        """Return the runs of these folders, and a server's submitted studies that have not started."""
-        entries = [RunEntry(key=self.key(path), summary=self._summary(path)) for path in paths]
-        if self.server is None:
-            return entries
-        return with_submissions(self.database, entries, self._watch)
 
     def open_run(self, key: str) -> RunTailer:
         """Return the reader of a run's files, which keeps what it has parsed.
@@ -110,44 +94,64 @@ class RunIndex:
         Raises:
             UnknownRun: There is no run with this key. Keys are looked up, never joined to a path.
         """
-        path = {self.key(path): path for path in self._paths()}.get(key)
-        if path is None:
-            raise UnknownRun(key)
-        with self._lock:
-            tailer = self._open.setdefault(path, RunTailer(path))
-            self._open.move_to_end(path)
-            while len(self._open) > MAX_OPEN:
-                self._open.popitem(last=False)
-            return tailer
+        for path in self._paths():
+            if self._key(path) == key:
+                return self._open(path)
+        raise UnknownRun(key)
 
-    def key(self, path: Path) -> str:
-        """Return the key of a run folder."""
-        return path.relative_to(self.folder).as_posix() if path != self.folder else path.name
-
-    def collect_metrics(self, *, newest: int = NEWEST) -> list[RunMetrics]:
-        """Return the metrics of each run; beyond the `newest` runs only the summary."""
+    def collect_metrics(self) -> list[RunMetrics]:
+        """Return the metrics of each run; beyond the newest runs only the summary."""
         collected = []
         for index, entry in enumerate(self.list_runs()):
-            if index >= newest or not entry.started:
+            if index < NEWEST and entry.started:
+                state = RunTailer(Path(entry.summary.path)).state
+                collected.append(self._metrics(entry, state))
+            else:
                 collected.append(RunMetrics(summary=entry.summary))
-                continue
-            # Active runs are kept parsed; the metrics of the others are computed once.
-            tailer = self.open_run(entry.key) if entry.active else RunTailer(Path(entry.summary.path))
-            state = tailer.state
-            cached = self._metrics.get(entry.key)
-            if cached is None or cached[0] != state or cached[1].summary != entry.summary:
-                metrics = RunMetrics.from_run(entry.summary, rows=tailer.rounds(), events=tailer.events())
-                cached = self._metrics[entry.key] = (state, metrics)
-            collected.append(cached[1])
         return collected
 
+    def _compute_metrics(self, entry: RunEntry, state: tuple[int, ...]) -> RunMetrics:
+        """Return the metrics of a run; `state` is part of the cache's key."""
+        # Only running ones are kept parsed.
+        tailer = (self._open if entry.summary.state == "running" else RunTailer)(Path(entry.summary.path))
+        return RunMetrics.from_run(entry.summary, rows=tailer.rounds(), events=tailer.events())
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix() if path != self.folder else path.name
+
     def _paths(self) -> list[Path]:
-        with self._lock:
-            listed_at, paths = self._listed
-            if time.monotonic() - listed_at > LIST_TTL_S:
-                paths = find_runs(self.folder) if self.folder.is_dir() else []
-                self._listed = time.monotonic(), paths
-            return paths
+        if time.monotonic() - self._listed[0] > LIST_TTL_S:
+            self._listed = time.monotonic(), find_runs(self.folder) if self.folder.is_dir() else []
+        return self._listed[1]
+
+    def _entries(self, paths: list[Path]) -> list[RunEntry]:
+        """Return the runs of these folders, and a server's submitted studies that have not started."""
+        submissions: dict[Path, Submission] = {}
+        if self.server is not None:
+            for submission in self.database.submissions():  # the newest first
+                submissions.setdefault(Path(submission.folder), submission)
+        entries = []
+        for path in paths:
+            run_id = submissions.pop(path).run_id if path in submissions else ""
+            entries.append(RunEntry(key=self._key(path), summary=self._summary(path), run_id=run_id))
+        return entries + [self._not_started(x) for path, x in submissions.items() if not path.exists()]
+
+    def _not_started(self, submission: Submission) -> RunEntry:
+        status = self._watch.end_status(submission.run_id) if self._watch else ""
+        summary = RunSummary(
+            path=submission.folder,
+            study=submission.study,
+            state="failed" if status else "queued",
+            reason=f"the run did not start: {status}" if status else "",
+            rounds_done=0,
+            rounds_planned=None,
+            sites=0,
+            federated_accuracy=None,
+            started=utc_seconds(submission.submitted_at),
+            seconds=None,
+        )
+        name = Path(submission.folder).name
+        return RunEntry(key=name, summary=summary, run_id=submission.run_id, started=False)
 
     def _summary(self, path: Path) -> RunSummary:
         tailer = RunTailer(path)
@@ -157,50 +161,3 @@ class RunIndex:
         if cached is None or cached[0] != state or cached[1].state not in ("finished", "failed"):
             cached = self._summaries[path] = (state, summarize_run(tailer))
         return cached[1]
-
-
-def newest_submissions(database: ServerDatabase) -> dict[Path, Submission]:
-    """Return the last submission of each run folder."""
-    newest: dict[Path, Submission] = {}
-    for submission in database.submissions():
-        newest.setdefault(Path(submission.folder), submission)
-    return newest
-
-
-def with_submissions(
-    database: ServerDatabase, entries: Sequence[RunEntry], watch: SuperLinkWatch | None = None
-) -> list[RunEntry]:
-    """Add Flower's run ids to the runs, and the submitted studies that have not started.
-
-    Args:
-        database: The server's database.
-        entries: The runs.
-        watch: Poller of the server's SuperLink, if there is one.
-    """
-    submissions = newest_submissions(database)
-    runs = [
-        replace(entry, run_id=submissions.pop(path).run_id)
-        if (path := Path(entry.summary.path)) in submissions
-        else entry
-        for entry in entries
-    ]
-    return runs + [
-        _submitted(path, submission, watch) for path, submission in submissions.items() if not path.exists()
-    ]
-
-
-def _submitted(path: Path, submission: Submission, watch: SuperLinkWatch | None) -> RunEntry:
-    status = watch.end_status(submission.run_id) if watch else ""
-    summary = RunSummary(
-        path=str(path),
-        study=submission.study,
-        state="failed" if status else "queued",
-        reason=f"the run did not start: {status}" if status else "",
-        rounds_done=0,
-        rounds_planned=None,
-        sites=0,
-        federated_accuracy=None,
-        started=utc_seconds(submission.submitted_at),
-        seconds=None,
-    )
-    return RunEntry(key=path.name, summary=summary, run_id=submission.run_id, started=False)

@@ -5,38 +5,17 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from fedsigma.server.deployment.database import ServerDatabase, Site
+from fedsigma.server.deployment.database import ServerDatabase
 from fedsigma.server.deployment.flower_control import ControlError, FlowerControl, Node
 from fedsigma.server.deployment.home import ServerHome
+from fedsigma.server.report.formatting import MISSING, format_timestamp
 from fedsigma.server.runs.summary import last_contacts
 
-__all__ = ["SiteEntry", "SuperLinkWatch", "list_sites", "utc_seconds"]
+__all__ = ["SuperLinkWatch", "site_rows", "utc_seconds"]
 
 POLL_INTERVAL_S = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteEntry:
-    """A site in the list of sites.
-
-    Attributes:
-        name: Name of the site.
-        state: `invited`, `joined` or `revoked`.
-        node_status: Status of the site's node at the SuperLink; empty if unknown.
-        last_contact: Seconds since 1970 of the last contact with a study or the SuperLink.
-        version: Version of FedSigma at the site.
-        note: Note of the operator.
-    """
-
-    name: str
-    state: str
-    node_status: str
-    last_contact: float | None
-    version: str
-    note: str
 
 
 class SuperLinkWatch:
@@ -89,14 +68,14 @@ class SuperLinkWatch:
             self._wake.clear()
 
 
-def list_sites(
-    database: ServerDatabase, watch: SuperLinkWatch | None, events: Sequence[dict[str, Any]]
-) -> list[SiteEntry]:
-    """Return the server's sites.
+def site_rows(
+    database: ServerDatabase, watch: SuperLinkWatch, events: Sequence[dict[str, Any]]
+) -> list[tuple[str, ...]]:
+    """Return a row per site: name, state, status of its node, last contact, version and note.
 
     Args:
         database: The server's database.
-        watch: The SuperLink's reports, if it is polled.
+        watch: The SuperLink's reports.
         events: Events of runs, from which each site's last contact and version are taken.
     """
     contacts = last_contacts(events)
@@ -105,24 +84,15 @@ def list_sites(
         if event["kind"] == "site_ready" and event.get("version"):
             version = (float(event["time"]), str(event["version"]))
             versions[event["site"]] = max(versions.get(event["site"], (0.0, "")), version)
-    nodes = watch.nodes if watch else {}
-    return [
-        _site_entry(site, nodes, contacts.get(site.name), versions.get(site.name, (0.0, ""))[1])
-        for site in database.sites()
-    ]
-
-
-def _site_entry(site: Site, nodes: dict[str, Node], contact: float | None, version: str) -> SiteEntry:
-    node = nodes.get(site.keys[-1].node_id) if site.keys else None
-    times = [time for time in (contact, _parse_time(node.last_seen) if node else None) if time is not None]
-    return SiteEntry(
-        name=site.name,
-        state=site.state,
-        node_status=node.status if node else "",
-        last_contact=max(times, default=None),
-        version=version,
-        note=site.note,
-    )
+    rows = []
+    for site in database.sites():
+        node = watch.nodes.get(site.keys[-1].node_id) if site.keys else None
+        times = [contacts.get(site.name), _parse_time(node.last_seen) if node else None]
+        contact = max((time for time in times if time is not None), default=None)
+        status = node.status if node else MISSING
+        version_text = versions.get(site.name, (0.0, MISSING))[1]
+        rows.append((site.name, site.state, status, format_timestamp(contact), version_text, site.note))
+    return rows
 
 
 def _parse_time(text: str) -> float | None:
