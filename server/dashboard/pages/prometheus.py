@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,7 @@ class RunMetrics:
 
     @classmethod
     def from_run(cls, summary: RunSummary, *, rows: Sequence[Row], events: Sequence[Row]) -> RunMetrics:
-        """Compute the metrics from the files of a run.
-
-        Args:
-            summary: State, progress and times of the run.
-            rows: Rows of rounds.csv, in the order in which they were written.
-            events: Events of the run, in the order in which they were written.
-        """
+        """Compute the metrics of a run from its rows of rounds.csv and its events, both oldest first."""
         contacts = last_contacts(events)
         times = [event["time"] for event in events if isinstance(event.get("time"), int | float)]
         by_site: dict[str, list[Row]] = {site: [] for site in contacts}
@@ -118,6 +113,58 @@ def _latest(rows: Sequence[Row], name: str) -> float | None:
     return next((float(value) for value in values if value is not None), None)
 
 
+_RUN, _SITE = ("study", "run"), ("study", "run", "site")
+# Name, attribute of `RunMetrics` or `SiteMetrics`, and description of each gauge.
+_RUN_GAUGES = (
+    ("fedsigma_run_rounds_done", "summary.rounds_done", "Finished rounds."),
+    ("fedsigma_run_rounds_planned", "summary.rounds_planned", "Planned rounds."),
+    (
+        "fedsigma_run_accuracy_ratio",
+        "summary.federated_accuracy",
+        "Latest accuracy over the test images of all sites.",
+    ),
+    ("fedsigma_run_loss", "loss", "Mean training loss of all sites in the latest round."),
+    ("fedsigma_run_started_timestamp_seconds", "summary.started", "Start of the run."),
+    ("fedsigma_run_last_event_timestamp_seconds", "last_event", "Time of the latest event of the run."),
+    (
+        "fedsigma_run_duration_seconds",
+        "summary.seconds",
+        "Time from the start of the run to its latest event.",
+    ),
+    ("fedsigma_run_sites", "summary.sites", "Number of sites in the run."),
+    ("fedsigma_privacy_epsilon", "epsilon", "Epsilon spent, the largest of any site."),
+)
+_SITE_GAUGES = (
+    ("fedsigma_site_accuracy_ratio", "accuracy", "Latest accuracy on the test images of a site."),
+    ("fedsigma_site_loss", "loss", "Mean training loss of a site in the latest round."),
+    ("fedsigma_site_last_contact_timestamp_seconds", "last_contact", "Time of the last reply of a site."),
+    ("fedsigma_site_privacy_epsilon", "epsilon", "Epsilon spent by a site."),
+)
+_COUNTERS = (
+    ("fedsigma_bytes_received", "Bytes received from all sites in training rounds.", _RUN),
+    ("fedsigma_bytes_sent", "Bytes sent to all sites in training rounds.", _RUN),
+    ("fedsigma_replies", "Replies of all sites by status.", (*_RUN, "status")),
+    ("fedsigma_site_bytes_received", "Bytes received from a site in training rounds.", _SITE),
+    ("fedsigma_site_bytes_sent", "Bytes sent to a site in training rounds.", _SITE),
+    ("fedsigma_site_replies", "Replies of a site by status.", (*_SITE, "status")),
+)
+
+
+def _families() -> dict[str, Any]:
+    """Return all metrics without values, by name."""
+    families: list[Any] = [
+        InfoMetricFamily("fedsigma_build", "Version of FedSigma and of Python."),
+        GaugeMetricFamily("fedsigma_runs", "Number of runs by state.", labels=("state",)),
+        GaugeMetricFamily(
+            "fedsigma_run_state", "1 for the current state of a run, else 0.", labels=(*_RUN, "state")
+        ),
+        *(GaugeMetricFamily(name, text, labels=_RUN) for name, _, text in _RUN_GAUGES),
+        *(GaugeMetricFamily(name, text, labels=_SITE) for name, _, text in _SITE_GAUGES),
+        *(CounterMetricFamily(name, text, labels=labels) for name, text, labels in _COUNTERS),
+    ]
+    return {family.name: family for family in families}
+
+
 class RunCollector(Collector):
     """Collects the metrics of all runs for Prometheus.
 
@@ -130,42 +177,65 @@ class RunCollector(Collector):
         self._read, self._newest = read, newest
         self._highest: dict[tuple[str, ...], float] = {}
 
-    def describe(self) -> Iterator[Metric]:
-        """Yield all metrics without values."""
-        yield from _Families().all()
+    def describe(self) -> Iterable[Metric]:
+        """Return all metrics without values."""
+        return _families().values()
 
-    def collect(self) -> Iterator[Metric]:
-        """Yield the current metrics."""
+    def collect(self) -> Iterable[Metric]:
+        """Return the current metrics."""
         runs = sorted(self._read(), key=lambda run: run.summary.started or 0.0, reverse=True)
-        families = _Families()
-        families.build.add_metric([], {"version": __version__, "python": platform.python_version()})
+        families = _families()
+        families["fedsigma_build"].add_metric(
+            [], {"version": __version__, "python": platform.python_version()}
+        )
         states = Counter(run.summary.state for run in runs)
         for state in STATES:
-            families.runs.add_metric([state], states[state])
+            families["fedsigma_runs"].add_metric([state], states[state])
         newest = runs[: self._newest]
-        counts: dict[tuple[str, ...], float] = {}
+        counts: Counter[tuple[str, ...]] = Counter()
         for run, name in zip(newest, _run_names(newest), strict=True):
-            families.add_run(run, [run.summary.study, name], counts)
+            labels = [run.summary.study, name]
+            for state in STATES:
+                families["fedsigma_run_state"].add_metric([*labels, state], float(run.summary.state == state))
+            _add(families, _RUN_GAUGES, labels, run)
+            _count(counts, run, labels)
             if run.summary.state != "finished":
                 for site, metrics in run.sites.items():
-                    families.add_site(metrics, [run.summary.study, name, site], counts)
-        for (family, *labels), value in self._monotonic(counts).items():
-            families.counter(family).add_metric(labels, value)
-        yield from families.all()
-
-    def _monotonic(self, counts: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
-        """Return the counts, none below its previous value: a repeated round replaces its rows."""
+                    _add(families, _SITE_GAUGES, [*labels, site], metrics)
+        # No count is below its previous value: a repeated round replaces its rows.
         self._highest = {key: max(value, self._highest.get(key, 0)) for key, value in counts.items()}
-        return self._highest
+        for (family, *labels), value in self._highest.items():
+            families[family].add_metric(labels, value)
+        return families.values()
+
+
+def _add(
+    families: dict[str, Any],
+    gauges: Sequence[tuple[str, str, str]],
+    labels: Sequence[str],
+    metrics: RunMetrics | SiteMetrics,
+) -> None:
+    for name, attribute, _ in gauges:
+        value = attrgetter(attribute)(metrics)
+        if value is not None and math.isfinite(value):
+            families[name].add_metric(labels, float(value))
+
+
+def _count(counts: Counter[tuple[str, ...]], run: RunMetrics, labels: Sequence[str]) -> None:
+    """Add the counts of a run, and of its sites unless it has finished."""
+    for kind in ("bytes_received", "bytes_sent"):
+        counts[f"fedsigma_{kind}", *labels] = 0
+    for name, site in run.sites.items():
+        values = {("bytes_received",): site.bytes_received, ("bytes_sent",): site.bytes_sent}
+        replies = {("replies", status): count for status, count in site.replies.items()}
+        for (kind, *status), value in (values | replies).items():
+            counts[f"fedsigma_{kind}", *labels, *status] += value
+            if run.summary.state != "finished":
+                counts[f"fedsigma_site_{kind}", *labels, name, *status] = value
 
 
 def metrics_page(collector: RunCollector, *, accept: str = "") -> tuple[bytes, str]:
-    """Return the page for a scrape and its content type.
-
-    Args:
-        collector: Source of the metrics.
-        accept: Header `Accept` of the request, which selects the format.
-    """
+    """Return the page for a scrape and its content type; the header `accept` selects the format."""
     registry = CollectorRegistry()
     registry.register(collector)
     encode, content_type = choose_encoder(accept)
@@ -177,93 +247,3 @@ def _run_names(runs: Sequence[RunMetrics]) -> list[str]:
     paths = [Path(run.summary.path) for run in runs]
     counts = Counter(path.name for path in paths)
     return [path.name if counts[path.name] == 1 else "/".join(path.parts[-2:]) for path in paths]
-
-
-_RUN, _SITE = ("study", "run"), ("study", "run", "site")
-
-
-class _Families:
-    """All metrics of one scrape."""
-
-    def __init__(self) -> None:
-        self.build = InfoMetricFamily("fedsigma_build", "Version of FedSigma and of Python.")
-        self.runs = _gauge("fedsigma_runs", "Number of runs by state.", ("state",))
-        gauges = {
-            "fedsigma_run_state": ("1 for the current state of a run, else 0.", (*_RUN, "state")),
-            "fedsigma_run_rounds_done": ("Finished rounds.", _RUN),
-            "fedsigma_run_rounds_planned": ("Planned rounds.", _RUN),
-            "fedsigma_run_accuracy_ratio": ("Latest accuracy over the test images of all sites.", _RUN),
-            "fedsigma_run_loss": ("Mean training loss of all sites in the latest round.", _RUN),
-            "fedsigma_run_started_timestamp_seconds": ("Start of the run.", _RUN),
-            "fedsigma_run_last_event_timestamp_seconds": ("Time of the latest event of the run.", _RUN),
-            "fedsigma_run_duration_seconds": ("Time from the start of the run to its latest event.", _RUN),
-            "fedsigma_run_sites": ("Number of sites in the run.", _RUN),
-            "fedsigma_privacy_epsilon": ("Epsilon spent, the largest of any site.", _RUN),
-            "fedsigma_site_accuracy_ratio": ("Latest accuracy on the test images of a site.", _SITE),
-            "fedsigma_site_loss": ("Mean training loss of a site in the latest round.", _SITE),
-            "fedsigma_site_last_contact_timestamp_seconds": ("Time of the last reply of a site.", _SITE),
-            "fedsigma_site_privacy_epsilon": ("Epsilon spent by a site.", _SITE),
-        }
-        self._gauges = {name: _gauge(name, text, labels) for name, (text, labels) in gauges.items()}
-        counters = {
-            "fedsigma_bytes_received": ("Bytes received from all sites in training rounds.", _RUN),
-            "fedsigma_bytes_sent": ("Bytes sent to all sites in training rounds.", _RUN),
-            "fedsigma_replies": ("Replies of all sites by status.", (*_RUN, "status")),
-            "fedsigma_site_bytes_received": ("Bytes received from a site in training rounds.", _SITE),
-            "fedsigma_site_bytes_sent": ("Bytes sent to a site in training rounds.", _SITE),
-            "fedsigma_site_replies": ("Replies of a site by status.", (*_SITE, "status")),
-        }
-        self._counters = {
-            name: CounterMetricFamily(name, text, labels=labels) for name, (text, labels) in counters.items()
-        }
-
-    def all(self) -> Iterator[Metric]:
-        yield from (self.build, self.runs, *self._gauges.values(), *self._counters.values())
-
-    def counter(self, name: str) -> CounterMetricFamily:
-        return self._counters[name]
-
-    def add_run(self, run: RunMetrics, labels: list[str], counts: dict[tuple[str, ...], float]) -> None:
-        summary, sites = run.summary, list(run.sites.values())
-        for state in STATES:
-            self._gauges["fedsigma_run_state"].add_metric([*labels, state], float(summary.state == state))
-        values = {
-            "fedsigma_run_rounds_done": summary.rounds_done,
-            "fedsigma_run_rounds_planned": summary.rounds_planned,
-            "fedsigma_run_accuracy_ratio": summary.federated_accuracy,
-            "fedsigma_run_loss": run.loss,
-            "fedsigma_run_started_timestamp_seconds": summary.started,
-            "fedsigma_run_last_event_timestamp_seconds": run.last_event,
-            "fedsigma_run_duration_seconds": summary.seconds,
-            "fedsigma_run_sites": summary.sites,
-            "fedsigma_privacy_epsilon": run.epsilon,
-        }
-        self._add(values, labels)
-        counts["fedsigma_bytes_received", *labels] = sum(site.bytes_received for site in sites)
-        counts["fedsigma_bytes_sent", *labels] = sum(site.bytes_sent for site in sites)
-        for site in sites:
-            for status, count in site.replies.items():
-                key = ("fedsigma_replies", *labels, status)
-                counts[key] = counts.get(key, 0) + count
-
-    def add_site(self, site: SiteMetrics, labels: list[str], counts: dict[tuple[str, ...], float]) -> None:
-        values = {
-            "fedsigma_site_accuracy_ratio": site.accuracy,
-            "fedsigma_site_loss": site.loss,
-            "fedsigma_site_last_contact_timestamp_seconds": site.last_contact,
-            "fedsigma_site_privacy_epsilon": site.epsilon,
-        }
-        self._add(values, labels)
-        counts["fedsigma_site_bytes_received", *labels] = site.bytes_received
-        counts["fedsigma_site_bytes_sent", *labels] = site.bytes_sent
-        for status, count in site.replies.items():
-            counts["fedsigma_site_replies", *labels, status] = count
-
-    def _add(self, values: Mapping[str, float | None], labels: list[str]) -> None:
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                self._gauges[name].add_metric(labels, float(value))
-
-
-def _gauge(name: str, text: str, labels: Sequence[str]) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, text, labels=labels)
