@@ -121,21 +121,12 @@ class ReportData:
     @property
     def zero_shot(self) -> float | None:
         """Accuracy of the unadapted backbone: the baseline's, else that of round 1's starting model."""
-        return _first_number(
-            self.methods.get("zero_shot", {}).get("accuracy"), self.accuracy_all_sites.get(0)
-        )
+        accuracy = self.methods.get("zero_shot", {}).get("accuracy")
+        return float(accuracy) if isinstance(accuracy, int | float) else self.accuracy_all_sites.get(0)
 
 
 def collect_report_data(run_dir: RunDir, *, read_shift: bool = True) -> ReportData:
-    """Read a run folder in any state; missing or damaged files are left out.
-
-    Args:
-        run_dir: Folder of the run.
-        read_shift: Whether to read the shift file.
-
-    Returns:
-        The data of the report.
-    """
+    """Read a run folder in any state; missing or damaged files, or the shift if requested, are left out."""
     rows = run_dir.rounds()
     try:
         summary = run_dir.read_summary()
@@ -162,10 +153,6 @@ def collect_report_data(run_dir: RunDir, *, read_shift: bool = True) -> ReportDa
     )
 
 
-def _first_number(*candidates: Any) -> float | None:
-    return next((float(value) for value in candidates if isinstance(value, int | float)), None)
-
-
 def _site_names(
     rows: list[dict[str, Any]], summary: dict[str, Any], methods: dict[str, Any]
 ) -> tuple[str, ...]:
@@ -190,13 +177,16 @@ def _accuracy(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, float]]:
 def _rounds(rows: list[dict[str, Any]]) -> tuple[RoundSummary, ...]:
     summaries = []
     for number, group in groupby(rows, key=lambda row: row["round"]):
-        rows_of_round = list(group)
-        sites = [row for row in rows_of_round if row["site"] != ALL_SITES]
-        all_sites = [row["accuracy"] for row in rows_of_round if row["site"] == ALL_SITES]
+        sites, all_sites = [], None
+        for row in group:
+            if row["site"] == ALL_SITES:
+                all_sites = row["accuracy"]
+            else:
+                sites.append(row)
         accuracies = [row["accuracy"] for row in sites if row.get("accuracy") is not None]
         summary = RoundSummary(
             round=number,
-            all_sites=all_sites[-1] if all_sites else None,
+            all_sites=all_sites,
             lowest=min(accuracies, default=None),
             highest=max(accuracies, default=None),
             accepted=sum(row["status"] == "accepted" for row in sites),
@@ -209,11 +199,11 @@ def _rounds(rows: list[dict[str, Any]]) -> tuple[RoundSummary, ...]:
 
 def _notices(events: list[dict[str, Any]]) -> tuple[Notice, ...]:
     groups: dict[tuple[str, str, str], list[int]] = {}
-    starts = 0
+    started = False
     for event in events:
-        starts += event["kind"] == "run_start"
-        if event["kind"] == "run_start" and starts > 1:
+        if event["kind"] == "run_start" and started:
             groups.setdefault(("run resumed", "", ""), []).append(0)
+        started = started or event["kind"] == "run_start"
         if event["kind"] in _NOTICES:
             key = (_NOTICES[event["kind"]], str(event.get("site") or ""), str(event.get("reason") or ""))
             number = event.get("round")

@@ -1,4 +1,4 @@
-"""The figures of a report: SVG drawn by matplotlib, with the page's colours and fonts.
+"""The figures of a report: SVG drawn by matplotlib, or an empty string without values to draw.
 
 Each figure is drawn with placeholder colours and saved as SVG that keeps text as text. For use inside an
 HTML page, the placeholders are replaced by CSS variables (so that one figure serves light, dark and print),
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from fedsigma.server.report.data import ReportData
 from fedsigma.server.report.formatting import METHODS, format_bytes, format_percent, truncate
@@ -65,11 +65,7 @@ _STYLE: Any = {
 
 
 def accuracy_figure(data: ReportData) -> str:
-    """Draw accuracy over the finished rounds: a line per site, one for all sites, and the zero-shot level.
-
-    Returns:
-        The SVG, or an empty string if no round has been evaluated yet.
-    """
+    """Draw accuracy over the finished rounds: a line per site, one for all sites, and the zero-shot level."""
     series = {site: data.accuracy[site] for site in data.sites if site in data.accuracy}
     if not series and not data.accuracy_all_sites:
         return ""
@@ -87,38 +83,39 @@ def accuracy_figure(data: ReportData) -> str:
             ends.append((*_end(data.accuracy_all_sites), "All sites", _INK))
         if not few:
             ends += _extremes(series)
-        _rounds_axis(axes, series, data.accuracy_all_sites)
-        _zero_shot_level(axes, data.zero_shot)
+        _rounds_axis(axes, [*series.values(), data.accuracy_all_sites])
+        if data.zero_shot is not None:
+            _zero_shot_level(axes, data.zero_shot)
         _label_ends(axes, ends)
         titles = {f"site-{index}": site for index, site in enumerate(series)} | {"all-sites": "All sites"}
         return _svg(figure, "accuracy", _describe_accuracy(data, len(series)), titles)
 
 
 def sites_figure(data: ReportData) -> str:
-    """Draw the accuracy of each method at each site, with a bar from zero-shot to federated.
-
-    Returns:
-        The SVG, or an empty string if there are no results per site yet.
-    """
-    methods = {name: entry.get("per_site") or {} for name, entry in data.methods.items()}
-    sites = [site for site in data.sites if any(site in values for values in methods.values())]
+    """Draw the accuracy of each method at each site, with a bar from zero-shot to federated."""
+    per_site = {name: entry.get("per_site") or {} for name, entry in data.methods.items()}
+    sites = [site for site in data.sites if any(site in values for values in per_site.values())]
+    methods = {
+        name: {site: value for site, value in per_site.get(name, {}).items() if value is not None}
+        for name in _MARKS
+    }
     if not sites:
         return ""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(1.1 + (0.36 if len(sites) <= 20 else 0.23) * len(sites))
         for row, site in enumerate(sites):
-            start, end = (methods.get(name, {}).get(site) for name in ("zero_shot", "federated"))
-            if start is not None and end is not None:
-                axes.plot([start, end], [row, row], color=_ACCENT, alpha=0.35, linewidth=3)
+            if site in methods["zero_shot"] and site in methods["federated"]:
+                ends = [methods["zero_shot"][site], methods["federated"][site]]
+                axes.plot(ends, [row, row], color=_ACCENT, alpha=0.35, linewidth=3)
         for name, marks in _MARKS.items():
-            points = [(methods[name][s], row) for row, s in enumerate(sites) if _has(methods, name, s)]
-            if points:
-                x, y = zip(*points, strict=True)
-                axes.plot(x, y, linestyle="none", label=METHODS[name], **marks)
+            rows = [row for row, site in enumerate(sites) if site in methods[name]]
+            if rows:
+                x = [methods[name][sites[row]] for row in rows]
+                axes.plot(x, rows, linestyle="none", label=METHODS[name], **marks)
         axes.set_yticks(range(len(sites)), [truncate(site, 30) for site in sites])
         axes.tick_params(axis="y", labelcolor=_INK)
         axes.set_ylim(len(sites) - 0.4, -0.6)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(axis="x")
         handles = max(1, len(axes.get_legend_handles_labels()[0]))
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=handles, handletextpad=0.3)
@@ -126,19 +123,15 @@ def sites_figure(data: ReportData) -> str:
 
 
 def shift_magnitude_figure(data: ReportData) -> str:
-    """Draw the mean absolute shift by part and layer: one heat map per tower, with a common colour scale.
-
-    Returns:
-        The SVG, or an empty string if there is no shift yet.
-    """
+    """Draw the mean absolute shift by part and layer: one heat map per tower, with a common colour scale."""
     if not data.shift_magnitudes:
         return ""
     maximum = max((float(np.nanmax(m.values)) for m in data.shift_magnitudes), default=0.0) or 1.0
     with mpl.rc_context(_STYLE):
         height = 0.5 + sum(0.3 * len(m.parts) + 0.75 for m in data.shift_magnitudes)
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        ratios = [len(m.parts) for m in data.shift_magnitudes]
+        figure = Figure(figsize=(WIDTH, height))
         figure.set_layout_engine("constrained", hspace=0.12)
+        ratios = [len(m.parts) for m in data.shift_magnitudes]
         grid = figure.subplots(len(data.shift_magnitudes), 1, squeeze=False, height_ratios=ratios)
         titles: dict[str, str] = {}
         widest = max(len(m.layers) for m in data.shift_magnitudes)
@@ -167,11 +160,7 @@ def shift_magnitude_figure(data: ReportData) -> str:
 
 
 def bytes_figure(data: ReportData) -> str:
-    """Draw the bytes sent and received by round, summed over all sites.
-
-    Returns:
-        The SVG, or an empty string if no round has been exchanged yet.
-    """
+    """Draw the bytes sent and received by round, summed over all sites."""
     lines = [line for line in data.rounds if line.bytes_up or line.bytes_down]
     if not lines:
         return ""
@@ -219,19 +208,9 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _line(axes: Axes, values: dict[int, float], colour: str, width: float, alpha: float, gid: str) -> None:
-    rounds = sorted(values)
-    dots = "o" if len(rounds) <= 12 else ""
-    heights = [values[r] for r in rounds]
-    axes.plot(
-        rounds,
-        heights,
-        color=colour,
-        linewidth=width,
-        alpha=alpha,
-        gid=gid,
-        marker=dots,
-        markersize=2.2 * width**0.5,
-    )
+    rounds, accuracies = zip(*sorted(values.items()), strict=True)
+    dots = {"marker": "o" if len(rounds) <= 12 else "", "markersize": 2.2 * width**0.5}
+    axes.plot(rounds, accuracies, color=colour, linewidth=width, alpha=alpha, gid=gid, **dots)
 
 
 def _end(values: dict[int, float]) -> tuple[float, float]:
@@ -241,27 +220,24 @@ def _end(values: dict[int, float]) -> tuple[float, float]:
 
 def _extremes(series: dict[str, dict[int, float]]) -> list[tuple[float, float, str, str]]:
     """Return labels for the best and the worst of many sites."""
-    ends = sorted((_end(values)[1], site) for site, values in series.items())
-    chosen = (ends[0], ends[-1])
-    return [(*_end(series[site]), truncate(site, 24), _MUTED) for _, site in chosen]
+    order = sorted(series, key=lambda site: (_end(series[site])[1], site))
+    return [(*_end(series[site]), truncate(site, 24), _MUTED) for site in (order[0], order[-1])]
 
 
-def _rounds_axis(axes: Axes, series: dict[str, dict[int, float]], all_sites: dict[int, float]) -> None:
-    accuracies = [value for values in (*series.values(), all_sites) for value in values.values()]
-    last = max(max(values) for values in (*series.values(), all_sites) if values)
+def _rounds_axis(axes: Axes, lines: list[dict[int, float]]) -> None:
+    accuracies = [value for line in lines for value in line.values()]
+    last = max(max(line) for line in lines if line)
     margin = max(0.03, 0.06 * (max(accuracies) - min(accuracies)))
     axes.set_ylim(max(0.0, min(accuracies) - margin), min(1.0, max(accuracies) + margin))
     axes.set_xlim(-0.01 * max(last, 1), max(last, 1) * 1.005)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="y")
     axes.set_xlabel("Finished rounds")
 
 
-def _zero_shot_level(axes: Axes, level: float | None) -> None:
-    if level is None:
-        return
+def _zero_shot_level(axes: Axes, level: float) -> None:
     axes.axhline(level, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         "zero-shot", (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, -3),
@@ -273,16 +249,14 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Place names at the right ends of the lines, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = (high - low) / 19
-    placed = [low - gap]
     right = max((x for x, *_ in ends), default=0.0)
     ordered = sorted(ends, key=lambda end: end[1])
     heights: list[float] = []
     for _, y, *_ in ordered:
-        heights.append(max(y, placed[-1] + gap))
-        placed.append(heights[-1])
+        heights.append(max(y, heights[-1] + gap if heights else low))
     # Labels that were pushed above the axes are moved down, from the top.
     limit = high
-    for index in range(len(heights) - 1, -1, -1):
+    for index in reversed(range(len(heights))):
         heights[index] = min(heights[index], limit)
         limit = heights[index] - gap
     for (_, _, text, colour), height in zip(ordered, heights, strict=True):
@@ -290,10 +264,6 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
             text, (right, height), xytext=(7, 0), textcoords="offset points", va="center",
             color=colour, fontsize=9.5, annotation_clip=False,
         )  # fmt: skip
-
-
-def _has(methods: dict[str, dict[str, float]], name: str, site: str) -> bool:
-    return methods.get(name, {}).get(site) is not None
 
 
 def _describe_accuracy(data: ReportData, sites: int) -> str:
@@ -314,9 +284,9 @@ def _describe_accuracy(data: ReportData, sites: int) -> str:
 
 def _describe_sites(methods: dict[str, dict[str, float]], sites: list[str]) -> str:
     text = f"Dot chart of accuracy by site and method for {len(sites)} site{'s' if len(sites) != 1 else ''}."
-    complete = [s for s in sites if _has(methods, "zero_shot", s) and _has(methods, "federated", s)]
-    if complete:
-        better = sum(methods["federated"][site] > methods["zero_shot"][site] for site in complete)
+    before, after = methods["zero_shot"], methods["federated"]
+    if complete := before.keys() & after.keys() & set(sites):
+        better = sum(after[site] > before[site] for site in complete)
         text += f" Federated is above zero-shot at {better} of {len(complete)}."
     return text + " The table of sites has the numbers."
 
@@ -331,17 +301,7 @@ def _describe_shift(data: ReportData) -> str:
 
 
 def _svg(figure: Figure, name: str, description: str, titles: dict[str, str]) -> str:
-    """Return the figure as SVG for an HTML page.
-
-    Args:
-        figure: The figure.
-        name: Prefix of all ids, unique in the page.
-        description: Alternative text.
-        titles: Hover titles by id.
-
-    Returns:
-        The `<svg>` element.
-    """
+    """Return the figure as an `<svg>` element; ids begin with the name, `titles` are hover texts by id."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         # Site names may have glyphs that matplotlib's font lacks; the page's fonts have them.
@@ -349,15 +309,14 @@ def _svg(figure: Figure, name: str, description: str, titles: dict[str, str]) ->
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    start = svg.index("<svg")
-    box = re.search(r'viewBox="[^"]*"', svg[start:])
-    inner = svg[svg.index(">", start) + 1 : svg.rindex("</svg>")]
+    match = re.search(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)</svg>', svg, re.DOTALL)
+    assert match is not None
+    view, inner = match.groups()
     # Only inside tags: a site name may look like a colour or an id. (A `>` in text is an entity.)
     inner = re.sub(r"<[^>]*>", lambda match: _restyle(match.group(0), name), inner)
     for gid, title in titles.items():
         mark = f'<g id="{name}-{gid}">'
         inner = inner.replace(mark, f"{mark}<title>{escape(title)}</title>")
-    view = box.group(0) if box else ""
     return f'<svg class="figure" {view} role="img" aria-label="{escape(description)}">{inner}</svg>'
 
 

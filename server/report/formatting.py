@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any
 
 __all__ = [
@@ -68,11 +69,10 @@ def format_duration(seconds: Any) -> str:
     """Format seconds: 201.7 as `3 min 22 s`."""
     if not _is_number(seconds):
         return MISSING
-    rounded = round(seconds)
-    hours, minutes = rounded // 3600, rounded % 3600 // 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rounded % 60} s" if minutes else f"{rounded} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def format_timestamp(seconds: Any) -> str:
@@ -84,19 +84,12 @@ def format_timestamp(seconds: Any) -> str:
 
 def format_ranges(numbers: Iterable[int]) -> str:
     """Format numbers as ranges: 3, 4, 5, 8 as `3–5, 8`."""
-    ranges: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1].append(number)
-        else:
-            ranges.append([number])
-    return ", ".join(_format_range(numbers) for numbers in ranges)
-
-
-def _format_range(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    return f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 2 else f"{numbers[0]}, {numbers[1]}"
+    texts = []
+    # Consecutive numbers have the same distance to their index.
+    for _, group in groupby(enumerate(sorted(set(numbers))), key=lambda pair: pair[1] - pair[0]):
+        values = [number for _, number in group]
+        texts += [f"{values[0]}–{values[-1]}"] if len(values) > 2 else map(str, values)
+    return ", ".join(texts)
 
 
 def truncate(text: str, length: int) -> str:

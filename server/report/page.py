@@ -19,15 +19,15 @@ from fedsigma.server.report.formatting import (
     format_decimal,
     format_duration,
     format_percent,
-    format_points,
     format_timestamp,
 )
 from fedsigma.server.report.style import STYLE
 from fedsigma.server.report.summary_text import (
     LabelledValue,
-    accuracy_pairs,
     count_noun,
+    gains_over_zero_shot,
     headline,
+    points_over_zero_shot,
     study_settings,
 )
 from fedsigma.server.report.template import TEMPLATE
@@ -44,30 +44,40 @@ def render(data: ReportData) -> str:
 
 def _view(data: ReportData) -> dict[str, Any]:
     run = data.run
+    failed = run.state == "failed"
     notices = tables.notices_grid(data)
     omitted = len(data.notices) - len(notices.rows)
+    largest = max((float(np.nanmax(magnitude.values)) for magnitude in data.shift_magnitudes), default=0.0)
+    bold = ", the best method of each site in bold" if len(data.methods) > 1 else ""
     return {
         "name": run.study,
         "facts": _facts(data),
-        "failure": (run.reason or "no reason was recorded") if run.state == "failed" else "",
+        "failure": (run.reason or "no reason was recorded") if failed else "",
         "headline": headline(data),
         "numbers": _numbers(data),
         "methods": tables.methods_grid(data),
         "methods_note": _methods_note(data),
-        "no_results": _no_results(data),
+        "no_results": "No results: the run failed before they were written."
+        if failed
+        else "No results yet: they are written after the last round.",
         "versions": tables.versions_grid(data),
         "confusion": tables.confusion_grid(data),
         "confusion_note": _confusion_note(data),
         "sites": tables.sites_grid(data),
-        "sites_caption": _sites_caption(data),
-        "sites_figure_caption": _sites_figure_caption(data),
+        "sites_caption": f"Accuracy on the test images of each site{bold}"
+        if data.methods
+        else "Accuracy by site so far",
+        "sites_figure_caption": "Accuracy at each site."
+        + (" The bar connects zero-shot and federated." if gains_over_zero_shot(data) else ""),
         # The figures are markup made here; names in them were escaped when they were drawn.
         "sites_figure": Markup(figures.sites_figure(data)),
         "accuracy_figure": Markup(figures.accuracy_figure(data)),
         "accuracy_caption": _accuracy_caption(data),
         "rounds": tables.rounds_grid(data),
         "shift_figure": Markup(figures.shift_magnitude_figure(data)),
-        "shift_caption": _shift_caption(data),
+        "shift_caption": "Mean absolute shift of the singular values, by part and layer; layer 0 is nearest"
+        f" the input. A stronger colour is a larger shift; the largest is {largest:.2g}."
+        f" After round {data.shift_round}.",
         "shift_missing": data.shift_missing,
         "shift_magnitudes": [
             {"title": f"{m.tower.capitalize()} tower", "grid": tables.shift_magnitude_grid(m)}
@@ -76,7 +86,8 @@ def _view(data: ReportData) -> dict[str, Any]:
         "explanation": tables.explanation_grid(data.summary.get("explanation") or []),
         "explanation_by_site": tables.explanation_grids(data),
         "bytes_figure": Markup(figures.bytes_figure(data)),
-        "bytes_text": _bytes_text(data),
+        "bytes_text": f"In the whole run the sites sent {format_bytes(data.bytes_up)} and received"
+        f" {format_bytes(data.bytes_down)}. Images, labels, file names and weights stayed at the sites.",
         "bytes_caption": _bytes_caption(data),
         "notices": notices,
         "notices_omitted": f"{omitted} more are in events.jsonl." if omitted else "",
@@ -91,18 +102,13 @@ def _view(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _rounds_text(data: ReportData) -> str:
-    run = data.run
-    if run.rounds_planned is None or run.rounds_planned == run.rounds_done:
-        return count_noun(run.rounds_done, "round")
-    return f"{run.rounds_done} of {count_noun(run.rounds_planned, 'round')}"
-
-
 def _facts(data: ReportData) -> list[str]:
     run = data.run
     facts = [run.state.capitalize()]
     if not data.summary.get("versions"):
-        facts.append(_rounds_text(data))
+        planned = run.rounds_planned
+        done = "" if planned in (None, run.rounds_done) else f"{run.rounds_done} of "
+        facts.append(done + count_noun(planned if planned is not None else run.rounds_done, "round"))
     if data.sites:
         facts.append(count_noun(len(data.sites), "site"))
     if run.seconds is not None and run.state in ("finished", "failed"):
@@ -113,14 +119,12 @@ def _facts(data: ReportData) -> list[str]:
 
 
 def _numbers(data: ReportData) -> list[LabelledValue]:
-    run, upload = data.run, data.summary.get("bytes_up_per_site_round")
-    label = "federated accuracy, all sites" if run.state == "finished" else "federated accuracy so far"
-    numbers = []
-    if run.federated_accuracy is not None:
-        numbers.append(LabelledValue(label=label, value=format_percent(run.federated_accuracy)))
-    if run.federated_accuracy is not None and data.zero_shot is not None:
-        gain = format_points(run.federated_accuracy - data.zero_shot)
-        numbers.append(LabelledValue(label="points over zero-shot", value=gain))
+    numbers, accuracy = [], data.run.federated_accuracy
+    if accuracy is not None:
+        label = f"federated accuracy{', all sites' if data.run.state == 'finished' else ' so far'}"
+        numbers.append(LabelledValue(label=label, value=format_percent(accuracy)))
+        numbers += points_over_zero_shot(data)
+    upload = data.summary.get("bytes_up_per_site_round")
     if upload is None:
         uploads = sum(row.accepted for row in data.rounds if row.bytes_up)
         upload = data.bytes_up / uploads if uploads else None
@@ -133,19 +137,13 @@ def _numbers(data: ReportData) -> list[LabelledValue]:
 
 
 def _methods_note(data: ReportData) -> str:
-    missing = [
-        name.lower()
-        for method, name in METHODS.items()
-        if method not in (*data.methods, "federated", "shared_only")
-    ]
-    text = (
+    present = (*data.methods, "federated", "shared_only")
+    missing = ", ".join(name.lower() for method, name in METHODS.items() if method not in present)
+    return (
         "Accuracy is over the images of all sites; the other metrics are means of the sites' values. "
         "AUROC and F1 are macro averages over the classes. Lower is better for the expected calibration"
-        " error."
+        f" error.{f' Not part of this study: {missing}.' if missing else ''}"
     )
-    if missing:
-        text += f" Not part of this study: {', '.join(missing)}."
-    return text
 
 
 def _confusion_note(data: ReportData) -> str:
@@ -158,45 +156,11 @@ def _confusion_note(data: ReportData) -> str:
     )
 
 
-def _no_results(data: ReportData) -> str:
-    if data.run.state == "failed":
-        return "No results: the run failed before they were written."
-    return "No results yet: they are written after the last round."
-
-
-def _sites_caption(data: ReportData) -> str:
-    if not data.methods:
-        return "Accuracy by site so far"
-    bold = ", the best method of each site in bold" if len(data.methods) > 1 else ""
-    return f"Accuracy on the test images of each site{bold}"
-
-
-def _sites_figure_caption(data: ReportData) -> str:
-    bar = " The bar connects zero-shot and federated."
-    return "Accuracy at each site." + (bar if accuracy_pairs(data, "zero_shot", "federated") else "")
-
-
 def _accuracy_caption(data: ReportData) -> str:
     text = "Accuracy on the test images of each site by number of finished rounds."
     if len(data.accuracy) > figures.MAX_NAMED_SITES:
         text += " Thin lines are sites; the best and the worst at the end are named."
     return text + (" The thick line is all sites." if len(data.accuracy) > 1 else "")
-
-
-def _shift_caption(data: ReportData) -> str:
-    maxima = [float(np.nanmax(magnitude.values)) for magnitude in data.shift_magnitudes]
-    return (
-        "Mean absolute shift of the singular values, by part and layer; layer 0 is nearest the input. "
-        f"A stronger colour is a larger shift; the largest is {max(maxima, default=0.0):.2g}. "
-        f"After round {data.shift_round}."
-    )
-
-
-def _bytes_text(data: ReportData) -> str:
-    return (
-        f"In the whole run the sites sent {format_bytes(data.bytes_up)} and received "
-        f"{format_bytes(data.bytes_down)}. Images, labels, file names and weights stayed at the sites."
-    )
 
 
 def _bytes_caption(data: ReportData) -> str:

@@ -8,7 +8,14 @@ from typing import Any
 from fedsigma.server.report.data import ReportData
 from fedsigma.server.report.formatting import format_percent, format_points
 
-__all__ = ["LabelledValue", "accuracy_pairs", "count_noun", "headline", "study_settings"]
+__all__ = [
+    "LabelledValue",
+    "count_noun",
+    "gains_over_zero_shot",
+    "headline",
+    "points_over_zero_shot",
+    "study_settings",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +49,17 @@ def headline(data: ReportData) -> str:
         points = format_points(abs(gain)).lstrip("+")
         sentences[0] += f", {points} points {'above' if gain >= 0 else 'below'} zero-shot"
     sentences[0] += "."
-    pairs = accuracy_pairs(data, "zero_shot", "federated")
-    if len(pairs) > 1:
-        better = sum(after > before for before, after in pairs)
-        where = "every site" if better == len(pairs) else f"{better} of {len(pairs)} sites"
+    gains = gains_over_zero_shot(data)
+    if len(gains) > 1:
+        better = sum(gain > 0 for gain in gains.values())
+        where = "every site" if better == len(gains) else f"{better} of {len(gains)} sites"
         sentences.append(f"It is above zero-shot at {where}.")
     everywhere = data.methods.get("local_only", {}).get("everywhere")
     if everywhere is not None:
         sentences.append(
             f"A model trained at one site alone reaches {format_percent(everywhere)} over all sites."
         )
-    pooled = data.methods.get("pooled", {}).get("accuracy")
-    if pooled:
+    if pooled := data.methods.get("pooled", {}).get("accuracy"):
         sentences.append(
             f"Training on all images in one place reaches {format_percent(pooled)}; federated training"
             f" reaches {100 * federated / pooled:.0f}% of that accuracy."
@@ -76,23 +82,22 @@ def _progress_so_far(data: ReportData) -> str:
     )
 
 
-def accuracy_pairs(data: ReportData, first: str, second: str) -> list[tuple[float, float]]:
-    """Return the accuracies of two methods at each site that has both.
-
-    Args:
-        data: The report's data.
-        first: Key of the first method in `METHODS`.
-        second: Key of the second method.
-
-    Returns:
-        Pairs of accuracies between 0 and 1, in the order of the sites.
-    """
-    before, after = ((data.methods.get(name, {}).get("per_site") or {}) for name in (first, second))
-    return [
-        (before[site], after[site])
+def gains_over_zero_shot(data: ReportData) -> dict[str, float]:
+    """Return federated minus zero-shot accuracy, as a fraction, of each site that has both."""
+    before, after = (data.methods.get(name, {}).get("per_site") or {} for name in ("zero_shot", "federated"))
+    return {
+        site: after[site] - before[site]
         for site in data.sites
         if before.get(site) is not None and after.get(site) is not None
-    ]
+    }
+
+
+def points_over_zero_shot(data: ReportData) -> list[LabelledValue]:
+    """Return how far the federated accuracy is above zero-shot; empty unless both are known."""
+    if data.run.federated_accuracy is None or data.zero_shot is None:
+        return []
+    points = format_points(data.run.federated_accuracy - data.zero_shot)
+    return [LabelledValue(label="points over zero-shot", value=points)]
 
 
 def study_settings(data: ReportData) -> list[LabelledValue]:
@@ -117,8 +122,9 @@ def study_settings(data: ReportData) -> list[LabelledValue]:
         "Privacy": _privacy(data),
         "Seed": study.get("seed"),
     }
-    texts = {label: _text(value) for label, value in settings.items()}
-    return [LabelledValue(label=label, value=text) for label, text in texts.items() if text]
+    return [
+        LabelledValue(label=label, value=text) for label, value in settings.items() if (text := _text(value))
+    ]
 
 
 def _privacy(data: ReportData) -> str:

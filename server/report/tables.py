@@ -15,6 +15,7 @@ from fedsigma.server.report.formatting import (
     format_percent,
     format_points,
 )
+from fedsigma.server.report.summary_text import gains_over_zero_shot
 from fedsigma.server.runs.shift_magnitude import ShiftMagnitude
 
 __all__ = [
@@ -108,10 +109,7 @@ def methods_grid(data: ReportData) -> Grid:
 
 
 def confusion_grid(data: ReportData) -> Grid:
-    """Return the federated model's confusion matrix over the test images of all sites.
-
-    A row per true class and a column per predicted class; empty unless every site shares its counts.
-    """
+    """Return the federated model's confusion matrix over all sites; empty unless every site shares it."""
     classes = data.summary.get("classes") or []
     matrix = (data.methods.get("federated", {}).get("confusion") or {}).get("all_sites") or []
     rows = []
@@ -145,21 +143,20 @@ def sites_grid(data: ReportData) -> Grid:
         return _accuracy_so_far(data)
     per_method = {name: entry.get("per_site") or {} for name, entry in data.methods.items()}
     everywhere = data.methods.get("local_only", {}).get("everywhere_per_site") or {}
-    zero_shot, federated = per_method.get("zero_shot", {}), per_method.get("federated", {})
-    rows = []
+    compared = per_method.get("zero_shot") and per_method.get("federated")
+    gains, rows = gains_over_zero_shot(data), []
     for site in data.sites:
         values = [per_site.get(site) for per_site in per_method.values()]
         numbers = [value for value in values if value is not None]
         best = frozenset(i for i, value in enumerate(values) if len(numbers) > 1 and value == max(numbers))
         cells = [format_percent(value) for value in values]
-        if zero_shot and federated:
-            complete = zero_shot.get(site) is not None and federated.get(site) is not None
-            cells.append(format_points(federated[site] - zero_shot[site]) if complete else MISSING)
+        if compared:
+            cells.append(format_points(gains.get(site)))
         if everywhere:
             cells.append(format_percent(everywhere.get(site)))
         rows.append(Row(name=site, cells=cells, best=best))
     header = ["Site", *(METHODS[name] for name in per_method)]
-    header += ["Federated minus zero-shot"] if zero_shot and federated else []
+    header += ["Federated minus zero-shot"] if compared else []
     header += ["Local model at all sites"] if everywhere else []
     return Grid(header=header, rows=rows, equal_columns=True)
 
@@ -169,40 +166,25 @@ def _accuracy_so_far(data: ReportData) -> Grid:
     for site in data.sites:
         values = data.accuracy.get(site, {})
         first, last = (values[min(values)], values[max(values)]) if values else (None, None)
-        gain = format_points(last - first) if last is not None and first is not None else MISSING
-        rows.append(Row(name=site, cells=[format_percent(first), format_percent(last), gain]))
+        gain = last - first if last is not None and first is not None else None
+        cells = [format_percent(first), format_percent(last), format_points(gain)]
+        rows.append(Row(name=site, cells=cells))
     return Grid(header=["Site", "First round", "Latest round", "Points"], rows=rows, equal_columns=True)
 
 
 def rounds_grid(data: ReportData) -> Grid:
     """Return a row per round over all its sites."""
-    rows = [
-        Row(
-            name=str(row.round),
-            cells=[
-                format_percent(row.all_sites),
-                format_percent(row.lowest),
-                format_percent(row.highest),
-                str(row.accepted),
-                format_bytes(row.bytes_up),
-                format_bytes(row.bytes_down),
-            ],
-        )
-        for row in data.rounds
-    ]
+    rows = []
+    for row in data.rounds:
+        cells = [format_percent(accuracy) for accuracy in (row.all_sites, row.lowest, row.highest)]
+        cells += [str(row.accepted), format_bytes(row.bytes_up), format_bytes(row.bytes_down)]
+        rows.append(Row(name=str(row.round), cells=cells))
     header = ["Round", "All sites", "Lowest", "Highest", "Sites", "From sites", "To sites"]
     return Grid(header=header, rows=rows, equal_columns=True)
 
 
 def explanation_grid(heads: Sequence[dict[str, Any]]) -> Grid:
-    """Return a row per attention head with the descriptions that it writes more and less of.
-
-    Args:
-        heads: Entries of `explanation` in summary.json.
-
-    Returns:
-        The table; empty if no head was explained.
-    """
+    """Return a row per attention head in `explanation` of summary.json: what it writes more and less of."""
     rows = []
     for head in heads:
         name = f"{head['tower']} tower, layer {head['layer'] + 1}, head {head['head'] + 1}"
