@@ -126,7 +126,7 @@ class ReportData:
 
 
 def collect_report_data(run_dir: RunDir, *, read_shift: bool = True) -> ReportData:
-    """Read a run folder in any state; missing or damaged files, or the shift if requested, are left out."""
+    """Read a run folder in any state, with its shift file if `read_shift`; damaged files are left out."""
     rows = run_dir.rounds()
     try:
         summary = run_dir.read_summary()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.trackers import metric_names
 from fedsigma.server.trackers.base import Outcome, TrackedRun, Tracker
-from fedsigma.server.trackers.config import TRACKERS, TrackerChoice, open_tracker
+from fedsigma.server.trackers.config import (
+    STORE_FILES,
+    TRACKERS,
+    TrackerChoice,
+    merge_choices,
+    open_tracker,
+)
 from fedsigma.server.trackers.worker import TrackerCall, TrackerWorker
 
 __all__ = ["TrackerCallback"]
@@ -47,10 +54,12 @@ class TrackerCallback:
         tags = {"study": study.name, "run": run, "fedsigma_version": __version__}
         parameters = metric_names.flatten_parameters(yaml.safe_load(study.to_yaml()))
         self._workers: list[tuple[TrackerChoice, TrackerWorker]] = []
+        folder = run_dir.path / "trackers"
         with suppress(OSError):  # a run that cannot write fails on its own files
-            for choice in _with_earlier(run_dir.path, choices):
-                folder = run_dir.path / "trackers" / choice.name
-                tracked = TrackedRun(name=run_dir.path.name, folder=folder, parameters=parameters, tags=tags)
+            for choice in _with_earlier(folder, choices):
+                tracked = TrackedRun(
+                    name=run_dir.path.name, folder=folder / choice.name, parameters=parameters, tags=tags
+                )
                 on_failure = partial(self._report_failure, choice.name)
                 self._workers.append((choice, TrackerWorker(partial(_start, choice, tracked), on_failure)))
         if self._workers:
@@ -61,8 +70,8 @@ class TrackerCallback:
         for choice, worker in self._workers:
             worker.submit(self._log_final)
             for path in self._files(choice):
-                worker.submit(partial(_log_file, path=path))
-            worker.submit(partial(_close, outcome=self._outcome))
+                worker.submit(methodcaller("log_file", path))
+            worker.submit(methodcaller("close", self._outcome))
             worker.stop()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         for _, worker in self._workers:
@@ -76,7 +85,7 @@ class TrackerCallback:
         if event["kind"] == "run_end":
             self._outcome = "finished" if event["ok"] else "failed"
         elif event["kind"] == "published":
-            self._submit(partial(_set_tag, name="model", value=event["model"]))
+            self._submit(methodcaller("set_tag", "model", event["model"]))
 
     def _submit(self, call: TrackerCall) -> None:
         for _, worker in self._workers:
@@ -88,10 +97,10 @@ class TrackerCallback:
                 tracker.log_final(metrics)
 
     def _files(self, choice: TrackerChoice) -> list[Path]:
-        if not TRACKERS[choice.name].stores_files:
+        if choice.name not in STORE_FILES:
             return []
         names = ["study.yaml", "report.html", *(["sigma.safetensors"] if choice.with_shift else [])]
-        return [self._run_dir.path / name for name in names if (self._run_dir.path / name).is_file()]
+        return [path for name in names if (path := self._run_dir.path / name).is_file()]
 
     def _report_failure(self, name: str, error: str) -> None:
         print(f"FedSigma: tracker {name} failed ({error}); the run continues", flush=True)
@@ -107,16 +116,14 @@ def _start(choice: TrackerChoice, run: TrackedRun) -> Tracker:
     return tracker
 
 
-def _with_earlier(path: Path, choices: Sequence[TrackerChoice]) -> list[TrackerChoice]:
+def _with_earlier(folder: Path, choices: Sequence[TrackerChoice]) -> tuple[TrackerChoice, ...]:
     """Return the chosen trackers and those of earlier starts of the run, and store them for a resumption."""
-    folder, by_name = path / "trackers", {choice.name: choice for choice in choices}
-    for name in TRACKERS:
-        if earlier := _read_state(folder, name):
-            with_shift = bool(earlier.get("sigma")) or (name in by_name and by_name[name].with_shift)
-            by_name[name] = TrackerChoice(name, with_shift)
-    for choice in by_name.values():
-        _write_state(folder, choice, key=_read_state(folder, choice.name).get("key", ""))
-    return list(by_name.values())
+    states = {name: _read_state(folder, name) for name in TRACKERS}
+    earlier = [TrackerChoice(name, bool(state.get("sigma"))) for name, state in states.items() if state]
+    merged = merge_choices((*choices, *earlier))
+    for choice in merged:
+        _write_state(folder, choice, key=states[choice.name].get("key", ""))
+    return merged
 
 
 def _read_state(folder: Path, name: str) -> dict[str, Any]:
@@ -136,15 +143,3 @@ def _write_state(folder: Path, choice: TrackerChoice, *, key: str) -> None:
 def _log_row(tracker: Tracker, *, row: Mapping[str, Any]) -> None:
     if metrics := metric_names.row_metrics(row):
         tracker.log_metrics(metrics, round=row["round"])
-
-
-def _set_tag(tracker: Tracker, *, name: str, value: str) -> None:
-    tracker.set_tag(name, value)
-
-
-def _log_file(tracker: Tracker, *, path: Path) -> None:
-    tracker.log_file(path)
-
-
-def _close(tracker: Tracker, *, outcome: Outcome) -> None:
-    tracker.close(outcome)

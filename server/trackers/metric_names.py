@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fedsigma.common.config.constants import ALL_SITES
+from fedsigma.common.config.schema import flatten
 
 __all__ = ["final_metrics", "flatten_parameters", "row_metrics", "safe_name"]
 
@@ -66,17 +67,11 @@ def _method_metrics(prefix: str, entry: Mapping[str, Any]) -> dict[str, float]:
 
 def flatten_parameters(study: Mapping[str, Any]) -> dict[str, str]:
     """Return the study's settings by full name, such as `training.learning_rate`; lists become one text."""
-    return dict(_flatten("", study))
-
-
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _flatten(f"{prefix}.{name}" if prefix else str(name), item)
-    elif isinstance(value, list | tuple):
-        yield prefix, ", ".join(str(item) for item in value)
-    elif value is not None:
-        yield prefix, str(value)
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        for name, value in flatten(study)
+        if value is not None and value != {}
+    }
 
 
 def _is_finite(value: Any) -> bool:

@@ -28,12 +28,7 @@ _ABSENT = "."
 
 
 def run_charts(run_dir: RunDir, study: dict[str, Any]) -> dict[str, Any]:
-    """Return all series of one run.
-
-    Args:
-        run_dir: Folder of the run.
-        study: The study's settings.
-    """
+    """Return all series of one run with these settings of the study."""
     rows = run_dir.rounds()
     sites = list(dict.fromkeys(row["site"] for row in rows if row["site"] != ALL_SITES))
     table = _RoundsTable(rows, sites)
@@ -43,7 +38,7 @@ def run_charts(run_dir: RunDir, study: dict[str, Any]) -> dict[str, Any]:
         "sites": sites,
         "metrics": {name: series for name in CURVES if (series := table.series(name))},
         "updates": {name: series for name in UPDATES if (series := table.series(name))},
-        "participation": dict(zip(sites, table.participation(), strict=True)),
+        "participation": table.participation(),
         "bytes": {direction: table.sums(f"bytes_{direction}") for direction in ("up", "down")},
         "epsilon": epsilon,
         "epsilon_limit": (study.get("privacy") or {}).get("epsilon") if epsilon else None,
@@ -82,19 +77,17 @@ class _RoundsTable:
 
     def __init__(self, rows: list[Row], sites: list[str]) -> None:
         self.rounds = sorted({row["round"] for row in rows})
-        names = [*sites, ALL_SITES]
         column_of = {number: index for index, number in enumerate(self.rounds)}
-        row_of = {site: index for index, site in enumerate(names)}
-        shape = (len(names), len(self.rounds))
+        row_of = {site: index for index, site in enumerate((*sites, ALL_SITES))}
+        shape = (len(row_of), len(self.rounds))
         self._matrices = {name: np.full(shape, np.nan) for name in COLUMNS if rows and name in rows[0]}
-        self._codes = [[_ABSENT] * len(self.rounds) for _ in sites]
+        self._codes = {site: [_ABSENT] * len(self.rounds) for site in row_of}
         for row in rows:
-            index = row_of[row["site"]], column_of[row["round"]]
+            site, column = row["site"], column_of[row["round"]]
             for name, matrix in self._matrices.items():
                 if (value := row[name]) is not None:
-                    matrix[index] = value
-            if row["site"] != ALL_SITES:
-                self._codes[index[0]][index[1]] = _STATUS_CODES.get(row["status"], _ABSENT)
+                    matrix[row_of[site], column] = value
+            self._codes[site][column] = _STATUS_CODES.get(row["status"], _ABSENT)
 
     def _rows(self, name: str) -> list[list[float | None]]:
         matrix = self._matrices.get(name)
@@ -114,9 +107,9 @@ class _RoundsTable:
         rows = self._rows(name)
         return rows[-1] if rows else []
 
-    def participation(self) -> list[str]:
+    def participation(self) -> dict[str, str]:
         """Return the status of each site, one letter per round."""
-        return ["".join(codes) for codes in self._codes]
+        return {site: "".join(codes) for site, codes in self._codes.items() if site != ALL_SITES}
 
     def sums(self, name: str) -> list[int]:
         """Return the sum of one column over all sites by round."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedsigma.common.config.schema import flatten
 from fedsigma.server.dashboard.pages.charts import comparison_charts
 from fedsigma.server.dashboard.pages.run_view import Sections, format_value
 from fedsigma.server.report.data import ReportData, collect_report_data
@@ -33,34 +34,32 @@ def compare_view(first: RunTailer, second: RunTailer) -> Sections:
     )
 
 
-def _differing_settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
-    a, b = flatten_settings(first), flatten_settings(second)
-    names = dict.fromkeys((*a, *b))
-    return [(n, a.get(n, MISSING), b.get(n, MISSING)) for n in names if a.get(n) != b.get(n)]
-
-
-def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a study's settings by full name, such as `federation.rounds`."""
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten_settings(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = format_value(value) if value is not None else MISSING
-    return flat
+def _differing_settings(*studies: dict[str, Any]) -> list[tuple[str, ...]]:
+    flat = [dict(flatten(study)) for study in studies]
+    rows = []
+    for name in dict.fromkeys(name for settings in flat for name in settings):
+        values = (settings.get(name) for settings in flat)
+        texts = [MISSING if value in (None, {}) else format_value(value) for value in values]
+        if len(set(texts)) > 1:
+            rows.append((name, *texts))
+    return rows
 
 
 def _results(runs: list[ReportData]) -> list[tuple[str, ...]]:
-    rows = [("Rounds done", *(str(data.run.rounds_done) for data in runs))]
-    rows.append(("Latest accuracy", *(format_percent(data.run.federated_accuracy) for data in runs)))
+    rows = [
+        ("Rounds done", *(str(data.run.rounds_done) for data in runs)),
+        ("Latest accuracy", *(format_percent(data.run.federated_accuracy) for data in runs)),
+    ]
     for method, name in METHODS.items():
         values = [data.methods.get(method, {}).get("accuracy") for data in runs]
         if any(value is not None for value in values):
             rows.append((name, *(format_percent(value) for value in values)))
-    rows.append(("From the sites", *(format_bytes(data.bytes_up) for data in runs)))
-    rows.append(("To the sites", *(format_bytes(data.bytes_down) for data in runs)))
-    rows.append(("Duration", *(format_duration(data.run.seconds) for data in runs)))
-    return rows
+    return [
+        *rows,
+        ("From the sites", *(format_bytes(data.bytes_up) for data in runs)),
+        ("To the sites", *(format_bytes(data.bytes_down) for data in runs)),
+        ("Duration", *(format_duration(data.run.seconds) for data in runs)),
+    ]
 
 
 def _accuracy_by_site(runs: list[ReportData]) -> list[tuple[str, str, str, str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from markdown_it import MarkdownIt
 from markdown_it.rules_core import StateCore
 from markupsafe import Markup
@@ -25,16 +23,17 @@ def model_rows(registry: ModelRegistry) -> tuple[list[dict[str, str]], list[str]
     rows = []
     for version in sorted(versions, key=lambda version: version.manifest.created, reverse=True):
         manifest = version.manifest
-        row: dict[str, Any] = {
+        federated, zero_shot = (manifest.results.get(name, {}) for name in ("federated", "zero_shot"))
+        row = {
             "reference": manifest.reference,
             "labels": ", ".join(version.labels) or MISSING,
             "origin": manifest.origin,
             "parents": ", ".join(manifest.parents) or MISSING,
             "backbone": manifest.backbone,
             "created": manifest.created,
+            "accuracy": format_percent(federated.get("accuracy")),
+            "zero_shot": format_percent(zero_shot.get("accuracy")),
         }
-        for column, method in (("accuracy", "federated"), ("zero_shot", "zero_shot")):
-            row[column] = format_percent(manifest.results.get(method, {}).get("accuracy"))
         rows.append(row)
     return rows, []
 

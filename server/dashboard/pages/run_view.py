@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,14 @@ from fedsigma.server.report.formatting import (
     format_decimal,
     format_duration,
     format_percent,
-    format_points,
     format_timestamp,
 )
-from fedsigma.server.report.summary_text import LabelledValue, headline, study_settings
+from fedsigma.server.report.summary_text import (
+    LabelledValue,
+    headline,
+    points_over_zero_shot,
+    study_settings,
+)
 from fedsigma.server.runs.summary import last_contacts
 from fedsigma.server.runs.tail import RunTailer
 
@@ -69,12 +74,7 @@ def _list_row(entry: RunEntry) -> dict[str, Any]:
 
 
 def run_view(tailer: RunTailer, entry: RunEntry) -> Sections:
-    """Return the content of a run's page.
-
-    Args:
-        tailer: Reader of the run's files.
-        entry: The run in the list of runs.
-    """
+    """Return the content of a run's page."""
     data = collect_report_data(tailer, read_shift=False)
     events, rows = tailer.events(), tailer.rounds()
     charts = run_charts(tailer, data.study)
@@ -87,10 +87,10 @@ def run_view(tailer: RunTailer, entry: RunEntry) -> Sections:
         "confusion": tables.confusion_grid(data),
         "explanation": tables.explanation_grid(data.summary.get("explanation") or []),
         "notices": tables.notices_grid(data),
-        "site_status": site_status_grid(rows, events),
+        "site_status": _site_status_grid(rows, events),
         "rounds": tables.rounds_grid(data),
-        "updates_note": updates_note(data.study, bool(charts["updates"])),
-        "privacy_note": privacy_note(data),
+        "updates_note": _updates_note(data.study, bool(charts["updates"])),
+        "privacy_note": _privacy_note(data),
         "events": [tuple(describe_event(event).values()) for event in reversed(events[-MAX_EVENTS:])],
         "events_omitted": max(0, len(events) - MAX_EVENTS),
         "study_settings": study_settings(data),
@@ -102,75 +102,47 @@ def run_view(tailer: RunTailer, entry: RunEntry) -> Sections:
 
 
 def _numbers(data: ReportData, rows: list[Row], events: list[Row]) -> list[LabelledValue]:
-    run = data.run
-    numbers = [LabelledValue(label="accuracy, all sites", value=format_percent(run.federated_accuracy))]
-    if run.federated_accuracy is not None and data.zero_shot is not None:
-        gain = format_points(run.federated_accuracy - data.zero_shot)
-        numbers.append(LabelledValue(label="points over zero-shot", value=gain))
-    last = next((row for row in reversed(data.rounds) if row.bytes_up), None)
-    if last is not None:
-        in_round = f"{format_bytes(last.bytes_up)} up, {format_bytes(last.bytes_down)} down"
-        total = f"{format_bytes(data.bytes_up)} up, {format_bytes(data.bytes_down)} down"
-        numbers += [
-            LabelledValue(label=f"round {last.round}", value=in_round),
-            LabelledValue(label="all rounds", value=total),
-        ]
-    if share := share_of_full_finetuning(data, rows, events):
-        numbers.append(LabelledValue(label="of the bytes of full fine-tuning", value=share))
+    accuracy = format_percent(data.run.federated_accuracy)
+    numbers = [LabelledValue(label="accuracy, all sites", value=accuracy), *points_over_zero_shot(data)]
+    last = [row for row in data.rounds if row.bytes_up][-1:]
+    for label, amount in (*((f"round {row.round}", row) for row in last), ("all rounds", data)):
+        if last:
+            text = f"{format_bytes(amount.bytes_up)} up, {format_bytes(amount.bytes_down)} down"
+            numbers.append(LabelledValue(label=label, value=text))
+    ready = next((event for event in reversed(events) if event["kind"] == "model_ready"), {})
+    if isinstance(ready.get("parameters"), int) and data.bytes_up:
+        messages = sum(row["bytes_up"] > 0 for row in rows) + sum(row["bytes_down"] > 0 for row in rows)
+        share = (data.bytes_up + data.bytes_down) / (messages * FLOAT32_BYTES * ready["parameters"])
+        numbers.append(LabelledValue(label="of the bytes of full fine-tuning", value=f"{100 * share:.2g}%"))
     return numbers
 
 
-def share_of_full_finetuning(data: ReportData, rows: list[Row], events: list[Row]) -> str:
-    """Return the run's bytes as a percentage of exchanging all weights in float32; empty if not known."""
-    ready = next((event for event in reversed(events) if event["kind"] == "model_ready"), {})
-    if not isinstance(ready.get("parameters"), int) or not data.bytes_up:
-        return ""
-    messages = sum(row["bytes_up"] > 0 for row in rows) + sum(row["bytes_down"] > 0 for row in rows)
-    share = (data.bytes_up + data.bytes_down) / (messages * FLOAT32_BYTES * ready["parameters"])
-    return f"{100 * share:.2g}%"
-
-
-def site_status_grid(rows: list[Row], events: list[Row]) -> tables.Grid:
+def _site_status_grid(rows: list[Row], events: list[Row]) -> tables.Grid:
     """Return a row per site with its latest status, last contact and latest values."""
     latest: dict[str, Row] = {}
-    missed: dict[str, int] = {}
+    missed: Counter[str] = Counter()
     for row in rows:
         if row["site"] == ALL_SITES:
             continue
         values = latest.setdefault(row["site"], {})
-        values |= {"status": row["status"], "round": row["round"]}
+        values["status"] = f"{row['status']} in round {row['round']}"
         values |= {name: row[name] for name in LATEST_COLUMNS if row.get(name) is not None}
-        missed[row["site"]] = missed.get(row["site"], 0) + (row["status"] != "accepted")
+        missed[row["site"]] += row["status"] != "accepted"
     contacts, (versions, refused) = last_contacts(events), _versions_and_refused(events)
     grid_rows = []
     for site in dict.fromkeys((*latest, *contacts, *refused)):
-        if site == ALL_SITES:
-            continue
-        values = latest.get(site, {})
-        if values:
-            status = f"{values['status']} in round {values['round']}"
-        else:
-            status = "refused" if site in refused else MISSING
+        values = latest.get(site, {"status": "refused" if site in refused else MISSING})
         cells = [
-            status,
-            str(missed.get(site, 0)),
+            values["status"],
+            str(missed[site]),
             format_timestamp(contacts.get(site)),
             versions.get(site, MISSING),
             format_percent(values.get("accuracy")),
             *(format_decimal(values.get(name)) for name in LATEST_COLUMNS[1:]),
         ]
         grid_rows.append(tables.Row(name=site, cells=cells))
-    header = [
-        "Site",
-        "Status",
-        "Missed",
-        "Last contact",
-        "Version",
-        "Accuracy",
-        "Loss",
-        "Update norm",
-        "Cosine",
-    ]
+    header = ["Site", "Status", "Missed", "Last contact", "Version"]
+    header += ["Accuracy", "Loss", "Update norm", "Cosine"]
     return tables.Grid(header=header, rows=grid_rows, text_columns=frozenset({0, 1, 3, 4}))
 
 
@@ -188,27 +160,17 @@ def _versions_and_refused(events: list[Row]) -> tuple[dict[str, str], set[str]]:
     return versions, refused
 
 
-def updates_note(study: dict[str, Any], recorded: bool) -> str:
-    """Return why the chart of the sites' updates is empty.
-
-    Args:
-        study: The study's settings.
-        recorded: Whether any update was recorded.
-
-    Returns:
-        A sentence, or an empty string if updates were recorded.
-    """
+def _updates_note(study: dict[str, Any], recorded: bool) -> str:
+    """Return why the chart of the sites' updates is empty; empty if updates were recorded."""
     federation, privacy = study.get("federation") or {}, study.get("privacy") or {}
     if federation.get("masking"):
         return "With secure aggregation the server only learns the sum of the updates, not those of a site."
     if privacy.get("level") == "site":
-        return (
-            "This study has differential privacy for sites, so the updates of single sites are not recorded."
-        )
+        return "This study has differential privacy for sites, so updates of single sites are not recorded."
     return "" if recorded else "No update of a site has been recorded."
 
 
-def privacy_note(data: ReportData) -> str:
+def _privacy_note(data: ReportData) -> str:
     """Return how much of the privacy budget is spent, as a sentence; empty without differential privacy."""
     privacy = data.study.get("privacy") or {}
     if privacy.get("level", "none") == "none":
