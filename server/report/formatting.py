@@ -84,7 +84,7 @@ def format_timestamp(seconds: Any) -> str:
 
 def format_ranges(numbers: Iterable[int]) -> str:
     """Format numbers as ranges: 3, 4, 5, 8 as `3–5, 8`."""
-    texts = []
+    texts: list[str] = []
     # Consecutive numbers have the same distance to their index.
     for _, group in groupby(enumerate(sorted(set(numbers))), key=lambda pair: pair[1] - pair[0]):
         values = [number for _, number in group]

@@ -104,11 +104,12 @@ def run_view(tailer: RunTailer, entry: RunEntry) -> Sections:
 def _numbers(data: ReportData, rows: list[Row], events: list[Row]) -> list[LabelledValue]:
     accuracy = format_percent(data.run.federated_accuracy)
     numbers = [LabelledValue(label="accuracy, all sites", value=accuracy), *points_over_zero_shot(data)]
-    last = [row for row in data.rounds if row.bytes_up][-1:]
-    for label, amount in (*((f"round {row.round}", row) for row in last), ("all rounds", data)):
-        if last:
-            text = f"{format_bytes(amount.bytes_up)} up, {format_bytes(amount.bytes_down)} down"
-            numbers.append(LabelledValue(label=label, value=text))
+    if exchanged := [row for row in data.rounds if row.bytes_up]:
+        last = exchanged[-1]
+        in_round = f"{format_bytes(last.bytes_up)} up, {format_bytes(last.bytes_down)} down"
+        total = f"{format_bytes(data.bytes_up)} up, {format_bytes(data.bytes_down)} down"
+        numbers.append(LabelledValue(label=f"round {last.round}", value=in_round))
+        numbers.append(LabelledValue(label="all rounds", value=total))
     ready = next((event for event in reversed(events) if event["kind"] == "model_ready"), {})
     if isinstance(ready.get("parameters"), int) and data.bytes_up:
         messages = sum(row["bytes_up"] > 0 for row in rows) + sum(row["bytes_down"] > 0 for row in rows)

@@ -84,7 +84,7 @@ def site_rows(
         if event["kind"] == "site_ready" and event.get("version"):
             version = (float(event["time"]), str(event["version"]))
             versions[event["site"]] = max(versions.get(event["site"], (0.0, "")), version)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for site in database.sites():
         node = watch.nodes.get(site.keys[-1].node_id) if site.keys else None
         times = [contacts.get(site.name), _parse_time(node.last_seen) if node else None]
