@@ -94,7 +94,7 @@ def steps(size: int, precision: str, towers: tuple[str, ...]) -> dict[str, plain
             if form == "plain"
             else DPSGDGradient(task, batch, recipe, PRIVACY)
         )
-        forms[form] = plain_step.stepper(sigma.parameters(), lambda *_, g=gradient: g())
+        forms[form] = plain_step.stepper([sigma.shift], lambda *_, g=gradient: g())
     return forms
 
 

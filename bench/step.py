@@ -163,7 +163,7 @@ def sigma_step(precision: str) -> Step:
     model, basis = build()
     sigma = SigmaModel(model, basis)
     task = ClipClassifier(backbone(model), sigma, PROMPTS, device="cpu")
-    return stepper(sigma.parameters(), partial(accumulate_gradient, task, precision=precision))
+    return stepper([sigma.shift], partial(accumulate_gradient, task, precision=precision))
 
 
 def published_step(precision: str) -> Step:

@@ -7,9 +7,12 @@ Pooling heads, projections and convolutions are not adapted, as in CLIP-SVD (Kol
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import Tensor, nn
 
@@ -55,30 +58,24 @@ class LayerSpec:
 
     Attributes:
         name: for messages.
-        module: import path of the module that has the type.
-        type_name: name of the type in that module.
+        type_path: module and name of the type.
         weights: where the layer's matrices are.
         optional: paths of weights that a layer may lack: one timm type has packed or separate projections,
-            and
-            plain or gated MLPs.
+            and plain or gated MLPs.
     """
 
     name: str
-    module: str
-    type_name: str
+    type_path: str
     weights: tuple[WeightSpec, ...]
     optional: frozenset[str] = frozenset()
 
-    def module_type(self) -> type[nn.Module] | None:
-        """The module type, or None if its library is missing or has no such type in this version."""
-        try:
-            return getattr(importlib.import_module(self.module), self.type_name, None)
-        except ImportError:
-            return None
 
-
-_CLIP_MLP = _outputs("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_CLIP = (
+    *_packed("attn.in_proj_weight"),
+    *_outputs("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),
+)
 _TIMM_MLP = _outputs("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+_TIMM = (*_packed("attn.qkv.weight"), *_TIMM_MLP)
 _EVA_SEPARATE = _separate("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
 _EVA_GATED = (WeightSpec("mlp", "mlp.fc1_g.weight"), WeightSpec("mlp", "mlp.fc1_x.weight"))
 _BERT = (
@@ -91,93 +88,55 @@ _EVA_OPTIONAL = frozenset(
 )
 
 LAYER_SPECS: tuple[LayerSpec, ...] = (
+    LayerSpec("open_clip transformer", "open_clip.transformer:ResidualAttentionBlock", _CLIP),
     LayerSpec(
-        "open_clip transformer",
-        "open_clip.transformer",
-        "ResidualAttentionBlock",
-        (*_packed("attn.in_proj_weight"), *_CLIP_MLP),
+        "open_clip transformer, scaled attention", "open_clip.transformer:CustomResidualAttentionBlock", _CLIP
     ),
-    LayerSpec(
-        "open_clip transformer, scaled attention",
-        "open_clip.transformer",
-        "CustomResidualAttentionBlock",
-        (*_packed("attn.in_proj_weight"), *_CLIP_MLP),
-    ),
-    LayerSpec(
-        "timm ViT (also SigLIP)",
-        "timm.models.vision_transformer",
-        "Block",
-        (*_packed("attn.qkv.weight"), *_TIMM_MLP),
-    ),
-    LayerSpec("XCiT", "timm.models.xcit", "XCABlock", (*_packed("attn.qkv.weight"), *_TIMM_MLP)),
+    LayerSpec("timm ViT (also SigLIP)", "timm.models.vision_transformer:Block", _TIMM),
+    LayerSpec("XCiT", "timm.models.xcit:XCABlock", _TIMM),
     LayerSpec(
         "XCiT, class attention",
-        "timm.models.xcit",
-        "ClassAttentionBlock",
+        "timm.models.xcit:ClassAttentionBlock",
         (*_separate("attn.q.weight", "attn.k.weight", "attn.v.weight"), *_TIMM_MLP),
     ),
-    LayerSpec("EVA", "timm.models.eva", "EvaBlock", _EVA, _EVA_OPTIONAL),
-    LayerSpec("EVA, norm after", "timm.models.eva", "EvaBlockPostNorm", _EVA, _EVA_OPTIONAL),
-    LayerSpec("BERT (BiomedCLIP)", "transformers.models.bert.modeling_bert", "BertLayer", _BERT),
-    LayerSpec("RoBERTa", "transformers.models.roberta.modeling_roberta", "RobertaLayer", _BERT),
+    LayerSpec("EVA", "timm.models.eva:EvaBlock", _EVA, _EVA_OPTIONAL),
+    LayerSpec("EVA, norm after", "timm.models.eva:EvaBlockPostNorm", _EVA, _EVA_OPTIONAL),
+    LayerSpec("BERT (BiomedCLIP)", "transformers.models.bert.modeling_bert:BertLayer", _BERT),
+    LayerSpec("RoBERTa", "transformers.models.roberta.modeling_roberta:RobertaLayer", _BERT),
     LayerSpec(
         "FastViT attention (MobileCLIP)",
-        "timm.models.fastvit",
-        "AttentionBlock",
+        "timm.models.fastvit:AttentionBlock",
         (*_packed("token_mixer.qkv.weight"), WeightSpec("o", "token_mixer.proj.weight")),
     ),
     LayerSpec(
         "attention pooling (ResNet)",
-        "open_clip.modified_resnet",
-        "AttentionPool2d",
+        "open_clip.modified_resnet:AttentionPool2d",
         (*_separate("q_proj.weight", "k_proj.weight", "v_proj.weight"), WeightSpec("o", "c_proj.weight")),
     ),
 )
 
 
-def _tower(name: str) -> str:
-    return "image" if name.split(".", 1)[0] == "visual" else "text"
+def _find_layers(model: nn.Module) -> Iterator[tuple[str, str, int, LayerSpec]]:
+    """Yield every layer of a supported type: module name, tower, number within the tower, type."""
+    types: list[tuple[type[nn.Module], LayerSpec]] = []
+    for spec in LAYER_SPECS:
+        with suppress(ImportError, AttributeError):  # the library is missing, or has no such type
+            types.append((pkgutil.resolve_name(spec.type_path), spec))
+    count: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        spec_of_module = next((spec for layer_type, spec in types if isinstance(module, layer_type)), None)
+        if spec_of_module is not None:
+            tower = "image" if name.split(".", 1)[0] == "visual" else "text"
+            yield name, tower, count[tower], spec_of_module
+            count[tower] += 1
 
 
-def _parameter(module: nn.Module, path: str) -> Tensor | None:
-    owner_path, _, name = path.rpartition(".")
+def _find_matrix(layer: nn.Module, path: str) -> Tensor | None:
     try:
-        value = getattr(module.get_submodule(owner_path), name, None)
+        value = attrgetter(path)(layer)
     except AttributeError:
         return None
     return value if isinstance(value, Tensor) and value.ndim == 2 else None
-
-
-def find_layers(model: nn.Module) -> Iterator[tuple[str, str, int, LayerSpec]]:
-    """Yield every layer of a supported type: module name, tower, number within the tower, type."""
-    table = [(module_type, spec) for spec in LAYER_SPECS if (module_type := spec.module_type()) is not None]
-    count = {"image": 0, "text": 0}
-    for name, module in model.named_modules():
-        for module_type, spec in table:
-            if isinstance(module, module_type):
-                tower = _tower(name)
-                yield name, tower, count[tower], spec
-                count[tower] += 1
-                break
-
-
-def _matrices(
-    layer: nn.Module, spec: LayerSpec, parts: tuple[str, ...]
-) -> Iterator[tuple[WeightSpec, tuple[int, int], int]]:
-    """Yield a layer's matrices of these parts, with their rows in the parameter and their ranks."""
-    for weight in spec.weights:
-        value = _parameter(layer, weight.path)
-        if value is None:
-            if weight.path in spec.optional:
-                continue
-            raise LayoutError(
-                f"a layer of type {spec.name!r} has no matrix {weight.path!r}: this version of {spec.module}"
-                " is not supported; please report it with the model's name"
-            )
-        if weight.part in parts:
-            height = value.shape[0] // weight.blocks
-            rows = (weight.block * height, (weight.block + 1) * height)
-            yield weight, rows, min(height, value.shape[1])
 
 
 def find_layout(model: nn.Module, selection: SigmaConfig | None = None) -> Layout:
@@ -194,11 +153,11 @@ def find_layout(model: nn.Module, selection: SigmaConfig | None = None) -> Layou
         LayoutError: the model has no layer of a supported type, or the selection matches none of them.
     """
     selection = selection or SigmaConfig()
-    layers = list(find_layers(model))
+    layers = list(_find_layers(model))
     if not layers:
         supported = ", ".join(spec.name for spec in LAYER_SPECS)
         raise LayoutError(f"{type(model).__name__} has no layer of a supported type; supported: {supported}")
-    depth = {tower: sum(t == tower for _, t, _, _ in layers) for tower in ("image", "text")}
+    depth = Counter(tower for _, tower, _, _ in layers)
     if not isinstance(selection.layers, str):
         deepest = max(depth[tower] for tower in selection.towers)
         if max(selection.layers) >= deepest:
@@ -211,7 +170,19 @@ def find_layout(model: nn.Module, selection: SigmaConfig | None = None) -> Layou
     for name, tower, number, spec in layers:
         if tower not in selection.towers or not selection.picks(number, depth[tower]):
             continue
-        for weight, rows, rank in _matrices(model.get_submodule(name), spec, selection.parts):
+        for weight in spec.weights:
+            matrix = _find_matrix(model.get_submodule(name), weight.path)
+            if matrix is None and weight.path not in spec.optional:
+                raise LayoutError(
+                    f"a layer of type {spec.name!r} has no matrix {weight.path!r}: this version"
+                    f" of {spec.type_path.split('.')[0]} is not supported; please report it with the model's"
+                    " name"
+                )
+            if matrix is None or weight.part not in selection.parts:
+                continue
+            height = matrix.shape[0] // weight.blocks
+            rows = (weight.block * height, (weight.block + 1) * height)
+            rank = min(height, matrix.shape[1])
             entries.append(Entry(f"{name}.{weight.path}", weight.part, tower, number, offset, rank, rows))
             offset += rank
     return Layout(tuple(entries))

@@ -8,13 +8,11 @@ dense form takes the same 3 r c, and the weight and its gradient once per step. 
 k (r + c) forward and k (r + c) backward, since the gradient of d needs no product of its own. So the factored
 form is cheaper where the longer side is more than twice the rank, as in most MLPs; the dense form is cheaper
 for square weights.
-
-`reference_weight` is the formula in plain torch operations, which the tests compare all of these with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,28 +30,6 @@ class PerSampleUnsupported(FedSigmaError, RuntimeError):
     """Per-sample gradients of this model cannot be computed in one backward pass."""
 
 
-def reference_weight(weight: Tensor, shift: Tensor, blocks: list[Block]) -> Tensor:
-    """The adapted weight by the formula, for tests: slow, differentiable by autograd.
-
-    Args:
-        weight: W0, shape (rows, columns).
-        shift: d of all blocks, shape (values,).
-        blocks: the adapted row blocks.
-
-    Returns:
-        W0 + U diag(d) V^T in each block's rows, shape (rows, columns).
-    """
-    out = weight.clone()
-    for (low, high), (start, stop), u, vh in blocks:
-        out[low:high] += u @ torch.diag(shift[start:stop]) @ vh
-    return out
-
-
-def is_factored_cheaper(rows: int, columns: int) -> bool:
-    """Whether a training step multiplies less with U and V^T than with the dense weight (rows, columns)."""
-    return max(rows, columns) > 2 * min(rows, columns)
-
-
 def autocast_dtype(like: Tensor) -> torch.dtype:
     """The dtype of matrix products on a tensor's device: autocast's if it is enabled, else the tensor's."""
     kind = like.device.type
@@ -61,20 +37,26 @@ def autocast_dtype(like: Tensor) -> torch.dtype:
 
 
 def sum_per_example(left: Tensor, right: Tensor, examples: int) -> Tensor:
-    """Sum left * right over the tokens of each example.
+    """Sum left * right, both (tokens, k), over the tokens of each example: (examples, k).
 
-    Args:
-        left: shape (tokens, k), the tokens of one example after those of another.
-        right: shape (tokens, k).
-        examples: number of examples; it divides tokens.
-
-    Returns:
-        Shape (examples, k), float32 whatever the inputs are: a sum over hundreds of tokens needs it.
+    The tokens of one example follow those of another. The result is float32 whatever the inputs are: a sum
+    over hundreds of tokens needs it.
     """
     return (left.float() * right).view(examples, -1, left.shape[-1]).sum(1)
 
 
-class DenseShift(torch.autograd.Function):
+class TensorFunction(torch.autograd.Function):
+    """An autograd function with one result; torch declares no type for `apply`."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, *args: Any) -> Tensor:
+            """Compute the result."""
+            ...
+
+
+class DenseShift(TensorFunction):
     """The adapted weight W0 + U diag(d) V^T.
 
     Its backward pass needs no dense product with the data: dL/dd_k = u_k^T (dL/dW) v_k.
@@ -82,17 +64,7 @@ class DenseShift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, shift: Tensor, blocks: list[Block]) -> Tensor:
-        """Compute the adapted weight.
-
-        Args:
-            ctx: the autograd context.
-            weight: W0, shape (rows, columns).
-            shift: d of all blocks, shape (values,).
-            blocks: the adapted row blocks.
-
-        Returns:
-            Shape (rows, columns), in the dtype of the weight.
-        """
+        """The adapted weight, from W0 (rows, columns) and d of all blocks (values,), in the dtype of W0."""
         dtype = autocast_dtype(weight)
         # The sum stays in the weight's own precision: models ask their weights for a dtype (open_clip's
         # get_cast_dtype), and zero must change no bit.
@@ -109,15 +81,14 @@ class DenseShift(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         """The gradient of the shift, shape (values,)."""
-        (grad,) = grads
         shift_grad = torch.zeros_like(ctx.shift_like)
         for (low, high), (start, stop), u, vh in ctx.blocks:
-            left = u.t().to(ctx.dtype) @ grad[low:high].to(ctx.dtype)
+            left = u.t().to(ctx.dtype) @ grads[0][low:high].to(ctx.dtype)
             shift_grad[start:stop] = (left.to(vh.dtype) * vh).sum(1)
         return None, shift_grad, None
 
 
-class FactoredLinear(torch.autograd.Function):
+class FactoredLinear(TensorFunction):
     """The linear layer y = (x V * s) U^T + bias, without its dense weight.
 
     With a = x V and b = (dL/dy) U, the gradients are dL/ds_k = sum over tokens of a_k b_k, and
@@ -134,7 +105,7 @@ class FactoredLinear(torch.autograd.Function):
         bias: Tensor | None,
         sample_shifts: Tensor | None = None,
     ) -> Tensor:
-        """Compute the layer's output.
+        """Compute the layer's output (..., rows), in the dtype of U.
 
         Args:
             ctx: the autograd context.
@@ -145,9 +116,6 @@ class FactoredLinear(torch.autograd.Function):
             bias: shape (rows,), or None.
             sample_shifts: shape (examples, k); its gradient is that of each example, its values are not used.
                 The first dimension of x then holds the examples one after another, and s gets no gradient.
-
-        Returns:
-            Shape (..., rows), in the dtype of U.
         """
         a = x.reshape(-1, x.shape[-1]).to(u.dtype) @ vh.t()
         ctx.save_for_backward(a, s, u, vh)
@@ -174,7 +142,7 @@ class FactoredLinear(torch.autograd.Function):
         return x_grad, s_grad, None, None, None, sample_grads
 
 
-class PerSampleLinear(torch.autograd.Function):
+class PerSampleLinear(TensorFunction):
     """The linear layer y = x W^T + bias with the dense adapted weight, and the shift's gradient per example.
 
     With a = x V and b = (dL/dy of the block's rows) U, an example's gradient is the sum of a b over its
@@ -192,7 +160,7 @@ class PerSampleLinear(torch.autograd.Function):
         vh: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """Compute the layer's output.
+        """Compute the layer's output (..., rows), in the dtype of the weight.
 
         Args:
             ctx: the autograd context.
@@ -203,9 +171,6 @@ class PerSampleLinear(torch.autograd.Function):
             blocks: the adapted row blocks, with U in the weight's dtype.
             vh: the blocks' V^T stacked, shape (values, columns), in the weight's dtype.
             bias: shape (rows,), or None.
-
-        Returns:
-            Shape (..., rows), in the dtype of the weight.
         """
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         ctx.save_for_backward(flat, weight, vh)
@@ -224,7 +189,7 @@ class PerSampleLinear(torch.autograd.Function):
         return x_grad, None, sum_per_example(a, b, ctx.examples), None, None, None
 
 
-class UnavailableWeight(torch.autograd.Function):
+class UnavailableWeight(TensorFunction):
     """A placeholder for a weight: its shape and dtype can be read (open_clip does), but has no gradient."""
 
     @staticmethod
@@ -235,4 +200,4 @@ class UnavailableWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         """Raise PerSampleUnsupported: the gradient of the whole weight mixes the examples."""
-        raise PerSampleUnsupported("a layer uses its adapted weight in a way of its own")
+        raise PerSampleUnsupported("a layer uses its adapted weight in a way that mixes the examples")

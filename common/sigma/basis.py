@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +57,7 @@ class SVD:
 
 
 def decompose(weight: Tensor) -> SVD:
-    """Decompose a matrix on the CPU, in float64 unless it is very large.
-
-    Args:
-        weight: shape (rows, columns).
-
-    Returns:
-        The decomposition, rounded to float32.
+    """Decompose a matrix (rows, columns) on the CPU, in float64 unless it is very large.
 
     Raises:
         BasisError: the matrix has a value that is not finite.
@@ -77,16 +70,19 @@ def decompose(weight: Tensor) -> SVD:
     return SVD(*(t.float().contiguous() for t in (u, s, vh)))
 
 
-def _signs(seed: str, length: int) -> Tensor:
-    """A vector of +1 and -1, float64, shape (length,), the same on every machine and library version."""
-    raw = hashlib.shake_256(seed.encode()).digest(length)
-    return (torch.frombuffer(bytearray(raw), dtype=torch.uint8) & 1).double() * 2 - 1
+def _random_bytes(seed: str, length: int) -> Tensor:
+    """Bytes (length,) that are the same on every machine and library version."""
+    return torch.frombuffer(bytearray(hashlib.shake_256(seed.encode()).digest(length)), dtype=torch.uint8)
 
 
-def _levels(seed: str, length: int) -> Tensor:
-    """Values in [-1, 1], float64, shape (length,), the same on every machine and library version."""
-    raw = hashlib.shake_256(seed.encode()).digest(2 * length)
-    pairs = torch.frombuffer(bytearray(raw), dtype=torch.uint8).double().reshape(length, 2)
+def _random_signs(seed: str, length: int) -> Tensor:
+    """+1 and -1, float64, shape (length,)."""
+    return (_random_bytes(seed, length) & 1).double() * 2 - 1
+
+
+def _random_levels(seed: str, length: int) -> Tensor:
+    """Values in [-1, 1], float64, shape (length,)."""
+    pairs = _random_bytes(seed, 2 * length).double().reshape(length, 2)
     return (pairs[:, 0] * 256 + pairs[:, 1]) / 32767.5 - 1
 
 
@@ -94,19 +90,12 @@ def sketch(entry: Entry, svd: SVD) -> tuple[float, ...]:
     """Compute the probes a^T U diag(w) V^T b of one matrix, with fixed random a, w and b.
 
     A joint sign flip of a pair (u, v) leaves every probe as it is. A rotation within a pair with different w
-    changes it.
-
-    Args:
-        entry: the matrix; its key is the seed of a, w and b.
-        svd: its decomposition.
-
-    Returns:
-        PROBES numbers.
+    changes it. The seed of a, w and b is the entry's key.
     """
     names = [f"fedsigma/{VERSION}/{entry.key}/{probe}" for probe in range(PROBES)]
-    left = torch.stack([_signs(name + "/a", svd.u.shape[0]) for name in names])
-    right = torch.stack([_signs(name + "/b", svd.vh.shape[1]) for name in names])
-    weights = torch.stack([_levels(name + "/w", entry.size) for name in names])
+    left = torch.stack([_random_signs(name + "/a", svd.u.shape[0]) for name in names])
+    right = torch.stack([_random_signs(name + "/b", svd.vh.shape[1]) for name in names])
+    weights = torch.stack([_random_levels(name + "/w", entry.size) for name in names])
     products = (left @ svd.u.double()) * weights * (svd.vh.double() @ right.T).T
     return tuple(float(probe) for probe in products.sum(1))
 
@@ -138,13 +127,7 @@ class Fingerprint:
 
     @classmethod
     def compute(cls, weights: str, layout: Layout, svds: Sequence[SVD]) -> Fingerprint:
-        """Compute the fingerprint of a basis.
-
-        Args:
-            weights: SHA-256 of the backbone's weights.
-            layout: the adapted matrices.
-            svds: one decomposition for each entry of the layout.
-        """
+        """Compute the fingerprint of a basis, with one decomposition for each entry of the layout."""
         rows = tuple(sketch(entry, svd) for entry, svd in zip(layout.entries, svds, strict=True))
         return cls(weights, layout.digest, rows)
 
@@ -178,11 +161,7 @@ class Fingerprint:
         return fingerprint
 
     def describe_mismatch(self, other: Fingerprint) -> str | None:
-        """Describe why two parties cannot average their shifts.
-
-        Returns:
-            One sentence that names the difference and the remedy, or None if the fingerprints match.
-        """
+        """One sentence that says why two parties cannot average their shifts, or None if they can."""
         if self.layout != other.layout:
             return (
                 f"the layouts differ ({self.layout[:12]} and {other.layout[:12]}): "
@@ -224,20 +203,14 @@ class Basis:
     def compute(cls, model: nn.Module, layout: Layout, *, progress: ProgressCallback | None = None) -> Basis:
         """Decompose every adapted matrix of a plain model, which takes minutes for a ViT-B/16.
 
-        Args:
-            model: the plain model.
-            layout: its adapted matrices.
-            progress: called after each matrix.
-
         Raises:
             BasisError: a weight is not finite.
         """
         svds = []
-        for number, entry in enumerate(layout.entries):
-            rows = slice(*entry.rows)
-            svds.append(decompose(model.get_parameter(entry.weight)[rows]))
+        for entry in layout.entries:
+            svds.append(decompose(model.get_parameter(entry.weight)[slice(*entry.rows)]))
             if progress:
-                progress(number + 1, len(layout.entries))
+                progress(len(svds), len(layout.entries))
         return cls(layout, tuple(svds), Fingerprint.compute(weights_digest(model), layout, svds))
 
     def save(self, path: Path) -> None:
@@ -246,16 +219,18 @@ class Basis:
         for number, svd in enumerate(self.svds):
             tensors |= {f"{number}.u": svd.u, f"{number}.s": svd.s, f"{number}.vh": svd.vh}
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "fedsigma-basis", "layout": self.layout.to_json()}
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
+        metadata = {
+            "format": "fedsigma-basis",
+            "layout": self.layout.to_json(),
+            "fingerprint": self.fingerprint.to_json(),
+        }
+        part = path.with_name(f"{secrets.token_hex(8)}.part")
         try:
-            save_file(tensors, name, metadata={**metadata, "fingerprint": self.fingerprint.to_json()})
-            Path(name).chmod(0o644)  # mkstemp's files are the owner's alone; a cache may be shared
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+            save_file(tensors, part, metadata=metadata)
+            part.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Basis:
@@ -281,13 +256,7 @@ class Basis:
 
 
 def cache_path(cache_dir: Path, weights: str, layout: Layout) -> Path:
-    """The path of a cached basis.
-
-    Args:
-        cache_dir: the folder of cached bases.
-        weights: SHA-256 of the backbone's weights.
-        layout: the adapted matrices.
-    """
+    """The path of a cached basis of a backbone with this `weights_digest`."""
     key = hashlib.sha256(f"{VERSION}/{weights}/{layout.digest}".encode()).hexdigest()[:32]
     return cache_dir / f"basis-{key}.safetensors"
 
@@ -297,45 +266,26 @@ def cached_basis(
 ) -> Basis:
     """Load the basis of a plain model from the cache, or compute and cache it.
 
-    Args:
-        model: the plain model.
-        layout: its adapted matrices.
-        cache_dir: the folder of cached bases.
-        progress: called after each decomposed matrix.
-
     Raises:
         BasisError: the cached file is damaged or belongs to another backbone.
     """
     weights = weights_digest(model)
     path = cache_path(cache_dir, weights, layout)
-    if path.exists():
-        basis = Basis.load(path)
-        if basis.fingerprint.weights == weights and basis.layout == layout:
-            _verify(basis, path)
-            return basis
+    if not path.exists():
+        Basis.compute(model, layout, progress=progress).save(path)
+        return Basis.load(path)
+    basis = Basis.load(path)
+    if basis.fingerprint.weights != weights or basis.layout != layout:
         raise BasisError(f"{path} belongs to another backbone: delete it, and it is computed again")
-    basis = Basis.compute(model, layout, progress=progress)
-    basis.save(path)
-    return Basis.load(path)
-
-
-def _verify(basis: Basis, path: Path) -> None:
-    """Check that a file's vectors match its fingerprint, once per process and file.
-
-    Otherwise a damaged file, or vectors under another file's fingerprint, would be averaged with those of
-    other sites unnoticed.
-
-    Raises:
-        BasisError: they do not match.
-    """
+    # Once per process and file: a damaged file, or vectors under another file's fingerprint, would be
+    # averaged with those of other sites unnoticed.
     status = path.stat()
     file = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
-    if file in _verified:
-        return
-    fingerprint = basis.fingerprint
-    if fingerprint.describe_mismatch(Fingerprint.compute(fingerprint.weights, basis.layout, basis.svds)):
-        raise BasisError(
-            f"{path} is damaged: its vectors do not match its fingerprint; delete it, and it is computed"
-            " again"
-        )
-    _verified.add(file)
+    if file not in _verified:
+        if basis.fingerprint.describe_mismatch(Fingerprint.compute(weights, layout, basis.svds)):
+            raise BasisError(
+                f"{path} is damaged: its vectors do not match its fingerprint; delete it, and it is computed"
+                " again"
+            )
+        _verified.add(file)
+    return basis

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +34,8 @@ def default_cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("fedsigma")) / "bases"
 
 
-def _owner(model: nn.Module, weight: str) -> tuple[nn.Module, str]:
-    path, _, name = weight.rpartition(".")
-    return model.get_submodule(path), name
-
-
-class SigmaModel:
-    """An open_clip model whose only trainable tensor is the flat sigma shift.
+class SigmaModel(nn.Module):
+    """An open_clip model whose only trainable parameter is the flat sigma shift.
 
     Args:
         model: a plain model, which is adapted in place and frozen.
@@ -54,20 +50,23 @@ class SigmaModel:
     """
 
     def __init__(self, model: nn.Module, basis: Basis) -> None:
-        self.model, self.layout, self.fingerprint = model, basis.layout, basis.fingerprint
-        self.basis = basis
+        super().__init__()
+        self.model, self.basis = model.requires_grad_(False), basis
+        self.layout, self.fingerprint = basis.layout, basis.fingerprint
+        self.training = model.training
         device = next(model.parameters()).device
-        model.requires_grad_(False)
         self.shift = nn.Parameter(torch.zeros(self.layout.size, device=device))
         by_weight: dict[str, list[Entry]] = defaultdict(list)
         for entry in self.layout.entries:
             by_weight[entry.weight].append(entry)
-        self._weights = list(by_weight)
+        self._names: list[str] = []
         self._adapted: list[tuple[nn.Module, SigmaParametrization]] = []
         for weight, entries in by_weight.items():
-            module, name = _owner(model, weight)
+            path, _, name = weight.rpartition(".")
+            module = model.get_submodule(path)
             parametrization = SigmaParametrization(entries, basis, self.shift).to(device)
             parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+            self._names.append(name)
             self._adapted.append((module, parametrization))
 
     @classmethod
@@ -98,19 +97,16 @@ class SigmaModel:
         layout = find_layout(model, selection)
         return cls(model, cached_basis(model, layout, cache_dir or default_cache_dir(), progress=progress))
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters: the shift alone."""
-        return [self.shift]
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """The adapted model's own output."""
+        return self.model(*args, **options)
 
     def get_shift(self) -> Tensor:
         """A copy of the shift, shape (layout.size,), float32, on the CPU."""
         return self.shift.detach().to("cpu", torch.float32).clone()
 
     def set_shift(self, shift: Tensor) -> None:
-        """Replace the shift.
-
-        Args:
-            shift: shape (layout.size,), on any device.
+        """Replace the shift by one of shape (layout.size,), on any device.
 
         Raises:
             LayoutError: the shape is wrong, or a value is not finite.
@@ -160,31 +156,23 @@ class SigmaModel:
 
         The gradient of `shift` itself is unchanged.
         """
-        gradients = PerSampleGradients(self._adapted, self.layout.size, self.shift.device)
+        gradients = PerSampleGradients(self._adapted, self.shift)
         try:
             yield gradients
         finally:
             gradients.end()
 
-    def to(self, device: torch.device | str) -> SigmaModel:
-        """Move the model, its basis and the shift to a device."""
-        self.model.to(device)
-        self.shift.data = self.shift.data.to(device)
-        return self
-
     def merge(self) -> nn.Module:
         """Add the shift to the weights and return the plain model. The adapter is then removed."""
-        with torch.no_grad():
-            for weight in self._weights:
-                module, name = _owner(self.model, weight)
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        self._weights, self._adapted = [], []
-        return self.model
+        return self._remove(keep_shift=True)
 
     def unload(self) -> nn.Module:
         """Remove the adapter and return the plain model with its pretrained weights."""
-        for weight in self._weights:
-            module, name = _owner(self.model, weight)
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        self._weights, self._adapted = [], []
+        return self._remove(keep_shift=False)
+
+    def _remove(self, *, keep_shift: bool) -> nn.Module:
+        with torch.no_grad():
+            for (module, _), name in zip(self._adapted, self._names, strict=True):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=keep_shift)
+        self._names, self._adapted = [], []
         return self.model

@@ -15,12 +15,9 @@ from fedsigma.common.sigma.autograd import (
     FactoredLinear,
     UnavailableWeight,
     autocast_dtype,
-    is_factored_cheaper,
 )
 from fedsigma.common.sigma.basis import Basis
 from fedsigma.common.sigma.layout import Entry
-
-__all__ = ["SigmaParametrization", "is_plain_linear"]
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -41,8 +38,7 @@ class SigmaParametrization(nn.Module):
 
     Attributes:
         entries: the layout's entries of this weight.
-        start: position of this weight's first value in the flat shift.
-        stop: position after its last value.
+        columns: the positions of this weight's values in the flat shift.
         per_sample: whether per-sample gradients are computed, so that the whole weight must not be used.
     """
 
@@ -53,18 +49,16 @@ class SigmaParametrization(nn.Module):
     def __init__(self, entries: list[Entry], basis: Basis, shift: nn.Parameter) -> None:
         super().__init__()
         self.entries = entries
-        self.start, self.stop = entries[0].offset, entries[-1].offset + entries[-1].size
+        self.columns = slice(entries[0].offset, entries[-1].offset + entries[-1].size)
         self._shift = (shift,)
         self._accumulating = False
         self.per_sample = False
         self._shared: dict[str, tuple[Tensor, Tensor]] = {}
         self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        number = {entry.key: i for i, entry in enumerate(basis.layout.entries)}
+        svds = dict(zip(basis.layout.entries, basis.svds, strict=True))
         for i, entry in enumerate(entries):
-            svd = basis.svds[number[entry.key]]
-            self.register_buffer(f"u{i}", svd.u, persistent=False)
-            self.register_buffer(f"s{i}", svd.s, persistent=False)
-            self.register_buffer(f"vh{i}", svd.vh, persistent=False)
+            for name, tensor in vars(svds[entry]).items():
+                self.register_buffer(f"{name}{i}", tensor, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, of the shape of `weight`; a placeholder while `per_sample` is set."""
@@ -75,33 +69,26 @@ class SigmaParametrization(nn.Module):
     def start_accumulating(self, owner: nn.Module) -> None:
         """Compute the adapted weight once, as a leaf on which gradients accumulate.
 
-        Args:
-            owner: the module that has the weight. If it is a plain linear layer whose factored form is
-                cheaper, it uses that form until `stop_accumulating`.
+        If the weight's owner is a linear layer whose factored form is cheaper, it uses that form until
+        `stop_accumulating`.
         """
         self._accumulating = True
         if is_plain_linear(owner) and self.uses_factored_forward(owner):
             owner.__dict__["forward"] = partial(self._linear, owner.bias)
 
     def uses_factored_forward(self, owner: nn.Linear) -> bool:
-        """Whether a linear layer's factored form is cheaper than its dense form."""
+        """Whether a linear layer's factored form multiplies less than its dense form."""
         rows, columns = owner.out_features, owner.in_features
-        return [e.rows for e in self.entries] == [(0, rows)] and is_factored_cheaper(rows, columns)
+        return [e.rows for e in self.entries] == [(0, rows)] and max(rows, columns) > 2 * min(rows, columns)
 
     def stop_accumulating(self, owner: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """End `start_accumulating`.
-
-        Args:
-            owner: the module that has the weight.
-
-        Returns:
-            Pairs of a computed tensor and its accumulated gradient, for tensors that have one.
-        """
+        """End `start_accumulating`; return computed tensors, each with its accumulated gradient."""
         owner.__dict__.pop("forward", None)
         shared, self._shared, self._cast, self._accumulating = self._shared, {}, {}, False
         return [(value, leaf.grad) for value, leaf in shared.values() if leaf.grad is not None]
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """The result of `compute`; while gradients accumulate, one leaf by this name."""
         if not self._accumulating:
             return compute()
         if name not in self._shared:
@@ -115,21 +102,18 @@ class SigmaParametrization(nn.Module):
 
     @property
     def values(self) -> Tensor:
-        """The shift's part for this weight, shape (stop - start,)."""
-        return self._shift[0][self.start : self.stop]
+        """The shift's part for this weight, shape (values,)."""
+        return self._shift[0][self.columns]
 
     @property
     def blocks(self) -> list[Block]:
         """The adapted row blocks, see `autograd.Block`."""
-        return [
-            (
-                entry.rows,
-                (entry.offset - self.start, entry.offset - self.start + entry.size),
-                getattr(self, f"u{i}"),
-                getattr(self, f"vh{i}"),
-            )
-            for i, entry in enumerate(self.entries)
-        ]
+        blocks = []
+        for i, entry in enumerate(self.entries):
+            start = entry.offset - self.columns.start
+            values = (start, start + entry.size)
+            blocks.append((entry.rows, values, getattr(self, f"u{i}"), getattr(self, f"vh{i}")))
+        return blocks
 
     def _linear(self, bias: Tensor | None, x: Tensor) -> Tensor:
         s = self._once("s", lambda: self.s0 + self.values)

@@ -62,15 +62,7 @@ class ParameterPartition:
         return shift[self._personal]
 
     def combine(self, shared: Vector, personal: Vector | None = None) -> Vector:
-        """Combine shared and personal values into a full shift.
-
-        Args:
-            shared: shape (shared.size,).
-            personal: shape (personal_size,); zeros by default.
-
-        Returns:
-            Shape (full.size,), float32.
-        """
+        """Combine shared values and personal ones (zeros by default) into a full shift (full.size,)."""
         shift = np.zeros(self.full.size, np.float32)
         shift[~self._personal] = shared
         if personal is not None:

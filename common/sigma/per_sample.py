@@ -34,42 +34,20 @@ class PerSampleGradients:
     Packed attention must compute its projection by `project`, see `training.attention.replace_attention`. A
     layer that uses its adapted weight in any other way raises `PerSampleUnsupported`, at the latest in the
     backward pass.
-
-    Args:
-        adapted: the adapted modules with their parametrizations.
-        size: number of values of the shift.
-        device: the model's device.
     """
 
-    def __init__(
-        self,
-        adapted: Sequence[tuple[nn.Module, SigmaParametrization]],
-        size: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, adapted: Sequence[tuple[nn.Module, SigmaParametrization]], shift: Tensor) -> None:
         self._layers = {module: _Layer(module, parametrization) for module, parametrization in adapted}
-        self._size, self._device, self._examples = size, device, 0
+        self._shift, self._examples = shift, 0
 
     def start(self, batch_size: int) -> None:
-        """Prepare the forward pass of a batch.
-
-        Args:
-            batch_size: number of examples.
-        """
+        """Prepare the forward pass of a batch."""
         self._examples = batch_size
         for layer in self._layers.values():
-            layer.start(batch_size, self._device)
+            layer.start(batch_size, self._shift.device)
 
     def project(self, module: nn.MultiheadAttention, x: Tensor) -> Tensor:
-        """Compute the packed queries, keys and values of an attention layer.
-
-        Args:
-            module: the attention layer.
-            x: its input, shape (n, length, width).
-
-        Returns:
-            Shape (n, length, 3 width).
-        """
+        """The packed queries, keys and values (n, length, 3 width) of the input (n, length, width)."""
         layer = self._layers.get(module)
         if layer is None:
             return F.linear(x, module.in_proj_weight, module.in_proj_bias)
@@ -77,11 +55,11 @@ class PerSampleGradients:
 
     def gradients(self) -> Tensor:
         """The gradient of each example's loss, shape (batch_size, shift size), float32."""
-        out = torch.zeros(self._examples, self._size, device=self._device)
+        gradients = torch.zeros(self._examples, len(self._shift), device=self._shift.device)
         for layer in self._layers.values():
             if layer.sample_shifts.grad is not None:
-                out[:, layer.columns] = layer.sample_shifts.grad
-        return out
+                gradients[:, layer.columns] = layer.sample_shifts.grad
+        return gradients
 
     def end(self) -> None:
         """Restore the layers."""
@@ -94,7 +72,7 @@ class _Layer:
 
     def __init__(self, module: nn.Module, parametrization: SigmaParametrization) -> None:
         self._module, self._sigma = module, parametrization
-        self.columns = slice(parametrization.start, parametrization.stop)
+        self.columns = parametrization.columns
         self.sample_shifts = torch.empty(0)
         self._factored: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
         self._dense: dict[torch.dtype, tuple[Tensor, list[Block], Tensor]] = {}
@@ -109,7 +87,7 @@ class _Layer:
     def compute(self, bias: Tensor | None, x: Tensor) -> Tensor:
         if not len(self.sample_shifts) or x.shape[0] % len(self.sample_shifts):
             raise PerSampleUnsupported(
-                f"{x.shape[0]} rows are no multiple of {len(self.sample_shifts)} examples"
+                f"a layer's input has {x.shape[0]} rows, no multiple of {len(self.sample_shifts)} examples"
             )
         dtype = autocast_dtype(x)
         bias = None if bias is None else bias.to(dtype)
@@ -129,16 +107,13 @@ class _Layer:
     def _dense_weight(self, dtype: torch.dtype) -> tuple[Tensor, list[Block], Tensor]:
         if dtype not in self._dense:
             blocks = self._sigma.blocks
+            parametrizations: Any = self._module.parametrizations
+            original = next(p.original for p in parametrizations.values() if p[0] is self._sigma)
             with torch.no_grad():
-                weight = DenseShift.apply(self._original(), self._sigma.values, blocks).to(dtype)
+                weight = DenseShift.apply(original, self._sigma.values, blocks).to(dtype)
             blocks = [(rows, values, u.to(dtype), vh) for rows, values, u, vh in blocks]
             self._dense[dtype] = weight, blocks, torch.cat([vh for _, _, _, vh in blocks]).to(dtype)
         return self._dense[dtype]
-
-    def _original(self) -> Tensor:
-        """The weight without its shift."""
-        lists: Any = self._module.parametrizations
-        return next(one.original for one in lists.values() if one[0] is self._sigma)
 
     def end(self) -> None:
         self._module.__dict__.pop("forward", None)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.sigma import SigmaConfig
 from fedsigma.common.sigma import Basis, Layout, LayoutError, SigmaModel, find_layout
-from fedsigma.common.sigma.autograd import DenseShift, FactoredLinear, PerSampleLinear, reference_weight
+from fedsigma.common.sigma.autograd import Block, DenseShift, FactoredLinear, PerSampleLinear
 from fedsigma.common.sigma.parametrization import SigmaParametrization
 from tests.helpers.tiny import outputs, pictures, timm_clip, tiny_clip, words
 
@@ -352,11 +352,27 @@ def test_detach_gives_the_pretrained_weights_back(tmp_path: Path) -> None:
 
 def test_only_the_shift_is_trainable(tmp_path: Path) -> None:
     sigma = adapted(tmp_path)
-    trainable = [p for p in sigma.model.parameters() if p.requires_grad]
-    assert not trainable and sigma.parameters() == [sigma.shift]
+    assert not [p for p in sigma.model.parameters() if p.requires_grad]
+    assert [name for name, p in sigma.named_parameters() if p.requires_grad] == ["shift"]
+    assert next(sigma.parameters()) is sigma.shift
     sigma.model.encode_image(pictures()).sum().backward()
     assert all(p.grad is None for p in sigma.model.parameters())
     assert sigma.shift.grad is not None and sigma.shift.grad.abs().sum() > 0
+
+
+def test_any_trainer_takes_an_adapted_model(tmp_path: Path) -> None:
+    sigma = adapted(tmp_path)
+    assert not sigma.training and sigma.train().model.training and not sigma.eval().model.training
+    weights = {name: value.clone() for name, value in sigma.state_dict().items()}
+    optimiser = torch.optim.AdamW(sigma.parameters(), lr=0.1)
+    sigma(pictures(), words())[0].sum().backward()
+    optimiser.step()
+    moved = [name for name, value in sigma.state_dict().items() if not torch.equal(value, weights[name])]
+    assert moved == ["shift"]
+    before = outputs(sigma.model)
+    other = adapted(tmp_path)
+    other.load_state_dict(sigma.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(other.model), strict=True))
 
 
 def test_mean_of_shifts_is_the_mean_of_models(tmp_path: Path) -> None:
@@ -393,6 +409,14 @@ def test_adapting_twice_is_refused(tmp_path: Path) -> None:
 
 
 # the functions of a layer ----------------------------------------------------------------------------
+
+
+def reference_weight(weight: torch.Tensor, shift: torch.Tensor, blocks: list[Block]) -> torch.Tensor:
+    """W0 + U diag(d) V^T in each block's rows, in plain torch operations."""
+    out = weight.clone()
+    for (low, high), (start, stop), u, vh in blocks:
+        out[low:high] += u @ torch.diag(shift[start:stop]) @ vh
+    return out
 
 
 @pytest.mark.parametrize("rows", [(9,), (4, 4, 4)])
