@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsigma.common.config.study import load_study
 from fedsigma.common.utils.console import print_table
 from fedsigma.common.utils.errors import FAILED
 from fedsigma.server.report.formatting import MISSING, format_percent, format_timestamp
@@ -25,8 +27,25 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="List runs and write reports.")
+study_app = typer.Typer(no_args_is_help=True, help="Run or check a study.")
+app.add_typer(study_app, name="study")
 
 _STATES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow"}
+
+StudyArgument = Annotated[str, typer.Argument(help="A built-in study (demo), or the path of a study file.")]
+Run = Annotated[str, typer.Argument(help="A run's number, or a study's name for its latest run.")]
+Out = Annotated[Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")]
+Rounds = Annotated[int, typer.Option(min=0, help="Rounds; 0: those of the study.")]
+Seed = Annotated[int, typer.Option(min=-1, help="Seed; -1: that of the study.")]
+Tracker = Annotated[
+    list[str] | None,
+    typer.Option(help="mlflow, tensorboard or wandb; mlflow+sigma: with the sigma file. Repeatable."),
+]
+Folder = Annotated[
+    Path, typer.Option("--folder", "-f", envvar="FEDSIGMA_SERVER", help="The server's folder.")
+]
+Wait = Annotated[bool, typer.Option(help="Wait for the end; the exit code is the run's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -37,7 +56,7 @@ def runs(
             help="Directory of the run folders.", show_default="$FEDSIGMA_RUNS, or ~/fedsigma-runs"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the runs in a directory, the newest last.
 
@@ -47,7 +66,7 @@ def runs(
     summaries = [summarize_run(RunDir.open(path)) for path in find_runs(directory)]
     summaries.sort(key=lambda run: (run.started or 0.0, run.path))
     if as_json:
-        typer.echo(json.dumps([run.to_dict() for run in summaries], indent=2))
+        typer.echo(json.dumps([asdict(run) for run in summaries], indent=2))
     elif summaries:
         Console().print(_table(summaries, directory))
     else:
@@ -62,29 +81,12 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     typer.echo(str(write_report(RunDir.open(run))))
 
 
-study_app = typer.Typer(no_args_is_help=True, help="Run or check a study.")
-app.add_typer(study_app, name="study")
-
-Folder = Annotated[
-    Path, typer.Option("--folder", "-f", envvar="FEDSIGMA_SERVER", help="The server's folder.")
-]
-Tracker = Annotated[
-    list[str] | None,
-    typer.Option(help="mlflow, tensorboard or wandb; mlflow+sigma: with the sigma file. Repeatable."),
-]
-Run = Annotated[str, typer.Argument(help="A run's number, or a study's name for its latest run.")]
-
-StudyArgument = Annotated[str, typer.Argument(help="A built-in study (demo), or the path of a study file.")]
-
-
 @study_app.command("run")
 def study_run(
     study: StudyArgument,
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: those of the study.")] = 0,
-    seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: that of the study.")] = -1,
+    out: Out = None,
+    rounds: Rounds = 0,
+    seed: Seed = -1,
     resume: Annotated[bool, typer.Option(help="Resume the interrupted run in --out.")] = False,
     cpus_per_site: Annotated[int, typer.Option(min=1, help="CPU cores for each site.")] = 1,
     tracker: Tracker = None,
@@ -93,7 +95,6 @@ def study_run(
 
     Exit code 0: the run completed; 1: it failed; 3: the study cannot be used; 130: interrupted.
     """
-    from fedsigma.common.config.study import load_study
     from fedsigma.server.report import summary_table
     from fedsigma.server.simulation.simulate import run_simulation
 
@@ -130,9 +131,7 @@ def study_run(
 def study_evaluate(
     study: StudyArgument,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="NAME@N, or a path.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder.", show_default="a new one in $FEDSIGMA_RUNS")
-    ] = None,
+    out: Out = None,
     server: Annotated[
         Path | None,
         typer.Option(help="Submit it to the sites of the server in this folder, and wait for the end."),
@@ -144,10 +143,6 @@ def study_evaluate(
 
     Example: fedsigma study evaluate demo demo@1 demo@2
     """
-    from dataclasses import replace
-
-    from fedsigma.common.config.study import load_study
-
     paths = [str(Path(model).expanduser().resolve()) if Path(model).exists() else model for model in models]
     config = replace(
         load_study(study), evaluate_versions=tuple(paths), baselines=("zero_shot",), personal=None
@@ -157,14 +152,16 @@ def study_evaluate(
         file.write_text(config.to_yaml(), encoding="utf-8")
         if server is None:
             study_run(str(file), out=out)
-            return
-        wait_for_run(server, str(file))
+        else:
+            studies = _studies(server)
+            submission = studies.submit(str(file), again=True)
+            _wait(studies, submission.run_id)
+            typer.echo(f"Report: {Path(submission.folder) / 'report.html'}")
 
 
 @study_app.command("check")
 def study_check(study: StudyArgument) -> None:
     """Check a study file and its data, and show what would run, without training."""
-    from fedsigma.common.config.study import load_study
     from fedsigma.common.data.records import site_table
     from fedsigma.common.data.sources.registry import open_source
 
@@ -202,9 +199,6 @@ def study_privacy(
 
     Exit code 3: the study has no section privacy, or cannot be used.
     """
-    from dataclasses import asdict
-
-    from fedsigma.common.config.study import load_study
     from fedsigma.server.federation.privacy_plan import privacy_plan
 
     config = load_study(study)
@@ -251,15 +245,15 @@ def _table(summaries: list[RunSummary], directory: Path) -> Table:
 
 @study_app.command()
 def submit(
-    study: Annotated[str, typer.Argument(help="A built-in study, or the path of a study file.")],
+    study: StudyArgument,
     folder: Folder,
     again: Annotated[
         bool, typer.Option(help="Submit it even if the same study was submitted before.")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds; 0: those of the study.")] = 0,
-    seed: Annotated[int, typer.Option(min=-1, help="Seed; -1: that of the study.")] = -1,
+    rounds: Rounds = 0,
+    seed: Seed = -1,
     tracker: Tracker = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the end; the exit code is the run's.")] = False,
+    wait: Wait = False,
 ) -> None:
     """Check a study and submit it to the server's sites.
 
@@ -277,19 +271,11 @@ def submit(
         _wait(studies, submission.run_id)
 
 
-def wait_for_run(folder: Path, study: str) -> None:
-    """Submit a study, even if it was submitted before, and wait for its end; exits as `submit --wait`."""
-    studies = _studies(folder)
-    submission = studies.submit(study, again=True)
-    _wait(studies, submission.run_id)
-    typer.echo(f"Report: {Path(submission.folder) / 'report.html'}")
-
-
 @study_app.command()
 def status(
     folder: Folder,
     run: Annotated[str | None, typer.Argument(help="A run's number or a study's name.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the submitted studies and the states of their runs.
 
@@ -330,7 +316,7 @@ def stop(run: Run, folder: Folder) -> None:
 def resume(
     run: Run,
     folder: Folder,
-    wait: Annotated[bool, typer.Option(help="Wait for the end; the exit code is the run's.")] = False,
+    wait: Wait = False,
 ) -> None:
     """Resume a run that ended before its last round.
 
@@ -361,8 +347,8 @@ def _studies(folder: Path) -> Studies:
 
 
 def _wait(studies: Studies, run: str) -> None:
-    last = None
-    for last in studies.watch(run):
-        typer.echo(f"{last.status}, round {last.rounds}")
-    if last is None or last.resumable:
+    status = None
+    for status in studies.watch(run):
+        typer.echo(f"{status.status}, round {status.rounds}")
+    if status is None or status.resumable:
         raise typer.Exit(FAILED)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.registry.shift_file import SavedShift, ShiftFileError, load_shift
+from fedsigma.common.registry.shift_file import SavedShift, ShiftFileError, load_shift, save_shift
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.server.federation.aggregation import OptimizerStateError
 from fedsigma.server.federation.federation import Federation
@@ -52,7 +52,8 @@ def save(federation: Federation, shift: Vector, *, round: int) -> None:
     full = partition.combine(shift)
     # Before the model: a run that is killed in between resumes from the round before and writes both again.
     run_dir.log_shift_magnitude(round, to_towers(shift_magnitudes(full, partition.full)))
-    run_dir.save_shift(
+    save_shift(
+        run_dir.shift_path,
         full,
         layout_json=partition.full.to_json(),
         fingerprint_json=federation.fingerprint.to_json(),

@@ -217,7 +217,7 @@ def _notices(events: list[dict[str, Any]]) -> tuple[Notice, ...]:
 
 def _read_shift(run_dir: RunDir) -> tuple[tuple[ShiftMagnitude, ...], str, int | None, int | None]:
     """Return the shift magnitudes, why there are none, the shift's size and its round."""
-    if not run_dir.has_shift:
+    if not run_dir.shift_path.is_file():
         return (), "No round has produced a shift yet.", None, None
     from fedsigma.common.registry.shift_file import ShiftFileError
     from fedsigma.common.sigma.layout import Layout, LayoutError

@@ -17,9 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fedsigma.common.utils.errors import FedSigmaError
-
-__all__ = ["RunLocked", "acquire", "is_locked"]
+__all__ = ["Timeout", "acquire", "is_locked"]
 
 PATIENCE_S = 2.0
 """How long a writer tries, in seconds: many times as long as a reader holds the lock."""
@@ -27,23 +25,17 @@ PAUSE_S = 0.02
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
-class RunLocked(FedSigmaError, RuntimeError):
-    """Another process holds the lock."""
-
-
 @contextmanager
 def acquire(path: Path) -> Iterator[None]:
     """Hold the lock of a file, which is created if it is missing, until the end of the block.
 
     Raises:
-        RunLocked: Another writer holds it.
+        Timeout: Another writer holds it.
         OSError: The file cannot be created.
     """
     lock = FileLock(path, timeout=PATIENCE_S)
     try:
         lock.acquire(poll_interval=PAUSE_S)
-    except Timeout:
-        raise RunLocked(f"{path} is locked by another process") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

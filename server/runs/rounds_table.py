@@ -13,7 +13,7 @@ from fedsigma.common.config.constants import METRICS
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.common.utils.json_lines import AppendLog, Row
 
-__all__ = ["METRIC_COLUMNS", "RoundsTable", "latest_rows", "parse_row", "split_cells"]
+__all__ = ["METRIC_COLUMNS", "RoundsTable", "latest", "parse_row", "split_cells"]
 
 METRIC_COLUMNS = (
     *(*METRICS, "loss", "examples", "test_examples", "epsilon"),
@@ -86,10 +86,10 @@ class RoundsTable(AppendLog[Row]):
         return [split_cells(line) for line in text.split("\n") if line.strip()]
 
 
-def latest_rows(rows: Iterable[Row | None]) -> list[Row]:
-    """Sort rows by round; of several rows of one round and site, the last counts. None is a damaged row."""
-    latest = {(row["round"], row["site"]): row for row in rows if row is not None}
-    return sorted(latest.values(), key=lambda row: row["round"])
+def latest(records: Iterable[Row], *keys: str) -> list[Row]:
+    """Sort records by round; of several of one round with the same values of `keys`, the last counts."""
+    by_key = {tuple(record[key] for key in ("round", *keys)): record for record in records}
+    return sorted(by_key.values(), key=lambda record: record["round"])
 
 
 def parse_row(header: list[str], cells: list[str]) -> Row | None:

@@ -11,7 +11,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,12 @@ from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.utils.files import write_atomic
 from fedsigma.common.utils.json_lines import JsonLines, Row, to_json
 from fedsigma.server.runs import lock
-from fedsigma.server.runs.rounds_table import RoundsTable, latest_rows
+from fedsigma.server.runs.rounds_table import RoundsTable, latest
 
 if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
-    import numpy as np
-    from torch import Tensor
-
     from fedsigma.common.registry.shift_file import SavedShift
 
-__all__ = ["RunDir", "RunDirError", "check_free", "latest_by_round"]
+__all__ = ["RunDir", "RunDirError", "check_free"]
 
 
 class RunDirError(FedSigmaError, ValueError):
@@ -56,16 +53,11 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, study_yaml: str) -> RunDir:
-        """Create a run folder.
-
-        Args:
-            path: The folder; created if missing.
-            study_yaml: The study as resolved, YAML text.
+        """Create a run folder, which holds the study as resolved, YAML text.
 
         Raises:
             RunDirError: The folder already holds a run, or the path is a file.
         """
-        path = Path(path)
         check_free(path)
         path.mkdir(parents=True, exist_ok=True)
         run_dir = cls(path)
@@ -79,7 +71,6 @@ class RunDir:
         Raises:
             RunDirError: The folder holds no run.
         """
-        path = Path(path)
         if not (path / "study.yaml").is_file():
             what = "holds no study.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
             raise RunDirError(f"{path} {what}: list the run folders with `fedsigma runs`")
@@ -107,9 +98,9 @@ class RunDir:
         return self.path / "report.html"
 
     @property
-    def has_shift(self) -> bool:
-        """Whether a round has produced a sigma shift yet."""
-        return (self.path / "sigma.safetensors").is_file()
+    def shift_path(self) -> Path:
+        """Path of the sigma shift of the last finished round, which may not exist yet."""
+        return self.path / "sigma.safetensors"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -121,7 +112,7 @@ class RunDir:
         try:
             with lock.acquire(self.path / "run.lock"):
                 yield
-        except lock.RunLocked:
+        except lock.Timeout:
             raise RunDirError(
                 f"{self.path} is written by a run that is still running: wait until it ends, or stop it first"
             ) from None
@@ -152,13 +143,9 @@ class RunDir:
     def listen(
         self, event: Callable[[Row], None] | None = None, *, row: Callable[[Row], None] | None = None
     ) -> None:
-        """Call a listener with each further event or row after it was written, in the order of registration.
+        """Call `event` with each further event, and `row` with each row of a round, after it was written.
 
         An exception of a listener is raised to the writer. A listener must not write into this folder.
-
-        Args:
-            event: Is called with each event.
-            row: Is called with each row of a round.
         """
         if event is not None:
             self._event_listeners.append(event)
@@ -213,21 +200,16 @@ class RunDir:
         Every row has the keys `round`, `site`, `status`, `bytes_up`, `bytes_down`, `reason` and every
         metric of the file, None where the site sent none.
         """
-        return latest_rows(self._rounds.read())
+        return latest(self._rounds.read(), "site")
 
     def log_shift_magnitude(self, round: int, towers: Mapping[str, Any]) -> None:
-        """Append where the shift of a round is large.
-
-        Args:
-            round: Number of the round.
-            towers: `shift_magnitude.to_towers` of the shift.
-        """
+        """Append where the shift of a round is large, from `shift_magnitude.to_towers`."""
         with self._lock:
             self._magnitudes.append({"round": int(round), "towers": towers})
 
     def shift_magnitudes(self) -> list[Row]:
         """Return the lines of `shift_magnitude.jsonl`, `round` and `towers`; the last one of each round."""
-        return latest_by_round(self._magnitudes.read())
+        return latest(self._magnitudes.read())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the results of the run; numbers that are not finite become null."""
@@ -237,7 +219,7 @@ class RunDir:
         """Return the results of the run; empty while there are none.
 
         Raises:
-            RunDirError: Summary.json is not a JSON object.
+            RunDirError: The file is not a JSON object.
         """
         path = self.path / "summary.json"
         if not path.is_file():
@@ -250,41 +232,6 @@ class RunDir:
             raise RunDirError(f"{path} holds a {type(summary).__name__}, expected an object: run again")
         return summary
 
-    def save_shift(
-        self,
-        shift: Tensor | np.ndarray,
-        *,
-        layout_json: str,
-        fingerprint_json: str,
-        study_yaml: str,
-        round: int,
-        run: str = "",
-    ) -> None:
-        """Replace the run's sigma shift by the one of this round.
-
-        Args:
-            shift: Shape (layout size,).
-            layout_json: The layout.
-            fingerprint_json: The fingerprint of backbone and layout.
-            study_yaml: The study as resolved, YAML text.
-            round: Number of the finished round.
-            run: With personal parts, the key by which sites find their own values.
-
-        Raises:
-            ShiftFileError: The shift is not a finite vector.
-        """
-        from fedsigma.common.registry.shift_file import save_shift
-
-        save_shift(
-            self.path / "sigma.safetensors",
-            shift,
-            layout_json=layout_json,
-            fingerprint_json=fingerprint_json,
-            study_yaml=study_yaml,
-            round=round,
-            run=run,
-        )
-
     def load_shift(self) -> SavedShift:
         """Return the sigma shift of the last finished round.
 
@@ -293,7 +240,7 @@ class RunDir:
         """
         from fedsigma.common.registry.shift_file import load_shift
 
-        return load_shift(self.path / "sigma.safetensors")
+        return load_shift(self.shift_path)
 
     def _replace(self, name: str, text: str) -> None:
         write_atomic(self.path / name, text.encode("utf-8"))
@@ -311,9 +258,3 @@ def check_free(path: Path) -> None:
         )
     if path.exists() and not path.is_dir():
         raise RunDirError(f"{path} is a file, expected a folder: name another path")
-
-
-def latest_by_round(records: Iterable[Row]) -> list[Row]:
-    """Sort records by round; of several of one round, the last counts."""
-    latest = {record["round"]: record for record in records}
-    return [latest[number] for number in sorted(latest)]

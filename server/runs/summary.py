@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.utils.files import runs_folder
 from fedsigma.common.utils.json_lines import CHUNK, Row, first_line, last_lines, parse_object
-from fedsigma.server.runs.rounds_table import latest_rows, parse_row, split_cells
+from fedsigma.server.runs.rounds_table import latest, parse_row, split_cells
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 
 __all__ = ["RunSummary", "find_runs", "last_contacts", "runs_folder", "study_of", "summarize_run"]
@@ -51,10 +51,6 @@ class RunSummary:
     started: float | None
     seconds: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types."""
-        return asdict(self)
-
 
 def study_of(folder: RunDir) -> dict[str, Any]:
     """Return the study as a mapping; empty if study.yaml cannot be parsed as one."""
@@ -67,11 +63,12 @@ def study_of(folder: RunDir) -> dict[str, Any]:
 
 
 def summarize_run(folder: RunDir) -> RunSummary:
-    """Summarize a run.
-
-    Only the ends of the growing files are read, so that a list of many long runs is fast.
-    """
-    study, summary = study_of(folder), _summary(folder)
+    """Summarize a run from the ends of its growing files, so that a list of many long runs is fast."""
+    study = study_of(folder)
+    try:
+        summary = folder.read_summary()
+    except RunDirError:
+        summary = {}
     events, rows = _newest_events(folder), _newest_rows(folder)
     state, reason = _state(folder, events)
     first = _event(first_line(folder.path / "events.jsonl"))
@@ -98,10 +95,10 @@ def summarize_run(folder: RunDir) -> RunSummary:
 def _newest_events(folder: RunDir) -> list[Row]:
     """Return the last events, back to at least the newest end of a round or start of the run."""
     for lines in _growing_tails(folder.path / "events.jsonl"):
-        found = [event for event in map(_event, lines) if event]
-        if any(event["kind"] in ("round_end", "run_start") for event in found):
+        events = [event for event in map(_event, lines) if event]
+        if any(event["kind"] in ("round_end", "run_start") for event in events):
             break
-    return found
+    return events
 
 
 def _newest_rows(folder: RunDir) -> list[Row]:
@@ -109,10 +106,11 @@ def _newest_rows(folder: RunDir) -> list[Row]:
     header = split_cells(first_line(folder.path / "rounds.csv"))
     for lines in _growing_tails(folder.path / "rounds.csv"):
         # The header is not parsed as a row, since its cells are not numbers.
-        found = latest_rows(parse_row(header, split_cells(line)) for line in lines)
-        if sum(row["site"] == ALL_SITES and row.get("accuracy") is not None for row in found) > 1:
+        parsed = (parse_row(header, split_cells(line)) for line in lines)
+        rows = latest((row for row in parsed if row), "site")
+        if len(_accuracies(rows)) > 1:
             break
-    return found
+    return rows
 
 
 def _growing_tails(path: Path) -> Iterator[list[str]]:
@@ -146,7 +144,6 @@ def find_runs(directory: Path) -> list[Path]:
     Raises:
         RunDirError: The directory does not exist.
     """
-    directory = Path(directory)
     if not directory.is_dir():
         raise RunDirError(f"directory {directory} does not exist: name the one that holds the run folders")
     return sorted(_walk(directory, _DEPTH))
@@ -161,14 +158,7 @@ def _walk(directory: Path, depth: int) -> Iterator[Path]:
                 yield from _walk(child, depth - 1)
 
 
-def _summary(folder: RunDir) -> dict[str, Any]:
-    try:
-        return folder.read_summary()
-    except RunDirError:
-        return {}
-
-
-def _state(folder: RunDir, events: list[dict[str, Any]]) -> tuple[str, str]:
+def _state(folder: RunDir, events: list[Row]) -> tuple[str, str]:
     """Return state and reason since the last start: a run may fail, be resumed, and finish."""
     for event in reversed(events):
         if event["kind"] == "run_start":
@@ -178,10 +168,13 @@ def _state(folder: RunDir, events: list[dict[str, Any]]) -> tuple[str, str]:
     return "running" if folder.locked else "interrupted", ""
 
 
-def _accuracy(summary: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+def _accuracy(summary: Row, rows: list[Row]) -> float | None:
     federated = summary.get("federated")
     if isinstance(federated, dict) and isinstance(federated.get("accuracy"), int | float):
         return float(federated["accuracy"])
-    accuracies = [row.get("accuracy") for row in rows if row["site"] == ALL_SITES]
-    accuracies = [accuracy for accuracy in accuracies if accuracy is not None]
-    return accuracies[-1] if accuracies else None
+    return next(reversed(_accuracies(rows)), None)
+
+
+def _accuracies(rows: list[Row]) -> list[float]:
+    accuracies = (row.get("accuracy") for row in rows if row["site"] == ALL_SITES)
+    return [accuracy for accuracy in accuracies if accuracy is not None]

@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 
 from fedsigma.common.utils.json_lines import Row
-from fedsigma.server.runs.rounds_table import latest_rows
-from fedsigma.server.runs.run_dir import RunDir, latest_by_round
+from fedsigma.server.runs.rounds_table import latest
+from fedsigma.server.runs.run_dir import RunDir
 
 __all__ = ["RunTailer"]
 
@@ -48,10 +48,10 @@ class RunTailer(RunDir):
         with self._reading:
             rows = self._rounds.follow()
             if rows is not self._latest_of[0] or len(rows) != self._latest_of[1]:
-                self._latest, self._latest_of = latest_rows(rows), (rows, len(rows))
+                self._latest, self._latest_of = latest(rows, "site"), (rows, len(rows))
             return list(self._latest)
 
     def shift_magnitudes(self) -> list[Row]:
         """See `RunDir.shift_magnitudes`."""
         with self._reading:
-            return latest_by_round(self._magnitudes.follow())
+            return latest(self._magnitudes.follow())

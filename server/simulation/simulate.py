@@ -16,14 +16,14 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedsigma.common.config.schema import ConfigError
-from fedsigma.common.config.study import StudyConfig, load_study
+from fedsigma.common.config.study import load_study
+from fedsigma.common.data.sources import site_data
 from fedsigma.common.ops.supervisor import flower_environment, free_ports
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.evaluation.model_versions import find_version
@@ -75,7 +75,12 @@ def run_simulation(
         KeyboardInterrupt: On Ctrl-C or SIGTERM; no process is left running, and the run can be resumed.
     """
     config = load_study(study)
-    sites = _count_sites(config)
+    if config.data is None:
+        raise ConfigError(
+            f"study '{config.name}' has no data section, which a simulation needs: add one, or"
+            " submit the study to a server"
+        )
+    sites = len(site_data.simulated_sites(config.data, config.classes, config.seed)[1])
     choose_trackers(trackers)
     run_folder = out.expanduser().resolve() if out else None
     if run_folder and not resume:
@@ -87,8 +92,15 @@ def run_simulation(
         (home / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
         values = {"study": str(home / "study.yaml"), "resume": resume, "rounds": rounds, "seed": seed}
         values |= {"out": str(run_folder or ""), "trackers": trackers}
-        environment = _environment(home)
-        with _superlink(home, environment):
+        api, control = map(str, free_ports(2))
+        # It includes PYTHONUNBUFFERED, without which the log of a run would appear in blocks, with delay.
+        environment = {
+            **os.environ,
+            **flower_environment(home / "flwr"),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": api,
+            "FLWR_LOCAL_CONTROL_API_PORT": control,
+        }
+        with _superlink(home, environment, api, control):
             run = _flwr_run(home, environment, values, sites=sites, cpus=cpus_per_site)
             status = _status(run, home, environment)
     if status != COMPLETED:
@@ -113,34 +125,9 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _count_sites(study: StudyConfig) -> int:
-    from fedsigma.common.data.sources.site_data import simulated_sites
-
-    if study.data is None:
-        raise ConfigError(
-            f"study '{study.name}' has no data section, which a simulation needs: add one, or"
-            " submit the study to a server"
-        )
-    return len(simulated_sites(study.data, study.classes, study.seed)[1])
-
-
-def _environment(home: Path) -> dict[str, str]:
-    """Return the environment of every process of this simulation."""
-    api, control = free_ports(2)
-    # It includes PYTHONUNBUFFERED, without which the log of a run would appear in blocks, with delay.
-    return {
-        **os.environ,
-        **flower_environment(home / "flwr"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(api),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(control),
-    }
-
-
 @contextmanager
-def _superlink(home: Path, environment: dict[str, str]) -> Iterator[None]:
+def _superlink(home: Path, environment: dict[str, str], port: str, control: str) -> Iterator[None]:
     """Run a SuperLink as `flwr run` would start it, and end it with all its children."""
-    port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
-    control = environment["FLWR_LOCAL_CONTROL_API_PORT"]
     log = home / "superlink.log"
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--control-api-address", f"127.0.0.1:{control}", "--host", "127.0.0.1", "--port", port]
@@ -162,10 +149,9 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: str, log: Path) 
         if process.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except OSError:  # also of another status than 200
             time.sleep(0.2)
     tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
     raise SimulationError(f"flower-superlink did not start within {START_S:g} s:\n{tail}")
@@ -179,15 +165,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """
     import psutil
 
-    left = []
+    alive = []
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
-        left = [parent, *parent.children(recursive=True)]
+        alive = [parent, *parent.children(recursive=True)]
     for end, patience in ((psutil.Process.terminate, 10.0), (psutil.Process.kill, 5.0)):
-        for child in left:
+        for child in alive:
             with suppress(psutil.NoSuchProcess):
                 end(child)
-        left = psutil.wait_procs(left, timeout=patience)[1]
+        alive = psutil.wait_procs(alive, timeout=patience)[1]
     process.wait()
 
 
@@ -195,7 +181,10 @@ def _flwr_run(
     home: Path, environment: dict[str, str], values: dict[str, object], *, sites: int, cpus: int
 ) -> str:
     """Start the run, show its log until it ends, and return its id."""
-    app = _checkout() or write_app(home / "app")
+    # A checkout runs its own code; an installed package has no app beside it.
+    checkout = Path(__file__).resolve().parents[2]
+    is_checkout = all((checkout / name).is_file() for name in ("pyproject.toml", "fedsigma/serverapp.py"))
+    app = checkout if is_checkout else write_app(home / "app")
     # JSON's strings, numbers and booleans are valid TOML.
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
     federation = f"num-supernodes={sites} client-resources-num-cpus={cpus} client-resources-num-gpus=0"
@@ -219,35 +208,16 @@ def _flwr_run(
     return match.group(1)
 
 
-def _checkout() -> Path | None:
-    """Return this checkout, whose code a simulation runs; None for an installed package."""
-    folder = Path(__file__).resolve().parents[2]
-    if (folder / "pyproject.toml").is_file() and (folder / "fedsigma" / "serverapp.py").is_file():
-        return folder
-    return None
-
-
 def _status(run: str, home: Path, environment: dict[str, str]) -> str:
     """Return the final status of the run; the log may end a moment before the run does."""
-    status = "unknown"
+    command = ["flwr", "ls", "--run-id", run, "--format", "json"]
     for _ in range(30):
-        done = subprocess.run(
-            ["flwr", "ls", "--run-id", run, "--format", "json"],
-            env=environment,
-            cwd=home,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        listing = subprocess.run(command, env=environment, cwd=home, capture_output=True, check=False)
         try:
-            status = str(json.loads(done.stdout)["runs"][0]["status"])
+            status = str(json.loads(listing.stdout)["runs"][0]["status"])
         except (ValueError, KeyError, IndexError, TypeError):
             status = "unknown"
         if status.startswith("finished"):
             return status
         time.sleep(1)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(run_simulation(sys.argv[1] if len(sys.argv) > 1 else "demo"))

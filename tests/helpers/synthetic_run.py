@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from fedsigma.common.config.constants import ALL_SITES
+from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma.layout import Entry, Layout
 from fedsigma.server.federation.validation import metrics_of_confusion
 from fedsigma.server.runs.run_dir import RunDir
@@ -116,7 +117,8 @@ def write_synthetic_run(
         folder.log_shift_magnitude(number, to_towers(shift_magnitudes(grown, layout)))
     if done:
         fingerprint = json.dumps({"weights": "0" * 64, "layout": layout.digest, "sketch": [0.0]})
-        folder.save_shift(
+        save_shift(
+            folder.shift_path,
             synthetic_shift(layout, seed=seed),
             layout_json=layout.to_json(),
             fingerprint_json=fingerprint,

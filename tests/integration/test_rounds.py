@@ -381,7 +381,7 @@ def test_a_round_below_min_sites_makes_no_model_and_a_run_without_model_fails(tm
     with pytest.raises(NoModel, match="none of 3 rounds had 2 accepted replies"):
         run(tmp_path, tamper=only_one)
     folder = out(tmp_path)
-    assert not folder.has_shift
+    assert not folder.shift_path.exists()
     end = events(folder, "run_end")[-1]
     assert end["ok"] is False and "none of 3 rounds" in end["reason"]
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsigma.common.config.constants import ALL_SITES
-from fedsigma.common.registry.shift_file import ShiftFileError
+from fedsigma.common.registry.shift_file import ShiftFileError, save_shift
 from fedsigma.server.runs import lock
 from fedsigma.server.runs.rounds_table import METRIC_COLUMNS
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
@@ -286,13 +286,13 @@ def test_summary_and_sigma_round_trip(folder: RunDir) -> None:
     with pytest.raises(RunDirError, match="expected an object"):
         folder.read_summary()
 
-    assert not folder.has_shift
+    assert not folder.shift_path.exists()
     with pytest.raises(ShiftFileError):
         folder.load_shift()
     layout = synthetic_layout()
     shift = synthetic_shift(layout)
     kept = {"layout_json": layout.to_json(), "fingerprint_json": "{}", "study_yaml": STUDY}
-    folder.save_shift(shift, **kept, round=3)
+    save_shift(folder.shift_path, shift, **kept, round=3)
     saved = folder.load_shift()
     assert saved.round == 3
     assert saved.layout_json == kept["layout_json"]
