@@ -6,13 +6,14 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp
 
 from fedsigma.client.serving.errors import (
+    PROBLEMS,
     Problem,
     ProblemDetails,
     RedactErrors,
@@ -34,33 +35,25 @@ _bearer = HTTPBearer(
 )
 # A token is required only if the service was started with one.
 _OPEN: dict[str, Any] = {"security": [{}]}
-_FORM: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": [FIELD],
-                "additionalProperties": False,
-                "properties": {
-                    FIELD: {
-                        "type": "array",
-                        "minItems": 1,
-                        "description": "PNG, JPEG, TIFF (first page) or DICOM files, by content; "
-                        "file names and declared types are ignored.",
-                        "items": {"type": "string", "format": "binary"},
-                    }
-                },
-            },
-            "encoding": {FIELD: {"contentType": ", ".join(MEDIA_TYPES)}},
-        }
-    },
+_IMAGES = {
+    "type": "array",
+    "minItems": 1,
+    "description": "PNG, JPEG, TIFF (first page) or DICOM files, by content; "
+    "file names and declared types are ignored.",
+    "items": {"type": "string", "format": "binary"},
 }
+_FORM_SCHEMA = {
+    "type": "object",
+    "required": [FIELD],
+    "additionalProperties": False,
+    "properties": {FIELD: _IMAGES},
+}
+_FORM: dict[str, Any] = {"schema": _FORM_SCHEMA, "encoding": {FIELD: {"contentType": ", ".join(MEDIA_TYPES)}}}
+_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": _FORM}}}
 
 
 def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+    return cast(Service, request.app.state.service)
 
 
 def _authorised(
@@ -74,17 +67,19 @@ def _authorised(
     return service
 
 
-Reachable = Annotated[Service, Depends(_service)]
 Authorised = Annotated[Service, Depends(_authorised)]
+
+
+router = APIRouter()
 
 
 def create_app(service: Service | None = None) -> FastAPI:
     """Create the application; without a service it provides the OpenAPI document only."""
 
     @asynccontextmanager
-    async def running(_: FastAPI) -> AsyncIterator[None]:
+    async def run_service(_: FastAPI) -> AsyncIterator[None]:
         assert service is not None
-        service.start()
+        service.batcher.start()
         yield
         await asyncio.to_thread(service.stop)
 
@@ -93,17 +88,23 @@ def create_app(service: Service | None = None) -> FastAPI:
         version=__version__,
         summary="Predicts images with a study's trained model.",
         description=NOTICE,
-        # The pages that load scripts from elsewhere are off; the document itself is at /openapi.json.
-        docs_url=None,
+        docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
-        lifespan=running,
+        lifespan=run_service,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.service = service
+    app.include_router(router)
     add_problem_handlers(app)
-    _add_predict(app)
-    _add_health(app)
-    _complete(app)
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        schema = ProblemDetails.model_json_schema(mode="serialization")
+        document["components"]["schemas"]["ProblemDetails"] = schema
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 
@@ -117,96 +118,67 @@ def openapi_document() -> dict[str, Any]:
     return create_app().openapi()
 
 
-def _add_predict(app: FastAPI) -> None:
-    codes = (
-        "malformed",
-        "unauthorized",
-        "body-too-slow",
-        "body-too-large",
-        "too-many-images",
-        "too-many-pixels",
-        "not-a-form",
-        "not-an-image",
-        "unreadable-image",
-        "too-many-requests",
-        "failed",
-        "busy",
-    )
-
-    @app.post(
-        "/v1/predict",
-        tags=["predict"],
-        operation_id="predict",
-        summary="Predict one or several images",
-        response_description="One prediction an image, in the order of the images.",
-        responses=problem_responses(*codes),
-        openapi_extra={"requestBody": _FORM, **_OPEN},
-    )
-    async def predict(request: Request, response: Response, service: Authorised) -> Predictions:
-        """Predicts all images or none; the first image that cannot be predicted determines the error."""
-        response.headers["Cache-Control"] = "no-store"
-        reading = True
-        try:
-            with service.admit(request.client.host if request.client else ""):
-                async with asyncio.timeout(service.limits.timeout_s):
-                    contents = await read_images(request, service.limits)
-                    reading = False
-                    return await service.predict(contents)
-        except TimeoutError:
-            seconds = f"{service.limits.timeout_s:g} seconds"
-            if reading:
-                raise Problem("body-too-slow", f"The body did not arrive within {seconds}.") from None
-            raise Problem("busy", f"No response within {seconds}: try again later.") from None
-
-    @app.get(
-        "/v1/model",
-        tags=["predict"],
-        operation_id="model",
-        summary="Describe the model",
-        response_description="The model, its limits and its permitted use.",
-        responses=problem_responses("unauthorized"),
-        openapi_extra=_OPEN,
-    )
-    async def model(service: Authorised) -> ModelInfo:
-        """Returns the model's classes, version, digests, calibration and limits."""
-        return service.info
+@router.post(
+    "/v1/predict",
+    tags=["predict"],
+    operation_id="predict",
+    summary="Predict one or several images",
+    response_description="One prediction an image, in the order of the images.",
+    responses=problem_responses(*PROBLEMS),
+    openapi_extra={**_BODY, **_OPEN},
+)
+async def _predict(request: Request, response: Response, service: Authorised) -> Predictions:
+    """Predicts all images or none; the first image that cannot be predicted determines the error."""
+    response.headers["Cache-Control"] = "no-store"
+    contents: list[bytes] | None = None
+    try:
+        with service.admit(request.client.host if request.client else ""):
+            async with asyncio.timeout(service.limits.timeout_s):
+                contents = await read_images(request, service.limits)
+                return await service.predict(contents)
+    except TimeoutError:
+        seconds = f"{service.limits.timeout_s:g} seconds"
+        if contents is None:
+            raise Problem("body-too-slow", f"The body did not arrive within {seconds}.") from None
+        raise Problem("busy", f"No response within {seconds}: try again later.") from None
 
 
-def _add_health(app: FastAPI) -> None:
-    @app.get(
-        "/health",
-        tags=["health"],
-        operation_id="health",
-        summary="Report that the service responds",
-        response_description="The service responds.",
-    )
-    async def health() -> Health:
-        """Needs no token."""
-        return Health(status="ok")
-
-    @app.get(
-        "/ready",
-        tags=["health"],
-        operation_id="ready",
-        summary="Report whether the service predicts images",
-        response_description="The service predicts images.",
-        responses=problem_responses("busy"),
-    )
-    async def ready(service: Reachable) -> Health:
-        """Needs no token."""
-        if not service.batcher.ready:
-            raise Problem("busy", "The service is starting or stopping.")
-        return Health(status="ok")
+@router.get(
+    "/v1/model",
+    tags=["predict"],
+    operation_id="model",
+    summary="Describe the model",
+    response_description="The model, its limits and its permitted use.",
+    responses=problem_responses("unauthorized"),
+    openapi_extra=_OPEN,
+)
+async def _model(service: Authorised) -> ModelInfo:
+    """Returns the model's classes, version, digests, calibration and limits."""
+    return service.info
 
 
-def _complete(app: FastAPI) -> None:
-    """Add the schema of errors to the document."""
-    generate = app.openapi
+@router.get(
+    "/health",
+    tags=["health"],
+    operation_id="health",
+    summary="Report that the service responds",
+    response_description="The service responds.",
+)
+async def _health() -> Health:
+    """Needs no token."""
+    return Health(status="ok")
 
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        schemas = document["components"]["schemas"]
-        schemas["ProblemDetails"] = ProblemDetails.model_json_schema(mode="serialization")
-        return document
 
-    app.openapi = openapi  # type: ignore[method-assign]
+@router.get(
+    "/ready",
+    tags=["health"],
+    operation_id="ready",
+    summary="Report whether the service predicts images",
+    response_description="The service predicts images.",
+    responses=problem_responses("busy"),
+)
+async def _ready(service: Annotated[Service, Depends(_service)]) -> Health:
+    """Needs no token."""
+    if not service.batcher.ready:
+        raise Problem("busy", "The service is starting or stopping.")
+    return Health(status="ok")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -40,12 +39,8 @@ class Batcher:
     def __init__(
         self, compute: Callable[[Tensor], Tensor], *, batch_size: int, wait_s: float, queue_size: int
     ) -> None:
-        self._compute, self._batch_size, self._wait_s, self._queue_size = (
-            compute,
-            batch_size,
-            wait_s,
-            queue_size,
-        )
+        self._compute, self._batch_size = compute, batch_size
+        self._wait_s, self._queue_size = wait_s, queue_size
         self._queue: deque[tuple[Tensor, Future[Row]]] = deque()
         self._changed = threading.Condition()
         self._expected, self._stopping = 0, False
@@ -117,12 +112,10 @@ class Batcher:
         """Return the next batch; None when the queue is empty and the service is stopping."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
-            end = time.monotonic() + self._wait_s
-            while self._expected and len(self._queue) < self._batch_size and not self._stopping:
-                left = end - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
+            self._changed.wait_for(
+                lambda: not self._expected or len(self._queue) >= self._batch_size or self._stopping,
+                timeout=self._wait_s,
+            )
             if not self._queue:
                 return None
             return [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]

@@ -41,38 +41,29 @@ class ProblemType:
         closes_connection: Whether the connection is closed after the response.
     """
 
-    status: HTTPStatus
+    status: int
     meaning: str
     header: tuple[str, str] | None = None
     closes_connection: bool = False
 
 
 _RETRY = ("Retry-After", str(RETRY_S))
+_BEARER = ("WWW-Authenticate", "Bearer")
 PROBLEMS = {
-    "malformed": ProblemType(HTTPStatus.BAD_REQUEST, "The form is invalid, or has no file named `images`."),
-    "unauthorized": ProblemType(
-        HTTPStatus.UNAUTHORIZED, "The bearer token is missing or wrong.", ("WWW-Authenticate", "Bearer")
-    ),
-    "body-too-slow": ProblemType(
-        HTTPStatus.REQUEST_TIMEOUT, "The body did not arrive in time.", closes_connection=True
-    ),
-    "body-too-large": ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body has too many bytes."),
-    "too-many-images": ProblemType(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "There are too many images or frames."
-    ),
-    "too-many-pixels": ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "An image has too many pixels."),
-    "not-a-form": ProblemType(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body is not multipart/form-data."),
-    "not-an-image": ProblemType(
-        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is not an image of a supported format."
-    ),
+    "malformed": ProblemType(400, "The form is invalid, or has no file named `images`."),
+    "unauthorized": ProblemType(401, "The bearer token is missing or wrong.", _BEARER),
+    "body-too-slow": ProblemType(408, "The body did not arrive in time.", closes_connection=True),
+    "body-too-large": ProblemType(413, "The body has too many bytes."),
+    "too-many-images": ProblemType(413, "There are too many images or frames."),
+    "too-many-pixels": ProblemType(413, "An image has too many pixels."),
+    "not-a-form": ProblemType(415, "The body is not multipart/form-data."),
+    "not-an-image": ProblemType(415, "A file is not an image of a supported format."),
     "unreadable-image": ProblemType(
-        HTTPStatus.UNPROCESSABLE_ENTITY, "An image is damaged, or uses an unsupported variant of its format."
+        422, "An image is damaged, or uses an unsupported variant of its format."
     ),
-    "too-many-requests": ProblemType(
-        HTTPStatus.TOO_MANY_REQUESTS, "This client has too many active requests.", _RETRY
-    ),
-    "failed": ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error of the service."),
-    "busy": ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "The service is overloaded or stopping.", _RETRY),
+    "too-many-requests": ProblemType(429, "This client has too many active requests.", _RETRY),
+    "failed": ProblemType(500, "Internal error of the service."),
+    "busy": ProblemType(503, "The service is overloaded or stopping.", _RETRY),
 }
 
 
@@ -119,56 +110,48 @@ def _details(status: int, code: str, detail: str, image: int | None = None) -> d
     return problem.model_dump(exclude_none=True)
 
 
-def _problem_response(details: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(details, details["status"], headers, MEDIA_TYPE)
-
-
 def add_problem_handlers(app: FastAPI) -> None:
     """Make an app respond to every error with problem details."""
 
-    async def problem_handler(_: Request, problem: Exception) -> Response:
-        assert isinstance(problem, Problem)
+    def respond(details: dict[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
+        return JSONResponse(details, details["status"], headers, MEDIA_TYPE)
+
+    @app.exception_handler(Problem)
+    async def _(_: Request, problem: Problem) -> Response:
         kind = PROBLEMS[problem.code]
         headers = dict([kind.header] if kind.header else [])
         if kind.closes_connection:
             headers["Connection"] = "close"
-        return _problem_response(_details(kind.status, problem.code, problem.detail, problem.image), headers)
+        return respond(_details(kind.status, problem.code, problem.detail, problem.image), headers)
 
-    async def status_handler(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(HTTPException)
+    async def _(_: Request, error: HTTPException) -> Response:
         phrase = _phrase(error.status_code)
         code = phrase.lower().replace(" ", "-")
-        return _problem_response(_details(error.status_code, code, f"{phrase}."), error.headers)
+        return respond(_details(error.status_code, code, f"{phrase}."), error.headers)
 
-    async def disconnect_handler(_: Request, __: Exception) -> Response:
-        return Response(status_code=HTTPStatus.BAD_REQUEST)  # the client has disconnected
+    @app.exception_handler(ClientDisconnect)
+    async def _(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody receives it
 
-    async def error_handler(_: Request, __: Exception) -> Response:
-        return _problem_response(_details(500, "failed", "Internal error; the service's log has its type."))
-
-    app.add_exception_handler(Problem, problem_handler)
-    app.add_exception_handler(HTTPException, status_handler)
-    app.add_exception_handler(ClientDisconnect, disconnect_handler)
-    app.add_exception_handler(Exception, error_handler)
+    @app.exception_handler(Exception)
+    async def _(_: Request, __: Exception) -> Response:
+        return respond(_details(500, "failed", "Internal error; the service's log has its type."))
 
 
 class RedactErrors:
-    """Middleware that logs unexpected errors by their type only.
-
-    The message and traceback could contain data of a request.
-    """
+    """Middleware that logs unexpected errors by their type only; their text could contain request data."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         try:
             await self._app(scope, receive, send)
         except Exception as error:
+            if scope["type"] != "http":
+                raise
             logger.error("unexpected %s", type(error).__name__)
 
 
@@ -177,19 +160,13 @@ def problem_responses(*codes: str) -> dict[int | str, dict[str, Any]]:
     responses: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         kind = PROBLEMS[code]
-        response = responses.setdefault(
-            int(kind.status),
-            {
-                "description": "",
-                "content": {
-                    MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}, "examples": {}}
-                },
-            },
-        )
+        content = {"schema": {"$ref": "#/components/schemas/ProblemDetails"}, "examples": {}}
+        new = {"description": "", "content": {MEDIA_TYPE: content}}
+        response: dict[str, Any] = responses.setdefault(kind.status, new)
         response["description"] = f"{response['description']} {kind.meaning}".strip()
         if kind.header:
             name, value = kind.header
             response["headers"] = {name: {"schema": {"type": "string"}, "required": True, "example": value}}
-        example = _details(kind.status, code, kind.meaning)
-        response["content"][MEDIA_TYPE]["examples"][code] = {"value": example}
+        example = {"value": _details(kind.status, code, kind.meaning)}
+        response["content"][MEDIA_TYPE]["examples"][code] = example
     return responses

@@ -23,12 +23,9 @@ __all__ = ["MEDIA_TYPES", "decode_image", "restrict_decoders"]
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/dicom")
 _SIGNATURES = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
 }
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
@@ -63,11 +60,13 @@ def decode_image(content: bytes, backbone: Backbone, limits: Limits, number: int
     Raises:
         Problem: The format is not supported, or the image is too large or damaged.
     """
-    kind = _detect_format(content)
-    if kind is None or (kind == "DICOM" and importlib.util.find_spec("pydicom") is None):
-        raise Problem(
-            "not-an-image", f"Image {number} is none of {', '.join(_supported_formats())}.", image=number
-        )
+    formats = [*_SIGNATURES, "DICOM"] if importlib.util.find_spec("pydicom") else [*_SIGNATURES]
+    kind = "DICOM" if content[128:132] == b"DICM" else ""
+    for name, signatures in _SIGNATURES.items():
+        kind = name if not kind and content.startswith(signatures) else kind
+    if kind not in formats:
+        detail = f"Image {number} is none of {', '.join(sorted(formats))}."
+        raise Problem("not-an-image", detail, image=number)
     frames = _slices(content, limits, number) if kind == "DICOM" else _picture(content, kind, limits, number)
     try:
         return [preprocess(backbone, to_rgb(frame)) for frame in frames]
@@ -75,22 +74,9 @@ def decode_image(content: bytes, backbone: Backbone, limits: Limits, number: int
         raise
     except (Image.DecompressionBombError, MemoryError):
         raise _too_many_pixels(limits, number) from None
-    # Decoders of hostile bytes raise any exception; its message can contain data of the file.
-    except Exception:
-        raise Problem(
-            "unreadable-image", f"Image {number} ({kind}) cannot be decoded.", image=number
-        ) from None
-
-
-def _detect_format(content: bytes) -> str | None:
-    if content[128:132] == b"DICM":
-        return "DICOM"
-    return next((kind for start, kind in _SIGNATURES.items() if content.startswith(start)), None)
-
-
-def _supported_formats() -> list[str]:
-    kinds = sorted(set(_SIGNATURES.values()))
-    return [*kinds, "DICOM"] if importlib.util.find_spec("pydicom") else kinds
+    except Exception:  # hostile bytes can cause any; its text can contain data of the file
+        detail = f"Image {number} ({kind}) cannot be decoded."
+        raise Problem("unreadable-image", detail, image=number) from None
 
 
 def _picture(content: bytes, kind: str, limits: Limits, number: int) -> Iterator[Image.Image]:
@@ -105,18 +91,12 @@ def _picture(content: bytes, kind: str, limits: Limits, number: int) -> Iterator
 
 def _slices(content: bytes, limits: Limits, number: int) -> Iterator[Image.Image]:
     if _deflated(content):
-        raise Problem(
-            "unreadable-image",
-            f"Image {number} is DICOM with a deflated transfer syntax: save it with another.",
-            image=number,
-        )
+        detail = f"Image {number} is DICOM with a deflated transfer syntax: save it with another."
+        raise Problem("unreadable-image", detail, image=number)
     slices = DicomFile.read(BytesIO(content), f"image {number}")
     if slices.frames > limits.images:
-        raise Problem(
-            "too-many-images",
-            f"Image {number} has {slices.frames} frames, a request may have {limits.images}.",
-            image=number,
-        )
+        detail = f"Image {number} has {slices.frames} frames, a request may have {limits.images}."
+        raise Problem("too-many-images", detail, image=number)
     if int(slices.dataset.Rows) * int(slices.dataset.Columns) > limits.pixels:
         raise _too_many_pixels(limits, number)
     for frame in range(slices.frames):

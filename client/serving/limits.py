@@ -81,7 +81,7 @@ def read_token(path: Path) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address is a loopback address."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -89,12 +89,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, *, token: bool, open_to_all: bool) -> None:
-    """Reject an address that other machines can reach, without a token and without `--open`.
-
-    Args:
-        host: Address that the service listens on.
-        token: Whether requests must send a token.
-        open_to_all: Whether access without a token is intended.
+    """Reject an address that other machines can reach, unless a token or `--open` is given.
 
     Raises:
         ServeError: The service would be open to other machines.

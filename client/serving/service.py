@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -55,10 +56,6 @@ class Service:
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
         self._active = Counter[str]()
 
-    def start(self) -> None:
-        """Start the thread that predicts."""
-        self.batcher.start()
-
     def stop(self) -> None:
         """Predict the waiting images, and stop."""
         self.batcher.stop()
@@ -74,10 +71,8 @@ class Service:
         if self._active.total() >= self.limits.requests:
             raise Problem("busy", f"{self.limits.requests} requests are active: try again later.")
         if self._active[client] >= self.limits.per_client:
-            raise Problem(
-                "too-many-requests",
-                f"{self.limits.per_client} of your requests are active: wait for one to end.",
-            )
+            detail = f"{self.limits.per_client} of your requests are active: wait for one to end."
+            raise Problem("too-many-requests", detail)
         self._active[client] += 1
         try:
             yield
@@ -103,9 +98,8 @@ class Service:
             try:
                 futures = self.batcher.submit([frame for parts in images for frame in parts])
             except QueueFull:
-                raise Problem(
-                    "busy", "The queue is full, or the service is stopping: try again later."
-                ) from None
+                detail = "The queue is full, or the service is stopping: try again later."
+                raise Problem("busy", detail) from None
         rows = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
         results = [
             self._image_prediction(number, [next(rows) for _ in frames])
@@ -114,15 +108,10 @@ class Service:
         return Predictions(model=self.info.model, results=results, notice=NOTICE)
 
     async def _decode(self, contents: Sequence[bytes]) -> list[list[Tensor]]:
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(
-            *(
-                loop.run_in_executor(
-                    self._decoders, decode_image, content, self.predictor.backbone, self.limits, number
-                )
-                for number, content in enumerate(contents, 1)
-            )
-        )
+        decode = partial(decode_image, backbone=self.predictor.backbone, limits=self.limits)
+        tasks = [partial(decode, data, number=number) for number, data in enumerate(contents, 1)]
+        run = asyncio.get_running_loop().run_in_executor
+        return await asyncio.gather(*(run(self._decoders, task) for task in tasks))
 
     def _image_prediction(self, number: int, rows: Sequence[tuple[float, ...]]) -> ImagePrediction:
         mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
@@ -137,14 +126,7 @@ class Service:
 def describe_model(
     path: Path, model: LoadedModel, calibration: Calibration | None, abstain_below: float, limits: Limits
 ) -> ModelInfo:
-    """Describe a model for the API.
-
-    Args:
-        path: The model as it was named.
-        model: The loaded model.
-        calibration: Its calibration; None without one.
-        abstain_below: Probability below which no class is predicted.
-        limits: Limits of requests.
+    """Describe a model, which was loaded from this path, for the API.
 
     Raises:
         ModelError: The model is a version of the registry whose files were changed.
@@ -154,9 +136,6 @@ def describe_model(
     path = resolve_model_path(path)
     study, file = model.study, path / "sigma.safetensors" if path.is_dir() else path
     reference = Manifest.read(path).reference if (path / MANIFEST).is_file() else study.name
-    calibration_info = None
-    if calibration is not None:
-        calibration_info = CalibrationInfo.model_validate(calibration, from_attributes=True)
     return ModelInfo(
         model=reference,
         study=study.name,
@@ -166,7 +145,7 @@ def describe_model(
         backbone=study.backbone,
         backbone_digest=model.backbone.digest,
         digest=digest_of(file.read_bytes()),
-        calibration=calibration_info,
+        calibration=None if calibration is None else CalibrationInfo(**vars(calibration)),
         abstain_below=abstain_below,
         limits=LimitsInfo.model_validate(limits, from_attributes=True),
         fedsigma=__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import Request
 from python_multipart import MultipartParser
@@ -18,67 +19,46 @@ FIELD = "images"
 
 
 class _Form:
-    """Parses a form as it arrives; file names are dropped unread.
-
-    Starlette's parser is not used, because it writes files above one megabyte to the disk.
-    """
+    """Parses a form as it arrives, in memory; Starlette's parser writes large files to the disk."""
 
     def __init__(self, boundary: bytes, max_images: int) -> None:
         self.parts: list[bytearray] = []
         self.complete = False
         self._max_images, self._field, self._value, self._disposition = max_images, b"", b"", b""
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._add_field,
-                "on_header_value": self._add_value,
-                "on_header_end": self._end_header,
-                "on_headers_finished": self._check_name,
-                "on_part_data": self._add_data,
-                "on_end": self._end,
-            },
-        )
+        callbacks: Any = {name[1:]: getattr(self, name) for name in dir(self) if name.startswith("_on_")}
+        self.write = MultipartParser(boundary, callbacks).write
 
-    def write(self, chunk: bytes) -> None:
-        """Parse the next bytes of the body."""
-        self._parser.write(chunk)
-
-    def _begin(self) -> None:
+    def _on_part_begin(self) -> None:
         if len(self.parts) >= self._max_images:
             raise Problem("too-many-images", f"A request has at most {self._max_images} images.")
         self.parts.append(bytearray())
         self._disposition = b""
 
-    def _add_field(self, data: bytes, start: int, end: int) -> None:
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._field += data[start:end]
 
-    def _add_value(self, data: bytes, start: int, end: int) -> None:
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
 
-    def _end_header(self) -> None:
+    def _on_header_end(self) -> None:
         if self._field.lower() == b"content-disposition":
             self._disposition = self._value
         self._field = self._value = b""
 
-    def _check_name(self) -> None:
+    def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
         if options.get(b"name") != FIELD.encode():
             raise Problem("malformed", f"Expected files named {FIELD}, and nothing else.")
 
-    def _add_data(self, data: bytes, start: int, end: int) -> None:
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         self.parts[-1] += data[start:end]
 
-    def _end(self) -> None:
+    def _on_end(self) -> None:
         self.complete = True
 
 
 async def read_images(request: Request, limits: Limits) -> list[bytes]:
     """Return the contents of the files named `images` of a form.
-
-    Args:
-        request: The request.
-        limits: Limits of requests.
 
     Raises:
         Problem: The body is not a form, is malformed, or exceeds a limit.
@@ -103,14 +83,13 @@ async def read_images(request: Request, limits: Limits) -> list[bytes]:
 async def _stream_body(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     """Yield the body while it is within the limit; Content-Length is only used to reject early."""
     length = request.headers.get("content-length", "")
-    large = length.isdecimal() and len(length) < 20 and int(length) > max_bytes
+    total = int(length) if length.isdecimal() and len(length) < 20 else 0
+    problem = Problem("body-too-large", f"A body has at most {max_bytes} bytes.")
+    if total > max_bytes:
+        raise problem
     total = 0
-    if not large:
-        async for chunk in request.stream():
-            total += len(chunk)
-            large = total > max_bytes
-            if large:
-                break
-            yield chunk
-    if large:
-        raise Problem("body-too-large", f"A body has at most {max_bytes} bytes.")
+    async for chunk in request.stream():
+        total += len(chunk)
+        if total > max_bytes:
+            raise problem
+        yield chunk
