@@ -133,7 +133,7 @@ class Runner:
             self._images = ("", {})
             if part == "test":
                 data = load_sites(study, side=side)
-                sites = {name: (site.train, site.test) for name, site in data.items()}
+                sites: Sites = {name: (site.train, site.test) for name, site in data.items()}
             else:
                 sites = validation_sites(study, side, VALIDATION, _divide_training_part(study))
             self._images = (key, sites)

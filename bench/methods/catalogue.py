@@ -61,7 +61,7 @@ def _sigma(codec: str = "exact") -> Build:
     return lambda backbone, study, setting: Sigma(backbone, study, codec)
 
 
-def _cache(kind: type[TipAdapter]) -> Build:
+def _cache(kind: type[TipAdapterF]) -> Build:
     return lambda backbone, study, setting: kind(
         backbone, study.prompts, alpha=setting["alpha"], beta=setting["beta"]
     )

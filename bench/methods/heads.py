@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.methods.frozen import FrozenImages
-from bench.methods.method import FLOAT, Method, Turn
+from bench.methods.method import FLOAT, Method, Untrained
 from bench.methods.tuning import State, TensorShift
 from fedsigma.common.backbones import Backbone
-from fedsigma.common.config.training import TrainingConfig
 from fedsigma.common.training.classifier import Example, autocast
 from fedsigma.common.training.prompts import PromptEncoder, l2_normalize
 from fedsigma.common.training.trainer import derive_seed
@@ -135,12 +134,12 @@ class _CacheTask(_Head):
             return zero_shot + self.alpha * near @ F.one_hot(self.labels, self.class_count).float()
 
 
-class TipAdapter(Method):
-    """Tip-Adapter (Zhang et al. 2022, arXiv:2207.09519): a cache of all training images' features and labels.
+class TipAdapterF(Method):
+    """Tip-Adapter-F (Zhang et al. 2022, arXiv:2207.09519): a cache of training images' features and labels.
 
-    Nothing is trained. The sites' caches are joined: each site sends a feature and a label for each of its
-    training images, once. **A feature is information on one image of one patient, which leaves the site**: no
-    sum hides it, and the product would not send it.
+    The sites' caches are joined: each site sends a feature and a label for each of its training images, once;
+    then the sites train the features and the server averages them. **A feature is information on one image of
+    one patient, which leaves the site**: no sum hides it, and the product would not send it.
 
     Args:
         backbone: Its features are cached.
@@ -173,26 +172,6 @@ class TipAdapter(Method):
         """Return the bytes of a feature and a 32-bit label an image."""
         return FLOAT * examples * (self._width + 1)
 
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn
-    ) -> tuple[State, float]:
-        """Return the state: nothing is trained."""
-        return state, 0.0
 
-    def bytes_up(self, state: State) -> int:
-        """Return zero: the cache is sent once."""
-        return 0
-
-
-class TipAdapterF(TipAdapter):
-    """As `TipAdapter`, with the keys of the joined cache trained by the sites and averaged."""
-
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn
-    ) -> tuple[State, float]:
-        """See `Method.train`."""
-        return Method.train(self, state, examples, recipe, turn)
-
-    def bytes_up(self, state: State) -> int:
-        """Return the bytes of all keys, also of other sites' images."""
-        return Method.bytes_up(self, state)
+class TipAdapter(Untrained, TipAdapterF):
+    """Tip-Adapter: the cache is not trained, and sent once."""

@@ -101,6 +101,24 @@ class Method:
         return self._tuning.state()
 
 
+class Untrained(Method):
+    """Mixin of methods that train and send nothing in a round."""
+
+    def train(
+        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn
+    ) -> tuple[State, float]:
+        """Return the state."""
+        return state, 0.0
+
+    def upload(self, start: State, trained: State, turn: Turn) -> tuple[State, int]:
+        """Return the state and no bytes."""
+        return trained, 0
+
+    def bytes_up(self, state: State) -> int:
+        """Return zero."""
+        return 0
+
+
 def count_values(state: State) -> int:
     """Return the number of values of a state."""
     return sum(tensor.numel() for tensor in state.values())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from flwr.app import RecordDict
 
-from bench.methods.method import Method, Turn
+from bench.methods.method import Method, Turn, Untrained
 from bench.methods.tuning import State
 from fedsigma.client.site.error_feedback import ErrorFeedback
 from fedsigma.common.backbones import Backbone
@@ -74,19 +74,5 @@ class Sigma(Method):
         return {SHIFT: self._sigma.get_shift()}
 
 
-class ZeroShot(Sigma):
-    """The pretrained backbone: nothing is trained or sent."""
-
-    def train(
-        self, state: State, examples: Sequence[Example], recipe: TrainingConfig, turn: Turn
-    ) -> tuple[State, float]:
-        """Return the state."""
-        return state, 0.0
-
-    def upload(self, start: State, trained: State, turn: Turn) -> tuple[State, int]:
-        """Return the state and no bytes."""
-        return trained, 0
-
-    def bytes_up(self, state: State) -> int:
-        """Return zero."""
-        return 0
+class ZeroShot(Untrained, Sigma):
+    """The pretrained backbone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,6 @@ State = dict[str, Tensor]
 """The tensors that a method trains and sends, by name."""
 Weights = Callable[[Mapping[str, Tensor]], State]
 """From the trained tensors to the weights of the model that they replace."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A trained tower, as `ClipClassifier` reads it from a layout's entries."""
-
-    tower: str
-
-
-@dataclass(frozen=True)
-class _Layout:
-    entries: tuple[_Entry, ...]
 
 
 class _Replacement(nn.Module):
@@ -65,7 +53,8 @@ class TensorShift:
         towers: Iterable[str] = (),
     ) -> None:
         self.model = model.requires_grad_(False)
-        self.layout = _Layout(tuple(_Entry(tower) for tower in towers))
+        # What `ClipClassifier` reads of a layout: the trained towers.
+        self.layout = SimpleNamespace(entries=[SimpleNamespace(tower=tower) for tower in towers])
         self.current: Mapping[str, Tensor] = {}
         self._shapes = {name: tensor.shape for name, tensor in start.items()}
         self._weights = weights

@@ -82,8 +82,8 @@ def _no_search_through_imports() -> Iterator[None]:
 
 
 @cache
-def made() -> Backbone:
-    """Tiny, with room in its context for sixteen learned words."""
+def tiny_backbone() -> Backbone:
+    """Tiny, with room in its context for sixteen learned tokens."""
     torch.manual_seed(0)
     cfg = copy.deepcopy(CLIP_CFG)
     cfg["text_cfg"]["context_length"] = 32
@@ -93,7 +93,7 @@ def made() -> Backbone:
 
 def backbone() -> Backbone:
     """A copy of it, for a method to change."""
-    return replace(made(), model=copy.deepcopy(made().model))
+    return replace(tiny_backbone(), model=copy.deepcopy(tiny_backbone().model))
 
 
 def examples(count: int = 6, seed: int = 0) -> list[Example]:
@@ -103,11 +103,11 @@ def examples(count: int = 6, seed: int = 0) -> list[Example]:
 
 
 def parquet(path: Path, classes: tuple[str, ...] = CLASSES, *, sited: bool = True) -> Path:
-    """Noise of four sites, or of as many in one place: three training and two test images of each class."""
+    """Noise of four sites, or as many in one place: three training and two test images of each class."""
     rows: dict[str, list[Any]] = {"image": [], "label": [], "site": [], "split": []}
     noise = np.random.default_rng(0)
-    places = itertools.product(("north", "east", "south", "west"), classes, ("train", "test"), range(3))
-    for site, label, split, number in places:
+    combinations = itertools.product(("north", "east", "south", "west"), classes, ("train", "test"), range(3))
+    for site, label, split, number in combinations:
         if split == "test" and number == 2:
             continue
         file = io.BytesIO()
@@ -185,9 +185,9 @@ def test_sigma_in_this_loop_is_sigma_in_the_products_simulation(
     method = Sigma(loaded, study, codec)
     sites = load_sites(study, side=loaded.image_size * 3 // 2)
     run = federate(method, {name: data.train for name, data in sites.items()}, study)
-    theirs = folder.load_shift().shift
-    assert theirs.abs().max() > 0.01
-    torch.testing.assert_close(run.state["shift"], theirs, rtol=1e-4, atol=1e-6)
+    product_shift = folder.load_shift().shift
+    assert product_shift.abs().max() > 0.01
+    torch.testing.assert_close(run.state["shift"], product_shift, rtol=1e-4, atol=1e-6)
     accuracies = accuracy(method, run.state, {name: data.test for name, data in sites.items()})
     assert accuracies["all"] == pytest.approx(folder.read_summary()["federated"]["accuracy"])
 
@@ -220,8 +220,8 @@ def test_a_method_learns_the_same_thing_each_time_and_keeps_its_names_and_shapes
 def test_before_training_a_method_is_zero_shot(name: str) -> None:
     method = BUILD[name](backbone())
     method._load(method.initial(SITES))
-    found = evaluate(method.task, examples(), precision="float32")
-    torch.testing.assert_close(found.probabilities, zero_shot(backbone()), rtol=1e-3, atol=1e-5)
+    predictions = evaluate(method.task, examples(), precision="float32")
+    torch.testing.assert_close(predictions.probabilities, zero_shot(backbone()), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lora", "fedclip", "promptfl", "full"])
@@ -246,8 +246,8 @@ def test_full_tuning_is_adamw_on_the_models_own_parameters() -> None:
     turn = replace(TURN, steps=2, total_steps=2)
     trained, _ = tuned.train(tuned.initial(SITES), SITES["two"], RECIPE, turn)
     model = plain.model.requires_grad_(True)
-    own = {name: p for name, p in model.named_parameters() if name != "logit_scale"}
-    optimiser = torch.optim.AdamW(own.values(), weight_decay=0.0)
+    parameters = {name: p for name, p in model.named_parameters() if name != "logit_scale"}
+    optimiser = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
     tokens = plain.tokenizer(list(PROMPTS))
     pixels = torch.stack([e.image for e in SITES["two"]]).float() / 255
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (plain.mean, plain.std))
@@ -259,10 +259,10 @@ def test_full_tuning_is_adamw_on_the_models_own_parameters() -> None:
         text = F.normalize(model.encode_text(tokens), dim=-1)
         F.cross_entropy(plain.logit_scale * image @ text.T, labels).backward()
         optimiser.step()
-    assert set(trained) == set(own)
+    assert set(trained) == set(parameters)
     # Adam's first steps have the sign of a gradient: where that is rounding alone, they may differ.
-    apart = torch.cat([(trained[n] - p.detach()).abs().flatten() for n, p in own.items()])
-    assert (apart > 1e-4).float().mean() < 0.01
+    differences = torch.cat([(trained[n] - p.detach()).abs().flatten() for n, p in parameters.items()])
+    assert (differences > 1e-4).float().mean() < 0.01
 
 
 def test_layer_norms_are_all_layer_norms_and_nothing_else() -> None:
@@ -310,9 +310,9 @@ def test_the_mean_of_equal_products_is_that_product_whatever_its_factors(seed: i
     state = rank_two(PRODUCTS, seed)
     # The same product by other factors: A and B scaled against each other.
     other = {n: (3 * t if n.endswith(".A") else t / 3) for n, t in state.items()}
-    found = PRODUCTS.aggregate(state, [state, other], [1, 2], mean)
+    factors = PRODUCTS.aggregate(state, [state, other], [1, 2], mean)
     for name in (n[:-2] for n in state if n.endswith(".A")):
-        product = found[f"{name}.B"] @ found[f"{name}.A"]
+        product = factors[f"{name}.B"] @ factors[f"{name}.A"]
         expected = state[f"{name}.B"] @ state[f"{name}.A"]
         torch.testing.assert_close(product, expected, rtol=1e-3, atol=1e-4)
 
@@ -340,10 +340,10 @@ def test_learned_context_stands_where_its_words_were() -> None:
     assert count_values(method.initial(SITES)) == 16 * 16
     table = method.task.backbone.model.token_embedding.weight
     word = int(method.task.backbone.tokenizer(["x"])[0, 1])
-    words = [" ".join(["x"] * 16 + [name]) + "." for name in CLASSES]
+    prompts = [" ".join(["x"] * 16 + [name]) + "." for name in CLASSES]
     plain = backbone()
     with torch.no_grad():
-        expected = F.normalize(plain.model.encode_text(plain.tokenizer(words)), dim=-1)
+        expected = F.normalize(plain.model.encode_text(plain.tokenizer(prompts)), dim=-1)
     method._tuning.load({"context": table[word].expand(16, -1).clone()})
     with method._tuning.inference_mode():
         torch.testing.assert_close(method.task.text_features(), expected, rtol=1e-4, atol=1e-5)
@@ -406,8 +406,8 @@ def test_a_joined_cache_recognises_its_images_and_its_bytes_are_counted() -> Non
     both = SITES["one"] + SITES["two"]
     assert state["keys"].shape == (10, 16)
     method._load(state)
-    found = evaluate(method.task, both, precision="float32")
-    assert torch.equal(found.probabilities.argmax(1), torch.tensor([e.label for e in both]))
+    predictions = evaluate(method.task, both, precision="float32")
+    assert torch.equal(predictions.probabilities.argmax(1), torch.tensor([e.label for e in both]))
     study = StudyConfig.from_yaml(
         STUDY.format(backbone="nowhere", images="nowhere", codec="exact", strategy="fedavg")
     )
@@ -421,7 +421,7 @@ def test_a_joined_cache_recognises_its_images_and_its_bytes_are_counted() -> Non
 def test_a_cache_follows_the_papers_formula() -> None:
     method, plain = TipAdapter(backbone(), PROMPTS, alpha=2.0, beta=3.0), backbone()
     method._load(method.initial(SITES))
-    found = evaluate(method.task, examples(), precision="float32").probabilities
+    probabilities = evaluate(method.task, examples(), precision="float32").probabilities
     cached = SITES["one"] + SITES["two"]
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (plain.mean, plain.std))
 
@@ -434,7 +434,7 @@ def test_a_cache_follows_the_papers_formula() -> None:
         f, keys = encoded(examples()), encoded(cached)
         values = F.one_hot(torch.tensor([e.label for e in cached])).float()
         logits = plain.logit_scale * f @ text.T + 2.0 * torch.exp(-3.0 * (1 - f @ keys.T)) @ values
-    torch.testing.assert_close(found, logits.softmax(1), rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(probabilities, logits.softmax(1), rtol=2e-2, atol=1e-3)
 
 
 def test_without_a_cache_tip_adapter_is_zero_shot() -> None:
@@ -442,8 +442,8 @@ def test_without_a_cache_tip_adapter_is_zero_shot() -> None:
     method.initial(SITES)
     with pytest.raises(ValueError, match="expected \\['keys'\\]"):
         method.evaluate({"shift": torch.zeros(3)}, examples())
-    found = evaluate(method.task, examples(), precision="float32")
-    torch.testing.assert_close(found.probabilities, zero_shot(backbone()), rtol=1e-3, atol=1e-5)
+    predictions = evaluate(method.task, examples(), precision="float32")
+    torch.testing.assert_close(predictions.probabilities, zero_shot(backbone()), rtol=1e-3, atol=1e-5)
 
 
 # --- the search, the stored cells and the tables ---------------------------------------------------------
@@ -469,23 +469,23 @@ class Scripted(Plan):
         parts = (cell.part,) if CANDIDATES[cell.method].quick else ("validation", "test")
         return {part: {"accuracy": {"all": 1 - abs(rate - 0.1), "here": 0.5}, **figures} for part in parts}
 
-    def places(self) -> list[tuple[str, str, float | None, int]]:
+    def finished(self) -> list[tuple[str, str, float | None, int]]:
         """Part, study, learning rate and seed of what was run."""
         return [(c.part, c.study, c.setting.get("learning_rate"), c.seed) for c in self.ran]
 
 
 def plan(path: Path, **options: Any) -> Scripted:
-    made = Scripted(CellStore(path / "cells.jsonl"), rounds=4, **options)
-    made.ran = []
-    return made
+    scripted = Scripted(CellStore(path / "cells.jsonl"), rounds=4, **options)
+    scripted.ran = []
+    return scripted
 
 
 def test_the_search_extends_beyond_a_best_end_and_no_cell_is_run_twice(tmp_path: Path) -> None:
     first = plan(tmp_path)
     assert first.tested("s", "probe", 1) is not None
-    # The last diverged: it has lost, and the search goes no further.
-    tried = [("validation", "s", rate, 11) for rate in (0.003, 0.009, 0.027, 0.081, 0.243)]
-    assert first.places() == [*tried, ("test", "s", 0.081, 1)]
+    # The last diverged, so the search ends.
+    trials = [("validation", "s", rate, 11) for rate in (0.003, 0.009, 0.027, 0.081, 0.243)]
+    assert first.finished() == [*trials, ("test", "s", 0.081, 1)]
     second = plan(tmp_path)
     assert second.tested("s", "probe", 1) == first.tested("s", "probe", 1) and second.ran == []
     third = plan(tmp_path, run_missing=False)
@@ -495,21 +495,21 @@ def test_the_search_extends_beyond_a_best_end_and_no_cell_is_run_twice(tmp_path:
 def test_a_trained_tower_is_searched_by_the_runs_of_the_first_seed(tmp_path: Path) -> None:
     first = plan(tmp_path, max_rates=3)
     assert first.tested("s", "lora", 1) is not None and first.tested("s", "lora", 2) is not None
-    tried = [("validation", "s", rate, 1) for rate in (0.001, 0.003, 0.009)]
-    assert first.places() == [*tried, ("test", "s", 0.009, 2)]
+    trials = [("validation", "s", rate, 1) for rate in (0.001, 0.003, 0.009)]
+    assert first.finished() == [*trials, ("test", "s", 0.009, 2)]
     shown = plan(tmp_path, run_missing=False)
     assert shown.search("s", "lora") == first.search("s", "lora"), "the fourth rate was not run"
-    # Averaged products take the factors' rate over; with one setting there is nothing to search.
+    # Averaged products start from the factors' rate; with one setting nothing is searched.
     second = plan(tmp_path, max_rates=3)
     second.tested("s", "lora-products", 1)
-    assert second.places() == [("test", "s", 0.009, 1)]
+    assert second.finished() == [("test", "s", 0.009, 1)]
 
 
 def test_a_search_in_another_study_serves_for_rates_and_not_for_caches(tmp_path: Path) -> None:
-    found = plan(tmp_path, search_study="other")
-    found.tested("s", "lora", 1)
-    found.tested("s", "tip", 1)
-    studies = {(CANDIDATES[c.method].quick, c.part, c.study) for c in found.ran}
+    scripted = plan(tmp_path, search_study="other")
+    scripted.tested("s", "lora", 1)
+    scripted.tested("s", "tip", 1)
+    studies = {(CANDIDATES[c.method].quick, c.part, c.study) for c in scripted.ran}
     assert studies == {
         (False, "validation", "other"),
         (False, "test", "s"),
@@ -525,10 +525,10 @@ def test_a_chosen_setting_that_diverges_on_the_test_part_is_an_error(tmp_path: P
                 raise TrainingError("the loss is nan")
             return super()._run(cell, study)
 
-    found = Diverges(CellStore(tmp_path / "cells.jsonl"), rounds=4)
-    found.ran = []
+    scripted = Diverges(CellStore(tmp_path / "cells.jsonl"), rounds=4)
+    scripted.ran = []
     with pytest.raises(TrainingError):
-        found.tested("s", "probe", 1)
+        scripted.tested("s", "probe", 1)
 
 
 def test_a_run_is_evaluated_on_images_that_the_draw_left_over_and_on_the_test_part(
@@ -568,7 +568,7 @@ def test_a_set_of_one_place_is_divided_into_four_sites(
     assert len(sites) == 4
     assert sum(len(data.train) for data in sites.values()) == 4 * 2 * 3
     assert sum(len(data.test) for data in sites.values()) == 4 * 2 * 2
-    # Its validation images are left over at the same sites, so one model is judged on both parts.
+    # Its validation images are left over at the same sites, so one model is evaluated on both parts.
     held = validation_sites(study, 32, 1)
     for name, (train, left) in held.items():
         assert _equal_images({name: train}, {name: sites[name].train})
@@ -582,12 +582,12 @@ def test_every_candidates_settings_are_valid_for_its_study() -> None:
     for candidate in CANDIDATES.values():
         assert not candidate.after or candidate.after in CANDIDATES
         for setting in grid(candidate, {}, list(candidate.rates)):
-            found = with_setting(study, candidate, setting)
-            Aggregator(found)
-            assert found.training.learning_rate == setting.get("learning_rate", 0.05)
+            changed = with_setting(study, candidate, setting)
+            Aggregator(changed)
+            assert changed.training.learning_rate == setting.get("learning_rate", 0.05)
             lowest = study.training.final_learning_rate / study.training.learning_rate
-            assert found.training.learning_rate_at(99, 99) == pytest.approx(
-                found.training.learning_rate * lowest
+            assert changed.training.learning_rate_at(99, 99) == pytest.approx(
+                changed.training.learning_rate * lowest
             )
     with pytest.raises(ConfigError, match="not an option"):
         Aggregator(with_setting(study, CANDIDATES["fedadam"], {"options": {"etta": 1}}))
@@ -597,33 +597,34 @@ def test_finished_cells_are_shown_without_running_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = {"accuracy": {"all": 0.5, "here": 0.5}, "bytes_upload": 0, "bytes_float32": 0, "bytes_total": 0}
-    place = {"part": "test", "method": "zero-shot", "setting": {}, "rounds": 60, "seed": 2}
-    cell = Cell(study="white-cells-four-labs", **place)
+    fields = {"part": "test", "method": "zero-shot", "setting": {}, "rounds": 60, "seed": 2}
+    cell = Cell(study="white-cells-four-labs", **fields)
     store = CellStore(tmp_path / "cells.jsonl")
     store.save(cell, figures, recipe_digest(Plan(store, rounds=60)._study(cell)))
     store.save(replace(cell, seed=3), figures, "of another recipe")
-    words = ["methods", "--data", str(tmp_path), "--out", str(tmp_path), "--json", str(tmp_path / "x.json")]
-    monkeypatch.setattr("sys.argv", [*words, "--show"])
+    written_file = tmp_path / "figures.json"
+    arguments = ["methods", "--data", str(tmp_path), "--out", str(tmp_path), "--json", str(written_file)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--show"])
     monkeypatch.setenv("FEDSIGMA_DATA", "")
     show()
     assert "| zero-shot | 50.0 | 50.0 | 0 | 0 | 0 | yes |" in capsys.readouterr().out
-    found = json.loads((tmp_path / "x.json").read_text())
-    assert found["white-cells-four-labs"]["rows"]["zero-shot"]["seeds"] == {"2": 0.5}
-    assert found["dermoscopy-four-sites"]["rows"] == {}
+    written = json.loads(written_file.read_text())
+    assert written["white-cells-four-labs"]["rows"]["zero-shot"]["seeds"] == {"2": 0.5}
+    assert written["dermoscopy-four-sites"]["rows"] == {}
 
 
 class Listed:
-    """Results by method and seed, in place of a plan that runs something."""
+    """Results by method and seed, in place of a plan that runs."""
 
-    def __init__(self, **found: dict[int, float]) -> None:
-        self._found = found
+    def __init__(self, **accuracies: dict[int, float]) -> None:
+        self._accuracies = accuracies
 
     def tested(self, study: str, method: str, seed: int) -> dict[str, Any] | None:
-        if seed not in self._found[method]:
+        if seed not in self._accuracies[method]:
             return None
-        nothing = dict.fromkeys(("bytes_upload", "bytes_float32", "bytes_total"), 0.0)
-        at_home = {} if seed == 2 else {"here": 0.5}  # a division may leave a site without a test image
-        return {"accuracy": {"all": self._found[method][seed], **at_home}, **nothing}
+        no_bytes = dict.fromkeys(("bytes_upload", "bytes_float32", "bytes_total"), 0.0)
+        by_site = {} if seed == 2 else {"here": 0.5}  # a partition may leave a site without a test image
+        return {"accuracy": {"all": self._accuracies[method][seed], **by_site}, **no_bytes}
 
 
 def test_rows_are_compared_over_the_seeds_that_all_have(capsys: pytest.CaptureFixture[str]) -> None:
@@ -632,9 +633,9 @@ def test_rows_are_compared_over_the_seeds_that_all_have(capsys: pytest.CaptureFi
     assert rows["sigma"]["mean"] == pytest.approx(0.45) and rows["full"]["mean"] == pytest.approx(0.6)
     assert rows["sigma"]["per_site"] == {"here": 0.5}
     assert "seeds [1] of sigma are left out" in capsys.readouterr().out
-    apart: Any = Listed(sigma={1: 0.9}, full={2: 0.6})
+    disjoint: Any = Listed(sigma={1: 0.9}, full={2: 0.6})
     with pytest.raises(SystemExit, match="no seed has been run with all methods"):
-        collect(apart, "s", ["sigma", "full"], [1, 2])
+        collect(disjoint, "s", ["sigma", "full"], [1, 2])
 
 
 def row(mean: float, total: float) -> dict[str, Any]:
