@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from fedsigma.common.config.federation import STEPS
 from fedsigma.common.config.schema import ConfigError, check_number, did_you_mean
@@ -223,8 +225,8 @@ class Aggregator:
         """
         start, options = shift.astype(np.float64), self.options(round)
         if self.needs_all_updates:
-            models, weights, losses = zip(*((start + u, w, loss) for u, w, loss in each), strict=True)
-            result = self._rule(start, models, weights, losses, **options)
+            sites = [(start + update, weight, loss) for update, weight, loss in each]
+            result = self._rule(start, sites, **options)
         else:
             result, self.state = self._rule(start, start + mean, self.state, round=round, **options)
         next_shift: Vector = result.astype(np.float32)
@@ -240,24 +242,15 @@ class Aggregator:
         Raises:
             OSError: The file cannot be written.
         """
-        from safetensors.numpy import save
-
         if self.state:
             write_atomic(path, save({name: np.ascontiguousarray(v) for name, v in self.state.items()}))
 
     def load_state(self, path: Path, *, size: int) -> None:
-        """Read what `save_state` wrote; without a file the state stays empty.
-
-        Args:
-            path: The file.
-            size: Number of values of each array.
+        """Read the state, arrays of `size` values each; without a file it stays empty.
 
         Raises:
             OptimizerStateError: The file cannot be parsed or is of another study.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         if not path.is_file():
             return
         try:

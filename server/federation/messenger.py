@@ -150,15 +150,7 @@ class Messenger:
 def build_messages(
     nodes: Iterable[int], task: object, *, kind: str, ttl: float, group: str = ""
 ) -> dict[int, Message]:
-    """Build the message of each node; all share one record in memory.
-
-    Args:
-        nodes: The nodes.
-        task: A message of `fedsigma.common.wire`.
-        kind: Flower's message type.
-        ttl: Seconds until the message expires.
-        group: Flower's group id.
-    """
+    """Build the message of each node, which expires after `ttl` seconds; all share one record in memory."""
     record = to_record(task)
     return {
         node: Message(record, dst_node_id=node, message_type=kind, ttl=ttl, group_id=group) for node in nodes
@@ -169,11 +161,7 @@ def match_replies(sent: Mapping[int, Message], replies: Iterable[Message]) -> It
     """Yield each reply with its node, and at the end the nodes that sent none.
 
     An error message of Flower's own, about a node that went away, has the server as its sender; the message
-    that it replies to names the node. A second reply of one node is ignored.
-
-    Args:
-        sent: The messages by node, all with the same record.
-        replies: The replies in the order of their arrival.
+    that it replies to names the node. A second reply of one node is ignored. All messages have one record.
     """
     by_message = {message.metadata.message_id: node for node, message in sent.items()}
     waiting = dict.fromkeys(sent)

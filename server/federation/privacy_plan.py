@@ -49,13 +49,8 @@ def _release(study: StudyConfig, units: int) -> PrivacyEvent:
     )
 
 
-def _after(study: StudyConfig, one: PrivacyEvent, rounds: int) -> float:
-    many = PrivacyEvent(rate=one.rate, noise_multiplier=one.noise_multiplier, steps=one.steps * rounds)
-    return epsilon([many], study.privacy.delta)
-
-
 def privacy_plan(study: StudyConfig, *, images: int, targets: Sequence[float] = (1, 2, 4, 8)) -> PrivacyPlan:
-    """Compute the privacy cost of a study for a site with `images` training images.
+    """Compute the privacy cost of a study for a site with `images` training images or groups.
 
     Args:
         study: The study.
@@ -65,28 +60,30 @@ def privacy_plan(study: StudyConfig, *, images: int, targets: Sequence[float] = 
     Raises:
         ConfigError: The study has no differential privacy.
     """
-    if study.privacy.level == "none":
+    privacy, rounds = study.privacy, study.federation.rounds
+    if privacy.level == "none":
         raise ConfigError(
             f"study '{study.name}' has no privacy: give it a section privacy, with level image, group or site"
         )
-    one, rounds = _release(study, images), study.federation.rounds
+    release = _release(study, images)
     marks = sorted({1, max(1, rounds // 4), max(1, rounds // 2), rounds})
-    delta = study.privacy.delta
     return PrivacyPlan(
-        release=one,
+        release=release,
         rounds=rounds,
-        within=events_within(study.privacy.epsilon, one, delta=delta, most=rounds),
-        epsilon_after={after: _after(study, one, after) for after in marks},
+        within=events_within(privacy.epsilon, release, delta=privacy.delta, most=rounds),
+        epsilon_after={count: epsilon([release] * count, privacy.delta) for count in marks},
         noise_multiplier_for={
-            float(t): calibrate_noise_multiplier(t, delta=delta, rate=one.rate, steps=one.steps * rounds)
-            for t in targets
+            float(target): calibrate_noise_multiplier(
+                target, delta=privacy.delta, rate=release.rate, steps=release.steps * rounds
+            )
+            for target in targets
         },
     )
 
 
 def site_level_epsilon(study: StudyConfig, rounds: int) -> float:
     """Epsilon after `rounds` rounds of a study that protects whole sites."""
-    return _after(study, _release(study, 1), rounds)
+    return epsilon([_release(study, 1)] * rounds, study.privacy.delta)
 
 
 def check_budget(study: StudyConfig) -> None:
@@ -99,13 +96,10 @@ def check_budget(study: StudyConfig) -> None:
         ConfigError: The rounds of the study exceed the budget.
     """
     privacy, rounds = study.privacy, study.federation.rounds
-    if not privacy.of_sites:
-        return
-    spent = site_level_epsilon(study, rounds)
-    if spent > privacy.epsilon:
+    if privacy.of_sites and (cost := site_level_epsilon(study, rounds)) > privacy.epsilon:
         enough = calibrate_noise_multiplier(privacy.epsilon, delta=privacy.delta, rate=1.0, steps=rounds)
         raise ConfigError(
             f"{rounds} rounds with a noise multiplier of {privacy.noise_multiplier:g} use epsilon"
-            f" {spent:.2f}, privacy.epsilon is {privacy.epsilon:g}: raise privacy.noise_multiplier to"
+            f" {cost:.2f}, privacy.epsilon is {privacy.epsilon:g}: raise privacy.noise_multiplier to"
             f" {enough:g}, take fewer rounds, or allow more"
         )

@@ -76,9 +76,9 @@ def sample_sites(
 
 def cohort_size(study: StudyConfig, sites: int) -> int:
     """How many of `sites` sites are sampled in a round."""
-    federation = study.federation
-    share = round(federation.participation * sites, 9)  # 0.07 of 100 sites are 7.000000000000001 in binary
-    return min(sites, max(federation.min_sites, math.ceil(share)))
+    # 0.07 of 100 sites are 7.000000000000001 in binary.
+    share = math.ceil(round(study.federation.participation * sites, 9))
+    return min(sites, max(study.federation.min_sites, share))
 
 
 def total_steps(study: StudyConfig, sites: int) -> int:
@@ -90,22 +90,22 @@ def _in_proportion(
     ready: Mapping[int, str], study: StudyConfig, round: int, images: Mapping[str, int], count: int
 ) -> Cohort:
     typical = mean([images[name] for name in ready.values() if name in images] or [1])
-    chance = inclusion_probabilities({node: images.get(name, typical) for node, name in ready.items()}, count)
-    chosen = {node for node, one in chance.items() if one == 1}
+    sizes = {node: images.get(name, typical) for node, name in ready.items()}
+    probabilities = inclusion_probabilities(sizes, count)
+    chosen = {node for node, probability in probabilities.items() if probability == 1}
     others = sorted(
-        chance.keys() - chosen,
+        probabilities.keys() - chosen,
         key=lambda node: (derive_seed(study.seed, ready[node], "order", 0), ready[node]),
     )
     begin = random.Random(derive_seed(study.seed, "all sites", "cohort", 0)).random()
     first, end = (begin + round * GOLDEN) % 1.0, 0.0
     points = count - len(chosen)
-    for place, node in enumerate(others, start=1):
+    for number, node in enumerate(others, start=1):
         # The last part ends where the line does, whatever the sum was rounded to.
-        start, end = end, end + chance[node] if place < len(others) else float(points)
+        start, end = end, end + probabilities[node] if number < len(others) else float(points)
         if math.ceil(end - first) > math.ceil(start - first):
             chosen.add(node)
-    sites = {node: name for node, name in ready.items() if node in chosen}
-    return Cohort(sites, {node: 1 / chance[node] for node in sites})
+    return Cohort({n: ready[n] for n in ready if n in chosen}, {n: 1 / probabilities[n] for n in chosen})
 
 
 def inclusion_probabilities(images: Mapping[int, float], count: int) -> dict[int, float]:
