@@ -87,7 +87,7 @@ def test_releases_add_up_whatever_their_order() -> None:
     assert epsilon([], 1e-5) == 0
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=12)
 @given(
     st.floats(0.05, 1.0),
     st.floats(0.7, 8.0),
