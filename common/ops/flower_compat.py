@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from flwr.app import Message
     from flwr.cli.build import build_fab_from_disk as build_fab_from_disk
     from flwr.common.constant import ErrorCode as ErrorCode
+    from flwr.common.serde import user_config_to_proto as user_config_to_proto
+    from flwr.proto.control_pb2 import ListNodesRequest as ListNodesRequest
+    from flwr.proto.control_pb2 import ListRunsRequest as ListRunsRequest
+    from flwr.proto.control_pb2 import RegisterNodeRequest as RegisterNodeRequest
+    from flwr.proto.control_pb2 import StartRunRequest as StartRunRequest
+    from flwr.proto.control_pb2 import StopRunRequest as StopRunRequest
+    from flwr.proto.control_pb2 import UnregisterNodeRequest as UnregisterNodeRequest
+    from flwr.proto.fab_pb2 import Fab as Fab
     from flwr.proto.fleet_pb2 import ActivateNodeRequest as ActivateNodeRequest
     from flwr.proto.node_pb2 import NodeInfo as NodeInfo
+    from flwr.supercore.control.control_http_client import ControlHttpClient as ControlHttpClient
     from flwr.supercore.inflatable.inflatable_utils import ObjectPushError as ObjectPushError
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes as public_key_to_bytes
     from flwr.supercore.task_identity import TaskIdentity as TaskIdentity
@@ -32,6 +41,7 @@ __all__ = [
     "RUN_CLIENTAPP",
     "FlowerMoved",
     "clientapp_module",
+    "list_runs",
     "set_message_id",
     "set_source_node",
     "set_task_identity",
@@ -39,15 +49,24 @@ __all__ = [
 
 MODULES = {
     "ActivateNodeRequest": "flwr.proto.fleet_pb2",
+    "ControlHttpClient": "flwr.supercore.control.control_http_client",
     "ErrorCode": "flwr.common.constant",
+    "Fab": "flwr.proto.fab_pb2",
     "FleetHttpClient": "flwr.supernode.fleet_http_client",
+    "ListNodesRequest": "flwr.proto.control_pb2",
+    "ListRunsRequest": "flwr.proto.control_pb2",
     "NodeAuthHttpInterceptor": "flwr.supernode.node_auth_http_interceptor",
     "NodeInfo": "flwr.proto.node_pb2",
     "ObjectPushError": "flwr.supercore.inflatable.inflatable_utils",
+    "RegisterNodeRequest": "flwr.proto.control_pb2",
+    "StartRunRequest": "flwr.proto.control_pb2",
+    "StopRunRequest": "flwr.proto.control_pb2",
     "TaskIdentity": "flwr.supercore.task_identity",
+    "UnregisterNodeRequest": "flwr.proto.control_pb2",
     "build_fab_from_disk": "flwr.cli.build",
     "flwr_clientapp": "flwr.supernode.cli.flwr_clientapp",
     "public_key_to_bytes": "flwr.supercore.primitives.asymmetric",
+    "user_config_to_proto": "flwr.common.serde",
 }
 """The private module of each name."""
 RUN_CLIENTAPP = "flwr.supernode.runtime.run_clientapp"
@@ -78,6 +97,18 @@ def clientapp_module() -> ModuleType:
     for name in GUARDED:
         _load(RUN_CLIENTAPP, name)
     return import_module(RUN_CLIENTAPP)
+
+
+def list_runs(client: ControlHttpClient) -> dict[str, str]:
+    """Return the status of all runs of a SuperLink by number.
+
+    It is `pending`, `starting`, `running`, or `finished:` with `completed`, `failed` or `stopped`.
+    """
+    request = _load(MODULES["ListRunsRequest"], "ListRunsRequest")()
+    return {
+        str(run.run_id): ":".join(filter(None, (run.status.status, run.status.sub_status)))
+        for run in client.ListRuns(request).run_dict.values()
+    }
 
 
 def set_task_identity(node: int) -> None:

@@ -1,17 +1,20 @@
-"""Flower's Control interface, by the `flwr` command: the only module that knows its arguments and output."""
+"""Control of a server's SuperLink: its nodes and runs, by Flower's own HTTP client."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+from fedsigma.common.ops import flower_compat
 from fedsigma.common.ops.supervisor import flower_environment
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.deployment.home import ServerHome
@@ -19,7 +22,6 @@ from fedsigma.server.deployment.home import ServerHome
 __all__ = ["ControlError", "FlowerControl", "Node"]
 
 CONNECTION = "server"
-TIMEOUT_S = 120
 
 
 class ControlError(FedSigmaError, RuntimeError):
@@ -33,7 +35,7 @@ class Node:
     Attributes:
         node_id: Flower's id of the node.
         status: `online`, `offline`, `registered` (never online) or `unregistered`.
-        last_seen: When it was last online, as Flower prints it; empty if never.
+        last_seen: When it last came online, in ISO 8601; empty if never.
     """
 
     node_id: str
@@ -67,11 +69,11 @@ class FlowerControl:
         Raises:
             ControlError: The SuperLink does not answer, or has this key already.
         """
-        with tempfile.NamedTemporaryFile("w", suffix=".pub") as file:
-            file.write(public_key)
-            file.flush()
-            reply = self._flwr(["supernode", "register", file.name, CONNECTION])
-        return str(reply["node-id"])
+        key = load_ssh_public_key(public_key.encode())
+        assert isinstance(key, EllipticCurvePublicKey), "SiteKeys admits no other"
+        request = flower_compat.RegisterNodeRequest(public_key=flower_compat.public_key_to_bytes(key))
+        with self._client() as client:
+            return str(client.RegisterNode(request).node_id)
 
     def unregister(self, node_id: str) -> None:
         """Exclude a node: its next request is refused.
@@ -79,7 +81,8 @@ class FlowerControl:
         Raises:
             ControlError: The SuperLink does not answer, or has no such node.
         """
-        self._flwr(["supernode", "unregister", node_id, CONNECTION])
+        with self._client() as client:
+            client.UnregisterNode(flower_compat.UnregisterNodeRequest(node_id=int(node_id)))
 
     def nodes(self) -> dict[str, Node]:
         """Return all registered nodes by id.
@@ -87,14 +90,13 @@ class FlowerControl:
         Raises:
             ControlError: The SuperLink does not answer.
         """
-        entries = self._flwr(["supernode", "list", CONNECTION]).get("nodes", [])
+        with self._client() as client:
+            reply = client.ListNodes(flower_compat.ListNodesRequest())
         return {
-            str(entry["node-id"]): Node(
-                node_id=str(entry["node-id"]),
-                status=str(entry["status"]),
-                last_seen=str(entry.get("online-at") or entry.get("last-activated-at") or ""),
+            str(node.node_id): Node(
+                node_id=str(node.node_id), status=node.status, last_seen=node.last_activated_at
             )
-            for entry in entries
+            for node in reply.nodes_info
         }
 
     def runs(self) -> dict[str, str]:
@@ -105,8 +107,8 @@ class FlowerControl:
         Raises:
             ControlError: The SuperLink does not answer.
         """
-        entries = self._flwr(["ls", CONNECTION]).get("runs", [])
-        return {str(entry["run-id"]): str(entry["status"]) for entry in entries}
+        with self._client() as client:
+            return flower_compat.list_runs(client)
 
     def start(self, app: Path, values: dict[str, Any]) -> str:
         """Start a run of an app.
@@ -121,9 +123,13 @@ class FlowerControl:
         Raises:
             ControlError: The SuperLink does not answer, or refuses the app.
         """
-        # JSON's strings, numbers and booleans are valid TOML.
-        config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
-        return str(self._flwr(["run", str(app), CONNECTION, "--run-config", config])["run-id"])
+        bundle = flower_compat.build_fab_from_disk(app)
+        fab = flower_compat.Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle)
+        request = flower_compat.StartRunRequest(
+            fab=fab, override_config=flower_compat.user_config_to_proto(values)
+        )
+        with self._client() as client:
+            return str(client.StartRun(request).run_id)
 
     def stop(self, run_id: str) -> None:
         """Stop a run.
@@ -131,47 +137,33 @@ class FlowerControl:
         Raises:
             ControlError: The SuperLink does not answer, or the run has ended.
         """
-        self._flwr(["stop", run_id, CONNECTION])
+        with self._client() as client:
+            client.StopRun(flower_compat.StopRunRequest(run_id=int(run_id)))
 
     def log_command(self, run_id: str, *, follow: bool) -> list[str]:
         """Return the command that prints the log of a run's ServerApp."""
+        # Written each time, since server.yaml may have been edited or the folder moved.
+        self._home.write_flower_config()
         return ["flwr", "log", run_id, CONNECTION, "--stream" if follow else "--show"]
 
-    def _flwr(self, arguments: Sequence[str]) -> dict[str, Any]:
-        # Each time, since server.yaml may have been edited or the folder moved.
-        self._home.write_flower_config()
+    @contextmanager
+    def _client(self) -> Iterator[flower_compat.ControlHttpClient]:
+        """Connect to the SuperLink; a `flwr` process for each request would cost a second of a processor."""
+        client = flower_compat.ControlHttpClient.from_server_address(
+            self._home.control,
+            insecure=False,
+            root_certificates=self._home.tls("ca.crt").read_bytes(),
+            interceptors=(),
+        )
         try:
-            done = subprocess.run(
-                ["flwr", *arguments, "--format", "json"],
-                env=self.environment,
-                cwd=self._home.path,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=TIMEOUT_S,
-            )
-        except subprocess.TimeoutExpired:
+            yield client
+        except httpx.HTTPStatusError as error:
+            with suppress(ValueError, KeyError, TypeError):
+                raise ControlError(f"the SuperLink reports: {error.response.json()['detail']}") from error
+            raise ControlError(f"the SuperLink reports: {error}") from error
+        except httpx.HTTPError as error:
             raise ControlError(
-                f"the SuperLink at {self._home.control} did not answer in {TIMEOUT_S} s"
-            ) from None
-        reply = _json(done.stdout)
-        if done.returncode or reply is None or reply.get("success") is False:
-            raise ControlError(self._reason(reply, done.stdout + done.stderr))
-        return reply
-
-    def _reason(self, reply: dict[str, Any] | None, text: str) -> str:
-        reason = str((reply or {}).get("error-message") or "") or text
-        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", reason).split())[-400:]
-        if re.search(r"connect|unavailable|refused", reason, re.IGNORECASE):
-            return f"the SuperLink at {self._home.control} does not answer: is `fedsigma server up` running?"
-        return f"the SuperLink reports: {reason}"
-
-
-def _json(text: str) -> dict[str, Any] | None:
-    """Return the JSON object that `flwr` printed, which may follow other text."""
-    start = text.find("{")
-    try:
-        reply = json.loads(text[start:]) if start >= 0 else None
-    except ValueError:
-        return None
-    return reply if isinstance(reply, dict) else None
+                f"the SuperLink at {self._home.control} does not answer: is `fedsigma server up` running?"
+            ) from error
+        finally:
+            client.close()

@@ -18,12 +18,15 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+
+import httpx
 
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import load_study
 from fedsigma.common.data.sources import site_data
+from fedsigma.common.ops import flower_compat
 from fedsigma.common.ops.supervisor import flower_environment, free_ports
 from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.server.evaluation.model_versions import find_version
@@ -102,7 +105,7 @@ def run_simulation(
         }
         with _superlink(home, environment, api, control):
             run = _flwr_run(home, environment, values, sites=sites, cpus=cpus_per_site)
-            status = _status(run, home, environment)
+            status = _status(run, api)
     if status != COMPLETED:
         print(f"FedSigma: the run ended as {status}: see its log above and events.jsonl", file=sys.stderr)
     return 0 if status == COMPLETED else 1
@@ -208,16 +211,15 @@ def _flwr_run(
     return match.group(1)
 
 
-def _status(run: str, home: Path, environment: dict[str, str]) -> str:
+def _status(run: str, port: str) -> str:
     """Return the final status of the run; the log may end a moment before the run does."""
-    command = ["flwr", "ls", "--run-id", run, "--format", "json"]
-    for _ in range(30):
-        listing = subprocess.run(command, env=environment, cwd=home, capture_output=True, check=False)
-        try:
-            status = str(json.loads(listing.stdout)["runs"][0]["status"])
-        except (ValueError, KeyError, IndexError, TypeError):
-            status = "unknown"
-        if status.startswith("finished"):
-            return status
-        time.sleep(1)
+    client = flower_compat.ControlHttpClient.from_server_address(f"127.0.0.1:{port}", True, None, ())
+    status = "unknown"
+    with closing(client):
+        for _ in range(30):
+            with suppress(httpx.HTTPError):
+                status = flower_compat.list_runs(client).get(run, "unknown")
+            if status.startswith("finished"):
+                break
+            time.sleep(1)
     return status

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.utils.hash_chain import HashChainedLog
 from fedsigma.server.runs.run_dir import RunDir
-from fedsigma.server.simulation.simulate import run_simulation
 from tests.deployment.network import SERVER
 from tests.deployment.parts import SITES, STUDY, Deployment, missing, reached, wait_for
+from tests.helpers.fake_grid import run_in_process
 
 pytestmark = [
     pytest.mark.slow,
@@ -65,7 +65,7 @@ def test_it_ends_with_the_shift_of_the_simulation(
     monkeypatch.setenv("FEDSIGMA_AUDIT", str(tmp_path / "audit"))
     # The same bases: singular vectors are those of the machine that computed them.
     monkeypatch.setenv("FEDSIGMA_CACHE", deployment.environment["FEDSIGMA_CACHE"])
-    assert run_simulation(str(study), out=tmp_path / "simulated") == 0
+    run_in_process(study, tmp_path / "simulated", sites=len(SITES))
     real, simulated = (
         load_file(folder / "sigma.safetensors")["shift"] for folder in (finished.path, tmp_path / "simulated")
     )

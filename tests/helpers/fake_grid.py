@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 
+from fedsigma.client.app import app as client
 from fedsigma.common.ops.flower_compat import set_source_node
+from fedsigma.server.app import app as server
+from fedsigma.server.runs.run_dir import RunDir
 from fedsigma.server.simulation.in_process import SERVER, InProcessGrid
 
 Tamper = Callable[[int, Message, Message], "Message | None"]
@@ -49,3 +53,11 @@ def gone(task: Message, code: int = 5) -> Message:
     reply = Message(Error(code, "Node Unavailable: /secret/path"), reply_to=task)
     set_source_node(reply, SERVER)
     return reply
+
+
+def run_in_process(study: Path, out: Path, *, sites: int) -> RunDir:
+    """Run a study file with both real apps in this process."""
+    config = {"study": str(study), "out": str(out), "resume": False, "seed": -1, "rounds": 0}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    server(FakeGrid(client, sites), context)
+    return RunDir.open(out)

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
 
-from fedsigma.client.app import app as client
 from fedsigma.client.inference.loaded_model import ModelLoadError, load_model
 from fedsigma.client.site.personal_state import PersonalError
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
@@ -16,9 +14,8 @@ from fedsigma.common.backbones import save_backbone
 from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.sigma import Layout
 from fedsigma.common.training.trainer import make_partition
-from fedsigma.server.app import app as server
 from fedsigma.server.runs.run_dir import RunDir
-from tests.helpers.fake_grid import FakeGrid
+from tests.helpers.fake_grid import run_in_process
 from tests.helpers.tiny_backbones import tiny_clip
 
 STUDY = """
@@ -53,10 +50,7 @@ def study_of(tmp_path: Path, text: str) -> RunDir:
     backbone = save_backbone(tiny_clip(), tmp_path / "backbone", source="tests")
     file = tmp_path / "study.yaml"
     file.write_text(text.format(backbone=backbone))
-    config = {"study": str(file), "out": str(tmp_path / "out"), "resume": False, "seed": -1, "rounds": 0}
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
-    server(FakeGrid(client, 4), context)
-    return RunDir.open(tmp_path / "out")
+    return run_in_process(file, tmp_path / "out", sites=4)
 
 
 def check_guarded(folder: RunDir, audit: Path) -> None:
