@@ -95,7 +95,7 @@ def _warm_up(context: DashboardContext) -> None:
             context.compile_templates()
             started = (entry for entry in context.run_index.list_runs() if entry.started)
             if entry := next(started, None):
-                context.run_sections(entry)
+                context.run_view(entry)
 
     threading.Thread(target=read, name="dashboard-warm-up", daemon=True).start()
 

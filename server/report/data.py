@@ -8,12 +8,12 @@ from itertools import groupby
 from typing import Any
 
 from fedsigma.common.config.constants import ALL_SITES
-from fedsigma.server.report.formatting import METHODS, format_ranges
+from fedsigma.server.report.formatting import METHODS
 from fedsigma.server.runs.run_dir import RunDir, RunDirError
 from fedsigma.server.runs.shift_magnitude import ShiftMagnitude, shift_magnitudes
 from fedsigma.server.runs.summary import RunSummary, study_of, summarize_run
 
-__all__ = ["Notice", "ReportData", "RoundSummary", "collect_report_data"]
+__all__ = ["ReportData", "RoundSummary", "collect_report_data"]
 
 _NOTICES = {
     "site_refused": "site refused",
@@ -52,25 +52,6 @@ class RoundSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Notice:
-    """A problem during the run; repetitions are merged into one notice.
-
-    Attributes:
-        label: What happened.
-        site: Name of the site, or empty for the run as a whole.
-        reason: Reason that was recorded with the event.
-        rounds: Rounds in which it happened, such as `3–5, 8`.
-        count: Number of events.
-    """
-
-    label: str
-    site: str
-    reason: str
-    rounds: str
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReportData:
     """All data of a report.
 
@@ -84,7 +65,7 @@ class ReportData:
         accuracy: Accuracy by site and number of finished rounds; 0 is the unadapted backbone.
         accuracy_all_sites: Accuracy over all sites by number of finished rounds.
         rounds: Summary of each round.
-        notices: Problems during the run.
+        notices: Rounds of each problem by label, site and reason; 0 for an event outside rounds.
         shift_magnitudes: Mean absolute shift by tower, part and layer.
         shift_missing: Why there are no shift magnitudes; empty if there are.
         shift_size: Number of values of the shift.
@@ -101,7 +82,7 @@ class ReportData:
     accuracy: dict[str, dict[int, float]]
     accuracy_all_sites: dict[int, float]
     rounds: tuple[RoundSummary, ...]
-    notices: tuple[Notice, ...]
+    notices: dict[tuple[str, str, str], list[int]]
     shift_magnitudes: tuple[ShiftMagnitude, ...]
     shift_missing: str
     shift_size: int | None
@@ -197,22 +178,18 @@ def _rounds(rows: list[dict[str, Any]]) -> tuple[RoundSummary, ...]:
     return tuple(summaries)
 
 
-def _notices(events: list[dict[str, Any]]) -> tuple[Notice, ...]:
-    groups: dict[tuple[str, str, str], list[int]] = {}
+def _notices(events: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[int]]:
+    notices: dict[tuple[str, str, str], list[int]] = {}
     started = False
     for event in events:
         if event["kind"] == "run_start" and started:
-            groups.setdefault(("run resumed", "", ""), []).append(0)
+            notices.setdefault(("run resumed", "", ""), []).append(0)
         started = started or event["kind"] == "run_start"
         if event["kind"] in _NOTICES:
             key = (_NOTICES[event["kind"]], str(event.get("site") or ""), str(event.get("reason") or ""))
             number = event.get("round")
-            groups.setdefault(key, []).append(number if isinstance(number, int) else 0)
-    notices = []
-    for (label, site, reason), numbers in groups.items():
-        rounds = format_ranges(number for number in numbers if number)
-        notices.append(Notice(label=label, site=site, reason=reason, rounds=rounds, count=len(numbers)))
-    return tuple(notices)
+            notices.setdefault(key, []).append(number if isinstance(number, int) else 0)
+    return notices
 
 
 def _read_shift(run_dir: RunDir) -> tuple[tuple[ShiftMagnitude, ...], str, int | None, int | None]:

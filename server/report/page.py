@@ -23,7 +23,6 @@ from fedsigma.server.report.formatting import (
 )
 from fedsigma.server.report.style import STYLE
 from fedsigma.server.report.summary_text import (
-    LabelledValue,
     count_noun,
     gains_over_zero_shot,
     headline,
@@ -45,8 +44,7 @@ def render(data: ReportData) -> str:
 def _view(data: ReportData) -> dict[str, Any]:
     run = data.run
     failed = run.state == "failed"
-    notices = tables.notices_grid(data)
-    omitted = len(data.notices) - len(notices.rows)
+    omitted = len(data.notices) - tables.MAX_NOTICES
     largest = max((float(np.nanmax(magnitude.values)) for magnitude in data.shift_magnitudes), default=0.0)
     bold = ", the best method of each site in bold" if len(data.methods) > 1 else ""
     return {
@@ -89,8 +87,8 @@ def _view(data: ReportData) -> dict[str, Any]:
         "bytes_text": f"In the whole run the sites sent {format_bytes(data.bytes_up)} and received"
         f" {format_bytes(data.bytes_down)}. Images, labels, file names and weights stayed at the sites.",
         "bytes_caption": _bytes_caption(data),
-        "notices": notices,
-        "notices_omitted": f"{omitted} more are in events.jsonl." if omitted else "",
+        "notices": tables.notices_grid(data),
+        "notices_omitted": f"{omitted} more are in events.jsonl." if omitted > 0 else "",
         "no_notices": "None: every site replied in every round."
         if run.rounds_done or data.summary.get("versions")
         else "None so far.",
@@ -118,21 +116,19 @@ def _facts(data: ReportData) -> list[str]:
     return facts
 
 
-def _numbers(data: ReportData) -> list[LabelledValue]:
-    numbers, accuracy = [], data.run.federated_accuracy
-    if accuracy is not None:
+def _numbers(data: ReportData) -> dict[str, str]:
+    numbers = {}
+    if data.run.federated_accuracy is not None:
         label = f"federated accuracy{', all sites' if data.run.state == 'finished' else ' so far'}"
-        numbers.append(LabelledValue(label=label, value=format_percent(accuracy)))
-        numbers += points_over_zero_shot(data)
+        numbers = {label: format_percent(data.run.federated_accuracy)} | points_over_zero_shot(data)
     upload = data.summary.get("bytes_up_per_site_round")
     if upload is None:
         uploads = sum(row.accepted for row in data.rounds if row.bytes_up)
         upload = data.bytes_up / uploads if uploads else None
     if upload is not None:
-        numbers.append(LabelledValue(label="upload per site and round", value=format_bytes(upload)))
+        numbers["upload per site and round"] = format_bytes(upload)
     if data.shift_size:
-        size = f"{data.shift_size:,}".replace(",", "\u202f")
-        numbers.append(LabelledValue(label="trained values", value=size))
+        numbers["trained values"] = f"{data.shift_size:,}".replace(",", "\u202f")
     return numbers
 
 

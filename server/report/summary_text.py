@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from fedsigma.server.report.data import ReportData
 from fedsigma.server.report.formatting import format_percent, format_points
 
 __all__ = [
-    "LabelledValue",
     "count_noun",
     "gains_over_zero_shot",
     "headline",
     "points_over_zero_shot",
     "study_settings",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledValue:
-    """A value as text, with its label.
-
-    Attributes:
-        label: Name of the value.
-        value: The value, formatted.
-    """
-
-    label: str
-    value: str
 
 
 def count_noun(number: int, noun: str) -> str:
@@ -92,16 +77,15 @@ def gains_over_zero_shot(data: ReportData) -> dict[str, float]:
     }
 
 
-def points_over_zero_shot(data: ReportData) -> list[LabelledValue]:
-    """Return how far the federated accuracy is above zero-shot; empty unless both are known."""
+def points_over_zero_shot(data: ReportData) -> dict[str, str]:
+    """Return how far the federated accuracy is above zero-shot, by its label; empty unless both are known."""
     if data.run.federated_accuracy is None or data.zero_shot is None:
-        return []
-    points = format_points(data.run.federated_accuracy - data.zero_shot)
-    return [LabelledValue(label="points over zero-shot", value=points)]
+        return {}
+    return {"points over zero-shot": format_points(data.run.federated_accuracy - data.zero_shot)}
 
 
-def study_settings(data: ReportData) -> list[LabelledValue]:
-    """Return the most important settings of the study."""
+def study_settings(data: ReportData) -> dict[str, str]:
+    """Return the most important settings of the study by label."""
     study = data.study
     sections = ("sigma", "training", "federation", "data")
     sigma, training, federation, source = (_mapping(study.get(name)) for name in sections)
@@ -122,9 +106,7 @@ def study_settings(data: ReportData) -> list[LabelledValue]:
         "Privacy": _privacy(data),
         "Seed": study.get("seed"),
     }
-    return [
-        LabelledValue(label=label, value=text) for label, value in settings.items() if (text := _text(value))
-    ]
+    return {label: text for label, value in settings.items() if (text := _text(value))}
 
 
 def _privacy(data: ReportData) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fedsigma.server.report.data import ReportData
@@ -14,6 +15,7 @@ from fedsigma.server.report.formatting import (
     format_decimal,
     format_percent,
     format_points,
+    format_ranges,
 )
 from fedsigma.server.report.summary_text import gains_over_zero_shot
 from fedsigma.server.runs.shift_magnitude import ShiftMagnitude
@@ -212,9 +214,10 @@ def shift_magnitude_grid(magnitude: ShiftMagnitude) -> Grid:
 def notices_grid(data: ReportData) -> Grid:
     """Return a row per problem during the run, at most `MAX_NOTICES`."""
     rows = []
-    for notice in data.notices[:MAX_NOTICES]:
-        times = f"{notice.count} times" if notice.count > 1 else "once"
-        cells = [notice.label, notice.reason or MISSING, notice.rounds or MISSING, times]
-        rows.append(Row(name=notice.site or "the run", cells=cells))
+    for (label, site, reason), numbers in islice(data.notices.items(), MAX_NOTICES):
+        rounds = format_ranges(number for number in numbers if number)
+        times = f"{len(numbers)} times" if len(numbers) > 1 else "once"
+        cells = [label, reason or MISSING, rounds or MISSING, times]
+        rows.append(Row(name=site or "the run", cells=cells))
     header = ["Site", "What", "Reason", "Rounds", "How often"]
     return Grid(header=header, rows=rows, text_columns=frozenset({0, 1, 2, 3}))

@@ -57,8 +57,8 @@ _PAGE = """<!doctype html>
 <p class="headline">{{ view.headline }}</p>
 {%- if view.numbers %}
 <dl class="numbers">
-{%- for number in view.numbers %}
-<div><dt>{{ number.label }}</dt><dd>{{ number.value }}</dd></div>
+{%- for label, value in view.numbers.items() %}
+<div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>
 {%- endfor %}
 </dl>
 {%- endif %}
@@ -164,8 +164,8 @@ embedding. They are limited by the backbone's text tower and ignore later layers
 <section>
 <h2>The study</h2>
 <dl class="study">
-{%- for fact in view.study %}
-<dt>{{ fact.label }}</dt><dd>{{ fact.value }}</dd>
+{%- for label, value in view.study.items() %}
+<dt>{{ label }}</dt><dd>{{ value }}</dd>
 {%- endfor %}
 </dl>
 <details><summary>The complete study file, with defaults filled in</summary>

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedsigma.common.config.schema import flatten
 from fedsigma.server.dashboard.pages.charts import comparison_charts
-from fedsigma.server.dashboard.pages.run_view import Sections, format_value
+from fedsigma.server.dashboard.pages.run_view import View, format_value
 from fedsigma.server.report.data import ReportData, collect_report_data
 from fedsigma.server.report.formatting import (
     METHODS,
@@ -21,17 +21,15 @@ from fedsigma.server.runs.tail import RunTailer
 __all__ = ["compare_view"]
 
 
-def compare_view(first: RunTailer, second: RunTailer) -> Sections:
+def compare_view(first: RunTailer, second: RunTailer) -> View:
     """Return what the comparison page shows."""
     runs = [collect_report_data(tailer, read_shift=False) for tailer in (first, second)]
-    return Sections(
-        view={
-            "settings": _differing_settings(*(data.study for data in runs)),
-            "results": _results(runs),
-            "sites": _accuracy_by_site(runs),
-        },
-        charts={"runs": comparison_charts((first, second))},
-    )
+    view = {
+        "settings": _differing_settings(*(data.study for data in runs)),
+        "results": _results(runs),
+        "sites": _accuracy_by_site(runs),
+    }
+    return view, {"runs": comparison_charts((first, second))}
 
 
 def _differing_settings(*studies: dict[str, Any]) -> list[tuple[str, ...]]:

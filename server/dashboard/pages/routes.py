@@ -20,10 +20,12 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from fedsigma.common import __version__
+from fedsigma.common.registry import ModelError
 from fedsigma.server.dashboard.pages.compare import compare_view
+from fedsigma.server.dashboard.pages.models import model_rows, render_card
 from fedsigma.server.dashboard.pages.prometheus import RunCollector, metrics_page
 from fedsigma.server.dashboard.pages.run_index import RunEntry, RunIndex, UnknownRun
-from fedsigma.server.dashboard.pages.run_view import Sections, list_view, run_view
+from fedsigma.server.dashboard.pages.run_view import View, list_view, run_view
 from fedsigma.server.report.style import CHOSEN_SCHEMES, SCHEMES
 from fedsigma.server.report.template import TABLE
 from fedsigma.server.runs.tail import RunTailer
@@ -93,7 +95,7 @@ class DashboardContext:
         user = request.state.user
         return self.run_index.server is not None and user is not None and user.role == "operator"
 
-    def run_sections(self, entry: RunEntry) -> tuple[str, Sections]:
+    def run_view(self, entry: RunEntry) -> tuple[str, View]:
         """Return a tag that identifies the state of a run, and its page; unchanged pages are cached.
 
         Raises:
@@ -104,7 +106,7 @@ class DashboardContext:
         return etag_of(repr((state, entry.summary.state))), self._view(tailer, entry, state)
 
 
-def _view(tailer: RunTailer, entry: RunEntry, state: tuple[int, ...]) -> Sections:
+def _view(tailer: RunTailer, entry: RunEntry, state: tuple[int, ...]) -> View:
     """Return the content of a run's page; `state` is part of the cache's key."""
     return run_view(tailer, entry)
 
@@ -212,16 +214,16 @@ def _run(context: DashboardContext, request: Request) -> Response:
     context.run_index.open_run(entry.key)
 
     def read() -> dict[str, Any]:
-        sections = context.run_sections(entry)[1]
-        return {"view": sections.view, "charts": _embed_charts(sections)}
+        _, (view, charts) = context.run_view(entry)
+        return {"view": view, "charts": _embed_charts(charts)}
 
     name = entry.summary.study
     return context.stream_page(request, "run.html", name=name, actions=_actions(entry), read=read)
 
 
-def _embed_charts(sections: Sections) -> Markup:
+def _embed_charts(charts: dict[str, Any]) -> Markup:
     """Return the charts' series as JSON that cannot close the surrounding script element."""
-    return Markup(json.dumps(sections.charts, separators=(",", ":")).replace("<", "\\u003c"))
+    return Markup(json.dumps(charts, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def _actions(entry: RunEntry) -> list[tuple[str, dict[str, str]]]:
@@ -238,13 +240,13 @@ def _actions(entry: RunEntry) -> list[tuple[str, dict[str, str]]]:
 
 def _run_state(context: DashboardContext, request: Request) -> Response:
     entry = context.run_index.find_run(request.path_params["key"])
-    tag, sections = context.run_sections(entry)
+    tag, (view, charts) = context.run_view(entry)
     if request.headers.get("if-none-match") == f'"{tag}"':
         return json_response(request, tag, {})
-    values = {"view": sections.view, "actions": _actions(entry)}
+    values = {"view": view, "actions": _actions(entry)}
     names = ("head", "actions", "tables")
     parts = {name: context.render(request, f"run_{name}.html", **values) for name in names}
-    return json_response(request, tag, {"parts": parts, "charts": sections.charts})
+    return json_response(request, tag, {"parts": parts, "charts": charts})
 
 
 def _report(context: DashboardContext, request: Request) -> Response:
@@ -259,26 +261,19 @@ def _report(context: DashboardContext, request: Request) -> Response:
 def _compare(context: DashboardContext, request: Request) -> Response:
     runs = [row for row in list_view(context.run_index) if row["has_page"]]
     selected = (request.query_params.getlist("run") + [row["key"] for row in runs] + ["", ""])[:2]
-    view, charts = None, Markup("")
+    values: dict[str, Any] = {"runs": runs, "selected": selected, "view": None}
     if all(selected):
-        sections = compare_view(*(context.run_index.open_run(key) for key in selected))
-        view, charts = sections.view, _embed_charts(sections)
-    return context.render_page(
-        request, "compare.html", runs=runs, selected=selected, view=view, charts=charts
-    )
+        view, charts = compare_view(*(context.run_index.open_run(key) for key in selected))
+        values |= {"view": view, "charts": _embed_charts(charts)}
+    return context.render_page(request, "compare.html", **values)
 
 
 def _models(context: DashboardContext, request: Request) -> Response:
-    from fedsigma.server.dashboard.pages.models import model_rows
-
     rows, errors = model_rows(context.run_index.model_registry)
     return context.render_page(request, "models.html", models=rows, errors=errors)
 
 
 def _model(context: DashboardContext, request: Request) -> Response:
-    from fedsigma.common.registry import ModelError
-    from fedsigma.server.dashboard.pages.models import render_card
-
     reference = request.path_params["reference"]
     try:
         card = render_card(context.run_index.model_registry, reference)

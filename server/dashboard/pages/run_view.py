@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from fedsigma.common.config.constants import ALL_SITES
@@ -20,16 +19,11 @@ from fedsigma.server.report.formatting import (
     format_percent,
     format_timestamp,
 )
-from fedsigma.server.report.summary_text import (
-    LabelledValue,
-    headline,
-    points_over_zero_shot,
-    study_settings,
-)
+from fedsigma.server.report.summary_text import headline, points_over_zero_shot, study_settings
 from fedsigma.server.runs.summary import last_contacts
 from fedsigma.server.runs.tail import RunTailer
 
-__all__ = ["Sections", "describe_event", "format_value", "list_view", "run_view"]
+__all__ = ["View", "describe_event", "format_value", "list_view", "run_view"]
 
 MAX_EVENTS = 100
 LATEST_COLUMNS = ("accuracy", "loss", "update_norm", "update_cosine")
@@ -37,17 +31,8 @@ LATEST_COLUMNS = ("accuracy", "loss", "update_norm", "update_cosine")
 FLOAT32_BYTES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sections:
-    """The content of a run's page.
-
-    Attributes:
-        view: Values for the templates.
-        charts: Series for the charts.
-    """
-
-    view: dict[str, Any]
-    charts: dict[str, Any]
+View = tuple[dict[str, Any], dict[str, Any]]
+"""Values for a page's templates, and series for its charts."""
 
 
 def list_view(run_index: RunIndex) -> list[dict[str, Any]]:
@@ -73,7 +58,7 @@ def _list_row(entry: RunEntry) -> dict[str, Any]:
     }
 
 
-def run_view(tailer: RunTailer, entry: RunEntry) -> Sections:
+def run_view(tailer: RunTailer, entry: RunEntry) -> View:
     """Return the content of a run's page."""
     data = collect_report_data(tailer, read_shift=False)
     events, rows = tailer.events(), tailer.rounds()
@@ -98,23 +83,23 @@ def run_view(tailer: RunTailer, entry: RunEntry) -> Sections:
         "study_yaml": data.study_yaml,
         "has_report": tailer.report_path.is_file(),
     }
-    return Sections(view=view, charts=charts)
+    return view, charts
 
 
-def _numbers(data: ReportData, rows: list[Row], events: list[Row]) -> list[LabelledValue]:
+def _numbers(data: ReportData, rows: list[Row], events: list[Row]) -> dict[str, str]:
     accuracy = format_percent(data.run.federated_accuracy)
-    numbers = [LabelledValue(label="accuracy, all sites", value=accuracy), *points_over_zero_shot(data)]
+    numbers = {"accuracy, all sites": accuracy, **points_over_zero_shot(data)}
     if exchanged := [row for row in data.rounds if row.bytes_up]:
         last = exchanged[-1]
-        in_round = f"{format_bytes(last.bytes_up)} up, {format_bytes(last.bytes_down)} down"
-        total = f"{format_bytes(data.bytes_up)} up, {format_bytes(data.bytes_down)} down"
-        numbers.append(LabelledValue(label=f"round {last.round}", value=in_round))
-        numbers.append(LabelledValue(label="all rounds", value=total))
+        numbers[f"round {last.round}"] = (
+            f"{format_bytes(last.bytes_up)} up, {format_bytes(last.bytes_down)} down"
+        )
+        numbers["all rounds"] = f"{format_bytes(data.bytes_up)} up, {format_bytes(data.bytes_down)} down"
     ready = next((event for event in reversed(events) if event["kind"] == "model_ready"), {})
     if isinstance(ready.get("parameters"), int) and data.bytes_up:
         messages = sum(row["bytes_up"] > 0 for row in rows) + sum(row["bytes_down"] > 0 for row in rows)
         share = (data.bytes_up + data.bytes_down) / (messages * FLOAT32_BYTES * ready["parameters"])
-        numbers.append(LabelledValue(label="of the bytes of full fine-tuning", value=f"{100 * share:.2g}%"))
+        numbers["of the bytes of full fine-tuning"] = f"{100 * share:.2g}%"
     return numbers
 
 
