@@ -108,17 +108,10 @@ def serve(
     certificate: Path | None = None,
     key: Path | None = None,
 ) -> None:
-    """Serve the app until SIGINT or SIGTERM; requests are not logged.
-
-    Args:
-        app: The app.
-        listen: HOST:PORT.
-        announce: Called when the socket is bound.
-        certificate: PEM file of the TLS certificate, or None for HTTP.
-        key: PEM file of its private key.
+    """Serve the app at HOST:PORT until SIGINT or SIGTERM; `announce` is called when the socket is bound.
 
     Raises:
-        WebError: The address is in use, or the certificate is invalid.
+        WebError: The address is in use, or the certificate or key (PEM files, or None for HTTP) is invalid.
     """
     check_tls(certificate, key)
     host, port = split_address(listen, where="listen")

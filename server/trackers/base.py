@@ -43,13 +43,14 @@ class Tracker(Protocol):
         """Log finite metrics of a round."""
 
     def log_final(self, values: Mapping[str, float]) -> None:
-        """Log finite metrics of the summary."""
+        """Log finite metrics of the summary, at step 0 unless the library has a summary of its own."""
+        self.log_metrics(values, round=0)
 
     def set_tag(self, name: str, value: str) -> None:
         """Set a tag that became known during the run."""
 
     def log_file(self, path: Path) -> None:
-        """Store a file of the run folder."""
+        """Store a file of the run folder; only called for trackers in `STORE_FILES`."""
 
     def close(self, outcome: Outcome) -> None:
         """Stop recording, after everything has been sent."""

@@ -14,7 +14,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from fedsigma.server.trackers.base import Outcome, TrackedRun
+from fedsigma.server.trackers.base import Outcome, TrackedRun, Tracker
 
 __all__ = ["MlflowTracker"]
 
@@ -25,7 +25,7 @@ _MAX_METRICS, _MAX_PARAMETERS, _MAX_VALUE_LENGTH = 1000, 100, 6000
 """Limits of one request of MLflow's REST interface."""
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """Records a run at an MLflow server.
 
     $MLFLOW_TRACKING_URI is the address of the server, $MLFLOW_EXPERIMENT_NAME the experiment (`fedsigma` by
@@ -58,10 +58,6 @@ class MlflowTracker:
         metrics = [Metric(name, value, timestamp_ms, round) for name, value in values.items()]
         for batch in _batches(metrics, _MAX_METRICS):
             self._client.log_batch(self._run, metrics=batch)
-
-    def log_final(self, values: Mapping[str, float]) -> None:
-        """Log metrics at step 0."""
-        self.log_metrics(values, round=0)
 
     def set_tag(self, name: str, value: str) -> None:
         """Set a tag."""

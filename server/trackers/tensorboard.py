@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from fedsigma.server.trackers.base import Outcome, TrackedRun
+from fedsigma.server.trackers.base import Outcome, TrackedRun, Tracker
 
 __all__ = ["TensorboardTracker"]
 
 _FLUSH_S = 10
 
 
-class TensorboardTracker:
+class TensorboardTracker(Tracker):
     """Writes event files to `trackers/tensorboard`; a resumed run adds another file."""
 
     _writer: SummaryWriter
@@ -32,16 +31,9 @@ class TensorboardTracker:
         for name, value in values.items():
             self._writer.add_scalar(name, value, round)
 
-    def log_final(self, values: Mapping[str, float]) -> None:
-        """Write metrics at step 0."""
-        self.log_metrics(values, round=0)
-
     def set_tag(self, name: str, value: str) -> None:
         """Write a tag as text."""
         self._writer.add_text(f"tags/{name}", value)
-
-    def log_file(self, path: Path) -> None:
-        """Do nothing: the file is in the run folder already."""
 
     def close(self, outcome: Outcome) -> None:
         """Write pending values and close the file."""
@@ -51,9 +43,6 @@ class TensorboardTracker:
 
 def _table(values: Mapping[str, str]) -> str:
     """Return a Markdown table, which TensorBoard renders."""
-    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items()]
+    cells = {name: " ".join(value.replace("|", "\\|").split()) for name, value in values.items()}
+    rows = [f"| {name} | {cell} |" for name, cell in cells.items()]
     return "\n".join(["| name | value |", "|---|---|", *rows])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

@@ -14,7 +14,7 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 import wandb
 
-from fedsigma.server.trackers.base import Outcome, TrackedRun
+from fedsigma.server.trackers.base import Outcome, TrackedRun, Tracker
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -24,7 +24,7 @@ __all__ = ["WandbTracker"]
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 15.0, 8.0
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """Records a run at Weights & Biases.
 
     $WANDB_MODE and $WANDB_BASE_URL select the server, $WANDB_PROJECT the project (`fedsigma` by default).
@@ -61,7 +61,7 @@ class WandbTracker:
 
     def set_tag(self, name: str, value: str) -> None:
         """Write a tag to the run's configuration, because tags of W&B have no names."""
-        self._run.config.update({f"fedsigma.{name}": value}, allow_val_change=True)
+        self._run.config.update({f"fedsigma.{name}": value}, allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def log_file(self, path: Path) -> None:
         """Upload a file of the run."""

@@ -10,11 +10,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import hmac
-import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import ClassVar
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import QueuePool, create_engine, delete, event, select, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from fedsigma.server.dashboard.auth.passwords import (
     METRICS,
@@ -130,21 +128,16 @@ class Accounts:
             )
         else:
             # SQLite creates its journal files with the same mode.
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            os.fchmod(file, 0o600)
-            os.close(file)
+            path.touch(mode=0o600)
+            path.chmod(0o600)
             self._engine = create_engine(f"sqlite:///{path}")
         event.listen(self._engine, "connect", set_sqlite_pragmas)
         _Base.metadata.create_all(self._engine)
+        self._session = sessionmaker(self._engine, expire_on_commit=False).begin
 
     def close(self) -> None:
         """Close the database."""
         self._engine.dispose()
-
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
-            yield session
 
     # -- users ---------------------------------------------------------------------------------------------
 
@@ -259,16 +252,8 @@ class Accounts:
                 _Session.last_used_at <= time_s - self._idle_timeout
             )
             session.execute(delete(_Session).where(expired))
-            session.add(
-                _Session(
-                    digest=_digest(token),
-                    user=name,
-                    method=method,
-                    role=role,
-                    started_at=time_s,
-                    last_used_at=time_s,
-                )
-            )
+            times = {"started_at": time_s, "last_used_at": time_s}
+            session.add(_Session(digest=_digest(token), user=name, method=method, role=role, **times))
         return token
 
     def find_user(self, token: str, *, active: bool = True) -> User | None:

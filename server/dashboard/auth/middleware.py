@@ -185,9 +185,11 @@ def _login_required(request: Request) -> HTTPException:
 
 async def _read_body(request: Request, receive: Receive, settings: AccessSettings) -> bytes:
     """Return the body of a request, which must be small and arrive in time."""
+    text = f"The request is too large, expected at most {settings.body} bytes."
+    too_large = HTTPException(413, text, headers={"Connection": "close"})
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length[:20]) > settings.body:
-        raise _too_large(settings)
+        raise too_large
     body = bytearray()
     with anyio.move_on_after(settings.patience):
         while True:
@@ -196,15 +198,10 @@ async def _read_body(request: Request, receive: Receive, settings: AccessSetting
                 raise HTTPException(400, "The request is incomplete.")
             body += message.get("body", b"")
             if len(body) > settings.body:
-                raise _too_large(settings)
+                raise too_large
             if not message.get("more_body", False):
                 return bytes(body)
     raise HTTPException(408, "The request timed out.", headers={"Connection": "close"})
-
-
-def _too_large(settings: AccessSettings) -> HTTPException:
-    text = f"The request is too large, expected at most {settings.body} bytes."
-    return HTTPException(413, text, headers={"Connection": "close"})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
