@@ -10,7 +10,7 @@ __all__ = ["CheckFailed", "CheckResult"]
 
 
 class CheckFailed(FedSigmaError):
-    """A check found a problem.
+    """A check failed.
 
     Args:
         detail: The problem, in one sentence.
@@ -29,7 +29,7 @@ class CheckResult:
     Attributes:
         check: Name of the check.
         ok: Whether it passed.
-        detail: What was found.
+        detail: Result in one sentence.
         remedy: The next step, if it failed.
     """
 

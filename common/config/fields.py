@@ -72,7 +72,7 @@ def one_of(words: tuple[str, ...]) -> Check:
 
 
 def matching(pattern: str, expected: str) -> Check:
-    """Return a check that the whole text matches a regular expression; expected: its description."""
+    """Return a check that a text matches a regular expression, with a description of the expected text."""
 
     def check(value: str) -> None:
         if not re.fullmatch(pattern, value):
@@ -87,7 +87,6 @@ def _check_distinct(values: tuple[Any, ...]) -> None:
 
 
 def _check_line(value: str) -> None:
-    # A line break or control character would end up in logs, prompts and reports.
     if not value.strip() or not value.isprintable():
         raise ValueError("expected printable text on one line")
 

@@ -59,11 +59,11 @@ class ConfigError(FedSigmaError, ValueError):
     """A settings file is invalid."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ": did you mean 'x'?" for the nearest known word, or the list of known words."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f": did you mean '{close[0]}'?" if close else f": known are {', '.join(known)}"
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return ": did you mean 'x'?" for the nearest choice, or the list of choices."""
+    choices = list(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f": did you mean '{close[0]}'?" if close else f": known are {', '.join(choices)}"
 
 
 def check_number(where: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> None:
@@ -73,15 +73,14 @@ def check_number(where: str, value: float, *, low: float = -math.inf, high: floa
         raise ConfigError(f"{where} is {value!r}, expected a number {bounds}")
 
 
-def check_choice(where: str, value: str, known: Iterable[str]) -> None:
-    """Refuse a word that is not among the known ones."""
-    if value not in known:
-        raise ConfigError(f"{where} is '{value}', which is not known{did_you_mean(str(value), known)}")
+def check_choice(where: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a word that is not among the choices."""
+    if value not in choices:
+        raise ConfigError(f"{where} is '{value}', which is not known{did_you_mean(str(value), choices)}")
 
 
 def check_printable(where: str, value: str) -> None:
-    """Refuse text that is blank or holds control characters."""
-    # A line break or control character in a name would end up in logs, prompts and reports.
+    """Refuse text that is blank or holds control characters, which would get into logs and reports."""
     if not value.strip() or not value.isprintable():
         raise ConfigError(f"{where} is {value!r}, expected printable text on one line")
 
@@ -273,8 +272,8 @@ def _unknown_key(cls: type, key: Any) -> ConfigError:
     renamed = getattr(cls, "renamed", {})
     if key in renamed:
         return ConfigError(f"the key '{_key(cls, key)}' is now called '{_key(cls, renamed[key])}'")
-    known = list(vars(cls)["__pydantic_fields__"])
-    return ConfigError(f"the key '{_key(cls, key)}' is not known{did_you_mean(str(key), known)}")
+    names = list(vars(cls)["__pydantic_fields__"])
+    return ConfigError(f"the key '{_key(cls, key)}' is not known{did_you_mean(str(key), names)}")
 
 
 def _key(cls: type, name: Any) -> str:

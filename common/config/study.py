@@ -42,9 +42,9 @@ NAMED_SOURCES = ("coop",)
 def _check_sites_by(value: str | dict[str, Any]) -> None:
     if isinstance(value, dict) and len(value) != 1:
         raise ValueError(f"which names {len(value)} partitioners, expected one")
-    known = PARTITIONERS if isinstance(value, dict) else ("site",)
-    if (name := next(iter(value)) if isinstance(value, dict) else value) not in known:
-        raise ValueError(f"which is not known{did_you_mean(name, known)}")
+    choices = PARTITIONERS if isinstance(value, dict) else ("site",)
+    if (name := next(iter(value)) if isinstance(value, dict) else value) not in choices:
+        raise ValueError(f"which is not known{did_you_mean(name, choices)}")
 
 
 _PARTITIONER: dict[str, Any] = {"type": "object", "propertyNames": {"enum": list(PARTITIONERS)}}

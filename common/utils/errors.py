@@ -1,4 +1,4 @@
-"""The base of FedSigma's own exceptions, and the exit codes of its commands."""
+"""The base class of FedSigma's exceptions, and the exit codes of its commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing small files that must be whole, and secret ones that their owner alone may read; where runs go."""
+"""Atomic writing of small files, safe relative paths, and the folder of runs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ __all__ = ["UnsafePath", "runs_folder", "safe_join", "write_atomic", "write_secr
 
 
 def runs_folder() -> Path:
-    """Where run folders go unless a run says otherwise: $FEDSIGMA_RUNS, or ~/fedsigma-runs."""
+    """Return the default folder of runs: $FEDSIGMA_RUNS, or ~/fedsigma-runs."""
     return Path(os.environ.get("FEDSIGMA_RUNS") or Path.home() / "fedsigma-runs").expanduser().resolve()
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone can read, in one step and instead of one that is there."""
+    """Replace a file atomically; only its owner can read it."""
     _write(path, content, 0o600)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone can write, so that no reader and no crash finds half of it."""
+    """Replace a file atomically; only its owner can write it."""
     _write(path, content, 0o644)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """As `write_whole`, with what an ordinary new file has, making its folder if it is not there."""
+    """Replace a file atomically, with the permissions of an ordinary new file; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, content, 0o666)
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    # Not tempfile, whose files are private.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
@@ -48,19 +47,18 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 class UnsafePath(FedSigmaError, ValueError):
-    """A relative path may lead out of the folder that it starts from."""
+    """A relative path may leave its folder."""
 
 
 def safe_join(text: str) -> PurePosixPath:
-    """Read a relative path that stays below the folder it starts from, whatever the system.
-
-    Links are not looked at: what lies in the folder is its owner's choice.
+    """Parse a relative path that stays below its folder on any system; links are not resolved.
 
     Raises:
-        UnsafePath: it is empty, absolute, has a part '..', a backslash, a drive or a control character.
+        UnsafePath: The path is empty or absolute, or has a part '..', a backslash, a drive or a control
+            character.
     """
     path = PurePosixPath(text)
-    refused = (
+    unsafe = (
         not path.parts
         or path.is_absolute()
         or ".." in path.parts
@@ -68,6 +66,6 @@ def safe_join(text: str) -> PurePosixPath:
         or not text.isprintable()
         or re.match(r"[A-Za-z]:", text) is not None
     )
-    if refused:
+    if unsafe:
         raise UnsafePath(f"the path {text!r} is refused: expected a relative path that stays in its folder")
     return path

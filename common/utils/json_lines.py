@@ -1,4 +1,4 @@
-"""Files that grow by whole lines and survive a process that is killed at any moment.
+"""Files that grow by complete lines and survive a process that is killed at any moment.
 
 A line is written by one write, so a killed process leaves either the line or its beginning. Readers ignore a
 torn last line, and the next writer removes it.
@@ -56,7 +56,7 @@ class AppendLog(Generic[T]):
         raise NotImplementedError
 
     def is_complete(self, line: str) -> bool:
-        """Return whether a last line without a newline is nevertheless whole."""
+        """Return whether a last line without a newline is nevertheless complete."""
         return False
 
     def append_line(self, line: str) -> None:
@@ -83,7 +83,8 @@ class AppendLog(Generic[T]):
 
     def read(self) -> list[T]:
         """Return all records, in the order in which they were written."""
-        *lines, tail = _read_bytes(self.path).decode("utf-8", "replace").split("\n")
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        *lines, tail = content.decode("utf-8", "replace").split("\n")
         if tail and self.is_complete(tail):
             lines.append(tail)
         parse = self.parser()
@@ -182,7 +183,7 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def first_line(path: Path) -> str:
-    """Return the first whole line of a file, without its newline; empty if there is none."""
+    """Return the first complete line of a file, without its newline; empty if there is none."""
     try:
         with path.open("rb") as file:
             line = file.readline()
@@ -192,7 +193,7 @@ def first_line(path: Path) -> str:
 
 
 def last_lines(path: Path, *, size: int = CHUNK) -> list[str]:
-    """Return the whole lines in the last `size` bytes of a file; more bytes are read while they hold none."""
+    """Return the complete lines in the last `size` bytes of a file; if there are none, read more bytes."""
     try:
         with path.open("rb") as file:
             return [line.decode("utf-8", "replace") for line in read_tail(file, size)[0]]
@@ -201,7 +202,7 @@ def last_lines(path: Path, *, size: int = CHUNK) -> list[str]:
 
 
 def read_tail(file: IO[bytes], size: int = CHUNK) -> tuple[list[bytes], int]:
-    """Read the whole lines at the end of a file, and the offset at which the last of them ends."""
+    """Read the complete lines at the end of a file, and the offset at which the last of them ends."""
     end = file.seek(0, os.SEEK_END)
     while True:
         start = max(0, end - size)
@@ -212,13 +213,6 @@ def read_tail(file: IO[bytes], size: int = CHUNK) -> tuple[list[bytes], int]:
         if lines or start == 0:
             return lines, start + content.rfind(b"\n") + 1
         size *= 4
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
 
 
 def _plain(value: Any) -> Any:

@@ -50,9 +50,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def restored(run: Path) -> LoadedModel:
-    found = load_model(run)
-    found.sigma.merge()
-    return found
+    loaded = load_model(run)
+    loaded.sigma.merge()
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -77,29 +77,29 @@ def test_the_answers_are_those_of_predict(run: Path, restored: LoadedModel, tmp_
         answer = post(client, *contents)
         assert answer.status_code == 200 and answer.headers["cache-control"] == "no-store"
         results = answer.json()["results"]
-        told = client.get("/v1/model").json()
-    for number, (row, found) in enumerate(zip(rows, results, strict=True), 1):
-        assert found["image"] == number and list(found["probabilities"]) == list(CLASSES)
+        info = client.get("/v1/model").json()
+    for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
+        assert result["image"] == number and list(result["probabilities"]) == list(CLASSES)
         expected = [float(row[f"probability_{name}"]) for name in CLASSES]
-        np.testing.assert_allclose(list(found["probabilities"].values()), expected, atol=5 * ROUNDING)
+        np.testing.assert_allclose(list(result["probabilities"].values()), expected, atol=5 * ROUNDING)
         if abs(max(expected) - 0.6) > 0.02:
-            assert (found["prediction"] or "") == row["prediction"]
-    assert [found["frames"] for found in results] == [1, 1, 1, 1, 1, 2]
-    assert None in [found["prediction"] for found in results]
-    assert told["calibration"] == {"temperature": 0.2, "images": 30, "before": 0.2, "after": 0.1}
-    assert told["abstain_below"] == 0.6
+            assert (result["prediction"] or "") == row["prediction"]
+    assert [result["frames"] for result in results] == [1, 1, 1, 1, 1, 2]
+    assert None in [result["prediction"] for result in results]
+    assert info["calibration"] == {"temperature": 0.2, "images": 30, "before": 0.2, "after": 0.1}
+    assert info["abstain_below"] == 0.6
 
 
-def test_what_is_served_is_told(client: httpx.Client, run: Path) -> None:
-    told = client.get("/v1/model").json()
-    assert told["classes"] == list(CLASSES)
-    assert (told["model"], told["round"], told["backbone"], told["calibration"]) == ("s", 2, "starter", None)
-    assert told["digest"] == hashlib.sha256((run / "sigma.safetensors").read_bytes()).hexdigest()
-    assert "not for clinical use" in told["notice"] and told["limits"]["images"] == 64
+def test_the_served_model_is_described(client: httpx.Client, run: Path) -> None:
+    info = client.get("/v1/model").json()
+    assert info["classes"] == list(CLASSES)
+    assert (info["model"], info["round"], info["backbone"], info["calibration"]) == ("s", 2, "starter", None)
+    assert info["digest"] == hashlib.sha256((run / "sigma.safetensors").read_bytes()).hexdigest()
+    assert "not for clinical use" in info["notice"] and info["limits"]["images"] == 64
     assert client.get("/health").json() == client.get("/ready").json() == {"status": "ok"}
 
 
-def test_requests_that_arrive_together_are_judged_together(run: Path, restored: LoadedModel) -> None:
+def test_concurrent_requests_share_a_batch(run: Path, restored: LoadedModel) -> None:
     with (
         serving(restored, run, held=True, batch_size=4) as (client, service, held),
         ThreadPoolExecutor(6) as pool,
@@ -110,14 +110,14 @@ def test_requests_that_arrive_together_are_judged_together(run: Path, restored: 
         while len(service.batcher._queue) < 5:
             pass
         held.go.set()
-        together = [one.result().json()["results"][0] for one in (first, *others)]
+        together = [response.result().json()["results"][0] for response in (first, *others)]
         alone = [post(client, picture(seed)).json()["results"][0] for seed in range(6)]
     assert held.sizes[:3] == [1, 4, 1]
-    for one, other in zip(together, alone, strict=True):
+    for response, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(
-            list(one["probabilities"].values()), list(other["probabilities"].values()), atol=ROUNDING
+            list(response["probabilities"].values()), list(other["probabilities"].values()), atol=ROUNDING
         )
-    assert len({json.dumps(one["probabilities"]) for one in alone}) == 6
+    assert len({json.dumps(response["probabilities"]) for response in alone}) == 6
 
 
 def test_stopping_answers_what_is_under_way(run: Path, restored: LoadedModel) -> None:
@@ -135,10 +135,10 @@ def test_stopping_answers_what_is_under_way(run: Path, restored: LoadedModel) ->
 
 
 def test_the_document_in_the_repository_is_the_one_that_is_served(client: httpx.Client) -> None:
-    kept = json.loads(DOCUMENT.read_text())
-    assert client.get("/openapi.json").json() == kept, "fedsigma serve --openapi docs/openapi.json"
+    committed = json.loads(DOCUMENT.read_text())
+    assert client.get("/openapi.json").json() == committed, "fedsigma serve --openapi docs/openapi.json"
     assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
-    responses = kept["paths"]["/v1/predict"]["post"]["responses"]
+    responses = committed["paths"]["/v1/predict"]["post"]["responses"]
     assert set(responses) == {"200", "400", "401", "408", "413", "415", "422", "429", "500", "503"}
 
 

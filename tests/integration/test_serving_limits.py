@@ -49,9 +49,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def restored(run: Path) -> LoadedModel:
-    found = load_model(run)
-    found.sigma.merge()
-    return found
+    loaded = load_model(run)
+    loaded.sigma.merge()
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +156,15 @@ def test_damaged_images_are_problems_and_nothing_else(restored: LoadedModel, dat
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     limits = Limits(images=3, pixels=PIXELS, queue_size=3)
     try:
-        found = decode_image(bytes(content), restored.backbone, limits, 1)
+        frames = decode_image(bytes(content), restored.backbone, limits, 1)
     except Problem as error:
         assert error.image == 1
     else:
         side = restored.backbone.image_size
-        assert all(image.shape == (3, side, side) for image in found)
+        assert all(image.shape == (3, side, side) for image in frames)
 
 
-def test_a_kind_is_told_by_content(client: httpx.Client) -> None:
+def test_the_format_is_detected_by_content(client: httpx.Client) -> None:
     answer = client.post("/v1/predict", files={"images": ("x.txt", picture(), "text/plain")})
     assert answer.status_code == 200
 
@@ -236,7 +236,7 @@ def test_a_body_that_is_no_form(client: httpx.Client, kind: str, body: bytes, st
     problem(client.post("/v1/predict", content=body, headers={"Content-Type": kind}), status, code)
 
 
-def test_a_token_is_asked_for_before_anything_is_read(run: Path, restored: LoadedModel) -> None:
+def test_a_token_is_checked_before_the_body_is_read(run: Path, restored: LoadedModel) -> None:
     with serving(restored, run, token="0123456789abcdef") as (client, _, _):
         for headers in (
             {},

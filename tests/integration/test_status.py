@@ -30,7 +30,7 @@ from fedsigma.client.deployment.home import SiteHome
 from fedsigma.common.ops.supervisor import Process
 from fedsigma.server.deployment.certificates import create_authority, issue_certificate
 from fedsigma.server.deployment.home import ServerHome
-from tests.unit.test_diagnostics import by_name, enrol
+from tests.unit.test_diagnostics import enrol, results_by_name
 
 runner = CliRunner()
 
@@ -100,21 +100,21 @@ def test_a_process_that_is_not_there_is_named(
 def test_the_doctor_of_one_process_looks_at_what_that_one_sees(site: SiteHome) -> None:
     shutil.move(site.path / "worker", site.path.parent / "worker")
     rules = (site.path / "site.yaml").rename(site.path.parent / "site.yaml")
-    found = by_name(site.path, offline=True, only="node")
-    assert {name for name, one in found.items() if not one.ok} == {"node"}
-    assert "images" not in found and "certificates" not in found
-    assert "certificates" in by_name(site.path, only="node")
+    results = results_by_name(site.path, offline=True, only="node")
+    assert {name for name, one in results.items() if not one.ok} == {"node"}
+    assert "images" not in results and "certificates" not in results
+    assert "certificates" in results_by_name(site.path, only="node")
 
     shutil.rmtree(site.path / "node")
     shutil.move(site.path.parent / "worker", site.path / "worker")
     rules.rename(site.path / "site.yaml")
-    found = by_name(site.path, deep=False, only="worker")
-    assert {name for name, one in found.items() if not one.ok} == {"worker"} and "site.yaml" in found
+    results = results_by_name(site.path, deep=False, only="worker")
+    assert {name for name, one in results.items() if not one.ok} == {"worker"} and "site.yaml" in results
     (site.path / "worker" / "identity.pem").chmod(0o640)
-    assert not by_name(site.path, deep=False, only="worker")["secrets"].ok
+    assert not results_by_name(site.path, deep=False, only="worker")["secrets"].ok
 
 
-def test_the_worker_can_be_told_where_the_node_is(site: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workers_node_address_can_be_set(site: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an address is known only when the worker starts, as in Kubernetes."""
     started = []
     monkeypatch.setattr(Process, "replace_this", lambda self, folder: started.append(list(self.command)))
@@ -138,7 +138,7 @@ def test_a_secret_as_kubernetes_mounts_it_is_in_order(
     monkeypatch.setattr(os, "getuid", lambda: 10001)
     for mode, ok in ((0o440, True), (0o460, False), (0o444, False)):
         (site.path / "node" / "node.key").chmod(mode)
-        assert by_name(site.path, offline=True, only="node")["secrets"].ok == ok
+        assert results_by_name(site.path, offline=True, only="node")["secrets"].ok == ok
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_what_does_not_say_that_it_is_well_is_not(server: Path, monkeypatch: pyt
         web.shutdown()
 
 
-def test_a_dashboard_that_cannot_be_asked_hides_nobody_elses_health(server: Path, serving: str) -> None:
+def test_an_unreachable_dashboard_does_not_hide_the_other_processes(server: Path, serving: str) -> None:
     file = server / "server.yaml"
     file.write_text(file.read_text().replace("127.0.0.1:8001", serving))
     for text, words in (
@@ -303,7 +303,7 @@ def test_without_its_file_there_is_no_dashboard(command: str, server: Path) -> N
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "caddy"])
-def test_the_proxys_health_is_asked_through_it(proxy: str, tmp_path: Path, serving: str) -> None:
+def test_the_health_of_the_proxy_is_requested_through_it(proxy: str, tmp_path: Path, serving: str) -> None:
     if shutil.which(proxy) is None:
         pytest.skip(f"{proxy} is not installed")
     folder = tmp_path / "server"

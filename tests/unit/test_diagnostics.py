@@ -81,30 +81,30 @@ def enrol(folder: Path, certificates: bytes, server: str = "127.0.0.1:9") -> Sit
     return SiteHome(site.path)
 
 
-def by_name(path: Path, **options: Any) -> dict[str, CheckResult]:
+def results_by_name(path: Path, **options: Any) -> dict[str, CheckResult]:
     return {one.check: one for one in run_checks(path, **options)}
 
 
 def test_a_new_folder_is_in_order(authority: CertificatePair, tmp_path: Path) -> None:
     site = enrol(tmp_path, authority.certificate)
-    found = by_name(site.path, offline=True, deep=False)
-    assert {name for name, one in found.items() if not one.ok} == OWN
-    assert "no answer" in found["node"].detail and "logs/node.log" in found["node"].remedy
+    results = results_by_name(site.path, offline=True, deep=False)
+    assert {name for name, one in results.items() if not one.ok} == OWN
+    assert "no answer" in results["node"].detail and "logs/node.log" in results["node"].remedy
 
 
 def test_what_is_wrong_in_the_folder_is_named(authority: CertificatePair, tmp_path: Path) -> None:
-    assert not by_name(tmp_path)["folder"].ok
+    assert not results_by_name(tmp_path)["folder"].ok
     site = enrol(tmp_path, authority.certificate)
     (site.path / "node" / "node.key").chmod(0o644)
     (site.path / "site.yaml").write_text("name: east\nsorce: x\n")
-    found = by_name(site.path, offline=True)
-    assert "chmod 600" in found["secrets"].remedy
-    assert "did you mean 'source'" in found["site.yaml"].detail
+    results = results_by_name(site.path, offline=True)
+    assert "chmod 600" in results["secrets"].remedy
+    assert "did you mean 'source'" in results["site.yaml"].detail
     (site.path / "node" / "node.key").chmod(0o600)
     (site.path / "worker" / "superexec.secret").write_bytes(b"other")
-    assert "different secrets" in by_name(site.path, offline=True)["secrets"].detail
+    assert "different secrets" in results_by_name(site.path, offline=True)["secrets"].detail
     (site.path / "worker" / "identity.pem").unlink()
-    assert "identity.pem is missing" in by_name(site.path, offline=True)["secrets"].detail
+    assert "identity.pem is missing" in results_by_name(site.path, offline=True)["secrets"].detail
 
 
 def test_the_way_to_the_server(
@@ -112,24 +112,24 @@ def test_the_way_to_the_server(
 ) -> None:
     address, handler = server
     site = enrol(tmp_path, authority.certificate, address)
-    found = by_name(site.path, deep=False)
-    assert found["connection"].ok and found["path"].ok and found["clock"].ok
+    results = results_by_name(site.path, deep=False)
+    assert results["connection"].ok and results["path"].ok and results["clock"].ok
     # This server speaks no gRPC.
-    assert not found["server"].ok and "fedsigma server status" in found["server"].remedy
+    assert not results["server"].ok and "fedsigma server status" in results["server"].remedy
 
     handler.answers = {"/v1/fleet/pull-messages": 415, "/v1/control/list-runs": 200}
-    assert "can start code here" in by_name(site.path, deep=False)["path"].detail
+    assert "can start code here" in results_by_name(site.path, deep=False)["path"].detail
     handler.answers = {}
-    assert "the Fleet path answers 404" in by_name(site.path, deep=False)["path"].detail
+    assert "the Fleet path answers 404" in results_by_name(site.path, deep=False)["path"].detail
     for status, words in (
         (401, "rejects this node's signature"),
         (412, "does not admit this node's key"),
         (500, "500"),
     ):
         handler.answers = {"/v1/fleet/activate-node": status}
-        assert words in by_name(site.path, deep=False)["key"].detail
+        assert words in results_by_name(site.path, deep=False)["key"].detail
     handler.answers = {"/v1/fleet/activate-node": 400}
-    assert by_name(site.path, deep=False)["key"].ok
+    assert results_by_name(site.path, deep=False)["key"].ok
 
 
 @pytest.mark.parametrize(
@@ -141,29 +141,29 @@ def test_a_clock_that_flower_would_refuse(
 ) -> None:
     address, handler = server
     handler.ahead = datetime.timedelta(seconds=ahead)
-    found = by_name(enrol(tmp_path, authority.certificate, address).path, deep=False)["clock"]
-    assert found.ok == (not words) and words in found.detail
+    results = results_by_name(enrol(tmp_path, authority.certificate, address).path, deep=False)["clock"]
+    assert results.ok == (not words) and words in results.detail
 
 
 def test_a_server_that_is_not_trusted_or_not_there(
     server: tuple[str, type[Server]], authority: CertificatePair, tmp_path: Path
 ) -> None:
     site = enrol(tmp_path, create_authority("another").certificate, server[0])
-    found = by_name(site.path, deep=False)
-    assert "is not one that this site trusts" in found["connection"].detail
+    results = results_by_name(site.path, deep=False)
+    assert "is not one that this site trusts" in results["connection"].detail
     # What would only say the same again is left out.
-    assert "clock" not in found and "node" in found
+    assert "clock" not in results and "node" in results
     (tmp_path / "b").mkdir()
-    found = by_name(enrol(tmp_path / "b", authority.certificate).path, deep=False)
-    assert "cannot be reached" in found["connection"].detail and "firewall" in found["connection"].remedy
+    results = results_by_name(enrol(tmp_path / "b", authority.certificate).path, deep=False)
+    assert "cannot be reached" in results["connection"].detail and "firewall" in results["connection"].remedy
 
 
 def test_certificates_that_end_soon(tmp_path: Path) -> None:
     for days, words in ((20, "expires on"), (0, "expired on")):
         (tmp_path / str(days)).mkdir()
         site = enrol(tmp_path / str(days), create_authority("old", days=days).certificate)
-        found = by_name(site.path, deep=False)["certificates"]
-        assert not found.ok and words in found.detail
+        results = results_by_name(site.path, deep=False)["certificates"]
+        assert not results.ok and words in results.detail
 
 
 def test_a_dry_round_on_the_sites_own_images(
@@ -174,12 +174,12 @@ def test_a_dry_round_on_the_sites_own_images(
     file = site.path / "site.yaml"
     rules = file.read_text()
     file.write_text(rules.replace("folder:/data", "demo\noptions: {laboratories: [east], train: 1, test: 1}"))
-    found = by_name(site.path, offline=True)
-    assert found["images"].ok and found["backbone starter"].ok
-    assert found["dry round"].ok and "a step on 3 images" in found["dry round"].detail
+    results = results_by_name(site.path, offline=True)
+    assert results["images"].ok and results["backbone starter"].ok
+    assert results["dry round"].ok and "a step on 3 images" in results["dry round"].detail
     file.write_text(rules.replace("  starter: starter", "  other: local-dir:/nowhere"))
     result = CliRunner().invoke(main, ["site", "doctor", "-f", str(site.path), "--offline", "--json"])
     assert result.exit_code == 4
-    told = {one["check"]: one for one in json.loads(result.stdout)}
-    assert "cannot be loaded" in told["backbone other"]["detail"]
-    assert "cannot be opened" in told["images"]["detail"] and not told["dry round"]["ok"]
+    printed = {one["check"]: one for one in json.loads(result.stdout)}
+    assert "cannot be loaded" in printed["backbone other"]["detail"]
+    assert "cannot be opened" in printed["images"]["detail"] and not printed["dry round"]["ok"]

@@ -21,7 +21,7 @@ LOST = np.arange(LAYOUT.size, dtype=np.float32)
 ONLY_ROUNDS = STUDY.replace("[zero_shot, local_only, pooled]", "[]").replace("rounds: 3", "rounds: 12")
 
 
-def test_what_was_lost_is_kept_for_later_rounds_of_the_same_layout() -> None:
+def test_a_residual_is_stored_for_later_rounds_of_the_same_layout() -> None:
     state = RecordDict()
     feedback = ErrorFeedback(state)
     assert not feedback.residual(LAYOUT, before=1).any()
@@ -80,6 +80,6 @@ def test_the_servers_shift_takes_no_error_from_its_own_coding(tmp_path: Path) ->
 def test_each_site_keeps_its_own(tmp_path: Path) -> None:
     run(tmp_path, ONLY_ROUNDS.replace("rounds: 12", "codec: small, rounds: 2"))
     contexts: dict[int, Context] = run.grid.contexts  # type: ignore[attr-defined]
-    kept = [ErrorFeedback(context.state).residual(LAYOUT, before=3) for context in contexts.values()]
-    assert len(kept) == len(NAMES) and all(one.any() for one in kept)
-    assert len({one.tobytes() for one in kept}) == len(NAMES)
+    residuals = [ErrorFeedback(context.state).residual(LAYOUT, before=3) for context in contexts.values()]
+    assert len(residuals) == len(NAMES) and all(one.any() for one in residuals)
+    assert len({one.tobytes() for one in residuals}) == len(NAMES)

@@ -47,13 +47,13 @@ def test_any_changed_or_removed_line_is_found(
     else:
         lines = lines[:first]
     log.path.write_bytes(b"".join(lines))
-    with pytest.raises(LogTampered) as found:
+    with pytest.raises(LogTampered) as raised:
         log.lines()
-    assert found.value.line <= 6
+    assert raised.value.line <= 6
 
 
 def test_nothing_is_appended_to_a_log_whose_end_is_gone(tmp_path: Path) -> None:
-    """Or its head would be written anew, and nobody could tell any more."""
+    """Otherwise a new head would be written, which hides the removal."""
     log = filled(tmp_path)
     lines = log.path.read_bytes().splitlines(keepends=True)
     log.path.write_bytes(b"".join(lines[:3]))
@@ -62,7 +62,7 @@ def test_nothing_is_appended_to_a_log_whose_end_is_gone(tmp_path: Path) -> None:
     assert log.path.read_bytes() == b"".join(lines[:3])
 
 
-def test_a_head_noted_elsewhere_finds_a_log_written_anew(tmp_path: Path) -> None:
+def test_a_head_noted_elsewhere_detects_a_forged_log(tmp_path: Path) -> None:
     log = filled(tmp_path)
     head = log.check()[1]
     assert Head.parse(f" {head}\n") == head
@@ -82,9 +82,9 @@ def test_a_head_noted_elsewhere_finds_a_log_written_anew(tmp_path: Path) -> None
 @pytest.mark.parametrize("head", [True, False], ids=["before-the-head", "before-the-line-ends"])
 def test_a_crash_while_writing_costs_that_line_at_most(head: bool, tmp_path: Path) -> None:
     log = filled(tmp_path)
-    before, known = log.path.read_bytes(), log.head_path.read_bytes()
+    before, head_content = log.path.read_bytes(), log.head_path.read_bytes()
     log.append({"number": 5})
-    log.head_path.write_bytes(known)
+    log.head_path.write_bytes(head_content)
     if not head:
         log.path.write_bytes(before + b'{"number": 5, "prev')
     log.append({"number": 6})
@@ -138,10 +138,10 @@ def test_a_log_that_is_written_while_it_is_read_is_whole(
     read = Path.read_bytes
 
     def and_then_another(self: Path) -> bytes:
-        found = read(self)
+        content = read(self)
         monkeypatch.setattr(Path, "read_bytes", read)
         chain.append({"n": 2})
-        return found
+        return content
 
     monkeypatch.setattr(Path, "read_bytes", and_then_another)
     assert [line["n"] for line in chain.lines()] == [1]

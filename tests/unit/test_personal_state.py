@@ -67,17 +67,17 @@ def kept(tmp_path: Path, key: str, site: str = "bccd") -> PersonalState:
 def test_gather_and_scatter_are_inverse(entries: list[tuple[int, bool]]) -> None:
     if len({own for _, own in entries}) == 1:
         entries = [(entries[0][0], not entries[0][1]), *entries[1:]]
-    made, offset = [], 0
+    layout_entries, offset = [], 0
     for number, (size, _) in enumerate(entries):
-        made.append(Entry(str(number), "q", "image", number, offset, size, (0, size)))
+        layout_entries.append(Entry(str(number), "q", "image", number, offset, size, (0, size)))
         offset += size
-    full = Layout(tuple(made))
-    own = frozenset(e.key for e, (_, is_own) in zip(made, entries, strict=True) if is_own)
+    full = Layout(tuple(layout_entries))
+    own = frozenset(e.key for e, (_, is_own) in zip(layout_entries, entries, strict=True) if is_own)
     split, shift = ParameterPartition(full, own), np.arange(1, offset + 1, dtype=np.float32)
     assert split.shared.size + split.personal_size == offset
     assert np.array_equal(split.combine(split.shared_values(shift), split.personal_values(shift)), shift)
     for entry in split.shared.entries:
-        before = next(e for e in made if e.key == entry.key)
+        before = next(e for e in layout_entries if e.key == entry.key)
         values = split.shared_values(shift)[entry.offset : entry.offset + entry.size]
         assert np.array_equal(values, shift[before.offset : before.offset + before.size])
     assert split.combine(split.shared_values(shift)).sum() == split.shared_values(shift).sum()
@@ -125,12 +125,12 @@ def test_no_personal_value_leaves_a_site(tmp_path: Path) -> None:
         return reply
 
     folder = run(tmp_path, STUDY_OWN, tamper=watch)
-    assert all(decode(one, SPLIT.shared).size == SHARED for one in sent) and len(sent) == 12
+    assert all(decode(update, SPLIT.shared).size == SHARED for update in sent) and len(sent) == 12
     final = [kept(tmp_path, folder.key, site).current() for site in NAMES]
     assert all(np.abs(values).min() > 0.01 for values in final)
     assert len({values.tobytes() for values in final}) == len(NAMES)
     for values in final:
-        assert not any(values.tobytes() in one for one in sent)
+        assert not any(values.tobytes() in update for update in sent)
     assert not shift_of(folder)[SHARED:].any() and shift_of(folder)[:SHARED].any()
 
 
@@ -140,15 +140,15 @@ def test_the_shared_part_is_what_it_would_be_with_everything_shared(tmp_path: Pa
     np.testing.assert_allclose(shift_of(own)[:SHARED], shift_of(open_)[:SHARED], rtol=1e-6)
 
 
-def test_it_is_judged_with_the_sites_own_values_and_without(tmp_path: Path) -> None:
+def test_the_final_model_is_evaluated_with_and_without_personal_values(tmp_path: Path) -> None:
     folder = run(tmp_path, STUDY_OWN)
     summary = folder.read_summary()
     both, alone = summary["federated"]["accuracy"], summary["shared_only"]["accuracy"]
     assert both > alone > summary["zero_shot"]["accuracy"]
     for site in NAMES:
         own = SPLIT.combine(shift_of(folder)[:SHARED], kept(tmp_path, folder.key, site).current())
-        found = TwoEntries("fake", None, None, None).evaluate(own, _tests(site)).metrics["accuracy"]
-        assert summary["federated"]["per_site"][site] == pytest.approx(found)
+        accuracy = TwoEntries("fake", None, None, None).evaluate(own, _tests(site)).metrics["accuracy"]
+        assert summary["federated"]["per_site"][site] == pytest.approx(accuracy)
     assert "Shared part only" in write_report(folder).read_text()
     assert "shared_only" not in run(tmp_path, PLAIN, out="open").read_summary()
 
@@ -159,7 +159,7 @@ def _tests(site: str) -> list[Any]:
     return load("source", [site], name=site).test
 
 
-def test_rounds_are_judged_with_the_sites_own_values(tmp_path: Path) -> None:
+def test_rounds_are_evaluated_with_personal_values(tmp_path: Path) -> None:
     folder = run(tmp_path, STUDY_OWN)
     rows = {(r["round"], r["site"]): r["accuracy"] for r in folder.rounds()}
     summary = folder.read_summary()
@@ -195,7 +195,7 @@ def test_another_run_begins_without_them(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shift_of(first), shift_of(second))
 
 
-def test_under_masks_the_values_are_kept_once_a_round(tmp_path: Path) -> None:
+def test_with_secure_aggregation_the_values_are_stored_once_a_round(tmp_path: Path) -> None:
     masked = STUDY_OWN.replace("rounds:", "masking: true, rounds:")
     folder = run(tmp_path, masked, tamper=drop(102, 2))
     plain = run(tmp_path, STUDY_OWN, out="plain", tamper=drop(102, 2))
@@ -225,13 +225,13 @@ def values(*numbers: float) -> np.ndarray:
     return np.array(numbers, dtype=np.float32)
 
 
-def test_a_round_that_is_asked_for_again_starts_where_it_started(
+def test_a_retried_round_starts_from_the_same_values(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = part(tmp_path)
-    assert not one.current().any() and not one.initial(1).any()
-    one.store(values(0, 0), values(1, 2), round=1)
-    one.store(values(1, 2), values(3, 4), round=2)
+    state = part(tmp_path)
+    assert not state.current().any() and not state.initial(1).any()
+    state.store(values(0, 0), values(1, 2), round=1)
+    state.store(values(1, 2), values(3, 4), round=2)
     again = part(tmp_path)
     assert again.initial(2).tolist() == [1, 2]
     assert again.initial(3).tolist() == again.current().tolist() == [3, 4]
@@ -260,10 +260,10 @@ def test_a_file_of_something_else_is_refused(
 
 
 def test_a_file_of_another_study_or_run_is_refused(tmp_path: Path) -> None:
-    one = part(tmp_path)
-    one.store(values(0, 0), values(1, 2), round=1)
+    state = part(tmp_path)
+    state.store(values(0, 0), values(1, 2), round=1)
     other = part(tmp_path, "1" * 16)
-    one.path.rename(other.path)
+    state.path.rename(other.path)
     with pytest.raises(PersonalError, match=r"values of run '0000.*expected run '1111"):
         other.current()
     with pytest.raises(PersonalError, match="values of study 'fake', expected study 'else'"):
@@ -271,8 +271,8 @@ def test_a_file_of_another_study_or_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_study_s_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
-    one = PersonalState(tmp_path, study="../../x", run="0" * 16, partition=SPLIT, fingerprint=FINGERPRINT)
-    assert one.path.parent == tmp_path and ".." not in one.path.name
+    state = PersonalState(tmp_path, study="../../x", run="0" * 16, partition=SPLIT, fingerprint=FINGERPRINT)
+    assert state.path.parent == tmp_path and ".." not in state.path.name
 
 
 def test_a_run_folder_that_was_moved_is_known_by_its_key(tmp_path: Path) -> None:

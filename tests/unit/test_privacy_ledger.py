@@ -68,8 +68,8 @@ def test_a_changed_ledger_stops_private_training(damage: str, tmp_path: Path) ->
     else:
         lines[0] = "what?\n"
     ledger.path.write_text("".join(lines))
-    told = r"was changed or cut \((line [123] was|invalid entry).*restore the file and"
-    with pytest.raises(LedgerDamaged, match=told):
+    message = r"was changed or cut \((line [123] was|invalid entry).*restore the file and"
+    with pytest.raises(LedgerDamaged, match=message):
         spend(ledger, 4)
 
 

@@ -124,20 +124,20 @@ def test_what_goes_beyond_the_policy_is_refused(ask: Any, tmp_path: Path, change
     assert reason in (tmp_path / "audit.jsonl").read_text()
 
 
-def test_class_counts_are_told_only_where_the_policy_says_so(ask: Any) -> None:
-    told = ask(TASK, policy=POLICY + "share_class_counts: true\n")
-    assert protocol.from_record(TrainReply, told.content).class_counts == (1, 1)
+def test_class_counts_are_shared_only_if_the_policy_allows_it(ask: Any) -> None:
+    reported = ask(TASK, policy=POLICY + "share_class_counts: true\n")
+    assert protocol.from_record(TrainReply, reported.content).class_counts == (1, 1)
 
 
-def test_confusion_matrices_are_told_only_where_the_policy_says_so(ask: Any) -> None:
+def test_confusion_matrices_are_shared_only_if_the_policy_allows_it(ask: Any) -> None:
     task = EvaluateTask(study=SETUP, round=1, shifts=(TASK.shift, TASK.shift))
     quiet = protocol.from_record(EvaluateReply, ask(task, "evaluate").content)
     assert len(quiet.evaluations) == 2 and quiet.confusions == ()
-    told = protocol.from_record(
+    reported = protocol.from_record(
         EvaluateReply, ask(task, "evaluate", POLICY + "share_confusion: true\n").content
     )
-    assert len(told.confusions) == 2 * 4
-    assert sum(told.confusions[:4]) == told.evaluations[0].test_examples
+    assert len(reported.confusions) == 2 * 4
+    assert sum(reported.confusions[:4]) == reported.evaluations[0].test_examples
 
 
 def test_a_node_without_site_yaml_or_partition_says_nothing(ask: Any, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_site_yaml_is_read_strictly(tmp_path: Path, text: str, words: str) -> 
         SitePolicy.read(tmp_path / "missing.yaml")
 
 
-def test_an_identity_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
+def test_an_identity_is_created_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     public = new_identity(tmp_path / "identity.pem")
     assert re.fullmatch("[0-9a-f]{64}", public)
     assert (tmp_path / "identity.pem").stat().st_mode & 0o777 == 0o600
@@ -197,9 +197,9 @@ def test_a_real_site_signs_its_key_and_knows_its_peers_by_its_own_file(ask: Any,
     assert ask(masked, "train", policy).has_content()
     # In another run the site has another key: the cohort names one that is not its own.
     assert ask(masked, "train", policy, run_id=2).error.reason == "MaskingError"
-    (kept,) = (tmp_path / "personal" / "masks").glob("*-1.masks")
-    assert kept.stat().st_mode & 0o777 == 0o600
-    kept.write_bytes(kept.read_bytes()[:40])
+    (stored,) = (tmp_path / "personal" / "masks").glob("*-1.masks")
+    assert stored.stat().st_mode & 0o777 == 0o600
+    stored.write_bytes(stored.read_bytes()[:40])
     assert ask(masked, "train", policy).error.reason == "MaskFileDamaged"
 
 
@@ -224,8 +224,8 @@ def test_a_peers_key_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def hiding(level: str, noise: float = 4.0, epsilon: float = 1e6) -> TrainTask:
-    asked = PrivacyConfig(level=level, noise_multiplier=noise, epsilon=epsilon)
-    return dataclasses.replace(TASK, privacy=asked)
+    requested = PrivacyConfig(level=level, noise_multiplier=noise, epsilon=epsilon)
+    return dataclasses.replace(TASK, privacy=requested)
 
 
 @pytest.mark.parametrize(
@@ -248,21 +248,21 @@ def test_training_must_hide_what_the_site_demands(ask: Any, policy: str, level: 
 
 def test_the_sites_own_budget_holds_whatever_the_server_says(ask: Any, tmp_path: Path) -> None:
     policy = POLICY.replace("[fake]", "['*']") + "privacy: image\nepsilon: 5\nledger: deep/spent.jsonl\n"
-    one = PrivacyEvent(rate=1.0, noise_multiplier=4.0, steps=5)
-    allowed = next(n for n in range(1, 99) if epsilon([one] * (n + 1), 1e-5) > 5)
-    told = []
+    event = PrivacyEvent(rate=1.0, noise_multiplier=4.0, steps=5)
+    allowed = next(n for n in range(1, 99) if epsilon([event] * (n + 1), 1e-5) > 5)
+    reported = []
     for number in range(allowed + 1):
         # Another study each time, with a budget of its own that allows anything.
         setup = dataclasses.replace(SETUP, name=f"study-{number}")
-        told.append(ask(dataclasses.replace(hiding("image"), study=setup), policy=policy))
-    assert [reply.has_error() for reply in told] == [False] * allowed + [True]
-    assert told[-1].error.reason == "PrivacyBudgetSpent"
+        reported.append(ask(dataclasses.replace(hiding("image"), study=setup), policy=policy))
+    assert [reply.has_error() for reply in reported] == [False] * allowed + [True]
+    assert reported[-1].error.reason == "PrivacyBudgetSpent"
     assert len(PrivacyLedger(tmp_path / "deep" / "spent.jsonl").entries()) == allowed
-    reply = protocol.from_record(TrainReply, told[0].content)
-    assert reply.epsilon == epsilon([one], 1e-5) and math.isnan(reply.loss)
+    reply = protocol.from_record(TrainReply, reported[0].content)
+    assert reply.epsilon == epsilon([event], 1e-5) and math.isnan(reply.loss)
 
 
-def test_class_counts_stay_untold_where_training_is_private(ask: Any) -> None:
+def test_class_counts_are_not_shared_with_private_training(ask: Any) -> None:
     policy = POLICY + "share_class_counts: true\n"
     assert protocol.from_record(TrainReply, ask(TASK, policy=policy).content).class_counts == (1, 1)
     assert protocol.from_record(TrainReply, ask(hiding("image"), policy=policy).content).class_counts == ()
@@ -308,11 +308,11 @@ def test_the_split_of_a_site_is_its_own_and_not_a_studys(
 
 def test_what_is_cut_off_at_most_examples_is_of_all_classes() -> None:
     records = [Record(key=f"{label}{n}", label=label, split="train") for label in "abc" for n in range(4)]
-    kept = site_data._of_each_class(records)[:5]
-    assert [record.label for record in kept] == ["a", "b", "c", "a", "b"]
+    stored = site_data._of_each_class(records)[:5]
+    assert [record.label for record in stored] == ["a", "b", "c", "a", "b"]
 
 
-def test_a_site_judges_so_many_models_of_a_study_and_no_more(ask: Any, tmp_path: Path) -> None:
+def test_a_site_limits_the_evaluated_models_of_a_study(ask: Any, tmp_path: Path) -> None:
     policy = POLICY + "max_evaluations: 5\n"
     shift = encode(zeros(LAYOUT.size), LAYOUT)
     two = EvaluateTask(study=SETUP, round=1, shifts=(shift, shift))
