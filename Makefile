@@ -32,7 +32,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
-# In two processes: those of a deployment wait much, for sites and rounds, while the others compute.
+# In two processes: those of a deployment wait much, for sites and rounds, while the others compute. One OpenMP
+# thread for each: where processes share the cores, threads wait for one another in busy loops, which took most
+# of the tests' time.
+test: export OMP_NUM_THREADS := 1
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
