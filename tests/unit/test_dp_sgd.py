@@ -123,7 +123,7 @@ def test_a_model_that_cannot_be_separated_takes_the_loop(tmp_path: Path) -> None
 
     block.__class__ = type("Own", (block.__class__,), {"forward": Own.forward})
     images, labels = batch(job)
-    with pytest.raises(PerSampleUnsupported, match="way of its own"):
+    with pytest.raises(PerSampleUnsupported, match="mixes the examples"):
         list(per_sample_gradients(job, images, labels, precision="float32"))
     assert not supports_per_sample_gradients(job, precision="float32")
     gradient = DPSGDGradient(job, coloured(5), RECIPE, IMAGE)
