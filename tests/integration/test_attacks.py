@@ -1,4 +1,4 @@
-"""Hostile and broken sites against the real apps: what each can do, and what stops it."""
+"""Hostile and broken sites against the real apps."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def attack(change: Change) -> Tamper:
 
 
 def moved(by: Callable[[np.ndarray], np.ndarray]) -> Callable[[Values, int], Values]:
-    """Send another change than the trained one."""
+    """Send another update than the trained one."""
     return lambda values, _: {"update": encode(by(decode(values["update"], LAYOUT)), LAYOUT)}
 
 
 def forged(value: float) -> Callable[[Values, int], Values]:
-    """A change that no FedSigma would send, behind a right checksum."""
+    """An update that FedSigma would not send, with a valid checksum."""
 
     def change(values: Values, _: int) -> Values:
         data = bytearray(values["update"])
@@ -75,20 +75,20 @@ def replay() -> Callable[[Values, int], Values]:
 
 
 def away(folder: RunDir, clean: np.ndarray) -> float:
-    """How far the attacked model lies from the clean one, as a share of its length."""
+    """Distance of the attacked model from the clean one, as a share of its norm."""
     return float(np.linalg.norm(shift_of(folder) - clean) / np.linalg.norm(clean))
 
 
 @pytest.fixture
 def clean(tmp_path: Path) -> np.ndarray:
-    """The model of the honest sites alone: the hostile one never answers."""
+    """The model of the honest sites alone: the hostile one never replies."""
     folder = run(tmp_path, PLAIN, out="clean", tamper=attack(lambda *_: None))
     assert [event["site"] for event in events(folder, "site_timed_out")] == ["jiangxi"] * ROUNDS
     return shift_of(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (forged(float("nan")), "not finite"),
         (forged(float("inf")), "not finite"),
@@ -100,19 +100,19 @@ def clean(tmp_path: Path) -> np.ndarray:
         (moved(lambda x: 1e30 * (x + 1)), "times the round's median"),
     ],
 )
-def test_what_is_refused_changes_nothing(
-    change: Callable[[Values, int], Values], words: str, clean: np.ndarray, tmp_path: Path
+def test_a_rejected_update_leaves_the_model_unchanged(
+    change: Callable[[Values, int], Values], message: str, clean: np.ndarray, tmp_path: Path
 ) -> None:
     folder = run(tmp_path, PLAIN, tamper=attack(change))
     rejected = events(folder, "reply_rejected")
     assert [event["round"] for event in rejected] == list(range(1, ROUNDS + 1))
     assert {event["site"] for event in rejected} == {"jiangxi"}
-    assert all(words in event["reason"] for event in rejected)
+    assert all(message in event["reason"] for event in rejected)
     np.testing.assert_array_equal(shift_of(folder), clean)
 
 
 def noise(x: np.ndarray) -> np.ndarray:
-    """Six times as long as the change, in a direction that is always the same."""
+    """Six times the update's norm, in a fixed direction."""
     values = np.random.default_rng(0).normal(size=x.size)
     return 6 * values * np.linalg.norm(x) / np.linalg.norm(values)
 
@@ -122,7 +122,7 @@ SUBTLE = {"sign flip": moved(lambda x: -4 * x), "random": moved(noise)}
 
 @pytest.mark.parametrize("name", SUBTLE)
 @pytest.mark.parametrize("strategy", ["fedmedian", "krum", "fedtrimmedavg"])
-def test_what_keeps_below_the_bounds_is_stopped_by_a_robust_strategy(
+def test_a_robust_strategy_limits_an_attack_within_the_bounds(
     name: str, strategy: str, clean: np.ndarray, tmp_path: Path
 ) -> None:
     plain = away(run(tmp_path, PLAIN, out="mean", tamper=attack(SUBTLE[name])), clean)
@@ -132,21 +132,21 @@ def test_what_keeps_below_the_bounds_is_stopped_by_a_robust_strategy(
     assert plain > 1 and robust < 0.6 * plain
 
 
-def test_a_replayed_change_counts_until_it_is_out_of_proportion(tmp_path: Path) -> None:
-    """Nothing else tells an old change from a new one; here the honest changes become shorter each round."""
+def test_a_replayed_update_is_accepted_until_its_norm_is_an_outlier(tmp_path: Path) -> None:
+    """Nothing else distinguishes an old update from a new one; honest updates become shorter each round."""
     honest = shift_of(run(tmp_path, PLAIN, out="honest"))
     folder = run(tmp_path, PLAIN, tamper=attack(replay()))
     assert [event["round"] for event in events(folder, "reply_rejected")] == [ROUNDS]
     assert away(folder, honest) < 1
 
 
-def test_an_endless_factor_lets_a_long_change_in(clean: np.ndarray, tmp_path: Path) -> None:
+def test_without_a_norm_factor_a_long_update_is_accepted(clean: np.ndarray, tmp_path: Path) -> None:
     study = PLAIN.replace("rounds:", "norm_factor: null, rounds:")
     folder = run(tmp_path, study, tamper=attack(moved(lambda x: 100 * x)))
     assert not events(folder, "reply_rejected") and away(folder, clean) > 5
 
 
-def test_of_two_sites_neither_is_called_the_longer(tmp_path: Path) -> None:
+def test_of_two_sites_neither_is_an_outlier(tmp_path: Path) -> None:
     study = PLAIN.replace("{source: demo}", "{source: demo, options: {names: [bccd, jiangxi]}}")
 
     def change(node: int, task: Message, reply: Message) -> Message:

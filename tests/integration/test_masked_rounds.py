@@ -1,4 +1,4 @@
-"""Whole studies with masked sums, by the real apps."""
+"""Complete studies with masked sums, by the real apps."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def test_the_model_is_that_of_the_unmasked_study_to_the_rounding(tmp_path: Path)
             assert (mine["examples"], mine["test_examples"]) == (theirs["examples"], theirs["test_examples"])
 
 
-def test_no_single_change_loss_count_or_score_is_told(tmp_path: Path) -> None:
-    told: list[dict[str, Any]] = []
+def test_no_sites_own_update_loss_count_or_metric_is_sent(tmp_path: Path) -> None:
+    sent: list[dict[str, Any]] = []
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if is_masked(task):
             from_record(MaskedReply, reply.content)
-            told.append(dict(reply.content.config_records["fedsigma"]))
+            sent.append(dict(reply.content.config_records["fedsigma"]))
         return reply
 
     folder = run(tmp_path, MASKED, tamper=watch)
-    assert all(set(values) == {"kind", "masked", "steps"} for values in told) and len(told) == 12
+    assert all(set(values) == {"kind", "masked", "steps"} for values in sent) and len(sent) == 12
     for row in folder.rounds():
         if row["site"] != ALL_SITES and row["round"] <= 3:
             names = ("accuracy", "f1", "loss", "examples", "test_examples")
-            known = (row[name] for name in (*names, "update_norm", "update_cosine", "shift_norm"))
-            assert row["status"] == "accepted" and not any(known)
-    words = [np.frombuffer(values["masked"], "<u4") for values in told[:4]]
+            columns = (row[name] for name in (*names, "update_norm", "update_cosine", "shift_norm"))
+            assert row["status"] == "accepted" and not any(columns)
+    words = [np.frombuffer(values["masked"], "<u4") for values in sent[:4]]
     assert all(np.abs(one.view(np.int32)).max() > 2**25 for one in words)
 
 
@@ -71,7 +71,7 @@ def test_the_strategies_of_means_give_the_same_as_unmasked(strategy: str, tmp_pa
 
 
 @pytest.mark.parametrize("strategy", ["fedmedian", "fedtrimmedavg", "krum", "multikrum", "qfedavg"])
-def test_a_strategy_that_needs_single_changes_is_refused(strategy: str) -> None:
+def test_a_strategy_that_needs_single_updates_is_refused(strategy: str) -> None:
     with pytest.raises(ConfigError, match=f"{strategy} needs each site's update: use one of fedavg"):
         StudyConfig.from_yaml(MASKED.replace("rounds:", f"strategy: {strategy}, rounds:"))
 
@@ -90,7 +90,7 @@ def drop(node_away: int, round: int, *, attempts: int = 1) -> Any:
     return tamper
 
 
-def test_without_a_site_the_round_is_asked_for_again_and_not_trained_again(
+def test_without_a_site_the_round_is_repeated_without_training_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, original = [0], FakeTrainer.train
@@ -129,7 +129,7 @@ def test_fresh_masks_for_each_cohort(tmp_path: Path) -> None:
 
 
 def ask(node: int, task: TrainTask) -> Message:
-    """What a site answers if the server sends it another task in the study that was run last."""
+    """A site's reply to another task in the study that ran last."""
     grid: FakeGrid = run.grid  # type: ignore[attr-defined]
     grid.tamper = None
     return grid.send_and_receive([Message(to_record(task), dst_node_id=node, message_type="train")])[0]
@@ -150,7 +150,7 @@ def task_of(tmp_path: Path) -> TrainTask:
 
 
 def allow_cohorts(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every site's policy allow so many cohorts a round."""
+    """Set max_cohorts in every site's policy."""
     real = site.SitePolicy.__init__
     monkeypatch.setattr(
         site.SitePolicy, "__init__", lambda self, **values: real(self, **{**values, "max_cohorts": most})
@@ -172,7 +172,7 @@ def test_a_site_refuses_too_many_cohorts_and_older_rounds(
 
 
 def test_one_mask_is_for_one_vector(task_of: TrainTask) -> None:
-    """Two vectors under one mask give their difference away, and with it a single site's change."""
+    """Two vectors under one mask reveal their difference, and with it a single site's update."""
     words = [_words(ask(100, task_of)) for _ in range(2)]
     np.testing.assert_array_equal(*words)
     other = replace(task_of, round=2, first_step=0)
@@ -192,7 +192,7 @@ def test_one_mask_is_for_one_vector(task_of: TrainTask) -> None:
     np.testing.assert_array_equal(*noise)
 
 
-def test_tasks_that_come_at_once_are_answered_one_after_the_other(
+def test_simultaneous_tasks_are_handled_one_after_the_other(
     task_of: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flower starts a process for each message, all with the same state: the two cohorts of an attack."""
@@ -217,8 +217,8 @@ def test_tasks_that_come_at_once_are_answered_one_after_the_other(
     assert sorted(one.has_content() for one in answers) == [False, True]
 
 
-def test_a_node_that_is_started_again_goes_on_in_a_masked_study(tmp_path: Path) -> None:
-    """Its state at Flower is gone then, and its node id is the same."""
+def test_a_restarted_node_continues_in_a_masked_study(tmp_path: Path) -> None:
+    """Its state at Flower is lost, and its node id is the same."""
 
     def restart(node: int, task: Message, reply: Message) -> Message:
         if is_masked(task) and node == 102:
@@ -240,7 +240,7 @@ def test_a_site_refuses_keys_that_its_peers_have_not_signed(task_of: TrainTask) 
     assert ask(100, replace(task_of, members=members, round=2)).error.reason == "MaskingError"
 
 
-def test_a_change_without_room_fails_at_the_site_and_not_in_the_sum(tmp_path: Path) -> None:
+def test_an_update_above_the_mask_bound_fails_at_the_site(tmp_path: Path) -> None:
     study = MASKED.replace("rounds: 3", "rounds: 1, mask_bound: 0.001")
     with pytest.raises(NoModel):
         run(tmp_path, study)
@@ -248,7 +248,7 @@ def test_a_change_without_room_fails_at_the_site_and_not_in_the_sum(tmp_path: Pa
     assert {event["reason"] for event in failed} == {"MaskingError"} and len(failed) == len(NAMES)
 
 
-def test_a_reply_that_is_not_masked_as_agreed_makes_no_model(tmp_path: Path) -> None:
+def test_an_unmasked_reply_makes_no_model(tmp_path: Path) -> None:
     def tamper(node: int, task: Message, reply: Message) -> Message:
         if is_masked(task) and node == 101:
             reply.content.config_records["fedsigma"]["masked"] = bytes(4 * (LAYOUT.size + 4))
@@ -260,7 +260,7 @@ def test_a_reply_that_is_not_masked_as_agreed_makes_no_model(tmp_path: Path) -> 
     assert "sent other values than" in event["reason"]
 
 
-def test_a_round_in_which_all_sites_were_lost_is_asked_for_again_under_new_masks(tmp_path: Path) -> None:
+def test_a_round_that_lost_all_sites_is_retried_under_new_masks(tmp_path: Path) -> None:
     plain, seen = run(tmp_path, PLAIN, out="plain"), list[tuple[int, int]]()
 
     def cut(node: int, task: Message, reply: Message) -> Message | None:

@@ -1,4 +1,4 @@
-"""Whole private studies, by the real apps."""
+"""Complete private studies, by the real apps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ledger(tmp_path: Path, site: str = "barcelona") -> PrivacyLedger:
     return PrivacyLedger(file)
 
 
-def test_every_round_is_entered_at_each_site_and_told(tmp_path: Path) -> None:
+def test_every_round_is_charged_and_reported_at_each_site(tmp_path: Path) -> None:
     folder = run(tmp_path, IMAGE)
     for site in NAMES:
         assert [e.round for e in ledger(tmp_path, site).entries()] == [1, 2, 3]
@@ -51,26 +51,26 @@ def test_every_round_is_entered_at_each_site_and_told(tmp_path: Path) -> None:
     assert "epsilon" in write_report(folder).read_text()
 
 
-@pytest.mark.parametrize(("study", "told"), [(IMAGE, True), (SITE, False)])
-def test_drift_is_told_of_noisy_changes_only(study: str, told: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("study", "logged"), [(IMAGE, True), (SITE, False)])
+def test_statistics_are_logged_of_noisy_updates_only(study: str, logged: bool, tmp_path: Path) -> None:
     rows = [row for row in run(tmp_path, study).rounds() if row["status"] == "accepted" and row["round"] <= 3]
     assert len(rows) == 12
     for row in rows:
-        assert (row["update_norm"] is not None, row["shift_norm"] is not None) == (told, told)
-        assert told or row["update_cosine"] is None
+        assert (row["update_norm"] is not None, row["shift_norm"] is not None) == (logged, logged)
+        assert logged or row["update_cosine"] is None
 
 
-def test_it_is_entered_before_training_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_is_charged_before_training_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*args: Any, **more: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(client_app, "_work", crash)
+    monkeypatch.setattr(client_app, "_compute_update", crash)
     with pytest.raises(NoModel):
         run(tmp_path, IMAGE)
     assert len(ledger(tmp_path).entries()) == 3
 
 
-def test_when_budgets_are_spent_the_study_ends_with_the_model_it_has(tmp_path: Path) -> None:
+def test_when_budgets_are_exhausted_the_study_ends_with_its_model(tmp_path: Path) -> None:
     two = epsilon([ROUND] * 2, 1e-5)
     study = IMAGE.replace("epsilon: 50", f"epsilon: {two + 0.01:.3f}").replace("rounds: 3", "rounds: 6")
     folder = run(tmp_path, study)
@@ -86,20 +86,20 @@ def test_when_budgets_are_spent_the_study_ends_with_the_model_it_has(tmp_path: P
     assert asked == ["query.hello", "train", "train", "train", "evaluate"]
 
 
-def test_a_site_whose_budget_is_spent_is_left_out_and_the_others_go_on(
+def test_a_site_with_an_exhausted_budget_is_left_out_and_the_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One site had another run before; the study's budget counts it."""
     original = PrivacyLedger.charge
 
-    def spend(self: PrivacyLedger, entry: Any, privacy: Any, **more: Any) -> float:
+    def charge(self: PrivacyLedger, entry: Any, privacy: Any, **more: Any) -> float:
         if "bccd" in self.path.name and entry.round == 2:
-            raise client_spent("spent")
+            raise budget_spent("spent")
         return original(self, entry, privacy, **more)
 
-    from fedsigma.client.site.privacy_ledger import PrivacyBudgetSpent as client_spent
+    from fedsigma.client.site.privacy_ledger import PrivacyBudgetSpent as budget_spent
 
-    monkeypatch.setattr(PrivacyLedger, "charge", spend)
+    monkeypatch.setattr(PrivacyLedger, "charge", charge)
     for name, text in (("open", IMAGE), ("masked", IMAGE.replace(*MASKED))):
         folder = run(tmp_path, text, out=name)
         assert [e["site"] for e in events(folder, "site_budget_exhausted")] == ["bccd"]
@@ -109,7 +109,7 @@ def test_a_site_whose_budget_is_spent_is_left_out_and_the_others_go_on(
         assert set(final) == {*NAMES, ALL_SITES}
 
 
-def test_an_interrupted_study_goes_on_with_what_it_has_spent(tmp_path: Path) -> None:
+def test_a_resumed_study_keeps_its_privacy_cost(tmp_path: Path) -> None:
     class Stop(BaseException):
         pass
 
@@ -128,14 +128,14 @@ def test_an_interrupted_study_goes_on_with_what_it_has_spent(tmp_path: Path) -> 
     assert last["epsilon"] == pytest.approx(epsilon([ROUND] * 4, 1e-5))
 
 
-def test_a_round_masked_for_a_second_cohort_is_paid_once(tmp_path: Path) -> None:
+def test_a_round_masked_for_a_second_cohort_is_charged_once(tmp_path: Path) -> None:
     from tests.integration.test_masked_rounds import drop
 
     run(tmp_path, IMAGE.replace(*MASKED), tamper=drop(102, 2))
     assert [e.round for e in ledger(tmp_path).entries()] == [1, 2, 3]
 
 
-def test_a_site_that_tells_its_loss_does_not_add_noise_and_does_not_count(tmp_path: Path) -> None:
+def test_a_site_that_reports_its_loss_adds_no_noise_and_is_rejected(tmp_path: Path) -> None:
     def tell(node: int, task: Message, reply: Message) -> Message:
         if node == 101 and task.metadata.message_type == "train":
             reply.content.config_records["fedsigma"]["loss"] = 0.5
@@ -146,7 +146,7 @@ def test_a_site_that_tells_its_loss_does_not_add_noise_and_does_not_count(tmp_pa
     assert "does not add noise" in events(folder, "reply_rejected")[0]["reason"]
 
 
-def test_an_untold_loss_is_refused_where_nothing_is_hidden(tmp_path: Path) -> None:
+def test_a_missing_loss_is_rejected_without_privacy(tmp_path: Path) -> None:
     def hide(node: int, task: Message, reply: Message) -> Message:
         if node == 101 and task.metadata.message_type == "train":
             reply.content.config_records["fedsigma"]["loss"] = math.nan
@@ -157,21 +157,21 @@ def test_an_untold_loss_is_refused_where_nothing_is_hidden(tmp_path: Path) -> No
 
 
 def moved(tmp_path: Path, study: str, size: float, name: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """The model of one round in which a site sends a change of this size, without the noise."""
+    """The model of one round in which a site sends an update of this size, without the noise."""
     monkeypatch.setattr(SecureRandom, "normal", lambda self, count: np.zeros(count))
 
     def tamper(node: int, task: Message, reply: Message) -> Message:
         if node == 103 and task.metadata.message_type == "train" and reply.has_content():
-            told = from_record(TrainReply, reply.content)
-            change = np.full(LAYOUT.size, size, np.float32)
-            values = {**told.__dict__, "update": encode(change, LAYOUT, level="exact")}
+            sent = from_record(TrainReply, reply.content)
+            update = np.full(LAYOUT.size, size, np.float32)
+            values = {**sent.__dict__, "update": encode(update, LAYOUT, level="exact")}
             return Message(to_record(TrainReply(**values)), reply_to=task)
         return reply
 
     return shift_of(run(tmp_path, study, out=name, rounds=1, tamper=tamper))
 
 
-def test_one_site_moves_the_model_by_its_share_of_the_norm_at_most(
+def test_one_site_moves_the_model_by_its_share_of_the_clip_norm_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none, large, huge = (
@@ -181,7 +181,7 @@ def test_one_site_moves_the_model_by_its_share_of_the_norm_at_most(
     np.testing.assert_allclose(huge, large, atol=1e-6)
 
 
-def test_what_hides_sites_is_entered_at_each_site_too(tmp_path: Path) -> None:
+def test_site_level_privacy_is_charged_at_each_site_too(tmp_path: Path) -> None:
     run(tmp_path, SITE)
     entries = ledger(tmp_path).entries()
     assert [(e.round, e.level, e.event.rate, e.event.steps) for e in entries] == [
@@ -190,15 +190,15 @@ def test_what_hides_sites_is_entered_at_each_site_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("study", [SITE, PLAIN.replace(*MASKED)])
-def test_training_alone_is_refused_where_changes_are_hidden(study: str, tmp_path: Path) -> None:
+def test_local_training_is_refused_where_updates_are_hidden(study: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'local_only', which would show each site's update"):
         run(tmp_path, study.replace("baselines: []", "baselines: [local_only]"))
 
 
-def test_where_sites_are_hidden_no_length_decides_what_counts(
+def test_under_site_level_privacy_no_norm_rejects_an_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the round's median, whether a long change counts would depend on the other sites'."""
+    """By the round's median, whether a long update is accepted would depend on the other sites'."""
     study = SITE.replace("rounds:", "norm_bound: 0.5, rounds:")
     for size in (0.0, 1000.0):
         moved(tmp_path, study, size, f"out{size}", monkeypatch)
@@ -208,17 +208,17 @@ def test_where_sites_are_hidden_no_length_decides_what_counts(
 
 
 @pytest.mark.parametrize("masking", [False, True])
-def test_the_noise_that_hides_sites_is_in_the_model(
+def test_the_models_noise_is_that_of_site_level_privacy(
     masking: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The change of the first round over many runs: its spread is that of the noise."""
+    """The update of the first round over many runs: its spread is that of the noise."""
     study = SITE.replace(*MASKED) if masking else SITE
-    found = [shift_of(run(tmp_path, study, out=f"out{k}", rounds=1)) for k in range(25)]
-    deviation = np.stack(found).std(0, ddof=1).mean()
+    shifts = [shift_of(run(tmp_path, study, out=f"out{k}", rounds=1)) for k in range(25)]
+    deviation = np.stack(shifts).std(0, ddof=1).mean()
     assert deviation == pytest.approx(8.0 * 0.1 / 4, rel=0.25)
 
 
-def test_sites_under_masks_are_counted_alike_and_tell_nothing_of_their_images(tmp_path: Path) -> None:
+def test_masked_private_sites_weigh_the_same_and_report_no_image_counts(tmp_path: Path) -> None:
     folder = run(tmp_path, SITE.replace(*MASKED))
     totals = next(r for r in folder.rounds() if r["round"] == 1 and r["site"] == ALL_SITES)
     assert (totals["examples"], totals["test_examples"]) == (4, 0)
@@ -228,19 +228,19 @@ def test_sites_under_masks_are_counted_alike_and_tell_nothing_of_their_images(tm
     assert [e.level for e in ledger(tmp_path).entries()] == ["site"] * 3
 
 
-def test_a_study_of_hidden_sites_that_would_spend_too_much_does_not_start(tmp_path: Path) -> None:
+def test_a_study_over_its_privacy_budget_is_not_started(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"raise privacy\.noise_multiplier to"):
         run(tmp_path, SITE.replace("noise_multiplier: 8.0", "noise_multiplier: 0.5"))
     assert not (tmp_path / "out").exists()
 
 
-def test_the_baseline_trained_alone_is_private_too(tmp_path: Path) -> None:
+def test_the_local_only_baseline_is_private_too(tmp_path: Path) -> None:
     folder = run(tmp_path, IMAGE.replace("baselines: []", "baselines: [local_only, pooled]"))
     assert [e.mode for e in ledger(tmp_path).entries()] == ["round"] * 3 + ["local"]
     assert "local_only" in folder.read_summary()
 
 
-def test_the_site_says_what_was_asked_of_it(tmp_path: Path) -> None:
+def test_the_audit_log_has_every_training_task(tmp_path: Path) -> None:
     run(tmp_path, IMAGE)
     audit = (audit_of(tmp_path) / "barcelona.jsonl").read_text().splitlines()
     trained = [json.loads(line) for line in audit if '"TrainTask"' in line]

@@ -1,4 +1,4 @@
-"""A whole study in one process: server and sites of the real apps, with a small learner behind them."""
+"""A complete study in one process: the real apps of server and sites, with a small trainer behind them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def events(folder: RunDir, kind: str) -> list[dict]:
 
 
 def audit_of(tmp_path: Path) -> Path:
-    """The folder of the sites' logs in the one run that there was."""
+    """The folder of the sites' audit logs in the only run."""
     (folder,) = (tmp_path / "audit").glob("run-*")
     return folder
 
@@ -81,11 +81,11 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert summary["rounds"] == 3 and summary["sites"] == sorted(NAMES)
     for method in ("zero_shot", "local_only", "pooled", "federated"):
         assert set(summary[method]["per_site"]) == set(NAMES)
-    # Pooled accuracy is right answers over test images, not a mean of the sites' accuracies.
+    # Accuracy over all sites is correct predictions over test images, not a mean of the sites' accuracies.
     tests = {name: IMAGES[name] * 10 for name in NAMES}
     per_site = summary["federated"]["per_site"]
-    right = sum(round(per_site[name] * tests[name]) for name in NAMES)
-    assert summary["federated"]["accuracy"] == right / sum(tests.values())
+    correct = sum(round(per_site[name] * tests[name]) for name in NAMES)
+    assert summary["federated"]["accuracy"] == correct / sum(tests.values())
     assert summary["federated"]["accuracy"] > summary["zero_shot"]["accuracy"]
     assert set(summary["local_only"]["everywhere_per_site"]) == set(NAMES)
     assert [event["round"] for event in events(folder, "round_end")] == [1, 2, 3]
@@ -96,32 +96,32 @@ def test_a_whole_study(tmp_path: Path) -> None:
 
 def test_one_message_a_site_and_round_and_one_after_the_last(tmp_path: Path) -> None:
     run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[zero_shot]"))
-    asked = [kind for node, kind in run.grid.asked if node == 100]  # type: ignore[attr-defined]
-    assert asked == ["query.hello", "train", "train", "train", "evaluate"]
+    kinds = [kind for node, kind in run.grid.asked if node == 100]  # type: ignore[attr-defined]
+    assert kinds == ["query.hello", "train", "train", "train", "evaluate"]
 
 
-def test_every_task_has_its_place_in_the_schedule_of_the_whole_study(tmp_path: Path) -> None:
-    places = []
+def test_tasks_state_their_steps_in_the_schedule_of_the_study(tmp_path: Path) -> None:
+    schedule = []
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         values = task.content.config_records["fedsigma"]
         if node == 100 and "first_step" in values:
             names = ("mode", "first_step", "steps", "total_steps", "cohort", "evaluate")
-            places.append(tuple(values[name] for name in names))
+            schedule.append(tuple(values[name] for name in names))
         return reply
 
     run(tmp_path, tamper=watch)
     rounds = [("round", first, 5, 15, 4, True) for first in (0, 5, 10)]
-    assert places == [*rounds, ("local", 0, 15, 15, 1, False)]
+    assert schedule == [*rounds, ("local", 0, 15, 15, 1, False)]
 
 
-def test_plain_steps_are_for_rounds_and_not_for_a_site_that_trains_alone(tmp_path: Path) -> None:
-    taken = set()
+def test_sgd_is_used_in_rounds_and_adamw_for_local_training(tmp_path: Path) -> None:
+    optimisers = set()
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         values = task.content.config_records["fedsigma"]
         if "recipe" in values:
-            taken.add((values["mode"], json.loads(values["recipe"])["optimiser"]))
+            optimisers.add((values["mode"], json.loads(values["recipe"])["optimiser"]))
         return reply
 
     run(
@@ -129,7 +129,7 @@ def test_plain_steps_are_for_rounds_and_not_for_a_site_that_trains_alone(tmp_pat
         STUDY.replace("local_steps: 5", "local_steps: 5, optimiser: sgd"),
         tamper=watch,
     )
-    assert taken == {("round", "sgd"), ("local", "adamw")}
+    assert optimisers == {("round", "sgd"), ("local", "adamw")}
 
 
 def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
@@ -145,13 +145,13 @@ def test_rows_hold_the_evaluation_of_the_incoming_model(tmp_path: Path) -> None:
     assert summary["bytes_up_per_site_round"] == rows[1, "bccd"]["bytes_up"] > 4 * LAYOUT.size
 
 
-def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
-    changes: dict[str, np.ndarray] = {}
+def test_rows_have_the_statistics_of_each_update(tmp_path: Path) -> None:
+    updates: dict[str, np.ndarray] = {}
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.message_type == "train" and task.content.config_records["fedsigma"]["round"] == 2:
-            changes[NAMES[node - 100]] = decode(reply.content.config_records["fedsigma"]["update"], LAYOUT)
-            if node == 103:  # its shift is long, so its reply does not count
+            updates[NAMES[node - 100]] = decode(reply.content.config_records["fedsigma"]["update"], LAYOUT)
+            if node == 103:  # its shift is long, so its reply is rejected
                 return spoilt(task, reply)
         return reply
 
@@ -163,31 +163,29 @@ def test_rows_tell_how_each_site_drifts(tmp_path: Path) -> None:
     study = STUDY.replace("[zero_shot, local_only, pooled]", "[]")
     folder = run(tmp_path, study, rounds=2, tamper=watch)
     rows = {(row["round"], row["site"]): row for row in folder.rounds()}
-    counted = NAMES[:3]
-    mean = sum(IMAGES[name] * changes[name] for name in counted) / sum(IMAGES[name] for name in counted)
-    for name in counted:
-        row, change = rows[2, name], changes[name]
-        assert row["update_norm"] == pytest.approx(float(np.linalg.norm(change)), rel=1e-5)
-        cosine = change @ mean / np.linalg.norm(change) / np.linalg.norm(mean)
+    accepted = NAMES[:3]
+    mean = sum(IMAGES[name] * updates[name] for name in accepted) / sum(IMAGES[name] for name in accepted)
+    for name in accepted:
+        row, update = rows[2, name], updates[name]
+        assert row["update_norm"] == pytest.approx(float(np.linalg.norm(update)), rel=1e-5)
+        cosine = update @ mean / np.linalg.norm(update) / np.linalg.norm(mean)
         assert row["update_cosine"] == pytest.approx(float(cosine), abs=1e-5)
-    # In round 1 a change begins at zero, so it is the shift.
+    # In round 1 an update begins at zero, so it is the shift.
     assert rows[1, "bccd"]["shift_norm"] == rows[1, "bccd"]["update_norm"] != rows[2, "bccd"]["shift_norm"]
     for row in (rows[2, "jiangxi"], rows[2, ALL_SITES], rows[3, "bccd"]):
         assert row["update_norm"] is row["update_cosine"] is row["shift_norm"] is None
 
 
-def test_each_rounds_heat_is_that_of_its_model(tmp_path: Path) -> None:
+def test_shift_magnitudes_are_those_of_each_rounds_model(tmp_path: Path) -> None:
     folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"))
-    found = folder.shift_magnitudes()
-    assert [one["round"] for one in found] == [1, 2, 3]
+    lines = folder.shift_magnitudes()
+    assert [line["round"] for line in lines] == [1, 2, 3]
     last = float(f"{np.abs(shift_of(folder)).mean():.4g}")
-    assert found[-1]["towers"] == {"image": {"layers": [0], "parts": {"q": [last]}}}
-    assert found[0]["towers"] != found[1]["towers"]
+    assert lines[-1]["towers"] == {"image": {"layers": [0], "parts": {"q": [last]}}}
+    assert lines[0]["towers"] != lines[1]["towers"]
 
 
-def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_running_run_is_locked_for_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
     states = []
 
@@ -203,7 +201,7 @@ def test_a_run_is_running_while_it_runs_and_keeps_other_writers_out(
     assert len(folder.events()) == lines
 
 
-def test_a_site_of_another_version_is_refused_by_its_version_whatever_it_answers(tmp_path: Path) -> None:
+def test_a_site_of_another_protocol_version_is_refused(tmp_path: Path) -> None:
     def older(node: int, task: Message, reply: Message) -> Message:
         if node == 103 and task.metadata.message_type == records.HANDSHAKE:
             values = dict(reply.content.config_records["fedsigma"]) | {"protocol": records.PROTOCOL - 1}
@@ -214,16 +212,16 @@ def test_a_site_of_another_version_is_refused_by_its_version_whatever_it_answers
     folder = run(tmp_path, rounds=1, tamper=older)
     (refused,) = events(folder, "site_refused")
     assert refused["site"] == "node 103"
-    words = f"uses version {records.PROTOCOL - 1} of the messages, the server version {records.PROTOCOL}"
-    assert words in refused["reason"]
+    message = f"uses version {records.PROTOCOL - 1} of the messages, the server version {records.PROTOCOL}"
+    assert message in refused["reason"]
     assert {e["version"] for e in events(folder, "site_ready")} == {__version__}
 
 
 def test_rounds_between_evaluations_have_no_metrics_but_the_final_model_has(tmp_path: Path) -> None:
     folder = run(tmp_path, STUDY.replace("rounds: 3", "rounds: 4, evaluate_every: 2"))
     rows = {row["round"]: row for row in folder.rounds() if row["site"] == "bccd"}
-    judged = {number: row["accuracy"] is not None for number, row in rows.items()}
-    assert judged == {1: True, 2: False, 3: True, 4: False, 5: True}
+    evaluated = {number: row["accuracy"] is not None for number, row in rows.items()}
+    assert evaluated == {1: True, 2: False, 3: True, 4: False, 5: True}
     assert rows[2]["test_examples"] == 0 and rows[2]["examples"] == rows[1]["examples"]
     assert folder.read_summary()["zero_shot"]["per_site"]["bccd"] == rows[1]["accuracy"]
 
@@ -260,7 +258,7 @@ def coded(*values: float, tower: str = "image") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"update": coded(*[0.0] * 6, tower="text")}, f"this study has {LAYOUT.digest[:12]}"),
         ({"update": coded(1.0, 2.0)}, f"this study has {LAYOUT.digest[:12]}"),
@@ -275,30 +273,32 @@ def coded(*values: float, tower: str = "image") -> bytes:
         ({"class_counts": [1, 2, 3]}, "3 class counts"),
     ],
 )
-def test_a_bad_reply_is_rejected_with_its_reason_and_the_round_goes_on(
-    tmp_path: Path, values: dict, words: str
+def test_an_invalid_reply_is_rejected_with_its_reason_and_the_round_continues(
+    tmp_path: Path, values: dict, message: str
 ) -> None:
     study = STUDY.replace("rounds: 3", "rounds: 2, norm_bound: 50").replace(", local_only, pooled", "")
     folder = run(tmp_path, study, tamper=edit_reply(101, **values))
     rejected = events(folder, "reply_rejected")
     assert [(event["round"], event["site"]) for event in rejected] == [(1, "bccd"), (2, "bccd")]
-    assert words in rejected[0]["reason"]
+    assert message in rejected[0]["reason"]
     assert events(folder, "round_end")[0]["sites"] == ["barcelona", "cellavision", "jiangxi"]
     row = next(row for row in folder.rounds() if row["site"] == "bccd" and row["round"] == 1)
     assert row["status"] == "rejected" and row["accuracy"] is None
-    # The final model is judged on the site all the same, and its zero-shot value with it.
+    # The final model is evaluated on the site all the same, and its zero-shot value with it.
     assert "bccd" in folder.read_summary()["zero_shot"]["per_site"]
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"confusions": [1, 2, 3]}, "3 counts for 1 confusion matrices of 2 classes"),
         ({"confusions": [1, 0, 0, 0]}, "counts 1 of 40 test images"),
         ({"confusions": [-1, 0, 0, 41]}, "out of range"),
     ],
 )
-def test_a_bad_evaluation_is_rejected_and_the_others_count(tmp_path: Path, values: dict, words: str) -> None:
+def test_an_invalid_evaluation_is_rejected_and_the_others_are_accepted(
+    tmp_path: Path, values: dict, message: str
+) -> None:
     def tamper(node: int, task: Message, reply: Message) -> Message:
         if node == 101 and task.metadata.message_type == "evaluate":
             reply.content.config_records["fedsigma"].update(values)
@@ -306,28 +306,28 @@ def test_a_bad_evaluation_is_rejected_and_the_others_count(tmp_path: Path, value
 
     folder = run(tmp_path, STUDY.replace("[zero_shot, local_only, pooled]", "[]"), rounds=1, tamper=tamper)
     (rejected,) = events(folder, "reply_rejected")
-    assert rejected["site"] == "bccd" and words in rejected["reason"]
+    assert rejected["site"] == "bccd" and message in rejected["reason"]
     assert set(folder.read_summary()["federated"]["per_site"]) == set(NAMES) - {"bccd"}
 
 
-def test_confusion_matrices_of_all_sites_are_added_up(tmp_path: Path) -> None:
+def test_confusion_matrices_of_all_sites_are_summed(tmp_path: Path) -> None:
     summary = run(tmp_path).read_summary()
     assert summary["classes"] == ["a", "b"]
     for method in ("federated", "local_only", "pooled"):
         matrices = summary[method]["confusion"]
         assert set(matrices["per_site"]) == set(NAMES)
         for name in NAMES:
-            right = matrices["per_site"][name][0][0]
-            assert right == round(summary[method]["per_site"][name] * IMAGES[name] * 10)
-        added = np.sum(list(matrices["per_site"].values()), axis=0)
-        np.testing.assert_array_equal(matrices["all_sites"], added)
-        # All is taken for "a". The learner's own scores say 0.5 of f1.
-        right, wrong = added[:, 0]
-        assert matrices["metrics"]["f1"] == pytest.approx(right / (2 * right + wrong))
+            correct = matrices["per_site"][name][0][0]
+            assert correct == round(summary[method]["per_site"][name] * IMAGES[name] * 10)
+        total = np.sum(list(matrices["per_site"].values()), axis=0)
+        np.testing.assert_array_equal(matrices["all_sites"], total)
+        # All images are predicted as "a". The trainer itself reports an f1 of 0.5.
+        correct, wrong = total[:, 0]
+        assert matrices["metrics"]["f1"] == pytest.approx(correct / (2 * correct + wrong))
         assert summary[method]["metrics"]["f1"] == 0.5
 
 
-def test_a_site_that_tells_no_confusion_matrix_leaves_no_sum(tmp_path: Path) -> None:
+def test_without_one_sites_confusion_matrix_there_is_no_sum(tmp_path: Path) -> None:
     def tamper(node: int, task: Message, reply: Message) -> Message:
         if node == 101 and task.metadata.message_type == "evaluate":
             reply.content.config_records["fedsigma"]["confusions"] = []
@@ -349,7 +349,7 @@ def test_values_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
     assert "not finite" in events(folder, "reply_rejected")[0]["reason"]
 
 
-def test_failures_are_put_down_to_the_right_site_and_no_text_of_theirs_is_kept(tmp_path: Path) -> None:
+def test_failures_are_attributed_to_their_site_without_its_text(tmp_path: Path) -> None:
     def tamper(node: int, task: Message, reply: Message) -> Message | None:
         if task.metadata.message_type != "train":
             return reply
@@ -416,7 +416,7 @@ def test_a_foreign_fingerprint_is_refused_on_both_sides_with_the_reason(
     assert "cannot take part in study 'fake': the backbone weights differ" in caplog.text
 
 
-def test_a_federation_of_another_size_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_a_federation_of_another_size_is_an_error_with_the_next_step(tmp_path: Path) -> None:
     with pytest.raises(WrongSiteCount, match=r"has 4 sites, this federation has 6.*num-supernodes=4"):
         run(tmp_path, sites=6)
     with pytest.raises(WrongSiteCount, match="has 4 sites, this federation has 2"):
@@ -432,7 +432,7 @@ def test_too_few_sites_by_the_deadline_is_an_error(tmp_path: Path) -> None:
     assert len(events(out(tmp_path), "site_refused")) == 3
 
 
-def test_a_simulation_that_lacks_a_site_says_which_number_it_wants(tmp_path: Path) -> None:
+def test_a_simulation_without_one_of_its_sites_reports_the_expected_number(tmp_path: Path) -> None:
     def leave(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.group_id == "1":
             run.grid.away = {103}  # type: ignore[attr-defined]
@@ -473,29 +473,25 @@ def stop_in_round(number: int) -> Tamper:
         "qfedavg",
     ],
 )
-def test_every_strategy_runs_and_an_interrupted_run_ends_where_a_whole_one_does(
-    tmp_path: Path, strategy: str
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_with_every_strategy(tmp_path: Path, strategy: str) -> None:
     study = STUDY.replace("rounds: 3", f"rounds: 4, strategy: {strategy}").replace(", local_only, pooled", "")
-    whole = run(tmp_path, study, out="whole")
+    complete = run(tmp_path, study, out="complete")
     with pytest.raises(Interrupted):
         run(tmp_path, study, out="broken", tamper=stop_in_round(3))
     assert out(tmp_path, "broken").load_shift().round == 2
     resumed = run(tmp_path, study, out="broken", resume=True)
-    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
-    assert resumed.read_summary()["federated"] == whole.read_summary()["federated"]
-    assert resumed.read_summary()["zero_shot"] == whole.read_summary()["zero_shot"]
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(complete))
+    assert resumed.read_summary()["federated"] == complete.read_summary()["federated"]
+    assert resumed.read_summary()["zero_shot"] == complete.read_summary()["zero_shot"]
     assert [row["round"] for row in resumed.rounds() if row["site"] == ALL_SITES] == [1, 2, 3, 4, 5]
 
 
-def test_a_disk_that_is_full_ends_a_run_which_goes_on_where_it_stood(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_a_full_disk_ended_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
     study = STUDY.replace(", local_only, pooled", "")
-    whole = run(tmp_path, study, out="whole")
+    complete = run(tmp_path, study, out="complete")
     puts = itertools.count(1)
 
     put = UpdateBuffer.put
@@ -513,8 +509,8 @@ def test_a_disk_that_is_full_ends_a_run_which_goes_on_where_it_stood(
     assert not end["ok"] and "cannot store the sites' updates" in end["reason"]
     assert out(tmp_path, "broken").load_shift().round == 2
     resumed = run(tmp_path, study, out="broken", resume=True)
-    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
-    assert resumed.rounds() == whole.rounds()
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(complete))
+    assert resumed.rounds() == complete.rounds()
 
 
 def test_resuming_a_finished_or_an_empty_run(tmp_path: Path) -> None:
@@ -522,9 +518,9 @@ def test_resuming_a_finished_or_an_empty_run(tmp_path: Path) -> None:
         run(tmp_path, tamper=stop_in_round(1))
     first = run(tmp_path, resume=True)
     shift = shift_of(first)
-    again = run(tmp_path, resume=True)
-    np.testing.assert_array_equal(shift_of(again), shift)
-    assert len(events(again, "round_start")) == 1 + 3
+    resumed = run(tmp_path, resume=True)
+    np.testing.assert_array_equal(shift_of(resumed), shift)
+    assert len(events(resumed, "round_start")) == 1 + 3
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -546,7 +542,7 @@ federation: {strategy: fedadam, schedule: %s, rounds: 3, round_timeout_s: 5, wai
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "where"),
+    ("first", "second", "keys"),
     [
         ("classes: [a, b]", "classes: [b, a]", r"classes"),
         (
@@ -557,30 +553,30 @@ federation: {strategy: fedadam, schedule: %s, rounds: 3, round_timeout_s: 5, wai
         ("sigma: {parts: [q, k], layers: [1]}", "sigma: {parts: [k, q], layers: [1]}", r"sigma\.parts"),
     ],
 )
-def test_the_same_lines_in_another_place_are_other_settings(
-    tmp_path: Path, then: str, now: str, where: str
+def test_equal_values_under_other_keys_are_other_settings(
+    tmp_path: Path, first: str, second: str, keys: str
 ) -> None:
     plain = "name: fake\nbackbone: fake\nshots: 4\ndata: {source: demo}\nbaselines: []\n"
-    classes = "" if "classes" in then else "classes: [a, b]\n"
-    training = "" if "training" in then else PLACES % ("cosine", "constant")
-    run(tmp_path, plain + classes + training + then)
-    with pytest.raises(ConfigError, match=rf"other settings \({where}\)"):
-        run(tmp_path, plain + classes + training + now, resume=True)
+    classes = "" if "classes" in first else "classes: [a, b]\n"
+    training = "" if "training" in first else PLACES % ("cosine", "constant")
+    run(tmp_path, plain + classes + training + first)
+    with pytest.raises(ConfigError, match=rf"other settings \({keys}\)"):
+        run(tmp_path, plain + classes + training + second, resume=True)
 
 
-def test_a_resumed_run_whose_last_rounds_fail_keeps_the_model_that_it_has(tmp_path: Path) -> None:
+def test_a_resumed_run_whose_last_rounds_fail_keeps_its_model(tmp_path: Path) -> None:
     def fail(node: int, task: Message, reply: Message) -> Message:
         return gone(task, 1) if task.metadata.group_id == "3" else reply
 
     study = STUDY.replace(", local_only, pooled", "")
-    whole = run(tmp_path, study, out="whole", tamper=fail)
+    complete = run(tmp_path, study, out="complete", tamper=fail)
     with pytest.raises(Interrupted):
         run(tmp_path, study, tamper=stop_in_round(3))
     resumed = run(tmp_path, study, resume=True, tamper=fail)
     assert events(resumed, "round_end")[-1]["ok"] is False
     assert events(resumed, "run_end")[-1]["ok"] is True
-    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
-    assert resumed.read_summary()["federated"] == whole.read_summary()["federated"]
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(complete))
+    assert resumed.read_summary()["federated"] == complete.read_summary()["federated"]
 
 
 def test_an_unknown_option_of_the_strategy_is_named(tmp_path: Path) -> None:
@@ -590,50 +586,50 @@ def test_an_unknown_option_of_the_strategy_is_named(tmp_path: Path) -> None:
         run(tmp_path, STUDY.replace("rounds: 3", "rounds: 3, options: {fraction_train: 0.5}"))
 
 
-def test_everything_that_leaves_is_in_the_audit_log_first(tmp_path: Path) -> None:
-    left: list[dict] = []
+def test_every_reply_is_in_the_audit_log_before_it_is_sent(tmp_path: Path) -> None:
+    audited: list[dict] = []
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         if node == 101:
             path = audit_of(tmp_path) / "bccd.jsonl"
-            left.append(json.loads(path.read_text().splitlines()[-1]))
-            assert set(left[-1]["reply"]["fields"]) == set(reply.content.config_records["fedsigma"])
+            audited.append(json.loads(path.read_text().splitlines()[-1]))
+            assert set(audited[-1]["reply"]["fields"]) == set(reply.content.config_records["fedsigma"])
         return reply
 
     run(tmp_path, tamper=watch)
-    assert [line["request"]["message"] for line in left[:2]] == ["HandshakeRequest", "TrainTask"]
-    assert left[1]["request"]["round"] == 1 and left[1]["reply"]["bytes"] > 4 * LAYOUT.size
+    assert [line["request"]["message"] for line in audited[:2]] == ["HandshakeRequest", "TrainTask"]
+    assert audited[1]["request"]["round"] == 1 and audited[1]["reply"]["bytes"] > 4 * LAYOUT.size
     path = audit_of(tmp_path) / "bccd.jsonl"
-    assert len(HashChainedLog(path).lines()) == len(left)
+    assert len(HashChainedLog(path).lines()) == len(audited)
     path.write_text(path.read_text().replace('"round": 1', '"round": 9'))
     with pytest.raises(LogTampered, match="line 3 was changed, or"):
         HashChainedLog(path).lines()
 
 
-def test_a_reply_that_cannot_be_audited_does_not_leave(tmp_path: Path) -> None:
+def test_a_reply_that_cannot_be_audited_is_not_sent(tmp_path: Path) -> None:
     (tmp_path / "audit").write_text("a file where the folder should be")
     with pytest.raises(TooFewSites, match=r"NotADirectoryError|FileExistsError"):
         run(tmp_path)
 
 
-def test_class_counts_are_not_told_in_a_simulation_or_by_default(tmp_path: Path) -> None:
-    seen = []
+def test_class_counts_are_not_sent_by_default(tmp_path: Path) -> None:
+    class_counts = []
 
     def watch(node: int, task: Message, reply: Message) -> Message:
         values = reply.content.config_records["fedsigma"]
         assert isinstance(values, ConfigRecord)
-        seen.append(values.get("class_counts"))
+        class_counts.append(values.get("class_counts"))
         return reply
 
     run(tmp_path, rounds=1, tamper=watch)
-    assert {tuple(counts) for counts in seen if counts is not None} == {()}
+    assert {tuple(counts) for counts in class_counts if counts is not None} == {()}
 
 
 @pytest.mark.parametrize("damaged", ["sigma.safetensors", "strategy-3.safetensors"])
-def test_a_damaged_checkpoint_costs_the_last_round_which_is_run_again(tmp_path: Path, damaged: str) -> None:
+def test_after_a_damaged_checkpoint_the_last_round_is_repeated(tmp_path: Path, damaged: str) -> None:
     study = STUDY.replace("rounds: 3", "rounds: 4, strategy: fedavgm, options: {server_momentum: 0.9}")
     study = study.replace(", local_only, pooled", "")
-    whole = run(tmp_path, study, out="whole")
+    complete = run(tmp_path, study, out="complete")
     with pytest.raises(Interrupted):
         run(tmp_path, study, out="broken", tamper=stop_in_round(4))
     file = tmp_path / "broken" / damaged
@@ -644,25 +640,25 @@ def test_a_damaged_checkpoint_costs_the_last_round_which_is_run_again(tmp_path: 
     (event,) = events(resumed, "checkpoint_damaged")
     assert event["file"] == "sigma.safetensors" and damaged in event["reason"]
     assert [e["round"] for e in events(resumed, "round_start")] == [1, 2, 3, 4, 3, 4]
-    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(complete))
 
 
-def test_the_averagings_state_is_kept_for_the_round_before_however_often_a_file_is_damaged(
+def test_the_optimiser_state_of_the_round_before_is_kept(
     tmp_path: Path,
 ) -> None:
     study = STUDY.replace("rounds: 3", "rounds: 5, strategy: fedavgm, options: {server_momentum: 0.9}")
     study = study.replace(", local_only, pooled", "")
-    whole = run(tmp_path, study, out="whole")
+    complete = run(tmp_path, study, out="complete")
     for number in (4, 4, 5):
         with pytest.raises(Interrupted):
             run(tmp_path, study, resume=(tmp_path / "out").exists(), tamper=stop_in_round(number))
         (tmp_path / "out" / "sigma.safetensors").write_bytes(b"damaged")
     resumed = run(tmp_path, study, resume=True)
     assert len(events(resumed, "checkpoint_damaged")) == 3
-    np.testing.assert_array_equal(shift_of(resumed), shift_of(whole))
+    np.testing.assert_array_equal(shift_of(resumed), shift_of(complete))
 
 
-def test_without_any_checkpoint_that_reads_nothing_is_gone_on_with(tmp_path: Path) -> None:
+def test_without_a_readable_checkpoint_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(tmp_path, out="broken", tamper=stop_in_round(3))
     for name in ("sigma.safetensors", "sigma-previous.safetensors"):
@@ -671,29 +667,34 @@ def test_without_any_checkpoint_that_reads_nothing_is_gone_on_with(tmp_path: Pat
         run(tmp_path, out="broken", resume=True)
 
 
-def test_a_servers_log_says_of_each_answer_what_the_sites_log_says(
+def test_the_servers_audit_log_has_the_digests_of_the_sites_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDSIGMA_SERVER", str(tmp_path / "server"))
     study = STUDY.replace(", local_only, pooled", "")
     run(tmp_path, study, rounds=1, tamper=edit_reply(102, steps=7))
-    told = HashChainedLog(tmp_path / "server" / "audit.jsonl").lines()
-    assert [told[0]["kind"], told[-1]["kind"], told[-1]["ok"]] == ["run_start", "run_end", True]
-    assert {line["site"] for line in told if line["kind"] == "reply_rejected"} == {"cellavision"}
+    server_lines = HashChainedLog(tmp_path / "server" / "audit.jsonl").lines()
+    assert [server_lines[0]["kind"], server_lines[-1]["kind"], server_lines[-1]["ok"]] == [
+        "run_start",
+        "run_end",
+        True,
+    ]
+    assert {line["site"] for line in server_lines if line["kind"] == "reply_rejected"} == {"cellavision"}
     for site in NAMES:
-        left = [one["reply"] for one in HashChainedLog(audit_of(tmp_path) / f"{site}.jsonl").lines()]
-        came = [line for line in told if line.get("site") == site]
-        assert len(left) == len(came) == 3
-        same = [
-            (a["bytes"], a["sha256"]) == (b["bytes"], b["sha256"]) for a, b in zip(left, came, strict=True)
+        sent = [line["reply"] for line in HashChainedLog(audit_of(tmp_path) / f"{site}.jsonl").lines()]
+        received = [line for line in server_lines if line.get("site") == site]
+        assert len(sent) == len(received) == 3
+        equal = [
+            (a["bytes"], a["sha256"]) == (b["bytes"], b["sha256"])
+            for a, b in zip(sent, received, strict=True)
         ]
-        # What was changed on its way shows.
-        assert same == [True, site != "cellavision", True]
+        # A reply that was changed in transit has another digest.
+        assert equal == [True, site != "cellavision", True]
 
 
-def test_a_round_in_which_the_way_to_the_sites_was_lost_is_asked_for_again(tmp_path: Path) -> None:
+def test_a_round_that_lost_its_connections_is_retried(tmp_path: Path) -> None:
     study = STUDY.replace(", local_only, pooled", "")
-    whole = run(tmp_path, study, out="whole")
+    complete = run(tmp_path, study, out="complete")
     lost = set()
 
     def cut(node: int, task: Message, reply: Message) -> Message | None:
@@ -707,13 +708,13 @@ def test_a_round_in_which_the_way_to_the_sites_was_lost_is_asked_for_again(tmp_p
     assert [e["round"] for e in events(folder, "round_retried")] == [2]
     assert [e["round"] for e in events(folder, "round_start")] == [1, 2, 2, 3]
     assert [(e["round"], e["ok"]) for e in events(folder, "round_end")] == [(1, True), (2, True), (3, True)]
-    np.testing.assert_array_equal(shift_of(folder), shift_of(whole))
+    np.testing.assert_array_equal(shift_of(folder), shift_of(complete))
     assert {r["status"] for r in folder.rounds()} == {"accepted", ALL_SITES}
 
 
 @pytest.mark.parametrize("cohorts", ["random", "by_images"])
-def test_others_are_asked_in_place_of_a_site_that_hangs(tmp_path: Path, cohorts: str) -> None:
-    """One site of two that never answers must not cost the round, nor be asked for it again."""
+def test_other_sites_are_sampled_in_place_of_one_that_hangs(tmp_path: Path, cohorts: str) -> None:
+    """One site of two that never replies must not fail the round, nor be sampled again in it."""
 
     def hang(node: int, task: Message, reply: Message) -> Message | None:
         return None if node == 103 and task.metadata.message_type == "train" else reply
@@ -722,20 +723,20 @@ def test_others_are_asked_in_place_of_a_site_that_hangs(tmp_path: Path, cohorts:
     folder = run(tmp_path, study.replace("[zero_shot, local_only, pooled]", "[]"), tamper=hang)
     ends = events(folder, "round_end")
     assert [e["ok"] for e in ends] == [True] * 8
-    again = [e["round"] for e in events(folder, "round_retried")]
-    assert again and len(set(again)) == len(again)
+    retried = [e["round"] for e in events(folder, "round_retried")]
+    assert retried and len(set(retried)) == len(retried)
     rows = {(r["round"], r["site"]): r for r in folder.rounds() if r["round"] <= 8}
     for end in ends:
-        # Of a round's rows only those are accepted whose changes are in its model.
+        # Of a round's rows only those are accepted whose updates are in its model.
         accepted = {
             site for (number, site), r in rows.items() if number == end["round"] and r["status"] == "accepted"
         }
         assert accepted == set(end["sites"])
-    for number in again:
+    for number in retried:
         assert rows[number, NAMES[3]]["status"] == "late"
 
 
-def test_a_round_whose_replies_are_refused_is_not_asked_for_again(tmp_path: Path) -> None:
+def test_a_round_whose_replies_are_rejected_is_not_retried(tmp_path: Path) -> None:
     def refused(node: int, task: Message, reply: Message) -> Message:
         if task.metadata.message_type == "train" and task.metadata.group_id == "2":
             reply.content.config_records["fedsigma"].update(steps=7)
@@ -751,15 +752,18 @@ def test_versions_are_evaluated_at_every_site_without_training(tmp_path: Path) -
     trained = run(tmp_path, study, out="trained")
     (published,) = events(trained, "published")
     assert published["model"] == "fake@1"
-    judge = study + f"evaluate_versions: [fake@1, {trained.path}]\n"
-    folder = run(tmp_path, judge, out="judged")
+    evaluation = study + f"evaluate_versions: [fake@1, {trained.path}]\n"
+    folder = run(tmp_path, evaluation, out="evaluated")
     assert {kind for _, kind in run.grid.asked} == {"query.hello", "evaluate"}  # type: ignore[attr-defined]
     versions = folder.read_summary()["versions"]
     assert list(versions) == ["zero_shot", "fake@1", str(trained.path)]
-    was = trained.read_summary()["federated"]
+    expected = trained.read_summary()["federated"]
     for name in ("fake@1", str(trained.path)):
-        assert versions[name]["per_site"] == was["per_site"] and versions[name]["accuracy"] == was["accuracy"]
-    shares, fair = was["per_site"], versions["fake@1"]["fairness"]
+        assert (
+            versions[name]["per_site"] == expected["per_site"]
+            and versions[name]["accuracy"] == expected["accuracy"]
+        )
+    shares, fair = expected["per_site"], versions["fake@1"]["fairness"]
     assert fair["worst"]["accuracy"] == min(shares.values()) == shares[fair["worst"]["site"]]
     assert fair["spread"] == max(shares.values()) - min(shares.values())
     assert fair["deviation"] == pytest.approx(np.std(list(shares.values())))
@@ -769,46 +773,46 @@ def test_versions_are_evaluated_at_every_site_without_training(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("evaluate_versions: [fake@7]", "no model 'fake'"),
         ("evaluate_versions: [x]\nbaselines: [pooled]", "evaluate_versions trains nothing"),
         ("evaluate_versions: [x]\npersonal: {towers: [text]}", "leave the section personal out"),
     ],
 )
-def test_versions_that_cannot_be_evaluated_are_named(tmp_path: Path, line: str, words: str) -> None:
+def test_versions_that_cannot_be_evaluated_are_named(tmp_path: Path, line: str, message: str) -> None:
     plain = STUDY.replace("baselines: [zero_shot, local_only, pooled]\n", "")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, plain + line + "\n")
 
 
-def test_a_share_of_the_sites_is_asked_in_each_round_and_the_draw_changes(tmp_path: Path) -> None:
+def test_a_share_of_the_sites_is_sampled_each_round(tmp_path: Path) -> None:
     """With participation 0.5, two of four sites train in a round, not always the same two."""
     study = STUDY.replace("rounds: 3", "rounds: 6, participation: 0.5")
     folder = run(tmp_path, study)
-    drawn = [tuple(event["sites"]) for event in events(folder, "round_start")]
-    assert [len(sites) for sites in drawn] == [2] * 6
-    assert {site for sites in drawn for site in sites} == set(NAMES)
-    assert len(set(drawn)) > 1
-    asked = [node for node, kind in run.grid.asked if kind.startswith("train")]  # type: ignore[attr-defined]
-    assert len(asked) == 12 + 4  # and each once for local only
-    again = run(tmp_path, study, out="again")
-    assert [tuple(event["sites"]) for event in events(again, "round_start")] == drawn
+    cohorts = [tuple(event["sites"]) for event in events(folder, "round_start")]
+    assert [len(sites) for sites in cohorts] == [2] * 6
+    assert {site for sites in cohorts for site in sites} == set(NAMES)
+    assert len(set(cohorts)) > 1
+    trained = [node for node, kind in run.grid.asked if kind.startswith("train")]  # type: ignore[attr-defined]
+    assert len(trained) == 12 + 4  # and each once for local only
+    repeated = run(tmp_path, study, out="repeated")
+    assert [tuple(event["sites"]) for event in events(repeated, "round_start")] == cohorts
     assert set(folder.read_summary()["zero_shot"]["per_site"]) == set(NAMES)
 
 
-def test_baselines_make_the_steps_that_a_share_of_the_sites_makes(
+def test_baselines_train_for_as_many_steps_as_the_sampled_sites(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With half of the sites in a round, a site alone makes half of the steps, and pooled as many as all."""
+    """With half of the sites in a round, local training has half of the steps, and pooled as many as all."""
     totals: list[tuple[int, int]] = []
     train = FakeTrainer.train
 
-    def spied(self: FakeTrainer, shift: Any, examples: Any, recipe: Any, **where: Any) -> Any:
+    def record(self: FakeTrainer, shift: Any, examples: Any, recipe: Any, **where: Any) -> Any:
         totals.append((len(examples), where["total_steps"]))
         return train(self, shift, examples, recipe, **where)
 
-    monkeypatch.setattr(FakeTrainer, "train", spied)
+    monkeypatch.setattr(FakeTrainer, "train", record)
     study = STUDY.replace("rounds: 3", "rounds: 6, participation: 0.5").replace("zero_shot, ", "")
     run(tmp_path, study)
     steps = StudyConfig.from_yaml(study).training.local_steps
@@ -819,32 +823,32 @@ def test_baselines_make_the_steps_that_a_share_of_the_sites_makes(
     )
 
 
-def test_sites_with_more_images_are_asked_more_often_and_then_count_alike(
+def test_sites_with_more_images_are_sampled_more_often_with_equal_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once all have told how many, a site is asked as often as its share of the images says."""
+    """Once all sites reported their counts, each is sampled in proportion to its images."""
     weights: list[list[float]] = []
 
-    def spied(round_weights: Any, updates: Any) -> Any:
+    def record(round_weights: Any, updates: Any) -> Any:
         weights.append(list(round_weights.values()))
         return weighted_mean_update(round_weights, updates)
 
-    monkeypatch.setattr(rounds_module, "weighted_mean_update", spied)
+    monkeypatch.setattr(rounds_module, "weighted_mean_update", record)
     study = STUDY.replace("rounds: 3", "rounds: 42, participation: 0.5, cohorts: by_images")
     folder = run(tmp_path, study.replace("baselines: [zero_shot, local_only, pooled]\n", "baselines: []\n"))
-    drawn = [event["sites"] for event in events(folder, "round_start")]
-    assert {len(sites) for sites in drawn} == {2}
-    asked = {name: sum(name in sites for sites in drawn[2:]) for name in NAMES}
-    wanted = {name: 2 * 40 * IMAGES[name] / sum(IMAGES.values()) for name in NAMES}
-    assert asked == pytest.approx(wanted, abs=3)
-    assert max(wanted.values()) - min(wanted.values()) > 8
-    # In the first rounds as its images say, since it was as likely as any to be asked.
+    sampled = [event["sites"] for event in events(folder, "round_start")]
+    assert {len(sites) for sites in sampled} == {2}
+    counts = {name: sum(name in sites for sites in sampled[2:]) for name in NAMES}
+    expected = {name: 2 * 40 * IMAGES[name] / sum(IMAGES.values()) for name in NAMES}
+    assert counts == pytest.approx(expected, abs=3)
+    assert max(expected.values()) - min(expected.values()) > 8
+    # In the first rounds as its images say, since it was as likely as any to be sampled.
     assert weights[0][0] != weights[0][1]
     assert len(weights) == 42 and all(one == pytest.approx(other) for one, other in weights[4:])
 
 
-def test_no_fewer_sites_than_min_sites_are_drawn(tmp_path: Path) -> None:
-    """A small share does not go below the study's least."""
+def test_at_least_min_sites_are_sampled(tmp_path: Path) -> None:
+    """A small participation does not go below min_sites."""
     folder = run(
         tmp_path, STUDY.replace("rounds: 3, min_sites: 2", "rounds: 2, participation: 0.01, min_sites: 3")
     )

@@ -1,4 +1,4 @@
-"""Many sites: replies are taken one by one, and what comes out is what all at once would give."""
+"""Many sites: replies are processed one by one, with the result of all at once."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ training: {{local_steps: 5}}
 federation: {{min_sites: 2, round_timeout_s: 5, wait_for_sites_s: 0, {more}}}
 baselines: []
 """
-FOUND = Evaluation(accuracy=0.5, balanced_accuracy=0.5, auroc=0.5, f1=0.5, ece=0.1, test_examples=10)
+EVALUATION = Evaluation(accuracy=0.5, balanced_accuracy=0.5, auroc=0.5, f1=0.5, ece=0.1, test_examples=10)
 
 
 class ManySites(FakeGrid):
-    """Sites with a change each, and replies that it can count as long as anybody holds them."""
+    """Sites with one update each, which counts the replies that are still in memory."""
 
-    def __init__(self, changes: np.ndarray, *, shuffle: int | None = None) -> None:
-        super().__init__(self._site, len(changes))
-        self.changes, self.most = changes, 0
+    def __init__(self, updates: np.ndarray, *, shuffle: int | None = None) -> None:
+        super().__init__(self._site, len(updates))
+        self.updates, self.most = updates, 0
         self._random = None if shuffle is None else random.Random(shuffle)
-        self._made: list[weakref.ref[Any]] = []
+        self._replies: list[weakref.ref[Any]] = []
 
     def _site(self, message: Message, context: Any) -> Message:
         number = message.metadata.dst_node_id - 100
@@ -63,21 +63,23 @@ class ManySites(FakeGrid):
             name, fingerprint = f"s{number:04}", FINGERPRINT.to_json()
             reply: object = HandshakeReply(protocol=PROTOCOL, site=name, fingerprint=fingerprint, version="0")
         else:
-            change = encode(self.changes[number], LAYOUT)
-            reply = TrainReply(update=change, examples=1 + number % 7, steps=5, loss=1.0, evaluation=FOUND)
+            update = encode(self.updates[number], LAYOUT)
+            reply = TrainReply(
+                update=update, examples=1 + number % 7, steps=5, loss=1.0, evaluation=EVALUATION
+            )
         content = to_record(reply)
-        self._made.append(weakref.ref(content))
+        self._replies.append(weakref.ref(content))
         return Message(content, reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         found = super().pull_messages(message_ids)
         if self._random:
             self._random.shuffle(found)
-        self.most = max(self.most, sum(one() is not None for one in self._made))
+        self.most = max(self.most, sum(one() is not None for one in self._replies))
         return found
 
 
-TASK = TrainReply(update=b"", examples=1, steps=1, loss=1.0, evaluation=FOUND)
+TASK = TrainReply(update=b"", examples=1, steps=1, loss=1.0, evaluation=EVALUATION)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +88,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rounds(path: Path, grid: FakeGrid, more: str = "strategy: fedavg", count: int = 1) -> RunDir:
-    """Run rounds of these sites; the run folder says what came of them."""
+    """Run rounds of these sites, and return the run folder."""
     study = StudyConfig.from_yaml(STUDY.format(more=f"{more}, rounds: {count}"))
     run_dir = RunDir.create(path, study.to_yaml())
     federation = Federation(study, run_dir, Messenger(grid), ParameterPartition(LAYOUT), FINGERPRINT)
@@ -99,49 +101,49 @@ def shift(run_dir: RunDir) -> np.ndarray:
     return run_dir.load_shift().shift.numpy()
 
 
-def random_changes(sites: int, seed: int = 0) -> np.ndarray:
+def random_updates(sites: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(sites, LAYOUT.size)).astype(np.float32)
 
 
-def test_of_many_sites_no_more_replies_are_held_than_are_pulled_at_once(tmp_path: Path) -> None:
-    grid = ManySites(random_changes(200))
-    ours = rounds(tmp_path / "run", grid, count=2)
-    assert sum(row["status"] == "accepted" for row in ours.rounds()) == 2 * 200
+def test_no_more_replies_are_in_memory_than_one_batch(tmp_path: Path) -> None:
+    grid = ManySites(random_updates(200))
+    run_dir = rounds(tmp_path / "run", grid, count=2)
+    assert sum(row["status"] == "accepted" for row in run_dir.rounds()) == 2 * 200
     assert 0 < grid.most <= messenger.BATCH + 1  # and the one that is being read
 
 
-def test_the_last_bit_does_not_depend_on_who_answers_first(tmp_path: Path) -> None:
+def test_the_model_does_not_depend_on_the_order_of_replies(tmp_path: Path) -> None:
     # Large ones that cancel, so that the order of a sum shows in its last digits.
-    small, large = random_changes(25), np.float32(1e8) * random_changes(25, seed=1)
-    changes = np.concatenate([np.float32(1e-4) * small, large, -large])
+    small, large = random_updates(25), np.float32(1e8) * random_updates(25, seed=1)
+    updates = np.concatenate([np.float32(1e-4) * small, large, -large])
     more = "strategy: fedavg, norm_factor: null, max_examples: 1"
-    plain = rounds(tmp_path / "plain", ManySites(changes), more)
+    plain = rounds(tmp_path / "plain", ManySites(updates), more)
     for seed in range(3):
-        shuffled = rounds(tmp_path / f"shuffled-{seed}", ManySites(changes, shuffle=seed), more)
+        shuffled = rounds(tmp_path / f"shuffled-{seed}", ManySites(updates, shuffle=seed), more)
         np.testing.assert_array_equal(shift(shuffled), shift(plain))
         assert shuffled.rounds() == plain.rounds()
 
 
-def test_a_change_out_of_proportion_leaves_no_trace_in_the_mean(tmp_path: Path) -> None:
-    """It is known for one only when all are there, when a running sum would hold it already."""
-    changes = random_changes(12)
-    changes[5] *= 1e20
-    grid = ManySites(changes)
-    ours = rounds(tmp_path / "run", grid)
+def test_a_norm_outlier_is_not_part_of_the_mean(tmp_path: Path) -> None:
+    """An outlier is known only when all updates are there; a running sum would contain it."""
+    updates = random_updates(12)
+    updates[5] *= 1e20
+    grid = ManySites(updates)
+    run_dir = rounds(tmp_path / "run", grid)
     weights = np.array([1.0 + number % 7 for number in range(12)])
     weights[5] = 0
-    exact = weights @ changes.astype(np.float64) / weights.sum()
-    np.testing.assert_array_equal(shift(ours), exact.astype(np.float32))
-    (row,) = [row for row in ours.rounds() if row["status"] == "rejected"]
+    exact = weights @ updates.astype(np.float64) / weights.sum()
+    np.testing.assert_array_equal(shift(run_dir), exact.astype(np.float32))
+    (row,) = [row for row in run_dir.rounds() if row["status"] == "rejected"]
     assert row["site"] == "s0005" and "times the round's median" in row["reason"]
 
 
 def test_rules_that_need_all_updates_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="flwr"):
-        rounds(tmp_path / "median", ManySites(random_changes(5)), "strategy: fedmedian")
+        rounds(tmp_path / "median", ManySites(random_updates(5)), "strategy: fedmedian")
         assert "memory grows with their number" in caplog.text
         caplog.clear()
-        rounds(tmp_path / "mean", ManySites(random_changes(5)))
+        rounds(tmp_path / "mean", ManySites(random_updates(5)))
         assert "memory grows" not in caplog.text
 
 
@@ -149,46 +151,46 @@ vectors = st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3)
 
 
 @given(st.dictionaries(st.integers(0, 9), st.tuples(vectors, st.integers(1, 10**6)), min_size=1))
-def test_the_mean_is_that_of_float64(told: dict[int, tuple[list[float], int]]) -> None:
-    weights = {node: weight for node, (_, weight) in told.items()}
-    changes = {node: np.array(change, np.float32) for node, (change, _) in told.items()}
+def test_the_mean_is_that_of_float64(values: dict[int, tuple[list[float], int]]) -> None:
+    weights = {node: weight for node, (_, weight) in values.items()}
+    updates = {node: np.array(update, np.float32) for node, (update, _) in values.items()}
     expected = np.average(
-        np.array([changes[n] for n in told], np.float64), axis=0, weights=list(weights.values())
+        np.array([updates[n] for n in values], np.float64), axis=0, weights=list(weights.values())
     )
-    np.testing.assert_allclose(weighted_mean_update(weights, changes), expected, rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(weighted_mean_update(weights, updates), expected, rtol=1e-12, atol=1e-9)
 
 
-def test_vectors_come_back_as_they_were_put_and_leave_nothing(tmp_path: Path) -> None:
-    kept: UpdateBuffer[str] = UpdateBuffer(3, tmp_path)
+def test_the_update_buffer_returns_what_was_put_and_leaves_no_file(tmp_path: Path) -> None:
+    buffer: UpdateBuffer[str] = UpdateBuffer(3, tmp_path)
     first, second = np.array([1, 2, 3], np.float32), np.array([4, 5, 6], np.float64)
-    kept.put("a", first)
-    kept.put("b", second)
-    kept.put("a", first + 1)
-    assert list(kept) == ["a", "b"] and len(kept) == 2 and kept["a"].dtype == np.float32
-    np.testing.assert_array_equal(kept["a"], first + 1)
-    np.testing.assert_array_equal(kept["b"], second)
+    buffer.put("a", first)
+    buffer.put("b", second)
+    buffer.put("a", first + 1)
+    assert list(buffer) == ["a", "b"] and len(buffer) == 2 and buffer["a"].dtype == np.float32
+    np.testing.assert_array_equal(buffer["a"], first + 1)
+    np.testing.assert_array_equal(buffer["b"], second)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UpdateBufferError, match=r"shape \(2,\), expected \(3,\)"):
-        kept.put("c", np.zeros(2))
+        buffer.put("c", np.zeros(2))
     with pytest.raises(KeyError):
-        kept["c"]
+        buffer["c"]
 
 
-def test_a_full_disk_is_said_to_be_one() -> None:
+def test_a_full_disk_is_reported() -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    kept: UpdateBuffer[int] = UpdateBuffer(3, Path.cwd())
-    kept._file.close()
-    kept._file = full.open("r+b", buffering=0)
+    buffer: UpdateBuffer[int] = UpdateBuffer(3, Path.cwd())
+    buffer._file.close()
+    buffer._file = full.open("r+b", buffering=0)
     with pytest.raises(
         UpdateBufferError, match=r"12 bytes there for each site\. Make room and resume the run"
     ):
-        kept.put(1, np.zeros(3))
+        buffer.put(1, np.zeros(3))
 
 
-def test_a_reply_that_came_in_time_counts_however_long_those_before_it_take() -> None:
-    grid = ManySites(random_changes(100))
+def test_a_reply_that_arrived_in_time_is_accepted_however_slow_the_consumer() -> None:
+    grid = ManySites(random_updates(100))
     clock = messenger.time
     received = 0
     for reply in Messenger(grid).send_tasks(grid.contexts, TASK, kind="train", timeout=5):

@@ -1,4 +1,4 @@
-"""The server's parts one by one: attribution, pooling, the roster, and the averaging strategies."""
+"""Matching of replies, metrics over all sites, the site manager and the aggregation rules."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sent(*nodes: int) -> dict[int, Message]:
     return messages
 
 
-def test_every_failure_goes_to_its_own_site() -> None:
+def test_every_failure_is_matched_to_its_site() -> None:
     tasks = sent(7, 8, 9, 10)
     content = to_record(HandshakeReply(protocol=PROTOCOL, site="x", fingerprint="", version="0.1.0"))
     replies = [
@@ -57,42 +57,46 @@ def test_every_failure_goes_to_its_own_site() -> None:
         Message(Error(2, "a second reply"), reply_to=tasks[7]),
         Message(Error(2, "never asked"), reply_to=sent(99)[99]),
     ]
-    found = {reply.node: reply for reply in match_replies(tasks, replies)}
-    assert found[7].content is not None and found[7].bytes_up > 0
-    assert (found[8].failure, found[9].failure) == (
+    by_node = {reply.node: reply for reply in match_replies(tasks, replies)}
+    assert by_node[7].content is not None and by_node[7].bytes_up > 0
+    assert (by_node[8].failure, by_node[9].failure) == (
         "the site's app failed",
         "the site could not be reached in time",
     )
-    assert found[10].timed_out and not found[8].timed_out
-    assert sorted(found) == [7, 8, 9, 10]
+    assert by_node[10].timed_out and not by_node[8].timed_out
+    assert sorted(by_node) == [7, 8, 9, 10]
 
 
-def test_only_a_type_name_of_a_site_is_repeated() -> None:
+def test_of_a_sites_error_only_a_type_name_is_kept() -> None:
     tasks = sent(7, 8, 9)
     replies = [
         Message(Error(100, "FileNotFoundError"), reply_to=tasks[7]),
         Message(Error(100, "/data/patient-7.png"), reply_to=tasks[8]),
         Message(Error(2, "BundleNotApproved"), reply_to=tasks[9]),
     ]
-    found = {reply.node: reply for reply in match_replies(tasks, replies)}
-    assert (found[7].failure, found[8].failure) == ("FileNotFoundError", "error 100")
-    assert found[9].failure == "the site's app failed: BundleNotApproved"
+    by_node = {reply.node: reply for reply in match_replies(tasks, replies)}
+    assert (by_node[7].failure, by_node[8].failure) == ("FileNotFoundError", "error 100")
+    assert by_node[9].failure == "the site's app failed: BundleNotApproved"
 
 
 counts = st.lists(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), min_size=1)
 
 
 @given(counts)
-def test_pooled_accuracy_is_right_answers_over_images(right_of: list[tuple[int, int]]) -> None:
-    told = {
+def test_accuracy_over_all_sites_is_correct_predictions_over_images(
+    counts_of_sites: list[tuple[int, int]],
+) -> None:
+    evaluations = {
         str(i): Evaluation(
-            accuracy=right / n, balanced_accuracy=0.5, auroc=NAN, f1=0.5, ece=0.0, test_examples=n
+            accuracy=correct / n, balanced_accuracy=0.5, auroc=NAN, f1=0.5, ece=0.0, test_examples=n
         )
-        for i, (right, n) in enumerate(right_of)
+        for i, (correct, n) in enumerate(counts_of_sites)
     }
-    pooled = aggregate_metrics(told.values())
-    assert pooled["accuracy"] == sum(right for right, _ in right_of) / sum(n for _, n in right_of)
-    assert "auroc" not in pooled
+    metrics = aggregate_metrics(evaluations.values())
+    assert metrics["accuracy"] == sum(correct for correct, _ in counts_of_sites) / sum(
+        n for _, n in counts_of_sites
+    )
+    assert "auroc" not in metrics
 
 
 def test_a_metric_is_the_mean_of_the_sites_that_have_it() -> None:
@@ -110,35 +114,35 @@ def test_a_metric_is_the_mean_of_the_sites_that_have_it() -> None:
 START = np.array([1.0, -2.0, 0.5], np.float32)
 
 
-def drifts(*told: tuple[list[float], int]) -> list[dict[str, float]]:
-    """The drift of sites with these changes and weights, from START."""
-    changes = {node: np.array(change, np.float32) for node, (change, _) in enumerate(told)}
+def statistics_of(*sites: tuple[list[float], int]) -> list[dict[str, float]]:
+    """The statistics of sites with these updates and weights, from START."""
+    vectors_by_node = {node: np.array(vector, np.float32) for node, (vector, _) in enumerate(sites)}
     updates = {
         node: SiteUpdate(
             site=str(node),
             reply=SiteReply(node=node, bytes_down=0),
-            update_norm=float(np.linalg.norm(change.astype(float))),
-            shift_norm=float(np.linalg.norm(START.astype(float) + change)),
+            update_norm=float(np.linalg.norm(vector.astype(float))),
+            shift_norm=float(np.linalg.norm(START.astype(float) + vector)),
         )
-        for node, change in changes.items()
+        for node, vector in vectors_by_node.items()
     }
-    mean = weighted_mean_update({node: weight for node, (_, weight) in enumerate(told)}, changes)
-    return list(update_statistics(updates, changes, mean).values())
+    mean = weighted_mean_update({node: weight for node, (_, weight) in enumerate(sites)}, vectors_by_node)
+    return list(update_statistics(updates, vectors_by_node, mean).values())
 
 
-def test_drift_is_measured_from_the_rounds_model_and_against_the_weighted_mean() -> None:
+def test_update_statistics_relate_to_the_global_shift_and_the_weighted_mean() -> None:
     # The mean change is (3 (2, 0, 0) + 1 (0, 2, 0)) / 4 = (1.5, 0.5, 0).
-    first, second = drifts(([2, 0, 0], 3), ([0, 2, 0], 1))
+    first, second = statistics_of(([2, 0, 0], 3), ([0, 2, 0], 1))
     assert first["update_norm"] == second["update_norm"] == 2
     assert first["update_cosine"] == pytest.approx(3 / math.sqrt(10))
     assert second["update_cosine"] == pytest.approx(1 / math.sqrt(10))
     assert first["shift_norm"] == pytest.approx(math.sqrt(9 + 4 + 0.25))
 
 
-def test_a_change_without_direction_has_no_cosine() -> None:
-    still, moved = drifts(([0, 0, 0], 1), ([0, 0, 4], 1))
+def test_a_zero_update_has_no_cosine() -> None:
+    still, moved = statistics_of(([0, 0, 0], 1), ([0, 0, 4], 1))
     assert "update_cosine" not in still and still["update_norm"] == 0 and moved["update_cosine"] == 1
-    opposite = drifts(([1, 0, 0], 1), ([-1, 0, 0], 1))
+    opposite = statistics_of(([1, 0, 0], 1), ([-1, 0, 0], 1))
     assert [one.keys() for one in opposite] == [{"update_norm", "shift_norm"}] * 2
 
 
@@ -146,17 +150,17 @@ vectors = st.lists(st.integers(-1000, 1000).map(float), min_size=3, max_size=3)
 
 
 @given(st.lists(st.tuples(vectors, st.integers(1, 500)), min_size=1, max_size=6))
-def test_of_all_sites_changes_the_parts_along_the_mean_add_up_to_it(told: list[tuple[Any, int]]) -> None:
-    found = drifts(*told)
-    weights = [weight for _, weight in told]
-    mean = np.linalg.norm(np.average([change for change, _ in told], axis=0, weights=weights))
-    along = [one["update_norm"] * one.get("update_cosine", 0.0) for one in found]
+def test_the_updates_parts_along_the_mean_average_to_its_norm(sites: list[tuple[Any, int]]) -> None:
+    statistics = statistics_of(*sites)
+    weights = [weight for _, weight in sites]
+    mean = np.linalg.norm(np.average([update for update, _ in sites], axis=0, weights=weights))
+    along = [row["update_norm"] * row.get("update_cosine", 0.0) for row in statistics]
     assert np.average(along, weights=weights) == pytest.approx(mean, abs=1e-3)
-    assert all(-1 <= one.get("update_cosine", 0.0) <= 1 for one in found)
+    assert all(-1 <= row.get("update_cosine", 0.0) <= 1 for row in statistics)
 
 
 class FakeMessenger:
-    """Node id -> (name, fingerprint JSON), who is online, and how often each was asked."""
+    """Sites that are online: node id -> (name, fingerprint JSON); `asked` records every handshake."""
 
     def __init__(self, sites: dict[int, tuple[str, str]]) -> None:
         self.sites, self.asked = sites, []
@@ -175,58 +179,56 @@ class FakeMessenger:
         return match_replies(messages, replies)
 
 
-def test_the_roster_takes_in_late_comers_and_keeps_names_apart(
+def test_the_site_manager_accepts_late_sites_and_refuses_duplicate_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunDir.create(tmp_path / "run", STUDY)
     good = FINGERPRINT.to_json()
-    exchange = FakeMessenger({1: ("north", good), 2: ("south", "not json"), 3: ("north", good)})
-    roster = SiteManager(exchange, folder, StudyConfig.from_yaml(STUDY), FINGERPRINT)  # type: ignore[arg-type]
-    assert roster.available() == {1: "north"}
+    messenger = FakeMessenger({1: ("north", good), 2: ("south", "not json"), 3: ("north", good)})
+    manager = SiteManager(messenger, folder, StudyConfig.from_yaml(STUDY), FINGERPRINT)  # type: ignore[arg-type]
+    assert manager.available() == {1: "north"}
     reasons = {(e["site"], e["reason"]) for e in folder.events() if e["kind"] == "site_refused"}
     assert reasons == {
         ("south", "the site's fingerprint cannot be parsed"),
         ("north", "another site is already called 'north'"),
     }
     # A refused site is not asked again at once, a new one is, and one that came back keeps its name.
-    exchange.sites = {2: ("south", good), 4: ("north", good)}
-    assert roster.available() == {4: "north"}
-    assert exchange.asked == [1, 2, 3, 4]
+    messenger.sites = {2: ("south", good), 4: ("north", good)}
+    assert manager.available() == {4: "north"}
+    assert messenger.asked == [1, 2, 3, 4]
     ready = [e for e in folder.events() if e["kind"] == "site_ready"]
     assert [e["version"] for e in ready] == ["0.2.0rc1"] * 2
     monkeypatch.setattr(site_manager, "RETRY_S", 0.0)
-    roster._next_handshake.clear()
-    assert roster.available() == {4: "north", 2: "south"}
+    manager._next_handshake.clear()
+    assert manager.available() == {4: "north", 2: "south"}
 
 
 @pytest.mark.parametrize(("back_after", "waited"), [(12, 12), (1000, 30)])
-def test_a_round_waits_a_moment_for_a_site_that_went_away_and_only_once(
+def test_a_round_waits_once_for_a_site_that_went_offline(
     back_after: int, waited: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = FINGERPRINT.to_json()
     all_three = {1: ("east", good), 2: ("north", good), 3: ("south", good)}
-    exchange, clock = FakeMessenger(all_three), [100.0]
+    messenger, clock = FakeMessenger(all_three), [100.0]
 
     def sleep(seconds: float) -> None:
         clock[0] += seconds
         if clock[0] >= 100 + back_after:
-            exchange.sites = all_three
+            messenger.sites = all_three
 
     monkeypatch.setattr(site_manager.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(site_manager.time, "sleep", sleep)
     folder = RunDir.create(tmp_path / "run", STUDY)
-    roster = SiteManager(exchange, folder, study("fedavg"), FINGERPRINT)  # type: ignore[arg-type]
-    assert set(roster.wait_for_sites()) == {1, 2, 3}
-    exchange.sites = {1: ("east", good), 2: ("north", good)}
-    assert set(roster.wait_for_sites()) == ({1, 2, 3} if back_after == waited else {1, 2})
+    manager = SiteManager(messenger, folder, study("fedavg"), FINGERPRINT)  # type: ignore[arg-type]
+    assert set(manager.wait_for_sites()) == {1, 2, 3}
+    messenger.sites = {1: ("east", good), 2: ("north", good)}
+    assert set(manager.wait_for_sites()) == ({1, 2, 3} if back_after == waited else {1, 2})
     assert clock[0] == 100 + waited
-    roster.wait_for_sites()
+    manager.wait_for_sites()
     assert clock[0] == 100 + waited
 
 
-def test_a_node_that_never_answers_the_handshake_is_asked_ever_more_seldom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_handshakes_with_a_silent_node_back_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, clock = FINGERPRINT.to_json(), [100.0]
 
     class OneSilent(FakeMessenger):
@@ -238,15 +240,15 @@ def test_a_node_that_never_answers_the_handshake_is_asked_ever_more_seldom(
                 yield SiteReply(node=3, bytes_down=0, timed_out=True)
 
     monkeypatch.setattr(site_manager.time, "monotonic", lambda: clock[0])
-    exchange = OneSilent({1: ("east", good), 2: ("north", good), 3: ("south", good)})
+    messenger = OneSilent({1: ("east", good), 2: ("north", good), 3: ("south", good)})
     folder = RunDir.create(tmp_path / "run", STUDY)
     plain = study("fedavg")
     patient = replace(plain, federation=replace(plain.federation, round_timeout_s=600))
-    roster = SiteManager(exchange, folder, patient, FINGERPRINT)  # type: ignore[arg-type]
+    manager = SiteManager(messenger, folder, patient, FINGERPRINT)  # type: ignore[arg-type]
     waits = []
     for _ in range(30):  # rounds of a minute each
         before = clock[0]
-        assert set(roster.wait_for_sites()) == {1, 2}
+        assert set(manager.wait_for_sites()) == {1, 2}
         waits.append(clock[0] - before)
         clock[0] += 60
     # At first a site may have its basis to compute; then it is a minute, after 2, 4, 8 and 16 minutes.
@@ -255,18 +257,18 @@ def test_a_node_that_never_answers_the_handshake_is_asked_ever_more_seldom(
     assert refused["reason"] == "it did not answer the handshake in time"
 
 
-def test_at_a_server_a_site_is_who_its_node_says(tmp_path: Path) -> None:
-    """Else a site could take another's place by its name."""
+def test_a_sites_name_must_be_that_of_its_node(tmp_path: Path) -> None:
+    """Else a site could impersonate another by its name."""
 
     class Nodes:
         def node_problem(self, node: int, name: str) -> str:
             return "" if (node, name) == (1, "north") else "its node belongs to site 'south'"
 
     folder, good = RunDir.create(tmp_path / "run", STUDY), FINGERPRINT.to_json()
-    exchange = FakeMessenger({2: ("north", good), 1: ("north", good)})
+    messenger = FakeMessenger({2: ("north", good), 1: ("north", good)})
     study = StudyConfig.from_yaml(STUDY)
-    roster = SiteManager(exchange, folder, study, FINGERPRINT, Nodes())  # type: ignore[arg-type]
-    assert roster.available() == {1: "north"}
+    manager = SiteManager(messenger, folder, study, FINGERPRINT, Nodes())  # type: ignore[arg-type]
+    assert manager.available() == {1: "north"}
     (refused,) = [e for e in folder.events() if e["kind"] == "site_refused"]
     assert refused["reason"] == "its node belongs to site 'south'"
 
@@ -366,7 +368,7 @@ def test_the_mean_update_equals_flowers_mean_of_the_models(seed: int, sites: int
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
+    ("name", "options", "message"),
     [
         ("fedtrimmedavg", {"beta": 0.5}, r"options\.beta is 0\.5, expected a number between 0 and 0\.499999"),
         ("fedadam", {"eta": "big"}, r"federation\.options\.eta is 'big', expected a number"),
@@ -384,8 +386,8 @@ def test_the_mean_update_equals_flowers_mean_of_the_models(seed: int, sites: int
         ("fedavgm", {"min_train_nodes": 1}, "not an option of fedavgm"),
     ],
 )
-def test_options_are_checked_before_anything_starts(name: str, options: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_options_are_refused(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Aggregator(study(name, **options))
 
 

@@ -1,4 +1,4 @@
-"""Run folders: what is written is read back, whatever moment a crash chose."""
+"""Run folders: what is written is read back, also after a crash at any moment."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> RunDir:
     return RunDir.create(tmp_path / "run", STUDY)
 
 
-def test_a_folder_is_taken_once_and_opened_only_if_it_is_one(tmp_path: Path) -> None:
+def test_a_run_folder_is_created_once_and_opened_only_if_it_exists(tmp_path: Path) -> None:
     RunDir.create(tmp_path / "a" / "b", STUDY)
     assert RunDir.open(tmp_path / "a" / "b").study_yaml == STUDY
     with pytest.raises(RunDirError, match=r"already holds a run.*resume=true"):
@@ -93,7 +93,7 @@ def test_events_cut_anywhere_lose_only_the_cut_line(
     assert path.read_bytes().startswith(b"\n".join(content.split(b"\n")[:whole]))
 
 
-def test_an_event_whole_but_for_its_newline_is_kept_and_ended(folder: RunDir) -> None:
+def test_an_event_that_lacks_only_its_newline_is_kept(folder: RunDir) -> None:
     folder.log_event("site_ready", site="a")
     path = folder.path / "events.jsonl"
     path.write_bytes(path.read_bytes().removesuffix(b"\n"))
@@ -111,7 +111,7 @@ def _is_json(text: bytes) -> bool:
     return True
 
 
-def test_a_damaged_line_in_the_middle_is_shown_not_hidden(folder: RunDir) -> None:
+def test_a_damaged_line_is_reported_as_an_event(folder: RunDir) -> None:
     folder.log_event("site_ready", site="a")
     with (folder.path / "events.jsonl").open("ab") as file:
         file.write(b'{"time": 1, "ki\xff\n')
@@ -120,7 +120,7 @@ def test_a_damaged_line_in_the_middle_is_shown_not_hidden(folder: RunDir) -> Non
     assert kinds == [("site_ready", None), ("unreadable_line", 2), ("site_ready", None)]
 
 
-def test_rows_come_back_as_numbers(folder: RunDir) -> None:
+def test_rows_are_read_as_numbers(folder: RunDir) -> None:
     metrics = {"accuracy": 1 / 3, "auroc": math.nan, "examples": 64, "test_examples": 130.0}
     folder.log_round(1, 'a, "b"\nc', metrics, 10, 20, "rejected", "too long,\r\nby far")
     (row,) = folder.rounds()
@@ -182,12 +182,12 @@ def test_rows_cut_anywhere_lose_only_the_cut_row(
     assert [row["site"] for row in after[whole:]] == ["late"]
 
 
-HEATS = st.lists(st.integers(1, 5), min_size=1, max_size=5)
+ROUNDS = st.lists(st.integers(1, 5), min_size=1, max_size=5)
 
 
 @REPEATED
-@given(cut=st.integers(0, 500), rounds=HEATS)
-def test_heats_cut_anywhere_lose_only_the_cut_line_and_of_one_round_the_last_counts(
+@given(cut=st.integers(0, 500), rounds=ROUNDS)
+def test_shift_magnitudes_cut_anywhere_lose_only_the_cut_line(
     tmp_path_factory: pytest.TempPathFactory, cut: int, rounds: list[int]
 ) -> None:
     folder = RunDir.create(tmp_path_factory.mktemp("cut") / "run", STUDY)
@@ -208,7 +208,7 @@ def test_heats_cut_anywhere_lose_only_the_cut_line_and_of_one_round_the_last_cou
     assert len(path.read_bytes().splitlines()) == whole + 1
 
 
-def test_a_line_that_is_no_heat_is_left_out(folder: RunDir) -> None:
+def test_a_line_that_is_no_shift_magnitude_is_left_out(folder: RunDir) -> None:
     assert folder.shift_magnitudes() == []
     folder.log_shift_magnitude(1, {"image": {"layers": [0], "parts": {"q": [math.nan, np.float32(0.5)]}}})
     with (folder.path / "shift_magnitude.jsonl").open("ab") as file:
@@ -229,7 +229,7 @@ with RunDir.open(Path(sys.argv[1])).lock():
 """
 
 
-def test_a_folder_is_held_by_one_process_until_it_dies(
+def test_a_folder_is_locked_by_one_process_until_it_dies(
     folder: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
@@ -252,7 +252,7 @@ def test_a_folder_is_held_by_one_process_until_it_dies(
     assert not folder.locked
 
 
-def test_a_reader_does_not_keep_a_writer_out(folder: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_does_not_lock_out_a_writer(folder: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     with folder.lock():
         pass
     with (folder.path / "run.lock").open("rb") as reader:
@@ -263,7 +263,7 @@ def test_a_reader_does_not_keep_a_writer_out(folder: RunDir, monkeypatch: pytest
             assert folder.locked
 
 
-def test_without_locks_a_run_goes_on_and_is_thought_alive(
+def test_without_file_locks_a_run_continues_and_is_considered_running(
     folder: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*args: object) -> None:
@@ -299,7 +299,7 @@ def test_summary_and_sigma_round_trip(folder: RunDir) -> None:
     np.testing.assert_array_equal(saved.shift.numpy(), shift)
 
 
-def test_overview_follows_a_run_through_failure_and_resume(folder: RunDir) -> None:
+def test_the_summary_follows_a_run_through_failure_and_resume(folder: RunDir) -> None:
     assert summarize_run(folder).state == "interrupted"
     folder.log_event("run_start")
     folder.log_round(1, ALL_SITES, {"accuracy": 0.25}, 0, 0, ALL_SITES)

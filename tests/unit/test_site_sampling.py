@@ -1,4 +1,4 @@
-"""Which sites are asked: as often as their images say, and the same again when a run is gone on with."""
+"""Sampling of sites: in proportion to their images, and the same in a resumed run."""
 
 from __future__ import annotations
 
@@ -35,46 +35,48 @@ def sites(sizes: list[int]) -> tuple[dict[int, str], dict[str, int]]:
 
 
 @given(sizes=SIZES, data=st.data())
-def test_chances_are_in_proportion_and_none_is_above_one(sizes: list[int], data: st.DataObject) -> None:
+def test_inclusion_probabilities_are_proportional_and_at_most_one(
+    sizes: list[int], data: st.DataObject
+) -> None:
     count = data.draw(st.integers(1, len(sizes)))
-    found = inclusion_probabilities(dict(enumerate(sizes)), count)
-    assert sum(found.values()) == pytest.approx(count)
-    assert all(0 < one <= 1 for one in found.values())
-    if shares := [found[node] / size for node, size in enumerate(sizes) if found[node] < 1]:
+    probabilities = inclusion_probabilities(dict(enumerate(sizes)), count)
+    assert sum(probabilities.values()) == pytest.approx(count)
+    assert all(0 < one <= 1 for one in probabilities.values())
+    if shares := [probabilities[node] / size for node, size in enumerate(sizes) if probabilities[node] < 1]:
         assert shares == pytest.approx([shares[0]] * len(shares))
-        # Whoever is always asked would by its share be asked more than always.
-        assert all(size * shares[0] > 1 - 1e-9 for node, size in enumerate(sizes) if found[node] == 1)
+        # A site that is always sampled would by its share be sampled more than always.
+        assert all(size * shares[0] > 1 - 1e-9 for node, size in enumerate(sizes) if probabilities[node] == 1)
 
 
 @given(sizes=SIZES, share=st.floats(0.01, 0.99), least=st.integers(1, 4), seed=st.integers(0, 20))
-def test_as_many_as_the_share_are_asked_and_each_as_often_as_its_images_say(
+def test_sites_are_sampled_in_proportion_to_their_images(
     sizes: list[int], share: float, least: int, seed: int
 ) -> None:
     study, (ready, images) = plan(share, least=least, seed=seed), sites(sizes)
     count = min(len(sizes), max(least, math.ceil(share * len(sizes))))
     chance = inclusion_probabilities(dict(enumerate(sizes)), count)
-    rounds, asked = 200, Counter[int]()
+    rounds, counts = 200, Counter[int]()
     for number in range(1, rounds + 1):
-        drawn = sample_sites(ready, study, round=number, images=images)
-        assert len(drawn.sites) == count and list(drawn.sites) == sorted(drawn.sites)
-        for node in drawn.sites:
-            assert sizes[node] * drawn.factors[node] == pytest.approx(sizes[node] / chance[node])
-        asked.update(list(drawn.sites))
+        sample = sample_sites(ready, study, round=number, images=images)
+        assert len(sample.sites) == count and list(sample.sites) == sorted(sample.sites)
+        for node in sample.sites:
+            assert sizes[node] * sample.factors[node] == pytest.approx(sizes[node] / chance[node])
+        counts.update(list(sample.sites))
     # Discrepancy of the golden section's multiples: below 1 + log2(200), and here much below.
-    assert all(abs(asked[node] - rounds * one) < 5 for node, one in chance.items())
+    assert all(abs(counts[node] - rounds * one) < 5 for node, one in chance.items())
 
 
-def test_a_site_that_has_not_told_counts_as_a_typical_one_and_nobody_told_is_all_alike() -> None:
+def test_a_site_without_a_reported_count_is_sampled_as_an_average_one() -> None:
     ready, images = sites([10, 10, 10, 10])
     del images["site-3"]
-    asked, nobody = Counter[int](), Counter[int]()
+    counts, unreported = Counter[int](), Counter[int]()
     for number in range(1, 101):
-        asked.update(list(sample_sites(ready, plan(0.25), round=number, images=images).sites))
-        nobody.update(list(sample_sites(ready, plan(0.25), round=number).sites))
-    assert all(abs(asked[node] - 25) <= 2 and abs(nobody[node] - 25) <= 2 for node in ready)
+        counts.update(list(sample_sites(ready, plan(0.25), round=number, images=images).sites))
+        unreported.update(list(sample_sites(ready, plan(0.25), round=number).sites))
+    assert all(abs(counts[node] - 25) <= 2 and abs(unreported[node] - 25) <= 2 for node in ready)
 
 
-def test_the_draw_is_the_same_again_and_another_with_another_seed() -> None:
+def test_the_sample_depends_on_the_seed_alone() -> None:
     ready, images = sites([5, 9, 2, 7, 30, 4])
 
     def all_of(seed: int) -> list[list[int]]:
@@ -84,7 +86,7 @@ def test_the_draw_is_the_same_again_and_another_with_another_seed() -> None:
     assert all_of(1) == all_of(1) != all_of(2)
 
 
-def test_what_sites_have_told_is_read_from_the_rounds_that_are_done() -> None:
+def test_reported_examples_are_read_from_the_rounds_done() -> None:
     study = plan(0.5)
     rows = [
         {"round": 1, "site": "a", "status": "accepted", "examples": 9},
@@ -110,12 +112,12 @@ def test_what_sites_have_told_is_read_from_the_rounds_that_are_done() -> None:
         "federation: {cohorts: by_images, participation: 0.5, strategy: fedmedian}",
     ],
 )
-def test_what_cannot_be_drawn_by_images_is_refused(lines: str) -> None:
+def test_settings_that_exclude_sampling_by_images_are_refused(lines: str) -> None:
     with pytest.raises(ConfigError, match=r"federation\.cohorts"):
         StudyConfig.from_yaml(f"{{name: s, backbone: b, classes: [a, b], {lines}}}")
 
 
-def test_a_share_is_not_rounded_up_by_what_binary_numbers_lack() -> None:
+def test_a_share_is_not_rounded_up_by_binary_fractions() -> None:
     study = StudyConfig.from_yaml("{name: s, backbone: b, classes: [a, b], federation: {min_sites: 1}}")
     for percent in range(1, 101):
         share = replace(study, federation=replace(study.federation, participation=percent / 100))
