@@ -35,13 +35,7 @@ LOCAL_SESSION_S = 7 * 86400.0
 
 
 def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGIApp:
-    """Return the dashboard of a folder of simulations, for one user on this machine.
-
-    Args:
-        runs: Folder that contains the run folders, or a run folder.
-        settings: Origins and limits.
-        link: One-time link, the only way to sign in.
-    """
+    """Return the dashboard of a folder of simulations, for one user on this machine."""
     context = DashboardContext(RunIndex(runs), PAGES)
 
     @asynccontextmanager
@@ -57,10 +51,6 @@ def runs_app(runs: Path, *, settings: AccessSettings, link: OneTimeLink) -> ASGI
 
 def server_app(server: ServerHome, config: DashboardConfig) -> ASGIApp:
     """Return the dashboard of a server, for its users.
-
-    Args:
-        server: Folder of the server.
-        config: Content of its dashboard.yaml.
 
     Raises:
         ConfigError: oidc.yaml is invalid.

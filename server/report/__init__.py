@@ -11,14 +11,7 @@ __all__ = ["summary_table", "write_report"]
 
 
 def write_report(run_dir: RunDir) -> Path:
-    """Write `report.html` from the files of a run in any state; an older report is replaced.
-
-    Args:
-        run_dir: Folder of the run.
-
-    Returns:
-        Path of the report.
-    """
+    """Write `report.html` from the files of a run in any state, replacing an older one; return its path."""
     # matplotlib is slow to import, and a run writes its report only once.
     from fedsigma.common.utils.files import write_atomic
     from fedsigma.server.report.data import collect_report_data

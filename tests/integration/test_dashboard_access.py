@@ -42,7 +42,7 @@ def test_nothing_passes_without_signing_in_but_health(visitor: TestClient) -> No
     assert visitor.post("/health", headers=FROM_US).status_code == 401
 
 
-def test_one_comes_back_to_the_page_that_was_asked_for(visitor: TestClient) -> None:
+def test_login_redirects_to_the_requested_page(visitor: TestClient) -> None:
     answer = visitor.get("/runs/demo?tab=sites&page=2", headers=HTML)
     place = parse_qs(urlsplit(answer.headers["location"]).query)["next"]
     assert place == ["/runs/demo?tab=sites&page=2"]
@@ -51,13 +51,13 @@ def test_one_comes_back_to_the_page_that_was_asked_for(visitor: TestClient) -> N
     assert sign_in(visitor, "anna", next=place[0]).headers["location"] == place[0]
 
 
-def test_who_signed_in_is_known(anna: TestClient) -> None:
+def test_session_identifies_the_user(anna: TestClient) -> None:
     assert anna.get("/").json() == {"name": "anna", "role": "operator"}
     answer = anna.get("/login?next=/runs")
     assert (answer.status_code, answer.headers["location"]) == (303, "/runs")
 
 
-def test_the_cookie_is_out_of_reach(visitor: TestClient) -> None:
+def test_session_cookie_has_protective_attributes(visitor: TestClient) -> None:
     cookie = sign_in(visitor, "anna").headers["set-cookie"]
     name, _, rest = cookie.partition("=")
     assert name == "__Host-fedsigma"
@@ -65,7 +65,7 @@ def test_the_cookie_is_out_of_reach(visitor: TestClient) -> None:
     assert parts == {"httponly", "path=/", "samesite=strict", "secure"}
 
 
-def test_a_session_that_was_brought_along_is_not_taken_over(visitor: TestClient, accounts: Accounts) -> None:
+def test_login_prevents_session_fixation(visitor: TestClient, accounts: Accounts) -> None:
     planted = "p" * 43
     visitor.cookies.set("__Host-fedsigma", planted, domain=HOST)
     sign_in(visitor, "anna")
@@ -78,7 +78,7 @@ def test_a_session_that_was_brought_along_is_not_taken_over(visitor: TestClient,
     assert visitor.get("/").json()["name"] == "vera"
 
 
-def test_who_signs_out_is_out(anna: TestClient, accounts: Accounts, log: FakeLog) -> None:
+def test_logout_ends_the_session(anna: TestClient, accounts: Accounts, log: FakeLog) -> None:
     token = anna.cookies["__Host-fedsigma"]
     assert anna.get("/logout").status_code == 405
     assert anna.post("/logout", headers=FROM_US).status_code == 403
@@ -101,12 +101,12 @@ def test_a_wrong_password_and_a_wrong_name_look_the_same(visitor: TestClient) ->
     assert "not the password" not in answers[0].text
 
 
-def test_what_is_typed_is_not_markup(visitor: TestClient) -> None:
+def test_entered_name_is_escaped(visitor: TestClient) -> None:
     answer = sign_in(visitor, '"><script>alert(1)</script>', "not the password", check=False)
     assert "<script" not in answer.text
 
 
-def test_an_odd_form_signs_nobody_in(visitor: TestClient) -> None:
+def test_invalid_forms_are_rejected(visitor: TestClient) -> None:
     for data in ({}, {"name": "anna"}, {"password": PASSWORD}, {"name": ["anna", "vera"], "password": ""}):
         assert visitor.post("/login", headers=FROM_US, data=data).status_code == 401
     files = {"name": ("x", b"anna"), "password": ("y", PASSWORD.encode())}
@@ -117,7 +117,7 @@ def test_an_odd_form_signs_nobody_in(visitor: TestClient) -> None:
     assert visitor.post("/login", headers=form, content=body).status_code == 401
 
 
-def test_the_page_is_usable_with_a_keyboard_and_a_reader(visitor: TestClient) -> None:
+def test_login_page_is_accessible(visitor: TestClient) -> None:
     page = visitor.get("/login").text
     for name, complete in (("name", "username"), ("password", "current-password")):
         field = re.search(rf'<input id="{name}"[^>]*>', page)
@@ -130,7 +130,7 @@ def test_the_page_is_usable_with_a_keyboard_and_a_reader(visitor: TestClient) ->
     assert page.count("autofocus") == 1
 
 
-def test_a_change_needs_the_word_that_only_our_pages_know(anna: TestClient) -> None:
+def test_changes_need_a_csrf_token(anna: TestClient) -> None:
     word = csrf(anna)
     refused: list[dict[str, Any]] = [
         {},
@@ -154,7 +154,7 @@ def test_a_change_needs_the_word_that_only_our_pages_know(anna: TestClient) -> N
     assert anna.post("/act", headers={"X-CSRF-Token": word}, data={"study": "x"}).json() == {"study": "x"}
 
 
-def test_the_word_of_one_session_does_not_do_in_another(anna: TestClient) -> None:
+def test_csrf_token_is_valid_for_one_session(anna: TestClient) -> None:
     word = csrf(anna)
     sign_in(anna, "anna")
     assert anna.post("/act", headers=FROM_US, data={"csrf": word}).status_code == 403
@@ -173,7 +173,7 @@ def test_the_word_of_one_session_does_not_do_in_another(anna: TestClient) -> Non
         {"Sec-Fetch-Site": "cross-site", "Origin": ORIGIN},
     ],
 )
-def test_a_change_from_another_site_is_refused_even_with_the_word(
+def test_cross_site_changes_are_rejected_despite_the_csrf_token(
     anna: TestClient, headers: dict[str, str]
 ) -> None:
     assert anna.post("/act", headers=headers, data={"csrf": csrf(anna)}).status_code == 403
@@ -183,7 +183,7 @@ def test_a_change_from_another_site_is_refused_even_with_the_word(
     assert anna.cookies["__Host-fedsigma"] == before
 
 
-def test_signing_in_has_to_say_where_it_is_sent_from(visitor: TestClient) -> None:
+def test_login_needs_an_origin(visitor: TestClient) -> None:
     assert visitor.post("/login", data={"name": "anna", "password": PASSWORD}).status_code == 403
     for headers in ({"Sec-Fetch-Site": "same-origin"}, {"Origin": "null", "Sec-Fetch-Site": "same-origin"}):
         answer = visitor.post("/login", headers=headers, data={"name": "anna", "password": PASSWORD})
@@ -197,7 +197,7 @@ def test_another_method_cannot_be_smuggled_in(anna: TestClient) -> None:
     assert anna.post("/act", headers={**smuggled, **FROM_US}, data={"_method": "GET"}).status_code == 403
 
 
-def test_a_viewer_looks_and_an_operator_acts(visitor: TestClient, accounts: Accounts) -> None:
+def test_only_operators_may_change_things(visitor: TestClient, accounts: Accounts) -> None:
     sign_in(visitor, "vera")
     assert visitor.get("/").json()["role"] == "viewer"
     for path in ("/act", "/act-later"):
@@ -207,7 +207,7 @@ def test_a_viewer_looks_and_an_operator_acts(visitor: TestClient, accounts: Acco
         assert visitor.post(path, headers=FROM_US, data={"csrf": csrf(visitor)}).status_code == 200
 
 
-def test_a_programs_token_reads_the_metrics_and_nothing_else(visitor: TestClient, accounts: Accounts) -> None:
+def test_token_only_gives_access_to_the_metrics(visitor: TestClient, accounts: Accounts) -> None:
     bearer = {"Authorization": f"Bearer {accounts.add_token('prometheus')}"}
     assert visitor.get("/metrics", headers=bearer).text == "fedsigma_up 1"
     # It is asked for by an address, not by the dashboard's name.
@@ -225,14 +225,14 @@ def test_a_programs_token_reads_the_metrics_and_nothing_else(visitor: TestClient
     assert visitor.get("/metrics", headers=bearer).status_code == 401
 
 
-def test_a_session_is_no_programs_token_and_the_reverse(visitor: TestClient, accounts: Accounts) -> None:
+def test_sessions_and_tokens_are_not_interchangeable(visitor: TestClient, accounts: Accounts) -> None:
     session, program = accounts.open_session("anna"), accounts.add_token("prometheus")
     assert visitor.get("/metrics", headers={"Authorization": f"Bearer {session}"}).status_code == 401
     visitor.cookies.set("__Host-fedsigma", program)
     assert visitor.get("/").status_code == 401
 
 
-def test_a_link_opens_a_dashboard_of_ones_own_machine_once() -> None:
+def test_one_time_link_signs_in_one_browser() -> None:
     link, here = OneTimeLink(), "http://127.0.0.1:8050"
     accounts = Accounts(None, hasher=QUICK)
     settings = AccessSettings(origins=(here, "http://localhost:8050"))

@@ -30,7 +30,7 @@ from tests.helpers.dashboard_door import (
 )
 
 
-def test_the_file_is_its_owners_alone_and_signs_nobody_in(accounts: Accounts, tmp_path: Path) -> None:
+def test_database_is_private_and_has_no_secrets(accounts: Accounts, tmp_path: Path) -> None:
     token, program = accounts.open_session("anna"), accounts.add_token("prometheus")
     user = accounts.find_user(token)
     assert user is not None
@@ -44,7 +44,7 @@ def test_the_file_is_its_owners_alone_and_signs_nobody_in(accounts: Accounts, tm
     assert all(row[0].startswith("$argon2id$") for row in rows)
 
 
-def test_a_file_that_all_could_read_is_closed(tmp_path: Path) -> None:
+def test_permissions_of_an_existing_database_are_restricted(tmp_path: Path) -> None:
     (tmp_path / "dashboard.db").touch(mode=0o644)
     Accounts(tmp_path / "dashboard.db", hasher=QUICK).close()
     assert stat.S_IMODE((tmp_path / "dashboard.db").stat().st_mode) == 0o600
@@ -56,38 +56,38 @@ GUESSED = ["a" * 20, "abcabcabcabcabc", "abababababab1", "123456789012", "210987
 
 
 @pytest.mark.parametrize("password", [*SHORT_OR_LONG, *GUESSED, "fedsigmafedsigma"])
-def test_a_password_that_would_be_guessed_is_refused(password: str) -> None:
+def test_weak_passwords_are_rejected(password: str) -> None:
     with pytest.raises(AccountsError):
         check_password(password, name=NAME)
 
 
 @pytest.mark.parametrize("password", ["tooshort", *GUESSED[:5]])
-def test_a_password_is_not_told(password: str) -> None:
+def test_errors_do_not_contain_the_password(password: str) -> None:
     with pytest.raises(AccountsError) as error:
         check_password(password, name="anna")
     assert password not in str(error.value)
 
 
 @pytest.mark.parametrize("password", [PASSWORD, "ﾊﾟｽﾜｰﾄﾞは長いほど良い", "x1" * 5 + "yz", "all small letters"])
-def test_length_counts_and_kinds_of_characters_do_not(password: str) -> None:
+def test_long_passwords_need_no_character_classes(password: str) -> None:
     check_password(password, name="anna")
 
 
 @pytest.mark.parametrize("name", ["", "Anna", "-anna", "an na", "anna\n", "a" * 65, "аnna"])
-def test_names_that_could_be_taken_for_others_are_refused(accounts: Accounts, name: str) -> None:
+def test_confusable_names_are_rejected(accounts: Accounts, name: str) -> None:
     with pytest.raises(AccountsError, match="expected 1 to 64"):
         accounts.add_user(name, role="viewer", password=PASSWORD)
     with pytest.raises(AccountsError, match="expected 1 to 64"):
         accounts.add_token(name)
 
 
-def test_a_password_is_the_same_from_every_keyboard(accounts: Accounts) -> None:
+def test_passwords_are_unicode_normalized(accounts: Accounts) -> None:
     accounts.add_user("zoe", role="viewer", password="zo\u00eb ist zu lang")
     assert accounts.verify_password("zoe", "zoe\u0308 ist zu lang")
     assert not accounts.verify_password("zoe", "zoe ist zu lang")
 
 
-def test_a_name_that_nobody_has_costs_as_much(tmp_path: Path) -> None:
+def test_unknown_users_take_as_long_to_verify(tmp_path: Path) -> None:
     verified = []
 
     class Counting(PasswordHasher):
@@ -108,7 +108,7 @@ def test_a_name_that_nobody_has_costs_as_much(tmp_path: Path) -> None:
     accounts.close()
 
 
-def test_an_older_hash_is_renewed_when_its_user_signs_in(tmp_path: Path) -> None:
+def test_outdated_hash_is_replaced_at_login(tmp_path: Path) -> None:
     path = tmp_path / "d.db"
     Accounts(path, hasher=QUICK).add_user("anna", role="viewer", password=PASSWORD)
     accounts = Accounts(path, hasher=PasswordHasher(time_cost=2, memory_cost=16, parallelism=1))
@@ -124,7 +124,7 @@ def test_an_older_hash_is_renewed_when_its_user_signs_in(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "change", [{"role": "viewer"}, {"password": "another long one"}, {"disabled": True}, None]
 )
-def test_who_is_changed_or_removed_is_signed_out(accounts: Accounts, change: dict[str, Any] | None) -> None:
+def test_changed_and_removed_users_are_signed_out(accounts: Accounts, change: dict[str, Any] | None) -> None:
     mine, other = accounts.open_session("anna"), accounts.open_session("vera")
     elsewhere = accounts.open_session("anna", method="oidc", role="viewer")
     if change is None:
@@ -137,21 +137,21 @@ def test_who_is_changed_or_removed_is_signed_out(accounts: Accounts, change: dic
     assert accounts.find_user(elsewhere) is not None
 
 
-def test_a_name_that_is_given_again_is_another_user(accounts: Accounts) -> None:
+def test_new_user_of_a_removed_name_has_no_sessions(accounts: Accounts) -> None:
     token = accounts.open_session("anna")
     accounts.remove("anna")
     accounts.add_user("anna", role="viewer", password=PASSWORD)
     assert accounts.find_user(token) is None
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_installed()
     monkeypatch.setattr(dashboard_config, "find_spec", lambda name: None if name == "limits" else object())
     with pytest.raises(AccountsError, match=r"limits is not installed: pip install 'fedsigma\[dashboard\]'"):
         check_installed()
 
 
-def test_a_disabled_user_gets_in_again_when_enabled(accounts: Accounts) -> None:
+def test_disabled_user_can_be_enabled(accounts: Accounts) -> None:
     accounts.update_user("anna", disabled=True)
     assert not accounts.verify_password("anna", PASSWORD)
     with pytest.raises(AccountsError, match="disabled"):
@@ -160,7 +160,7 @@ def test_a_disabled_user_gets_in_again_when_enabled(accounts: Accounts) -> None:
     assert accounts.verify_password("anna", PASSWORD)
 
 
-def test_a_session_ends_by_itself(accounts: Accounts, clock: Clock) -> None:
+def test_sessions_expire(accounts: Accounts, clock: Clock) -> None:
     idle = accounts.open_session("anna")
     clock.now += 30 * 60 - 1
     assert accounts.find_user(idle) is not None
@@ -175,7 +175,7 @@ def test_a_session_ends_by_itself(accounts: Accounts, clock: Clock) -> None:
     assert accounts.find_user(busy) is None
 
 
-def test_a_page_that_renews_itself_is_nobody(accounts: Accounts, clock: Clock) -> None:
+def test_polling_does_not_extend_a_session(accounts: Accounts, clock: Clock) -> None:
     token = accounts.open_session("anna")
     for _ in range(3):
         assert accounts.find_user(token, active=False) is not None
@@ -183,7 +183,7 @@ def test_a_page_that_renews_itself_is_nobody(accounts: Accounts, clock: Clock) -
     assert accounts.find_user(token, active=False) is None
 
 
-def test_sessions_that_ended_do_not_pile_up(accounts: Accounts, clock: Clock, tmp_path: Path) -> None:
+def test_expired_sessions_are_deleted(accounts: Accounts, clock: Clock, tmp_path: Path) -> None:
     for _ in range(3):
         accounts.open_session("anna")
         clock.now += 3600
@@ -194,7 +194,7 @@ def test_sessions_that_ended_do_not_pile_up(accounts: Accounts, clock: Clock, tm
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_threads_take_turns(tmp_path: Path, in_memory: bool) -> None:
+def test_accounts_are_thread_safe(tmp_path: Path, in_memory: bool) -> None:
     accounts = Accounts(None if in_memory else tmp_path / "d.db", hasher=QUICK, idle_timeout=1e-6 + 100)
     failures: list[BaseException] = []
 
@@ -224,12 +224,12 @@ BAD_ORIGINS += ["ftp://fl.example.org", "https://fl.example.org:99999", "https:/
 
 
 @pytest.mark.parametrize("origins", [(), *((bad,) for bad in BAD_ORIGINS), ("https://a.org", HERE)])
-def test_an_address_without_tls_or_of_another_form_is_refused(origins: tuple[str, ...]) -> None:
+def test_invalid_origins_are_rejected(origins: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=r"access\.origins"):
         AccessSettings(origins=origins)
 
 
-def test_settings_are_bounded() -> None:
+def test_settings_are_validated() -> None:
     for proxy in ("*", "proxy.example.org", "10.0.0.1/8"):
         with pytest.raises(ConfigError, match=r"access\.proxies"):
             AccessSettings(origins=(ORIGIN,), proxies=(proxy,))
@@ -249,7 +249,7 @@ def command(server: ServerHome, *args: str, input: str | None = None) -> tuple[i
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_users_by_command(server: ServerHome) -> None:
+def test_users_command(server: ServerHome) -> None:
     assert command(server, "list")[1].startswith("Nobody may sign in yet")
     typed = f"{PASSWORD}\n{PASSWORD}\n"
     assert command(server, "add", "anna", "--role", "operator", input=typed)[0] == 0
@@ -296,7 +296,7 @@ def test_users_by_command(server: ServerHome) -> None:
         (["change", "nobody"], None, "nothing to change"),
     ],
 )
-def test_a_command_that_does_not_do_says_why(
+def test_users_command_reports_errors(
     server: ServerHome, args: list[str], typed: str | None, says: str
 ) -> None:
     code, _, error = command(server, *args, input=typed)
@@ -305,7 +305,7 @@ def test_a_command_that_does_not_do_says_why(
     assert not (server.path / "audit.jsonl").exists()
 
 
-def test_a_name_is_given_once(server: ServerHome) -> None:
+def test_names_are_unique(server: ServerHome) -> None:
     assert command(server, "token", "anna")[0] == 0
     code, _, error = command(server, "add", "anna", "--password-stdin", input=PASSWORD)
     assert code == 3

@@ -109,7 +109,7 @@ def states(text: str) -> dict[str, str]:
     }
 
 
-def test_studies_that_have_not_begun_are_in_the_list(browsers: dict[str, TestClient]) -> None:
+def test_submitted_studies_are_listed(browsers: dict[str, TestClient]) -> None:
     text = page(browsers["vera"], "/")
     assert states(text) == {"ran": "interrupted", "died": "failed", "waits": "queued"}
     assert "the run did not start: finished:failed" in text
@@ -117,7 +117,7 @@ def test_studies_that_have_not_begun_are_in_the_list(browsers: dict[str, TestCli
     assert "/stop/waits" not in text and "/stop/waits" in page(browsers["olga"], "/")
 
 
-def test_as_long_as_the_superlink_does_not_answer_a_study_waits(
+def test_studies_are_queued_while_the_superlink_is_unreachable(
     browsers: dict[str, TestClient], watch: SuperLinkWatch
 ) -> None:
     watch.error = "it does not answer"
@@ -125,7 +125,7 @@ def test_as_long_as_the_superlink_does_not_answer_a_study_waits(
     assert "is not known: it does not answer" in page(browsers["vera"], "/sites")
 
 
-def test_sites_are_told_with_contact_and_version(browsers: dict[str, TestClient]) -> None:
+def test_sites_are_listed_with_contact_and_version(browsers: dict[str, TestClient]) -> None:
     text = page(browsers["vera"], "/sites")
     rows = {row[0]: row[1:] for row in re.findall(r"<tr>" + r"<t[hd][^>]*>(.*?)</t[hd]>" * 6 + "</tr>", text)}
     state, node, contact, version, _ = rows["north"]
@@ -135,7 +135,7 @@ def test_sites_are_told_with_contact_and_version(browsers: dict[str, TestClient]
     assert rows["annex"][:2] == ("invited", "–") and rows["annex"][4] == "&lt;i&gt;new&lt;/i&gt;"
 
 
-def test_only_operators_act_and_only_from_the_pages(browsers: dict[str, TestClient]) -> None:
+def test_actions_need_an_operator_and_a_csrf_token(browsers: dict[str, TestClient]) -> None:
     for path in ("/stop/ran", "/resume/ran", "/start"):
         assert send(browsers["vera"], path).status_code == 403
         assert browsers["nobody"].post(path, headers=FROM_US).status_code == 401
@@ -154,7 +154,7 @@ def test_only_operators_act_and_only_from_the_pages(browsers: dict[str, TestClie
         ({"bundled": "demo"}, "does not answer: is `fedsigma server up` running?"),
     ],
 )
-def test_what_cannot_be_started_says_why_and_stays(
+def test_invalid_studies_are_reported_in_the_form(
     browsers: dict[str, TestClient], fields: dict[str, str], told: str
 ) -> None:
     answer = send(
@@ -166,7 +166,7 @@ def test_what_cannot_be_started_says_why_and_stays(
     assert str(Path.home()) not in answer.text
 
 
-def test_a_run_that_is_not_there_is_not_stopped(browsers: dict[str, TestClient]) -> None:
+def test_unknown_run_cannot_be_stopped(browsers: dict[str, TestClient]) -> None:
     assert send(browsers["olga"], "/stop/nowhere").status_code == 404
 
 
@@ -189,13 +189,13 @@ def test_the_audit_log_is_verified_and_shown(browsers: dict[str, TestClient], se
         ("lisen: 127.0.0.1:1", "did you mean 'listen'"),
     ],
 )
-def test_settings_that_do_not_do_say_so(tmp_path: Path, text: str, told: str) -> None:
+def test_invalid_dashboard_settings_are_reported(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "dashboard.yaml").write_text(text + "\n")
     with pytest.raises(ValueError, match=re.escape(told)):
         DashboardConfig.read(tmp_path)
 
 
-def test_paths_in_the_settings_are_beside_them(tmp_path: Path) -> None:
+def test_paths_in_settings_are_relative_to_the_file(tmp_path: Path) -> None:
     text = "certificate: a.pem\nkey: /b/key.pem\naccess: {origins: ['https://fl.example.org']}\n"
     (tmp_path / "dashboard.yaml").write_text(text)
     found = DashboardConfig.read(tmp_path)

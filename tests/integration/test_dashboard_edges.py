@@ -44,7 +44,7 @@ STRANGE += ["/static/%2e%2e/%2e%2e/etc/passwd", "https://dash.example.org/health
 
 
 @pytest.mark.parametrize("path", STRANGE)
-def test_strange_addresses_lead_nowhere(anna: TestClient, path: str) -> None:
+def test_ambiguous_urls_are_rejected(anna: TestClient, path: str) -> None:
     assert raw_get(anna, path) == 400
     anna.cookies.clear()
     assert raw_get(anna, path) == 400
@@ -80,17 +80,17 @@ def raw_get(browser: TestClient, path: str) -> int:
 
 
 @pytest.mark.parametrize("path", ["/Health", "/%68ealthy", "/health;x", "/LOGIN/x", "/loginx"])
-def test_what_is_nearly_open_is_shut(visitor: TestClient, path: str) -> None:
+def test_paths_similar_to_public_ones_need_a_session(visitor: TestClient, path: str) -> None:
     assert raw_get(visitor, path) == 303
     assert visitor.get(path).status_code == 401
 
 
-def test_another_host_is_refused(anna: TestClient) -> None:
+def test_unknown_host_names_are_rejected(anna: TestClient) -> None:
     for host in ("evil.example", HOST + ":8443", HOST + ".", ""):
         assert anna.get("/", headers={"Host": host}).status_code == 421
 
 
-def test_web_sockets_are_not_opened(anna: TestClient) -> None:
+def test_web_sockets_are_rejected(anna: TestClient) -> None:
     with pytest.raises(WebSocketDisconnect), anna.websocket_connect("/live"):
         pass
 
@@ -114,7 +114,7 @@ PLACES = st.one_of(
 
 
 @given(PLACES)
-def test_no_text_leads_to_another_host(place: str) -> None:
+def test_local_path_never_leads_to_another_host(place: str) -> None:
     safe = local_path(place)
     assert safe == place or safe == "/"
     assert where_a_browser_goes(safe) == HOST
@@ -122,7 +122,7 @@ def test_no_text_leads_to_another_host(place: str) -> None:
 
 
 @given(st.lists(st.from_regex(r"[A-Za-z0-9_@-][A-Za-z0-9._@-]{0,8}", fullmatch=True), max_size=4))
-def test_pages_of_the_dashboard_are_kept(parts: list[str]) -> None:
+def test_local_path_accepts_pages_of_the_dashboard(parts: list[str]) -> None:
     place = "/runs/" + "/".join(parts)
     assert local_path(place + "?page=2&by=name") == place + "?page=2&by=name"
 
@@ -141,12 +141,12 @@ ELSEWHERE += ["/" + "a" * 2000]
 
 
 @pytest.mark.parametrize("place", ELSEWHERE)
-def test_the_sign_in_leads_nowhere_else(visitor: TestClient, place: str) -> None:
+def test_login_does_not_redirect_elsewhere(visitor: TestClient, place: str) -> None:
     assert sign_in(visitor, "anna", next=place).headers["location"] == "/"
     assert visitor.get("/login", params={"next": place}).headers["location"] == "/"
 
 
-def test_a_name_is_tried_ten_times_in_five_minutes(
+def test_login_attempts_are_limited_by_name(
     accounts: Accounts, monkeypatch: pytest.MonkeyPatch, log: FakeLog
 ) -> None:
     times = Clock()
@@ -166,7 +166,7 @@ def test_a_name_is_tried_ten_times_in_five_minutes(
     assert sign_in(visitor, "anna", check=False).status_code == 303
 
 
-def test_who_signs_in_begins_anew(visitor: TestClient) -> None:
+def test_login_resets_the_rate_limit_of_the_name(visitor: TestClient) -> None:
     for _ in range(9):
         assert sign_in(visitor, "anna", "not the password", check=False).status_code == 401
     assert sign_in(visitor, "anna", check=False).status_code == 303
@@ -174,20 +174,20 @@ def test_who_signs_in_begins_anew(visitor: TestClient) -> None:
         assert sign_in(visitor, "anna", "not the password", check=False).status_code == 401
 
 
-def test_an_address_tries_thirty_names(visitor: TestClient) -> None:
+def test_login_attempts_are_limited_by_address(visitor: TestClient) -> None:
     statuses = [sign_in(visitor, f"user{n}", "no", check=False).status_code for n in range(31)]
     assert statuses == [401] * 30 + [429]
     assert sign_in(visitor, "anna", check=False).status_code == 429
 
 
-def test_one_machine_has_one_address() -> None:
+def test_rate_limit_counts_ipv6_networks() -> None:
     attempts = LoginRateLimiter(AccessSettings(origins=(ORIGIN,), per_address=2))
     assert [attempts.register_attempt(f"2001:db8:1:2::{n}") > 0 for n in range(3)] == [False, False, True]
     assert attempts.register_attempt("2001:db8:1:3::1") == 0
     assert [attempts.register_attempt(text) > 0 for text in ("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.1")][2]
 
 
-def test_an_address_is_told_by_a_trusted_proxy_only(accounts: Accounts) -> None:
+def test_forwarded_address_needs_a_trusted_proxy(accounts: Accounts) -> None:
     log = FakeLog()
     for proxies, expected in [((), "203.0.113.9"), (("203.0.113.0/24",), "198.51.100.7")]:
         settings = AccessSettings(origins=(ORIGIN,), proxies=proxies)
@@ -197,7 +197,7 @@ def test_an_address_is_told_by_a_trusted_proxy_only(accounts: Accounts) -> None:
         assert log.lines[-1]["address"] == expected
 
 
-def test_a_request_is_small(anna: TestClient) -> None:
+def test_large_requests_are_rejected(anna: TestClient) -> None:
     big = {"csrf": csrf(anna), "study": "x" * 65536}
     assert anna.post("/act", headers=FROM_US, data=big).status_code == 413
     assert anna.post("/login", headers=FROM_US, data={"name": "x" * 65536}).status_code == 413
@@ -210,7 +210,7 @@ def test_a_request_is_small(anna: TestClient) -> None:
     assert anna.post("/act", headers={**FROM_US, "Content-Length": "-1"}, content=b"x").status_code == 413
 
 
-def test_every_answer_has_the_headers(anna: TestClient) -> None:
+def test_all_responses_have_security_headers(anna: TestClient) -> None:
     answers = [anna.get("/"), anna.get("/none"), anna.get("/broken"), anna.post("/act"), anna.get("/health")]
     answers += [anna.get("/", headers={"Host": "evil.example"}), anna.get("/static/app.js?v=1")]
     anna.cookies.clear()
@@ -231,7 +231,7 @@ def test_every_answer_has_the_headers(anna: TestClient) -> None:
         assert headers["cache-control"] == ("private, max-age=31536000, immutable" if kept else "no-store")
 
 
-def test_an_error_of_the_guard_itself_lets_nobody_in(
+def test_internal_error_denies_access(
     visitor: TestClient, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(token: str, *, active: bool) -> None:
@@ -244,7 +244,7 @@ def test_an_error_of_the_guard_itself_lets_nobody_in(
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_a_page_says_what_it_asks_by_itself(
+def test_poll_header_marks_requests_as_inactive(
     visitor: TestClient, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[bool] = []
@@ -255,7 +255,7 @@ def test_a_page_says_what_it_asks_by_itself(
     assert said == [True, False]
 
 
-def test_the_sign_in_brings_the_style_that_its_policy_names(visitor: TestClient) -> None:
+def test_login_page_style_matches_its_content_policy(visitor: TestClient) -> None:
     answer = visitor.get("/login")
     style = re.search(r"<style>(.*?)</style>", answer.text, re.DOTALL)
     assert style is not None
@@ -265,7 +265,7 @@ def test_the_sign_in_brings_the_style_that_its_policy_names(visitor: TestClient)
     assert not re.search(r'\sstyle="|\son[a-z]+="', answer.text)
 
 
-def test_the_log_says_who_came_and_holds_no_secret(visitor: TestClient, log: FakeLog) -> None:
+def test_audit_log_has_logins_but_no_secrets(visitor: TestClient, log: FakeLog) -> None:
     sign_in(visitor, "anna", "not the password", check=False)
     sign_in(visitor, "my-password-by-mistake", "x", check=False)
     sign_in(visitor, "anna")
@@ -281,7 +281,7 @@ def test_the_log_says_who_came_and_holds_no_secret(visitor: TestClient, log: Fak
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), LogTampered(Path("audit.jsonl"), 3, "was changed")])
-def test_nobody_gets_in_unnoted(accounts: Accounts, error: Exception) -> None:
+def test_login_is_denied_if_the_audit_log_fails(accounts: Accounts, error: Exception) -> None:
     log = FakeLog()
     log.error = error
     visitor = client(door(accounts, log=log))

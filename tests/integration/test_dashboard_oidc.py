@@ -132,7 +132,7 @@ def refused(browser: TestClient, log: FakeLog, answer: Any) -> str:
     return str(log.lines[-1].get("reason", ""))
 
 
-def test_a_person_gets_in_with_the_role_of_a_group(browser: TestClient, log: FakeLog) -> None:
+def test_group_determines_the_role(browser: TestClient, log: FakeLog) -> None:
     assert "Sign in with Example University" in browser.get("/login").text
     for sub, name, role in [("7", "Ona", "operator"), ("8", "Vic", "viewer")]:
         answer = way(browser, sub, next="/?page=2")
@@ -147,7 +147,7 @@ def test_a_person_gets_in_with_the_role_of_a_group(browser: TestClient, log: Fak
     assert f"{COOKIE}-oidc" not in browser.cookies
 
 
-def test_nobody_else_gets_in(browser: TestClient, log: FakeLog) -> None:
+def test_users_without_a_group_are_rejected(browser: TestClient, log: FakeLog) -> None:
     assert refused(browser, log, way(browser, "9")) == ""
     assert log.lines[-1]["user"] == "Eve"
     refused(browser, log, way(browser, "somebody@example.org"))
@@ -166,9 +166,7 @@ def test_the_flow_has_state_nonce_and_pkce(browser: TestClient, provider: Lying)
     assert asked["code_challenge"] == [base64.urlsafe_b64encode(digest).rstrip(b"=").decode()]
 
 
-def test_a_way_back_is_of_one_browser_and_one_time(
-    browser: TestClient, provider: Lying, log: FakeLog
-) -> None:
+def test_callback_works_once_in_one_browser(browser: TestClient, provider: Lying, log: FakeLog) -> None:
     back = at_the_provider(browser.get("/login/oidc").headers["location"], "7").removeprefix(ORIGIN)
     other = client(browser.app)
     assert refused(other, log, other.get(back)) == "MismatchingStateError"
@@ -181,14 +179,14 @@ def test_a_way_back_is_of_one_browser_and_one_time(
     assert refused(browser, log, browser.get(back)) == "OAuthError"
 
 
-def test_what_the_way_back_says_is_not_repeated(browser: TestClient, log: FakeLog) -> None:
+def test_callback_errors_are_not_displayed(browser: TestClient, log: FakeLog) -> None:
     for query in ("", "?error=access_denied&error_description=Call+0900", "?code=x", "?code=x&state=y"):
         answer = browser.get("/login/oidc/back" + query)
         refused(browser, log, answer)
         assert "0900" not in answer.text + json.dumps(log.lines)
 
 
-def test_nonsense_on_the_way_back_does_not_fill_the_log(browser: TestClient, log: FakeLog) -> None:
+def test_invalid_callbacks_are_rate_limited(browser: TestClient, log: FakeLog) -> None:
     statuses = [browser.get("/login/oidc/back?state=x").status_code for _ in range(40)]
     assert statuses == [403] * 30 + [429] * 10
     assert len(log.lines) == 30
@@ -211,7 +209,7 @@ def signing(
         provider.changes["/jwks"] = lambda _: {"keys": [key.as_dict(private=False)]}
 
 
-def test_tokens_that_were_only_signed_anew_do(browser: TestClient, provider: Lying) -> None:
+def test_resigned_tokens_are_accepted(browser: TestClient, provider: Lying) -> None:
     """Or the next test would show nothing."""
     signing(provider, lambda claims: claims)
     assert way(browser, "7").status_code == 303
@@ -232,16 +230,14 @@ def test_tokens_that_were_only_signed_anew_do(browser: TestClient, provider: Lyi
         {"sub": "a\nb", "preferred_username": "a\nb"},
     ],
 )
-def test_a_token_for_another_place_or_time_is_refused(
+def test_tokens_with_invalid_claims_are_rejected(
     browser: TestClient, provider: Lying, log: FakeLog, change: dict[str, Any]
 ) -> None:
     signing(provider, lambda claims: {**claims, **change})
     assert refused(browser, log, way(browser, "7"))
 
 
-def test_a_token_that_the_provider_did_not_sign_is_refused(
-    browser: TestClient, provider: Lying, log: FakeLog
-) -> None:
+def test_tokens_of_another_signer_are_rejected(browser: TestClient, provider: Lying, log: FakeLog) -> None:
     signing(provider, lambda claims: claims, known=False)
     refused(browser, log, way(browser, "7"))
     # Signed by what both know, or by nobody, and the provider says that it does so.
@@ -275,14 +271,14 @@ def unsigned(token: dict[str, Any]) -> dict[str, Any]:
         {"id_token_signing_alg_values_supported": ["none", "HS256"]},
     ],
 )
-def test_nobody_is_sent_to_a_provider_that_is_another(
+def test_invalid_provider_metadata_are_rejected(
     browser: TestClient, provider: Lying, log: FakeLog, told: dict[str, Any]
 ) -> None:
     provider.changes["/.well-known/openid-configuration"] = lambda known: {**known, **told}
     assert refused(browser, log, browser.get("/login/oidc")) in ("OidcError", "ConfigError")
 
 
-def test_a_provider_that_is_down_is_said_to_be(settings: OidcSettings, log: FakeLog, tmp_path: Path) -> None:
+def test_unreachable_provider_is_reported(settings: OidcSettings, log: FakeLog, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     away = OidcSettings(
         issuer="http://127.0.0.1:9",
@@ -294,7 +290,7 @@ def test_a_provider_that_is_down_is_said_to_be(settings: OidcSettings, log: Fake
     assert refused(browser, log, browser.get("/login/oidc")) == "ConnectError"
 
 
-def test_groups_may_be_told_elsewhere_than_in_the_token(
+def test_groups_may_come_from_the_userinfo_endpoint(
     browser: TestClient, provider: Lying, log: FakeLog
 ) -> None:
     signing(provider, lambda claims: {**claims, "groups": None})
@@ -332,7 +328,7 @@ def test_settings_that_do_not_do(change: dict[str, Any], says: str) -> None:
         OidcSettings(**{**GOOD, **change})
 
 
-def test_a_secret_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_secret_is_reported(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for name in ("none", "empty"):
         with pytest.raises(ConfigError, match="client_secret_file"):
@@ -353,7 +349,7 @@ def test_a_secret_that_is_not_there(tmp_path: Path) -> None:
         ({}, None),
     ],
 )
-def test_a_role_is_a_value_of_one_claim(claims: dict[str, Any], role: str | None) -> None:
+def test_role_is_read_from_the_claim(claims: dict[str, Any], role: str | None) -> None:
     settings = OidcSettings(
         **{**GOOD, "roles_claim": "realm_access.roles", "operators": ("op",), "viewers": ("vi",)}
     )

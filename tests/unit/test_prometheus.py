@@ -60,7 +60,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_runs_are_told_with_their_figures(place: Path) -> None:
+def test_metrics_of_runs(place: Path) -> None:
     text, folder = page(RunCollector(lambda: read(place))), RunDir.open(place / "under-way")
     assert values(text, "fedsigma_runs") == {
         ("queued",): 0,
@@ -94,7 +94,7 @@ def test_runs_are_told_with_their_figures(place: Path) -> None:
     assert build.labels["version"] == __version__ and build.value == 1
 
 
-def test_sites_are_told_while_their_run_has_not_finished(place: Path) -> None:
+def test_metrics_of_sites_until_the_run_has_finished(place: Path) -> None:
     text, folder = page(RunCollector(lambda: read(place))), RunDir.open(place / "under-way")
     accuracy = values(text, "fedsigma_site_accuracy_ratio")
     assert {run for _, run, _ in accuracy} == {"under-way", "broken"}
@@ -110,7 +110,7 @@ def test_sites_are_told_while_their_run_has_not_finished(place: Path) -> None:
     assert not values(text, "fedsigma_site_privacy_epsilon")
 
 
-def test_statuses_and_privacy_are_told(tmp_path: Path) -> None:
+def test_metrics_of_statuses_and_privacy(tmp_path: Path) -> None:
     folder = RunDir.create(tmp_path / "private", "name: private\n")
     folder.log_event("run_start", study="private")
     folder.log_event("site_timed_out", round=1, site="b")
@@ -132,14 +132,14 @@ def test_statuses_and_privacy_are_told(tmp_path: Path) -> None:
     assert not values(text, "fedsigma_site_last_contact_timestamp_seconds")
 
 
-def test_only_the_newest_runs_are_told_one_by_one_and_all_are_counted(tmp_path: Path) -> None:
+def test_only_the_newest_runs_have_metrics_of_their_own(tmp_path: Path) -> None:
     runs = [figures(f"/runs/r{number:03d}", started=float(number)) for number in range(120)]
     text = page(RunCollector(lambda: runs, newest=7))
     assert {run for _, run in values(text, "fedsigma_run_rounds_done")} == {f"r{n}" for n in range(113, 120)}
     assert values(text, "fedsigma_runs")["interrupted",] == 120
 
 
-def test_two_runs_of_one_name_stay_apart() -> None:
+def test_runs_of_the_same_name_are_distinguished() -> None:
     runs = [figures("/runs/a/x"), figures("/runs/b/x"), figures("/runs/y")]
     assert {run for _, run in values(page(RunCollector(lambda: runs)), "fedsigma_run_rounds_done")} == {
         "a/x",
@@ -148,7 +148,7 @@ def test_two_runs_of_one_name_stay_apart() -> None:
     }
 
 
-def test_a_counter_does_not_fall_when_a_round_is_repeated() -> None:
+def test_counters_do_not_decrease_when_a_round_is_repeated() -> None:
     now = [figures("/runs/x", sites={"a": SiteMetrics(bytes_received=500, replies={"accepted": 5})})]
     collector = RunCollector(lambda: now)
     page(collector)
@@ -165,7 +165,7 @@ def test_a_counter_does_not_fall_when_a_round_is_repeated() -> None:
     names=st.lists(st.text(min_size=1, max_size=20) | st.sampled_from(HOSTILE), min_size=1, max_size=3),
     number=st.floats(),
 )
-def test_any_name_and_number_gives_a_page_that_reads(names: list[str], number: float) -> None:
+def test_metrics_page_is_valid_for_any_name_and_number(names: list[str], number: float) -> None:
     site = SiteMetrics(accuracy=number, loss=number, replies=dict.fromkeys(names, 1))
     runs = [
         figures(f"/runs/{index}", study=name, sites=dict.fromkeys(names, site))
@@ -182,13 +182,13 @@ def test_any_name_and_number_gives_a_page_that_reads(names: list[str], number: f
     assert {one.name for one in parse_openmetrics(content.decode())} >= {"fedsigma_build", "fedsigma_runs"}
 
 
-def test_all_that_is_told_was_described(place: Path) -> None:
+def test_all_metrics_are_described(place: Path) -> None:
     collector = RunCollector(lambda: read(place))
     assert [one.name for one in collector.describe()] == [one.name for one in collector.collect()]
     assert all(one.documentation.endswith(".") for one in collector.describe())
 
 
-def test_promtool_finds_no_fault_in_the_names(place: Path) -> None:
+def test_promtool_accepts_the_metrics(place: Path) -> None:
     text = page(RunCollector(lambda: read(place)))
     done = subprocess.run([tool("promtool"), "check", "metrics"], input=text, capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")

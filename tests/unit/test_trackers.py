@@ -87,7 +87,7 @@ def follow(folder: RunDir, names: str) -> TrackerCallback:
 
 
 @pytest.mark.usefixtures("fake_method")
-def test_a_run_tells_its_settings_rounds_results_and_files(tmp_path: Path, use: Callable) -> None:
+def test_trackers_receive_settings_rounds_results_and_files(tmp_path: Path, use: Callable) -> None:
     heard = FakeTracker()
     use(wandb=heard)
     folder = run(tmp_path)
@@ -169,7 +169,7 @@ def test_a_tracker_that_raises_is_noted_once_by_its_type_and_the_run_goes_on(
     assert events(folder, "run_end")[0]["ok"] and sound.outcomes == ["finished"]
 
 
-def test_what_comes_after_an_error_is_told_all_the_same(folder: RunDir, use: Callable) -> None:
+def test_calls_after_an_error_are_executed(folder: RunDir, use: Callable) -> None:
     patchy = Raising("log_metrics")
     use(mlflow=patchy)
     following = follow(folder, "mlflow")
@@ -199,7 +199,7 @@ def hanging() -> Iterator[Hanging]:
 
 
 @pytest.mark.usefixtures("fake_method")
-def test_a_tracker_that_hangs_holds_back_neither_the_run_nor_another_tracker(
+def test_hanging_tracker_delays_neither_the_run_nor_others(
     tmp_path: Path, use: Callable, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = FakeTracker()
@@ -213,7 +213,7 @@ def test_a_tracker_that_hangs_holds_back_neither_the_run_nor_another_tracker(
     assert sound.outcomes == ["finished"] and hanging.numbers == {}
 
 
-def test_what_waits_is_bounded(
+def test_queue_is_bounded(
     folder: RunDir, use: Callable, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "MAX_QUEUED", 5)
@@ -267,9 +267,7 @@ def test_several_listeners_hear_rows_after_they_were_written(folder: RunDir) -> 
 # ---- resuming
 
 
-def test_a_resumed_run_goes_on_under_the_same_key_with_the_trackers_it_had(
-    folder: RunDir, use: Callable
-) -> None:
+def test_resumed_run_keeps_its_trackers_and_keys(folder: RunDir, use: Callable) -> None:
     first, second = FakeTracker(), FakeTracker()
     use(mlflow=first)
     follow(folder, "mlflow+sigma").close()
@@ -280,9 +278,7 @@ def test_a_resumed_run_goes_on_under_the_same_key_with_the_trackers_it_had(
     assert second.keys == ["its-own-id"] and "sigma.safetensors" in second.files
 
 
-def test_a_tracker_that_was_never_reached_is_tried_again_by_a_resumed_run(
-    folder: RunDir, use: Callable
-) -> None:
+def test_resumed_run_retries_an_unreachable_tracker(folder: RunDir, use: Callable) -> None:
     back = FakeTracker()
     use(mlflow=Raising("start"))
     follow(folder, "mlflow").close()
@@ -292,7 +288,7 @@ def test_a_tracker_that_was_never_reached_is_tried_again_by_a_resumed_run(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', "\xff"])
-def test_a_damaged_key_file_begins_anew(folder: RunDir, use: Callable, content: str) -> None:
+def test_damaged_state_file_starts_a_new_record(folder: RunDir, use: Callable, content: str) -> None:
     heard = FakeTracker()
     use(mlflow=heard)
     (folder.path / "trackers").mkdir()
@@ -313,7 +309,7 @@ def test_a_damaged_key_file_begins_anew(folder: RunDir, use: Callable, content: 
         ("tensorboard+sigma", "tensorboard stores no files: remove +sigma"),
     ],
 )
-def test_an_unknown_tracker_is_refused_with_the_known_ones(text: str, words: str) -> None:
+def test_unknown_trackers_are_rejected(text: str, words: str) -> None:
     with pytest.raises(TrackerError, match=re.escape(words)):
         parse_trackers(text)
 
@@ -332,7 +328,7 @@ def test_trackers_come_from_the_run_and_from_the_server(monkeypatch: pytest.Monk
         config.choose_trackers("")
 
 
-def test_what_a_tracker_lacks_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_are_reported_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDSIGMA_TRACKERS", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(config, "find_spec", lambda name: object())
@@ -366,7 +362,7 @@ def test_different_sites_have_different_names_that_every_tracker_takes(sites: li
     assert name in (f"site/{one}/loss", "all_sites/loss")
 
 
-def test_only_finite_numbers_are_told() -> None:
+def test_only_finite_numbers_are_logged() -> None:
     row = {"round": 1, "site": "a", "status": "late", "reason": "1", "bytes_up": 3, "loss": float("nan")}
     assert row_metrics({**row, "f1": None, "auroc": float("inf")}) == {"site/a/bytes_up": 3.0}
     summary = {"study": "x", "rounds": 3, "classes": ["a"], "explanation": [{"layer": 3}]}

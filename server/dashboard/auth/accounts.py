@@ -139,8 +139,6 @@ class Accounts:
         """Close the database."""
         self._engine.dispose()
 
-    # -- users ---------------------------------------------------------------------------------------------
-
     def add_user(self, name: str, *, role: str, password: str) -> None:
         """Add a user.
 
@@ -229,15 +227,8 @@ class Accounts:
         """Hash of a random password, verified for unknown users."""
         return self._hasher.hash(secrets.token_hex())
 
-    # -- sessions ------------------------------------------------------------------------------------------
-
     def open_session(self, name: str, *, method: str = PASSWORD, role: str = "") -> str:
-        """Open a session and return its token.
-
-        Args:
-            name: Name of the user.
-            method: `password` for a local user; `oidc` or `link` for others.
-            role: Role of the others.
+        """Open a session and return its token; `role` is for users of the other methods than `password`.
 
         Raises:
             AccountsError: The user was removed or disabled, or the role is unknown.
@@ -257,15 +248,7 @@ class Accounts:
         return token
 
     def find_user(self, token: str, *, active: bool = True) -> User | None:
-        """Return the user of a session.
-
-        Args:
-            token: Token of the session.
-            active: Whether the request counts as use of the session; False for polling.
-
-        Returns:
-            The user, or None if the session has ended or does not exist.
-        """
+        """Return the user of a session, or None if it has ended; polling is not `active` use."""
         time_s = self._clock()
         with self._session() as session:
             row = session.get(_Session, _digest(token))
@@ -288,8 +271,6 @@ class Accounts:
         """End a session, if it exists."""
         with self._session() as session:
             session.execute(delete(_Session).where(_Session.digest == _digest(token)))
-
-    # -- tokens of programs --------------------------------------------------------------------------------
 
     def add_token(self, name: str) -> str:
         """Create and return a token that allows a program to read the metrics; only its hash is stored.

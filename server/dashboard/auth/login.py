@@ -126,8 +126,6 @@ class LoginApp:
         """Handle a request (ASGI)."""
         await self._app(scope, receive, send)
 
-    # -- name and password, or link ------------------------------------------------------------------------
-
     async def _show(self, request: Request) -> Response:
         next_path = local_path(request.query_params.get("next", "/"))
         if request.state.user is not None:
@@ -179,8 +177,6 @@ class LoginApp:
         response.delete_cookie(self._settings.cookie, **self._cookie_options())
         return response
 
-    # -- OpenID provider -----------------------------------------------------------------------------------
-
     async def _oidc_redirect(self, request: Request) -> Response:
         assert self._oidc is not None
         next_path = local_path(request.query_params.get("next", "/"))
@@ -227,8 +223,6 @@ class LoginApp:
             " server's administrator finds the kind of error in the audit log."
         )
         return self._page(error=text, status=403)
-
-    # -- shared --------------------------------------------------------------------------------------------
 
     async def _open_session(
         self, request: Request, name: str, *, method: str, next_path: str, role: str = "", **fields: str

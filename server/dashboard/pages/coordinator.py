@@ -30,13 +30,7 @@ CONTACT_RUNS = 20
 
 
 def coordinator_routes(context: DashboardContext, server: ServerHome, watch: SuperLinkWatch) -> list[Route]:
-    """Return the routes that only a server's dashboard has.
-
-    Args:
-        context: What all pages share.
-        server: Folder of the server.
-        watch: Poller of the SuperLink.
-    """
+    """Return the routes that only a server's dashboard has."""
     pages = _Pages(context, server, watch)
     return [
         Route("/sites", pages.sites),
@@ -56,11 +50,9 @@ class _Pages:
         self._context, self._server, self._watch = context, server, watch
 
     def sites(self, request: Request) -> Response:
-        """Show the sites with their last contact."""
         return self._context.render_page(request, "sites.html", **self._sites())
 
     def sites_state(self, request: Request) -> Response:
-        """Return the list of sites for the page's script."""
         html = self._context.render(request, "sites_list.html", **self._sites())
         return json_response(request, etag_of(html), {"parts": {"sites": html}})
 
@@ -71,7 +63,6 @@ class _Pages:
         return {"sites": site_rows(index.database, self._watch, events), "error": self._watch.error}
 
     def audit(self, request: Request) -> Response:
-        """Verify the server's audit log and show its newest lines."""
         lines: list[dict[str, Any]] = []
         head = error = ""
         try:
@@ -85,7 +76,6 @@ class _Pages:
         )
 
     def start_form(self, request: Request) -> Response:
-        """Show the form that starts a study."""
         return self._form(request, {"bundled": "", "text": "", "rounds": 0, "seed": -1})
 
     def _form(self, request: Request, values: dict[str, Any], *, error: str = "") -> Response:
@@ -95,7 +85,7 @@ class _Pages:
         )
 
     async def start(self, request: Request) -> Response:
-        """Submit a study; on an error, show the form with the values that were entered."""
+        # On an error, show the form with the values that were entered.
         form = await request.form()
         values = {key: str(form.get(key, "")).strip() for key in ("bundled", "text", "rounds", "seed")}
         try:
@@ -120,11 +110,9 @@ class _Pages:
             studies.submit(values["bundled"] or str(file), again=again, rounds=rounds, seed=seed)
 
     def stop(self, request: Request) -> Response:
-        """Stop a run."""
         return self._act(request, Studies.stop)
 
     def resume(self, request: Request) -> Response:
-        """Resume a run."""
         return self._act(request, Studies.resume)
 
     def _act(self, request: Request, action: Callable[[Studies, str], Any]) -> Response:

@@ -125,13 +125,7 @@ def asset_url(name: str) -> str:
 
 
 def make_app(context: DashboardContext, extra_routes: list[Route], *, lifespan: Any = None) -> Starlette:
-    """Return the app without authentication; wrap it with `require_login`.
-
-    Args:
-        context: What all pages share.
-        extra_routes: Routes that only a server's dashboard has.
-        lifespan: Lifespan handler of the Starlette app.
-    """
+    """Return the app without authentication; wrap it with `require_login`."""
     collector = RunCollector(context.run_index.collect_metrics)
 
     def route(path: str, handler: Callable[..., Response], *, compressed: bool = False) -> Route:

@@ -71,13 +71,7 @@ class SuperLinkWatch:
 def site_rows(
     database: ServerDatabase, watch: SuperLinkWatch, events: Sequence[dict[str, Any]]
 ) -> list[tuple[str, ...]]:
-    """Return a row per site: name, state, status of its node, last contact, version and note.
-
-    Args:
-        database: The server's database.
-        watch: The SuperLink's reports.
-        events: Events of runs, from which each site's last contact and version are taken.
-    """
+    """Return a row per site: name, state, status of its node, last contact, version and note."""
     contacts = last_contacts(events)
     versions: dict[str, tuple[float, str]] = {}
     for event in events:
