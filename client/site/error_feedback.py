@@ -21,8 +21,8 @@ class ErrorFeedback:
     """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) between rounds.
 
     Coarse coding of an update leaves a residual. The site adds it to its next update, so that over all
-    rounds the server misses the last residual only. Flower stores it in the site's state of a run; a site
-    that restarts loses it, and so one residual is missing.
+    rounds the server misses the last residual only. It is stored in Flower's state of the run; a site that
+    restarts loses it.
 
     Args:
         state: Flower's state of the site in this run.
@@ -32,17 +32,10 @@ class ErrorFeedback:
         self._state = state
 
     def residual(self, layout: Layout, *, before: int) -> Vector:
-        """Return the residual of the last round that this site took part in.
+        """Return the residual of the last round before this one, float32 of shape (layout.size,).
 
-        A round that is retried gets zeros: its first reply was not aggregated, so its residual is not
-        missing.
-
-        Args:
-            layout: Layout of the update; a residual of another layout is ignored.
-            before: The round that the update belongs to.
-
-        Returns:
-            Float32 of shape (layout.size,); zeros without a stored residual.
+        It is zero if none is stored for this layout, and in a retried round, whose first reply was not
+        aggregated.
         """
         record = self._state.config_records.get(_RECORD)
         if record is None or record["layout"] != layout.digest or int(str(record["round"])) >= before:

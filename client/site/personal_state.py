@@ -34,13 +34,6 @@ def read_personal_values(
 ) -> tuple[int, Vector, Vector]:
     """Read a file of personal values.
 
-    Args:
-        path: The file.
-        partition: Partition of the adapted model's parameters.
-        fingerprint: Fingerprint of the adapted model.
-        study: Name of the study.
-        run: Key of the server's run folder.
-
     Returns:
         The last trained round, and the values before and after it, each of shape
         (partition.personal_size,).

@@ -79,12 +79,12 @@ class PrivacyLedger:
     def charge(
         self, entry: LedgerEntry, privacy: PrivacyConfig, *, budget: float | None, delta: float
     ) -> float:
-        """Enter a release if the budgets allow it.
+        """Enter a release if the study's budget and the site's allow it.
 
         Args:
             entry: The release.
-            privacy: Privacy settings of the study; its budget covers the releases for this study.
-            budget: Epsilon of the site for all studies together; None for no limit.
+            privacy: Privacy settings of the study, with its budget.
+            budget: Epsilon of the site for all studies together, at `delta`; None for no limit.
             delta: Delta at which the site's budget is counted.
 
         Returns:

@@ -73,13 +73,7 @@ class _RunState:
 
 
 class SecureAggregationClient:
-    """One site's keys and masks in one run.
-
-    Args:
-        site: The site, with its identity and its peers' public keys.
-        study: Name of the study.
-        run: Flower's id of the run.
-    """
+    """One site's keys and masks in one run, named by Flower's id."""
 
     def __init__(self, site: Site, study: str, *, run: int) -> None:
         self._site, self._run, self._study = site, run, safe_name(study)

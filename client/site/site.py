@@ -35,12 +35,10 @@ if TYPE_CHECKING:
 __all__ = [
     "BackboneNotAllowed",
     "CohortTooSmall",
-    "NoIdentity",
     "NotMasked",
     "NotPrivate",
     "Site",
     "SiteCountDiffers",
-    "SitePolicy",
     "StudyNotAllowed",
     "TooManyEvaluations",
     "TooManyRounds",
@@ -278,12 +276,7 @@ def open_site(node_config: Mapping[str, Any], study: StudySpec, *, run: str) -> 
     """Return the site that this process belongs to.
 
     A node with `site-config` (or the environment variable FEDSIGMA_SITE) is a real site; a node that has
-    only `partition-id` is a site of a simulation.
-
-    Args:
-        node_config: Flower's configuration of the node.
-        study: The study.
-        run: Name of the run, for the audit log of a simulated site.
+    only `partition-id` is a site of a simulation, with an audit log of its own in each run.
 
     Raises:
         ConfigError: The node has neither, or site.yaml is invalid.

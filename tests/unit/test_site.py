@@ -19,8 +19,8 @@ from fedsigma.client.app import app as client
 from fedsigma.client.site import site as client_site
 from fedsigma.client.site.identity import new_identity
 from fedsigma.client.site.image_cache import IMAGES
+from fedsigma.client.site.policy import SitePolicy
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
-from fedsigma.client.site.site import SitePolicy
 from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.privacy import PrivacyConfig
 from fedsigma.common.config.schema import ConfigError
