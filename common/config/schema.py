@@ -30,8 +30,8 @@ __all__ = [
     "did_you_mean",
     "flatten",
     "json_schema",
+    "local_address",
     "read_yaml",
-    "resolve_relative",
     "settings",
     "split_address",
     "to_plain",
@@ -94,7 +94,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def resolve_relative(address: str, *, where: str) -> str:
+def local_address(address: str, *, where: str) -> str:
     """Return the HOST:PORT at which this machine reaches a listening address, which may be 0.0.0.0 or ::."""
     host, port = split_address(address, where=where)
     return f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"

@@ -48,10 +48,9 @@ class AppendLog(Generic[T]):
         self._restart((0, 0))
 
     def parser(self) -> Callable[[str, int], T | None]:
-        """Return a function that parses the lines of one file in order.
+        """Return a function from a line and its number, from 1, to its record; None if it holds none.
 
-        Returns:
-            From a line without its newline and its number, from 1, to its record; None if it holds none.
+        It is called with the lines of one file in order.
         """
         raise NotImplementedError
 
@@ -66,7 +65,7 @@ class AppendLog(Generic[T]):
             file.write(line.encode("utf-8", "replace") + b"\n")
 
     def repair(self) -> None:
-        """Before the first append, end a last line that lacks only its newline, and remove a torn one."""
+        """At the first call, complete a last line that lacks only its newline, and remove a torn one."""
         if self._repaired:
             return
         self._repaired = True
@@ -82,7 +81,7 @@ class AppendLog(Generic[T]):
                 file.truncate(end)
 
     def read(self) -> list[T]:
-        """Return all records, in the order in which they were written."""
+        """Return all records in their order."""
         content = self.path.read_bytes() if self.path.is_file() else b""
         *lines, tail = content.decode("utf-8", "replace").split("\n")
         if tail and self.is_complete(tail):

@@ -65,8 +65,8 @@ def budget(
 
     Example: fedsigma budget site.yaml
     """
-    from fedsigma.client.site.privacy_ledger import PrivacyLedger
     from fedsigma.client.site.policy import SitePolicy
+    from fedsigma.client.site.privacy_ledger import PrivacyLedger
     from fedsigma.common.privacy.accounting import epsilon
 
     policy = SitePolicy.read(file)

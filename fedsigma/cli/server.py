@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedsigma.common.config.schema import resolve_relative, split_address
+from fedsigma.common.config.schema import local_address, split_address
 from fedsigma.common.ops.enrolment_files import SiteKeys, fingerprint
 from fedsigma.common.ops.health import SERVING, check_health, check_web_health
 from fedsigma.common.ops.supervisor import (
@@ -332,7 +332,7 @@ def _health(server: ServerHome, process: Process) -> str:
         return check_health(process.health) if process.health else ""
     name, _ = split_address(server.config.address, where="address")
     return check_health(
-        resolve_relative(server.config.listen, where="listen"),
+        local_address(server.config.listen, where="listen"),
         certificates=server.tls("sites.crt").read_bytes(),
         name=name,
     )
@@ -345,7 +345,7 @@ def _dashboard_health(server: ServerHome) -> str:
     try:
         config = DashboardConfig.read(server.path)
         certificate = Path(config.certificate).read_bytes() if config.certificate else None
-        return check_web_health(resolve_relative(config.listen, where="listen"), certificate=certificate)
+        return check_web_health(local_address(config.listen, where="listen"), certificate=certificate)
     except (ValueError, OSError) as error:
         # The health of the other processes is still shown.
         return f"unknown ({error})"

@@ -23,8 +23,8 @@ from pydantic import Field
 from fedsigma.common.config.fields import Address, Line, ListOf, one_of
 from fedsigma.common.config.schema import (
     build,
+    local_address,
     read_yaml,
-    resolve_relative,
     settings,
     split_address,
     write_yaml,
@@ -176,7 +176,7 @@ class ServerHome:
     @property
     def control(self) -> str:
         """HOST:PORT by which this machine connects to the SuperLink."""
-        return resolve_relative(self.config.superlink, where="superlink")
+        return local_address(self.config.superlink, where="superlink")
 
     def write_flower_config(self) -> None:
         """Write the configuration by which the `flwr` command connects to the SuperLink."""
