@@ -1,4 +1,4 @@
-"""What an adaptation changed, in words: which heads, and towards and away from which descriptions."""
+"""Explanations of a shift: which heads it changed, towards and away from which descriptions."""
 
 from fedsigma.common.explain.heads import ExplainError, HeadEnergy, rank_heads
 from fedsigma.common.explain.text_directions import Explainer, HeadExplanation, Phrases

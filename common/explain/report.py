@@ -1,8 +1,9 @@
-"""Whole shifts in words: the descriptions' features, the heads that changed most, and how it is told."""
+"""Explanations of shifts by a backbone's own text tower, as rows and as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,21 +13,19 @@ from fedsigma.common.backbones import Backbone
 from fedsigma.common.explain.text_directions import Explainer, HeadExplanation, Phrases
 from fedsigma.common.sigma import SigmaModel
 
-__all__ = ["build_explainer", "format_explanation", "to_rows"]
-
 BATCH = 64
 
 
 def build_explainer(
     backbone: Backbone, sigma: SigmaModel, phrases: Phrases, *, template: str = "{}"
 ) -> Explainer:
-    """What explains shifts of a model; the model's own shift is as before afterwards.
+    """Build the explainer of an adapted backbone's shifts; the model's own shift stays as it is.
 
     Args:
-        backbone: whose model `sigma` wraps.
-        sigma: the adapter, with the basis.
+        backbone: the backbone.
+        sigma: the adapter of the backbone's model.
         phrases: the descriptions.
-        template: into which each description is put before the text tower reads it.
+        template: the prompt of a description, with {} in its place.
 
     Raises:
         ExplainError: as `Explainer`.
@@ -35,48 +34,42 @@ def build_explainer(
     return Explainer(backbone.model, sigma.basis, phrases, features)
 
 
-def _text_features(backbone: Backbone, sigma: SigmaModel, texts: Sequence[str]) -> Tensor:
-    """The descriptions' features in the pretrained model: what words meant before."""
-    before = sigma.get_shift().clone()
-    sigma.set_shift(torch.zeros_like(before))
+def _text_features(backbone: Backbone, sigma: SigmaModel, texts: list[str]) -> Tensor:
+    """The descriptions' features in the pretrained model."""
+    shift = sigma.get_shift()
+    sigma.set_shift(torch.zeros_like(shift))
     try:
         with torch.no_grad():
-            device = next(backbone.model.parameters()).device
-            tokens = backbone.tokenizer(list(texts)).to(device)
+            tokens = backbone.tokenizer(texts).to(sigma.shift.device)
             model: Any = backbone.model
-            parts = [model.encode_text(some) for some in tokens.split(BATCH)]
+            parts = [model.encode_text(part) for part in torch.split(tokens, BATCH)]
     finally:
-        sigma.set_shift(before)
+        sigma.set_shift(shift)
     return torch.nn.functional.normalize(torch.cat(parts), dim=1).cpu()
 
 
-def to_rows(found: Sequence[HeadExplanation]) -> list[dict[str, Any]]:
-    """As JSON's own types; layers and heads counted from 0."""
+def to_rows(explanations: Sequence[HeadExplanation]) -> list[dict[str, Any]]:
+    """Explanations as JSON values; layers and heads are counted from 0."""
     return [
         {
-            "tower": one.head.tower,
-            "layer": one.head.layer,
-            "head": one.head.head,
-            "share": one.head.share,
-            "value": one.head.value,
-            "output": one.head.output,
-            "gained": [{"phrase": text, "g": g} for text, g in one.gained],
-            "lost": [{"phrase": text, "g": g} for text, g in one.lost],
+            **asdict(explanation.head),
+            "gained": [{"phrase": text, "g": g} for text, g in explanation.gained],
+            "lost": [{"phrase": text, "g": g} for text, g in explanation.lost],
         }
-        for one in found
+        for explanation in explanations
     ]
 
 
-def format_explanation(found: Sequence[HeadExplanation]) -> str:
-    """As text for people, who count from 1."""
+def format_explanation(explanations: Sequence[HeadExplanation]) -> str:
+    """Explanations as text; layers and heads are counted from 1."""
     lines = []
-    for one in found:
-        change = one.head
+    for explanation in explanations:
+        head = explanation.head
         lines.append(
-            f"{change.tower} tower, layer {change.layer + 1}, head {change.head + 1}:"
-            f" {100 * change.share:.1f} % of the heads' change"
+            f"{head.tower} tower, layer {head.layer + 1}, head {head.head + 1}:"
+            f" {100 * head.share:.1f} % of the heads' change"
         )
-        for name, told in (("more of", one.gained), ("less of", one.lost)):
-            if told:
-                lines.append(f"  {name:<8} " + "; ".join(text for text, _ in told))
+        for name, phrases in (("more of", explanation.gained), ("less of", explanation.lost)):
+            if phrases:
+                lines.append(f"  {name:<8} " + "; ".join(text for text, _ in phrases))
     return "\n".join(lines)

@@ -1,20 +1,18 @@
-"""What heads write more and less of, in words.
+"""Descriptions that attention heads write more and less of after adaptation.
 
 A head h of a layer reads x and writes OV_h x into the residual stream, OV_h = W_o[:, C] W_v[R, :]. The last
-norm's scale and the projection, P, take what is written to the joint space of images and texts. For a
-description with the text feature t (centred on the corpus and of length 1) the head can write
+norm's scale and the projection, P, map the residual stream to the joint space of images and texts. For a
+description with the text feature t (centred on the corpus and of length 1)
 
     e(t) = ||t^T P OV_h||^2
 
-of it: the energy of its response along t, over inputs of unit covariance. What the adaptation changed is
-g(t) = (e'(t) - e(t)) / mean_t e(t), less its mean over the corpus: positive is gained, negative lost. It
-needs no image, depends on no sign of a singular vector, and leaves out what later layers do with what the
-head writes (as a logit lens does).
+is the energy of the head's response along t, over inputs of unit covariance. A shift changes it by
+g(t) = (e'(t) - e(t)) / mean_t e(t), less its mean over the corpus: positive is gained, negative lost. g needs
+no image, does not depend on the signs of singular vectors, and ignores later layers (as a logit lens does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -32,26 +30,29 @@ from fedsigma.common.explain.heads import (
 )
 from fedsigma.common.sigma.basis import Basis
 
-__all__ = ["Explainer", "HeadExplanation", "Phrases", "joint_space_projection"]
-
 _NORMS = ("ln_post", "fc_norm", "norm", "ln_final")
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """A corpus of descriptions. kinds: of each, such as `texture`."""
+    """A corpus of descriptions.
+
+    Attributes:
+        texts: the descriptions.
+        kinds: the kind of each, such as `texture`.
+    """
 
     texts: tuple[str, ...]
     kinds: tuple[str, ...]
 
     @classmethod
     def bundled(cls) -> Phrases:
-        """The corpus that comes with FedSigma: what can be seen in biomedical pictures."""
+        """The corpus that comes with FedSigma, for biomedical images."""
         return cls.parse(files(__package__).joinpath("phrases.yaml").read_text(encoding="utf-8"))
 
     @classmethod
     def parse(cls, text: str) -> Phrases:
-        """Read YAML: a mapping of kinds to lists of descriptions, or a list.
+        """Parse a YAML list of descriptions, or a mapping of kinds to lists.
 
         Raises:
             ExplainError: it is neither, or has fewer than two descriptions.
@@ -59,20 +60,26 @@ class Phrases:
         try:
             values = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ExplainError(f"the descriptions do not read as YAML: {error}") from None
+            raise ExplainError(f"the descriptions are invalid YAML: {error}") from None
         table = {"own": values} if isinstance(values, list) else values
         if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
-            raise ExplainError("the descriptions are no YAML list, or mapping of kinds to lists")
+            raise ExplainError("the descriptions must be a YAML list, or a mapping of kinds to lists")
         pairs = [(str(text).strip(), str(kind)) for kind, texts in table.items() for text in texts]
         pairs = list(dict(pairs).items())
         if len(pairs) < 2:
-            raise ExplainError("fewer than two descriptions: there is nothing to rank")
+            raise ExplainError("fewer than two descriptions: expected at least two to rank")
         return cls(tuple(text for text, _ in pairs), tuple(kind for _, kind in pairs))
 
 
 @dataclass(frozen=True)
 class HeadExplanation:
-    """What one head writes more and less of: descriptions with their g, the strongest first."""
+    """The descriptions that one head writes more and less of.
+
+    Attributes:
+        head: the head and its share of the shift.
+        gained: descriptions with their g, the strongest first.
+        lost: descriptions with their g, the strongest first.
+    """
 
     head: HeadEnergy
     gained: tuple[tuple[str, float], ...]
@@ -80,95 +87,84 @@ class HeadExplanation:
 
 
 class Explainer:
-    """Explains shifts of one model. What depends on model and corpus alone is computed once.
+    """Explains shifts of one model.
 
     Args:
         model: the backbone, pretrained or adapted.
-        basis: of the backbone and layout.
+        basis: its basis.
         phrases: the corpus.
-        features: the corpus's text features in the pretrained model.
-
-    Shapes: features (phrases, width of the joint space).
+        features: the corpus's text features in the pretrained model, shape (phrases, joint width).
 
     Raises:
-        ExplainError: what was adapted has no heads that can be told apart.
+        ExplainError: no layer has both its value and its output matrix adapted.
     """
 
     def __init__(self, model: nn.Module, basis: Basis, phrases: Phrases, features: Tensor) -> None:
         self._model, self._basis, self._phrases = model, basis, phrases
         self._layers = {(layer.tower, layer.layer): layer for layer in find_attention_layers(model, basis)}
-        self._unit = nn.functional.normalize(features.double() - features.double().mean(0), dim=1)
-        self._read_outs: dict[str, Tensor] = {}
+        self._directions = nn.functional.normalize(features.double() - features.double().mean(0), dim=1)
+        self._projected: dict[str, Tensor] = {}
         self._pretrained: dict[tuple[str, int, int], Tensor] = {}
 
     def explain(self, shift: Tensor, *, heads: int = 8, phrases: int = 5) -> list[HeadExplanation]:
-        """Explain the heads that a shift changed most.
+        """Explain the heads with the largest shares of a shift.
 
         Args:
-            shift: the sigma shift.
+            shift: the sigma shift, shape (layout size,).
             heads: how many heads to explain.
-            phrases: how many descriptions of each head, gained and lost.
-
-        Shapes: shift (layout size,).
+            phrases: how many gained and lost descriptions to give for each head.
 
         Raises:
-            ExplainError: a tower's end is not linear.
+            ExplainError: a tower does not end in a norm and one matrix.
         """
-        found = []
-        for change in rank_heads(self._model, self._basis, shift)[:heads]:
-            place = change.tower, change.layer, change.head
-            if place not in self._pretrained:
-                self._pretrained[place] = self._energies(change, None)
-            before, after = self._pretrained[place], self._energies(change, shift)
+        texts, explanations = self._phrases.texts, []
+        for head in rank_heads(self._model, self._basis, shift)[:heads]:
+            key = head.tower, head.layer, head.head
+            if key not in self._pretrained:
+                self._pretrained[key] = self._energies(head, None)
+            before, after = self._pretrained[key], self._energies(head, shift)
             gain = (after - before) / before.mean().clamp_min(1e-30)
-            found.append(_ranked(change, gain - gain.mean(), self._phrases.texts, phrases))
-        return found
+            gain = gain - gain.mean()
+            order = torch.argsort(gain, descending=True).tolist()
+            gained = tuple((texts[i], float(gain[i])) for i in order[:phrases] if gain[i] > 0)
+            lost = tuple((texts[i], float(gain[i])) for i in reversed(order[-phrases:]) if gain[i] < 0)
+            explanations.append(HeadExplanation(head, gained, lost))
+        return explanations
 
-    def _energies(self, change: HeadEnergy, shift: Tensor | None) -> Tensor:
+    def _energies(self, head: HeadEnergy, shift: Tensor | None) -> Tensor:
         """e(t) of a head for each description, with a shift or without."""
-        writes, reads = head_matrices(self._layers[change.tower, change.layer], change.head, shift)
-        return (self._read_out(change.tower) @ writes @ reads).square().sum(1)
-
-    def _read_out(self, tower: str) -> Tensor:
-        if tower not in self._read_outs:
-            self._read_outs[tower] = self._unit @ joint_space_projection(self._model, tower).double()
-        return self._read_outs[tower]
-
-
-def _ranked(change: HeadEnergy, gain: Tensor, texts: Sequence[str], phrases: int) -> HeadExplanation:
-    order = torch.argsort(gain, descending=True).tolist()
-    gained = tuple((texts[i], float(gain[i])) for i in order[:phrases] if gain[i] > 0)
-    lost = tuple((texts[i], float(gain[i])) for i in reversed(order[-phrases:]) if gain[i] < 0)
-    return HeadExplanation(change, gained, lost)
+        if head.tower not in self._projected:
+            projection = joint_space_projection(self._model, head.tower)
+            self._projected[head.tower] = self._directions @ projection.double()
+        writes, reads = head_matrices(self._layers[head.tower, head.layer], head.head, shift)
+        return (self._projected[head.tower] @ writes @ reads).square().sum(1)
 
 
 def joint_space_projection(model: nn.Module, tower: str) -> Tensor:
-    """P: from the residual stream of a tower to the joint space, the last norm's scale included.
-
-    Shapes: (width of the joint space, width of the tower).
+    """P (joint width, tower width): from the residual stream to the joint space, with the last norm's scale.
 
     Raises:
-        ExplainError: the tower ends otherwise than in a norm and one matrix.
+        ExplainError: the tower does not end in a norm and one matrix.
     """
     owner = model.visual if tower == "image" else getattr(model, "text", model)
     trunk = getattr(owner, "trunk", owner)
-    names = [n for n in _NORMS if isinstance(getattr(trunk, n, None), nn.LayerNorm)]
-    linear = _last_matrix(owner)
-    if not names or linear is None:
+    norms = [n for name in _NORMS if isinstance(n := getattr(trunk, name, None), nn.LayerNorm)]
+    matrix = _last_matrix(owner)
+    if not norms or matrix is None:
         raise ExplainError(
-            f"the {tower} tower ends otherwise than in a norm and one matrix: what its heads write cannot be"
-            " read in the joint space"
+            f"the {tower} tower does not end in a norm and one matrix: its heads cannot be explained in the"
+            " joint space"
         )
-    return linear.detach() * getattr(trunk, names[0]).weight.detach()
+    return matrix.detach() * norms[0].weight.detach()
 
 
 def _last_matrix(owner: Any) -> Tensor | None:
-    """The projection as (joint, tower)."""
+    """The projection (joint width, tower width)."""
     for name in ("proj", "text_projection"):
-        found = getattr(owner, name, None)
-        if isinstance(found, nn.Linear):
-            return found.weight
-        if isinstance(found, Tensor):
-            return found.T
+        projection = getattr(owner, name, None)
+        if isinstance(projection, nn.Linear):
+            return projection.weight
+        if isinstance(projection, Tensor):
+            return projection.T
     linears = [m for m in getattr(owner, "head", nn.Identity()).modules() if isinstance(m, nn.Linear)]
     return linears[0].weight if len(linears) == 1 else None

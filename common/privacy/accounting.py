@@ -1,31 +1,34 @@
-"""Differential privacy: what a study asks for, and what it costs.
+"""Accounting of differential privacy, by the library dp-accounting.
 
-Whose presence is hidden depends on the level: one image, one group of images (a patient), or one site. Two
-data sets are neighbours if one of these is replaced by one that adds nothing (zero-out neighbours: Kairouz et
-al. 2021, arXiv:2103.00039, section 2), so the number of images is not a secret. Epsilon comes from the
-library dp-accounting.
+The level decides whose presence is hidden: one image, one group of images (a patient), or one site. Two data
+sets are neighbours if one of these is replaced by one that adds nothing (zero-out neighbours: Kairouz et al.
+2021, arXiv:2103.00039, section 2), so the number of images is not a secret.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any
 
 from fedsigma.common.config.schema import ConfigError
 
-__all__ = ["PrivacyEvent", "calibrate_noise_multiplier", "epsilon", "events_within", "sampling_rate"]
-
-# Above this an epsilon means nothing, and the tight bound takes minutes: the quick one will do.
+# Above this an epsilon means nothing, and the tight bound takes minutes, so the quick one is used.
 _TIGHT_BELOW = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyEvent:
-    """Noisy sums of clipped vectors: `steps` of them, each of a Poisson sample at `rate` (1: of all)."""
+    """Releases of noisy sums of clipped vectors.
+
+    Attributes:
+        rate: probability with which each unit is in a sum's Poisson sample; 1 for sums of all.
+        noise_multiplier: standard deviation of the noise, divided by the clipping norm.
+        steps: number of sums.
+    """
 
     rate: float
     noise_multiplier: float
@@ -33,22 +36,19 @@ class PrivacyEvent:
 
 
 def sampling_rate(examples: int, batch_size: int) -> float:
-    """The probability with which each image or group is in a step's sample: batch_size images are expected.
-
-    With fewer images than that every step takes all.
-    """
+    """The probability with which each image or group is in a step's sample, batch_size on average."""
     return min(1.0, batch_size / examples)
 
 
-def epsilon(releases: Iterable[PrivacyEvent], delta: float) -> float:
-    """The epsilon of all these releases together, at this delta; 0 for none.
+def epsilon(events: Iterable[PrivacyEvent], delta: float) -> float:
+    """The epsilon of all these events together, at this delta; 0 for none.
 
     The tighter of two upper bounds: Renyi divergences (Mironov 2017, arXiv:1702.07476), and up to 20 the
     privacy loss distribution (Doroshenko et al. 2022, arXiv:2207.04380).
     """
     counts: Counter[tuple[float, float]] = Counter()
-    for one in releases:
-        counts[one.rate, one.noise_multiplier] += one.steps
+    for event in events:
+        counts[event.rate, event.noise_multiplier] += event.steps
     return _epsilon(tuple(sorted((*key, steps) for key, steps in counts.items() if steps)), delta)
 
 
@@ -59,7 +59,7 @@ def _epsilon(groups: tuple[tuple[float, float, int], ...], delta: float) -> floa
     from dp_accounting import ComposedDpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    # It warns of orders that it leaves out, which only loosens the bound.
+    # dp-accounting warns of orders that it leaves out, which only loosens the bound.
     logging.getLogger("absl").setLevel(logging.ERROR)
     event = ComposedDpEvent(
         [
@@ -95,31 +95,36 @@ def _privacy_loss(rate: float, noise_multiplier: float) -> Any:
 
 
 def calibrate_noise_multiplier(target: float, *, delta: float, rate: float, steps: int) -> float:
-    """The least noise multiplier, rounded up to a hundredth, with which so many steps stay within a target.
+    """The least noise multiplier, rounded up to a hundredth, that keeps these steps within a target epsilon.
 
     Raises:
-        ConfigError: none up to a million does.
+        ConfigError: no multiplier up to a million does.
     """
+
+    def exceeds(hundredths: int) -> bool:
+        event = PrivacyEvent(rate=rate, noise_multiplier=hundredths / 100, steps=steps)
+        return epsilon([event], delta) > target
+
     low, high = 0, 1
-    while _spent(high, delta, rate, steps) > target:
+    while exceeds(high):
         low, high = high, 2 * high
         if high > 10**8:
             raise ConfigError(f"no noise multiplier keeps {steps} steps within epsilon {target:g}")
+    return _bisect(low, high, exceeds)[1] / 100
+
+
+def events_within(target: float, event: PrivacyEvent, *, delta: float, limit: int) -> int:
+    """How many events like this one, `limit` at most, stay within a target epsilon together."""
+
+    def is_within(count: int) -> bool:
+        return epsilon([replace(event, steps=event.steps * count)], delta) <= target
+
+    return _bisect(0, limit + 1, is_within)[0]
+
+
+def _bisect(low: int, high: int, is_low: Callable[[int], bool]) -> tuple[int, int]:
+    """The last number between low and high that `is_low`, and the next."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _spent(middle, delta, rate, steps) > target else (low, middle)
-    return high / 100
-
-
-def _spent(hundredths: int, delta: float, rate: float, steps: int) -> float:
-    return epsilon([PrivacyEvent(rate=rate, noise_multiplier=hundredths / 100, steps=steps)], delta)
-
-
-def events_within(target: float, one: PrivacyEvent, *, delta: float, most: int) -> int:
-    """How many releases like this one stay within a target together, at most `most`."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        many = PrivacyEvent(rate=one.rate, noise_multiplier=one.noise_multiplier, steps=one.steps * middle)
-        low, high = (middle, high) if epsilon([many], delta) <= target else (low, middle)
-    return low
+        low, high = (middle, high) if is_low(middle) else (low, middle)
+    return low, high

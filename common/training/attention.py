@@ -1,9 +1,8 @@
-"""Attention for training in bfloat16 on a processor, where torch's fused kernel is slow.
+"""Attention for training in bfloat16 on a CPU, where torch's fused kernel is slow.
 
-For the few images that training sends through a model at once, its forward and backward pass together take
-more than twice as long as plain batched products (`bench/attention.py`). In float32, on a GPU and without
-gradients the fused kernels stay. For per-sample gradients an adapted layer computes its own projection
-(`sigma.PerSampleGradients`), which torch's attention layer then uses with either kernel.
+For the few images of a micro-batch, its forward and backward pass together take more than twice as long as
+plain batched products (`bench/attention.py`). In float32, on a GPU and without gradients the fused kernels
+stay. For per-sample gradients an adapted layer computes its own projection (`sigma.PerSampleGradients`).
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedsigma.common.sigma.autograd import TensorFunction
 from fedsigma.common.training.classifier import uses_bfloat16
 
 
-class BatchedAttention(torch.autograd.Function):
+class BatchedAttention(TensorFunction):
     """Scaled dot-product self-attention of packed queries, keys and values, by batched products.
 
-    The probabilities (n, heads, length, length) are kept for the backward pass, which is little where a few
-    images go through a model at once.
+    The probabilities (n, heads, length, length) are saved for the backward pass: little for a few images.
     """
 
     @staticmethod
@@ -35,7 +34,8 @@ class BatchedAttention(torch.autograd.Function):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         p = (scores if mask is None else scores + mask).softmax(-1).to(qkv.dtype)
         ctx.save_for_backward(qkv, p)
-        return (p @ v).transpose(1, 2).flatten(2)
+        out: Tensor = (p @ v).transpose(1, 2).flatten(2)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -43,21 +43,21 @@ class BatchedAttention(torch.autograd.Function):
         """The gradient of qkv (n, length, 3 width)."""
         qkv, p = ctx.saved_tensors
         q, k, v = _split(qkv, p.shape[1])
-        g = grads[0].unflatten(-1, (p.shape[1], -1)).transpose(1, 2)
-        # What torch's own softmax calls: one pass over p, where the formula written out takes four.
-        of_scores = torch._softmax_backward_data(g @ v.transpose(-1, -2), p, -1, p.dtype)
-        of_scores.mul_(q.shape[-1] ** -0.5)
-        result = torch.empty_like(qkv)
-        of_q, of_k, of_v = _split(result, p.shape[1])
-        of_q.copy_(of_scores @ k)
-        of_k.copy_(of_scores.transpose(-1, -2) @ q)
-        of_v.copy_(p.transpose(-1, -2) @ g)
-        return result, None, None
+        g = torch.unflatten(grads[0], -1, (p.shape[1], -1)).transpose(1, 2)
+        # The kernel of torch's own softmax: one pass over p, where the formula written out takes four.
+        scores_grad = torch._softmax_backward_data(g @ v.transpose(-1, -2), p, -1, p.dtype)
+        scores_grad.mul_(q.shape[-1] ** -0.5)
+        qkv_grad = torch.empty_like(qkv)
+        q_grad, k_grad, v_grad = _split(qkv_grad, p.shape[1])
+        q_grad.copy_(scores_grad @ k)
+        k_grad.copy_(scores_grad.transpose(-1, -2) @ q)
+        v_grad.copy_(p.transpose(-1, -2) @ g)
+        return qkv_grad, None, None
 
 
 def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views (n, heads, length, width / heads) of the queries, keys and values in (n, length, 3 width)."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = torch.unflatten(qkv, -1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
@@ -87,12 +87,12 @@ def replace_attention(
 ) -> Iterator[None]:
     """Replace the computation of a model's attention layers in the block.
 
-    torch's own layer is given another forward pass for the time; timm's layers have a switch for products.
-    Other layers, and calls that are not plain self-attention, stay as they are. Outputs differ by rounding.
+    This changes torch's own and timm's layers. Other layers, and calls that are not plain self-attention,
+    stay as they are. Outputs differ by rounding.
 
     Args:
-        model: any.
-        products: by batched products, else by the fused kernels.
+        model: any model.
+        products: use batched products, else the fused kernels.
         project: computes the packed queries, keys and values of torch's layer.
     """
     switched: list[Any] = [m for m in model.modules() if products and getattr(m, "fused_attn", None) is True]
@@ -113,11 +113,6 @@ def replace_attention(
             module.fused_attn = True
         for layer in replaced:
             del layer.__dict__["forward"]
-
-
-def use_batched_products(model: nn.Module) -> AbstractContextManager[None]:
-    """`attention` by batched products, with torch's own projection."""
-    return replace_attention(model, products=True)
 
 
 def _attend(
@@ -151,7 +146,7 @@ def _attend(
 def training_attention(
     model: nn.Module, precision: str, device: torch.device, project: Project = project_packed
 ) -> AbstractContextManager[object]:
-    """The context in which a model's attention is trained by what is faster (`bench/attention.py`)."""
+    """The context in which a model's attention uses the faster kernel for training."""
     slow_kernel = device.type == "cpu" and uses_bfloat16(precision, device)
     if not slow_kernel and project is project_packed:
         return nullcontext()

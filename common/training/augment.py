@@ -1,4 +1,4 @@
-"""What training does to an image before the model sees it. All draws come from torch's global generator."""
+"""Augmentation of training images. All random numbers come from torch's global generator."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torchvision.transforms import v2
 
 from fedsigma.common.config.constants import AUGMENTATIONS
 from fedsigma.common.config.training import TrainingConfig
-from fedsigma.common.training.classifier import ClipClassifier, TrainingError, resize_image
+from fedsigma.common.training.classifier import ClipClassifier, resize_image
 
 Augmentation = Callable[[Tensor], Tensor]
 
 
-def _crop(size: int, least: float) -> v2.Transform:
-    return v2.RandomResizedCrop(
-        size, (least, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-    )
+def _crop_and_flip(size: int, min_area: float, *more: v2.Transform) -> Augmentation:
+    bicubic = v2.InterpolationMode.BICUBIC
+    crop = v2.RandomResizedCrop(size, (min_area, 1.0), interpolation=bicubic, antialias=True)
+    augmentation: Augmentation = v2.Compose([crop, v2.RandomHorizontalFlip(), *more])
+    return augmentation
 
 
 def _paper(size: int) -> Augmentation:
-    """CLIP-SVD's: random resized crop of 8 to 100% of the area, horizontal flip."""
-    return v2.Compose([_crop(size, 0.08), v2.RandomHorizontalFlip()])
+    """CLIP-SVD's: random resized crop of 8 to 100 % of the area, horizontal flip."""
+    return _crop_and_flip(size, 0.08)
 
 
 def _gentle(size: int) -> Augmentation:
-    """Crops that keep most of the picture: for findings that fill it."""
-    return v2.Compose([_crop(size, 0.6), v2.RandomHorizontalFlip()])
+    """Crops that keep most of the image: for findings that fill it."""
+    return _crop_and_flip(size, 0.6)
 
 
 def _microscopy(size: int) -> Augmentation:
-    """Any orientation, and the changes of light and stain between laboratories."""
-    turns = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.Lambda(_quarter_turn)]
-    return v2.Compose([_crop(size, 0.5), *turns, v2.Lambda(_restain)])
+    """Any orientation, and the differences of light and stain between laboratories."""
+    return _crop_and_flip(size, 0.5, v2.RandomVerticalFlip(), v2.Lambda(_quarter_turn), v2.Lambda(_restain))
 
 
 def _restain(image: Tensor) -> Tensor:
-    """Mix the channels a little, and change brightness and contrast.
+    """Mix the channels slightly, and change brightness and contrast.
 
-    One matrix product; torchvision's jitter of the hue costs ten times as much, a fifth of a step.
+    torchvision's jitter of the hue takes ten times as long, a fifth of a step.
     """
     mix = torch.eye(3) + 0.07 * torch.randn(3, 3)
     mix = mix / mix.sum(1, keepdim=True) * (1 + 0.06 * torch.randn(3, 1))
@@ -55,17 +55,10 @@ def _quarter_turn(image: Tensor) -> Tensor:
     return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
-_AUGMENTERS: tuple[Callable[[int], Augmentation] | None, ...] = (_paper, _gentle, _microscopy, None)
-BUILDERS = dict(zip(AUGMENTATIONS, _AUGMENTERS, strict=True))
+BUILDERS = dict(zip(AUGMENTATIONS, (_paper, _gentle, _microscopy, None), strict=True))
 
 
 def build_augmentation(classifier: ClipClassifier, config: TrainingConfig) -> Augmentation:
-    """What training does to a picture (3, height, width) before the model sees it (3, size, size).
-
-    Raises:
-        TrainingError: the recipe names an augmentation that is not known.
-    """
-    if config.augment not in AUGMENTATIONS:
-        raise TrainingError(f"unknown augmentation {config.augment!r}: use one of {', '.join(AUGMENTATIONS)}")
+    """The augmentation of a uint8 image (3, height, width), which resizes it to (3, size, size)."""
     build = BUILDERS[config.augment]
     return build(classifier.image_size) if build else partial(resize_image, backbone=classifier.backbone)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from rich.progress import track
@@ -17,22 +16,6 @@ from fedsigma.common.training.attention import training_attention
 from fedsigma.common.training.augment import build_augmentation
 from fedsigma.common.training.classifier import ClipClassifier, Example, TrainingError, autocast
 from fedsigma.common.training.metrics import Predictions
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Summary of one call of `train`.
-
-    Attributes:
-        loss: mean cross-entropy over the steps; nan where training is private.
-        steps: number of steps.
-        examples: number of training examples.
-    """
-
-    loss: float
-    steps: int
-    examples: int
-
 
 _OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = dict(
     zip(OPTIMISERS, (torch.optim.AdamW, torch.optim.SGD), strict=True)
@@ -54,7 +37,7 @@ def accumulate_gradient(
     """Add the gradient of a batch's mean cross-entropy to that of the classifier's shift.
 
     The images go through the model `classifier.micro_batch` at a time, the prompts once: the gradient is that
-    of the whole batch, but the activations of one part only are held.
+    of the whole batch, but the activations of one part only are in memory.
 
     Args:
         classifier: its shift is trained.
@@ -63,7 +46,7 @@ def accumulate_gradient(
         precision: "auto", "float32" or "bfloat16".
 
     Returns:
-        The mean cross-entropy over the batch; it may be infinite or not a number.
+        The mean cross-entropy, which may be infinite or nan.
     """
     total = 0.0
     with (
@@ -73,16 +56,14 @@ def accumulate_gradient(
         with autocast(precision, classifier.device):
             text = classifier.text_features()
         leaf = text.detach().requires_grad_(text.requires_grad)
-        for part, truth in zip(
-            images.split(classifier.micro_batch), labels.split(classifier.micro_batch), strict=True
-        ):
+        for part, part_labels in classifier.micro_batches(images, labels):
             with autocast(precision, classifier.device):
                 logits = classifier.logits(classifier.image_features(part), leaf)
-            loss = F.cross_entropy(logits, truth.to(classifier.device)) * (len(part) / len(images))
-            loss.backward()
+            loss = F.cross_entropy(logits, part_labels) * (len(part) / len(images))
+            torch.autograd.backward(loss)
             total += loss.item()
         if leaf.grad is not None:
-            text.backward(leaf.grad)
+            torch.autograd.backward(text, leaf.grad)
     return total
 
 
@@ -93,25 +74,21 @@ GradientStep = Callable[[], float]
 def batch_gradient(
     classifier: ClipClassifier, examples: Sequence[Example], config: TrainingConfig, *, seed: int
 ) -> GradientStep:
-    """The gradient of one batch after another: of epochs in new orders, augmented by torch's generator.
-
-    Its calls raise:
-        TrainingError: the loss is not finite.
-    """
+    """Steps over augmented batches of shuffled epochs; a loss that is not finite is a TrainingError."""
     augment = build_augmentation(classifier, config)
     labels = torch.tensor([e.label for e in examples])
     batches = endless_batches(len(examples), config.batch_size, seed)
 
     def gradient() -> float:
-        chosen = next(batches)
-        images = torch.stack([augment(examples[i].image) for i in chosen])
-        value = accumulate_gradient(classifier, images, labels[chosen], precision=config.precision)
-        if not math.isfinite(value):
+        batch = next(batches)
+        images = torch.stack([augment(examples[i].image) for i in batch])
+        loss = accumulate_gradient(classifier, images, labels[batch], precision=config.precision)
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {value}: lower the learning rate (now {config.learning_rate}) or set precision"
+                f"the loss is {loss}: lower the learning rate (now {config.learning_rate}) or set precision"
                 " to float32"
             )
-        return value
+        return loss
 
     return gradient
 
@@ -127,31 +104,34 @@ def train(
     seed: int,
     progress: bool = False,
     gradient: GradientStep | None = None,
-) -> TrainResult:
-    """Train the classifier's shift in place: the recipe's optimiser on the cross-entropy of cosine
-    similarities.
+) -> float:
+    """Train the classifier's shift in place, on the cross-entropy of cosine similarities.
 
     Args:
         classifier: has the shift to start from.
         examples: at least one; some classes may be missing.
-        config: optimiser settings.
+        config: settings of the optimiser.
         first_step: number of this call's first step within the study, for the schedule.
-        steps: steps to make.
-        total_steps: of the whole study.
+        steps: number of steps.
+        total_steps: number of steps of the whole study.
         seed: of batches and augmentation; the same seed and first step give the same result.
-        progress: show a bar.
-        gradient: of one step; `batch_gradient` by default.
+        progress: show a progress bar.
+        gradient: adds the gradient of a step; `batch_gradient` by default.
+
+    Returns:
+        The mean of the steps' losses.
 
     Raises:
-        TrainingError: no example, an unknown augmentation, or a loss that is not finite.
+        TrainingError: there is no example, or a loss is not finite.
     """
     if not examples:
         raise TrainingError("no training example: the site has no labelled image of the study's classes")
     if gradient is None:
         gradient = batch_gradient(classifier, examples, config, seed=seed + first_step)
     shift, start = classifier.sigma.shift, classifier.sigma.shift.detach().clone()
-    kind = _OPTIMISERS[config.optimiser]
-    optimiser = kind([shift], lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimiser = _OPTIMISERS[config.optimiser](
+        [shift], lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     total = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + first_step)
@@ -161,9 +141,9 @@ def train(
             optimiser.zero_grad(set_to_none=True)
             total += gradient()
             if config.proximal:
-                (0.5 * config.proximal * (shift - start).square().sum()).backward()
+                torch.autograd.backward(0.5 * config.proximal * (shift - start).square().sum())
             optimiser.step()
-    return TrainResult(total / max(1, steps), steps, len(examples))
+    return total / max(1, steps)
 
 
 def evaluate(
@@ -177,7 +157,7 @@ def evaluate(
     """Class probabilities of every example under the classifier's shift.
 
     Raises:
-        TrainingError: a probability is not a number, as where the shift has diverged.
+        TrainingError: a probability is nan, because the shift has diverged.
     """
     labels = torch.tensor([e.label for e in examples], dtype=torch.long)
     parts = []
@@ -191,7 +171,7 @@ def evaluate(
     if not probabilities.isfinite().all():
         largest = classifier.sigma.shift.detach().abs().max().item()
         raise TrainingError(
-            f"no finite probability comes out: the shift has diverged (largest value {largest:.3g}); "
+            f"a probability is not finite: the shift has diverged (largest value {largest:.3g}); "
             "train again with a lower learning rate or set precision to float32"
         )
     return Predictions(probabilities, labels)

@@ -1,4 +1,4 @@
-"""Metrics of a classification, named as the field names them; computed by torchmetrics."""
+"""Classification metrics, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -59,11 +59,16 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ClassificationMetrics:
-    """Metrics of one set of images; a metric that is not defined there is None.
+    """Metrics of one set of images, over the classes that occur; an undefined metric is None.
 
-    accuracy, balanced_accuracy (mean recall), f1 (macro) and auroc (macro, one against the rest) are in
-    0..1 and taken over the classes that occur; auroc needs two. ece is the expected calibration error of
-    the largest probability in 15 bins. confusion is (classes, classes): rows true, columns predicted.
+    Attributes:
+        examples: number of images.
+        accuracy: fraction of correct predictions.
+        balanced_accuracy: mean recall.
+        auroc: macro, one class against the rest; it needs two classes.
+        f1: macro.
+        ece: expected calibration error of the largest probability, in 15 bins.
+        confusion: counts by true class (rows) and predicted class (columns), shape (classes, classes).
     """
 
     examples: int
@@ -76,18 +81,17 @@ class ClassificationMetrics:
 
     def to_dict(self) -> dict[str, float]:
         """The defined metrics by name, and `examples`."""
-        found = {name: value for name in METRICS if (value := getattr(self, name)) is not None}
-        return {**found, "examples": float(self.examples)}
+        defined = {name: value for name in METRICS if (value := getattr(self, name)) is not None}
+        return {**defined, "examples": float(self.examples)}
 
 
-def _mean(values: Tensor, chosen: Tensor) -> float | None:
-    kept = values[chosen]
-    mean = float(kept.mean()) if len(kept) else math.nan
+def _mean(values: Tensor) -> float | None:
+    mean = float(values.mean())
     return None if math.isnan(mean) else mean
 
 
 def compute_metrics(predictions: Predictions) -> ClassificationMetrics:
-    """All metrics of a set of predictions."""
+    """Compute all metrics of a set of predictions."""
     p, y, k = predictions.probabilities.float(), predictions.labels, predictions.class_count
     if not len(y):
         return ClassificationMetrics(0, None, None, None, None, None, torch.zeros(k, k, dtype=torch.long))
@@ -110,9 +114,9 @@ def compute_metrics(predictions: Predictions) -> ClassificationMetrics:
     return ClassificationMetrics(
         examples=len(y),
         accuracy=float((p.argmax(1) == y).float().mean()),
-        balanced_accuracy=_mean(recall, present),
+        balanced_accuracy=_mean(recall[present]),
         auroc=auroc,
-        f1=_mean(f1, present),
+        f1=_mean(f1[present]),
         ece=float(multiclass_calibration_error(p, y, k, n_bins=ECE_BINS, norm="l1")),
         confusion=confusion,
     )

@@ -13,37 +13,28 @@ from fedsigma.common.utils.errors import InputError
 
 
 def l2_normalize(features: Tensor) -> Tensor:
-    """Features (n, width) in float32, divided by their lengths (n, 1).
+    """Scale features (n, width) to length 1, in float32.
 
-    Where a length is zero or overflows the result is not a number. torch's normalize gives zeros there, and
-    those would hide that a model has diverged: its last layer norm turns endless activations into zeros.
+    Where a length is zero or overflows the result is nan. torch's normalize gives zeros there, which would
+    hide that a model has diverged: its last layer norm turns infinite activations into zeros.
     """
     x = features.float()
-    norm = x.norm(dim=-1, keepdim=True)
+    norm: Tensor = x.norm(dim=-1, keepdim=True)
     return x / norm.masked_fill(norm.isinf(), float("nan"))
 
 
 def _text_tower(model: nn.Module) -> Any:
-    """The module that holds the text tower's mask and positions (open_clip's CLIP holds them itself)."""
+    """The module that has the text tower's mask and positions; in open_clip's CLIP the model itself."""
     return getattr(model, "text", model)
 
 
-def _causal_to_end_of_text(tower: Any) -> bool:
-    """Whether no feature depends on what follows the end of the text.
-
-    True for a causal tower pooled at the end-of-text token. False for towers that look both ways or pool
-    at the last position, such as SigLIP's: there padding is part of the text.
-    """
-    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    plain = getattr(tower, "cls_emb", None) is None
-    return plain and pool == "argmax" and isinstance(getattr(tower, "attn_mask", None), Tensor)
-
-
 def _length(tower: Any, tokens: Tensor) -> int:
-    if _causal_to_end_of_text(tower):
+    """The number of positions that features depend on."""
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = getattr(tower, "cls_emb", None) is None and isinstance(getattr(tower, "attn_mask", None), Tensor)
+    if causal and pool == "argmax":  # unlike SigLIP's towers, where padding is part of the text
         return int(tokens.argmax(-1).max()) + 1
-    config = getattr(tower, "config", None)
-    pad = getattr(config, "pad_token_id", None)
+    pad = getattr(getattr(tower, "config", None), "pad_token_id", None)
     if pad is not None and getattr(tower, "transformer", None) is not None:  # HFTextEncoder masks padding
         used = (tokens != pad).any(0).nonzero()
         return int(used.max()) + 1 if len(used) else tokens.shape[1]
@@ -51,15 +42,15 @@ def _length(tower: Any, tokens: Tensor) -> int:
 
 
 @contextmanager
-def _shortened(tower: Any, length: int) -> Iterator[None]:
-    """Let open_clip's own text code run on `length` positions; everything is put back afterwards."""
+def _shorten(tower: Any, length: int) -> Iterator[None]:
+    """Run open_clip's text code on `length` positions in the block."""
     mask, positions = getattr(tower, "attn_mask", None), getattr(tower, "positional_embedding", None)
     if not isinstance(mask, Tensor) or not isinstance(positions, nn.Parameter) or length == mask.shape[0]:
         yield
         return
     try:
         tower.attn_mask = mask[:length, :length]
-        # A view shares storage: no copy, and training other parameters is not disturbed.
+        # A view: it shares the storage.
         tower.positional_embedding = nn.Parameter(positions.data[:length], requires_grad=False)
         yield
     finally:
@@ -67,15 +58,19 @@ def _shortened(tower: Any, length: int) -> Iterator[None]:
 
 
 class PromptEncoder:
-    """The prompts of a study, tokenised once.
+    """Encodes the prompts of a study, which are tokenised once.
 
     Args:
-        backbone: whose tokenizer and text tower are used.
-        prompts: one a class.
-        cut: leave positions out that no feature depends on.
+        backbone: its tokenizer and text tower are used.
+        prompts: one for each class.
+        cut: leave out positions that no feature depends on.
+
+    Attributes:
+        length: number of positions that are encoded.
+        tokens: the prompts' tokens, shape (classes, length).
 
     Raises:
-        ValueError: no prompt, or one longer than the text tower's context.
+        InputError: there is no prompt.
     """
 
     def __init__(self, backbone: Backbone, prompts: Sequence[str], *, cut: bool = True) -> None:
@@ -88,13 +83,13 @@ class PromptEncoder:
         self.tokens = tokens[:, : self.length].contiguous()
 
     def features(self, copies: int | None = None) -> Tensor:
-        """Unit text features (classes, embedding), with gradients to the shift if they are enabled.
+        """Text features of length 1 (classes, embedding), with gradients to the shift if they are enabled.
 
-        With `copies` the prompts go through the tower so many times (copies, classes, embedding): where each
-        example needs a gradient of its own, it needs prompts of its own.
+        With `copies`, the features of so many copies of the prompts (copies, classes, embedding), for
+        per-sample gradients.
         """
         device = next(self._model.parameters()).device
         tokens = self.tokens.repeat(copies or 1, 1).to(device)
-        with _shortened(_text_tower(self._model), self.length):
-            found = l2_normalize(self._model.encode_text(tokens))
-        return found if copies is None else found.view(copies, len(self.tokens), -1)
+        with _shorten(_text_tower(self._model), self.length):
+            features = l2_normalize(self._model.encode_text(tokens))
+        return features if copies is None else features.view(copies, len(self.tokens), -1)

@@ -1,7 +1,6 @@
-"""Trainers: train a sigma shift on images and evaluate it, at a site and at the server.
+"""Training and evaluation of a sigma shift on images, at a site and at the server.
 
-A `Trainer` has one backbone with its basis, for one list of classes. Building one takes seconds, so each
-process keeps the last ones. The shift is an argument and a result; a trainer keeps no state of a call.
+The shift is an argument and a result: a `Trainer` keeps no state of a call.
 """
 
 from __future__ import annotations
@@ -9,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 Vector = NDArray[np.float32]
-NO_PRIVACY = PrivacyConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,58 +68,21 @@ class EvalOutput:
     confusion: tuple[int, ...]
 
 
-class Trainer(Protocol):
-    """The interface between the federation and the method."""
+class Trainer:
+    """The interface between the federation and the method: a backbone, adapted, for one list of classes.
 
-    layout: Layout
-    fingerprint: Fingerprint
+    Args:
+        backbone: name of the backbone.
+        sigma: which weights are adapted.
+        classes: names of the classes; trainers of other classes are kept apart.
+        prompts: one for each class.
 
-    def partition(self, personal: PersonalConfig | None) -> ParameterPartition:
-        """Which values of the layout are shared where these are personal."""
-        ...
-
-    parameter_count: int
-    """How many values the backbone has, as it came."""
-
-    image_side: int
-    """Images are loaded with their shorter side at most this long, in pixels."""
-
-    def train(
-        self,
-        shift: Vector,
-        examples: Sequence[Any],
-        recipe: LocalTrainingConfig,
-        *,
-        first_step: int,
-        steps: int,
-        total_steps: int,
-        seed: int,
-        privacy: PrivacyConfig = NO_PRIVACY,
-    ) -> TrainOutput:
-        """Train from `shift` on these examples; first_step and total_steps place it in the schedule.
-
-        Where privacy is to be kept in training, nothing of what is returned depends on them otherwise than
-        through noise, but their number.
-        """
-        ...
-
-    def evaluate(self, shift: Vector, examples: Sequence[Any]) -> EvalOutput:
-        """Evaluate `shift` on these examples."""
-        ...
-
-    def explain(self, shift: Vector, *, heads: int = 8, phrases: int = 5) -> list[dict[str, Any]]:
-        """What a shift changed, in words: a row for each of the heads that changed most.
-
-        The first takes the text tower's time for all descriptions, each further one next to none.
-
-        Raises:
-            ExplainError: the adapted weights cannot be assigned to heads.
-        """
-        ...
-
-
-class SigmaTrainer:
-    """The trainer of a real backbone."""
+    Attributes:
+        layout: the adapted matrices.
+        fingerprint: of the backbone and its basis.
+        parameter_count: number of values of the backbone without its adapter.
+        image_side: images are loaded with their shorter side at most this long, in pixels.
+    """
 
     def __init__(
         self, backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
@@ -136,66 +98,87 @@ class SigmaTrainer:
         self.classifier = ClipClassifier(loaded, self.sigma, prompts)
         self.layout: Layout = self.sigma.layout
         self.fingerprint: Fingerprint = self.sigma.fingerprint
-        self._splits: dict[PersonalConfig | None, ParameterPartition] = {}
+        self._partitions: dict[PersonalConfig | None, ParameterPartition] = {}
         self._explainer: Explainer | None = None
         # Room for random crops without keeping full-size images in memory.
         self.image_side = loaded.image_size * 3 // 2
-        release_memory()  # the random weights that the loaded ones took the place of
+        release_memory()  # of the random weights that the loaded ones replaced
 
     def train(
         self,
         shift: Vector,
         examples: Sequence[Any],
-        recipe: LocalTrainingConfig,
+        config: LocalTrainingConfig,
         *,
         first_step: int,
         steps: int,
         total_steps: int,
         seed: int,
-        privacy: PrivacyConfig = NO_PRIVACY,
+        privacy: PrivacyConfig | None = None,
     ) -> TrainOutput:
-        """See `Trainer.train`."""
+        """Train from `shift` on these examples.
+
+        With privacy in training, the result depends on the examples through noise alone, and on their number.
+
+        Args:
+            shift: where to start, shape (layout.size,).
+            examples: see `classifier.Example`.
+            config: settings of the optimiser.
+            first_step: number of this call's first step within the study, for the schedule.
+            steps: number of steps.
+            total_steps: number of steps of the whole study.
+            seed: of batches and augmentation.
+            privacy: the study's privacy; none by default.
+        """
         from fedsigma.common.training.dp_sgd import DPSGDGradient
         from fedsigma.common.training.loop import train
 
         self._set(shift)
-        gradient = DPSGDGradient(self.classifier, examples, recipe, privacy) if privacy.in_training else None
-        result = train(
+        gradient = None
+        if privacy is not None and privacy.in_training:
+            gradient = DPSGDGradient(self.classifier, examples, config, privacy)
+        loss = train(
             self.classifier,
             list(examples),
-            recipe,
+            config,
             first_step=first_step,
             steps=steps,
             total_steps=total_steps,
             seed=seed,
             gradient=gradient,
         )
-        trained = self.sigma.get_shift().detach().cpu().numpy().astype(np.float32)
+        trained: Vector = self.sigma.get_shift().numpy()
         release_memory()
-        return TrainOutput(shift=trained, loss=float(result.loss), steps=steps, examples=len(examples))
+        return TrainOutput(shift=trained, loss=loss, steps=steps, examples=len(examples))
 
     def partition(self, personal: PersonalConfig | None) -> ParameterPartition:
-        """See `Trainer.partition`."""
-        if personal not in self._splits:
-            self._splits[personal] = make_partition(self.sigma, personal)
-        return self._splits[personal]
+        """Which values of the layout are shared where these are personal."""
+        if personal not in self._partitions:
+            self._partitions[personal] = make_partition(self.sigma, personal)
+        return self._partitions[personal]
 
     def evaluate(self, shift: Vector, examples: Sequence[Any]) -> EvalOutput:
-        """See `Trainer.evaluate`."""
+        """Evaluate `shift` on these examples."""
         from fedsigma.common.training.loop import evaluate
         from fedsigma.common.training.metrics import compute_metrics
 
         self._set(shift)
-        found = compute_metrics(evaluate(self.classifier, list(examples)))
+        result = compute_metrics(evaluate(self.classifier, list(examples)))
         release_memory()
-        scores = found.to_dict()
-        if "accuracy" in scores:
-            # torch counts in float32; right answers over images is a fraction that float64 holds better.
-            scores["accuracy"] = round(scores["accuracy"] * len(examples)) / len(examples)
-        return EvalOutput(metrics=scores, confusion=tuple(found.confusion.flatten().tolist()))
+        metrics = result.to_dict()
+        if "accuracy" in metrics:
+            # torch counts in float32; float64 holds the fraction of correct predictions better.
+            metrics["accuracy"] = round(metrics["accuracy"] * len(examples)) / len(examples)
+        return EvalOutput(metrics=metrics, confusion=tuple(result.confusion.flatten().tolist()))
 
     def explain(self, shift: Vector, *, heads: int = 8, phrases: int = 5) -> list[dict[str, Any]]:
-        """See `Trainer.explain`."""
+        """Describe what a shift changed, with a row for each of the heads that changed most.
+
+        The first call encodes all descriptions; further calls take next to no time.
+
+        Raises:
+            ExplainError: the adapted weights cannot be assigned to heads.
+        """
         import torch
 
         from fedsigma.common.explain import Phrases
@@ -215,7 +198,7 @@ def make_partition(sigma: SigmaModel, personal: PersonalConfig | None) -> Parame
     """Which values of an adapted model's shift are shared where these are personal.
 
     Raises:
-        LayoutError: all or nothing of what is adapted is personal.
+        LayoutError: all of the adapted weights are personal, or none of them.
     """
     from fedsigma.common.sigma import LayoutError, ParameterPartition, find_layout
 
@@ -229,61 +212,49 @@ def make_partition(sigma: SigmaModel, personal: PersonalConfig | None) -> Parame
         raise LayoutError(f"personal is {personal}: {error}") from error
 
 
-TrainerFactory = Callable[[str, SigmaConfig, tuple[str, ...], tuple[str, ...]], Trainer]
-"""Builds a trainer from the backbone's name, the adapted weights, the classes and their prompts."""
+TrainerFactory = Callable[..., Trainer]
+"""Builds a trainer from the arguments of `Trainer`."""
 
 
 class TrainerPool:
-    """Builds trainers and keeps the ones used last: building one takes seconds.
-
-    Args:
-        factory: builds a trainer.
-        size: how many trainers are kept.
+    """Builds trainers and keeps the two used last: building one takes seconds.
 
     Attributes:
         factory: builds a trainer. Trainers built by another factory are not returned.
     """
 
-    def __init__(self, factory: TrainerFactory, size: int = 2) -> None:
+    def __init__(self, factory: TrainerFactory) -> None:
         self.factory = factory
-        self._build = lru_cache(maxsize=size)(lambda factory, *args: factory(*args))
+        self._build: TrainerFactory = lru_cache(maxsize=2)(lambda factory, *args: factory(*args))
 
     def open(
         self, backbone: str, sigma: SigmaConfig, classes: tuple[str, ...], prompts: tuple[str, ...]
     ) -> Trainer:
-        """The trainer for a backbone and classes, built at most once while it is kept."""
+        """The trainer of these arguments of `Trainer`, built at most once while it is kept."""
         return self._build(self.factory, backbone, sigma, classes, prompts)
 
 
-trainers = TrainerPool(SigmaTrainer)
+trainers = TrainerPool(Trainer)
 """The trainers of this process."""
 
 open_trainer = trainers.open
 
 
-def derive_seed(seed: int, *place: str | int) -> int:
+def derive_seed(seed: int, *path: str | int) -> int:
     """Derive the seed of one piece of work, such as a site's training in one round, from the study's.
 
     Sites must not share a seed (they would draw the same augmentations), and a resumed run must draw what
     the interrupted one would have drawn.
     """
-    text = ":".join(str(part) for part in (seed, *place))
+    text = ":".join(str(part) for part in (seed, *path))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 def release_memory() -> None:
-    """Return to the system what has been freed, where the C library can do so (glibc).
+    """Return freed memory to the system, where the C library can do so (glibc).
 
     glibc keeps freed blocks of up to 32 MB for later, which after a training step are gigabytes. A site that
-    waits for the next round, or a simulation's actor whose turn it is not, does not need them.
+    waits for the next round, or a simulation's idle actor, does not need them.
     """
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Any:
-    try:
-        return getattr(ctypes.CDLL(None), "malloc_trim", None)
-    except (OSError, TypeError):  # no C library to ask, as on Windows
-        return None
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or none (Windows)
+        ctypes.CDLL(None).malloc_trim(0)

@@ -70,7 +70,7 @@ def privacy_plan(study: StudyConfig, *, images: int, targets: Sequence[float] = 
     return PrivacyPlan(
         release=release,
         rounds=rounds,
-        within=events_within(privacy.epsilon, release, delta=privacy.delta, most=rounds),
+        within=events_within(privacy.epsilon, release, delta=privacy.delta, limit=rounds),
         epsilon_after={count: epsilon([release] * count, privacy.delta) for count in marks},
         noise_multiplier_for={
             float(target): calibrate_noise_multiplier(

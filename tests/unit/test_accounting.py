@@ -106,8 +106,8 @@ def test_the_noise_for_a_target_keeps_it_and_no_less_does() -> None:
     ]
     assert spent[0] <= 4.0 < spent[1]
     one = PrivacyEvent(rate=0.25, noise_multiplier=noise, steps=2)
-    assert events_within(4.0, one, delta=1e-5, most=60) == 10
-    assert events_within(1e-4, one, delta=1e-5, most=60) == 0
+    assert events_within(4.0, one, delta=1e-5, limit=60) == 10
+    assert events_within(1e-4, one, delta=1e-5, limit=60) == 0
 
 
 def test_a_sample_has_the_batch_size_on_average() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsigma.common.sigma import SigmaModel
-from fedsigma.common.training.attention import BatchedAttention, training_attention, use_batched_products
+from fedsigma.common.training.attention import BatchedAttention, replace_attention, training_attention
 from tests.helpers.tiny import outputs, timm_clip, tiny_clip
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_models_give_the_same_features_and_gradients(build: Callable[[], nn.Modu
     sigma = SigmaModel.adapt(build(), cache_dir=tmp_path)
     expected, slope = outputs(sigma.model), gradient(sigma)
     with (
-        use_batched_products(sigma.model),
+        replace_attention(sigma.model, products=True),
         patch.object(BatchedAttention, "apply", wraps=BatchedAttention.apply) as product,
     ):
         found, other = outputs(sigma.model), gradient(sigma)
@@ -60,7 +60,7 @@ def test_models_give_the_same_features_and_gradients(build: Callable[[], nn.Modu
 
 
 def switches(model: nn.Module) -> list[object]:
-    """Whatever `use_batched_products` may change."""
+    """Whatever `replace_attention` may change."""
     return [(m.__dict__.get("forward"), getattr(m, "fused_attn", None)) for m in model.modules()]
 
 
@@ -68,7 +68,7 @@ def switches(model: nn.Module) -> list[object]:
 def test_a_model_is_left_as_it_was_even_by_an_error(build: Callable[[], nn.Module]) -> None:
     model = build()
     before = switches(model)
-    with pytest.raises(RuntimeError, match="in the block"), use_batched_products(model):
+    with pytest.raises(RuntimeError, match="in the block"), replace_attention(model, products=True):
         assert switches(model) != before
         raise RuntimeError("in the block")
     assert switches(model) == before
@@ -92,7 +92,7 @@ def test_other_calls_and_other_layers_are_left_to_torch() -> None:
     ]
     for of, options in calls:
         expected = layer(*of, **options)
-        with use_batched_products(model), patch.object(BatchedAttention, "apply") as product:
+        with replace_attention(model, products=True), patch.object(BatchedAttention, "apply") as product:
             found = model[0](*of, **options)
             assert model[1](x, x, x) == "own"
         product.assert_not_called()

@@ -23,7 +23,7 @@ from fedsigma.common.explain.report import build_explainer
 from fedsigma.common.explain.text_directions import joint_space_projection
 from fedsigma.common.registry.shift_file import save_shift
 from fedsigma.common.sigma import Basis, SigmaModel, find_layout
-from fedsigma.common.training.trainer import SigmaTrainer
+from fedsigma.common.training.trainer import Trainer
 
 WIDTH, HEADS, JOINT, PHRASES = 32, 4, 16, 40
 
@@ -146,13 +146,13 @@ def test_explaining_one_shift_does_not_change_what_is_said_of_the_next() -> None
     assert one.explain(second) == Explainer(model, basis, phrases, features()).explain(second)
 
 
-def test_the_learner_reads_the_descriptions_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = SigmaTrainer("starter", SigmaConfig(parts=("v", "o")), ("a", "b"), ("a", "b"))
-    shift = np.random.default_rng(0).normal(scale=0.1, size=learner.layout.size).astype(np.float32)
-    rows = learner.explain(shift, heads=3, phrases=2)
+def test_a_trainer_encodes_the_descriptions_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer("starter", SigmaConfig(parts=("v", "o")), ("a", "b"), ("a", "b"))
+    shift = np.random.default_rng(0).normal(scale=0.1, size=trainer.layout.size).astype(np.float32)
+    rows = trainer.explain(shift, heads=3, phrases=2)
     assert len(rows) == 3 and all(len(row["gained"]) == 2 for row in rows)
     monkeypatch.setattr(report, "_text_features", lambda *a: pytest.fail("read again"))
-    assert learner.explain(-shift, heads=3) != rows and learner.explain(shift, heads=3, phrases=2) == rows
+    assert trainer.explain(-shift, heads=3) != rows and trainer.explain(shift, heads=3, phrases=2) == rows
 
 
 def test_nothing_changed_is_nothing_gained() -> None:
@@ -169,16 +169,21 @@ def test_what_cannot_be_explained_says_why() -> None:
     with pytest.raises(ExplainError, match="value and output"):
         rank_heads(model, basis, torch.zeros(basis.layout.size))
     model.visual.ln_post = nn.Identity()
-    with pytest.raises(ExplainError, match="image tower ends otherwise"):
+    with pytest.raises(ExplainError, match="image tower does not end in a norm"):
         joint_space_projection(model, "image")
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
-    [("[one", "do not read"), ("a text", "no YAML list"), ("[one]", "fewer than two"), ("a: 3", "no YAML")],
+    ("text", "message"),
+    [
+        ("[one", "invalid YAML"),
+        ("a text", "must be a YAML list"),
+        ("[one]", "fewer than two"),
+        ("a: 3", "must be a YAML list"),
+    ],
 )
-def test_descriptions_that_do_not_do_are_refused(text: str, words: str) -> None:
-    with pytest.raises(ExplainError, match=words):
+def test_invalid_descriptions_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ExplainError, match=message):
         Phrases.parse(text)
 
 

@@ -122,8 +122,8 @@ def test_training_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
 def test_one_image_missing_classes_and_odd_batches_work(count: int, tmp_path: Path) -> None:
     job = task(tmp_path)
     examples = [Picture(p.image, 2) for p in coloured(count)]
-    result = train(job, examples, RECIPE, steps=3, total_steps=3, seed=0)
-    assert result.steps == 3 and result.examples == count and math.isfinite(result.loss)
+    loss = train(job, examples, RECIPE, steps=3, total_steps=3, seed=0)
+    assert math.isfinite(loss)
     assert job.sigma.get_shift().abs().max() > 0
 
 
