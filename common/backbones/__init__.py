@@ -1,6 +1,6 @@
-"""Backbones: CLIP models loaded by open_clip, from names that a study file can hold.
+"""Backbones: CLIP models loaded by open_clip, by names that a study file can hold.
 
-`load_backbone` knows five kinds of name: `starter`, `ARCH/TAG`, `hf-hub:org/name`, `local-dir:PATH` and
+`load_backbone` accepts five kinds of name: `starter`, `ARCH/TAG`, `hf-hub:org/name`, `local-dir:PATH` and
 `checkpoint:ARCH:PATH.safetensors`. Weights come from safetensors only; `convert` alone reads a torch file.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,15 @@ RESIZE_MODES = ("shortest", "longest", "squash")
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a picture becomes the model's input: resized to `size` pixels, then normalised by mean and std."""
+    """How an image becomes the model's input.
+
+    Attributes:
+        size: side of the input, in pixels.
+        mean: subtracted from each channel.
+        std: divides each channel.
+        interpolation: of resizing.
+        resize_mode: which side is resized to `size`: the shortest, the longest, or both (squash).
+    """
 
     size: int
     mean: tuple[float, float, float]
@@ -34,28 +42,28 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Preprocessing:
-        """Check a `preprocess_cfg`; nothing that decides the input's values is guessed.
+        """Check a `preprocess_cfg`.
 
         Raises:
-            BackboneError: a key is missing or its value cannot be right.
+            BackboneError: a key is missing or its value is invalid.
         """
         missing = [key for key in ("size", "mean", "std", "interpolation") if values.get(key) is None]
         if missing:
             raise BackboneError(
-                f"{where}: preprocess_cfg lacks {', '.join(missing)}; the wrong preprocessing ruins a model "
-                "quietly, so none is assumed: take the values from the model's authors"
+                f"{where}: preprocess_cfg lacks {', '.join(missing)}; no default is assumed, since wrong"
+                " values silently ruin a model: take them from the model's authors"
             )
         mean, std = (_triple(values[key], f"{where}: preprocess_cfg.{key}") for key in ("mean", "std"))
         if min(std) <= 0:
             raise BackboneError(f"{where}: preprocess_cfg.std is {list(std)}, expected numbers above 0")
         mode = values.get("resize_mode") or "shortest"
-        for key, value, known in (
+        for key, value, choices in (
             ("interpolation", values["interpolation"], INTERPOLATIONS),
             ("resize_mode", mode, RESIZE_MODES),
         ):
-            if value not in known:
+            if value not in choices:
                 raise BackboneError(
-                    f"{where}: preprocess_cfg.{key} is {value!r}, expected {' or '.join(known)}"
+                    f"{where}: preprocess_cfg.{key} is {value!r}, expected {' or '.join(choices)}"
                 )
         return cls(
             size=parse_square_size(values["size"], f"{where}: preprocess_cfg.size"),
@@ -67,23 +75,26 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """The `preprocess_cfg` of an open_clip folder."""
-        return {
-            "size": self.size,
-            "mode": "RGB",
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "resize_mode": self.resize_mode,
-        }
+        return {"size": self.size, "mode": "RGB", **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A CLIP model ready for use: float32, eval mode, nothing trainable.
+    """A CLIP model ready for use.
 
-    Shapes: model.encode_image takes (n, 3, image_size, image_size) normalised by mean and std;
-    tokenizer returns (n, context length) token numbers. `logit_scale` is already exponentiated.
-    `digest` is the SHA-256 of the weights file, or empty where there is none.
+    Attributes:
+        name: the backbone's name.
+        model: float32, in eval mode, frozen; encode_image takes (n, 3, image_size, image_size).
+        tokenizer: maps texts to tokens (n, context length).
+        image_size: side of the model's input, in pixels.
+        mean: see `Preprocessing`.
+        std: see `Preprocessing`.
+        interpolation: see `Preprocessing`.
+        logit_scale: factor of cosine similarities, exponentiated.
+        resize_mode: see `Preprocessing`.
+        architecture: open_clip's name of the architecture.
+        digest: SHA-256 of the weights file, or empty without one.
+        model_cfg: open_clip's configuration of the model.
     """
 
     name: str
@@ -121,12 +132,12 @@ def assemble(
     architecture: str = "",
     digest: str = "",
 ) -> Backbone:
-    """Put the parts together, and check that the preprocessing fits the model.
+    """Assemble a backbone, and check that the preprocessing fits the model.
 
     Raises:
-        BackboneError: the picture size of the preprocessing is not the model's.
+        BackboneError: the preprocessing's size is not the model's.
     """
-    model = model.float().eval().requires_grad_(False)  # first: the size is tried with a float32 picture
+    model = model.float().eval().requires_grad_(False)  # first: get_image_size tries a float32 image
     size = get_image_size(model, name)
     if preprocessing.size != size:
         raise BackboneError(
@@ -155,7 +166,7 @@ def check_model_cfg(model_cfg: Any, where: str) -> dict[str, Any]:
     """A copy of a `model_cfg` that is safe to build.
 
     Raises:
-        BackboneError: not a model_cfg, or one that would fetch weights, run code, or guess its tokenizer.
+        BackboneError: it is not a model_cfg, or it would fetch weights, run code, or lacks its tokenizer.
     """
     cfg = copy.deepcopy(model_cfg)
     parts = ("embed_dim", "vision_cfg", "text_cfg")
@@ -204,16 +215,15 @@ def build_model(model_cfg: Mapping[str, Any], where: str = "backbone") -> nn.Mod
 
 
 def build_meta_model(model_cfg: Mapping[str, Any], where: str = "backbone") -> nn.Module:
-    """The same model without storage for its weights: for counting, in a moment and at any size."""
+    """As `build_model`, without storage for the weights: fast at any size, for counting."""
     with torch.device("meta"):
         return build_model(model_cfg, where)
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load a state dict in open_clip's or a known third form; every weight must match in name and shape.
+    """Load a state dict in one of open_clip's forms; every weight must match in name and shape.
 
-    Unlike open_clip's own loader this never interpolates a positional embedding: a checkpoint of another
-    picture size or context length is an error.
+    Unlike open_clip's own loader this never interpolates a positional embedding.
 
     Raises:
         BackboneError: weights are missing, unknown, or of another shape.
@@ -221,39 +231,40 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
-    own = model.state_dict()
-    for scalar in ("logit_scale", "logit_bias"):
-        if scalar in state and scalar in own and state[scalar].numel() == own[scalar].numel() == 1:
-            state[scalar] = state[scalar].reshape(own[scalar].shape)
+    expected = model.state_dict()
+    for scalar in {"logit_scale", "logit_bias"} & state.keys() & expected.keys():
+        if state[scalar].numel() == expected[scalar].numel() == 1:
+            state[scalar] = state[scalar].reshape(expected[scalar].shape)
     # Transformers before 4.31 stored this constant.
-    if "text.transformer.embeddings.position_ids" not in own:
+    if "text.transformer.embeddings.position_ids" not in expected:
         state.pop("text.transformer.embeddings.position_ids", None)
-    for kind, keys in (("lack", own.keys() - state.keys()), ("hold unknown", state.keys() - own.keys())):
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    for kind, keys in (("lack", missing), ("hold unknown", unknown)):
         if keys:
             names = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise BackboneError(f"{where}: the weights {kind} {names}: they are of another architecture")
-    wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
+    wrong = [k for k, v in state.items() if expected[k].shape != v.shape]
     if wrong:
         key = next((k for k in wrong if "pos" in k), wrong[0])
         hint = "another picture size or context length" if "pos" in key else "another architecture"
         raise BackboneError(
             f"{where}: {key} has shape {tuple(state[key].shape)}, the configuration expects "
-            f"{tuple(own[key].shape)}: the weights are of {hint}"
+            f"{tuple(expected[key].shape)}: the weights are of {hint}"
         )
     broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if broken:
         raise BackboneError(f"{where}: {broken[0]} holds values that are not finite: the file is damaged")
-    # Taken, not copied: what is mapped from a file stays so, and processes on one machine share it.
+    # Assigned, not copied: weights that are mapped from a file stay so, and processes share them.
     model.load_state_dict(state, assign=True)
 
 
 def load_weights_file(model: nn.Module, path: Path, where: str) -> None:
-    """`fill` from a safetensors file, memory-mapped: float32 weights are shared between processes.
+    """`load_weights` from a safetensors file, memory-mapped: processes share float32 weights.
 
     Writing to a weight copies its pages. The file must not be changed in place while a model uses it.
 
     Raises:
-        BackboneError: the file is not safetensors, or does not fit.
+        BackboneError: the file is not safetensors, or its weights do not match.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -266,32 +277,29 @@ def load_weights_file(model: nn.Module, path: Path, where: str) -> None:
 
 
 def get_image_size(model: nn.Module, where: str) -> int:
-    """The side of the pictures that a model takes.
+    """The side of a model's input images, in pixels.
 
     Raises:
         BackboneError: they are not square, or configuration and image tower disagree.
     """
     visual: Any = model.visual
     side = parse_square_size(visual.image_size, f"{where}: the model's image size")
-    # open_clip does not hand vision_cfg.image_size to timm, whose own fixed size decides.
+    # open_clip does not pass vision_cfg.image_size to timm, whose own fixed size decides.
     trunk: Any = getattr(visual, "trunk", None)
     fixed = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
-    own = side if fixed is None else parse_square_size(fixed, f"{where}: the image tower's own size")
-    if own != side and not _takes(trunk, side):
+    tower_side = side if fixed is None else parse_square_size(fixed, f"{where}: the image tower's own size")
+    if tower_side != side and not _accepts_size(trunk, side):
         raise BackboneError(
-            f"{where}: vision_cfg.image_size is {side}, but its timm image tower takes {own} pixels"
+            f"{where}: vision_cfg.image_size is {side}, but its timm image tower takes {tower_side} pixels"
         )
     return side
 
 
-def _takes(trunk: nn.Module, side: int) -> bool:
-    """Whether a timm tower takes pictures of another size than its own without stretching weights.
-
-    Towers that compute their positions do, such as XCiT; learned positions would be interpolated.
-    """
+def _accepts_size(trunk: nn.Module, side: int) -> bool:
+    """Whether a timm tower accepts another image size without interpolation of weights, such as XCiT."""
     if isinstance(getattr(trunk, "pos_embed", None), nn.Parameter):
         return False
-    # In training mode the trial would move the running statistics of batch norms.
+    # In training mode this would change the running statistics of batch norms.
     was_training = trunk.training
     trunk.eval()
     try:
@@ -305,25 +313,15 @@ def _takes(trunk: nn.Module, side: int) -> bool:
 
 
 def parse_square_size(size: Any, what: str) -> int:
-    """One number for a square size given as a number or a pair.
-
-    Raises:
-        BackboneError: not square, or not a positive whole number.
-    """
-    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    if (
-        len(pair) != 2
-        or pair[0] != pair[1]
-        or isinstance(pair[0], bool)
-        or int(pair[0]) != pair[0]
-        or pair[0] < 1
-    ):
-        raise BackboneError(f"{what} is {size!r}, expected one positive number (square pictures only)")
-    return int(pair[0])
+    """The side of a square size that is a number or a pair of equal numbers, else BackboneError."""
+    side, *others = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if others != [side] or type(side) not in (int, float) or side != int(side) or side < 1:
+        raise BackboneError(f"{what} is {size!r}, expected one positive number (square images only)")
+    return int(side)
 
 
 def _triple(value: Any, what: str) -> tuple[float, float, float]:
-    good = isinstance(value, (list, tuple)) and len(value) == 3
-    if not good or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
+    is_triple = isinstance(value, (list, tuple)) and len(value) == 3
+    if not is_triple or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
         raise BackboneError(f"{what} is {value!r}, expected three numbers")
     return float(value[0]), float(value[1]), float(value[2])

@@ -1,7 +1,7 @@
 """A backbone as one folder: weights, configuration, tokenizer and preprocessing, with a manifest of digests.
 
 The folder is open_clip's own `local-dir:` form plus `fedsigma_backbone.json`. It is written on a connected
-machine and carried to a site, where every file is checked against the manifest before it is used.
+machine and copied to a site, where every file is checked against the manifest before use.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from fedsigma.common.backbones.build import (
     Backbone,
     Preprocessing,
+    Tokenizer,
     assemble,
     build_model,
     check_model_cfg,
     load_weights_file,
 )
 from fedsigma.common.backbones.spec import BackboneError
-from fedsigma.common.backbones.tokenizer import PROBE, LazyTokenizer, load_tokenizer
+from fedsigma.common.backbones.tokenizer import PROBE, load_tokenizer
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -36,7 +37,19 @@ FORMAT = "fedsigma-backbone-1"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What `fedsigma_backbone.json` says: where the backbone came from and the SHA-256 of each file."""
+    """The content of `fedsigma_backbone.json`.
+
+    Attributes:
+        name: the backbone's name.
+        architecture: open_clip's name of the architecture.
+        source: where the backbone came from.
+        revision: the source's revision.
+        open_clip: version of open_clip that wrote the folder.
+        dtype: number format of the weights.
+        notes: remarks on assumed settings.
+        files: SHA-256 of each file.
+        format: format of the manifest.
+    """
 
     name: str
     architecture: str
@@ -49,16 +62,12 @@ class Manifest:
     format: str = FORMAT
 
     def write(self, folder: Path) -> None:
-        """Write it; done last, so that a folder without it is known to be incomplete."""
+        """Write the manifest, as the last file: a folder without it is incomplete."""
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
     @classmethod
     def read(cls, folder: Path, where: str) -> Manifest:
-        """Read it.
-
-        Raises:
-            BackboneError: there is none, or it is damaged.
-        """
+        """Read a folder's manifest; a missing or damaged one is a BackboneError."""
         if not (folder / MANIFEST).is_file():
             raise BackboneError(
                 f"{where}: {folder} holds no {MANIFEST}, so its files cannot be checked: write the folder "
@@ -76,7 +85,7 @@ class Manifest:
 
 
 def load_folder(folder: Path, *, name: str = "", weights: bool = True) -> Backbone:
-    """Load a backbone folder, every file of it checked first.
+    """Check every file of a backbone folder, and load it.
 
     Raises:
         BackboneError: a file is missing, changed or added; the tokenizer or preprocessing is incomplete;
@@ -86,31 +95,21 @@ def load_folder(folder: Path, *, name: str = "", weights: bool = True) -> Backbo
     if not folder.is_dir():
         raise BackboneError(f"{where}: there is no folder {folder.absolute()}")
     manifest = Manifest.read(folder, where)
-    verify_files(folder, manifest, where)
+    _verify_files(folder, manifest, where)
     model_cfg, preprocessing = read_config(folder, where)
     model = build_model(model_cfg, where)
+    tokenizer: Tokenizer = lambda texts: load_tokenizer(model_cfg, model, folder, where)(texts)  # noqa: E731
     if weights:
         load_weights_file(model, folder / WEIGHTS, where)
         tokenizer = load_tokenizer(model_cfg, model, folder, where)
-    else:
-        tokenizer = LazyTokenizer(lambda: load_tokenizer(model_cfg, model, folder, where))
+    architecture, digest = manifest.architecture, manifest.files[WEIGHTS] if weights else ""
     return assemble(
-        where,
-        model,
-        tokenizer,
-        preprocessing,
-        model_cfg,
-        architecture=manifest.architecture,
-        digest=manifest.files.get(WEIGHTS, "") if weights else "",
+        where, model, tokenizer, preprocessing, model_cfg, architecture=architecture, digest=digest
     )
 
 
-def verify_files(folder: Path, manifest: Manifest, where: str) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        BackboneError: a file is missing, changed, or not listed.
-    """
+def _verify_files(folder: Path, manifest: Manifest, where: str) -> None:
+    """Compare every file with the manifest; a missing, changed or added one is a BackboneError."""
     again = "copy the folder again, or fetch it again with `fedsigma backbone fetch`"
     if WEIGHTS not in manifest.files or CONFIG not in manifest.files:
         raise BackboneError(f"{where}: {MANIFEST} does not list {WEIGHTS} and {CONFIG}: {again}")
@@ -118,10 +117,10 @@ def verify_files(folder: Path, manifest: Manifest, where: str) -> None:
         path = folder / file
         if Path(file).name != file or not path.is_file():
             raise BackboneError(f"{where}: {file} is missing from {folder}: {again}")
-        found = sha256(path)
-        if found != digest:
+        actual = sha256(path)
+        if actual != digest:
             raise BackboneError(
-                f"{where}: {file} was changed (its SHA-256 begins {found[:12]}, the manifest has "
+                f"{where}: {file} was changed (its SHA-256 begins {actual[:12]}, the manifest has "
                 f"{digest[:12]}): {again}"
             )
     for path in sorted(folder.iterdir()):
@@ -131,11 +130,7 @@ def verify_files(folder: Path, manifest: Manifest, where: str) -> None:
 
 
 def read_config(folder: Path, where: str) -> tuple[dict[str, Any], Preprocessing]:
-    """The model and preprocessing settings of a folder, with the tower's own settings found in the folder.
-
-    Raises:
-        BackboneError: either is missing or incomplete.
-    """
+    """The model and preprocessing settings of a folder; missing or incomplete ones are a BackboneError."""
     values = read_json(folder / CONFIG, where)
     if not isinstance(values.get("preprocess_cfg"), dict):
         raise BackboneError(
@@ -147,7 +142,7 @@ def read_config(folder: Path, where: str) -> tuple[dict[str, Any], Preprocessing
 
 
 def use_local_files(model_cfg: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """Point the Hugging Face names of a configuration at the folder, wherever it lies now.
+    """Replace the Hugging Face names of a configuration by the folder's path, in place.
 
     Raises:
         BackboneError: the text tower's own settings (config.json) are missing.
@@ -172,19 +167,25 @@ def save_backbone(
     notes: Iterable[str] = (),
     text_path: str = ".",
 ) -> Path:
-    """Write a backbone as a folder that `local-dir:` loads; the manifest is written last.
+    """Write a backbone as a folder that `local-dir:` loads.
 
-    `text_path` is what open_clip itself will read as the place of a Hugging Face text tower's settings;
-    FedSigma always looks in the folder.
+    Args:
+        backbone: a plain model, without an adapter.
+        folder: a new or empty folder.
+        source: where the backbone came from, for the manifest.
+        revision: the source's revision, for the manifest.
+        dtype: number format of the weights.
+        notes: remarks for the manifest.
+        text_path: where open_clip itself looks for a Hugging Face text tower's settings; FedSigma always
+            uses the folder.
 
     Raises:
-        BackboneError: the folder is not empty, or the model still carries a sigma shift.
+        BackboneError: the folder is not empty, or the model has a sigma shift.
     """
     state = backbone.model.state_dict()
     if any("parametrizations" in key for key in state):
-        raise BackboneError(f"{backbone.name}: the model still carries a sigma shift: merge it before saving")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BackboneError(f"{folder} exists and is not an empty folder: choose another name")
+        raise BackboneError(f"{backbone.name}: the model has a sigma shift: merge it before saving")
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, because safetensors refuses tensors that share memory.
     tensors = {
@@ -210,6 +211,12 @@ def save_backbone(
     return folder
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a path that exists, unless it is an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BackboneError(f"{folder} exists and is not an empty folder: choose another name")
+
+
 def _write_text_files(backbone: Backbone, model_cfg: dict[str, Any], folder: Path, text_path: str) -> None:
     text = model_cfg["text_cfg"]
     if text.get("hf_model_name"):
@@ -227,34 +234,26 @@ def _write_text_files(backbone: Backbone, model_cfg: dict[str, Any], folder: Pat
         text["hf_tokenizer_name"] = text_path
         again = load_tokenizer(model_cfg, backbone.model, folder, backbone.name)
         if not torch.equal(again([PROBE]), backbone.tokenizer([PROBE])):
-            raise BackboneError(f"{backbone.name}: its tokenizer reads differently once written to {folder}")
+            raise BackboneError(f"{backbone.name}: its tokenizer gives other tokens once written to {folder}")
 
 
 def export_merged(backbone: Backbone, folder: Path, *, notes: Iterable[str] = ()) -> Path:
-    """Write a model with the shift merged in, which open_clip itself loads too.
+    """Write a backbone whose model `SigmaModel.merge` returned; raises as `save_backbone`.
 
-    `open_clip.create_model_and_transforms('local-dir:PATH')` reads it where it was written. The backbone's
-    model must be what `SigmaModel.merge` returned.
-
-    Raises:
-        BackboneError: as `save_backbone`.
+    `open_clip.create_model_and_transforms('local-dir:PATH')` loads it too, as long as it is not moved.
     """
     source = f"a sigma shift merged into {backbone.name}"
     return save_backbone(backbone, folder, source=source, notes=notes, text_path=str(folder.absolute()))
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
-    """Read a JSON table.
-
-    Raises:
-        BackboneError: missing or not a JSON table.
-    """
+    """Read a JSON object; a missing or other file is a BackboneError."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BackboneError(f"{where}: {path} cannot be read ({error})") from error
     if not isinstance(values, dict):
-        raise BackboneError(f"{where}: {path} must hold a JSON table, it holds {type(values).__name__}")
+        raise BackboneError(f"{where}: {path} must hold a JSON object, it holds {type(values).__name__}")
     return values
 
 

@@ -1,4 +1,4 @@
-"""`load_backbone`: from a name to a model ready for use."""
+"""Loading a backbone by its name."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from fedsigma.common.backbones.bundle import MANIFEST, WEIGHTS, load_folder, rea
 from fedsigma.common.backbones.download import (
     BackboneSettings,
     assemble_backbone,
-    describe_tags,
     download,
     explain_download_errors,
     resolve_settings,
 )
 from fedsigma.common.backbones.spec import BackboneError, BackboneName, parse_name
-from fedsigma.common.backbones.tokenizer import LazyTokenizer, load_tokenizer
+from fedsigma.common.backbones.tokenizer import load_tokenizer
 
 
 def load_backbone(name: str, *, weights: bool = True) -> Backbone:
-    """Load a backbone by name: float32, eval mode, nothing trainable.
+    """Load a backbone by name: float32, in eval mode, frozen.
 
-    With `weights=False` only the architecture is built, with random weights, and a bare ARCH is a name too.
+    Args:
+        name: a name that `parse_name` accepts.
+        weights: False builds the architecture with random weights; the name may then be a bare ARCH.
 
     Raises:
-        BackboneError: unknown, incomplete, changed, or not on this machine; the message says what to do.
+        BackboneError: it is unknown, incomplete, changed, or not on this machine.
     """
     parsed = parse_name(name)
     if parsed.kind == "starter":
@@ -48,36 +49,32 @@ def load_backbone(name: str, *, weights: bool = True) -> Backbone:
     if not weights:
         return _architecture(parsed)
     if parsed.kind == "checkpoint":
-        return _checkpoint(parsed)
-    if parsed.kind == "tag" and not parsed.tag:
-        raise BackboneError(describe_tags(parsed.architecture))
+        if not parsed.path.is_file():
+            raise BackboneError(f"{parsed.text}: there is no file {parsed.path.absolute()}")
+        settings = resolve_settings(parsed)
+        model = build_model(settings.model_cfg, parsed.text)
+        load_weights_file(model, parsed.path, parsed.text)
+        return assemble_backbone(parsed.text, settings, model, sha256(parsed.path))
     return download(parsed)[0]
 
 
-def _checkpoint(parsed: BackboneName) -> Backbone:
-    if not parsed.path.is_file():
-        raise BackboneError(f"{parsed.text}: there is no file {parsed.path.absolute()}")
-    made = resolve_settings(parsed)
-    model = build_model(made.model_cfg, parsed.text)
-    load_weights_file(model, parsed.path, parsed.text)
-    return assemble_backbone(parsed.text, made, model, sha256(parsed.path))
-
-
 def _architecture(parsed: BackboneName) -> Backbone:
-    made = resolve_settings(parsed) if parsed.tag or parsed.kind == "hub" else _any_recipe(parsed)
-    cfg, model = made.model_cfg, build_model(made.model_cfg, parsed.text)
+    settings = resolve_settings(parsed) if parsed.tag or parsed.kind == "hub" else _any_settings(parsed)
+    cfg, model = settings.model_cfg, build_model(settings.model_cfg, parsed.text)
     return assemble(
         parsed.text,
         model,
-        LazyTokenizer(lambda: load_tokenizer(cfg, model, made.text_source, parsed.text)),
-        Preprocessing.from_dict({"size": get_image_size(model, parsed.text), **made.preprocess}, parsed.text),
+        lambda texts: load_tokenizer(cfg, model, settings.text_source, parsed.text)(texts),
+        Preprocessing.from_dict(
+            {"size": get_image_size(model, parsed.text), **settings.preprocess}, parsed.text
+        ),
         cfg,
         architecture=parsed.architecture,
     )
 
 
-def _any_recipe(parsed: BackboneName) -> BackboneSettings:
-    """The architecture with some tag's preprocessing: without weights it decides nothing."""
+def _any_settings(parsed: BackboneName) -> BackboneSettings:
+    """The architecture with some tag's preprocessing, which is irrelevant without weights."""
     try:
         return resolve_settings(parsed)
     except BackboneError:
@@ -93,10 +90,10 @@ def _any_recipe(parsed: BackboneName) -> BackboneSettings:
 
 
 def load_meta_model(name: str) -> nn.Module:
-    """The model of any name without storage for its weights, for counting; fast, and needs no weights.
+    """Build the model of a backbone without its weights, for counting.
 
     Raises:
-        BackboneError: unknown, or its configuration is not on this machine.
+        BackboneError: it is unknown, or its configuration is not on this machine.
     """
     parsed = parse_name(name)
     if parsed.kind in ("starter", "folder"):
@@ -111,23 +108,19 @@ def load_meta_model(name: str) -> nn.Module:
 
 
 def starter_folder() -> Path:
-    """Where the bundled starter lies: beside this package, or in the installed one.
+    """The folder of the bundled starter: beside this module, or in the installed package.
 
-    A run's code may come from Flower's app bundle, which carries no weights; the installed package has them.
+    Flower's app bundle, from which a run's code may come, has no weights; the installed package has them.
 
     Raises:
-        BackboneError: it is nowhere.
+        BackboneError: it is not installed.
     """
     beside = Path(__file__).resolve().parent / "starter"
-    places = [beside]
-    for entry in sys.path:
-        root = Path(entry or ".")
-        below = Path("common", "backbones", "starter")
-        places += [root / "fedsigma" / below, root / below]
-    for place in places:
-        if (place / MANIFEST).is_file() and (place / WEIGHTS).is_file():
-            return place
+    roots = [Path(entry or ".", prefix) for entry in sys.path for prefix in ("fedsigma", "")]
+    for folder in (beside, *(root / "common" / "backbones" / "starter" for root in roots)):
+        if (folder / MANIFEST).is_file() and (folder / WEIGHTS).is_file():
+            return folder
     raise BackboneError(
-        f"the starter backbone is not installed (looked in {beside} and in the installed packages): "
+        f"the starter backbone is not installed (searched {beside} and the installed packages): "
         "install the fedsigma wheel, or run `python -m tools.starter.package` in a checkout"
     )

@@ -1,7 +1,6 @@
-"""Both towers as ONNX files, each compared with torch before it is called done.
+"""Export of both towers as ONNX files, each compared with torch.
 
-The image tower takes pictures and gives features; the text tower takes token numbers and gives features. Both
-are normalised to length 1, so that `logit_scale` times their products are the logits.
+Their features have length 1, so that `logit_scale` times the products of both are the logits.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _OPSET = 18
 
 
 class OnnxError(FedSigmaError, RuntimeError):
-    """A tower cannot be written as ONNX, or what was written gives other features."""
+    """A tower cannot be written as ONNX, or its file gives other features."""
 
 
 class _Tower(nn.Module):
@@ -32,55 +31,56 @@ class _Tower(nn.Module):
         self.model, self.method = model, method
 
     def forward(self, values: Tensor) -> Tensor:
-        """Features of length 1. Shapes: (n, ...) -> (n, width)."""
+        """Features of length 1 (n, width)."""
         features: Tensor = getattr(self.model, self.method)(values)
-        return features / features.norm(dim=-1, keepdim=True)
+        length: Tensor = features.norm(dim=-1, keepdim=True)
+        return features / length
 
 
 def export_onnx(backbone: Backbone, folder: Path) -> dict[str, float]:
     """Write `image.onnx` and `text.onnx`.
 
-    Inputs: `pixels` (n, 3, side, side) float32, normalised as the model's preprocessing says; `tokens` (n,
-    context) int64. Outputs: `features` (n, width) float32 of length 1. n is free.
+    Inputs: `pixels` (n, 3, side, side) float32, normalised by the model's mean and std; `tokens` (n, context)
+    int64. Outputs: `features` (n, width) float32 of length 1, for any n.
 
     Args:
-        backbone: the model, on the CPU; merged, so that it has no parametrization.
-        folder: where to; it must exist.
+        backbone: a merged model on the CPU.
+        folder: an existing folder.
 
     Returns:
-        By tower the largest difference from torch, on inputs of another n than was traced.
+        By tower, the largest difference from torch.
 
     Raises:
         OnnxError: the packages `onnx` and `onnxruntime` are missing, or a difference is above 1e-3.
     """
     try:
-        import onnx  # noqa: F401 - what torch writes with
+        import onnx  # noqa: F401 - torch writes with it
         import onnxruntime
     except ImportError as error:
         raise OnnxError(f"{error.name} is not installed: pip install 'fedsigma[onnx]'") from None
     random = torch.Generator().manual_seed(0)
     side = backbone.image_size
-    words = ["a photo of a cell", "dermoscopy of a mole, with its border", "x"]
+    texts = ["a photo of a cell", "dermoscopy of a mole, with its border", "x"]
     inputs = {
         "image": ("encode_image", "pixels", torch.randn(3, 3, side, side, generator=random)),
-        "text": ("encode_text", "tokens", backbone.tokenizer(words).to(torch.int64)),
+        "text": ("encode_text", "tokens", backbone.tokenizer(texts).to(torch.int64)),
     }
-    found = {}
+    errors = {}
     for tower, (method, name, values) in inputs.items():
         path = folder / f"{tower}.onnx"
         _write(_Tower(backbone.model, method).eval(), name, values[:2], path)
         with torch.no_grad():
             expected = _Tower(backbone.model, method)(values).numpy()
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        got: Any = session.run(None, {name: values.numpy()})[0]
-        found[tower] = float(np.abs(got - expected).max())
-        if got.shape != expected.shape or not found[tower] <= TOLERANCE:
+        features: Any = session.run(None, {name: values.numpy()})[0]
+        errors[tower] = float(np.abs(features - expected).max())
+        if features.shape != expected.shape or not errors[tower] <= TOLERANCE:
             path.unlink()
             raise OnnxError(
                 f"the {tower} tower of {backbone.name} gives other features as ONNX: they differ by"
-                f" {found[tower]:.2g}, at most {TOLERANCE:g} is allowed"
+                f" {errors[tower]:.2g}, at most {TOLERANCE:g} is allowed"
             )
-    return found
+    return errors
 
 
 def _write(tower: nn.Module, name: str, values: Tensor, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Names of backbones: what a study file may say, and what is meant by it."""
+"""Names of backbones in study files and commands."""
 
 from __future__ import annotations
 
@@ -17,12 +17,21 @@ FORMS = "starter, ARCH/TAG, hf-hub:org/name, local-dir:PATH or checkpoint:ARCH:P
 
 
 class BackboneError(FedSigmaError, ValueError):
-    """A backbone that cannot be loaded or written; the message says why and what to do."""
+    """A backbone cannot be loaded or written; the message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneName:
-    """A parsed name: `architecture` and `tag` as open_clip knows them, `hub` an org/name."""
+    """A parsed name.
+
+    Attributes:
+        text: the name itself.
+        kind: its form.
+        architecture: open_clip's name of the architecture.
+        tag: open_clip's name of the pretrained weights.
+        hub: organisation and name on the Hugging Face hub.
+        path: folder or file.
+    """
 
     text: str
     kind: Kind
@@ -33,10 +42,10 @@ class BackboneName:
 
 
 def parse_name(text: str) -> BackboneName:
-    """Read a backbone's name; nothing is opened.
+    """Parse a backbone's name, without access to files or the hub.
 
     Raises:
-        BackboneError: an unknown form, architecture or tag; the message names near matches.
+        BackboneError: the form, architecture or tag is unknown; the message suggests similar ones.
     """
     text = text.strip()
     prefix, colon, rest = text.partition(":")
@@ -58,7 +67,7 @@ def parse_name(text: str) -> BackboneName:
     if prefix == "checkpoint":
         return _checkpoint(text, rest)
     raise BackboneError(
-        f"backbone {text!r}: unknown prefix {prefix!r}{suggest_names(prefix, PREFIXES)}; names are {FORMS}"
+        f"backbone {text!r}: unknown prefix {prefix!r}{_suggest(prefix, PREFIXES)}; names are {FORMS}"
     )
 
 
@@ -74,7 +83,7 @@ def _checkpoint(text: str, rest: str) -> BackboneName:
     architecture, tag = architecture_and_tag(name)
     if Path(path).suffix != ".safetensors":
         raise BackboneError(
-            f"backbone {text!r}: only .safetensors files are loaded; turn {Path(path).name} into a folder "
+            f"backbone {text!r}: only .safetensors files are loaded; convert {Path(path).name} to a folder "
             f"once with `fedsigma backbone convert {path} {name} DIR` and use local-dir:DIR"
         )
     file = Path(path).expanduser()
@@ -82,32 +91,27 @@ def _checkpoint(text: str, rest: str) -> BackboneName:
 
 
 def architecture_and_tag(text: str) -> tuple[str, str]:
-    """Split ARCH or ARCH/TAG and check both against open_clip's tables.
-
-    Raises:
-        BackboneError: open_clip has no such architecture, or no such tag for it.
-    """
+    """Split ARCH or ARCH/TAG, and check that open_clip has both; else raise BackboneError."""
     import open_clip
 
-    known = open_clip.list_models()
+    architectures = open_clip.list_models()
     architecture, _, tag = text.partition("/")
-    if architecture not in known:
-        raise BackboneError(
-            f"unknown backbone {text!r}{suggest_names(text, ['starter', *known])}; names are {FORMS}"
-        )
+    if architecture not in architectures:
+        hint = _suggest(text, ["starter", *architectures])
+        raise BackboneError(f"unknown backbone {text!r}{hint}; names are {FORMS}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     # open_clip compares tags in this form.
     tag = tag.lower().replace("-", "_") if tag else ""
     if tag and tag not in {t.lower().replace("-", "_") for t in tags}:
         listed = ", ".join(sorted(tags)) or "none"
         raise BackboneError(
-            f"{architecture} has no pretrained tag {tag!r}{suggest_names(tag, tags)}; its tags: {listed}"
+            f"{architecture} has no pretrained tag {tag!r}{_suggest(tag, tags)}; its tags: {listed}"
         )
     return architecture, tag
 
 
-def suggest_names(word: str, known: Iterable[str]) -> str:
-    """` (did you mean A or B?)`, or nothing when no known word is near."""
-    folded = {k.lower().replace("/", "-"): k for k in known}
+def _suggest(word: str, names: Iterable[str]) -> str:
+    """` (did you mean A or B?)`, or nothing; `did_you_mean` would list hundreds of names."""
+    folded = {name.lower().replace("/", "-"): name for name in names}
     close = difflib.get_close_matches(word.lower().replace("/", "-"), folded, n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(folded[c] for c in close)}?)" if close else ""
+    return f" (did you mean {' or '.join(folded[match] for match in close)}?)" if close else ""

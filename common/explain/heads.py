@@ -56,17 +56,17 @@ class HeadEnergy:
         tower: `image` or `text`.
         layer: number within the tower, from 0.
         head: number within the layer, from 0.
+        share: of its energy in that of all heads, 0 to 1.
         value: energy ||dW||_F^2 of its slice of the value matrix.
         output: energy of its slice of the output matrix.
-        share: of both energies in those of all heads, 0 to 1.
     """
 
     tower: str
     layer: int
     head: int
+    share: float
     value: float
     output: float
-    share: float
 
 
 def rank_heads(model: nn.Module, basis: Basis, shift: Tensor) -> list[HeadEnergy]:
@@ -84,7 +84,7 @@ def rank_heads(model: nn.Module, basis: Basis, shift: Tensor) -> list[HeadEnergy
         for head in range(layer.heads):
             part = layer.rows(head)
             energies = float(rows[part].sum()), float(columns[part].sum())
-            heads.append(HeadEnergy(layer.tower, layer.layer, head, *energies, share=0.0))
+            heads.append(HeadEnergy(layer.tower, layer.layer, head, 0.0, *energies))
     total = sum(head.value + head.output for head in heads) or 1.0
     heads = [replace(head, share=(head.value + head.output) / total) for head in heads]
     return sorted(heads, key=lambda head: head.share, reverse=True)

@@ -84,7 +84,7 @@ def run(
     **more: int,
 ) -> float:
     settings_ = {"steps": steps, "total_steps": steps, "seed": 1, **more}
-    return train(job, examples, recipe, **settings_).loss
+    return train(job, examples, recipe, **settings_)
 
 
 def test_training_learns_and_lowers_the_loss(tmp_path: Path) -> None:
