@@ -1,4 +1,4 @@
-"""Decoded examples: small tensors of the pictures that a site really uses."""
+"""Decoded examples: small tensors of the pictures that a site uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ __all__ = ["Example", "SiteData", "load_examples", "to_tensor"]
 
 @dataclass(frozen=True)
 class Example:
-    """One decoded picture. image: uint8 (3, height, width); label: index of the class; group: as recorded."""
+    """A decoded picture.
+
+    Attributes:
+        image: uint8 of shape (3, height, width).
+        label: Index of the class.
+        group: Group of the record.
+    """
 
     image: Tensor
     label: int
@@ -26,7 +32,13 @@ class Example:
 
 @dataclass(frozen=True)
 class SiteData:
-    """What one site trains on and is tested on."""
+    """The images of one site.
+
+    Attributes:
+        name: Name of the site.
+        train: Training examples.
+        test: Test examples.
+    """
 
     name: str
     train: list[Example]
@@ -39,40 +51,32 @@ def load_examples(
     """Decode pictures, shrink large ones, and number their labels.
 
     Args:
-        source: where the records come from.
-        records: the pictures wanted; the result keeps their order.
-        classes: names of the classes; a label's index in it is the example's label.
-        side: greatest length of the shorter side in pixels; larger pictures are shrunk (antialiased bicubic),
-            smaller ones stay.
+        source: The source of the records.
+        records: The pictures to decode, in the order of the result.
+        classes: Class names; an example's label is the index of its class.
+        side: Largest length of the shorter side in pixels; larger pictures are shrunk (antialiased bicubic).
 
     Raises:
-        PictureError: a picture cannot be decoded.
-        DataError: a label is not among the classes, or side is below 1.
+        PictureError: A picture cannot be decoded.
+        DataError: A label is not one of the classes, or side is below 1.
     """
     if side < 1:
         raise DataError(f"side is {side}, expected at least 1 pixel")
     numbers = {label: number for number, label in enumerate(classes)}
     examples: dict[int, Example] = {}
-    # In the source's own order, since a parquet file is read by row group.
-    for position in sorted(range(len(records)), key=lambda i: records[i].key):
-        record = records[position]
+    # In the order of the source, because parquet files are read by row group.
+    for position, record in sorted(enumerate(records), key=lambda item: item[1].key):
         if record.label not in numbers:
             raise DataError(f"{record.key}: label {record.label!r} is none of {', '.join(classes)}")
         image = to_tensor(source.image(record), side=side)
-        group = getattr(record, "group", None)
-        examples[position] = Example(image, numbers[record.label], group)
+        examples[position] = Example(image, numbers[record.label], record.group)
     return [examples[position] for position in range(len(records))]
 
 
 def to_tensor(picture: Image.Image, *, side: int) -> Tensor:
-    """An RGB picture as uint8 (3, height, width), shrunk if its shorter side is longer than `side` pixels."""
-    # A copy, since torch takes no read-only memory.
-    return torch.from_numpy(np.array(_shrink(picture, side))).permute(2, 0, 1).contiguous()
-
-
-def _shrink(picture: Image.Image, side: int) -> Image.Image:
-    shorter = min(picture.size)
-    if shorter <= side:
-        return picture
-    width, height = (max(side, round(length * side / shorter)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    """Return an RGB picture as uint8 (3, height, width), its shorter side at most `side` pixels."""
+    if min(picture.size) > side:
+        width, height = (max(side, round(length * side / min(picture.size))) for length in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    # A copy, because torch needs writable memory.
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

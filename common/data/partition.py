@@ -1,4 +1,4 @@
-"""Dividing one data set among simulated sites, by flwr-datasets' partitioners."""
+"""Divides a data set among simulated sites with the partitioners of flwr-datasets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from fedsigma.common.data.sampling import group_of, group_records, majority_labe
 
 __all__ = ["partition"]
 
-# For each way: its settings, which of them must be given, and the partitioner they make.
-_Maker = Callable[[Any, dict[str, Any], int], Any]
-_WAYS: dict[str, tuple[dict[str, Any], _Maker]] = {
+# For each scheme: its settings (None: required) and a function that builds the partitioner.
+_SCHEMES: dict[str, tuple[dict[str, Any], Callable[[Any, dict[str, Any], int], Any]]] = {
     "iid": ({"sites": None}, lambda p, s, seed: p.IidPartitioner(num_partitions=s["sites"])),
     "dirichlet": (
         {"sites": None, "alpha": None, "min_groups": 1},
@@ -38,8 +37,9 @@ _WAYS: dict[str, tuple[dict[str, Any], _Maker]] = {
             seed=seed,
         ),
     ),
-    "disjoint": ({"sites": None}, lambda _, s, seed: _ClassDealer(s["sites"], seed)),
+    "disjoint": ({"sites": None}, lambda _, s, seed: _DisjointPartitioner(s["sites"], seed)),
 }
+_EXAMPLES = {"alpha": 0.5, "sites": 4, "classes_per_site": 2}
 
 
 def partition(
@@ -47,105 +47,100 @@ def partition(
 ) -> dict[str, list[Record]]:
     """Divide records among sites; every record goes to exactly one.
 
-    Made-up sites divide groups, not pictures, so that no patient is at two sites; a group counts by its most
-    frequent label.
+    Simulated sites divide groups, not pictures, so that no patient is at two sites; a group has the most
+    frequent label of its pictures.
 
     Args:
-        records: any records.
+        records: The records.
         sites_by: 'site' (the records' own sites), {'iid': {'sites': 4}}, {'dirichlet': {'sites': 10,
-            'alpha': 0.1}} (`min_groups`, the fewest groups of a site, default 1: if ten draws each leave a
-            site with fewer, the richest of the first draw give it what it lacks), {'pathological':
-            {'sites': 4, 'classes_per_site': 2}}, or {'disjoint': {'sites': 4}}: each class is at one site.
-        seed: the same seed gives the same sites, whatever the order of the records.
+            'alpha': 0.1}} (`min_groups`, the smallest number of groups of a site, default 1: if ten draws
+            each leave a site with fewer, the largest sites of the first draw give it groups),
+            {'pathological': {'sites': 4, 'classes_per_site': 2}}, or {'disjoint': {'sites': 4}}: each class
+            is at one site.
+        seed: Seed of the division.
 
     Returns:
-        The records of each site, by name; `record.site` is that name.
+        The records of each site, by name; `record.site` is this name.
 
     Raises:
-        DataError: the way or a setting is not known, a record has no site, flwr-datasets is not installed, or
-            the records cannot be divided so.
+        DataError: The scheme or a setting is unknown, a record has no site, flwr-datasets is not installed,
+            or
+            the records cannot be divided in this way.
     """
     if sites_by in ("site", {"site": {}}):
-        return _by_own_site(records)
+        return _by_record_site(records)
     if not isinstance(sites_by, Mapping) or len(sites_by) != 1:
         raise DataError(
-            f"sites_by is {sites_by!r}, expected 'site' or one of {', '.join(_WAYS)} with settings"
+            f"sites_by is {sites_by!r}, expected 'site' or one of {', '.join(_SCHEMES)} with settings"
         )
-    ((way, settings),) = sites_by.items()
-    if way not in _WAYS:
-        raise DataError(f"sites_by names {way!r}: known are site, {', '.join(_WAYS)}")
-    return _divide(records, way, _settings(way, settings), seed)
+    ((scheme, settings),) = sites_by.items()
+    if scheme not in _SCHEMES:
+        raise DataError(f"sites_by names {scheme!r}: known are site, {', '.join(_SCHEMES)}")
+    return _divide(records, scheme, _check_settings(scheme, settings), seed)
 
 
-def _by_own_site(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Divide by the records' own sites: what flwr-datasets' NaturalIdPartitioner gives, without its import.
-
-    Importing flwr-datasets takes seconds in each process of a simulation, and this way needs nothing from it.
-    """
-    homeless = [record for record in records if record.site is None]
-    if homeless:
+def _by_record_site(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Divide by the records' own sites, without flwr-datasets, whose import takes seconds in each process."""
+    if missing := sum(record.site is None for record in records):
         raise DataError(
-            f"sites_by is 'site', and {len(homeless)} of {len(records)} records have no site: add a column "
-            "'site' (of a set with a split file: sites.csv in its folder), or divide by another way"
+            f"sites_by is 'site', and {missing} of {len(records)} records have no site: add a column "
+            "'site' (of a set with a split file: sites.csv in its folder), or use another sites_by"
         )
     names = sorted({record.site for record in records if record.site})
     return {name: [record for record in records if record.site == name] for name in names}
 
 
-def _settings(way: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    known = _WAYS[way][0]
-    given = given if isinstance(given, Mapping) else {}
-    settings = {**known, **given}
+def _check_settings(scheme: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = _SCHEMES[scheme][0]
+    settings = {**known, **(values if isinstance(values, Mapping) else {})}
     for name, value in settings.items():
         if name not in known:
-            raise DataError(f"sites_by {way} has no setting {name!r}: known are {', '.join(known)}")
+            raise DataError(f"sites_by {scheme} has no setting {name!r}: known are {', '.join(known)}")
         if value is None:
-            raise DataError(f"sites_by {way} needs {name!r}: write {{{way}: {{{_example(way)}}}}}")
-        whole = name != "alpha"
-        kinds = (int,) if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-            wanted = "a whole number of at least 1" if whole else "a number above 0"
-            raise DataError(f"sites_by {way} has {name} {value!r}, expected {wanted}")
+            example = ", ".join(
+                f"{key}: {_EXAMPLES[key]}" for key, default in known.items() if default is None
+            )
+            raise DataError(f"sites_by {scheme} needs {name!r}: write {{{scheme}: {{{example}}}}}")
+        kind: Any = int
+        expected = "a whole number of at least 1"
+        if name == "alpha":
+            kind, expected = int | float, "a number above 0"
+        if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+            raise DataError(f"sites_by {scheme} has {name} {value!r}, expected {expected}")
     return settings
 
 
-def _example(way: str) -> str:
-    shown = {"alpha": 0.5, "sites": 4, "classes_per_site": 2}
-    return ", ".join(f"{name}: {shown[name]}" for name, value in _WAYS[way][0].items() if value is None)
-
-
 def _divide(
-    records: Sequence[Record], way: str, settings: dict[str, Any], seed: int
+    records: Sequence[Record], scheme: str, settings: dict[str, Any], seed: int
 ) -> dict[str, list[Record]]:
     groups = group_records(records)
     count = settings["sites"]
     if count > len(groups):
-        raise DataError(f"sites_by {way} wants {count} sites, and the data have only {len(groups)} groups")
-    names = [f"site-{number + 1:0{len(str(count))}d}" for number in range(count)]
-    placed: dict[tuple[str, str], str] = {}
-    keys = list(groups)
-    for name, rows in zip(names, _rows(groups, way, settings, seed), strict=True):
-        placed.update({keys[row]: name for row in rows})
-    lost = {majority_label(groups[key]) or "no label" for key in keys if key not in placed}
-    if lost:
         raise DataError(
-            f"sites_by {way} leaves {', '.join(sorted(lost))} at no site: raise sites to the number of "
+            f"sites_by {scheme} needs at least {count} groups for its sites, the data have only {len(groups)}"
+        )
+    keys = list(groups)
+    site_of: dict[tuple[str, str], str] = {}
+    sites: dict[str, list[Record]] = {}
+    for number, rows in enumerate(_partition_rows(groups, scheme, settings, seed), 1):
+        name = f"site-{number:0{len(str(count))}d}"
+        sites[name] = []
+        site_of.update({keys[row]: name for row in rows})
+    if missing := {majority_label(groups[key]) or "no label" for key in keys if key not in site_of}:
+        raise DataError(
+            f"sites_by {scheme} leaves {', '.join(sorted(missing))} at no site: raise sites to the number of "
             f"classes, or classes_per_site (now {settings.get('classes_per_site')})"
         )
-    return {
-        name: [
-            replace(record, site=name)
-            for record in sorted(records, key=lambda r: r.key)
-            if placed[group_of(record)] == name
-        ]
-        for name in names
-    }
+    for record in sorted(records, key=lambda r: r.key):
+        name = site_of[group_of(record)]
+        sites[name].append(replace(record, site=name))
+    return sites
 
 
-class _ClassDealer:
-    """Deals whole classes to sites in turn, in an order drawn by the seed: a partitioner of our own.
+class _DisjointPartitioner:
+    """Deals classes to sites in turn, in an order drawn by the seed.
 
-    Those of flwr-datasets give a site a number of classes, and share some where it does not divide them all.
+    The partitioners of flwr-datasets let sites share classes where their number is not divisible.
     """
 
     dataset: Any
@@ -154,52 +149,43 @@ class _ClassDealer:
         self._sites, self._seed = sites, seed
 
     def load_partition(self, number: int) -> Any:
-        """The rows of one site.
-
-        Raises:
-            ValueError: there are fewer classes than sites.
-        """
         labels = list(self.dataset["label"])
         classes = sorted(set(labels))
         if len(classes) < self._sites:
             raise ValueError(f"they have only {len(classes)} classes for {self._sites} sites")
         random.Random(self._seed).shuffle(classes)
-        own = set(classes[number :: self._sites])
-        return self.dataset.select([row for row, label in enumerate(labels) if label in own])
+        selected = set(classes[number :: self._sites])
+        return self.dataset.select([row for row, label in enumerate(labels) if label in selected])
 
 
-def _rows(
-    groups: Mapping[tuple[str, str], list[Record]], way: str, settings: dict[str, Any], seed: int
+def _partition_rows(
+    groups: Mapping[tuple[str, str], list[Record]], scheme: str, settings: dict[str, Any], seed: int
 ) -> list[list[int]]:
-    """Have flwr-datasets divide one row per group; returns the rows of each site."""
+    """Partition a table of one row a group; returns the rows of each site."""
     try:
         from datasets import Dataset
         from flwr_datasets import partitioner as partitioners
     except ImportError as error:
-        raise DataError(f"sites_by {way} needs flwr-datasets: pip install fedsigma[simulation]") from error
+        raise DataError(f"sites_by {scheme} needs flwr-datasets: pip install fedsigma[simulation]") from error
     table = Dataset.from_dict(
         {"row": list(range(len(groups))), "label": [majority_label(members) for members in groups.values()]}
-    ).shuffle(seed=seed)  # IidPartitioner takes rows as they come
+    ).shuffle(seed=seed)  # IidPartitioner does not shuffle
 
-    def divided(settings: dict[str, Any]) -> list[list[int]]:
-        divider = _WAYS[way][1](partitioners, settings, seed)
-        divider.dataset = table
-        return [list(divider.load_partition(number)["row"]) for number in range(settings["sites"])]
+    def run(settings: dict[str, Any]) -> list[list[int]]:
+        partitioner = _SCHEMES[scheme][1](partitioners, settings, seed)
+        partitioner.dataset = table
+        return [list(partitioner.load_partition(number)["row"]) for number in range(settings["sites"])]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a retry or an unused class: judged above by the outcome
+        warnings.simplefilter("ignore")  # about retries and unused classes; the result is checked instead
         try:
-            return divided(settings)
+            return run(settings)
         except ValueError as error:
-            least = settings.get("min_groups", 0)
-            if way != "dirichlet" or least * settings["sites"] > len(groups):
-                raise DataError(f"sites_by {way} cannot divide {len(groups)} groups: {error}") from error
-        return _levelled(divided(settings | {"min_groups": 0}), least)
-
-
-def _levelled(sites: list[list[int]], least: int) -> list[list[int]]:
-    """Have the site with the most rows give its last one to one with fewer than `least`, until none has."""
-    for poor in sites:
-        while len(poor) < least:
-            poor.append(max(sites, key=len).pop())
+            minimum = settings.get("min_groups", 0)
+            if scheme != "dirichlet" or minimum * settings["sites"] > len(groups):
+                raise DataError(f"sites_by {scheme} cannot divide {len(groups)} groups: {error}") from error
+        sites = run(settings | {"min_groups": 0})
+    for rows in sites:
+        while len(rows) < minimum:
+            rows.append(max(sites, key=len).pop())
     return sites

@@ -1,7 +1,8 @@
-"""What a data source is: a list of records and a way to decode one picture at a time."""
+"""Records of a data source, and the decoding of its pictures."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -23,6 +24,7 @@ __all__ = [
     "SiteRow",
     "Source",
     "UnsupportedPicture",
+    "is_hidden",
     "read_split",
     "read_text",
     "site_table",
@@ -30,41 +32,35 @@ __all__ = [
 ]
 
 SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
+_SPLIT_ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
 
 class DataError(FedSigmaError, ValueError):
-    """A data source cannot be used as asked. The text may hold file names: it stays at the site."""
+    """A data source is invalid. The message may contain file names, so it must not leave the site."""
 
 
 class PictureError(DataError):
-    """One picture cannot be decoded."""
+    """A picture cannot be decoded."""
 
 
 class MissingPicture(PictureError):
-    """One picture's file does not exist."""
+    """The file of a picture does not exist."""
 
 
 class UnsupportedPicture(PictureError):
-    """One picture is intact but of a kind that is not read, such as a DICOM file of many frames."""
+    """A picture is intact but of an unsupported kind, such as a multi-frame DICOM file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One picture of a source, not decoded.
+    """A picture of a source, not decoded.
 
-    Fields: key, which finds the picture in its source and never leaves the site; label, the class as the
-    source writes it; site, the hospital or laboratory; group, what must not be divided between train and
-    test (a patient, a lesion; None: the picture alone); split, 'train', 'val', 'test', or None if open.
+    Attributes:
+        key: Finds the picture in its source; never leaves the site.
+        label: Class as the source writes it.
+        site: Hospital or laboratory.
+        group: Patient or lesion, never divided between train and test; None for the picture alone.
+        split: 'train', 'val', 'test', or None if open.
     """
 
     key: str
@@ -76,7 +72,13 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing wrong with a source. `where` (a file, row, class or group) and `detail` stay at the site."""
+    """A problem of a source; it must not leave the site.
+
+    Attributes:
+        kind: Kind of the problem, a key of `validation.KINDS`.
+        where: File, row, class or group.
+        detail: What is wrong.
+    """
 
     kind: str
     where: str
@@ -87,13 +89,13 @@ class Problem:
 
 
 class Source(Protocol):
-    """A set of pictures that are decoded one at a time."""
+    """Pictures that are decoded one at a time."""
 
     records: list[Record]
     problems: list[Problem]
 
     def image(self, record: Record) -> Image.Image:
-        """Decode one picture as RGB."""
+        """Decode a picture as RGB."""
         ...
 
 
@@ -101,9 +103,12 @@ class Source(Protocol):
 class PictureSource:
     """A source made of records and a function that decodes the picture of a key.
 
-    Fields: records; reader, from a key to a picture of any mode; problems, found while opening, each of
-    which has left no record; classes, in the order of the set's own label numbers, where it has such; parts,
-    those of the split that were asked for.
+    Attributes:
+        records: The records.
+        reader: Decodes the picture of a key, in any mode.
+        problems: Problems found while opening; none of them has a record.
+        classes: Classes in the order of the set's own label numbers, if it has such an order.
+        parts: The selected splits.
     """
 
     records: list[Record]
@@ -113,12 +118,12 @@ class PictureSource:
     parts: Sequence[str] = SPLITS
 
     def image(self, record: Record) -> Image.Image:
-        """Decode one picture as RGB, upright, in its own size.
+        """Decode a picture as upright RGB in its own size.
 
         Raises:
-            MissingPicture: there is no such file.
-            UnsupportedPicture: it is of a kind that is not read.
-            PictureError: it cannot be decoded.
+            MissingPicture: The file does not exist.
+            UnsupportedPicture: The picture is of an unsupported kind.
+            PictureError: The picture cannot be decoded.
         """
         try:
             return to_rgb(self.reader(record.key))
@@ -131,17 +136,17 @@ class PictureSource:
                 f"{record.key}: too many pixels ({error}); make a smaller copy"
             ) from error
         except UnidentifiedImageError as error:
-            raise PictureError(f"{record.key}: not a picture that can be read") from error
-        # A damaged file makes decoders fail in any of these ways.
+            raise PictureError(f"{record.key}: not a picture, or of an unknown format") from error
+        # Decoders raise any of these for a damaged file.
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError) as error:
             raise PictureError(f"{record.key}: {error or type(error).__name__}") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Turn a picture of any mode into upright RGB.
+    """Convert a picture of any mode to upright RGB.
 
-    Transparent pixels become white. Pictures of more than 8 bits are stretched from their own least to their
-    greatest value, since the range that they use is not written in the file.
+    Transparent pixels become white. Pictures of more than 8 bits are stretched from their minimum to their
+    maximum, because the file does not contain the range in use.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "RGB":
@@ -159,29 +164,36 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def read_split(word: str | None) -> str | None:
-    """Read a split's name as people write it: `Training` is 'train', nothing is None.
+def read_split(text: str | None) -> str | None:
+    """Parse the name of a split: `Training` is 'train', an empty text is None.
 
     Raises:
-        DataError: it is no known split.
+        DataError: The split is unknown.
     """
-    word = (word or "").strip()
-    if not word:
-        return None
-    if word.casefold() not in _SPLIT_WORDS:
-        raise DataError(f"split is {word!r}, expected one of {', '.join(SPLITS)}, or nothing")
-    return _SPLIT_WORDS[word.casefold()]
+    name = (text or "").strip().casefold()
+    if name and _SPLIT_ALIASES.get(name, name) not in SPLITS:
+        raise DataError(f"split is {(text or '').strip()!r}, expected one of {', '.join(SPLITS)}, or nothing")
+    return _SPLIT_ALIASES.get(name, name) or None
 
 
 def read_text(value: object) -> str | None:
-    """Read a cell as text without surrounding blanks; an empty cell is None."""
+    """Return a cell as stripped text; None for an empty cell."""
     text = "" if value is None or value != value else str(value).strip()
     return text or None
 
 
 @dataclass(frozen=True)
 class SiteRow:
-    """Number of pictures of one class at one site, by split; `unsplit` counts those without a split."""
+    """Number of pictures of one class at one site, by split.
+
+    Attributes:
+        site: Name of the site.
+        label: Class.
+        train: Training pictures.
+        val: Validation pictures.
+        test: Test pictures.
+        unsplit: Pictures without a split.
+    """
 
     site: str
     label: str
@@ -192,18 +204,15 @@ class SiteRow:
 
 
 def site_table(records: Iterable[Record], classes: Sequence[str] | None = None) -> list[SiteRow]:
-    """Count pictures by site, class and split, for display.
+    """Count pictures by site, class and split.
 
     Args:
-        records: any records.
-        classes: rows wanted for every site, in this order, also where a site has none; without it, the
-            labels that occur.
+        records: The records.
+        classes: Classes shown for every site, in this order; None for the labels that occur.
     """
-    counts: dict[tuple[str, str], dict[str, int]] = {}
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for record in records:
-        row = counts.setdefault((record.site or "-", record.label or "-"), {})
-        name = record.split or "unsplit"
-        row[name] = row.get(name, 0) + 1
+        counts[record.site or "-", record.label or "-"][record.split or "unsplit"] += 1
     labels = list(classes) if classes is not None else sorted({label for _, label in counts})
     sites = sorted({site for site, _ in counts})
     return [SiteRow(site, label, **counts.get((site, label), {})) for site in sites for label in labels]

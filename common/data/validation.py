@@ -1,13 +1,12 @@
-"""One report that names everything wrong with a data source before a study starts."""
+"""Validation of a data source before a study: one report of all problems."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fedsigma.common.data.records import (
     SPLITS,
@@ -20,35 +19,35 @@ from fedsigma.common.data.records import (
     UnsupportedPicture,
     site_table,
 )
-from fedsigma.common.data.sampling import group_of
-
-if TYPE_CHECKING:
-    from rich.console import Group
+from fedsigma.common.data.sampling import group_of, safest_split
 
 __all__ = ["KINDS", "ValidationReport", "check_source"]
 
 # Kinds of problem in the order of the report, with the next step for each.
 KINDS = {
     "unreadable row": "repair the row",
-    "missing file": "put the file back, or take the row out",
-    "corrupt picture": "copy it again from where it came, or take it out",
-    "unsupported picture": "convert it, or take it out",
-    "unknown label": "correct it, add the class to the study, or name it by the option labels",
+    "missing file": "restore the file, or remove the row",
+    "corrupt picture": "copy it again from its origin, or remove it",
+    "unsupported picture": "convert it, or remove it",
+    "unknown label": "correct it, add the class to the study, or map it with the option labels",
     "unknown split": "write train, val, test or nothing",
     "listed twice": "keep one row; the first is used",
-    "identical pictures": "find out which label is right; keep a picture in one split only",
-    "group in two splits": "give a group one split; of these groups only the test part is used",
+    "identical pictures": "correct the label; keep a picture in one split only",
+    "group in two splits": "give a group one split; only the test part of these groups is used",
     "empty class": "add pictures, or leave the class to other sites",
-    "empty split": "add pictures, or leave the split open to have it made",
+    "empty split": "add pictures, or leave the split empty to have it made",
 }
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What a check found. Texts name files and groups: print them at the site, send only `counts()`.
+    """The problems of a data source. Only `counts()` may leave the site: texts name files and groups.
 
-    Fields: problems, in the order of KINDS; usable, the records that can be used in spite of them; total,
-    the number of records before; classes, those of the study.
+    Attributes:
+        problems: The problems, in the order of KINDS.
+        usable: The records that can be used nevertheless.
+        total: Number of records before validation.
+        classes: Classes of the study.
     """
 
     problems: tuple[Problem, ...]
@@ -58,83 +57,49 @@ class ValidationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
     def counts(self) -> dict[str, int]:
-        """Number of problems of each kind that occurs; holds no name of a file, patient or class."""
-        found = Counter(problem.kind for problem in self.problems)
-        return {kind: found[kind] for kind in KINDS if found[kind]}
+        """Return the number of problems of each kind; contains no name of a file, patient or class."""
+        counts = Counter(problem.kind for problem in self.problems)
+        return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
     def require_usable(self, on_problem: str) -> list[Record]:
-        """Return the usable records, or stop.
+        """Return the usable records.
 
         Args:
-            on_problem: 'stop' raises if anything is wrong, 'skip' goes on with what is usable.
+            on_problem: 'stop' raises if there are problems, 'skip' continues with the usable records.
 
         Raises:
-            DataError: there are problems and the policy is 'stop', or nothing is usable.
+            DataError: There are problems and on_problem is 'stop', or no record is usable.
         """
         if on_problem not in ("stop", "skip"):
             raise DataError(f"on_problem is {on_problem!r}, expected 'stop' or 'skip'")
         if self.problems and on_problem == "stop":
-            raise DataError(f"the data have problems; mend them, or set on_problem: skip\n{self.to_text()}")
+            raise DataError(f"the data have problems; repair them, or set on_problem: skip\n{self.to_text()}")
         if not self.usable:
             raise DataError(f"no picture can be used\n{self.to_text()}")
         return list(self.usable)
 
     def to_text(self, rows: int = 10) -> str:
-        """Return the report as plain text, at most `rows` problems of each kind and a count of the rest."""
+        """Return the report as plain text with at most `rows` problems of each kind."""
         lines = []
-        for kind, shown, hidden in self._by_kind(rows):
-            lines.append(f"{kind} ({len(shown) + hidden}): {KINDS[kind]}")
-            lines += [f"  {problem.where}: {problem.detail}" for problem in shown]
-            lines += [f"  ... and {hidden} more"] * (hidden > 0)
-        cells = self._cells()
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        lines += [
-            "",
-            *("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells),
-        ]
-        lines += ["", self.headline()]
-        return "\n".join(lines).lstrip("\n")
-
-    def to_rich(self, rows: int = 10) -> Group:
-        """Return the same report for a rich console."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        parts: list[Table | Text] = []
-        for kind, shown, hidden in self._by_kind(rows):
-            parts.append(
-                Text(f"{kind} ({len(shown) + hidden})", style="bold red").append(f"  {KINDS[kind]}", "dim")
-            )
-            # Text, not markup: a file may be called [bold].
-            parts += [Text(f"  {problem.where}: {problem.detail}") for problem in shown]
-            parts += [Text(f"  ... and {hidden} more", style="dim")] * (hidden > 0)
-        head, *body = self._cells()
-        counts = Table(*head)
-        for row in body:
-            counts.add_row(*(Text(cell) for cell in row))
-        return Group(*parts, counts, Text(self.headline(), style="green" if self.ok else "red"))
-
-    def headline(self) -> str:
-        """One sentence: how many records can be used, and how many problems there are."""
-        number = len(self.problems)
-        found = "no problems" if not number else "1 problem" if number == 1 else f"{number} problems"
-        return f"{len(self.usable)} of {self.total} records can be used; {found} found."
-
-    def _by_kind(self, rows: int) -> Iterable[tuple[str, list[Problem], int]]:
-        for kind in self.counts():
-            found = [problem for problem in self.problems if problem.kind == kind]
-            yield kind, found[:rows], max(len(found) - rows, 0)
-
-    def _cells(self) -> list[tuple[str, ...]]:
+        for kind, count in self.counts().items():
+            problems = [problem for problem in self.problems if problem.kind == kind]
+            lines.append(f"{kind} ({count}): {KINDS[kind]}")
+            lines += [f"  {problem.where}: {problem.detail}" for problem in problems[:rows]]
+            lines += [f"  ... and {count - rows} more"] * (count > rows)
         table = site_table(self.usable, self.classes)
-        names = [name for name in (*SPLITS, "unsplit") if any(getattr(row, name) for row in table)]
-        rows = [(row.site, row.label, *(str(getattr(row, name)) for name in names)) for row in table]
-        return [("site", "class", *names), *rows]
+        splits = [name for name in (*SPLITS, "unsplit") if any(getattr(row, name) for row in table)]
+        cells = [["site", "class", *splits]]
+        cells += [[row.site, row.label, *(str(getattr(row, name)) for name in splits)] for row in table]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        rendered = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        number = len(self.problems)
+        problems_found = "1 problem" if number == 1 else f"{number or 'no'} problems"
+        summary = f"{len(self.usable)} of {self.total} records can be used; {problems_found} found."
+        return "\n".join([*lines, "", *rendered, "", summary]).lstrip("\n")
 
 
 def check_source(
@@ -147,128 +112,112 @@ def check_source(
     """Check every record of a source, and decode every picture once.
 
     Args:
-        source: an opened source.
-        classes: the study's classes; without them, every label that occurs is a class.
-        pictures: whether to decode the pictures; without it, damaged and missing files stay unnoticed.
-        progress: called after each picture with the number done and the number in all.
+        source: The source.
+        classes: Classes of the study; None for all labels that occur.
+        pictures: Whether to decode the pictures; otherwise damaged and missing files are not detected.
+        progress: Called after each picture with the number done and the total number.
     """
-    records = list(source.records)
-    wanted = list(classes) if classes is not None else sorted({r.label for r in records if r.label})
-    found = list(getattr(source, "problems", []))
-    total = len(records) + len(found)
-    records = _labels(records, wanted, found)
-    records = _twice(records, found)
+    records, problems = list(source.records), list(source.problems)
+    expected = list(classes) if classes is not None else sorted({r.label for r in records if r.label})
+    total = len(records) + len(problems)
+    records = _drop_unknown_labels(records, expected, problems)
+    records = _drop_duplicates(records, problems)
     if pictures:
-        records = _decode(source, records, found, progress)
-    records = _divided(records, found)
-    _empty(records, wanted, getattr(source, "parts", SPLITS), found)
-    order = {kind: number for number, kind in enumerate(KINDS)}
-    found.sort(key=lambda problem: order[problem.kind])
-    return ValidationReport(tuple(found), tuple(records), total, tuple(wanted))
+        records = _drop_undecodable(source, records, problems, progress)
+    records = _drop_divided_groups(records, problems)
+    _report_empty(records, expected, getattr(source, "parts", SPLITS), problems)
+    problems.sort(key=lambda problem: list(KINDS).index(problem.kind))
+    return ValidationReport(tuple(problems), tuple(records), total, tuple(expected))
 
 
-def _labels(records: list[Record], classes: list[str], found: list[Problem]) -> list[Record]:
-    kept = []
+def _drop_unknown_labels(records: list[Record], classes: list[str], problems: list[Problem]) -> list[Record]:
     for record in records:
         if record.label in classes:
-            kept.append(record)
             continue
         near = difflib.get_close_matches(record.label or "", classes, n=1, cutoff=0.6)
         hint = f", did you mean '{near[0]}'?" if near else f", expected one of {', '.join(classes)}"
         detail = f"label is '{record.label}'{hint}" if record.label else "has no label"
-        found.append(Problem(kind="unknown label", where=record.key, detail=detail))
-    return kept
+        problems.append(Problem(kind="unknown label", where=record.key, detail=detail))
+    return [record for record in records if record.label in classes]
 
 
-def _twice(records: list[Record], found: list[Problem]) -> list[Record]:
-    first: dict[str, Record] = {}
+def _drop_duplicates(records: list[Record], problems: list[Problem]) -> list[Record]:
+    unique: dict[str, Record] = {}
     for record in records:
-        if record.key in first:
-            other = first[record.key]
-            same = "alike" if other == record else f"as '{other.label}' and as '{record.label}'"
-            found.append(Problem(kind="listed twice", where=record.key, detail=f"listed {same}"))
-        else:
-            first[record.key] = record
-    return list(first.values())
+        first = unique.setdefault(record.key, record)
+        if first is not record:
+            how = "alike" if first == record else f"as '{first.label}' and as '{record.label}'"
+            problems.append(Problem(kind="listed twice", where=record.key, detail=f"listed {how}"))
+    return list(unique.values())
 
 
-def _decode(
+def _drop_undecodable(
     source: Source,
     records: list[Record],
-    found: list[Problem],
+    problems: list[Problem],
     progress: Callable[[int, int], None] | None,
 ) -> list[Record]:
-    """Leave out what cannot be decoded, and training copies of pictures that are seen elsewhere."""
-    kept: list[Record] = []
-    alike: dict[bytes, list[Record]] = defaultdict(list)
+    """Drop pictures that cannot be decoded, and training copies of pictures in other splits."""
+    decoded: list[Record] = []
+    copies_of: dict[bytes, list[Record]] = defaultdict(list)
     for number, record in enumerate(records, 1):
         try:
             picture = source.image(record)
-            alike[hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()].append(record)
-            kept.append(record)
-        except MissingPicture as error:
-            found.append(Problem(kind="missing file", where=record.key, detail=_reason(error, record)))
-        except UnsupportedPicture as error:
-            found.append(Problem(kind="unsupported picture", where=record.key, detail=_reason(error, record)))
+            digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+            copies_of[digest].append(record)
+            decoded.append(record)
         except PictureError as error:
-            found.append(Problem(kind="corrupt picture", where=record.key, detail=_reason(error, record)))
+            kinds = {MissingPicture: "missing file", UnsupportedPicture: "unsupported picture"}
+            kind = kinds.get(type(error), "corrupt picture")
+            detail = str(error).removeprefix(f"{record.key}: ")
+            problems.append(Problem(kind=kind, where=record.key, detail=detail))
         if progress is not None:
             progress(number, len(records))
     dropped: set[str] = set()
-    for copies in alike.values():
+    for copies in copies_of.values():
         labels, splits = sorted({str(r.label) for r in copies}), {r.split for r in copies}
         if len(labels) == 1 and len(splits) == 1:
             continue
         names = ", ".join(r.key for r in copies[1:4]) + (", ..." if len(copies) > 4 else "")
-        why = f"labels {' and '.join(labels)}" if len(labels) > 1 else "in more than one split"
-        found.append(
-            Problem(kind="identical pictures", where=copies[0].key, detail=f"same as {names}: {why}")
-        )
-        best = _safest(r.split for r in copies)
-        dropped |= {r.key for r in copies if len(labels) > 1 or r.split != best}
-    return [record for record in kept if record.key not in dropped]
+        reason = f"labels {' and '.join(labels)}" if len(labels) > 1 else "in more than one split"
+        detail = f"same as {names}: {reason}"
+        problems.append(Problem(kind="identical pictures", where=copies[0].key, detail=detail))
+        split = safest_split(splits)
+        dropped |= {r.key for r in copies if len(labels) > 1 or r.split != split}
+    return [record for record in decoded if record.key not in dropped]
 
 
-def _reason(error: PictureError, record: Record) -> str:
-    return str(error).removeprefix(f"{record.key}: ")
-
-
-def _safest(splits: Iterable[str | None]) -> str | None:
-    """Choose the split to keep: a picture once used for testing is not to be trained on."""
-    present = set(splits)
-    return next((split for split in ("test", "val", "train") if split in present), None)
-
-
-def _divided(records: list[Record], found: list[Problem]) -> list[Record]:
-    """Report groups in two splits; of such a group keep only the test part."""
+def _drop_divided_groups(records: list[Record], problems: list[Problem]) -> list[Record]:
+    """Report groups in two splits; of these groups keep only the test part."""
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         groups[group_of(record)].append(record)
-    kept_split: dict[tuple[str, str], str | None] = {}
+    split_of: dict[tuple[str, str], str | None] = {}
     for name, members in groups.items():
         counts = Counter(record.split for record in members if record.split)
         if len(counts) > 1:
-            told = " and ".join(f"{counts[split]} in {split}" for split in SPLITS if counts[split])
-            found.append(Problem(kind="group in two splits", where=name[1], detail=f"has {told}"))
-            kept_split[name] = _safest(counts)
-    return [r for r in records if group_of(r) not in kept_split or r.split in (None, kept_split[group_of(r)])]
+            detail = "has " + " and ".join(f"{counts[split]} in {split}" for split in SPLITS if counts[split])
+            problems.append(Problem(kind="group in two splits", where=name[1], detail=detail))
+            split_of[name] = safest_split(counts)
+    return [r for r in records if group_of(r) not in split_of or r.split in (None, split_of[group_of(r)])]
 
 
-def _empty(records: list[Record], classes: list[str], parts: Sequence[str], found: list[Problem]) -> None:
-    """Report classes without a picture to train on, and parts that were asked for and hold nothing."""
+def _report_empty(
+    records: list[Record], classes: list[str], parts: Sequence[str], problems: list[Problem]
+) -> None:
+    """Report classes without a training picture, and selected splits without a picture."""
     for label in classes:
-        splits = Counter(record.split for record in records if record.label == label)
-        if not splits:
-            found.append(Problem(kind="empty class", where=label, detail="has no usable picture"))
-        elif not splits["train"] and not splits[None]:
-            found.append(Problem(kind="empty class", where=label, detail="has no picture to train on"))
+        splits = {record.split for record in records if record.label == label}
+        if splits.isdisjoint(("train", None)):
+            detail = "has no picture to train on" if splits else "has no usable picture"
+            problems.append(Problem(kind="empty class", where=label, detail=detail))
     if not records:
         return
     present = {record.split for record in records}
     for split in ("train", "test"):
         if split in parts and None not in present and split not in present:
-            found.append(Problem(kind="empty split", where=split, detail="has no usable picture"))
+            problems.append(Problem(kind="empty split", where=split, detail="has no usable picture"))
     open_groups = {group_of(record) for record in records if record.split is None}
     if "test" not in present and len(open_groups) == 1 and len(records) > 1:
         detail = "all pictures without a split are one group: none can be kept for testing"
-        found.append(Problem(kind="empty split", where="test", detail=detail))
+        problems.append(Problem(kind="empty split", where="test", detail=detail))

@@ -76,9 +76,7 @@ def check(
         values = {"records": report.total, "usable": len(report.usable), "problems": problems}
         typer.echo(json.dumps(values, indent=2))
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(report.to_rich())
+        typer.echo(report.to_text())
     if not report.ok:
         raise typer.Exit(PROBLEMS)
 

@@ -190,7 +190,7 @@ def test_own_sites_are_those_of_the_natural_partitioner() -> None:
         ({"iid": {"sites": 4, "alpha": 1}}, "no setting 'alpha': known are sites"),
         ({"iid": {"sites": 0}}, "sites 0, expected a whole number"),
         ({"dirichlet": {"sites": 2, "alpha": -1}}, "alpha -1, expected a number above 0"),
-        ({"iid": {"sites": 500}}, "wants 500 sites, and the data have only 60 groups"),
+        ({"iid": {"sites": 500}}, "needs at least 500 groups for its sites, the data have only 60"),
         ({"pathological": {"sites": 1, "classes_per_site": 2}}, "at no site: raise sites"),
         ({"pathological": {"sites": 2, "classes_per_site": 9}}, "cannot divide"),
         ({"disjoint": {"sites": 5}}, "only 4 classes for 5 sites"),

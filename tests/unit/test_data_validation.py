@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from fedsigma.common.data.records import DataError, PictureSource, Record
 from fedsigma.common.data.sources.registry import open_source
@@ -119,10 +118,7 @@ def test_long_lists_are_cut() -> None:
     report = check_source(blank(records), classes=["a"])
     text = report.to_text(rows=3)
     assert text.count("expected one of a") == 3 and "... and 37 more" in text and "unknown label (40)" in text
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(report.to_rich(rows=3))
-    shown = console.export_text()
-    assert "[red]0: label is 'x'" in shown and "... and 37 more" in shown
+    assert "[red]0: label is 'x'" in text
 
 
 def test_without_decoding() -> None:

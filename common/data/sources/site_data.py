@@ -1,9 +1,8 @@
-"""From a data section to the images of one site: the few-shot training part and the test part."""
+"""The images of a site: the few-shot training part and the test part."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,30 +24,27 @@ class NoImages(FedSigmaError, ValueError):
 def usable_records(
     source: Source, *, classes: tuple[str, ...], test_share: float, on_problem: str, seed: int
 ) -> list[Record]:
-    """Return a source's records with a class of the study, each in the train or the test part.
-
-    Pictures are not decoded here: a damaged one shows when it is loaded.
+    """Return a source's records with a class of the study, each with a split; pictures are not decoded.
 
     Raises:
-        DataError: there are problems and on_problem is 'stop', or nothing is usable.
+        DataError: There are problems and on_problem is 'stop', or no record is usable.
     """
     from fedsigma.common.data.sampling import split_groups
     from fedsigma.common.data.validation import check_source
 
     report = check_source(source, classes=classes, pictures=False)
-    return list(split_groups(report.require_usable(on_problem), test_share=test_share, seed=seed))
+    return split_groups(report.require_usable(on_problem), test_share=test_share, seed=seed)
 
 
 def check_pictures(data: DataConfig, classes: tuple[str, ...], seed: int) -> str:
-    """Decode every picture of a simulation once; return the problems as one report, empty if there are none.
+    """Decode every picture of a simulation once; return a report of the problems, empty without any.
 
     Raises:
-        DataError: there are problems and the data section's on_problem is 'stop', or nothing is usable.
+        DataError: There are problems and the data section's on_problem is 'stop', or no record is usable.
     """
     from fedsigma.common.data.validation import check_source
 
-    source, _ = simulated_sites(data, classes, seed)
-    report = check_source(source, classes=classes)
+    report = check_source(simulated_sites(data, classes, seed)[0], classes=classes)
     report.require_usable(data.on_problem)
     return "" if report.ok else report.to_text()
 
@@ -65,7 +61,7 @@ def simulated_sites(
         seed: The study's seed.
 
     Raises:
-        DataError: the data cannot be read or divided, or have problems and on_problem is 'stop'.
+        DataError: The data cannot be read or divided, or have problems and on_problem is 'stop'.
     """
     from fedsigma.common.data.partition import partition
     from fedsigma.common.data.sources.registry import open_source
@@ -74,15 +70,15 @@ def simulated_sites(
     records = usable_records(
         source, classes=classes, test_share=data.test_share, on_problem=data.on_problem, seed=seed
     )
-    return source, dict(partition(records, data.sites_by, seed))
+    return source, partition(records, data.sites_by, seed)
 
 
 def load_sites(study: StudyConfig, *, side: int) -> dict[str, SiteData]:
-    """The images of every site of a simulation, by name. Units: side in pixels.
+    """Load the images of every site of a simulation, by name; `side` as in `load_site`.
 
     Raises:
-        ConfigError: the study has no data section.
-        NoImages, DataError: as `load_site` and `simulated_sites`.
+        ConfigError: The study has no data section.
+        NoImages, DataError: As for `load_site` and `simulated_sites`.
     """
     if study.data is None:
         raise ConfigError(f"study '{study.name}' has no data section, so its images are at its sites")
@@ -114,37 +110,37 @@ def load_site(
     on_problem: str = "stop",
     max_examples: int | None = None,
 ) -> SiteData:
-    """Draw a site's few training images and load them and its test images.
+    """Draw a site's training images, and load them and its test images.
 
-    Units: side in pixels. on_problem: 'skip' leaves out pictures that cannot be decoded.
+    Args:
+        source: The source of the records.
+        records: The site's records, each with a split.
+        name: Name of the site.
+        classes: Classes of the study.
+        shots: Training images of each class.
+        seed: Seed of the draw.
+        side: Largest length of the shorter side in pixels.
+        on_problem: 'skip' drops pictures that cannot be decoded.
+        max_examples: Largest number of training images, taken evenly from all classes.
 
     Raises:
-        NoImages: the site has no training image of any class.
-        DataError: a picture cannot be decoded and on_problem is 'stop'.
+        NoImages: The site has no training image of any class.
+        DataError: A picture cannot be decoded and on_problem is 'stop'.
     """
     from fedsigma.common.data.loading import SiteData
-    from fedsigma.common.data.sampling import few_shot
+    from fedsigma.common.data.sampling import few_shot, in_turns
 
-    chosen = few_shot(records, shots=shots, classes=list(classes), seed=seed)
-    if max_examples is not None and len(chosen) > max_examples:
-        chosen = _of_each_class(chosen)[:max_examples]
-    if not chosen:
+    train = few_shot(records, shots=shots, classes=list(classes), seed=seed)
+    if max_examples is not None and len(train) > max_examples:
+        train = in_turns(train, lambda record: record.label)[:max_examples]
+    if not train:
         raise NoImages(f"site '{name}' has no training image of the study's classes")
     test = [record for record in records if record.split == "test"]
     return SiteData(
         name=name,
-        train=_load(source, chosen, classes, side, on_problem),
+        train=_load(source, train, classes, side, on_problem),
         test=_load(source, test, classes, side, on_problem),
     )
-
-
-def _of_each_class(records: list[Record]) -> list[Record]:
-    """The same records, class by class in turns, so that what is cut off is of all classes."""
-    seen, turns = Counter[str | None](), []
-    for record in records:
-        turns.append(seen[record.label])
-        seen[record.label] += 1
-    return [records[i] for i in sorted(range(len(records)), key=lambda i: turns[i])]
 
 
 def _load(
@@ -158,8 +154,8 @@ def _load(
     except PictureError:
         if on_problem == "stop":
             raise
-    found: list[Example] = []
+    examples: list[Example] = []
     for record in records:
         with contextlib.suppress(PictureError):
-            found += load_examples(source, [record], classes, side=side)
-    return found
+            examples += load_examples(source, [record], classes, side=side)
+    return examples
