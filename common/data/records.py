@@ -215,7 +215,7 @@ def site_table(records: Iterable[Record], classes: Sequence[str] | None = None) 
         counts[record.site or "-", record.label or "-"][record.split or "unsplit"] += 1
     labels = list(classes) if classes is not None else sorted({label for _, label in counts})
     sites = sorted({site for site, _ in counts})
-    return [SiteRow(site, label, **counts.get((site, label), {})) for site in sites for label in labels]
+    return [SiteRow(site, label, **counts[site, label]) for site in sites for label in labels]
 
 
 def is_hidden(path: PurePath) -> bool:

@@ -96,10 +96,13 @@ class ValidationReport:
         cells += [[row.site, row.label, *(str(getattr(row, name)) for name in splits)] for row in table]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         rendered = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        return "\n".join([*lines, "", *rendered, "", self.headline()]).lstrip("\n")
+
+    def headline(self) -> str:
+        """Return the number of usable records and of problems as one sentence."""
         number = len(self.problems)
-        problems_found = "1 problem" if number == 1 else f"{number or 'no'} problems"
-        summary = f"{len(self.usable)} of {self.total} records can be used; {problems_found} found."
-        return "\n".join([*lines, "", *rendered, "", summary]).lstrip("\n")
+        problems = "1 problem" if number == 1 else f"{number or 'no'} problems"
+        return f"{len(self.usable)} of {self.total} records can be used; {problems} found."
 
 
 def check_source(

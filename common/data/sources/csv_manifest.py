@@ -1,4 +1,4 @@
-"""A CSV manifest: one row per picture, with its path, label and, where known, split, group and site."""
+"""CSV manifests: one row per picture, with its path, label and optionally split, group and site."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def open_manifest(path: Path, *, columns: Mapping[str, str] | None = None) -> Pi
     """Open a CSV file with the columns path, label and, optionally, split, group and site.
 
     Args:
-        path: the manifest; relative paths in it start from its folder.
-        columns: other names of the columns, such as `{label: diagnosis}`.
+        path: The manifest; relative paths in it start from its folder.
+        columns: Other names of the columns, such as `{label: diagnosis}`.
 
     Raises:
-        DataError: it is not a readable CSV file, or lacks a column.
+        DataError: The file is not readable as CSV, or lacks a column.
     """
     records, problems = read_manifest(path, columns)
     return PictureSource(records, lambda key: Image.open(path.parent / key), problems)
 
 
 def column_names(columns: Mapping[str, str] | None, known: tuple[str, ...]) -> dict[str, str]:
-    """Return the name that each known column has in this file.
+    """Return the name of each known column in a file.
 
     Raises:
-        DataError: `columns` names a column that is not known.
+        DataError: `columns` names an unknown column.
     """
     if columns is not None and not isinstance(columns, Mapping):
         raise DataError(f"the option columns is {columns!r}, expected a table such as {{label: diagnosis}}")
@@ -46,46 +46,40 @@ def column_names(columns: Mapping[str, str] | None, known: tuple[str, ...]) -> d
 
 
 def read_manifest(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Record], list[Problem]]:
-    """Read a manifest's rows; rows that say too little become problems, not errors.
+    """Read a manifest; an invalid row becomes a problem.
 
     Raises:
-        DataError: it is not a readable CSV file, or lacks a column.
+        DataError: The file is not readable as CSV, or lacks a column.
     """
     names = column_names(columns, COLUMNS)
-    records, problems = [], []
-    for number, row in _rows(path, names):
+    records: list[Record] = []
+    problems: list[Problem] = []
+    for number, row in _read_rows(path, names):
         where = f"{path.name} row {number}"
+        cells = {name: read_text(row.get(names[name])) for name in COLUMNS}
+        key = cells.pop("path")
         if None in row:
             detail = "has more cells than the header: put text with a comma in quotes"
             problems.append(Problem(kind="unreadable row", where=where, detail=detail))
-            continue
-        cells = {name: read_text(row.get(names[name])) for name in COLUMNS}
-        key = cells["path"]
-        if key is None:
+        elif key is None:
             problems.append(Problem(kind="missing file", where=where, detail="names no file"))
-            continue
-        try:
-            split = read_split(cells["split"])
-        except DataError as error:
-            problems.append(Problem(kind="unknown split", where=f"{where} ({key})", detail=str(error)))
-            continue
-        records.append(
-            Record(key=key, label=cells["label"], site=cells["site"], group=cells["group"], split=split)
-        )
+        else:
+            try:
+                records.append(Record(key=key, **cells | {"split": read_split(cells["split"])}))
+            except DataError as error:
+                problems.append(Problem(kind="unknown split", where=f"{where} ({key})", detail=str(error)))
     if not records and not problems:
         raise DataError(f"the manifest {path} has a header and no rows")
     return records, problems
 
 
-def _rows(path: Path, names: Mapping[str, str]) -> Iterator[tuple[int, dict[str | None, str]]]:
-    """Give each row of a CSV file with its line number; `;` and tab also separate cells."""
+def _read_rows(path: Path, names: Mapping[str, str]) -> Iterator[tuple[int, dict[str | None, str]]]:
+    """Yield each row of a CSV file with its line number; `;` and tab are delimiters too."""
     try:
-        # utf-8-sig, since spreadsheets write a byte-order mark.
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:  # spreadsheets write a byte-order mark
             header = stream.readline()
             stream.seek(0)
-            delimiter = max(",;\t", key=header.count)
-            reader = csv.DictReader(stream, delimiter=delimiter)
+            reader = csv.DictReader(stream, delimiter=max(",;\t", key=header.count))
             present = [name.strip() for name in reader.fieldnames or []]
             for name in ("path", "label"):
                 if names[name] not in present:

@@ -1,8 +1,8 @@
-"""Pictures in folders: one sub-folder per class, or train and test folders of such."""
+"""Pictures in folders: one sub-folder per class, optionally below train, val and test folders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -20,12 +20,12 @@ def open_folder(path: Path, *, group_by_folder: bool = True) -> PictureSource:
     """Open `CLASS/picture`, `SPLIT/CLASS/picture` or either with folders of patients below the class.
 
     Args:
-        path: the top folder.
-        group_by_folder: whether pictures in one folder below a class folder are one group (a patient), so
-            that they are never divided between train and test; the same name in two classes is one group.
+        path: The top folder.
+        group_by_folder: Whether pictures in one folder below a class folder are one group (a patient), which
+            is never divided between train and test; the same name in two classes is one group.
 
     Raises:
-        DataError: it is no folder, or holds no picture in a class folder.
+        DataError: The path is not a folder, or contains no picture in a class folder.
     """
     records, problems = walk_classes(path, lambda file: file.suffix.lower() in SUFFIXES, group_by_folder)
     if not records:
@@ -37,37 +37,35 @@ def open_folder(path: Path, *, group_by_folder: bool = True) -> PictureSource:
 
 
 def walk_classes(
-    path: Path, wanted: Callable[[Path], bool], group_by_folder: bool
+    path: Path, is_picture: Callable[[Path], bool], group_by_folder: bool
 ) -> tuple[list[Record], list[Problem]]:
-    """List the wanted files of a tree of class folders, sorted, and what lies beside them.
+    """List the pictures of a tree of class folders, sorted, and a problem for each picture outside of them.
 
     Raises:
-        DataError: it is no folder.
+        DataError: The path is not a folder.
     """
     if not path.is_dir():
         raise DataError(f"{path} is a file, expected a folder with one folder per class")
-    tops = sorted(p for p in path.iterdir() if p.is_dir() and not is_hidden(p.relative_to(path)))
-    split_tops = bool(tops) and all(_is_split(top.name) for top in tops)
-    records = []
+    tops = _subfolders(path)
+    has_splits = bool(tops) and all(_is_split(top.name) for top in tops)
+    records: list[Record] = []
+    outside = _pictures(path, is_picture, "*")
     for top in tops:
-        split = read_split(top.name) if split_tops else None
-        if not split_tops:
-            classes = [top]
-        else:
-            classes = sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
-        for folder in classes:
-            for file in _files(folder, wanted):
+        if has_splits:
+            outside += _pictures(top, is_picture, "*")
+        for folder in _subfolders(top) if has_splits else [top]:
+            for file in _pictures(folder, is_picture, "**/*"):
                 inner = file.relative_to(folder).parent
-                group = inner.as_posix() if group_by_folder and inner.parts else None
-                key = file.relative_to(path).as_posix()
-                records.append(Record(key=key, label=folder.name, group=group, split=split))
-    outside = [*_loose(path, wanted), *(f for top in tops if split_tops for f in _loose(top, wanted))]
+                records.append(
+                    Record(
+                        key=file.relative_to(path).as_posix(),
+                        label=folder.name,
+                        group=inner.as_posix() if group_by_folder and inner.parts else None,
+                        split=read_split(top.name) if has_splits else None,
+                    )
+                )
     problems = [
-        Problem(
-            kind="unknown label",
-            where=file.relative_to(path).as_posix(),
-            detail="lies in no class folder",
-        )
+        Problem(kind="unknown label", where=file.relative_to(path).as_posix(), detail="is in no class folder")
         for file in outside
     ]
     return records, problems
@@ -80,11 +78,10 @@ def _is_split(name: str) -> bool:
         return False
 
 
-def _files(folder: Path, wanted: Callable[[Path], bool]) -> Iterator[Path]:
-    for file in sorted(folder.rglob("*")):
-        if wanted(file) and not is_hidden(file.relative_to(folder)) and file.is_file():
-            yield file
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _loose(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and wanted(f))
+def _pictures(folder: Path, is_picture: Callable[[Path], bool], pattern: str) -> list[Path]:
+    files = (f for f in sorted(folder.glob(pattern)) if not is_hidden(f.relative_to(folder)))
+    return [file for file in files if is_picture(file) and file.is_file()]
