@@ -175,9 +175,9 @@ def write_split(folder: Path, content: object) -> Path:
     [
         ("[", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
-        ([], "is no split file"),
-        ({"train": [], "val": []}, "is no split file"),
-        ({"train": [], "test": [], "extra": []}, "is no split file"),
+        ([], "is not a split file"),
+        ({"train": [], "val": []}, "is not a split file"),
+        ({"train": [], "test": [], "extra": []}, "is not a split file"),
         ({"test": {}}, "test is dict, expected a list"),
         ({"test": [["a.png", 0]]}, r"test\[0\] is .* expected \[relative path"),
         ({"test": [["a.png", True, "cat"]]}, r"test\[0\]"),

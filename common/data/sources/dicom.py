@@ -195,7 +195,8 @@ def render(
         UnsupportedPicture: it has several frames and none is named, its photometric interpretation is not
             known, or its compression needs a decoder that is not installed.
     """
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels.processing import apply_color_lut
+    from pydicom.pixels.utils import pixel_array
 
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1 and frame is None:
@@ -229,14 +230,14 @@ def apply_window(
     pixels: NDArray[Any], dataset: Dataset, window: tuple[float, float] | None = None
 ) -> NDArray[np.float64]:
     """Bring grey values to 0 to 1 by rescaling and windowing; shape (rows, columns) in and out."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
     values = np.asarray(apply_modality_lut(pixels, dataset), np.float64)
     tables = dataset.get("VOILUTSequence")
     function = str(dataset.get("VOILUTFunction") or "LINEAR")
     if window is None and tables:
         shown = np.asarray(apply_voi(apply_modality_lut(pixels, dataset), dataset), np.float64)
-        return np.clip(shown / (2 ** int(tables[0].LUTDescriptor[2]) - 1), 0, 1)
+        return np.asarray(np.clip(shown / (2 ** int(tables[0].LUTDescriptor[2]) - 1), 0, 1))
     if window is None and dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
         center, width = _first(dataset.WindowCenter), _first(dataset.WindowWidth)
     elif window is None:
@@ -245,7 +246,7 @@ def apply_window(
         (center, width), function = window, "LINEAR_EXACT"
     # The three functions of DICOM PS3.3 C.11.2.1.2, scaled to 0 to 1.
     if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+        return np.asarray(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))))
     if function == "LINEAR":
         center, width = center - 0.5, max(width - 1, 1e-9)
     return np.clip((values - center) / width + 0.5, 0, 1)

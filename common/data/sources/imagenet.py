@@ -1,4 +1,4 @@
-"""Layouts of ImageNet and its variants: folders named by WordNet ids, or by numbers in the order of the ids."""
+"""Layouts of ImageNet and its variants: folders named by WordNet ids, or by their position in the list."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _class_names(folder: Path, ids: list[str]) -> list[str]:
         return _open_clip_names(ids)
     if names is None:
         raise DataError(
-            f"{folder} has no {CLASS_NAMES}, and only {len(ids)} of ImageNet's {_CLASSES} classes are here: copy"
-            " ImageNet's into it"
+            f"{folder} has no {CLASS_NAMES}, and only {len(ids)} of ImageNet's {_CLASSES} classes are here:"
+            " copy ImageNet's into it"
         )
     if unknown := [key for key in ids if key not in names]:
         raise DataError(f"{CLASS_NAMES} has no name for the folder {unknown[0]}")
@@ -119,8 +119,10 @@ def _folders(path: Path) -> list[str]:
 
 def _records(images: Path, folder: Path, label: str, split: str) -> list[Record]:
     prefix = folder.relative_to(images).as_posix()
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries)
     return [
         Record(key=f"{prefix}/{name}", label=label, split=split)
-        for name in sorted(os.listdir(folder))
+        for name in names
         if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
     ]

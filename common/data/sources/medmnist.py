@@ -1,4 +1,4 @@
-"""MedMNIST and MedMNIST+ by the package medmnist, which has the names, and files that are here already."""
+"""MedMNIST and MedMNIST+, described by the package medmnist and read from local files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedsigma.common.data.catalog import Archive
 from fedsigma.common.data.records import SPLITS, DataError, PictureSource, Record
 from fedsigma.common.data.sources.registry import register_source
 
-__all__ = ["SIZES", "medmnist_archive", "open_medmnist"]
+__all__ = ["SIZES", "medmnist_archive", "medmnist_licence", "open_medmnist"]
 
 SIZES = (28, 64, 128, 224)
 """Sides of the published pictures in pixels."""
@@ -24,99 +24,101 @@ SIZES = (28, 64, 128, 224)
 
 @register_source("medmnist")
 def open_medmnist(name: str, size: int = 28, *, root: str | None = None) -> PictureSource:
-    """Open one set of two-dimensional pictures with one label each, by the package's own split.
+    """Open a set of two-dimensional pictures with one label each and the package's own split.
 
-    Nothing is downloaded: `fedsigma data fetch medmnist:NAME:SIZE FOLDER` does that. The pictures of a part
-    are read into memory when its first is asked for.
+    Nothing is downloaded: `fedsigma data fetch medmnist:NAME:SIZE FOLDER` does that. The pictures of a split
+    are read into memory when the first of them is needed.
 
     Args:
-        name: as the package calls it, such as pathmnist.
-        size: one of SIZES, in pixels.
-        root: the folder of NAME.npz or NAME_SIZE.npz; without it, ~/.medmnist, the package's own.
+        name: Name of the set in the package, such as pathmnist.
+        size: One of SIZES, in pixels.
+        root: Folder of NAME.npz or NAME_SIZE.npz; default: ~/.medmnist, as in the package.
 
     Raises:
-        DataError: medmnist is not installed, there is no such set or file, or the file is not of its form.
+        DataError: medmnist is not installed, there is no such set or file, or the file is invalid.
     """
-    about = _about(name, size)
+    info = _set_info(name, size)
     folder = Path(root).expanduser() if root else Path.home() / ".medmnist"
-    file = folder / _file_name(name, size)
+    file = folder / f"{name}{_size_suffix(size)}.npz"
     if not file.is_file():
         raise DataError(f"{file} does not exist: run fedsigma data fetch medmnist:{name}:{size} {folder}")
-    names = {int(number): str(label) for number, label in about["label"].items()}
+    names = {int(number): str(label) for number, label in info["label"].items()}
     records = []
     for split in SPLITS:
-        labels = _array(file, f"{split}_labels")
+        labels = _read_array(file, f"{split}_labels")
         if labels.ndim != 2 or labels.shape[1] != 1 or not np.isin(labels, list(names)).all():
             raise DataError(
                 f"{file.name}: {split}_labels are not one of {len(names)} labels for each picture"
             )
         records += [
-            Record(key=f"{split}/{place:06d}", label=names[int(number)], split=split)
-            for place, number in enumerate(labels[:, 0])
+            Record(key=f"{split}/{row:06d}", label=names[int(number)], split=split)
+            for row, number in enumerate(labels[:, 0])
         ]
-    read = lru_cache(maxsize=len(SPLITS))(lambda split: _pictures(file, split, size))
 
-    def picture(key: str) -> Image.Image:
-        split, _, place = key.partition("/")
-        return Image.fromarray(read(split)[int(place)])
+    @lru_cache(maxsize=len(SPLITS))
+    def read_pictures(split: str) -> NDArray[np.uint8]:
+        pictures = _read_array(file, f"{split}_images")
+        if pictures.dtype != np.uint8 or pictures.shape[1:] not in ((size, size), (size, size, 3)):
+            raise DataError(
+                f"{file.name}: {split}_images are {pictures.dtype} {pictures.shape[1:]},"
+                f" expected uint8 of {size}"
+            )
+        return pictures
 
-    return PictureSource(records, picture, classes=tuple(names[number] for number in sorted(names)))
+    def read_picture(key: str) -> Image.Image:
+        split, _, row = key.partition("/")
+        return Image.fromarray(read_pictures(split)[int(row)])
+
+    return PictureSource(records, read_picture, classes=tuple(names[number] for number in sorted(names)))
 
 
 def medmnist_archive(name: str, size: int = 28) -> Archive:
-    """The public file of a set, with the MD5 sum that the package states.
+    """Return the public file of a set, with the MD5 sum that the package states.
 
     Raises:
-        DataError: as `open_medmnist`.
+        DataError: As for `open_medmnist`.
     """
-    about, mark = _about(name, size), "" if size == 28 else f"_{size}"
+    info, suffix = _set_info(name, size), _size_suffix(size)
     return Archive(
-        url=about[f"url{mark}"], md5=about[f"MD5{mark}"], stated_by="the package medmnist", unpack=False
+        url=info[f"url{suffix}"], md5=info[f"MD5{suffix}"], stated_by="the package medmnist", unpack=False
     )
 
 
 def medmnist_licence(name: str) -> str:
-    """The licence of a set, as the package states it.
+    """Return the licence of a set, as the package states it.
 
     Raises:
-        DataError: as `open_medmnist`.
+        DataError: As for `open_medmnist`.
     """
-    return str(_about(name, SIZES[0])["license"])
+    return str(_set_info(name, SIZES[0])["license"])
 
 
-def _about(name: str, size: int) -> dict[str, Any]:
+def _set_info(name: str, size: int) -> dict[str, Any]:
     try:
         from medmnist import INFO
     except ImportError as error:
         raise DataError("reading MedMNIST needs medmnist: pip install 'fedsigma[medmnist]'") from error
-    plain = {key: value for key, value in INFO.items() if not key.endswith("3d") and key != "chestmnist"}
-    if name in INFO and name not in plain:
-        raise DataError(f"{name} has volumes or several labels a picture, which a study cannot hold")
-    if name not in plain:
-        raise DataError(f"MedMNIST has no set '{name}'{did_you_mean(name, plain)}")
+    supported = {key: value for key, value in INFO.items() if not key.endswith("3d") and key != "chestmnist"}
+    if name in INFO and name not in supported:
+        raise DataError(f"{name} has volumes or several labels a picture, which studies do not support")
+    if name not in supported:
+        raise DataError(f"MedMNIST has no set '{name}'{did_you_mean(name, supported)}")
     if size not in SIZES:
         raise DataError(
             f"{name} has no pictures of {size} pixels: the sizes are {', '.join(map(str, SIZES))}"
         )
-    return dict(plain[name])
+    return dict(supported[name])
 
 
-def _file_name(name: str, size: int) -> str:
-    return f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
+def _size_suffix(size: int) -> str:
+    return "" if size == 28 else f"_{size}"
 
 
-def _array(file: Path, name: str) -> NDArray[Any]:
+def _read_array(file: Path, name: str) -> NDArray[Any]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return np.asarray(arrays[name])
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{file.name} is no file of MedMNIST, or damaged: {name} cannot be read") from error
-
-
-def _pictures(file: Path, split: str, size: int) -> NDArray[np.uint8]:
-    found = _array(file, f"{split}_images")
-    if found.dtype != np.uint8 or found.shape[1:] not in ((size, size), (size, size, 3)):
         raise DataError(
-            f"{file.name}: {split}_images are {found.dtype} {found.shape[1:]}, expected uint8 of {size}"
-        )
-    return found
+            f"{file.name} is not a file of MedMNIST, or damaged: {name} cannot be read"
+        ) from error

@@ -60,7 +60,7 @@ def grain(rng: Rng, sigma: float) -> Field:
     """Blurred white noise of unit variance; `sigma` pixels sets the size of its grains."""
     white = rng.standard_normal((PIXELS, PIXELS), dtype=np.float32)
     field = np.fft.irfft2(np.fft.rfft2(white) * _lowpass(round(sigma, 1)), s=(PIXELS, PIXELS))
-    return (field / field.std()).astype(np.float32)
+    return np.asarray(field / field.std(), np.float32)
 
 
 def smooth_noise(rng: Rng, cells: int) -> Field:
@@ -71,7 +71,7 @@ def smooth_noise(rng: Rng, cells: int) -> Field:
 
 def inside(distance: Field, soft: float = 0.8) -> Field:
     """Signed distance (negative inside) to coverage from 0 to 1, with an edge about `soft` pixels wide."""
-    return 1 / (1 + np.exp(np.clip(distance / (0.45 * soft), -30, 30)))
+    return np.asarray(1 / (1 + np.exp(np.clip(distance / (0.45 * soft), -30, 30))))
 
 
 def ellipse(x: Field, y: Field, at: Place, radii: tuple[float, float], turn: float = 0.0) -> Field:
@@ -93,7 +93,7 @@ def rope(x: Field, y: Field, start: Place, end: Place, thick: float) -> Field:
 def join(a: Field, b: Field, blend: float) -> Field:
     """Smooth union of two signed distances."""
     mix = np.clip(0.5 + 0.5 * (b - a) / blend, 0, 1)
-    return b + (a - b) * mix - blend * mix * (1 - mix)
+    return np.asarray(b + (a - b) * mix - blend * mix * (1 - mix))
 
 
 def cut(a: Field, b: Field, blend: float) -> Field:
