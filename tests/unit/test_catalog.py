@@ -412,7 +412,7 @@ def test_own_cards_stand_beside_those_that_come_along(
     with pytest.raises(CardError, match="FedSigma has a card of this name"):
         cards()
     monkeypatch.setenv("FEDSIGMA_CARDS", str(tmp_path / "nowhere"))
-    with pytest.raises(CardError, match="which is no folder"):
+    with pytest.raises(CardError, match="which is not a folder"):
         cards()
 
 

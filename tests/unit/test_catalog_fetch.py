@@ -127,7 +127,7 @@ def test_an_interrupted_download_goes_on(shelf: Shelf, tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     shelf.cut = 200_000
     seen: list[tuple[int, int]] = []
-    with pytest.raises(DownloadError, match="it goes on from there"):
+    with pytest.raises(DownloadError, match="run it again to resume"):
         download(one.url, target, progress=lambda *now: seen.append(now))
     assert not target.exists() and seen[-1] == (200_000, len(NOISE))
     shelf.cut = 0
@@ -210,7 +210,7 @@ def test_without_a_checksum_the_first_download_counts(shelf: Shelf, tmp_path: Pa
     assert fetch_archive(one, tmp_path) == came
     (tmp_path / RECORD).unlink()
     (tmp_path / "labels.mat").write_bytes(b"mine")
-    with pytest.raises(CardError, match=r"labels\.mat is there already: move it away"):
+    with pytest.raises(CardError, match=r"labels\.mat exists already: move it away"):
         fetch_archive(one, tmp_path)
     assert (tmp_path / "labels.mat").read_bytes() == b"mine"
     (tmp_path / RECORD).write_text("{")
@@ -222,7 +222,7 @@ def test_a_download_outlives_an_unpacking_that_failed(shelf: Shelf, tmp_path: Pa
     one = shelf.put("set.zip", zipped({"images/a.png": b"1"}))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.png").write_bytes(b"2")
-    with pytest.raises(ArchiveError, match=r"images is there already.*move it away"):
+    with pytest.raises(ArchiveError, match=r"images exists already.*move it away"):
         fetch_archive(one, tmp_path)
     assert (tmp_path / "images" / "mine.png").read_bytes() == b"2"
     (tmp_path / "images").rename(tmp_path / "old")
@@ -246,7 +246,7 @@ def test_a_download_outlives_a_full_disk(
 
 def test_a_page_in_place_of_an_archive_leaves_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
     one = shelf.put("set.zip", b"<html>Please log in</html>")
-    with pytest.raises(ArchiveError, match="no zip or tar"):
+    with pytest.raises(ArchiveError, match="not a zip or tar archive"):
         fetch_archive(one, tmp_path)
     assert everything(tmp_path) == {}
     shelf.put("set.zip", zipped({"images/a.png": b"1"}))
@@ -293,9 +293,9 @@ def encrypted() -> bytes:
         (encrypted(), "is encrypted"),
         (zipped({"a.png": b"1", "./a.png": b"2"}), "cannot be unpacked"),
         (zipped({"a": b"1", "a/b": b"2"}), "cannot be unpacked"),
-        (zipped({"a": b"1" * 9000})[:-30], "is no zip or tar archive|cannot be unpacked"),
+        (zipped({"a": b"1" * 9000})[:-30], "is not a zip or tar archive|cannot be unpacked"),
         (tarred({"a": NOISE})[:9000], "cannot be unpacked"),
-        (b"neither", "is no zip or tar archive"),
+        (b"neither", "is not a zip or tar archive"),
         (zipped({}), "holds no file"),
     ],
     ids=range(16),  # archives have the time in them, and each process of the tests makes its own

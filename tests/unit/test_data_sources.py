@@ -38,9 +38,9 @@ def test_registry_refuses_unknown_and_duplicate() -> None:
 
 
 def test_spec_errors_name_value_and_next_step(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"needs a place: write csv:PATH"):
+    with pytest.raises(DataError, match=r"needs a location: write csv:PATH"):
         open_source("csv")
-    with pytest.raises(DataError, match=r"does not exist: looked for .*none\.csv"):
+    with pytest.raises(DataError, match=r"does not exist: searched .*none\.csv"):
         open_source("csv:none.csv", base=tmp_path)
     picture(tmp_path / "a" / "1.png")
     with pytest.raises(

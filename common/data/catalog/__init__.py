@@ -1,4 +1,4 @@
-"""Cards of published data sets: what is in them, where to get them, how they are read and checked."""
+"""Cards of published data sets: content, download and layout."""
 
 from fedsigma.common.data.catalog.card import (
     Archive,

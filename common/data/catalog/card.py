@@ -1,4 +1,4 @@
-"""The card of one published data set, and the table of those that come with FedSigma."""
+"""Cards of published data sets: those of FedSigma and those of the folder $FEDSIGMA_CARDS."""
 
 from __future__ import annotations
 
@@ -41,22 +41,27 @@ __all__ = [
 ]
 
 FROM_DISK = "from_split"
-"""In place of class names: they are in the set's own files."""
+"""Instead of class names: the names are in the files of the set."""
 DOMAINS = ("biomedical", "natural", "shift")
 LAYOUTS = ("split", "lists", "imagenet", "wordnet", "numbered")
 
 
 class CardError(ConfigError):
-    """There is no such data set, or it cannot be had or used as asked."""
+    """A data set card is missing or invalid, or its files cannot be fetched."""
 
 
 @settings
 class Protocol:
-    """How CLIP-SVD was trained on this set in one protocol, as its published configuration says.
+    """Published configuration of CLIP-SVD on a set in one protocol.
 
-    Lengths: iterations_per_shot times the number of shots where it is given, else epochs. Common to all:
-    ViT-B/16, batches of 32, AdamW (0.9, 0.999), a cosine schedule to 1e-6, all layers and parts of both
-    towers.
+    Common to all: ViT-B/16, batches of 32, AdamW (0.9, 0.999), a cosine schedule to 1e-6, all layers and
+    parts of both towers.
+
+    Attributes:
+        learning_rate: Learning rate.
+        weight_decay: Weight decay.
+        epochs: Length of training, where iterations_per_shot is None.
+        iterations_per_shot: Length of training divided by the number of shots.
     """
 
     section: ClassVar[str] = "protocols"
@@ -76,7 +81,14 @@ class Protocol:
 
 @settings
 class Protocols:
-    """The published configurations of this set, by protocol; None where there is none."""
+    """Published configurations of a set; None where there is none.
+
+    Attributes:
+        few_shot: Few-shot classification.
+        base_to_novel: Base to novel classes.
+        cross_dataset: Transfer to other sets.
+        domain_generalization: Transfer to other domains.
+    """
 
     section: ClassVar[str] = "protocols"
 
@@ -86,14 +98,20 @@ class Protocols:
     domain_generalization: Protocol | None = None
 
     def of(self, name: str) -> Protocol | None:
-        """The configuration of the protocol of this name."""
-        found: Protocol | None = getattr(self, name)
-        return found
+        """Return the configuration of a protocol."""
+        protocol: Protocol | None = getattr(self, name)
+        return protocol
 
 
 @settings
 class Images:
-    """Number of images in each part of the official split; 0 where the set has no such part."""
+    """Number of images in each part of the official split; 0 for a part that does not exist.
+
+    Attributes:
+        train: Training images.
+        val: Validation images.
+        test: Test images.
+    """
 
     section: ClassVar[str] = "images"
 
@@ -108,12 +126,15 @@ class Images:
 
 @settings
 class Layout:
-    """What a folder of this set holds.
+    """Layout of the folder of a set.
 
-    Fields: kind, how it is read: `split` by a file of the CoOp form, `lists` by FGVC-Aircraft's text files,
-    `imagenet` by train and val folders named by WordNet ids, `wordnet` by one level of such folders,
-    `numbered` by folders 0, 1, 2, ... in the order of those ids; folder, how the field calls the folder;
-    images, the folder below it that paths start from ('' for the folder itself); split, the split file.
+    Attributes:
+        kind: `split` (a file in the CoOp format), `lists` (FGVC-Aircraft's text files), `imagenet` (train and
+            val folders named by WordNet ids), `wordnet` (one level of such folders) or `numbered` (folders
+            0, 1, 2, ... in the order of the ids).
+        folder: Usual name of the folder.
+        images: Folder below it that paths start from; empty for the folder itself.
+        split: The split file, for the kind `split`.
     """
 
     section: ClassVar[str] = "layout"
@@ -133,11 +154,17 @@ class Layout:
 
 @settings
 class Archive:
-    """A public file of a set and its checksum, if somebody states one.
+    """A public file of a set.
 
-    Fields: url; sha256 or md5, in hexadecimal, and stated_by, who states it (both empty: nobody is known to);
-    size in bytes, 0 if not known; take, the folder in the archive whose content is wanted ('' for all);
-    inner, an archive in the archive that is unpacked in its place; unpack, false for a file to keep as it is.
+    Attributes:
+        url: Address of the file.
+        sha256: SHA-256 checksum, hexadecimal; empty if not published.
+        md5: MD5 checksum, hexadecimal; empty if not published.
+        stated_by: Publisher of the checksum; empty without one.
+        size: Size in bytes; 0 if unknown.
+        take: Folder in the archive to extract; empty for all.
+        inner: Archive inside the archive, which is extracted in its place.
+        unpack: Whether to extract the file.
     """
 
     section: ClassVar[str] = "archives"
@@ -164,19 +191,31 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """The file's own name: the last part of the address."""
+        """Name of the file: the last part of the address."""
         return urlsplit(self.url).path.rpartition("/")[2]
 
 
 @settings
 class DatasetCard:
-    """One published data set.
+    """Card of a published data set.
 
-    Fields: name, by which commands call it; title, as papers write it; domain, one of DOMAINS; backbone, of
-    the paper's study; classes, the names that go into prompts, or FROM_DISK; class_count; template; page,
-    where to get it; licence, as its publisher states it, or 'unknown'; layout; images, the sizes of the
-    parts; first_path, the first of the split file's training part, '' if not known; protocols; archives,
-    which `fedsigma data fetch` gets; by_hand, what is to be put into the folder by hand; note.
+    Attributes:
+        name: Name in commands.
+        title: Name in papers.
+        domain: One of DOMAINS.
+        backbone: Backbone of the paper's study.
+        classes: Class names for prompts, or FROM_DISK.
+        class_count: Number of classes.
+        template: Prompt template.
+        page: Web page of the set.
+        licence: Licence as published, or 'unknown'.
+        layout: Layout of its folder.
+        images: Sizes of the official split.
+        first_path: First training path of the split file; empty if unknown.
+        protocols: Published configurations.
+        archives: Files that `fedsigma data fetch` downloads.
+        by_hand: Files to download by hand.
+        note: Remarks.
     """
 
     section: ClassVar[str] = ""
@@ -214,73 +253,70 @@ class DatasetCard:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names as prompts that the card has; empty where they are read from the set's own files."""
+        """The class names on the card; empty if they are in the files of the set."""
         return () if isinstance(self.classes, str) else self.classes
 
 
 def prompt_of(name: str) -> str:
-    """A class name as it goes into a prompt: a split file's underscores become spaces."""
+    """Return a class name for a prompt: underscores become spaces."""
     return " ".join(name.replace("_", " ").split())
 
 
 def same_name(name: str) -> str:
-    """What is left of a name of a class or folder where case, blanks, '_' and '-' do not count."""
+    """Normalize the name of a class or folder: case, blanks, '_' and '-' do not count."""
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
 def cards() -> dict[str, DatasetCard]:
-    """The cards that come with FedSigma and those of the folder $FEDSIGMA_CARDS, by name.
-
-    They are sorted by domain and name.
+    """Return all cards by name, sorted by domain and name.
 
     Raises:
-        ConfigError: a card does not read, or two have one name.
+        ConfigError: A card is invalid, or two cards have the same name.
     """
     return _read_all(os.environ.get("FEDSIGMA_CARDS", ""))[0]
 
 
 @lru_cache(maxsize=2)
-def _read_all(own: str) -> tuple[dict[str, DatasetCard], dict[str, str]]:
-    """Cards, and their YAML, by name. own: a folder of further cards, or ''."""
-    found: dict[str, DatasetCard] = {}
+def _read_all(folder: str) -> tuple[dict[str, DatasetCard], dict[str, str]]:
+    """Read the cards and their YAML, by name, with those of a further folder if it is not empty."""
+    by_name: dict[str, DatasetCard] = {}
     texts: dict[str, str] = {}
-    for item in _files(own):
+    for item in _card_files(folder):
         text, where = item.read_text("utf-8"), f"card '{item.name.removesuffix('.yaml')}'"
-        read = build(DatasetCard, read_yaml(text, where=where), where=where)
-        if item.name != f"{read.name}.yaml":
-            raise CardError(f"{where}: name is '{read.name}', expected that of its file")
-        if read.name in found:
-            raise CardError(f"{where} of {own}: FedSigma has a card of this name, choose another")
-        found[read.name], texts[read.name] = read, text
-    order = sorted(found, key=lambda name: (DOMAINS.index(found[name].domain), name))
-    return {name: found[name] for name in order}, texts
+        loaded = build(DatasetCard, read_yaml(text, where=where), where=where)
+        if item.name != f"{loaded.name}.yaml":
+            raise CardError(f"{where}: name is '{loaded.name}', expected the name of its file")
+        if loaded.name in by_name:
+            raise CardError(f"{where} of {folder}: FedSigma has a card of this name, choose another")
+        by_name[loaded.name], texts[loaded.name] = loaded, text
+    order = sorted(by_name, key=lambda name: (DOMAINS.index(by_name[name].domain), name))
+    return {name: by_name[name] for name in order}, texts
 
 
-def _files(own: str) -> list[Traversable]:
+def _card_files(folder: str) -> list[Traversable]:
     folders: list[Traversable] = [files("fedsigma.configs") / "datasets"]
-    if own:
-        folders.append(Path(own).expanduser())
+    if folder:
+        folders.append(Path(folder).expanduser())
         if not folders[-1].is_dir():
-            raise CardError(f"$FEDSIGMA_CARDS is '{own}', which is no folder")
-    return [item for folder in folders for item in folder.iterdir() if item.name.endswith(".yaml")]
+            raise CardError(f"$FEDSIGMA_CARDS is '{folder}', which is not a folder")
+    return [item for parent in folders for item in parent.iterdir() if item.name.endswith(".yaml")]
 
 
 def card(name: str) -> DatasetCard:
-    """The card of a data set.
+    """Return the card of a data set.
 
     Raises:
-        CardError: there is none; the nearest name is named.
+        CardError: There is no such card.
     """
-    known = cards()
-    if name not in known:
-        raise CardError(f"there is no card '{name}'{did_you_mean(name.lower(), known)}")
-    return known[name]
+    if name not in cards():
+        raise CardError(f"there is no card '{name}'{did_you_mean(name.lower(), cards())}")
+    return cards()[name]
 
 
 def card_text(name: str) -> str:
-    """The YAML of a card.
+    """Return the YAML of a card.
 
     Raises:
-        CardError: as `card`.
+        CardError: There is no such card.
     """
     return _read_all(os.environ.get("FEDSIGMA_CARDS", ""))[1][card(name).name]

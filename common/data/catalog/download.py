@@ -1,4 +1,4 @@
-"""One file from the web: what came before an interruption is kept, and a file that changed is begun anew."""
+"""Resumable HTTP download of a file; a file that changed on the server is downloaded from the start."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ from fedsigma.common.utils.files import write_atomic
 __all__ = ["DownloadError", "ProgressCallback", "download"]
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with the bytes that are here and those of the whole, 0 if that is not known."""
+"""Called with the downloaded bytes and the total bytes, 0 if unknown."""
 
 _CHUNK = 2**18
 _TIMEOUT_S = 60
-_SPARE = 2**30  # bytes of the disk that stay free
+_SPARE = 2**30  # bytes left free on the disk
 
 
 class DownloadError(CardError):
-    """A file cannot be had; what came of it is kept for the next attempt."""
+    """A download failed; what was received is kept for the next attempt."""
 
 
 def download(
-    url: str, target: Path, *, size: int = 0, progress: ProgressCallback = lambda done, whole: None
+    url: str, target: Path, *, size: int = 0, progress: ProgressCallback = lambda done, total: None
 ) -> None:
-    """Get a file by HTTP into `target`, going on where an earlier call was interrupted.
+    """Download a file by HTTP, resuming an interrupted download.
 
-    Parts of two different files are never joined: a part is gone on with only if the server says, by ETag or
-    date, that the file is still the same.
+    A download is resumed only if the file on the server is unchanged, by its ETag or date.
 
     Args:
-        url: http or https.
-        target: the file; until it is whole it is called `target`.part.
-        size: of the whole in bytes, 0 if not known; a file of another size is refused.
-        progress: see `ProgressCallback`.
+        url: Address, http or https.
+        target: Path of the file; `target`.part until it is complete.
+        size: Expected size in bytes; 0 if unknown.
+        progress: Callback for the progress.
 
     Raises:
-        DownloadError: the server is not reached or refuses, the connection ends early, the size is another,
-            or the disk is too small.
+        DownloadError: The server cannot be reached or refuses, the connection breaks, the size differs, or
+            the disk is full.
     """
     part, mark = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.version")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,15 +58,15 @@ def download(
         ) as reply:
             _receive(reply, part, mark, have, size, progress)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is longer than the file is now
+        if error.code == 416:  # the part is longer than the file
             part.unlink(missing_ok=True)
         raise DownloadError(
-            f"{url}: the server answers {error.code} {error.reason}: try again, or see the set's page"
+            f"{url}: the server returned {error.code} {error.reason}: try again, or see the set's page"
         ) from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
         raise DownloadError(
-            f"{url} was not reached, or broke off ({reason}): run it again, it goes on from there"
+            f"{url} was not reached, or the connection broke ({reason}): run it again to resume"
         ) from error
     part.replace(target)
     mark.unlink(missing_ok=True)
@@ -83,18 +82,18 @@ def _receive(
         have = 0
     if reply.status == 206 and not have:
         raise DownloadError(
-            f"{url}: the server sends another part than was asked for: remove {part} and try again"
+            f"{url}: the server sent another range than requested: remove {part} and try again"
         )
     length = reply.headers.get("Content-Length", "")
-    whole = have + int(length) if length.isdecimal() else size
-    if size and whole != size:
+    total = have + int(length) if length.isdecimal() else size
+    if size and total != size:
         raise DownloadError(
-            f"{url} has {whole:,} bytes, expected {size:,}: the file was changed, see the set's page"
+            f"{url} has {total:,} bytes, expected {size:,}: the file was changed, see the set's page"
         )
     free = shutil.disk_usage(part.parent).free
-    if whole - have > free - _SPARE:
+    if total - have > free - _SPARE:
         raise DownloadError(
-            f"{url} has {whole:,} bytes, and {part.parent} has room for {max(free - _SPARE, 0):,}"
+            f"{url} has {total:,} bytes, and {part.parent} has room for {max(free - _SPARE, 0):,}"
         )
     if not have:
         part.unlink(missing_ok=True)
@@ -102,17 +101,17 @@ def _receive(
     with part.open("ab") as sink:
         while chunk := reply.read(_CHUNK):
             have += len(chunk)
-            if whole and have > whole:
-                raise DownloadError(f"{url} sends more than the {whole:,} bytes that were announced")
+            if total and have > total:
+                raise DownloadError(f"{url} sent more than the announced {total:,} bytes")
             sink.write(chunk)
-            progress(have, whole)
-    if whole and have != whole:
+            progress(have, total)
+    if total and have != total:
         raise DownloadError(
-            f"{url} broke off after {have:,} of {whole:,} bytes: run it again, it goes on from there"
+            f"{url}: the connection broke after {have:,} of {total:,} bytes: run it again to resume"
         )
 
 
 def _version(reply: http.client.HTTPResponse) -> str:
-    """What the server calls this version of the file; '' if that cannot be asked for (RFC 9110, 13.1.5)."""
+    """Return the validator of a file for If-Range (RFC 9110, 13.1.5); empty without a usable one."""
     tag = str(reply.headers.get("ETag", ""))
     return tag if tag.startswith('"') else str(reply.headers.get("Last-Modified", ""))

@@ -1,4 +1,4 @@
-"""Unpacking an archive that strangers made: into its folder only, no links, and no more than expected."""
+"""Safe extraction of untrusted archives: no paths outside the folder, no links, bounded size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -20,54 +21,59 @@ from fedsigma.common.utils.files import UnsafePath, safe_join
 __all__ = ["ArchiveError", "ExtractionLimits", "TargetBlocked", "extract_archive"]
 
 _CHUNK = 2**20
-# Written by the archiver of macOS beside each file.
+# Files that macOS adds to archives.
 _LITTER = ("__MACOSX", ".DS_Store")
 
 Member = tuple[PurePosixPath, Callable[[], IO[bytes]]]
 
 
 class ArchiveError(CardError):
-    """An archive cannot be unpacked, or is refused; nothing of it was left."""
+    """An archive is damaged or unsafe; nothing of it was extracted."""
 
 
 class TargetBlocked(ArchiveError):
-    """The archive may be right and has no place: something is in the way, or the disk is full."""
+    """The archive cannot be written: a file exists already, or the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionLimits:
-    """The most that may come out of an archive, against one that swells: bytes in all, and files."""
+    """Limits of an extraction, against archive bombs.
+
+    Attributes:
+        size: Total size in bytes.
+        files: Number of files.
+    """
 
     size: int
     files: int = 3_000_000
 
     @classmethod
     def of(cls, archive: Path) -> ExtractionLimits:
-        """What images can come to, which hardly shrink in an archive: twenty times its size, and 64 MiB."""
+        """Return the limits for an archive of images: twenty times its size plus 64 MiB."""
         return cls(size=20 * archive.stat().st_size + 64 * _CHUNK)
 
 
 def extract_archive(
     archive: Path, folder: Path, *, take: str = "", inner: str = "", limits: ExtractionLimits | None = None
 ) -> list[str]:
-    """Unpack a zip or tar archive into a folder, all of it or nothing.
+    """Extract a zip or tar archive into a folder, completely or not at all.
 
     Args:
-        archive: the file.
-        folder: where its content goes; what is there already is not replaced.
-        take: the folder in the archive whose content is wanted, in place of all.
-        inner: an archive in that content, which is unpacked where it lies and taken away.
-        limits: the most that may come out; without them, `Limits.of` the archive.
+        archive: The file.
+        folder: Target folder; existing files are not replaced.
+        take: Folder in the archive to extract; empty for all.
+        inner: Archive in the extracted content, which is extracted in its place.
+        limits: Limits of the extraction; None for `ExtractionLimits.of` the archive.
 
     Returns:
-        The names of what is new in the folder.
+        The names of the new files and folders.
 
     Raises:
-        ArchiveError: it is no archive or damaged; a member is a link or device, leads out of the folder or
-            comes twice; it holds more than the limits; nothing is at `take`; or something is in the way.
+        ArchiveError: The file is not an archive or is damaged; a member is a link or device, leads out of the
+            folder or occurs twice; a limit is exceeded; `take` is empty; or a file exists already.
     """
     work = folder / f".unpacking-{archive.name}"
-    shutil.rmtree(work, ignore_errors=True)  # of an attempt that was killed
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed process
     work.mkdir(parents=True)
     try:
         _extract(archive, work, take, limits or ExtractionLimits.of(archive))
@@ -87,7 +93,7 @@ def extract_archive(
         OSError,
         NotImplementedError,
     ) as error:
-        # A damaged archive is an OSError, too, for some of the libraries, and then has no error number.
+        # For a damaged archive, some libraries raise an OSError without an error number.
         kind = TargetBlocked if getattr(error, "errno", None) is not None else ArchiveError
         raise kind(f"{archive.name} cannot be unpacked: {error}") from error
     except UnsafePath as error:
@@ -97,15 +103,13 @@ def extract_archive(
 
 
 def _move(work: Path, folder: Path, name: str) -> list[str]:
-    found = sorted(work.iterdir())
-    for one in found:
-        if (folder / one.name).exists():
-            raise TargetBlocked(
-                f"{folder / one.name} is there already, and {name} would write it: move it away"
-            )
-    for one in found:
-        one.rename(folder / one.name)
-    return [one.name for one in found]
+    paths = sorted(work.iterdir())
+    for path in paths:
+        if (folder / path.name).exists():
+            raise TargetBlocked(f"{folder / path.name} exists already, and {name} contains it: move it away")
+    for path in paths:
+        path.rename(folder / path.name)
+    return [path.name for path in paths]
 
 
 def _extract(archive: Path, folder: Path, take: str, limits: ExtractionLimits) -> None:
@@ -122,7 +126,7 @@ def _extract(archive: Path, folder: Path, take: str, limits: ExtractionLimits) -
                 raise ArchiveError(f"{archive.name} is refused: it has more than {limits.files:,} files")
             target = folder / path.relative_to(top)
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Mode x: a file that comes twice may be an attack on those who look at the first only.
+            # Mode x: a duplicate member may hide another content.
             with read() as source, target.open("xb") as sink:
                 left = _copy(source, sink, left, archive.name)
     if not files:
@@ -130,7 +134,7 @@ def _extract(archive: Path, folder: Path, take: str, limits: ExtractionLimits) -
 
 
 def _copy(source: IO[bytes], sink: IO[bytes], left: int, name: str) -> int:
-    """Copy, counting what really comes out: the sizes in an archive's headers may be wrong."""
+    """Copy and count the real size: sizes in the headers may be wrong."""
     while chunk := source.read(_CHUNK):
         left -= len(chunk)
         if left < 0:
@@ -140,35 +144,34 @@ def _copy(source: IO[bytes], sink: IO[bytes], left: int, name: str) -> int:
 
 
 def _members(archive: Path, opened: ExitStack) -> Iterator[Member]:
-    """The files of an archive, each with its checked path; folders are made as files need them."""
+    """Yield the files of an archive with their checked paths."""
     if zipfile.is_zipfile(archive):
         return _of_zip(archive.name, opened.enter_context(zipfile.ZipFile(archive)))
     if tarfile.is_tarfile(archive):
         return _of_tar(archive.name, opened.enter_context(tarfile.open(archive)))
-    raise ArchiveError(f"{archive.name} is no zip or tar archive")
+    raise ArchiveError(f"{archive.name} is not a zip or tar archive")
 
 
 def _of_zip(name: str, archive: zipfile.ZipFile) -> Iterator[Member]:
-    for one in archive.infolist():
-        path = safe_join(one.filename)
-        if one.is_dir():
+    for info in archive.infolist():
+        path = safe_join(info.filename)
+        if info.is_dir():
             continue
-        mode = stat.S_IFMT(one.external_attr >> 16)
-        if mode not in (0, stat.S_IFREG):
-            raise ArchiveError(f"{name} is refused: {one.filename} is a link or no plain file")
-        if one.flag_bits & 1:
-            raise ArchiveError(f"{name} is refused: {one.filename} is encrypted")
-        yield path, lambda one=one: archive.open(one)  # type: ignore[misc]
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise ArchiveError(f"{name} is refused: {info.filename} is a link or no plain file")
+        if info.flag_bits & 1:
+            raise ArchiveError(f"{name} is refused: {info.filename} is encrypted")
+        yield path, partial(archive.open, info)
 
 
 def _of_tar(name: str, archive: tarfile.TarFile) -> Iterator[Member]:
-    for one in archive:
-        if one.isdir():
-            if one.name not in (".", ""):
-                safe_join(one.name)
+    for info in archive:
+        if info.isdir() and info.name in (".", ""):
             continue
-        path = safe_join(one.name)
-        source = archive.extractfile(one) if one.isreg() else None
+        path = safe_join(info.name)
+        if info.isdir():
+            continue
+        source = archive.extractfile(info) if info.isreg() else None
         if source is None:
-            raise ArchiveError(f"{name} is refused: {one.name} is a link or no plain file")
+            raise ArchiveError(f"{name} is refused: {info.name} is a link or no plain file")
         yield path, lambda source=source: source  # type: ignore[misc]

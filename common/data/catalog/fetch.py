@@ -1,4 +1,4 @@
-"""Getting a published set on request: download, checksum, unpacking, and a record of what came."""
+"""Fetches a published set: download, checksum, extraction, and a record of the fetched files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from fedsigma.common.utils.files import write_atomic
 __all__ = ["RECORD", "DigestError", "FetchedFile", "fetch_archive", "read_record"]
 
 RECORD = "fetched.json"
-"""Written into the folder of a set: what was fetched, and by what it was checked."""
+"""Name of the record in the folder of a set."""
 _DOWNLOADS = ".downloads"
 
 
 class DigestError(CardError):
-    """A file is not the one that was expected; it was removed."""
+    """The checksum of a file differs; the file was removed."""
 
 
 @settings
 class FetchedFile:
-    """One file as it came.
+    """Record of a fetched file.
 
-    checked_by: who states the checksum that it agrees with, '' for nobody. content: the names of what it left
-    in the folder.
+    Attributes:
+        url: Address of the file.
+        size: Size in bytes.
+        sha256: SHA-256, hexadecimal.
+        checked_by: Publisher of the verified checksum; empty without one.
+        content: Names of the extracted files and folders.
     """
 
     url: str
@@ -41,10 +45,10 @@ class FetchedFile:
 
 
 def read_record(folder: Path) -> dict[str, FetchedFile]:
-    """Read the record of a folder, by the names of the files; empty if nothing was fetched into it.
+    """Read the record of a folder, by file name; empty without a record.
 
     Raises:
-        CardError: the record is damaged.
+        CardError: The record is damaged.
     """
     file = folder / RECORD
     if not file.is_file():
@@ -57,35 +61,39 @@ def read_record(folder: Path) -> dict[str, FetchedFile]:
 
 
 def fetch_archive(
-    archive: Archive, folder: Path, *, progress: ProgressCallback = lambda done, whole: None
+    archive: Archive, folder: Path, *, progress: ProgressCallback = lambda done, total: None
 ) -> FetchedFile:
-    """Download one file of a set, check and unpack it; what is in the folder already is left as it is.
+    """Download one file of a set, verify and extract it; existing files are not replaced.
 
-    Where nobody states a checksum, the SHA-256 of what first came and could be unpacked is kept in the
-    record, and a later download into the folder must agree with it.
+    Without a published checksum, the SHA-256 of the first download is recorded, and later downloads into the
+    folder must match it.
 
     Raises:
-        CardError: the file cannot be had, is not the expected one, or cannot be unpacked.
+        CardError: The file cannot be downloaded, its checksum differs, or it cannot be extracted.
     """
-    known = read_record(folder).get(archive.name)
-    if known and known.url == archive.url and all((folder / name).exists() for name in known.content):
-        return known
+    previous = read_record(folder).get(archive.name)
+    if (
+        previous
+        and previous.url == archive.url
+        and all((folder / name).exists() for name in previous.content)
+    ):
+        return previous
     file = folder / _DOWNLOADS / archive.name
     if not file.is_file():
         download(archive.url, file, size=archive.size, progress=progress)
-    size, sha256 = file.stat().st_size, _verified(archive, file, known)
+    size, sha256 = file.stat().st_size, _verify(archive, file, previous)
     content = [archive.name]
     if archive.unpack:
         try:
             content = extract_archive(file, folder, take=archive.take, inner=archive.inner)
         except ArchiveError as error:
             if not isinstance(error, TargetBlocked):
-                file.unlink()  # a page that a server sent in its place, for one: the next attempt asks anew
+                file.unlink()  # perhaps an error page of the server: download it again next time
             raise
         file.unlink()
     else:
         if (folder / archive.name).exists():
-            raise CardError(f"{folder / archive.name} is there already: move it away")
+            raise CardError(f"{folder / archive.name} exists already: move it away")
         file.replace(folder / archive.name)
     if not any(file.parent.iterdir()):
         file.parent.rmdir()
@@ -96,36 +104,38 @@ def fetch_archive(
     return done
 
 
-def _verified(archive: Archive, file: Path, known: FetchedFile | None) -> str:
-    """The SHA-256 of the file as it came.
+def _verify(archive: Archive, file: Path, previous: FetchedFile | None) -> str:
+    """Return the SHA-256 of a file after comparing it with the published or recorded checksum.
 
     Raises:
-        DigestError: it is not the one that is stated, or, where nothing is, not the one that came before.
+        DigestError: The checksum differs.
     """
     sums = _sums(file)
     expected = [("sha256", archive.sha256, archive.stated_by), ("md5", archive.md5, archive.stated_by)]
-    if not archive.stated_by and known is not None and known.url == archive.url:
-        expected.append(("sha256", known.sha256, f"{RECORD} (of the first download; without it any will do)"))
-    for kind, wanted, who in expected:
-        if wanted and sums[kind] != wanted:
+    if not archive.stated_by and previous is not None and previous.url == archive.url:
+        expected.append(
+            ("sha256", previous.sha256, f"{RECORD} (of the first download; without it any will do)")
+        )
+    for kind, checksum, publisher in expected:
+        if checksum and sums[kind] != checksum:
             file.unlink()
             raise DigestError(
-                f"{archive.name} came with {kind} {sums[kind]}, and {who} states {wanted}: it was removed;"
-                " fetch it again, and if that does not help, see the set's page"
+                f"{archive.name} came with {kind} {sums[kind]}, and {publisher} states {checksum}:"
+                " it was removed; fetch it again, and if that does not help, see the set's page"
             )
     return sums["sha256"]
 
 
 def _sums(file: Path) -> dict[str, str]:
-    # MD5 tells transmission errors, which is what its publishers state it for; SHA-256 is kept beside it.
+    # MD5 is published to detect transmission errors; SHA-256 is recorded too.
     sums = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
     with file.open("rb") as stream:
         while chunk := stream.read(2**20):
-            for one in sums.values():
-                one.update(chunk)
-    return {kind: one.hexdigest() for kind, one in sums.items()}
+            for checksum in sums.values():
+                checksum.update(chunk)
+    return {kind: checksum.hexdigest() for kind, checksum in sums.items()}
 
 
-def _record(folder: Path, name: str, came: FetchedFile) -> None:
-    values = {key: asdict(one) for key, one in (read_record(folder) | {name: came}).items()}
+def _record(folder: Path, name: str, fetched: FetchedFile) -> None:
+    values = {key: asdict(file) for key, file in (read_record(folder) | {name: fetched}).items()}
     write_atomic(folder / RECORD, (json.dumps(values, indent=2) + "\n").encode())

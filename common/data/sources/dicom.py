@@ -1,4 +1,4 @@
-"""DICOM pictures: a manifest, or a folder per class; windowed, upright in brightness, one frame each."""
+"""DICOM pictures with one frame each, in class folders or by a CSV manifest."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def open_dicom(
 ) -> PictureSource:
     """Open DICOM files by a CSV manifest or in class folders.
 
-    Where the manifest names no group, the patient is the group: a SHA-256 digest of the patient identifier,
-    which is kept in memory only. It is the same at every start, as the split into train and test must be.
+    Without a group in the manifest, the patient is the group: a SHA-256 digest of the patient identifier,
+    kept in memory only. It is the same at every start, so that the split into train and test is too.
 
     Args:
-        path: a CSV manifest (path, label, and optionally split, group, site), or a folder as for `folder`.
-        window: center and width to show every picture by, in the units of its rescaled values (Hounsfield
-            units for CT), in place of each file's own window.
-        group_by_folder: whether a folder below the class folder is the group, in place of the patient.
-        columns: other names of the manifest's columns.
+        path: A CSV manifest (path, label, and optionally split, group, site), or a folder as for `folder`.
+        window: Center and width of the window in rescaled units (Hounsfield units for CT); None for each
+            file's own window.
+        group_by_folder: Whether a folder below the class folder is the group, instead of the patient.
+        columns: Other names of the manifest's columns.
 
     Raises:
-        DataError: pydicom is not installed, the window is no center and width, or nothing is found.
+        DataError: pydicom is not installed, the window is invalid, or there are no DICOM files.
     """
     _pydicom()
     if window is not None and (len(window) != 2 or not window[1] > 0):
@@ -64,8 +64,8 @@ def open_dicom(
         root = path.parent
         records, problems = read_manifest(path, columns)
     records = [r if r.group else replace(r, group=_patient(root / r.key)) for r in records]
-    chosen = None if window is None else (float(window[0]), float(window[1]))
-    return PictureSource(records, lambda key: _read(root / key, key, chosen), problems)
+    limits = None if window is None else (float(window[0]), float(window[1]))
+    return PictureSource(records, lambda key: _read(root / key, key, limits), problems)
 
 
 def _pydicom() -> Any:
@@ -82,18 +82,18 @@ def is_dicom(file: Path) -> bool:
         return False
     if file.suffix:
         return True
-    with file.open("rb") as stream:  # files without a suffix are DICOM if they say so themselves
+    with file.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 
 
 def _patient(file: Path) -> str | None:
-    """Digest of the patient identifier of a file, or None where it has none or cannot be read."""
+    """Return the digest of a file's patient identifier; None without one, or if the file is unreadable."""
     pydicom = _pydicom()
     try:
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_PATIENT)
         parts = [str(header.get(tag) or "").strip() for tag in _PATIENT]
     except (pydicom.errors.InvalidDicomError, OSError, ValueError, TypeError, KeyError, EOFError):
-        return None  # the check reports the file when its picture cannot be read
+        return None  # validation reports the file when it decodes the picture
     if not parts[0]:
         return None
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -101,10 +101,13 @@ def _patient(file: Path) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DicomFile:
-    """A DICOM file of one or several frames, which are decoded one at a time.
+    """A DICOM file whose frames are decoded one at a time.
 
-    Fields: key, by which errors name it; series, its SeriesInstanceUID, or empty; frames, how many it says it
-    has, at least 1; dataset.
+    Attributes:
+        key: Name of the file in errors.
+        series: SeriesInstanceUID, or empty.
+        frames: Number of frames, at least 1.
+        dataset: The dataset.
     """
 
     key: str
@@ -118,10 +121,10 @@ class DicomFile:
 
         Raises:
             DataError: pydicom is not installed.
-            PictureError: it is no DICOM file, or damaged.
+            PictureError: The file is not DICOM, or damaged.
         """
         try:
-            with _told(key):
+            with _name_file_in_errors(key):
                 dataset = _pydicom().dcmread(file)
                 series, frames = dataset.get("SeriesInstanceUID"), int(dataset.get("NumberOfFrames") or 1)
         except DataError:
@@ -133,20 +136,20 @@ class DicomFile:
         return cls(key=key, series=str(series or ""), frames=frames, dataset=dataset)
 
     def image(self, frame: int = 0) -> Image.Image:
-        """One frame, counted from 0, as `render` shows it.
+        """Render one frame, counted from 0.
 
         Raises:
-            PictureError: as `render`, or it is damaged.
+            PictureError: As for `render`, or the frame is damaged.
         """
-        with _told(self.key):
+        with _name_file_in_errors(self.key):
             if self.frames == 1:
                 return render(self.dataset)
             return render(_of_frame(self.dataset, frame), frame=frame)
 
 
 @contextmanager
-def _told(key: str) -> Iterator[None]:
-    """Errors of reading become ours and name the file."""
+def _name_file_in_errors(key: str) -> Iterator[None]:
+    """Convert the errors of pydicom to PictureError and add the name of the file."""
     pydicom = _pydicom()
     try:
         yield
@@ -159,41 +162,41 @@ def _told(key: str) -> Iterator[None]:
 
 
 def _read(file: Path, key: str, window: tuple[float, float] | None) -> Image.Image:
-    with _told(key):
+    with _name_file_in_errors(key):
         return render(_pydicom().dcmread(file), window)
 
 
 def _of_frame(dataset: Dataset, frame: int) -> Dataset:
-    """A view of a file in which one frame's own rescaling and window stand where single pictures have them.
+    """Return a dataset with one frame's rescaling and window at the top level.
 
-    Enhanced CT and MR keep them in functional groups, those of all frames and those of each.
+    Enhanced CT and MR store them in functional groups, shared or per frame.
     """
     from pydicom import Dataset
 
-    shown = Dataset()
-    shown.update(dataset)
-    shown.file_meta = dataset.file_meta
-    shown.set_original_encoding(*dataset.original_encoding)
-    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    for group in [*(dataset.get("SharedFunctionalGroupsSequence") or []), *own[frame : frame + 1]]:
+    view = Dataset()
+    view.update(dataset)
+    view.file_meta = dataset.file_meta
+    view.set_original_encoding(*dataset.original_encoding)
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    for group in [*(dataset.get("SharedFunctionalGroupsSequence") or []), *per_frame[frame : frame + 1]]:
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
             for values in group.get(name) or []:
-                shown.update(values)
-    return shown
+                view.update(values)
+    return view
 
 
 def render(
     dataset: Dataset, window: tuple[float, float] | None = None, *, frame: int | None = None
 ) -> Image.Image:
-    """Turn one DICOM picture, or one frame of several, into RGB as a viewer would show it.
+    """Render a DICOM picture, or one of several frames, as RGB.
 
     Grey values are rescaled (slope and intercept, or the modality's table), windowed (the file's first
-    window or VOI table; where it has none, from the least to the greatest value without padding) and, for
-    MONOCHROME1, inverted. YBR and palette colours become RGB.
+    window or VOI table, else from minimum to maximum without padding) and, for MONOCHROME1, inverted. YBR and
+    palette colours become RGB.
 
     Raises:
-        UnsupportedPicture: it has several frames and none is named, its photometric interpretation is not
-            known, or its compression needs a decoder that is not installed.
+        UnsupportedPicture: There are several frames and `frame` is None, the photometric interpretation is
+            unknown, or the compression needs a decoder that is not installed.
     """
     from pydicom.pixels.processing import apply_color_lut
     from pydicom.pixels.utils import pixel_array
@@ -229,7 +232,7 @@ def render(
 def apply_window(
     pixels: NDArray[Any], dataset: Dataset, window: tuple[float, float] | None = None
 ) -> NDArray[np.float64]:
-    """Bring grey values to 0 to 1 by rescaling and windowing; shape (rows, columns) in and out."""
+    """Rescale and window grey values of shape (rows, columns) to 0 to 1."""
     from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
     values = np.asarray(apply_modality_lut(pixels, dataset), np.float64)
@@ -257,7 +260,7 @@ def _first(value: Any) -> float:
 
 
 def _stretch(values: NDArray[np.float64], pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.float64]:
-    """Stretch from the least to the greatest value, padding left out; padding becomes the background."""
+    """Stretch from minimum to maximum without padding; padding becomes the background."""
     real = np.ones(values.shape, bool)
     padding = dataset.get("PixelPaddingValue")
     if padding is not None:

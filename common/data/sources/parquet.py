@@ -1,4 +1,4 @@
-"""Pictures inside parquet files, as Hugging Face datasets store them."""
+"""Pictures in parquet files, as stored by Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ COLUMNS = ("image", "label", "split", "group", "site")
 def open_parquet(path: Path, *, columns: Mapping[str, str] | None = None) -> PictureSource:
     """Open one parquet file, or a folder of them, with the columns image, label and optional others.
 
-    `image` is bytes of an encoded picture, or a struct of `bytes` and `path` (a file beside the parquet
-    file, where the bytes are empty). Whole-number labels take their names from the file's own description.
-    Only the small columns are read here; pictures are read by row group when asked for.
+    `image` is bytes of an encoded picture, or a struct of `bytes` and `path` (a file beside the parquet file,
+    used where the bytes are empty). Integer labels take their names from the file's metadata. Pictures are
+    read by row group when needed.
 
     Raises:
-        DataError: it is not parquet, lacks a column, or a column has the wrong type.
+        DataError: The file is not parquet, lacks a column, or a column has the wrong type.
     """
     import pyarrow as pa
 
@@ -74,14 +74,14 @@ def _index(file: Path, names: dict[str, str], records: list[Record], problems: l
         _check_image(file, schema.field(names["image"]).type)
         small = [names[name] for name in COLUMNS[1:] if names[name] in schema.names]
         read = table.read(columns=small)
-    words = _label_names(schema, names["label"])
+    label_names = _label_names(schema, names["label"])
     columns = {name: read[names[name]].to_pylist() for name in COLUMNS[1:] if names[name] in small}
     for row in range(read.num_rows):
         key = f"{file.name}#{row:08d}"
         cells = {name: values[row] for name, values in columns.items()}
         label = cells["label"]
-        if words and isinstance(label, int) and 0 <= label < len(words):
-            label = words[label]
+        if label_names and isinstance(label, int) and 0 <= label < len(label_names):
+            label = label_names[label]
         try:
             split = read_split(read_text(cells.get("split")))
         except DataError as error:
@@ -103,7 +103,7 @@ def _check_image(file: Path, kind: pa.DataType) -> None:
 
 
 def _label_names(schema: pa.Schema, column: str) -> list[str]:
-    """Names of whole-number labels, from the description that Hugging Face datasets write into the file."""
+    """Return the names of integer labels from the metadata of Hugging Face datasets."""
     try:
         described: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = described["info"]["features"][column]["names"]
@@ -113,7 +113,7 @@ def _label_names(schema: pa.Schema, column: str) -> list[str]:
 
 
 class _Reader:
-    """Decodes the picture of a key; keeps the encoded pictures of the last row groups in memory."""
+    """Decodes the picture of a key; caches the encoded pictures of two row groups."""
 
     def __init__(self, path: Path, column: str) -> None:
         self.folder = path if path.is_dir() else path.parent

@@ -1,4 +1,4 @@
-"""Published data sets by their cards and official splits: `coop:NAME:FOLDER`."""
+"""Published data sets with their cards and official splits: `coop:NAME:FOLDER`."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from fedsigma.common.data.sources.registry import register_source
 __all__ = ["SITES", "images_folder", "open_card", "open_coop", "read_rows"]
 
 SITES = "sites.csv"
-"""In the folder of a set: where each image was taken, for who knows it."""
+"""Optional file in the folder of a set: the site of each image."""
 
 
 @register_source("coop")
 def open_coop(name: str, path: Path) -> PictureSource:
-    """Open a published set: its official split, and the class names that go into prompts.
+    """Open a published set with its official split and its class names for prompts.
 
-    No published split says where an image was taken. Who knows it writes a file sites.csv with the columns
-    path, below the folder of the images, and site.
+    No published split contains sites. A file sites.csv with the columns path (below the folder of the images)
+    and site adds them.
 
     Args:
-        name: of the card, such as btmri; `fedsigma data cards` lists them.
-        path: the set's folder, as its card says.
+        name: Name of the card, such as btmri; `fedsigma data cards` lists them.
+        path: Folder of the set, as described by the card.
 
     Returns:
         A source whose `classes` are in the order of the set's own label numbers.
 
     Raises:
-        ConfigError: there is no such card.
-        DataError: the folder, or its split file, is not of the form that the card says.
+        ConfigError: There is no such card.
+        DataError: The folder or its split file does not match the card.
     """
     return open_card(card(name), path)
 
@@ -46,7 +46,7 @@ def open_card(chosen: DatasetCard, path: Path) -> PictureSource:
     """Open the set of a card, as `open_coop`.
 
     Raises:
-        DataError: as `open_coop`.
+        DataError: As for `open_coop`.
     """
     if not path.is_dir():
         raise DataError(f"{path} is a file, expected the folder of {chosen.title}")
@@ -57,7 +57,7 @@ def open_card(chosen: DatasetCard, path: Path) -> PictureSource:
 
 
 def _with_sites(file: Path, records: list[Record]) -> list[Record]:
-    """The records with the sites that a file names; as they are where there is no such file."""
+    """Return the records with the sites of a file; unchanged without the file."""
     if not file.is_file():
         return records
     try:
@@ -65,23 +65,23 @@ def _with_sites(file: Path, records: list[Record]) -> list[Record]:
             rows = csv.DictReader(stream)
             if not {"path", "site"} <= set(rows.fieldnames or ()):
                 raise DataError(f"{file} has the columns {rows.fieldnames}, expected path and site")
-            homes = {row["path"]: row["site"] for row in rows if row["site"]}
+            site_of = {row["path"]: row["site"] for row in rows if row["site"]}
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} cannot be read ({error}): expected a CSV file in UTF-8") from error
-    return [replace(record, site=homes.get(record.key)) for record in records]
+    return [replace(record, site=site_of.get(record.key)) for record in records]
 
 
 def images_folder(chosen: DatasetCard, path: Path) -> Path:
-    """The folder that the paths of a split start from; the set's own where the inner one is not there."""
+    """Return the folder that paths of a split start from; the set's own if the inner one is missing."""
     inner = path / chosen.layout.images
     return inner if inner.is_dir() else path
 
 
 def read_rows(chosen: DatasetCard, path: Path) -> list[Row]:
-    """The rows of the split of a set that has split files.
+    """Read the official split of a set with split files.
 
     Raises:
-        DataError: as `read_split_file` and `read_lists`, or the split is empty.
+        DataError: As for `read_split_file` and `read_lists`, or the split is empty.
     """
     layout = chosen.layout
     rows = read_lists(path) if layout.kind == "lists" else read_split_file(path / layout.split)
@@ -113,12 +113,12 @@ def _read(chosen: DatasetCard, path: Path, root: Path) -> tuple[list[Record], li
 
 
 def class_names(chosen: DatasetCard, rows: Sequence[Row]) -> dict[int, str]:
-    """Label number -> name as prompt, in the order of the numbers.
+    """Return the class name for prompts of each label number, in the order of the numbers.
 
-    Names are spelt as on the card where it has the class, else as in the split file.
+    Names are spelled as on the card if it has the class, else as in the split file.
 
     Raises:
-        DataError: a number has two names.
+        DataError: A number has two names.
     """
     written: dict[int, str] = {}
     for row in rows:
@@ -134,14 +134,14 @@ def class_names(chosen: DatasetCard, rows: Sequence[Row]) -> dict[int, str]:
 
 
 class _Folders:
-    """Finds the folders that a split file names, whose case, blanks, '_' or '-' may be others on disk."""
+    """Finds the folders of a split file on disk, ignoring case, blanks, '_' and '-'."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._found: dict[PurePosixPath, PurePosixPath] = {PurePosixPath(): PurePosixPath()}
 
     def find(self, wanted: PurePosixPath) -> PurePosixPath:
-        """The folder as it is called on disk; as wanted where there is none, or more than one alike."""
+        """Return the name on disk; the name itself if no folder or several folders match."""
         if wanted not in self._found:
             above = self.find(wanted.parent)
             self._found[wanted] = above / self._name(self.root / above, wanted.name)

@@ -1,4 +1,4 @@
-"""The table of data sources: `kind:place` names a source, one function opens each kind."""
+"""Registry of data sources: `kind:location` names a source, one function opens each kind."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ _BUILT_IN = {
     "medmnist": "fedsigma.common.data.sources.medmnist",
     "parquet": "fedsigma.common.data.sources.parquet",
 }
-"""The modules that register the sources that come with FedSigma, imported when one is first asked for."""
-_FOR_EACH = ("labels", "parts", "half")
-"""The options that every source has."""
+"""Modules of the built-in sources, imported at first use."""
+_COMMON_OPTIONS = ("labels", "parts", "half")
+"""Options of every source."""
 
 
 def register_source(name: str) -> Callable[[Opener], Opener]:
-    """Register a function that opens sources written `name:place`.
+    """Register a function that opens sources named `name:location`.
 
-    What stands after `name:` fills the function's positional parameters in order, separated by colons: text,
-    whole numbers, and last of all `path`, a Path, if there is such a parameter. Keyword-only parameters are
-    what a study's `data.options` may hold.
+    The parts of the location, separated by colons, are the function's positional arguments in order: text,
+    integers, and last a `path`. Keyword-only parameters are the options of a study's `data.options`.
 
     Raises:
-        DataError: the name is taken.
+        DataError: The name is registered already.
     """
 
     def add(opener: Opener) -> Opener:
@@ -52,7 +51,7 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
 
 
 def known_sources() -> list[str]:
-    """Names of the registered kinds of source."""
+    """Return the names of all kinds of source."""
     return sorted(_SOURCES.keys() | _BUILT_IN)
 
 
@@ -62,16 +61,15 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
     Args:
         spec: 'folder:PATH', 'csv:PATH', 'parquet:PATH', 'dicom:PATH', 'coop:NAME:PATH', 'medmnist:NAME:SIZE',
             'demo' or 'demo:seed=1'.
-        base: folder that a relative PATH starts from; without it, the current one.
-        options: the source's own options, and for every source `labels`, a table from the labels of the
-            source to the classes of the study; `parts`, those wanted of 'train', 'val' and 'test'; and
-            `half`, 'base' or 'novel', for one half of the classes where a source has an order of them.
+        base: Folder that a relative PATH starts from; None for the current folder.
+        options: The source's own options, and for every source `labels`, a table from the source's labels to
+            the study's classes; `parts`, a selection of 'train', 'val' and 'test'; and `half`, 'base' or
+            'novel', for one half of the classes where a source has an order of them.
 
     Raises:
-        DataError: the kind is unknown, an option is unknown, the place does not exist, or it holds nothing
-            that can be read.
+        DataError: The kind or an option is unknown, the location does not exist, or contains no records.
     """
-    kind, _, place = spec.partition(":")
+    kind, _, location = spec.partition(":")
     if kind in _BUILT_IN and kind not in _SOURCES:
         import_module(_BUILT_IN[kind])
     if kind not in _SOURCES:
@@ -79,8 +77,8 @@ def open_source(spec: str, *, base: Path | None = None, **options: Any) -> Sourc
             f"the data source {spec!r} is of no known kind: write KIND:PATH with one of "
             f"{', '.join(known_sources())}"
         )
-    labels, parts, half = (options.pop(name, None) for name in _FOR_EACH)
-    source = _open(kind, place, base, options)
+    labels, parts, half = (options.pop(name, None) for name in _COMMON_OPTIONS)
+    source = _open(kind, location, base, options)
     if parts is not None:
         _keep_parts(source, parts)
     if half is not None:
@@ -110,57 +108,54 @@ def _keep_half(source: PictureSource, spec: str, half: Any) -> None:
     source.records = [record for record in source.records if record.label in kept]
 
 
-def _open(kind: str, place: str, base: Path | None, options: dict[str, Any]) -> PictureSource:
+def _open(kind: str, location: str, base: Path | None, options: dict[str, Any]) -> PictureSource:
     opener = _SOURCES[kind]
-    parameters = inspect.signature(opener).parameters
-    known = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
-    places = [one for one in parameters.values() if one.kind is not one.KEYWORD_ONLY]
-    if not places and place:
-        options = {**_inline(kind, place), **options}
+    parameters = inspect.signature(opener).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    if not positional and location:
+        options = {**_parse_options(kind, location), **options}
     for name in options:
         if name not in known:
             raise DataError(
                 f"the data source '{kind}' has no option {name!r}: known are "
-                f"{', '.join(sorted([*known, *_FOR_EACH]))}"
+                f"{', '.join(sorted([*known, *_COMMON_OPTIONS]))}"
             )
-    return opener(*(_placed(kind, place, places, base) if places else ()), **options)
+    return opener(*(_parse_location(kind, location, positional, base) if positional else ()), **options)
 
 
-def _placed(kind: str, place: str, places: list[inspect.Parameter], base: Path | None) -> list[Any]:
-    """Read what stands after the kind: one value for each parameter, the last taking the rest."""
-    form = ":".join([kind, *(one.name.upper() for one in places)])
-    words = place.split(":", len(places) - 1) if place else []
-    needed = [one for one in places if one.default is one.empty]
-    if len(words) < len(needed) or not all(words):
-        raise DataError(f"the data source '{kind}' needs a place: write {form}")
-    found: list[Any] = []
-    for word, one in zip(words, places, strict=False):
-        if one.name == "path":
-            found.append(_find(kind, word, base))
-        elif one.annotation in (int, "int"):
-            if not (word.isascii() and word.isdecimal()):
-                raise DataError(f"{kind}:{place} has {word!r}, expected a whole number: write {form}")
-            found.append(int(word))
+def _parse_location(
+    kind: str, location: str, parameters: list[inspect.Parameter], base: Path | None
+) -> list[Any]:
+    """Parse a location into one value for each parameter; the last takes the rest."""
+    form = ":".join([kind, *(p.name.upper() for p in parameters)])
+    parts = location.split(":", len(parameters) - 1) if location else []
+    if len(parts) < sum(p.default is p.empty for p in parameters) or not all(parts):
+        raise DataError(f"the data source '{kind}' needs a location: write {form}")
+    values: list[Any] = []
+    for part, parameter in zip(parts, parameters, strict=False):
+        if parameter.name == "path":
+            path = (base or Path()) / Path(part).expanduser()
+            if not path.exists():
+                raise DataError(f"the data source '{kind}:{part}' does not exist: searched {path.absolute()}")
+            values.append(path)
+        elif parameter.annotation in (int, "int"):
+            if not (part.isascii() and part.isdecimal()):
+                raise DataError(f"{kind}:{location} has {part!r}, expected a whole number: write {form}")
+            values.append(int(part))
         else:
-            found.append(word)
-    return found
+            values.append(part)
+    return values
 
 
-def _inline(kind: str, text: str) -> dict[str, Any]:
-    """Read `seed=1,train=4` as options with whole numbers."""
-    found: dict[str, Any] = {}
+def _parse_options(kind: str, text: str) -> dict[str, Any]:
+    """Parse `seed=1,train=4` as options with integer values."""
+    options: dict[str, Any] = {}
     for item in text.split(","):
         name, equals, value = item.partition("=")
         if not equals or not value.strip().lstrip("-").isdigit():
             raise DataError(
                 f"the data source '{kind}:{text}' has {item!r}, expected options such as {kind}:seed=1"
             )
-        found[name.strip()] = int(value)
-    return found
-
-
-def _find(kind: str, place: str, base: Path | None) -> Path:
-    path = (base or Path()) / Path(place).expanduser()
-    if not path.exists():
-        raise DataError(f"the data source '{kind}:{place}' does not exist: looked for {path.absolute()}")
-    return path
+        options[name.strip()] = int(value)
+    return options

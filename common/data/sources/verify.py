@@ -1,4 +1,4 @@
-"""Whether a folder on disk is the set of a card: what differs, without decoding a picture."""
+"""Compares a folder with a data set card, without decoding pictures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["compare_with_card"]
 
 
 def compare_with_card(chosen: DatasetCard, path: Path) -> list[str]:
-    """Say what a folder has otherwise than its card; nothing if it is that set.
+    """Return the differences between a folder and its card; empty if there are none.
 
-    Compared are the sizes of the parts, the classes, the first path of the split file, and that each image is
-    there and has content. Images are not decoded: `check` of the source `coop` does that.
+    Compares the sizes of the splits, the classes, the first path of the split file, and that each image
+    exists and is not empty.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: The folder does not exist.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: expected that of {chosen.title}")
+        raise FileNotFoundError(f"{path} is not a folder: expected that of {chosen.title}")
     try:
         rows = read_rows(chosen, path) if chosen.layout.kind in ("split", "lists") else []
         source = open_card(chosen, path)
@@ -67,7 +67,7 @@ def _first(chosen: DatasetCard, rows: Sequence[Row]) -> list[str]:
 
 
 def _files(root: Path, records: Iterable[Record]) -> list[str]:
-    """Images that are not there, or empty; one look at each folder, since there may be a million images."""
+    """Report missing and empty images, listing each folder once."""
     sizes: dict[str, dict[str, int]] = {}
     missing, empty = [], []
     for record in records:

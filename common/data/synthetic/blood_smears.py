@@ -24,11 +24,23 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Laboratory:
-    """Habits of one made-up laboratory: its stain, its microscope, its camera and its patients.
+    """Stain, microscope, camera and patients of a made-up laboratory; pairs are ranges of a uniform draw.
 
-    Fields that are pairs are ranges that each picture draws from. scale: pixels per micrometre; balance: gain
-    of red, green and blue; blur: standard deviation in pixels; noise: standard deviation, of 255; quality: of
-    JPEG, 0 for none; mix: relative frequency of each type in CELL_TYPES.
+    Attributes:
+        scale: Pixels per micrometre.
+        light: Colour of the background, 0 to 1.
+        nucleus: Strength of the stain of nuclei.
+        cytoplasm: Strength of the stain of cytoplasm.
+        eosin: Strength of eosin.
+        red_cell: Strength of the stain of red cells.
+        hue: Hue of nuclei, from -1 (bluish) to 1 (reddish).
+        crowding: Share of free positions with a red cell.
+        balance: Gain of red, green and blue.
+        blur: Standard deviation in pixels.
+        noise: Standard deviation, of 255.
+        quality: JPEG quality; 0 for no compression.
+        shade: Unevenness of the light.
+        mix: Relative frequency of each type in CELL_TYPES.
     """
 
     scale: Range
@@ -79,21 +91,21 @@ LABORATORIES = {
 def open_demo(
     *, seed: int = 1, train: int = 20, test: int = 20, laboratories: Sequence[str] = tuple(LABORATORIES)
 ) -> PictureSource:
-    """Open the synthetic demonstration set; each picture is drawn when it is asked for.
+    """Open the synthetic demonstration set; each picture is drawn when it is decoded.
 
     Args:
-        seed: another seed gives other pictures of the same kind.
-        train: mean number of training pictures of each class and laboratory; the laboratories differ in mix.
-        test: the same for test pictures.
-        laboratories: whose pictures; one of them for a site that tries out a real deployment.
+        seed: Seed of the pictures.
+        train: Mean number of training pictures of each class and laboratory.
+        test: Mean number of test pictures of each class and laboratory.
+        laboratories: Laboratories to include.
 
     Raises:
-        DataError: a number is below its least value, or a laboratory is not known.
+        DataError: A number is below its minimum, or a laboratory is unknown.
     """
-    for name, value, least in (("seed", seed, 0), ("train", train, 1), ("test", test, 1)):
-        if not isinstance(value, int) or value < least:
+    for name, value, minimum in (("seed", seed, 0), ("train", train, 1), ("test", test, 1)):
+        if not isinstance(value, int) or value < minimum:
             raise DataError(
-                f"the option {name} of the demonstration set is {value!r}, expected at least {least}"
+                f"the option {name} of the demonstration set is {value!r}, expected at least {minimum}"
             )
     if unknown := [name for name in laboratories if name not in LABORATORIES]:
         raise DataError(f"the option laboratories names '{unknown[0]}', known are {', '.join(LABORATORIES)}")
@@ -119,11 +131,11 @@ def open_demo(
 
 
 def draw_picture(key: str, *, seed: int) -> Image.Image:
-    """Draw the synthetic picture `LABORATORY/SPLIT/CELL/NUMBER`; the same every time."""
+    """Draw the synthetic picture `LABORATORY/SPLIT/CELL/NUMBER`, deterministically."""
     site, split, cell, number = PurePosixPath(key).parts
     laboratory = LABORATORIES[site]
-    place = [list(LABORATORIES).index(site), int(split == "test"), CELL_TYPES.index(cell), int(number)]
-    rng = np.random.default_rng([seed, *place])
+    entropy = [list(LABORATORIES).index(site), int(split == "test"), CELL_TYPES.index(cell), int(number)]
+    rng = np.random.default_rng([seed, *entropy])
     light = draw_smear(cell, _stain(laboratory, rng), rng)
     return _photograph(light, laboratory, rng)
 
@@ -157,8 +169,8 @@ def _photograph(light: Field, laboratory: Laboratory, rng: Rng) -> Image.Image:
     field += slope * (math.cos(angle) * x + math.sin(angle) * y)
     gain = np.array(laboratory.balance) * rng.uniform(0.82, 1.06) * rng.normal(1, 0.035, 3)
     gain = gain.astype(np.float32)
-    seen = light * field[..., None] * gain
-    picture = Image.fromarray((np.clip(seen, 0, 1) * 255).astype(np.uint8))
+    exposed = light * field[..., None] * gain
+    picture = Image.fromarray((np.clip(exposed, 0, 1) * 255).astype(np.uint8))
     picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*laboratory.blur)))
     grain = rng.standard_normal(light.shape, dtype=np.float32) * rng.uniform(*laboratory.noise)
     picture = Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))

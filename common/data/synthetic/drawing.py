@@ -53,19 +53,33 @@ _LARGEST_UM = {"neutrophil": 7.3, "lymphocyte": 7.0, "monocyte": 8.8, "eosinophi
 
 @dataclass(frozen=True, kw_only=True)
 class Stain:
-    """How one slide is stained and seen; drawn anew for every picture within its laboratory's habits."""
+    """Stain and view of one picture, drawn from the ranges of its laboratory.
 
-    scale: float  # pixels per micrometre
-    light: tuple[float, float, float]  # colour of the empty background, 0 to 1
-    nucleus: float  # strength of each dye, 1 is textbook
+    Attributes:
+        scale: Pixels per micrometre.
+        light: Colour of the empty background, 0 to 1.
+        nucleus: Strength of the stain of nuclei; 1 is textbook.
+        cytoplasm: Strength of the stain of cytoplasm.
+        eosin: Strength of eosin.
+        red_cell: Strength of the stain of red cells.
+        hue: From -1 (bluish nuclei) to 1 (reddish nuclei).
+        granule_hue: From 0 (orange granules) to 1 (lilac granules), of every granulocyte.
+        red_hue: From 0 (salmon red cells) to 1 (greyish red cells).
+        crowding: Share of free positions with a red cell.
+        neighbours: Probability of another white cell at the edge.
+    """
+
+    scale: float
+    light: tuple[float, float, float]
+    nucleus: float
     cytoplasm: float
     eosin: float
     red_cell: float
-    hue: float  # from -1 (bluish nuclei) to 1 (reddish nuclei)
-    granule_hue: float  # from 0 (granules orange) to 1 (granules lilac), of every granulocyte
-    red_hue: float  # from 0 (salmon red cells) to 1 (greyish red cells)
-    crowding: float  # share of the free places that hold a red cell
-    neighbours: float  # chance of another white cell, cut off by the picture's edge
+    hue: float
+    granule_hue: float
+    red_hue: float
+    crowding: float
+    neighbours: float
 
 
 def draw_smear(cell: str, stain: Stain, rng: Rng) -> Field:
@@ -76,17 +90,16 @@ def draw_smear(cell: str, stain: Stain, rng: Rng) -> Field:
 
     Raises:
         ValueError: `cell` is not one of `CELL_TYPES`.
-
     """
     if cell not in CELL_TYPES:
         raise InputError(f"no drawing for {cell!r}; known cell types: {', '.join(CELL_TYPES)}")
     centre = (PIXELS - 1) / 2 + rng.normal(0, 5, 2)
     density, radius = _white_cell(cell, centre, stain, rng)
-    taken = [(centre, radius)]
+    white = [(centre, radius)]
     if rng.random() < stain.neighbours:
-        _neighbour(density, taken, stain, rng)
-    density += _red_cells(taken, stain, rng)
-    density += _platelets(taken, stain, rng)
+        _neighbour(density, white, stain, rng)
+    density += _red_cells(white, stain, rng)
+    density += _platelets(white, stain, rng)
     density += 0.015 * smooth_noise(rng, 5)[..., None] * np.array([0.5, 1, 0.7], np.float32)
     light = np.asarray(stain.light, np.float32)
     return np.clip(light * np.exp(-np.maximum(density, -0.06)), 0, 1)
