@@ -1,6 +1,6 @@
-"""What server and site say to each other: one small frozen dataclass for each message.
+"""Messages between server and site: one frozen dataclass each, which validates itself.
 
-Each checks its own bounds, so a message that exists is in order; `protocol` puts them on the wire.
+`records` converts them to and from Flower records.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HANDSHAKE_PROBLEMS = {
     "fingerprint": "the site's backbone or basis differs from the server's",
     "site-count": "the federation and the study differ in their number of sites",
 }
-"""Why a site takes no part, as codes: a site sends no sentence of its own."""
+"""Reasons why a site does not take part, by the code that it sends."""
 
 T = TypeVar("T")
 NO_RUN = "0" * 16
@@ -104,9 +104,15 @@ class StudySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How one sigma shift did on a site's test images; nan where a metric cannot be computed.
+    """Metrics of a sigma shift on a site's test images, from 0 to 1; nan if a metric is undefined.
 
-    Units: shares between 0 and 1; test_examples is a count.
+    Attributes:
+        accuracy: Accuracy.
+        balanced_accuracy: Mean recall of the classes.
+        auroc: Area under the ROC curve.
+        f1: F1 score.
+        ece: Expected calibration error.
+        test_examples: Number of test images.
     """
 
     accuracy: float
@@ -121,25 +127,31 @@ class Evaluation:
         for name in METRICS:
             value = getattr(self, name)
             _require(math.isnan(value) or 0 <= value <= 1, f"{name} is {value}, expected 0 to 1")
-        told = not math.isnan(self.accuracy)
-        _require(told == (self.test_examples > 0), "accuracy and test_examples contradict each other")
+        evaluated = not math.isnan(self.accuracy)
+        _require(evaluated == (self.test_examples > 0), "accuracy and test_examples contradict each other")
 
     @classmethod
     def of(cls, scores: Mapping[str, float], test_examples: int) -> Evaluation:
-        """What a site tells of a learner's scores; a metric that is missing there cannot be computed."""
+        """Build an evaluation from scores by metric; a missing metric becomes nan."""
         metrics = {name: float(scores.get(name, math.nan)) for name in METRICS}
         return cls(**metrics, test_examples=test_examples)
 
     def metrics(self) -> dict[str, float]:
-        """Return what was told as a mapping, without the metrics that could not be computed."""
-        told = {name: getattr(self, name) for name in METRICS}
-        kept = {name: value for name, value in told.items() if not math.isnan(value)}
-        return {**kept, "test_examples": self.test_examples}
+        """Return the defined metrics and `test_examples`."""
+        values = {name: getattr(self, name) for name in METRICS}
+        defined = {name: value for name, value in values.items() if not math.isnan(value)}
+        return {**defined, "test_examples": self.test_examples}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HandshakeRequest:
-    """The server asks who is there, and tells its own fingerprint so that the site can compare, too."""
+    """First message of the server.
+
+    Attributes:
+        protocol: Version of the messages.
+        study: The study.
+        fingerprint: Fingerprint of the server's backbone, as JSON.
+    """
 
     protocol: int
     study: StudySpec
@@ -148,12 +160,19 @@ class HandshakeRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class HandshakeReply:
-    """A site says its name and fingerprint. version: of its FedSigma; sites: the study's number of sites in a
-    simulation, else 0; allow_attribution, whether finished models may name it; allow_explanation, whether the
-    server may say in words what its own shift changed.
+    """Reply of a site to the handshake.
 
-    mask_key is its X25519 key for masks in this run, mask_signature its identity's signature of it; empty if
-    it has no identity.
+    Attributes:
+        protocol: Version of the messages.
+        site: Name of the site.
+        fingerprint: Fingerprint of the site's backbone, as JSON.
+        version: Version of the site's FedSigma.
+        sites: Number of sites in a simulation, else 0.
+        problem: Key of HANDSHAKE_PROBLEMS.
+        allow_attribution: Whether finished models may name the site.
+        allow_explanation: Whether the server may explain the site's own shift.
+        mask_key: X25519 key for masks in this run; empty without an identity.
+        mask_signature: Signature of the key by the site's identity.
     """
 
     protocol: int
@@ -182,15 +201,24 @@ class HandshakeReply:
 class TrainTask:
     """Evaluate the incoming shift, then train it on the site's own images.
 
-    Fields: mode, `round` for a round of the federation or `local` for a site alone, whose shift is not
-    averaged; cohort, the number of sites whose shifts are averaged together (1 when alone); first_step,
-    steps and total_steps place this training in the whole study's schedule; codec, how to code the change;
-    privacy, what training has to hide; run, the key of the run folder (16 hex digits), by which a site finds
-    its personal values again.
-
-    With members, the reply is a `MaskedReply` for this cohort. attempt counts the cohorts of one round from
-    0; bound is the largest magnitude of a value that the sum has room for, and most_examples the most images
-    that a site counts for.
+    Attributes:
+        study: The study.
+        recipe: Training settings.
+        mode: `round` for a round of the federation, `local` for a site alone, whose shift is not averaged.
+        round: Number of the round, from 1.
+        cohort: Number of sites whose updates are averaged; 1 when alone.
+        first_step: First step in the schedule of the study.
+        steps: Number of steps.
+        total_steps: Number of steps of the study.
+        codec: Codec of the update.
+        evaluate: Whether to evaluate the incoming shift.
+        shift: The encoded shift.
+        run: Key of the run folder, 16 hex digits, which identifies the site's personal values.
+        privacy: Settings of differential privacy.
+        members: Cohort of secure aggregation; if not empty, the reply is a `MaskedReply`.
+        attempt: Number of the cohort in this round, from 0.
+        bound: Largest magnitude of a value in the masked sum.
+        most_examples: Largest weight of a site in the masked sum.
     """
 
     study: StudySpec
@@ -223,12 +251,16 @@ class TrainTask:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReply:
-    """How training changed the shift, on how many images, and how the incoming shift did.
+    """Result of training at a site.
 
-    change is coded, and counts from the shift as the site decoded it from the task. loss is nan, for untold,
-    where training is differentially private; epsilon is then what the site's images have been given so far in
-    this study, at the study's delta, and else 0.
-    class_counts are the training images of each class; empty unless the site's policy lets it tell them.
+    Attributes:
+        update: Encoded update, relative to the decoded shift of the task.
+        examples: Number of training images.
+        steps: Number of steps.
+        loss: Training loss; nan if training is differentially private.
+        evaluation: Evaluation of the incoming shift.
+        epsilon: Privacy budget spent in this study at its delta; 0 without differential privacy.
+        class_counts: Training images of each class; empty unless the site's policy shares them.
     """
 
     update: bytes
@@ -249,9 +281,11 @@ class TrainReply:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedReply:
-    """A site's part of a masked sum: integers modulo 2^32, little endian.
+    """A site's part of a masked sum.
 
-    Behind the values of the layout stand those of `MASKED_COUNTS`. Nothing else of the training is told.
+    Attributes:
+        masked: Integers modulo 2^32, little endian: the values of the layout, then those of `MASKED_COUNTS`.
+        steps: Number of steps.
     """
 
     masked: bytes
@@ -263,14 +297,22 @@ class MaskedReply:
 
 
 MASKED_COUNTS = ("examples", "loss", "test_examples", "right")
-"""Sums that come with a masked change: training images, their loss in 1/1024, test images, right answers."""
+"""Sums after a masked update: training images, their loss in 1/1024, test images, correct predictions."""
 
 LOSS_UNIT = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateTask:
-    """Evaluate these shifts on the site's test images, each with the site's personal values if asked for."""
+    """Evaluate shifts on the site's test images.
+
+    Attributes:
+        study: The study.
+        round: Number of the round.
+        shifts: The encoded shifts.
+        personal: Whether to use the site's personal values.
+        run: Key of the run folder, 16 hex digits.
+    """
 
     study: StudySpec
     round: int
@@ -284,10 +326,12 @@ class EvaluateTask:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateReply:
-    """One evaluation for each shift of the task, in its order.
+    """Evaluations of the shifts of a task.
 
-    confusions are their confusion matrices, one after another and each row by row (images by true class, then
-    by predicted class); empty unless the site's policy lets it tell them.
+    Attributes:
+        evaluations: One evaluation for each shift, in order.
+        confusions: Concatenated confusion matrices, row-major (true class, then predicted class); empty
+            unless the site's policy shares them.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -297,6 +341,6 @@ class EvaluateReply:
         _require(all(0 <= count < 2**31 for count in self.confusions), "a count is out of range")
 
 
-def _require(condition: bool, words: str) -> None:
+def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ProtocolError(words)
+        raise ProtocolError(message)

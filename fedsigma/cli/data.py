@@ -1,4 +1,4 @@
-"""The command `fedsigma data`: own images checked, published data sets listed, checked and fetched."""
+"""The command `fedsigma data`: validate images; list, check and fetch published data sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True)
-data_app = typer.Typer(no_args_is_help=True, help="Look at images before a study; published data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Validate images before a study; published data sets.")
 app.add_typer(data_app, name="data")
 
 
@@ -37,10 +37,10 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every image and name what is wrong, before a study starts. Exit code 4 if anything is.
+    """Decode every image and report all problems, before a study starts. Exit code 4 if there are any.
 
-    With the name of a card: whether that folder is that published set. Images are counted, not read; to read
-    them, write coop:NAME:PATH.
+    With the name of a card: compare a folder with this published set. Images are counted, not decoded; to
+    decode them, write coop:NAME:PATH.
 
     Example: fedsigma data check csv:manifest.csv --classes neutrophil,lymphocyte
 
