@@ -29,7 +29,7 @@ __all__ = ["SiteManager", "TooFewSites", "WrongSiteCount"]
 
 BUDGET_SPENT = "PrivacyBudgetSpent"
 """The error of a site whose privacy budget does not allow the round, or any later one."""
-# A site that was refused is asked again after this time: the cause may have been fixed. The wait doubles each
+# The handshake with a refused site is repeated after this time: the cause may have been fixed. The wait doubles each
 # time that a node does not answer at all, since a round starts only after the handshakes.
 RETRY_S = 60.0
 HANDSHAKE_S = 60.0

@@ -82,7 +82,7 @@ def cohort_size(study: StudyConfig, sites: int) -> int:
 
 
 def total_steps(study: StudyConfig, sites: int) -> int:
-    """The training steps of `sites` sites together over the whole study, if every task is answered."""
+    """The training steps of `sites` sites together over the study, if every site replies."""
     return study.federation.rounds * study.training.local_steps * cohort_size(study, sites)
 
 

@@ -152,7 +152,7 @@ def validate_update(
     except (ProtocolError, CodecError) as error:
         raise InvalidReply(str(error)) from error
     # The update is added to the shift itself, not to its coded form, from which the sites start: what coding
-    # lost of that form must not enter the model. Updates that protect whole sites are clipped instead.
+    # lost of that form must not enter the model. Under site-level privacy updates are clipped, not rejected.
     bound = None if study.privacy.of_sites else study.federation.norm_bound
     shift_norm = check_norm(l2_norm(start, update), bound)
     if reply.examples > study.max_examples_per_site:

@@ -68,14 +68,14 @@ class RoundsTable(AppendLog[Row]):
         return parse
 
     def _add_columns(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the file's columns, after it was given one for every value of this row."""
+        """Return the file's columns, after adding those that this row needs."""
         self.repair()
         if self._columns is None or not self.path.is_file():
             self._columns = next(iter(self._cells()), None)
         columns = self._columns or [*_FIXED[:-1], *METRIC_COLUMNS, _FIXED[-1]]
         columns = [*columns, *(name for name in row if name not in columns)]
         if columns != self._columns:
-            # The whole table is written again with the new columns.
+            # The table is rewritten with the new columns.
             lines = [columns, *([*cells, *[""] * (len(columns) - len(cells))] for cells in self._cells()[1:])]
             write_atomic(self.path, "".join(_join_cells(cells) + "\n" for cells in lines).encode("utf-8"))
             self._columns = columns
