@@ -29,8 +29,8 @@ __all__ = ["SiteManager", "TooFewSites", "WrongSiteCount"]
 
 BUDGET_SPENT = "PrivacyBudgetSpent"
 """The error of a site whose privacy budget does not allow the round, or any later one."""
-# The handshake with a refused site is repeated after this time: the cause may have been fixed. The wait doubles each
-# time that a node does not answer at all, since a round starts only after the handshakes.
+# The handshake with a refused site is repeated after this time: the cause may have been fixed. The wait
+# doubles each time that a node does not answer at all, since a round starts only after the handshakes.
 RETRY_S = 60.0
 HANDSHAKE_S = 60.0
 """Seconds that a round waits for the handshake of a node that is new or did not answer before."""

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedsigma.client import app as client_app
 from fedsigma.client.site.privacy_ledger import PrivacyLedger
 from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.config.schema import ConfigError
@@ -21,7 +20,7 @@ from fedsigma.common.wire.codec import encode
 from fedsigma.common.wire.records import TrainReply, TrainTask, from_record, to_record
 from fedsigma.server.federation.rounds import NoModel
 from fedsigma.server.report import write_report
-from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, fake_method  # noqa: F401
+from tests.helpers.fake_trainer import LAYOUT, NAMES, STUDY, FakeTrainer, fake_method  # noqa: F401
 from tests.integration.test_rounds import audit_of, events, out, run, shift_of
 
 pytestmark = pytest.mark.usefixtures("fake_method")
@@ -64,7 +63,7 @@ def test_a_round_is_charged_before_training_starts(tmp_path: Path, monkeypatch: 
     def crash(*args: Any, **more: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(client_app, "_compute_update", crash)
+    monkeypatch.setattr(FakeTrainer, "train", crash)
     with pytest.raises(NoModel):
         run(tmp_path, IMAGE)
     assert len(ledger(tmp_path).entries()) == 3
