@@ -58,7 +58,7 @@ def check(
         _check_card(cards()[name], Path(place).expanduser(), as_json)
         return
     from fedsigma.common.data.sources.registry import known_sources, open_source
-    from fedsigma.common.data.validation import check_source as check_source
+    from fedsigma.common.data.validation import check_source
 
     if name not in known_sources() and not Path(spec).exists():
         raise CardError(
@@ -68,9 +68,8 @@ def check(
             " (fedsigma data cards)"
         )
     source = open_source(spec)
-    found = sorted({record.label for record in source.records if record.label is not None})
-    wanted = [word.strip() for word in classes.split(",") if word.strip()] if classes is not None else found
-    report = check_source(source, classes=wanted)
+    names = None if classes is None else [word.strip() for word in classes.split(",") if word.strip()]
+    report = check_source(source, classes=names)
     if as_json:
         problems = [{"kind": p.kind, "where": p.where, "detail": p.detail} for p in report.problems]
         values = {"records": report.total, "usable": len(report.usable), "problems": problems}
@@ -84,16 +83,18 @@ def check(
 def _check_card(chosen: DatasetCard, path: Path, as_json: bool) -> None:
     from fedsigma.common.data.sources.verify import compare_with_card
 
-    found = compare_with_card(chosen, path)
+    differences = compare_with_card(chosen, path)
     if as_json:
-        typer.echo(json.dumps({"card": chosen.name, "differences": found}, indent=2))
-    elif found:
+        typer.echo(json.dumps({"card": chosen.name, "differences": differences}, indent=2))
+    elif differences:
         typer.echo(f"{path} is not {chosen.title} as its card has it:")
-        for line in found:
+        for line in differences:
             typer.echo(f"  {line}")
     else:
-        typer.echo(f"{path} is {chosen.title}: {_parts(chosen)} images, {chosen.class_count:,} classes.")
-    if found:
+        typer.echo(
+            f"{path} is {chosen.title}: {_split_sizes(chosen)} images, {chosen.class_count:,} classes."
+        )
+    if differences:
         raise typer.Exit(PROBLEMS)
 
 
@@ -114,17 +115,17 @@ def list_cards(
         typer.echo(json.dumps(to_plain(card(name)), indent=2) if as_json else card_text(name).rstrip())
         return
     if as_json:
-        typer.echo(json.dumps([to_plain(one) for one in cards().values()], indent=2))
+        typer.echo(json.dumps([to_plain(entry) for entry in cards().values()], indent=2))
         return
     heads = ("name", "title", "classes", "train / val / test", "fetch")
     rows = [
-        (one.name, one.title, one.class_count, _parts(one), "yes" if one.archives else "by hand")
-        for one in cards().values()
+        (c.name, c.title, c.class_count, _split_sizes(c), "yes" if c.archives else "by hand")
+        for c in cards().values()
     ]
     print_table(heads, [dict(zip(heads, row, strict=True)) for row in rows])
 
 
-def _parts(chosen: DatasetCard) -> str:
+def _split_sizes(chosen: DatasetCard) -> str:
     sizes = (chosen.images.train, chosen.images.val, chosen.images.test)
     return " / ".join(f"{size:,}" if size else "-" for size in sizes)
 
@@ -132,24 +133,24 @@ def _parts(chosen: DatasetCard) -> str:
 @data_app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="The name of a card, or medmnist:NAME[:SIZE].")],
-    folder: Annotated[Path, typer.Argument(help="Where the set goes; made if it is not there.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: the licence was read.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Output folder.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Accept the licence without asking.")] = False,
 ) -> None:
-    """Download a published data set, check its checksum and unpack it. Asks first; goes on if interrupted.
+    """Download a published data set, check its checksum and unpack it. Asks first; resumes if interrupted.
 
     Example: fedsigma data fetch dtd data/dtd
 
-    Exit code 3: it was not agreed to, cannot be had, is not the expected file, or is unsafe to unpack.
+    Exit code 3: declined, not available, wrong checksum, or unsafe to extract.
     """
     from fedsigma.common.data.catalog import CardError
-    from fedsigma.common.data.catalog.fetch import fetch_archive as fetch_archive
+    from fedsigma.common.data.catalog.fetch import fetch_archive
 
     archives, chosen = _archives(name)
     if folder.exists() and not folder.is_dir():
         raise CardError(f"{folder} is a file, and a set needs a folder: name another place")
     for one in archives:
         size = f"{one.size / 1e6:,.0f} MB" if one.size else "size not known"
-        checksum = f"checksum stated by {one.stated_by}" if one.stated_by else "nobody states a checksum"
+        checksum = f"checksum stated by {one.stated_by}" if one.stated_by else "no published checksum"
         typer.echo(f"{one.url} ({size}; {checksum})")
     if chosen is not None:
         typer.echo(f"Licence: {chosen.licence}. Page: {chosen.page}")
@@ -157,30 +158,30 @@ def fetch(
         from fedsigma.common.data.sources.medmnist import medmnist_licence
 
         typer.echo(f"Licence: {medmnist_licence(name.split(':')[1])}. Page: https://medmnist.com/")
-    if not yes and not _agreed(folder):
+    if not yes and not _confirm(folder):
         raise CardError(
             f"nothing was fetched into {folder}: answer y, or give --yes once the licence is read"
         )
     for one in archives:
         with _Bar(one.name) as progress:
-            came = fetch_archive(one, folder, progress=progress)
-        if came.checked_by:
-            typer.echo(f"{one.name}: agrees with the checksum that {came.checked_by} states.")
+            fetched = fetch_archive(one, folder, progress=progress)
+        if fetched.checked_by:
+            typer.echo(f"{one.name}: matches the checksum stated by {fetched.checked_by}.")
         else:
             typer.echo(
-                f"{one.name}: checked by nothing. What came has SHA-256 {came.sha256}, kept in"
+                f"{one.name}: no checksum to verify. The file has SHA-256 {fetched.sha256}, recorded in"
                 f" {folder / 'fetched.json'}."
             )
     if chosen is not None:
         for item in chosen.by_hand:
-            typer.echo(f"To be put into {folder} by hand: {item}")
+            typer.echo(f"Put into {folder} by hand: {item}")
         typer.echo(f"Then: fedsigma data check {chosen.name}:{folder}")
 
 
-def _agreed(folder: Path) -> bool:
+def _confirm(folder: Path) -> bool:
     try:
         return typer.confirm(f"Download into {folder}?")
-    except typer.Abort:  # no terminal to answer at
+    except typer.Abort:  # no terminal
         return False
 
 
@@ -203,7 +204,7 @@ def _archives(name: str) -> tuple[tuple[Archive, ...], DatasetCard | None]:
 
 
 class _Bar:
-    """A progress bar for one file, as the function that `download` calls."""
+    """Progress bar of one download."""
 
     def __init__(self, name: str) -> None:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -219,5 +220,5 @@ class _Bar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def __call__(self, done: int, whole: int) -> None:
-        self._progress.update(self._task, completed=done, total=whole or None)
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total or None)

@@ -359,7 +359,7 @@ def test_the_command_asks_first(shelf: Shelf, tmp_path: Path, monkeypatch: pytes
     folder = tmp_path / "dtd"
     result = runner.invoke(main, ["data", "fetch", "dtd", str(folder)], input="n\n")
     assert result.exit_code == 3 and not shelf.ranges and not folder.exists()
-    assert "nobody states a checksum" in result.stdout and "Licence: for research" in result.stdout
+    assert "no published checksum" in result.stdout and "Licence: for research" in result.stdout
     assert "give --yes once the licence is read" in " ".join(result.stderr.split())
     assert runner.invoke(main, ["data", "fetch", "dtd", str(folder)]).exit_code == 3  # nobody answers
     (tmp_path / "file").write_text("")
@@ -368,7 +368,7 @@ def test_the_command_asks_first(shelf: Shelf, tmp_path: Path, monkeypatch: pytes
     result = runner.invoke(main, ["data", "fetch", "dtd", str(folder), "--yes"])
     assert result.exit_code == 0, result.stderr
     said = " ".join(result.stdout.split())
-    assert "checked by nothing" in said and read_record(folder)["DTD.zip"].sha256 in said
+    assert "no checksum to verify" in said and read_record(folder)["DTD.zip"].sha256 in said
     assert "by hand: split_zhou_DescribableTextures.json" in said
     assert (folder / "images" / "a.jpg").read_bytes() == b"1"
     shelf.files.clear()
