@@ -83,7 +83,7 @@ def test_the_dockerfile_has_no_known_fault() -> None:
 
 
 @pytest.mark.parametrize(("stage", "group"), [("server", "server"), ("site", "site")])
-def test_an_image_runs_as_nobody_special_and_asks_nothing_of_the_internet(stage: str, group: str) -> None:
+def test_container_image_runs_unprivileged_and_without_internet(stage: str, group: str) -> None:
     steps = stages()[stage]
     last = dict(steps)
     assert last["USER"] == f"{UID}:{UID}" and json.loads(last["ENTRYPOINT"]) == ["fedsigma"]
@@ -128,7 +128,7 @@ def test_only_what_images_are_made_of_is_sent_to_the_builder() -> None:
     assert first == "*" and sent == copied and all((ROOT / name).exists() for name in sent)
 
 
-def test_all_that_the_project_needs_is_pinned() -> None:
+def test_all_requirements_are_pinned() -> None:
     lines = (DEPLOY / "images" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if line[0] != "#")
     extras = project()["optional-dependencies"]
@@ -276,7 +276,7 @@ def test_the_addresses_lead_from_container_to_container(tmp_path: Path) -> None:
     assert services["proxy"]["ports"][0].split(":")[1] == said["listen"].split(":")[1]
 
 
-def test_the_commands_that_people_are_told_to_type_are_ones() -> None:
+def test_commands_in_messages_exist() -> None:
     text = (DEPLOY / "README.md").read_text(encoding="utf-8")
     text += (DEPLOY / "helm" / "fedsigma" / "templates" / "NOTES.txt").read_text(encoding="utf-8")
     typed = re.findall(r"(?m)^ +(?:.*--rm tools|(?:.* )?fedsigma) (.+)$", text.replace("\\\n", " "))

@@ -97,7 +97,7 @@ def test_kubernetes_takes_what_is_rendered(name: str) -> None:
         ({"server": {**SERVER, "dashboard": {**BEHIND, "origins": ["http://a"]}}}, "dashboard/origins/0"),
     ],
 )
-def test_values_that_do_not_do_are_refused(values: dict[str, Any], words: str) -> None:
+def test_invalid_values_are_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(helm.HelmError, match=words):
         render(values)
 
@@ -195,7 +195,7 @@ def test_the_dashboard_is_a_process_that_is_asked_by_its_page(name: str, scheme:
     assert mounted["name"] == "dashboard" and target == f"{FOLDERS['server']}/dashboard.yaml"
 
 
-def test_a_dashboard_that_is_down_keeps_nobody_from_the_server() -> None:
+def test_stopped_dashboard_does_not_block_the_server() -> None:
     services = {
         o["metadata"]["name"]: o["spec"] for o in render(VALUES["dashboard"]) if o["kind"] == "Service"
     }

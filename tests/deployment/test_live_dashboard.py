@@ -63,7 +63,7 @@ def test_sites_are_seen_online_with_their_version(seen: dict[str, Any]) -> None:
     assert {version for _, _, _, _, version, *_ in lines} == {__version__}
 
 
-def test_a_study_that_does_not_read_is_refused_and_kept(seen: dict[str, Any]) -> None:
+def test_invalid_study_is_refused_and_kept(seen: dict[str, Any]) -> None:
     assert "federation.rounds" in seen["refused"] and "expected a whole number" in seen["refused"]
     assert seen["kept"]
 
@@ -93,7 +93,7 @@ def test_it_is_served_by_tls_that_sites_trust(seen: dict[str, Any]) -> None:
     assert seen["health"] == "ok\n"
 
 
-def test_it_dies_alone_and_is_started_again(seen: dict[str, Any], deployment: Deployment) -> None:
+def test_proxy_crashes_alone_and_is_restarted(seen: dict[str, Any], deployment: Deployment) -> None:
     def pids() -> dict[str, int]:
         return {name: deployment.pid(SERVER, name) for name in ("superlink", "worker", "dashboard")}
 

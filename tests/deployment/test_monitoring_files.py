@@ -119,7 +119,7 @@ def test_the_variables_are_labels_and_the_panels_use_them(metrics: dict[str, set
     assert all('study=~"$study", run=~"$run"' in one for one in chosen)
 
 
-def test_the_dashboard_is_one_that_grafana_lays_out() -> None:
+def test_grafana_dashboard_has_a_valid_layout() -> None:
     found = dashboard()
     assert found["schemaVersion"] >= 39 and found["uid"] == "fedsigma" and "id" not in found
     panels = found["panels"]

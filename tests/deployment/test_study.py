@@ -73,14 +73,14 @@ def test_it_ends_with_the_shift_of_the_simulation(
     np.testing.assert_allclose(real, simulated, atol=5e-5)
 
 
-def test_the_run_was_gone_on_with_after_its_process_died(finished: RunDir) -> None:
+def test_crashed_run_was_resumed(finished: RunDir) -> None:
     kinds = [e["kind"] for e in finished.events() if e["kind"] in ("run_start", "run_end")]
     assert kinds == ["run_start", "run_start", "run_end"]
     lost = [r for r in finished.rounds() if r["status"] not in ("accepted", ALL_SITES)]
     assert lost == []
 
 
-def test_what_left_a_site_is_what_came_to_the_server(finished: RunDir, deployment: Deployment) -> None:
+def test_sent_replies_equal_received_ones(finished: RunDir, deployment: Deployment) -> None:
     runs = {e["run"] for e in finished.events() if e["kind"] == "run_start"}
     came = [
         one
@@ -104,7 +104,7 @@ def test_the_same_study_twice_is_refused(finished: RunDir, deployment: Deploymen
     assert again.returncode == 3 and "was submitted before as run" in again.stderr
 
 
-def test_a_site_is_well(finished: RunDir, deployment: Deployment) -> None:
+def test_site_is_healthy(finished: RunDir, deployment: Deployment) -> None:
     folder = deployment.sites["east"].path
     told = deployment.run("east", "site", "doctor", "--quick", "-f", folder, check=False).stdout
     bad = [line for line in told.splitlines() if line.startswith("FAIL")]
@@ -125,7 +125,7 @@ def test_from_outside_nothing_can_be_started(finished: RunDir, deployment: Deplo
     assert len(signed) == 4 and {line.split()[-1] for line in signed} == {"401"}, signed
 
 
-def test_who_sees_images_has_no_way_out(deployment: Deployment) -> None:
+def test_process_with_images_has_no_network(deployment: Deployment) -> None:
     network, config = deployment.network, deployment.server.config
     if not network.apart:
         pytest.skip("no right to make network namespaces here: all processes share one host")

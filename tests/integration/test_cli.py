@@ -147,7 +147,7 @@ privacy: {level: image, noise_multiplier: 2.0, epsilon: 1.5}
 """
 
 
-def test_a_study_s_privacy_is_reckoned_before_it_runs(tmp_path: Path) -> None:
+def test_privacy_of_a_study_is_computed_before_it_runs(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(PRIVATE)
     code, out, err = run("study", "privacy", file, "--images", 64, "--json")
@@ -162,7 +162,7 @@ def test_a_study_s_privacy_is_reckoned_before_it_runs(tmp_path: Path) -> None:
     assert "The budget, epsilon 1.5, allows" in words
 
 
-def test_what_a_site_has_spent(tmp_path: Path) -> None:
+def test_budget_report_of_a_site(tmp_path: Path) -> None:
     rules = tmp_path / "site.yaml"
     rules.write_text("{name: h, source: 'folder:x', studies: [s], privacy: image, epsilon: 8}")
     assert "all studies: epsilon 0.00 at delta 1e-05; budget 8" in run("budget", rules)[1]
@@ -378,7 +378,7 @@ def test_data_check(pictures: Path, tmp_path: Path) -> None:
     assert "folder" in err
 
 
-def test_a_changed_audit_log_is_found(tmp_path: Path) -> None:
+def test_tampered_audit_log_is_detected(tmp_path: Path) -> None:
     log = HashChainedLog(tmp_path / "audit.jsonl")
     for number in range(3):
         log.append({"number": number})
@@ -421,7 +421,7 @@ def test_a_server_and_a_site_are_made_by_command(tmp_path: Path) -> None:
     assert run("site", "rotate", "-f", site, "--switch")[0] == 3
 
 
-def test_what_a_simulation_cannot_begin_with_is_told_before_flower_starts(
+def test_invalid_simulation_is_refused_before_flower_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDSIGMA_RUNS", str(tmp_path / "runs"))

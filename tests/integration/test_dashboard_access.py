@@ -27,7 +27,7 @@ from tests.helpers.dashboard_door import (
 )
 
 
-def test_nothing_passes_without_signing_in_but_health(visitor: TestClient) -> None:
+def test_only_health_is_reachable_without_signing_in(visitor: TestClient) -> None:
     assert visitor.get("/health").text == "well"
     assert visitor.head("/health").status_code == 200
     for path in ("/", "/act", "/static/app.js?v=1", "/there/is/none", "/login/other", "/logout", "/health/"):

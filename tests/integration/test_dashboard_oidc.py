@@ -322,7 +322,7 @@ GOOD: dict[str, Any] = {
         ({"client_id": ""}, "client_id"),
     ],
 )
-def test_settings_that_do_not_do(change: dict[str, Any], says: str) -> None:
+def test_invalid_settings(change: dict[str, Any], says: str) -> None:
     OidcSettings(**GOOD)
     with pytest.raises(ConfigError, match=says):
         OidcSettings(**{**GOOD, **change})

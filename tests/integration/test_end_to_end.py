@@ -77,7 +77,7 @@ def test_a_guarded_study_of_the_demonstration_images(places: Path) -> None:
     check_guarded(study_of(places, GUARDED), places / "audit")
 
 
-def test_personal_values_go_on_top_of_a_study(places: Path) -> None:
+def test_personal_values_extend_a_study(places: Path) -> None:
     folder = study_of(places, STUDY.replace("local_only, ", "") + "personal: {{towers: [text]}}\n")
     file = next((places / "audit" / "personal").rglob("*.safetensors"))
     plain, own = load_model(folder.path), load_model(folder.path, personal=file)

@@ -52,7 +52,7 @@ def unwilling(*nodes: int) -> Tamper:
     return answer
 
 
-def test_each_willing_sites_last_shift_is_explained_in_few_words(tmp_path: Path) -> None:
+def test_last_shift_of_each_consenting_site_is_explained(tmp_path: Path) -> None:
     refuses, last = unwilling(101), {}
 
     def watch(node: int, task: Message, reply: Message) -> Message:
@@ -90,15 +90,13 @@ def test_only_shifts_that_are_seen_and_not_hidden_are_explained(
     assert ("explanation_by_site" in summary) == told and summary["explanation"]
 
 
-def test_where_no_site_is_willing_nothing_is_told_by_site(tmp_path: Path) -> None:
+def test_without_consent_nothing_is_explained_by_site(tmp_path: Path) -> None:
     folder = run(tmp_path, PLAIN, tamper=unwilling(100, 101, 102, 103))
     assert "explanation_by_site" not in folder.read_summary()
     assert "its last shift" not in write_report(folder).read_text()
 
 
-def test_what_cannot_be_explained_does_not_undo_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_explanation_does_not_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(self: FakeTrainer, shift: np.ndarray, **options: int) -> list[dict]:
         raise ExplainError("no heads here")
 

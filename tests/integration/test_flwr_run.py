@@ -108,14 +108,14 @@ def end_when(rounds: int, tmp_path: Path, study: Path, *, later: float = 0.0) ->
     return log.read_text()
 
 
-def test_a_run_ended_while_the_sites_train_alone_leaves_nothing_running(tmp_path: Path, study: Path) -> None:
+def test_run_ended_during_local_training_leaves_no_process(tmp_path: Path, study: Path) -> None:
     """There is no message then at whose failure Flower's processes would end by themselves."""
     study.write_text(study.read_text().replace("local_steps: 2", "local_steps: 400"))
     end_when(2, tmp_path, study, later=3)
     assert "local_only" not in RunDir.open(tmp_path / "out").read_summary()
 
 
-def test_a_run_ended_by_sigterm_leaves_nothing_running_and_is_resumed_to_its_end(
+def test_run_ended_by_sigterm_leaves_no_process_and_can_be_resumed(
     tmp_path: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds = 12

@@ -518,7 +518,7 @@ def test_a_search_in_another_study_serves_for_rates_and_not_for_caches(tmp_path:
     }
 
 
-def test_a_chosen_setting_that_diverges_on_the_test_part_is_an_error(tmp_path: Path) -> None:
+def test_selected_setting_that_diverges_on_the_test_split_is_an_error(tmp_path: Path) -> None:
     class Diverges(Scripted):
         def _run(self, cell: Cell, study: StudyConfig) -> dict[str, dict[str, Any]]:
             if cell.part == "test":

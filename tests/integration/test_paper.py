@@ -226,7 +226,7 @@ def test_settings_have_names() -> None:
         parse_settings(["iid"], sites=[3], participation=[2.0], pooled=False)
 
 
-def test_a_cell_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cell_is_identified_by_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_ins(tmp_path / "a", monkeypatch, ["btmri"])
     stand_in(card("btmri"), tmp_path / "b" / "BTMRI")
     cell = a_cell(setting=Setting(way="iid", sites=2))
@@ -354,7 +354,7 @@ def test_every_table_on_stand_ins_of_each_of_its_sets(
     assert f"{figures['done']} of {figures['cells']} cells" in told
 
 
-def test_an_interrupted_table_goes_on_where_it_was(
+def test_interrupted_table_is_resumed(
     fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_ins(tmp_path / "sets", monkeypatch, ["kvasir"], train=4)
@@ -400,7 +400,7 @@ def test_an_interrupted_table_goes_on_where_it_was(
     assert all(row[1] == row[3] == 2 and 8 < row[2] <= 16 and row[4] > 0 for row in federated)
 
 
-def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: list[Any]) -> None:
+def test_problems_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: list[Any]) -> None:
     args = ["--table", "fewshot-biomedical", "--out", tmp_path / "out", "--shots", "1", "--most-steps", "1"]
     code, _, wrong = paper("--table", "fewshot")
     assert code == 3 and "there is no table 'fewshot'" in wrong
@@ -574,7 +574,7 @@ def test_a_table_says_what_is_not_its_own(
     assert said in changed and "Published average" not in changed
 
 
-def test_a_bad_setting_is_told_before_anything_is_trained(
+def test_invalid_setting_is_reported_before_training(
     fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_ins(tmp_path, monkeypatch, ["btmri"])
@@ -601,7 +601,7 @@ def test_a_set_without_a_configuration_of_the_protocol_is_in_no_average() -> Non
     assert len(published_on(TABLES["fewshot-biomedical"])) == 10
 
 
-def test_a_set_that_comes_later_is_judged_by_the_models_that_are_there(
+def test_added_dataset_is_evaluated_with_existing_models(
     fake: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_ins(tmp_path / "sets", monkeypatch, ["imagenet", "dtd", "eurosat"])

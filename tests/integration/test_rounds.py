@@ -75,7 +75,7 @@ def shift_of(folder: RunDir) -> np.ndarray:
     return folder.load_shift().shift.numpy()
 
 
-def test_a_whole_study(tmp_path: Path) -> None:
+def test_complete_study(tmp_path: Path) -> None:
     folder = run(tmp_path)
     summary = folder.read_summary()
     assert summary["rounds"] == 3 and summary["sites"] == sorted(NAMES)

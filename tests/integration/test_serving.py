@@ -61,7 +61,7 @@ def client(run: Path, restored: LoadedModel) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_the_answers_are_those_of_predict(run: Path, restored: LoadedModel, tmp_path: Path) -> None:
+def test_responses_equal_those_of_predict(run: Path, restored: LoadedModel, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for name, kind in (("a.png", "PNG"), ("b.jpg", "JPEG"), ("c.tif", "TIFF")):

@@ -138,9 +138,7 @@ def deflated_bomb() -> bytes:
         (lambda: b"", 415, "not-an-image"),
     ],
 )
-def test_an_image_that_is_none_or_too_much(
-    client: httpx.Client, content: Any, status: int, code: str
-) -> None:
+def test_invalid_or_too_large_image(client: httpx.Client, content: Any, status: int, code: str) -> None:
     details = problem(post(client, picture(), content()), status, code)
     assert details["image"] == 2 and "mage 2 " in details["detail"]
 
@@ -184,7 +182,7 @@ def test_too_many_images_or_frames(client: httpx.Client) -> None:
     problem(post(client, two, two), 413, "too-many-images")
 
 
-def test_a_body_is_counted_whatever_it_says(client: httpx.Client) -> None:
+def test_body_size_is_measured_not_trusted_from_its_header(client: httpx.Client) -> None:
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
     start = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n'
     many = (start, *[b"0" * 10_000] * 50)
@@ -232,7 +230,9 @@ def test_a_body_is_counted_whatever_it_says(client: httpx.Client) -> None:
         ("multipart/form-data; boundary=x", b"--x\r\nNo-Name: 1\r\n\r\ny\r\n--x--\r\n", 400, "malformed"),
     ],
 )
-def test_a_body_that_is_no_form(client: httpx.Client, kind: str, body: bytes, status: int, code: str) -> None:
+def test_body_that_is_not_a_form_is_refused(
+    client: httpx.Client, kind: str, body: bytes, status: int, code: str
+) -> None:
     problem(client.post("/v1/predict", content=body, headers={"Content-Type": kind}), status, code)
 
 
@@ -252,7 +252,7 @@ def test_a_token_is_checked_before_the_body_is_read(run: Path, restored: LoadedM
         assert client.get("/health").status_code == client.get("/openapi.json").status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_again(run: Path, restored: LoadedModel) -> None:
+def test_full_queue_answers_with_retry_after(run: Path, restored: LoadedModel) -> None:
     with (
         serving(restored, run, held=True, images=2, queue_size=2) as (client, service, held),
         ThreadPoolExecutor(2) as pool,
@@ -288,7 +288,7 @@ def test_requests_under_way_are_counted(
         assert post(client, picture()).status_code == 200
 
 
-def test_what_takes_too_long_is_given_up(run: Path, restored: LoadedModel) -> None:
+def test_slow_download_times_out(run: Path, restored: LoadedModel) -> None:
     with serving(restored, run, held=True, timeout_s=0.3) as (client, _, _):
         problem(post(client, picture()), 503, "busy")
         waiting = threading.Event()

@@ -88,16 +88,14 @@ def test_to_ask_for_health_writes_nothing(site: SiteHome) -> None:
 
 
 @pytest.mark.parametrize("command", ["up", "status", "doctor"])
-def test_a_process_that_is_not_there_is_named(
-    command: str, site: SiteHome, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_process_is_named(command: str, site: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where it is not refused, nothing must take this process's place.
     monkeypatch.setattr("fedsigma.cli.site.supervise", lambda processes, folder: None)
     code, _, err = run("site", command, "--folder", site.path, "--only", "superlink")
     assert code == 3 and "expected node or worker" in err
 
 
-def test_the_doctor_of_one_process_looks_at_what_that_one_sees(site: SiteHome) -> None:
+def test_diagnostics_of_one_process_check_its_own_view(site: SiteHome) -> None:
     shutil.move(site.path / "worker", site.path.parent / "worker")
     rules = (site.path / "site.yaml").rename(site.path.parent / "site.yaml")
     results = results_by_name(site.path, offline=True, only="node")
@@ -262,7 +260,7 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
-def test_what_does_not_say_that_it_is_well_is_not(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_health_endpoint_is_unhealthy(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as web:
         Thread(target=web.serve_forever, daemon=True).start()
         # Whatever way out the environment names, one's own processes are asked directly.

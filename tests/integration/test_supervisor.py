@@ -69,7 +69,7 @@ def supervisor(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(timeout=60)
 
 
-def test_what_dies_is_started_again_and_what_is_stopped_leaves_nothing(
+def test_crashed_processes_are_restarted_and_stopped_ones_leave_nothing(
     supervisor: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     first = pid_of(tmp_path, "one")
@@ -99,14 +99,14 @@ def test_without_a_supervisor_there_is_nothing_to_ask(tmp_path: Path) -> None:
             call(tmp_path)
 
 
-def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_program_is_named(tmp_path: Path) -> None:
     missing = Process(name="x", command=["no-such-program"])
     for call in (lambda: supervise([missing], tmp_path), lambda: missing.replace_this(tmp_path)):
         with pytest.raises(ProcessError, match="'no-such-program' is not installed"):
             call()
 
 
-def test_a_long_path_does_not_end_in_a_socket_that_cannot_be(tmp_path: Path) -> None:
+def test_long_path_does_not_break_the_socket(tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 90)
     assert len(str(processes._socket(deep))) <= 100
     assert processes._socket(deep) != processes._socket(tmp_path / ("y" * 90))
@@ -120,7 +120,7 @@ def test_a_value_that_the_supervisor_would_read_otherwise_is_refused(value: str,
 
 
 @pytest.mark.parametrize("value", ["a ;b", "a\t#b", "a\nb"])
-def test_a_word_of_a_command_that_would_be_cut_is_refused(value: str, tmp_path: Path) -> None:
+def test_command_argument_that_would_be_cut_is_refused(value: str, tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match="holds a comment or line break"):
         supervise([Process(name="one", command=[sys.executable, value])], tmp_path)
 
@@ -219,7 +219,7 @@ with mock.patch.object(flower_process, "entry_points", return_value=(entry,)):
 
 
 @pytest.mark.parametrize("last", ["return", "raise RuntimeError('no way on')"])
-def test_a_program_of_flowers_that_returns_ends_although_a_thread_of_its_own_goes_on(last: str) -> None:
+def test_flower_program_ends_although_one_of_its_threads_keeps_running(last: str) -> None:
     code = LINGERING.format(last=last)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "flower-deaf has ended" in done.stderr

@@ -116,7 +116,7 @@ def mlflow_runs(client: Any) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id])) if experiment else []
 
 
-def test_mlflow_has_the_run_as_it_was_and_goes_on_with_it(tmp_path: Path, mlflow_client: Any) -> None:
+def test_mlflow_has_the_run_and_resumes_it(tmp_path: Path, mlflow_client: Any) -> None:
     folder = track(tmp_path / "run", "mlflow+sigma", rounds=(1,), end=False)
     assert failures(folder) == []
     (begun,) = mlflow_runs(mlflow_client)
@@ -139,7 +139,7 @@ def test_mlflow_has_the_run_as_it_was_and_goes_on_with_it(tmp_path: Path, mlflow
     assert done.data.tags.get("mlflow.user", "unknown") == "unknown"
 
 
-def test_a_server_that_refuses_is_noted_and_the_run_goes_on(
+def test_refusing_tracker_server_is_logged_and_the_run_continues(
     tmp_path: Path, mlflow_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(mlflow_runs(mlflow_client))
@@ -161,7 +161,7 @@ print(failures(folder), len(folder.rounds()))
 """
 
 
-def test_a_server_that_never_answers_does_not_keep_the_process(tmp_path: Path) -> None:
+def test_silent_tracker_server_does_not_block_exit(tmp_path: Path) -> None:
     pytest.importorskip("mlflow", reason="mlflow-skinny is not installed: the extra dev has it")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         here = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{silent.getsockname()[1]}"}
@@ -237,7 +237,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunDir], list[Path]]:
     return files
 
 
-def test_wandb_writes_an_offline_run_and_goes_on_with_it(tmp_path: Path, offline: Callable) -> None:
+def test_wandb_writes_and_resumes_an_offline_run(tmp_path: Path, offline: Callable) -> None:
     folder = track(tmp_path / "run", "wandb", rounds=(1,), end=False)
     (first,) = offline(folder)
     time.sleep(1.1)  # the library names its folders by the second

@@ -142,7 +142,7 @@ def test_streams_differ_unless_their_key_is_given() -> None:
 PRIVACY = PrivacyConfig(level="site", noise_multiplier=1.5, clip_norm=2.0)
 
 
-def test_a_change_is_shortened_and_never_lengthened() -> None:
+def test_update_is_clipped_and_never_scaled_up() -> None:
     assert np.allclose(clip(np.array([3.0, 4.0]), 1.0), [0.6, 0.8])
     assert np.allclose(clip(np.array([0.3, 0.4]), 1.0), [0.3, 0.4])
     assert not clip(np.array([np.inf, 1.0]), 1.0).any()
@@ -198,7 +198,7 @@ def test_masks_must_have_room_for_the_noise() -> None:
     StudyConfig.from_yaml(text.replace("masking: true", "masking: true, mask_bound: 62"))
 
 
-def test_a_plan_says_what_a_study_spends() -> None:
+def test_plan_states_the_epsilon_of_a_study() -> None:
     found = privacy_plan(StudyConfig.from_yaml(STUDY), images=64, targets=(2.0,))
     assert found.release == PrivacyEvent(rate=0.25, noise_multiplier=2.0, steps=2)
     assert set(found.epsilon_after) == {1, 2, 5, 10}
@@ -208,7 +208,7 @@ def test_a_plan_says_what_a_study_spends() -> None:
         privacy_plan(StudyConfig.from_yaml(STUDY.replace("level: image", "level: none")), images=64)
 
 
-def test_a_study_that_hides_sites_and_spends_too_much_does_not_start() -> None:
+def test_site_level_study_beyond_its_epsilon_does_not_start() -> None:
     text = STUDY.replace("level: image", "level: site")
     with pytest.raises(ConfigError, match=r"10 rounds .* use epsilon .*raise privacy.noise_multiplier to"):
         check_budget(StudyConfig.from_yaml(text))

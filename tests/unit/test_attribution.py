@@ -32,7 +32,7 @@ def textured(seed: int = 0, side: int = 56) -> Tensor:
     return torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
 
 
-def test_the_map_lies_where_the_model_looks_and_adds_up_to_what_it_says() -> None:
+def test_attribution_map_is_localized_and_sums_to_the_score() -> None:
     def lead(pixels: Tensor) -> Tensor:
         corner = pixels[:, :, 28:, :28] / 255
         return (corner**2).sum(dim=(1, 2, 3)) + corner.mean(dim=(1, 2, 3)) ** 3

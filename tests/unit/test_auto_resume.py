@@ -53,7 +53,7 @@ def begin(values: dict[str, Any], run: str) -> RunDir:
     return folder
 
 
-def test_a_run_that_died_is_gone_on_with_once(studies: Studies, control: FakeControl) -> None:
+def test_crashed_run_is_resumed_once(studies: Studies, control: FakeControl) -> None:
     studies.submit("demo")
     begin(control.started[0], "0").log_event("round_end", round=1, ok=True)
     assert resume_crashed_runs(studies) == []
@@ -64,9 +64,7 @@ def test_a_run_that_died_is_gone_on_with_once(studies: Studies, control: FakeCon
     assert resume_crashed_runs(studies) == []
 
 
-def test_a_run_that_said_why_it_failed_or_was_stopped_stays_as_it_is(
-    studies: Studies, control: FakeControl
-) -> None:
+def test_failed_or_stopped_run_is_not_resumed(studies: Studies, control: FakeControl) -> None:
     studies.submit("demo")
     begin(control.started[0], "0").log_event("run_end", ok=False, reason="too few sites")
     control.status["0"] = FAILED
@@ -77,7 +75,7 @@ def test_a_run_that_said_why_it_failed_or_was_stopped_stays_as_it_is(
     assert resume_crashed_runs(studies) == []
 
 
-def test_a_run_that_died_before_it_began_is_begun(studies: Studies, control: FakeControl) -> None:
+def test_run_that_crashed_before_its_start_is_started(studies: Studies, control: FakeControl) -> None:
     studies.submit("demo")
     control.status["0"] = FAILED
     (made,) = resume_crashed_runs(studies)
@@ -85,7 +83,7 @@ def test_a_run_that_died_before_it_began_is_begun(studies: Studies, control: Fak
     assert Path(control.started[1]["study"]).is_file()
 
 
-def test_a_run_that_dies_without_a_further_round_is_left(studies: Studies, control: FakeControl) -> None:
+def test_run_that_crashes_without_progress_is_not_resumed(studies: Studies, control: FakeControl) -> None:
     studies.submit("demo")
     for run in range(MAX_ATTEMPTS):
         begin(control.started[run], str(run))
@@ -94,7 +92,7 @@ def test_a_run_that_dies_without_a_further_round_is_left(studies: Studies, contr
     assert resume_crashed_runs(studies) == []
 
 
-def test_who_watches_a_run_that_died_watches_what_goes_on_with_it(
+def test_watcher_of_a_crashed_run_follows_the_resumed_one(
     studies: Studies, control: FakeControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsigma.server.deployment.studies.POLL_S", 0.01)

@@ -124,7 +124,7 @@ def test_names(text: str, kind: str) -> None:
         ("", "names are starter"),
     ],
 )
-def test_wrong_names_say_what_was_meant(text: str, message: str) -> None:
+def test_wrong_names_get_a_suggestion(text: str, message: str) -> None:
     with pytest.raises(BackboneError, match=message.replace(".", r"\.")):
         parse_name(text)
 
@@ -276,7 +276,7 @@ def test_loading_leaves_running_statistics_alone() -> None:
         assert torch.equal(loaded[name], tensor.to(loaded[name].dtype)), name
 
 
-def test_biomed_folder_works_wherever_it_lies(biomed_folder: Path, copied: Callable[[Path], Path]) -> None:
+def test_biomed_folder_works_in_any_location(biomed_folder: Path, copied: Callable[[Path], Path]) -> None:
     moved = copied(biomed_folder)
     backbone = load_backbone(f"local-dir:{moved}")
     assert backbone.tokenizer(["a cell zzz"])[0, :5].tolist() == [2, 5, 8, 1, 3]

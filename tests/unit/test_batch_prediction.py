@@ -125,7 +125,7 @@ def test_a_frame_is_shown_by_its_own_window() -> None:
     assert np.asarray(slices.image(1))[0, :, 0].tolist() == [0, 0, 128]
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_judged(run: Path, folder: Path) -> None:
+def test_unreadable_files_are_named_and_the_rest_is_predicted(run: Path, folder: Path) -> None:
     whole = predicted(run, folder, "--series")
     (folder / "a" / "broken.dcm").write_bytes((folder / "a" / "1.dcm").read_bytes()[:700])
     short = frames_of(noise(0), noise(1), SeriesInstanceUID="1.2.3")

@@ -71,7 +71,7 @@ def test_approval_adds_to_site_yaml_and_changes_nothing_else(line: str, site: Pa
     assert "# our name" in file.read_text() and after.max_rounds == 5
 
 
-def test_a_list_that_cannot_be_added_to_is_left_alone(site: Path) -> None:
+def test_list_that_cannot_be_extended_is_left_unchanged(site: Path) -> None:
     file = site / "site.yaml"
     text = RULES.replace("bundles: []   # none yet", f"bundles: [{'ab' * 32}]")
     file.write_text(text)
@@ -103,7 +103,7 @@ def test_refused_bundles_do_not_fill_the_disk(site: Path) -> None:
     assert len(mine.pending()) == module.MAX_PENDING
 
 
-def test_a_bundle_that_was_exchanged_while_waiting_is_not_approved(site: Path) -> None:
+def test_bundle_replaced_while_waiting_is_not_approved(site: Path) -> None:
     mine = BundleApprovals(site)
     mine.add_pending(ONE)
     mine.pending()[0].write_bytes(TWO)

@@ -30,7 +30,7 @@ def test_the_temperature_that_made_overconfident_probabilities_is_found(true: fl
 
 
 @given(st.floats(0.2, 5.0))
-def test_scaling_changes_no_judgement_and_is_undone_by_its_inverse(temperature: float) -> None:
+def test_scaling_changes_no_decision_and_is_undone_by_its_inverse(temperature: float) -> None:
     probabilities = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)).softmax(1).double()
     found = scale_probabilities(probabilities, temperature)
     assert torch.equal(found.argmax(1), probabilities.argmax(1))

@@ -83,7 +83,7 @@ def test_a_card_is_read_strictly() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_card_says_where_a_set_is_to_be_had(name: str) -> None:
+def test_card_states_where_a_dataset_is_available(name: str) -> None:
     one = card(name)
     assert one.page.startswith("https://")
     assert one.archives or one.by_hand
@@ -113,7 +113,7 @@ def test_a_stand_in_of_each_set(name: str, tmp_path: Path) -> None:
     assert f"test: {chosen.class_count:,} images, the card says {card(name).images.test:,}" in of_real
 
 
-def test_what_differs_is_named(tmp_path: Path) -> None:
+def test_differences_are_named(tmp_path: Path) -> None:
     chosen, folder = small(tmp_path)
     pictures = sorted((folder / "Kvasir").rglob("*.jpg"))
     pictures[0].unlink()
@@ -155,7 +155,7 @@ def test_folders_may_be_written_otherwise(tmp_path: Path) -> None:
     assert "not there" in compare_with_card(chosen, folder)[0]
 
 
-def test_images_without_the_inner_folder(tmp_path: Path) -> None:
+def test_images_in_the_outer_folder(tmp_path: Path) -> None:
     chosen, folder = small(tmp_path, "dtd")
     for one in (folder / "images").iterdir():
         one.rename(folder / one.name)
@@ -253,7 +253,7 @@ def test_base_and_novel_follow_label_numbers_not_names(tmp_path: Path) -> None:
     st.integers(1, 3),
 )
 @example([(0, "val")] * 9 + [(1, "train")] * 20, 16, 1)
-def test_a_draw_has_so_many_of_each_class_and_no_image_twice(
+def test_sample_has_shots_per_class_and_no_duplicates(
     rows: list[tuple[int, str]], shots: int, seed: int
 ) -> None:
     records = [Record(key=f"k{i}", label=f"c{n}", split=part) for i, (n, part) in enumerate(rows)]
@@ -314,7 +314,7 @@ def test_domain_shift_has_imagenet_s_classes(tmp_path: Path) -> None:
     assert source.classes[:3] == ("word 0", "word 1", "word 2")
 
 
-def test_a_place_after_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_after_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(tmp_path)
     assert len(open_source("coop:kvasir:Kvasir", base=tmp_path).records) == 24
     for spec, says in (

@@ -122,7 +122,7 @@ NOISE = b"".join(hashlib.sha256(bytes([i % 251, i // 251])).digest() for i in ra
 # --- downloading --------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_download_goes_on(shelf: Shelf, tmp_path: Path) -> None:
+def test_interrupted_download_is_resumed(shelf: Shelf, tmp_path: Path) -> None:
     one = shelf.put("a.bin", NOISE)
     target = tmp_path / "a.bin"
     shelf.cut = 200_000
@@ -151,7 +151,7 @@ def test_two_versions_of_a_file_are_never_joined(shelf: Shelf, tmp_path: Path, t
     assert (tmp_path / "a.bin").read_bytes() == NOISE[::-1]
 
 
-def test_what_cannot_be_had(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_backbones(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = shelf.put("a.bin", b"abc")
     with pytest.raises(DownloadError, match=r"404 Not Found: try again, or see the set's page"):
         download(f"{shelf.url}/none", tmp_path / "x")
@@ -218,7 +218,7 @@ def test_without_a_checksum_the_first_download_counts(shelf: Shelf, tmp_path: Pa
         read_record(tmp_path)
 
 
-def test_a_download_outlives_an_unpacking_that_failed(shelf: Shelf, tmp_path: Path) -> None:
+def test_download_survives_a_failed_extraction(shelf: Shelf, tmp_path: Path) -> None:
     one = shelf.put("set.zip", zipped({"images/a.png": b"1"}))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.png").write_bytes(b"2")
@@ -231,9 +231,7 @@ def test_a_download_outlives_an_unpacking_that_failed(shelf: Shelf, tmp_path: Pa
     assert len(shelf.ranges) == 1
 
 
-def test_a_download_outlives_a_full_disk(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_survives_a_full_disk(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -244,7 +242,7 @@ def test_a_download_outlives_a_full_disk(
     assert fetch_archive(one, tmp_path).content == ("images",) and len(shelf.ranges) == 1
 
 
-def test_a_page_in_place_of_an_archive_leaves_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
+def test_html_page_instead_of_an_archive_leaves_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
     one = shelf.put("set.zip", b"<html>Please log in</html>")
     with pytest.raises(ArchiveError, match="not a zip or tar archive"):
         fetch_archive(one, tmp_path)

@@ -248,7 +248,7 @@ def test_any_payload_gives_a_shift_or_a_codec_error(level: int, body: bytes, fra
         assert vector.shape == (8,) and np.isfinite(vector).all()
 
 
-def test_what_cannot_be_coded() -> None:
+def test_update_that_cannot_be_encoded() -> None:
     with pytest.raises(CodecError, match="not finite"):
         encode(np.array([np.inf, 0]), TWO)
     with pytest.raises(CodecError, match=r"shape \(2, 2\) cannot be coded, expected \(2,\)"):

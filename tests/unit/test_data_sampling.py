@@ -52,7 +52,7 @@ def test_split_never_divides_a_group(records: list[Record], share: float, seed: 
 
 
 @given(st.integers(2, 30), st.floats(0.05, 0.95), st.integers(0, 9), st.integers(1, 4))
-def test_each_side_gets_a_group(groups: int, share: float, seed: int, size: int) -> None:
+def test_heads_are_grouped_by_side(groups: int, share: float, seed: int, size: int) -> None:
     records = [Record(key=f"{g}-{i}", label="a", group=str(g)) for g in range(groups) for i in range(size)]
     counts = Counter(r.split for r in split_groups(records, test_share=share, seed=seed))
     assert counts["train"] >= size and counts["test"] >= size

@@ -86,7 +86,7 @@ def blank(records: list[Record]) -> PictureSource:
     return PictureSource(records, lambda key: Image.new("L", (3, 3), shades[key]))
 
 
-def test_a_sound_source_is_ok() -> None:
+def test_valid_source_passes() -> None:
     records = [Record(key=f"{c}{s}", label=c, split=s) for c in "ab" for s in ("train", "test")]
     report = check_source(blank(records), classes=["a", "b"])
     assert report.ok and report.usable == tuple(records) and report.require_usable("stop") == records

@@ -92,7 +92,7 @@ def test_a_new_folder_is_in_order(authority: CertificatePair, tmp_path: Path) ->
     assert "no answer" in results["node"].detail and "logs/node.log" in results["node"].remedy
 
 
-def test_what_is_wrong_in_the_folder_is_named(authority: CertificatePair, tmp_path: Path) -> None:
+def test_problems_of_the_folder_are_named(authority: CertificatePair, tmp_path: Path) -> None:
     assert not results_by_name(tmp_path)["folder"].ok
     site = enrol(tmp_path, authority.certificate)
     (site.path / "node" / "node.key").chmod(0o644)
@@ -107,7 +107,7 @@ def test_what_is_wrong_in_the_folder_is_named(authority: CertificatePair, tmp_pa
     assert "identity.pem is missing" in results_by_name(site.path, offline=True)["secrets"].detail
 
 
-def test_the_way_to_the_server(
+def test_route_to_the_server(
     server: tuple[str, type[Server]], authority: CertificatePair, tmp_path: Path
 ) -> None:
     address, handler = server
@@ -145,7 +145,7 @@ def test_a_clock_that_flower_would_refuse(
     assert results.ok == (not words) and words in results.detail
 
 
-def test_a_server_that_is_not_trusted_or_not_there(
+def test_untrusted_or_unreachable_server(
     server: tuple[str, type[Server]], authority: CertificatePair, tmp_path: Path
 ) -> None:
     site = enrol(tmp_path, create_authority("another").certificate, server[0])

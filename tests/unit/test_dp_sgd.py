@@ -130,7 +130,7 @@ def test_a_model_that_cannot_be_separated_takes_the_loop(tmp_path: Path) -> None
     assert gradient._gradients is sequential_gradients
 
 
-def test_a_layer_that_mixes_examples_is_found_out(tmp_path: Path) -> None:
+def test_layer_that_mixes_examples_is_detected(tmp_path: Path) -> None:
     """Tokens first and examples second: the first dimension divides by luck, and the result is wrong."""
     job = adapted(tiny_clip(), tmp_path, 32, parts=("mlp",))
     for block in job.backbone.model.transformer.resblocks:

@@ -67,7 +67,7 @@ def test_an_invitation_comes_back_and_is_secret(tmp_path: Path) -> None:
         ({"site": "../north"}, "the site's name is"),
     ],
 )
-def test_an_invitation_that_does_not_do_is_refused(changes: dict[str, str], why: str) -> None:
+def test_invalid_invitation_is_refused(changes: dict[str, str], why: str) -> None:
     with pytest.raises(EnrolmentFileError, match=why):
         invitation(**changes).check(now=NOW)
 
@@ -89,7 +89,7 @@ def test_a_changed_field_breaks_the_signature(field: str) -> None:
         replace(keys(), **{field: new}).check(word=WORD)
 
 
-def test_who_holds_no_invitation_cannot_put_keys_in_its_place() -> None:
+def test_keys_cannot_be_replaced_without_the_invitation() -> None:
     """A man in the middle signs with an identity of his own, and cannot make the proof."""
     forged = keys(OTHER_WORD)
     with pytest.raises(EnrolmentFileError, match="do not belong to its last invitation"):
@@ -130,7 +130,7 @@ def test_files_of_another_kind_are_refused(content: str, why: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a b", ALL_SITES, "x" * 65, "a\n"])
-def test_a_sites_name_does_as_a_files_name(name: str) -> None:
+def test_site_name_is_a_valid_file_name(name: str) -> None:
     with pytest.raises(EnrolmentFileError):
         check_site_name(name)
 

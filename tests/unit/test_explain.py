@@ -163,7 +163,7 @@ def test_nothing_changed_is_nothing_gained() -> None:
     assert all(one.gained == one.lost == () and one.head.share == 0 for one in found)
 
 
-def test_what_cannot_be_explained_says_why() -> None:
+def test_unsupported_explanation_gives_a_reason() -> None:
     model = tiny()
     basis = basis_of(model, parts=("q", "mlp"))
     with pytest.raises(ExplainError, match="value and output"):

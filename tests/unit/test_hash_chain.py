@@ -114,7 +114,7 @@ def test_many_writers_make_one_chain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:abc", "x:" + "0" * 64, "5:" + "0" * 64 + "0"])
-def test_a_head_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+def test_invalid_head_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no head of a log"):
         Head.parse(text)
     log = filled(tmp_path)
@@ -130,9 +130,7 @@ def test_the_lines_are_json_for_other_tools(tmp_path: Path) -> None:
     assert first["previous"] == "" and len(second["previous"]) == 64
 
 
-def test_a_log_that_is_written_while_it_is_read_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_can_be_read_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = HashChainedLog(tmp_path / "log.jsonl")
     chain.append({"n": 1})
     read = Path.read_bytes

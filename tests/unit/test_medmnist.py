@@ -52,7 +52,7 @@ def test_the_small_size_is_the_default(tmp_path: Path, monkeypatch: pytest.Monke
         ("medmnist:bloodmnist:64", "run fedsigma data fetch medmnist:bloodmnist:64"),
     ],
 )
-def test_what_cannot_be_opened(spec: str, says: str, tmp_path: Path) -> None:
+def test_unreadable_sources(spec: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=says):
         open_source(spec, root=str(tmp_path))
 

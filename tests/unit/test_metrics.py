@@ -52,7 +52,7 @@ def test_shapes_and_labels_are_checked() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 5), st.integers(1, 30), st.integers(0, 2**31))
-def test_pooled_accuracy_is_the_weighted_mean_of_sites(classes: int, count: int, seed: int) -> None:
+def test_accuracy_of_all_sites_is_their_weighted_mean(classes: int, count: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     parts = [
         Predictions(torch.rand(n, classes, generator=g).softmax(1), torch.randint(classes, (n,), generator=g))
@@ -66,7 +66,7 @@ def test_pooled_accuracy_is_the_weighted_mean_of_sites(classes: int, count: int,
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 5), st.integers(1, 30), st.integers(0, 2**31))
-def test_what_a_confusion_matrix_settles_is_what_the_predictions_give(
+def test_metrics_of_a_confusion_matrix_equal_those_of_predictions(
     classes: int, count: int, seed: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)

@@ -41,7 +41,7 @@ def test_both_towers_give_the_models_features_for_any_number_of_pictures(
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
 
 
-def test_a_tower_that_differs_is_not_left(
+def test_tower_that_differs_is_removed(
     merged: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = module._write

@@ -104,7 +104,7 @@ def test_all_or_nothing_cannot_be_personal() -> None:
         (PersonalConfig(layers="top"), lambda e: (e.tower, e.layer) == ("text", 2)),
     ],
 )
-def test_what_a_section_picks_of_a_real_model(personal: PersonalConfig, picked: Any, tmp_path: Path) -> None:
+def test_layers_selected_by_a_personal_section(personal: PersonalConfig, picked: Any, tmp_path: Path) -> None:
     sigma = tiny_task(tmp_path).sigma
     split = make_partition(sigma, personal)
     own = sum(e.size for e in sigma.layout.entries if picked(e))
@@ -168,7 +168,7 @@ def test_rounds_are_evaluated_with_personal_values(tmp_path: Path) -> None:
     assert rows[2, "jiangxi"] < rows[3, "jiangxi"] < rows[4, "jiangxi"]
 
 
-def test_an_interrupted_study_finds_the_personal_values_again(tmp_path: Path) -> None:
+def test_resumed_study_finds_the_personal_values(tmp_path: Path) -> None:
     whole = run(tmp_path, STUDY_OWN, out="whole")
 
     class Stop(BaseException):
@@ -206,7 +206,7 @@ def test_with_secure_aggregation_the_values_are_stored_once_a_round(tmp_path: Pa
         )
 
 
-def test_a_damaged_file_stops_the_site_and_its_path_stays_there(tmp_path: Path) -> None:
+def test_damaged_file_stops_the_site_and_its_path_is_not_reported(tmp_path: Path) -> None:
     def damage(node: int, task: Message, reply: Message) -> Message:
         if node == 101 and task.metadata.message_type == "train":
             (file,) = (tmp_path / "audit" / "personal" / "bccd").glob("*.safetensors")
@@ -275,7 +275,7 @@ def test_a_study_s_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert state.path.parent == tmp_path and ".." not in state.path.name
 
 
-def test_a_run_folder_that_was_moved_is_known_by_its_key(tmp_path: Path) -> None:
+def test_moved_run_folder_is_recognized_by_its_key(tmp_path: Path) -> None:
     folder = run(tmp_path, STUDY_OWN)
     key = folder.key
     moved = folder.path.rename(tmp_path / "moved")

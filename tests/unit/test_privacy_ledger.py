@@ -26,7 +26,7 @@ def spend(ledger: PrivacyLedger, round: int = 1, study: str = "cells", budget: f
     return ledger.charge(entry(round, study), PRIVACY, budget=budget, delta=1e-5)
 
 
-def test_what_was_spent_is_there_for_the_next_process(tmp_path: Path) -> None:
+def test_spent_budget_is_visible_to_the_next_process(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "privacy.jsonl"
     first = spend(PrivacyLedger(path))
     second = spend(PrivacyLedger(path), 2)
@@ -34,7 +34,7 @@ def test_what_was_spent_is_there_for_the_next_process(tmp_path: Path) -> None:
     assert PrivacyLedger(path).entries() == [entry(1), entry(2)]
 
 
-def test_a_spent_budget_refuses_and_writes_nothing(tmp_path: Path) -> None:
+def test_exhausted_budget_refuses_and_writes_nothing(tmp_path: Path) -> None:
     ledger, rounds = PrivacyLedger(tmp_path / "privacy.jsonl"), 0
     with pytest.raises(PrivacyBudgetSpent, match="study 'cells' would spend epsilon 4"):
         for rounds in range(1000):
@@ -73,7 +73,7 @@ def test_a_changed_ledger_stops_private_training(damage: str, tmp_path: Path) ->
         spend(ledger, 4)
 
 
-def test_a_line_that_was_being_written_when_the_power_went_does_not_count(tmp_path: Path) -> None:
+def test_torn_last_line_is_ignored(tmp_path: Path) -> None:
     ledger = PrivacyLedger(tmp_path / "privacy.jsonl")
     spend(ledger, 1)
     head = ledger.path.with_name("privacy.jsonl.head")

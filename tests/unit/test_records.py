@@ -63,7 +63,7 @@ def test_every_message_comes_back(message: object) -> None:
     assert repr(back) == repr(message)  # nan is not equal to itself, its name is
 
 
-def test_a_setup_is_a_cache_key_and_keeps_the_selection() -> None:
+def test_study_spec_is_a_cache_key_and_keeps_the_selection() -> None:
     back = from_record(HandshakeRequest, to_record(MESSAGES[0])).study
     assert back == SETUP and hash(back) == hash(SETUP)
     assert back.sigma == STUDY.sigma and back.data == STUDY.data

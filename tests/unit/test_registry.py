@@ -108,7 +108,7 @@ def test_a_changed_file_is_refused(registry: ModelRegistry, tmp_path: Path, file
     assert done.exit_code == 4
 
 
-def test_what_is_removed_added_or_exchanged_is_found(registry: ModelRegistry, tmp_path: Path) -> None:
+def test_removed_added_or_swapped_lines_are_detected(registry: ModelRegistry, tmp_path: Path) -> None:
     one, two = add(registry, tmp_path / "run", 0).path, add(registry, tmp_path / "run", 1).path
     (one / "extra.txt").write_text("x")
     assert "extra.txt" in registry.verify()[0]

@@ -76,7 +76,7 @@ def test_a_value_without_room_is_refused(value: float) -> None:
         to_integers(np.array([0.0, value]), weight=3, scale=8, bound=1)
 
 
-def test_what_leaves_a_site_looks_random_and_differs_with_everything_it_is_bound_to() -> None:
+def test_masked_update_looks_random_and_depends_on_its_context() -> None:
     zeros = np.zeros(20_000, np.uint32)
     first = masked(zeros, place(), "east")
     shares = np.bincount(first.view(np.uint8), minlength=256) / first.nbytes
@@ -98,7 +98,7 @@ def test_a_mask_is_bound_to_its_whole_cohort() -> None:
     assert other_key.info != place().info
 
 
-def test_one_change_at_two_scales_is_never_under_one_mask() -> None:
+def test_one_update_at_two_scales_is_never_under_one_mask() -> None:
     """Else the difference of the two would be the change, times the difference of the scales."""
     for other in (replace(place(), bound=8.0), replace(place(), most_examples=32)):
         zeros = np.zeros(1000, np.uint32)
@@ -149,7 +149,7 @@ SERVERS = X25519PrivateKey.generate().public_key().public_bytes_raw()
         (swap(place(), 0, key=SERVERS), "not in the cohort with the key that it sent"),
     ],
 )
-def test_a_server_in_the_middle_is_noticed(where: MaskContext, words: str) -> None:
+def test_man_in_the_middle_is_detected(where: MaskContext, words: str) -> None:
     with pytest.raises(MaskingError, match=words):
         check_members(where, PUBLIC, me="east", key=own("east"))
 

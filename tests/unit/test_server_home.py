@@ -118,7 +118,7 @@ def test_an_authority_signs_nothing_with_a_strange_key_or_after_its_end() -> Non
 @pytest.mark.parametrize(
     ("key", "value"), [("address", "fl.example.org"), ("superlink", "x:99999"), ("proxy", "apache")]
 )
-def test_a_setting_that_does_not_do_is_refused(key: str, value: str) -> None:
+def test_invalid_setting_is_refused(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=key):
         ServerConfig(**{**CONFIG.__dict__, key: value})
 
@@ -145,7 +145,7 @@ def test_a_site_joins_by_two_files(enrolment: Enrolment, control: FakeControl, t
         enrolment.admit(keys)
 
 
-def test_nobody_joins_uninvited_or_by_an_old_invitation(
+def test_enrolment_needs_a_current_invitation(
     enrolment: Enrolment, control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, first = join(enrolment, tmp_path)
@@ -209,7 +209,7 @@ def test_a_revoked_site_is_out_and_the_others_are_not(
     assert kinds == ["site_invited", "site_admitted", "site_invited", "site_admitted", "site_revoked"]
 
 
-def test_a_node_is_the_site_that_was_let_in(
+def test_node_is_mapped_to_its_enrolled_site(
     enrolment: Enrolment, server: ServerHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ServerDatabase.from_environment() is None

@@ -30,7 +30,7 @@ LAYOUT = Layout(
 SHIFT = np.array([1, -3, 1 / 3, -1, 2, 2, -3, 0], np.float32)
 
 
-def test_a_cell_is_the_mean_magnitude_of_all_values_of_its_matrices() -> None:
+def test_cell_is_the_mean_magnitude_of_its_matrices() -> None:
     image, text = shift_magnitudes(SHIFT, LAYOUT)
     assert (image.tower, image.parts, image.layers) == ("image", ("q", "mlp"), (0, 2))
     np.testing.assert_allclose(image.values, [[2, 1 / 3], [np.nan, 2]], rtol=1e-6)

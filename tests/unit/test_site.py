@@ -118,7 +118,7 @@ def test_a_real_site_uses_its_own_images_name_and_backbone(ask: Any, tmp_path: P
         ({"shift": b"\0" * 100}, "CodecError"),
     ],
 )
-def test_what_goes_beyond_the_policy_is_refused(ask: Any, tmp_path: Path, change: dict, reason: str) -> None:
+def test_tasks_beyond_the_policy_are_refused(ask: Any, tmp_path: Path, change: dict, reason: str) -> None:
     reply = ask(dataclasses.replace(TASK, **change))
     assert reply.has_error() and reply.error.reason == reason
     assert reason in (tmp_path / "audit.jsonl").read_text()
@@ -210,13 +210,13 @@ def test_without_an_identity_a_site_offers_no_key(ask: Any) -> None:
 
 
 @pytest.mark.parametrize(("line", "explained"), [("", False), ("allow_explanation: true\n", True)])
-def test_a_site_says_whether_its_shift_may_be_explained(ask: Any, line: str, explained: bool) -> None:
+def test_site_states_whether_its_shift_may_be_explained(ask: Any, line: str, explained: bool) -> None:
     hello = HandshakeRequest(protocol=protocol.PROTOCOL, study=SETUP, fingerprint=FINGERPRINT.to_json())
     said = protocol.from_record(HandshakeReply, ask(hello, protocol.HANDSHAKE, POLICY + line).content)
     assert (said.allow_explanation, said.version) == (explained, __version__)
 
 
-def test_a_peers_key_that_is_none_is_named(tmp_path: Path) -> None:
+def test_invalid_peer_key_is_named(tmp_path: Path) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(POLICY + "peers: {north: abc}\n")
     with pytest.raises(ConfigError, match=r"peers\.north is 'abc', expected 64 hex digits"):

@@ -164,6 +164,6 @@ def test_writing_and_reading_gives_the_same_study(study: StudyConfig) -> None:
 
 
 @given(st.text())
-def test_any_text_reads_or_says_why_not(text: str) -> None:
+def test_any_text_is_parsed_or_refused_with_the_reason(text: str) -> None:
     with contextlib.suppress(ConfigError):
         StudyConfig.from_yaml(text)

@@ -112,7 +112,7 @@ def test_trackers_receive_settings_rounds_results_and_files(tmp_path: Path, use:
 
 
 @pytest.mark.usefixtures("fake_method")
-def test_a_failed_run_is_told_as_failed(tmp_path: Path, use: Callable) -> None:
+def test_failed_run_is_reported_as_failed(tmp_path: Path, use: Callable) -> None:
     heard = FakeTracker()
     use(mlflow=heard)
     with pytest.raises(WrongSiteCount):
@@ -154,7 +154,7 @@ class Raising(FakeTracker):
         (("close",), KeyboardInterrupt),
     ],
 )
-def test_a_tracker_that_raises_is_noted_once_by_its_type_and_the_run_goes_on(
+def test_failing_tracker_is_logged_once_and_the_run_continues(
     tmp_path: Path, use: Callable, methods: tuple[str, ...], error: type[BaseException]
 ) -> None:
     sound = FakeTracker()
