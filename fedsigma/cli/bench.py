@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fedsigma.common.utils.errors import PROBLEMS, InputError
-from fedsigma.server.paper import NO_END, ROUNDS
+from fedsigma.common.utils.errors import INTERRUPTED, PROBLEMS, InputError
+from fedsigma.server.paper import MAX_ROUNDS, NO_STEP_LIMIT
 
 if TYPE_CHECKING:
-    from fedsigma.server.paper.runner import CellSettings, Outcome
+    from fedsigma.server.paper.runner import TableResults
     from fedsigma.server.paper.sets import TableSets
+    from fedsigma.server.paper.study_builder import CellSettings
     from fedsigma.server.paper.tables import PaperTable
 
 __all__ = ["app"]
@@ -51,8 +52,10 @@ def paper(
         str, typer.Option(help="Comma-separated training images a class; few-shot tables only.")
     ] = "1,2,4,8,16",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "1,2,3",
-    rounds: Annotated[int, typer.Option(min=1, help="Most rounds of a federated run.")] = ROUNDS,
-    most_steps: Annotated[int, typer.Option(min=1, help="Most steps a site, for a quick try.")] = NO_END,
+    rounds: Annotated[int, typer.Option(min=1, help="Most rounds of a federated run.")] = MAX_ROUNDS,
+    most_steps: Annotated[
+        int, typer.Option(min=1, help="Most steps a site, for a quick try.")
+    ] = NO_STEP_LIMIT,
     backbone: Annotated[str, typer.Option(help="Backbone instead of that of the sets' cards.")] = "",
     change: Annotated[
         list[str] | None,
@@ -81,96 +84,92 @@ def paper(
     Example: fedsigma bench paper --table fewshot-biomedical --data sets --setting central,dirichlet-0.1
     """
     from fedsigma.server.paper.results import ResultsDatabase
-    from fedsigma.server.paper.runner import CellSettings, run_cells, select_share
+    from fedsigma.server.paper.runner import check_settings, run_cells, select_share
     from fedsigma.server.paper.sets import find_sets
-    from fedsigma.server.paper.study_builder import read_overrides
+    from fedsigma.server.paper.study_builder import CellSettings, read_overrides
     from fedsigma.server.paper.tables import list_cells, parse_settings
 
-    chosen = _table(table)
+    paper_table = _find_table(table)
     settings = parse_settings(
-        _words(setting),
-        sites=_whole("sites", sites),
-        participation=_shares(participation),
+        _split(setting),
+        sites=_parse_integers("sites", sites),
+        participation=_parse_shares(participation),
         pooled=pooled,
     )
-    numbers, draws = _whole("shots", shots), _whole("seeds", seeds)
-    recipe = CellSettings(
-        backbone=backbone, rounds=rounds, most_steps=most_steps, overrides=read_overrides(change or [])
+    shot_counts, seed_list = _parse_integers("shots", shots), _parse_integers("seeds", seeds)
+    cell_settings = CellSettings(
+        backbone=backbone, rounds=rounds, max_steps=most_steps, overrides=read_overrides(change or [])
     )
-    sets = find_sets(chosen, data.expanduser(), _words(datasets))
-    _print_missing(sets)
-    _check_differences(sets, allow_differences)
-    names = [one.name for one in sets.evaluated]
-    cells = list(list_cells(chosen, names, settings=settings, shots=numbers, seeds=draws))
+    sets = find_sets(paper_table, data.expanduser(), _split(datasets))
+    _check_sets(sets, allow_differences)
+    names = [published.name for published in sets.evaluated]
+    cells = list(list_cells(paper_table, names, settings=settings, shots=shot_counts, seeds=seed_list))
     selected = select_share(cells, share)
-    by_name = {one.name: one for one in sets.found}
-    recipe.check(cells, by_name)
+    by_name = {published.name: published for published in sets.found}
+    check_settings(cells, by_name, cell_settings)
     for option, folder in (("out", out), ("json", as_json.parent if as_json else out)):
-        _make(option, folder)
-    results = ResultsDatabase(database or (out / "results.sqlite").resolve())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--{option}: {folder} cannot be created ({error.strerror}): name another folder"
+            ) from error
+    results_database = ResultsDatabase(database or (out / "results.sqlite").resolve())
     run = set() if show else selected
     try:
-        outcome = run_cells(cells, by_name, results, recipe, out.resolve() / "runs", run=run)
+        results = run_cells(cells, by_name, results_database, cell_settings, out.resolve() / "runs", run=run)
     except KeyboardInterrupt:
         typer.echo(
             "Interrupted. The same command resumes; with --show it prints the finished results.", err=True
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     finally:
-        results.close()
-    _write(table, sets, recipe, outcome, out, as_json)
-    if outcome.done < len(cells):
+        results_database.close()
+    _write(table, sets, cell_settings, results, out, as_json)
+    if results.done < len(cells):
         raise typer.Exit(PROBLEMS)
 
 
-def _make(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--{option}: {folder} cannot be created ({error.strerror}): name another folder"
-        ) from error
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _whole(name: str, text: str) -> list[int]:
-    words = _words(text)
-    if not words or not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
+def _parse_integers(name: str, text: str) -> list[int]:
+    parts = _split(text)
+    if not parts or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"--{name} is '{text}', expected comma-separated whole numbers above 0")
-    return list(dict.fromkeys(map(int, words)))
+    return list(dict.fromkeys(map(int, parts)))
 
 
-def _shares(text: str) -> list[float]:
+def _parse_shares(text: str) -> list[float]:
     try:
-        found = [float(word) for word in _words(text)]
+        shares = [float(part) for part in _split(text)]
     except ValueError:
-        found = []
-    if not found:
+        shares = []
+    if not shares:
         raise InputError(f"--participation is '{text}', expected comma-separated shares, such as 1,0.1")
-    return found
+    return shares
 
 
-def _table(name: str) -> PaperTable:
+def _find_table(name: str) -> PaperTable:
+    """Return the table of this name; `list` prints all names and exits."""
     from fedsigma.common.config.schema import did_you_mean
     from fedsigma.server.paper.tables import TABLES
 
     if name == "list":
-        for one, table in TABLES.items():
-            typer.echo(f"{one:<26} {table.title}")
+        for key, table in TABLES.items():
+            typer.echo(f"{key:<26} {table.title}")
         raise typer.Exit
     if name not in TABLES:
         raise InputError(f"there is no table '{name}'{did_you_mean(name, TABLES)}")
     return TABLES[name]
 
 
-def _print_missing(sets: TableSets) -> None:
-    """Print the sets that are missing.
+def _check_sets(sets: TableSets, allow_differences: bool) -> None:
+    """Print the sets that are missing, and the differences from the cards.
 
     Raises:
-        CardError: No set was found, or none to train on, or none to evaluate on.
+        CardError: There is no set to train or evaluate on, or differences are not allowed.
     """
     from fedsigma.common.data.catalog import CardError
 
@@ -178,20 +177,10 @@ def _print_missing(sets: TableSets) -> None:
         typer.echo(f"Left out: {name}: {reason}", err=True)
     if not (sets.trained and sets.evaluated):
         raise CardError("no set of this table was found, or not the one to train on: check --data")
-
-
-def _check_differences(sets: TableSets, allowed: bool) -> None:
-    """Print the differences from the cards.
-
-    Raises:
-        CardError: There are differences, and they are not allowed.
-    """
-    from fedsigma.common.data.catalog import CardError
-
-    for one in sets.found:
-        for line in one.differs:
-            typer.echo(f"{one.name}: {line}", err=True)
-    if any(one.differs for one in sets.found) and not allowed:
+    differences = [f"{published.name}: {line}" for published in sets.found for line in published.differences]
+    for difference in differences:
+        typer.echo(difference, err=True)
+    if differences and not allow_differences:
         raise CardError(
             "these are not the published sets, so results on them are not comparable with the paper's:"
             " repair them, or use them with --allow-differences"
@@ -199,55 +188,57 @@ def _check_differences(sets: TableSets, allowed: bool) -> None:
 
 
 def _write(
-    name: str, sets: TableSets, recipe: CellSettings, outcome: Outcome, out: Path, as_json: Path | None
+    name: str, sets: TableSets, settings: CellSettings, results: TableResults, out: Path, as_json: Path | None
 ) -> None:
     """Print the table and write it as Markdown, CSV and JSON."""
     from fedsigma.common.utils.files import write_atomic
     from fedsigma.server.paper.markdown import build_blocks, flatten_blocks, render_markdown
 
-    blocks = build_blocks(sets.table, outcome.cells, [one.name for one in sets.evaluated], sets.averaged)
+    blocks = build_blocks(sets.table, results.cells, [s.name for s in sets.evaluated], sets.averaged)
     entries = flatten_blocks(blocks)
-    text = render_markdown(sets.table, blocks, notes=_notes(sets, recipe, outcome))
+    text = render_markdown(sets.table, blocks, notes=_notes(sets, settings, results))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(entries[0]))
     writer.writeheader()
-    writer.writerows(entry | {"seeds": " ".join(map(repr, entry["seeds"]))} for entry in entries)  # type: ignore[call-overload]
+    writer.writerows(entry | {"seeds": " ".join(map(repr, entry["seeds"]))} for entry in entries)
     write_atomic(out / f"{name}.md", text.encode())
     write_atomic(out / f"{name}.csv", stream.getvalue().encode())
     if as_json:
-        content = {"table": name, "cells": len(outcome.cells), "done": outcome.done, "entries": entries}
+        content = {"table": name, "cells": len(results.cells), "done": results.done, "entries": entries}
         write_atomic(as_json, (json.dumps(content, indent=2) + "\n").encode())
     Console().print(Markdown(text))
-    typer.echo(f"{outcome.done} of {len(outcome.cells)} cells. Table: {out / name}.md")
+    typer.echo(f"{results.done} of {len(results.cells)} cells. Table: {out / name}.md")
 
 
-def _notes(sets: TableSets, recipe: CellSettings, outcome: Outcome) -> list[str]:
+def _notes(sets: TableSets, settings: CellSettings, results: TableResults) -> list[str]:
     """Return the notes below the table."""
     from fedsigma.server.paper.sets import published_on
 
     table, found, averaged = sets.table, sets.found, sets.averaged
-    backbones = sorted({study.backbone for study in outcome.studies.values()})
-    notes = [f"Accuracy on the test part in per cent, mean ± standard deviation over seeds. Backbone: "
-             f"{', '.join(backbones)}."]  # fmt: skip
-    own = sorted({one.backbone for one in found})
-    if changed := recipe.changed():
-        notes.append(f"With other settings than the table's: {', '.join(changed)}.")
-    if table.published and backbones == own and not changed:
+    backbones = sorted({study.backbone for study in results.studies.values()})
+    notes = [
+        "Accuracy on the test part in per cent, mean ± standard deviation over seeds."
+        f" Backbone: {', '.join(backbones)}."
+    ]
+    of_paper = sorted({published.backbone for published in found})
+    if changes := settings.describe_changes():
+        notes.append(f"With other settings than the table's: {', '.join(changes)}.")
+    if table.published and backbones == of_paper and not changes:
         averages = ", ".join(f"{column} {value:.2f}" for column, value in table.published.items())
         notes.append(f"Published average, central: {averages} (CLIP-SVD's README).")
         if set(averaged) != published_on(table):
             notes.append(
                 f"It is over other sets than the average here ({', '.join(averaged)}), so not to be compared."
             )
-    elif table.published and backbones != own:
-        notes.append(f"Not the paper's backbone ({', '.join(own)}), so not the paper's figures.")
-    if plain := [one.name for one in sets.trained if not one.publishes(table.protocol)]:
-        outside = "" if set(plain) & set(averaged) else " and in no average"
+    elif table.published and backbones != of_paper:
+        notes.append(f"Not the paper's backbone ({', '.join(of_paper)}), so not the paper's figures.")
+    if unpublished := [s.name for s in sets.trained if not s.has_protocol(table.protocol)]:
+        outside = "" if set(unpublished) & set(averaged) else " and in no average"
         notes.append(
             "No published configuration of this protocol, so with that of few-shot, or its commonest where"
-            f" there is none{outside}: {', '.join(plain)}."
+            f" there is none{outside}: {', '.join(unpublished)}."
         )
-    notes += [f"{one.name} differs from its card: {'; '.join(one.differs)}." for one in found if one.differs]
+    notes += [f"{s.name} differs from its card: {'; '.join(s.differences)}." for s in found if s.differences]
     if sets.missing:
         notes.append(f"Missing, so in no average: {', '.join(sets.missing)}.")
-    return notes + [f"Failed: {where}: {reason}" for where, reason in outcome.failures.items()]
+    return notes + [f"Failed: {cell}: {reason}" for cell, reason in results.failures.items()]

@@ -1,4 +1,4 @@
-"""The protocols of CLIP-SVD's paper over published data sets, in one place and federated, table by table."""
+"""The tables of CLIP-SVD's paper on published data sets: one module per step from a table to its results."""
 
-ROUNDS, NO_END = 60, 10**9
-"""The most rounds of a federated run, and the most steps of a site, unless others are asked for."""
+MAX_ROUNDS, NO_STEP_LIMIT = 60, 10**9
+"""Default limits of a federated run's rounds and of a site's optimiser steps."""

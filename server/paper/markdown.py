@@ -1,11 +1,12 @@
-"""The paper's form of a table: rows are settings, accuracies in per cent with mean and spread over seeds."""
+"""The printed form of a table: rows are settings, accuracies in per cent with mean and spread over seeds."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedsigma.server.paper.cell import Score
 from fedsigma.server.paper.tables import ZERO_SHOT, Cell, PaperTable
@@ -13,36 +14,48 @@ from fedsigma.server.paper.tables import ZERO_SHOT, Cell, PaperTable
 __all__ = ["AVERAGE", "Value", "build_blocks", "flatten_blocks", "render_markdown"]
 
 AVERAGE = "average"
-NOTHING = "–"
+NO_VALUE = "–"
 HARMONIC = "harmonic mean"
-
-Block = dict[str, dict[str, "Value"]]
-"""Row -> column -> value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """Accuracies of one entry, as shares of 1, one a seed. wanted: how many there are to be."""
+    """Accuracies of one entry.
+
+    Attributes:
+        seeds: Accuracy of each seed that has one, 0 to 1.
+        expected: Number of seeds.
+        mean_of: Base and novel values whose means' harmonic mean is the mean; None for the seeds' mean.
+    """
 
     seeds: tuple[float, ...]
-    wanted: int
+    expected: int
+    mean_of: tuple[Value, Value] | None = None
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
+        if self.mean_of is not None:
+            return _harmonic_mean(self.mean_of[0].mean, self.mean_of[1].mean)
         return statistics.fmean(self.seeds)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds (n - 1 in the denominator), None for one."""
+        """Standard deviation over the seeds (n - 1 in the denominator); None for one seed."""
         return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
 
     def __str__(self) -> str:
         if not self.seeds:
-            return NOTHING
-        told = f"{100 * self.mean:.1f}"
-        told += "" if self.spread is None else f" ± {100 * self.spread:.1f}"
-        return told if len(self.seeds) == self.wanted else f"{told} ({len(self.seeds)} of {self.wanted})"
+            return NO_VALUE
+        text = f"{100 * self.mean:.1f}"
+        text += "" if self.spread is None else f" ± {100 * self.spread:.1f}"
+        return text if len(self.seeds) == self.expected else f"{text} ({len(self.seeds)} of {self.expected})"
+
+
+Block = dict[str, dict[str, Value]]
+"""Row -> column -> value."""
+Accuracies = dict[str, dict[str, dict[int, float | None]]]
+"""Row -> column -> seed -> accuracy; None if it is missing."""
 
 
 def build_blocks(
@@ -51,142 +64,118 @@ def build_blocks(
     names: Sequence[str],
     averaged: Sequence[str],
 ) -> dict[str, Block]:
-    """A table's blocks: the average over sets first where there is more than one, then each set.
+    """Return a table's blocks: the average over sets first, if there are several, then each set.
 
     Args:
-        table: Which.
-        cells: All of the table, each with its scores, or None if it is not done.
-        names: The sets in order. A table that trains on one set has one block, with a column for each set.
-        averaged: Those of them that the average is over.
+        table: The table.
+        cells: All cells of the table, each with its scores, or None if it has none.
+        names: Names of the sets in order. A table that trains on one set has one block with a column a set.
+        averaged: Names of the sets in the average.
 
     Returns:
-        Title of the block -> row -> column -> value. An average is over the sets that have all their seeds'
-        values, seed by seed; it is left empty while one is missing, for it would not be comparable.
+        Title of the block -> row -> column -> value. An average has the seeds that all sets have.
     """
-    found: dict[str, dict[str, dict[str, dict[int, float | None]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(dict))
-    )
+    sets: dict[str, Accuracies] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for cell, scores in cells:
-        for block, column, value in _entries(table, cell, scores):
-            found[block][cell.row][column][cell.seed] = value
+        for column, accuracy in _accuracies(table, cell, scores or ()):
+            sets[cell.trained_on][cell.row][column][cell.seed] = accuracy
     if table.protocol == "few_shot":
-        _repeat_zero_shot(found.values())
+        _repeat_zero_shot(sets.values())
     if table.trained_on:
-        _add_mean_of_targets(table, found[table.trained_on])
-        return {table.title: _values(found[table.trained_on])}
-    blocks = {name: _values(found[name]) for name in names}
+        _add_mean_of_targets(table, sets[table.trained_on])
+        return {table.title: _to_block(sets[table.trained_on])}
+    blocks = {name: _to_block(sets[name]) for name in names}
     if len(averaged) > 1:
-        blocks = {AVERAGE: _values(_average([found[name] for name in averaged]))} | blocks
-    return {name: _with_harmonic_mean(block) for name, block in blocks.items()}
+        blocks = {AVERAGE: _to_block(_average([sets[name] for name in averaged]))} | blocks
+    return blocks
 
 
-def _entries(
-    table: PaperTable, cell: Cell, scores: list[Score] | None
-) -> Iterable[tuple[str, str, float | None]]:
-    """Block, column and accuracy of everything that a cell tells."""
+def _accuracies(table: PaperTable, cell: Cell, scores: Sequence[Score]) -> Iterator[tuple[str, float | None]]:
+    """Yield the column and accuracy of each entry of a cell."""
     if table.protocol == "few_shot":
-        value = scores[0].scores["accuracy"] if scores else None
-        yield cell.trained_on, str(cell.shots), value
-    elif table.protocol == "base_to_novel":
-        by_half = {one.half: one.scores["accuracy"] for one in scores or ()}
-        for half in ("base", "novel"):
-            yield cell.trained_on, half, by_half.get(half)
-    else:
-        by_set = {one.judged_on: one.scores["accuracy"] for one in scores or ()}
-        for name in cell.judged_on:
-            yield cell.trained_on, name, by_set.get(name)
+        yield str(cell.shots), scores[0].scores["accuracy"] if scores else None
+        return
+    halves = table.protocol == "base_to_novel"
+    by_column = {s.half if halves else s.evaluated_on: s.scores["accuracy"] for s in scores}
+    for column in ("base", "novel") if halves else cell.evaluated_on:
+        yield column, by_column.get(column)
 
 
-Found = dict[str, dict[str, dict[int, float | None]]]
-
-
-def _repeat_zero_shot(blocks: Iterable[Found]) -> None:
-    """Put the accuracy without training under every number of shots, as the field's tables do."""
-    for rows in blocks:
+def _repeat_zero_shot(sets: Iterable[Accuracies]) -> None:
+    """Repeat the accuracy without training in each column, as is usual in few-shot tables."""
+    for rows in sets:
         columns = dict.fromkeys(c for row, values in rows.items() if row != ZERO_SHOT for c in values)
         if columns and ZERO_SHOT in rows:
             (value,) = rows[ZERO_SHOT].values()
             rows[ZERO_SHOT] = dict.fromkeys(columns, value)
 
 
-def _values(found: Found) -> Block:
-    return {
-        row: {
-            column: Value(seeds=tuple(v for v in by_seed.values() if v is not None), wanted=len(by_seed))
-            for column, by_seed in columns.items()
+def _to_block(rows: Accuracies) -> Block:
+    """Return the values, with the harmonic mean of base and novel classes (Xian et al. 2017)."""
+    block: Block = {}
+    for row, columns in rows.items():
+        block[row] = values = {
+            column: Value(seeds=tuple(v for v in seeds.values() if v is not None), expected=len(seeds))
+            for column, seeds in columns.items()
         }
-        for row, columns in found.items()
-    }
-
-
-def _average(sets: Sequence[Found]) -> Found:
-    """Over sets, seed by seed; None where one is missing."""
-    rows = list(dict.fromkeys(row for one in sets for row in one))
-    result: Found = {}
-    for row in rows:
-        columns = list(dict.fromkeys(column for one in sets for column in one.get(row, {})))
-        result[row] = {}
-        for column in columns:
-            by_seed = [one.get(row, {}).get(column, {}) for one in sets]
-            seeds = list(dict.fromkeys(seed for values in by_seed for seed in values))
-            result[row][column] = {seed: _mean([v.get(seed) for v in by_seed]) for seed in seeds}
-    return result
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
-
-
-def _add_mean_of_targets(table: PaperTable, found: Found) -> None:
-    """The column `average`: over the sets that were not trained on, as the field's tables have it."""
-    for columns in found.values():
-        targets = [by_seed for name, by_seed in columns.items() if name != table.trained_on]
-        if len(targets) > 1:
-            columns[AVERAGE] = {seed: _mean([one.get(seed) for one in targets]) for seed in targets[0]}
-
-
-def _with_harmonic_mean(block: Block) -> Block:
-    """Add 2bn / (b + n) of the mean accuracies on base and novel classes b and n, as the field reckons it.
-
-    Xian et al. 2017; of averages over sets, it is the harmonic mean of the averages.
-    """
-    for columns in block.values():
-        if {"base", "novel"} <= set(columns):
-            base, novel = columns["base"], columns["novel"]
-            pairs = list(zip(base.seeds, novel.seeds, strict=False))
-            per_seed = [2 * b * n / (b + n) if b + n else 0.0 for b, n in pairs]
-            columns[HARMONIC] = _Harmonic(seeds=tuple(per_seed), wanted=base.wanted, of=(base, novel))
+        if {"base", "novel"} <= set(values):
+            base, novel = values["base"], values["novel"]
+            seeds = tuple(map(_harmonic_mean, base.seeds, novel.seeds))
+            values[HARMONIC] = Value(seeds=seeds, expected=base.expected, mean_of=(base, novel))
     return block
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Harmonic(Value):
-    """Its mean is that of the means; its spread that of the seeds' own."""
+def _harmonic_mean(base: float, novel: float) -> float:
+    return 2 * base * novel / (base + novel) if base + novel else 0.0
 
-    of: tuple[Value, Value]
 
-    @property
-    def mean(self) -> float:
-        base, novel = (one.mean for one in self.of)
-        return 2 * base * novel / (base + novel) if base + novel else 0.0
+def _average(sets: Sequence[Accuracies]) -> Accuracies:
+    """Return the averages over sets, seed by seed; None where one is missing."""
+    averages: Accuracies = {}
+    for row in dict.fromkeys(row for rows in sets for row in rows):
+        averages[row] = {}
+        for column in dict.fromkeys(column for rows in sets for column in rows.get(row, {})):
+            by_set = [rows.get(row, {}).get(column, {}) for rows in sets]
+            averages[row][column] = _average_seeds(
+                by_set, dict.fromkeys(s for seeds in by_set for s in seeds)
+            )
+    return averages
+
+
+def _average_seeds(
+    by_set: Sequence[dict[int, float | None]], seeds: Iterable[int]
+) -> dict[int, float | None]:
+    averages: dict[int, float | None] = {}
+    for seed in seeds:
+        values = [by_seed.get(seed) for by_seed in by_set]
+        present = [value for value in values if value is not None]
+        averages[seed] = statistics.fmean(present) if present and len(present) == len(values) else None
+    return averages
+
+
+def _add_mean_of_targets(table: PaperTable, rows: Accuracies) -> None:
+    """Add the column `average` over the sets that models were not trained on."""
+    for columns in rows.values():
+        targets = [by_seed for name, by_seed in columns.items() if name != table.trained_on]
+        if len(targets) > 1:
+            columns[AVERAGE] = _average_seeds(targets, targets[0])
 
 
 def render_markdown(table: PaperTable, blocks: dict[str, Block], *, notes: Sequence[str] = ()) -> str:
-    """The whole table as text, notes at its end."""
+    """Return the table as Markdown, with the notes at its end."""
     lines = [f"## {table.title}", ""]
     for name, block in blocks.items():
         columns = list(dict.fromkeys(column for values in block.values() for column in values))
         lines += [f"### {name}", ""] if len(blocks) > 1 else []
         lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for row, values in block.items():
-            lines.append(f"| {row} | " + " | ".join(str(values.get(c, NOTHING)) for c in columns) + " |")
+            lines.append(f"| {row} | " + " | ".join(str(values.get(c, NO_VALUE)) for c in columns) + " |")
         lines.append("")
     return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
 
 
-def flatten_blocks(blocks: dict[str, Block]) -> list[dict[str, object]]:
-    """One line an entry, for CSV and JSON: block, row, column, mean, spread, seeds, how many were wanted."""
+def flatten_blocks(blocks: dict[str, Block]) -> list[dict[str, Any]]:
+    """Return one dictionary an entry, for CSV and JSON."""
     return [
         {
             "block": block,
@@ -195,7 +184,7 @@ def flatten_blocks(blocks: dict[str, Block]) -> list[dict[str, object]]:
             "mean": value.mean if value.seeds else None,
             "spread": value.spread,
             "seeds": list(value.seeds),
-            "wanted": value.wanted,
+            "expected": value.expected,
         }
         for block, rows in blocks.items()
         for row, columns in rows.items()

@@ -1,10 +1,10 @@
-"""The results database: one row a trained cell, one a score, in SQLite or any database of SQLAlchemy's."""
+"""The results database: a row per trained cell and one per score, in any database of SQLAlchemy's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from fedsigma.common import __version__
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import DataConfig, StudyConfig
-from fedsigma.server.paper.cell import CellResult, Score
+from fedsigma.server.paper.cell import Score, TrainingCost
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell
 
@@ -45,7 +45,7 @@ _SCORES = sa.Table(
     "scores",
     _METADATA,
     sa.Column("key", sa.ForeignKey("cells.key", ondelete="CASCADE"), primary_key=True),
-    sa.Column("judged_on", sa.String(80), primary_key=True),
+    sa.Column("evaluated_on", sa.String(80), primary_key=True),
     sa.Column("half", sa.String(10), primary_key=True),
     sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("images", sa.Integer, nullable=False),
@@ -55,55 +55,51 @@ _SCORES = sa.Table(
 
 
 def cell_key(cell: Cell, study: StudyConfig, trained_on: PublishedSet) -> str:
-    """Return a digest of what a cell trains: its settings and lists of images.
+    """Return a digest of what a cell's training depends on: its settings and lists of images.
 
-    The location of a set does not count. Other settings, or a set whose classes, images or sites have
-    changed, give another key. The sets that evaluate the model are not part of it, since the same model may
-    later be evaluated on further sets. Settings with default values are left out, so that later versions with
-    more settings find the cell again.
+    Left out are the location of the set, the sets that evaluate the model, since there may later be more of
+    them, and settings with default values, so that later versions with more settings find the cell.
     """
-    # The locations of the sets are left out; the sets themselves are identified below.
     data = DataConfig(source=study.data.source) if study.data else None
     plain = StudyConfig(name=study.name, backbone="any", classes=study.classes, data=data)
-    content = _other_than(asdict(plain), asdict(study))
+    content = _different(asdict(plain), asdict(study))
     content.get("data", {}).get("options", {}).pop("root", None)
     data_of_set = [trained_on.classes, trained_on.digest]
     identity = [cell.protocol, cell.trained_on, cell.row, cell.shots, cell.seed]
     return hashlib.sha256(json.dumps([identity, content, data_of_set], sort_keys=True).encode()).hexdigest()
 
 
-def _shown(url: str) -> str:
-    """Return a URL without its password."""
+def _different(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of nested settings that differ from the defaults."""
+    different = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            value = _different(default, value) or default
+        if value != default:
+            different[name] = value
+    return different
+
+
+def _without_password(url: str) -> str:
     try:
         return sa.make_url(url).render_as_string(hide_password=True)
     except sa.exc.ArgumentError:
         return f"'{url}'"
 
 
-def _other_than(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of nested settings that differ."""
-    changed = {}
-    for name, value in values.items():
-        default = defaults.get(name)
-        if isinstance(value, dict) and isinstance(default, dict):
-            value = _other_than(default, value) or default
-        if value != default:
-            changed[name] = value
-    return changed
-
-
 class ResultsDatabase:
     """Database of the finished cells.
 
     Args:
-        place: An SQLite file, created if missing, or an SQLAlchemy URL.
+        location: An SQLite file, created if missing, or an SQLAlchemy URL.
 
     Raises:
         ConfigError: The database cannot be used.
     """
 
-    def __init__(self, place: Path | str) -> None:
-        url = place if isinstance(place, str) else f"sqlite:///{place}"
+    def __init__(self, location: Path | str) -> None:
+        url = location if isinstance(location, str) else f"sqlite:///{location}"
         try:
             # A run may take hours, during which a server drops the connection.
             self._engine = sa.create_engine(url, pool_pre_ping=True)
@@ -114,7 +110,7 @@ class ResultsDatabase:
         except (sa.exc.SQLAlchemyError, ImportError) as error:
             reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
             raise ConfigError(
-                f"the results database {_shown(url)} cannot be used ({reason}): expected an"
+                f"the results database {_without_password(url)} cannot be used ({reason}): expected an"
                 " SQLAlchemy URL of a writable database, such as sqlite:///results.sqlite"
             ) from error
 
@@ -125,17 +121,23 @@ class ResultsDatabase:
             key: Key of the cell.
             digests: Digest of each set's lists of images, by name.
         """
-        query = sa.select(_SCORES).where(_SCORES.c.key == key)
         with self._engine.connect() as connection:
-            rows = connection.execute(query).all()
+            rows = connection.execute(sa.select(_SCORES).where(_SCORES.c.key == key)).all()
         return [
-            Score(judged_on=r.judged_on, half=r.half, images=r.images, scores=json.loads(r.scores))
+            Score(evaluated_on=r.evaluated_on, half=r.half, images=r.images, scores=json.loads(r.scores))
             for r in rows
-            if digests.get(r.judged_on) == r.digest
+            if digests.get(r.evaluated_on) == r.digest
         ]
 
     def save(
-        self, key: str, cell: Cell, study: StudyConfig, done: CellResult, digests: Mapping[str, str]
+        self,
+        key: str,
+        cell: Cell,
+        study: StudyConfig,
+        scores: Sequence[Score],
+        cost: TrainingCost,
+        seconds: float,
+        digests: Mapping[str, str],
     ) -> None:
         """Save a finished cell, or further scores of it, in one transaction."""
         row = {
@@ -146,34 +148,30 @@ class ResultsDatabase:
             "shots": cell.shots,
             "seed": cell.seed,
             "backbone": study.backbone,
-            "sites": done.sites,
-            "examples": done.examples,
-            "steps": done.steps,
-            "bytes_up": done.bytes_up,
-            "seconds": round(done.seconds, 2),
+            **asdict(cost),
+            "seconds": round(seconds, 2),
             "version": __version__,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "study": study.to_yaml(),
         }
-        scores = [
-            {
+        score_rows = [
+            asdict(score)
+            | {
                 "key": key,
-                "judged_on": one.judged_on,
-                "half": one.half,
-                "digest": digests[one.judged_on],
-                "images": one.images,
-                "accuracy": one.scores.get("accuracy"),
-                "scores": json.dumps(one.scores),
+                "digest": digests[score.evaluated_on],
+                "accuracy": score.scores.get("accuracy"),
+                "scores": json.dumps(score.scores),
             }
-            for one in done.scores
+            for score in scores
         ]
+        names = {score.evaluated_on for score in scores}
         with self._engine.begin() as connection:
             if connection.execute(sa.select(_CELLS.c.key).where(_CELLS.c.key == key)).first() is None:
                 connection.execute(sa.insert(_CELLS), row)
-            names = {one.judged_on for one in done.scores}
-            old = sa.delete(_SCORES).where(_SCORES.c.key == key, _SCORES.c.judged_on.in_(names))
-            connection.execute(old)
-            connection.execute(sa.insert(_SCORES), scores)
+            connection.execute(
+                sa.delete(_SCORES).where(_SCORES.c.key == key, _SCORES.c.evaluated_on.in_(names))
+            )
+            connection.execute(sa.insert(_SCORES), score_rows)
 
     def close(self) -> None:
         """Close the connections."""

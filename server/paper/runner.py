@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedsigma.common.config.schema import flatten
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.data.records import DataError
 from fedsigma.common.data.sources.site_data import NoImages
@@ -19,68 +18,20 @@ from fedsigma.common.training.classifier import TrainingError
 from fedsigma.common.utils.errors import InputError
 from fedsigma.server.federation.rounds import NoModel
 from fedsigma.server.federation.site_manager import TooFewSites
-from fedsigma.server.paper import NO_END, ROUNDS
 from fedsigma.server.paper.cell import Score, run_cell
 from fedsigma.server.paper.results import ResultsDatabase, cell_key
 from fedsigma.server.paper.sets import PublishedSet
-from fedsigma.server.paper.study_builder import build_study
+from fedsigma.server.paper.study_builder import CellSettings, build_study
 from fedsigma.server.paper.tables import Cell
 
-__all__ = ["CellSettings", "Outcome", "run_cells", "select_share"]
+__all__ = ["TableResults", "check_settings", "run_cells", "select_share"]
 
 # Errors that concern one cell only.
 _FAILURES = (DataError, NoImages, TrainingError, NoModel, TooFewSites)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellSettings:
-    """Settings that all cells of a call share.
-
-    Attributes:
-        backbone: Backbone of the studies; empty for that of each set's card.
-        rounds: Most rounds of a federated run.
-        most_steps: Most optimiser steps of a site.
-        overrides: Settings by section, from `read_overrides`.
-    """
-
-    backbone: str
-    rounds: int
-    most_steps: int
-    overrides: Mapping[str, Any]
-
-    def changed(self) -> list[str]:
-        """Describe each difference from the table's own settings."""
-        changes = [f"{name} = {value}" for name, value in flatten(self.overrides)]
-        if self.rounds != ROUNDS:
-            changes.append(f"at most {self.rounds:,} rounds")
-        if self.most_steps != NO_END:
-            changes.append(f"at most {self.most_steps:,} steps a site")
-        return changes
-
-    def check(self, cells: Sequence[Cell], sets: Mapping[str, PublishedSet]) -> None:
-        """Check that the settings are compatible in every cell, before any is trained.
-
-        Raises:
-            ConfigError: They are not.
-        """
-        for cell in cells:
-            with suppress(*_FAILURES):  # an error of one cell is reported when it is reached
-                self.study(cell, sets)
-
-    def study(self, cell: Cell, sets: Mapping[str, PublishedSet]) -> StudyConfig:
-        """Return the study of a cell."""
-        return build_study(
-            cell,
-            sets[cell.trained_on],
-            backbone=self.backbone,
-            rounds=self.rounds,
-            most_steps=self.most_steps,
-            overrides=self.overrides,
-        )
-
-
 @dataclass
-class Outcome:
+class TableResults:
     """Results of a table.
 
     Attributes:
@@ -99,6 +50,17 @@ class Outcome:
         return sum(scores is not None for _, scores in self.cells)
 
 
+def check_settings(cells: Sequence[Cell], sets: Mapping[str, PublishedSet], settings: CellSettings) -> None:
+    """Check that the settings are compatible in every cell, before any is trained.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    for cell in cells:
+        with suppress(*_FAILURES):  # an error of one cell is reported when it is reached
+            build_study(cell, sets[cell.trained_on], settings)
+
+
 def select_share(cells: Sequence[Cell], share: str) -> set[Cell]:
     """Return the cells of one of several machines: '2/4' is the second of four.
 
@@ -114,49 +76,51 @@ def select_share(cells: Sequence[Cell], share: str) -> set[Cell]:
 def run_cells(
     cells: Sequence[Cell],
     sets: Mapping[str, PublishedSet],
-    results: ResultsDatabase,
-    recipe: CellSettings,
+    database: ResultsDatabase,
+    settings: CellSettings,
     folder: Path,
     *,
     run: set[Cell],
-) -> Outcome:
+) -> TableResults:
     """Run the cells that have no result yet, one after the other.
 
     Args:
         cells: All cells of the table.
         sets: Sets by name.
-        results: Database of finished cells.
-        recipe: Settings of all cells.
+        database: Database of finished cells.
+        settings: Settings of all cells.
         folder: Parent of the run folders of federated cells.
         run: Cells that this call may run; empty to run none.
 
     Returns:
         The results of all cells.
     """
-    outcome = Outcome()
-    console = Console(stderr=True)
+    results = TableResults()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("reading", total=len(cells))
         for cell in cells:
-            scores: list[Score] = []
             progress.update(bar, description=str(cell))
+            scores: list[Score] | None = None
             try:
-                study = recipe.study(cell, sets)
-                key = cell_key(cell, study, sets[cell.trained_on])
-                outcome.studies[key] = study
-                digests = {name: sets[name].digest for name in cell.judged_on}
-                scores = results.find(key, digests)
-                missing = [name for name in cell.judged_on if name not in {one.judged_on for one in scores}]
+                trained_on = sets[cell.trained_on]
+                study = build_study(cell, trained_on, settings)
+                key = cell_key(cell, study, trained_on)
+                results.studies[key] = study
+                digests = {name: sets[name].digest for name in cell.evaluated_on}
+                found = database.find(key, digests)
+                evaluated = {score.evaluated_on for score in found}
+                missing = [name for name in cell.evaluated_on if name not in evaluated]
                 if missing and cell in run:
-                    done = run_cell(cell, study, sets, folder / key[:16], missing)
-                    results.save(key, cell, study, done, digests)
-                    scores, missing = [*scores, *done.scores], []
+                    start = time.monotonic()
+                    added, cost = run_cell(cell, study, sets, folder / key[:16], missing)
+                    database.save(key, cell, study, added, cost, time.monotonic() - start, digests)
+                    found, missing = [*found, *added], []
+                scores = None if missing else found
             except _FAILURES as error:
                 # Other shots and seeds of a set and a setting mostly fail for the same reason.
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                outcome.failures.setdefault(f"{cell.trained_on}, {cell.row}", reason)
-                missing = list(cell.judged_on)
-            outcome.cells.append((cell, None if missing else scores))
+                results.failures.setdefault(f"{cell.trained_on}, {cell.row}", reason)
+            results.cells.append((cell, scores))
             progress.advance(bar)
-    return outcome
+    return results

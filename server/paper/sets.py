@@ -1,12 +1,12 @@
-"""Published sets as they lie on this machine: which are here, how they are opened, how they differ."""
+"""Published sets on this machine: which exist, how they are opened, how they differ from their cards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,26 @@ __all__ = ["UNPUBLISHED", "PublishedSet", "TableSets", "find_sets", "published_o
 
 _MEDMNIST = "medmnist"
 UNPUBLISHED = Protocol(learning_rate=0.007, weight_decay=0, epochs=100)
-"""For sets that CLIP-SVD publishes no configuration of: its commonest few-shot one of biomedical sets."""
+"""For sets without a published configuration: the commonest few-shot one of biomedical sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSet:
-    """One set that is on this machine.
+    """One set on this machine.
 
-    Fields: name; title; source and options, as a study's data section names it; classes, as they go into
-    prompts, in the order of the set's label numbers; template; protocols, the published configurations;
-    backbone, of the paper's study; digest, of the lists of training and test images; differs, what is
-    otherwise than on its card.
+    Attributes:
+        name: Name of the set.
+        source: Source, as in a study's data section.
+        classes: Class names for prompts, in the order of the set's labels.
+        template: Prompt template.
+        protocols: Published configurations.
+        backbone: Backbone of the paper's study.
+        digest: Digest of the lists of training and test images.
+        options: Options of the source.
+        differences: Differences from the set's card.
     """
 
     name: str
-    title: str
     source: str
     classes: tuple[str, ...]
     template: str
@@ -43,27 +48,27 @@ class PublishedSet:
     backbone: str
     digest: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    differs: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
-    def half(self, which: str | None) -> tuple[str, ...]:
-        """The classes: all, or those of the 'base' or 'novel' half."""
-        return self.classes if which is None else base_and_novel(self.classes)[which == "novel"]
+    def half(self, half: str | None) -> tuple[str, ...]:
+        """Return the classes of the `base` or `novel` half; None for all."""
+        return self.classes if half is None else base_and_novel(self.classes)[half == "novel"]
 
-    def prompts(self, which: str | None = None) -> tuple[str, ...]:
-        """The template filled with each class name."""
-        return tuple(self.template.format(name) for name in self.half(which))
+    def prompts(self, half: str | None) -> tuple[str, ...]:
+        """Return the prompt of each class of a half."""
+        return tuple(self.template.format(name) for name in self.half(half))
 
-    def records(self, part: str, which: str | None = None) -> tuple[Source, list[Record]]:
-        """The open source, and the records of one part, of all classes or of one half of them."""
-        source, wanted = _opened(self.source, *self.options.items()), set(self.half(which))
-        return source, [one for one in source.records if one.split == part and one.label in wanted]
+    def records(self, part: str, half: str | None) -> tuple[Source, list[Record]]:
+        """Return the open source, and the records of a part with the classes of a half."""
+        source, classes = _open_cached(self.source, *self.options.items()), set(self.half(half))
+        return source, [r for r in source.records if r.split == part and r.label in classes]
 
-    def publishes(self, protocol: str) -> bool:
-        """Whether there is a published configuration of a protocol on this set."""
+    def has_protocol(self, protocol: str) -> bool:
+        """Return whether a configuration of this protocol is published."""
         return self.protocols.of(protocol) is not None
 
     def protocol(self, name: str) -> Protocol:
-        """The published configuration of a protocol, or of few-shot, or what most biomedical sets have."""
+        """Return the published configuration of a protocol, of few-shot, or `UNPUBLISHED`."""
         return self.protocols.of(name) or self.protocols.few_shot or UNPUBLISHED
 
 
@@ -71,7 +76,10 @@ class PublishedSet:
 class TableSets:
     """A table's sets on this machine.
 
-    Fields: table; found, that of training first; missing, by name why a set is not here or cannot be read.
+    Attributes:
+        table: The table.
+        found: Sets, the one that models are trained on first.
+        missing: Reasons by name of the sets that are missing or cannot be read.
     """
 
     table: PaperTable
@@ -80,51 +88,55 @@ class TableSets:
 
     @property
     def evaluated(self) -> tuple[PublishedSet, ...]:
-        """Those that models are judged on: all but the one that every model is trained on."""
-        return tuple(one for one in self.found if one.name != self.table.trained_on)
+        """Sets that models are evaluated on, without the one that every model is trained on."""
+        return tuple(s for s in self.found if s.name != self.table.trained_on)
 
     @property
     def trained(self) -> tuple[PublishedSet, ...]:
-        """Those that models are trained on."""
-        return tuple(one for one in self.found if self.table.trained_on in ("", one.name))
+        """Sets that models are trained on."""
+        return tuple(s for s in self.found if self.table.trained_on in ("", s.name))
 
     @property
     def averaged(self) -> list[str]:
-        """The names of those in an average: with a published configuration; all, if none has one.
+        """Names of the sets in averages: those with a published configuration, or all if none has one.
 
-        The others are not in the paper's averages, and would spoil one: half of BUSI's three classes is a
-        single class, of which every model is right.
+        The others are not in the paper's averages and would distort them: half of BUSI's three classes is a
+        single class, on which every model has accuracy 1.
         """
-        published = [one.name for one in self.evaluated if one.publishes(self.table.protocol)]
-        return published or [one.name for one in self.evaluated]
+        published = [s.name for s in self.evaluated if s.has_protocol(self.table.protocol)]
+        return published or [s.name for s in self.evaluated]
 
 
 @lru_cache(maxsize=64)
-def _opened(source: str, *options: tuple[str, Any]) -> Any:
-    """A list of a million images takes seconds to read, and each cell needs it."""
+def _open_cached(source: str, *options: tuple[str, Any]) -> Any:
+    """Open a source once, since reading a list of a million images takes seconds and each cell needs it."""
     return open_source(source, **dict(options))
 
 
 def find_sets(table: PaperTable, root: Path, names: Sequence[str] = ()) -> TableSets:
-    """The sets of a table that are below a folder.
+    """Find the sets of a table below a folder.
 
     Args:
-        table: Its domain, and the set that training is on.
-        root: Each set is in a folder as its card calls it; MedMNIST's files are there, too.
-        names: Those wanted; by default all of the table's cards. `medmnist:NAME:SIZE` is one of MedMNIST's.
+        table: The table.
+        root: Folder with the folder of each set, named as on its card, and MedMNIST's files.
+        names: Sets to find, also `medmnist:NAME:SIZE`; by default all of the table's cards.
 
     Raises:
-        CardError: A name is not known or not of this table, or there is no folder `root`.
+        CardError: A name is unknown or not of this table, or `root` does not exist.
     """
     if not root.is_dir():
         raise CardError(f"there is no folder {root}: name by --data the one that has the sets' folders")
-    known = [one.name for one in cards().values() if one.domain == table.domain]
-    wanted = list(dict.fromkeys([*([table.trained_on] if table.trained_on else []), *(names or known)]))
+    known = [c.name for c in cards().values() if c.domain == table.domain]
+    first = (table.trained_on,) if table.trained_on else ()
     found, missing = [], {}
-    for name in wanted:
-        if name.startswith(f"{_MEDMNIST}:"):
-            folder, read = root, partial(_medmnist, name, root)
-        else:
+    for name in dict.fromkeys((*first, *(names or known))):
+        folder = root
+        try:
+            if name.startswith(f"{_MEDMNIST}:"):
+                # Without a card: template and backbone are the same for all of MedMNIST's sets.
+                opened = _open_set(card("dermamnist"), name, {"root": str(root.resolve())})
+                found.append(replace(opened, name=name, protocols=Protocols()))
+                continue
             chosen = card(name)
             if name not in known and name != table.trained_on:
                 raise CardError(f"{name} is not of this table: its sets are {', '.join(known)}")
@@ -133,61 +145,41 @@ def find_sets(table: PaperTable, root: Path, names: Sequence[str] = ()) -> Table
                 how = f"fetch {name} {folder}" if chosen.archives else f"cards {name}"
                 missing[name] = f"no folder {folder}; to get it: fedsigma data {how}"
                 continue
-            read = partial(_of_card, chosen, folder)
-        try:
-            found.append(read())
+            opened = _open_set(chosen, f"coop:{name}:{folder.resolve()}", {})
+            found.append(replace(opened, differences=tuple(compare_with_card(chosen, folder))))
         except DataError as error:
             missing[name] = f"{folder} cannot be read: {error}"
     return TableSets(table=table, found=tuple(found), missing=missing)
 
 
 def published_on(table: PaperTable) -> set[str]:
-    """The names of the sets that CLIP-SVD publishes a configuration of a table's protocol for."""
+    """Return the names of the sets with a published configuration of a table's protocol."""
     return {
-        one.name
-        for one in cards().values()
-        if one.domain == table.domain and one.protocols.of(table.protocol) is not None
+        c.name
+        for c in cards().values()
+        if c.domain == table.domain and c.protocols.of(table.protocol) is not None
     }
 
 
-def _of_card(chosen: DatasetCard, folder: Path) -> PublishedSet:
-    source = f"coop:{chosen.name}:{folder.resolve()}"
-    opened = _opened(source)
+def _open_set(like: DatasetCard, source: str, options: dict[str, Any]) -> PublishedSet:
+    opened = _open_cached(source, *options.items())
     return PublishedSet(
-        name=chosen.name,
-        title=chosen.title,
+        name=like.name,
         source=source,
         classes=opened.classes,
+        template=like.template,
+        protocols=like.protocols,
+        backbone=like.backbone,
         digest=_digest(opened),
-        template=chosen.template,
-        protocols=chosen.protocols,
-        backbone=chosen.backbone,
-        differs=tuple(compare_with_card(chosen, folder)),
+        options=options,
     )
 
 
 def _digest(source: Source) -> str:
-    """Of what a set lists: its training and test images with their labels and sites, in any order."""
-    lists = sorted(
-        json.dumps([one.key, one.label, one.split, one.site, one.group])
-        for one in source.records
-        if one.split in ("train", "test")
+    """Return the digest of the training and test images with their labels and sites, in any order."""
+    lines = sorted(
+        json.dumps([r.key, r.label, r.split, r.site, r.group])
+        for r in source.records
+        if r.split in ("train", "test")
     )
-    return hashlib.sha256("\n".join(lists).encode()).hexdigest()
-
-
-def _medmnist(name: str, root: Path) -> PublishedSet:
-    like = card("dermamnist")  # of which only what MedMNIST's sets have in common is taken
-    source, options = name, {"root": str(root.resolve())}
-    opened = _opened(source, *options.items())
-    return PublishedSet(
-        name=name,
-        title=name.removeprefix(f"{_MEDMNIST}:"),
-        source=source,
-        classes=opened.classes,
-        digest=_digest(opened),
-        template=like.template,
-        protocols=Protocols(),
-        backbone=like.backbone,
-        options=options,
-    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -28,12 +28,12 @@ from fedsigma.common.training.trainer import EvalOutput, TrainOutput, trainers
 from fedsigma.server.federation import messenger
 from fedsigma.server.paper import sets
 from fedsigma.server.paper.cell import Score
-from fedsigma.server.paper.lazy_images import LazyExamples
+from fedsigma.server.paper.lazy_images import lazy_examples
 from fedsigma.server.paper.markdown import build_blocks, flatten_blocks, render_markdown
 from fedsigma.server.paper.results import cell_key
 from fedsigma.server.paper.runner import select_share
 from fedsigma.server.paper.sets import PublishedSet, TableSets, find_sets, published_on
-from fedsigma.server.paper.study_builder import build_study, count_steps, read_overrides
+from fedsigma.server.paper.study_builder import CellSettings, build_study, count_steps, read_overrides
 from fedsigma.server.paper.tables import CENTRAL, TABLES, Cell, Setting, parse_settings
 from tests.helpers.fake_trainer import FakeTrainer, HurriedTime
 from tests.helpers.medmnist_files import npz
@@ -93,7 +93,6 @@ def a_set(**changes: Any) -> PublishedSet:
     values = {"few_shot": few, "base_to_novel": replace(few, learning_rate=0.001)}
     known: dict[str, Any] = {
         "name": "btmri",
-        "title": "BTMRI",
         "source": "coop:btmri:/sets/BTMRI",
         "classes": ("a", "b", "c"),
         "template": "a photo of a {}.",
@@ -105,11 +104,11 @@ def a_set(**changes: Any) -> PublishedSet:
 
 def a_cell(**changes: Any) -> Cell:
     known: dict[str, Any] = {"protocol": "few_shot", "trained_on": "btmri", "shots": 16, "setting": CENTRAL}
-    return Cell(**known | {"seed": 1, "judged_on": ("btmri",)} | changes)
+    return Cell(**known | {"seed": 1, "evaluated_on": ("btmri",)} | changes)
 
 
-def a_study(cell: Cell, rounds: int = 60, most_steps: int = 10**9, **overrides: Any) -> StudyConfig:
-    return build_study(cell, a_set(), backbone="", rounds=rounds, most_steps=most_steps, overrides=overrides)
+def a_study(cell: Cell, rounds: int = 60, max_steps: int = 10**9, **overrides: Any) -> StudyConfig:
+    return build_study(cell, a_set(), CellSettings(rounds=rounds, max_steps=max_steps, overrides=overrides))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,10 @@ def test_lengths_are_those_of_the_published_code(
 
 
 def test_a_federated_study_has_the_steps_of_the_central_one() -> None:
-    central, apart = a_study(a_cell()), a_study(a_cell(setting=Setting(way="dirichlet", alpha=0.1, sites=7)))
+    central, apart = (
+        a_study(a_cell()),
+        a_study(a_cell(setting=Setting(division="dirichlet", alpha=0.1, sites=7))),
+    )
     assert central.data is None and apart.data is not None
     assert apart.data.sites_by == {"dirichlet": {"alpha": 0.1, "sites": 7}}
     assert apart.data.options == {"parts": ["train"]}
@@ -137,11 +139,13 @@ def test_a_federated_study_has_the_steps_of_the_central_one() -> None:
     # 100 epochs of 3 * 16 // 32 steps
     assert (central.training.local_steps, central.federation.rounds) == (100, 1)
     assert (apart.training.local_steps, apart.federation.rounds) == (2, 50)
-    assert a_study(a_cell(), most_steps=7).training.local_steps == 7
+    assert a_study(a_cell(), max_steps=7).training.local_steps == 7
     assert (
-        a_study(a_cell(setting=Setting(way="iid", sites=2)), rounds=30).federation.rounds == 25
+        a_study(a_cell(setting=Setting(division="iid", sites=2)), rounds=30).federation.rounds == 25
     )  # of 4 steps
-    half = a_study(a_cell(protocol="base_to_novel", setting=Setting(way="iid", sites=2, participation=0.5)))
+    half = a_study(
+        a_cell(protocol="base_to_novel", setting=Setting(division="iid", sites=2, participation=0.5))
+    )
     assert half.classes == ("a", "b") and half.training.learning_rate == 0.001
     assert half.data is not None and half.data.options == {"parts": ["train"], "half": "base"}
     assert half.federation.participation == 0.5
@@ -151,7 +155,7 @@ def test_settings_of_all_studies() -> None:
     given = read_overrides(
         ["federation.codec=small", "training.learning_rate=0.5", "federation.strategy=fedavg"]
     )
-    apart = Setting(way="iid", sites=2)
+    apart = Setting(division="iid", sites=2)
     study = a_study(a_cell(setting=apart), **given)
     assert (study.federation.codec, study.training.learning_rate) == ("small", 0.5)
     assert study.federation.strategy == "fedavg" and study.federation.options == {}
@@ -160,7 +164,7 @@ def test_settings_of_all_studies() -> None:
         assert a_study(cell, federation={"codec": "small"}) == a_study(cell)
         assert a_study(cell, **given).training.learning_rate == 0.5
     zero = a_cell(setting=None, shots=0)
-    assert a_study(zero, most_steps=3, **given) == a_study(zero)
+    assert a_study(zero, max_steps=3, **given) == a_study(zero)
     for setting, says in (
         ("federation.codec", "expected SECTION.KEY=VALUE"),
         ("seed=3", "names 'seed', which the table decides"),
@@ -172,9 +176,9 @@ def test_settings_of_all_studies() -> None:
         ("personal.towers=[image]", "names 'personal', which the table decides"),
         ("federation.codec=[", "--set federation.codec"),
         ("federation=foo", "--set federation is 'foo', expected federation.KEY=VALUE"),
-        ("federation={1: 2}", r"'federation\.1', which is not known"),
+        ("federation={1: 2}", r"'federation\.1', which is unknown"),
         ("training=5", "--set training is 5, expected training.KEY=VALUE"),
-        ("federation.codek=small", r"'federation\.codek', which is not known: did you mean 'codec'"),
+        ("federation.codek=small", r"'federation\.codek', which is unknown: did you mean 'codec'"),
     ):
         with pytest.raises(ConfigError, match=says):
             read_overrides([setting])
@@ -218,7 +222,7 @@ def test_settings_have_names() -> None:
         "0.4% a round",
     ]
     for name in ("dirichlet", "dirichlet-0", "sorted"):
-        with pytest.raises(ConfigError, match=f"the setting '{name}' is not known"):
+        with pytest.raises(ConfigError, match=f"the setting '{name}' is unknown"):
             parse_settings([name], sites=[3], participation=[1.0], pooled=False)
     with pytest.raises(ConfigError, match="sites is 1, expected 2"):
         parse_settings(["iid"], sites=[1], participation=[1.0], pooled=False)
@@ -229,27 +233,27 @@ def test_settings_have_names() -> None:
 def test_cell_is_identified_by_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_ins(tmp_path / "a", monkeypatch, ["btmri"])
     stand_in(card("btmri"), tmp_path / "b" / "BTMRI")
-    cell = a_cell(setting=Setting(way="iid", sites=2))
+    cell = a_cell(setting=Setting(division="iid", sites=2))
 
     def key(root: Path, cell: Cell = cell, **overrides: Any) -> str:
         (one,) = find_sets(TABLES["fewshot-biomedical"], root, ["btmri"]).found
-        study = build_study(cell, one, backbone="", rounds=60, most_steps=9, overrides=overrides)
+        study = build_study(cell, one, CellSettings(max_steps=9, overrides=overrides))
         return cell_key(cell, study, one)
 
     first = key(tmp_path / "a")
     assert key(tmp_path / "b") == first
     assert key(tmp_path / "a", training={"learning_rate": 0.5}) != first
     assert key(tmp_path / "a", replace(cell, seed=2)) != first
-    assert key(tmp_path / "a", replace(cell, setting=Setting(way="iid", sites=2, pooled=True))) != first
+    assert key(tmp_path / "a", replace(cell, setting=Setting(division="iid", sites=2, pooled=True))) != first
     assert key(tmp_path / "a", training={"proximal": 0.0}) == first  # as it is by default
     stand_in(card("btmri"), tmp_path / "c" / "BTMRI", train=2)
     assert key(tmp_path / "c") != first
-    assert key(tmp_path / "a", replace(cell, judged_on=("btmri", "later"))) == first
+    assert key(tmp_path / "a", replace(cell, evaluated_on=("btmri", "later"))) == first
     rows = "path,site\n" + "".join(
         f"{one.key},north\n" for one in open_source(f"coop:btmri:{tmp_path}/b/BTMRI").records
     )
     (tmp_path / "b" / "BTMRI" / "sites.csv").write_text(rows)
-    sets._opened.cache_clear()
+    sets._open_cached.cache_clear()
     assert key(tmp_path / "b") != first
 
 
@@ -265,23 +269,25 @@ def test_shares_of_machines_are_all_cells_once() -> None:
 def scored(cell: Cell, *values: float) -> tuple[Cell, list[Score]]:
     halves = ("base", "novel") if cell.protocol == "base_to_novel" else ("",)
     return cell, [
-        Score(judged_on=name, half=half, images=9, scores={"accuracy": value})
-        for (name, half), value in zip(((n, h) for n in cell.judged_on for h in halves), values, strict=True)
+        Score(evaluated_on=name, half=half, images=9, scores={"accuracy": value})
+        for (name, half), value in zip(
+            ((n, h) for n in cell.evaluated_on for h in halves), values, strict=True
+        )
     ]
 
 
 def test_mean_and_spread_over_seeds_and_the_average_over_sets() -> None:
     def few(name: str, seed: int, value: float) -> tuple[Cell, list[Score]]:
-        return scored(a_cell(trained_on=name, judged_on=(name,), seed=seed), value)
+        return scored(a_cell(trained_on=name, evaluated_on=(name,), seed=seed), value)
 
     zero = a_cell(shots=0, setting=None, seed=0)
     cells: list[Any] = [
         scored(zero, 0.25),
-        scored(replace(zero, trained_on="busi", judged_on=("busi",)), 0.35),
+        scored(replace(zero, trained_on="busi", evaluated_on=("busi",)), 0.35),
     ]
     cells += [few("btmri", 1, 0.5), few("btmri", 2, 0.7), few("busi", 1, 0.9)]
     table, names = TABLES["fewshot-biomedical"], ["btmri", "busi"]
-    missing = (a_cell(trained_on="busi", judged_on=("busi",), seed=2), None)
+    missing = (a_cell(trained_on="busi", evaluated_on=("busi",), seed=2), None)
     blocks = build_blocks(table, [*cells, missing], names, names)
     assert str(blocks["btmri"]["central"]["16"]) == "60.0 ± 14.1"
     assert str(blocks["btmri"]["zero-shot"]["16"]) == "25.0"
@@ -290,7 +296,7 @@ def test_mean_and_spread_over_seeds_and_the_average_over_sets() -> None:
     whole = build_blocks(table, [*cells, few("busi", 2, 0.5)], names, names)
     assert "average" not in build_blocks(table, [*cells, missing], names, ["btmri"])
     one = next(e for e in flatten_blocks(blocks) if (e["block"], e["row"]) == ("busi", "central"))
-    assert (one["seeds"], one["wanted"], one["spread"]) == ([0.9], 2, None)
+    assert (one["seeds"], one["expected"], one["spread"]) == ([0.9], 2, None)
     assert str(whole["average"]["central"]["16"]) == "65.0 ± 7.1"  # of 70 and 60
     text = render_markdown(table, whole, notes=["a note"])
     assert "| zero-shot | 30.0 |" in text and "### average" in text and "- a note" in text
@@ -298,7 +304,7 @@ def test_mean_and_spread_over_seeds_and_the_average_over_sets() -> None:
 
 def test_the_harmonic_mean_is_that_of_the_averages() -> None:
     cell = a_cell(protocol="base_to_novel")
-    other = replace(cell, trained_on="busi", judged_on=("busi",))
+    other = replace(cell, trained_on="busi", evaluated_on=("busi",))
     blocks = build_blocks(
         TABLES["base-to-novel-biomedical"],
         [scored(cell, 0.8, 0.4), scored(other, 0.4, 0.8)],
@@ -310,7 +316,9 @@ def test_the_harmonic_mean_is_that_of_the_averages() -> None:
 
 
 def test_one_source_and_many_targets_have_one_block() -> None:
-    cell = a_cell(protocol="cross_dataset", trained_on="imagenet", judged_on=("imagenet", "dtd", "eurosat"))
+    cell = a_cell(
+        protocol="cross_dataset", trained_on="imagenet", evaluated_on=("imagenet", "dtd", "eurosat")
+    )
     blocks = build_blocks(TABLES["cross-dataset"], [scored(cell, 0.9, 0.4, 0.6)], ["dtd", "eurosat"], [])
     assert {c: str(v) for c, v in blocks["From one data set to others"]["central"].items()} == {
         "imagenet": "90.0",
@@ -464,15 +472,12 @@ def test_pictures_are_decoded_ahead_in_order_and_only_on_demand(tmp_path: Path) 
     )
     source = open_source(f"csv:{tmp_path / 'list.csv'}")
     (tmp_path / "069.png").unlink()
-    examples = LazyExamples(source, source.records, ["a", "b"], side=4)
-    try:
-        assert [one.label for one in examples] == [place % 2 for place in range(70)]
-        assert [int(one.image[0, 0, 0]) for one in examples[:69]] == list(range(69))
+    with lazy_examples(source, source.records, ["a", "b"], side=4) as examples:
+        assert [example.label for example in examples] == [position % 2 for position in range(70)]
+        assert [int(example.image[0, 0, 0]) for example in examples[:69]] == list(range(69))
         assert int(examples[5].image[0, 0, 0]) == 5
         with pytest.raises(PictureError, match=r"069\.png"):
             _ = examples[69].image
-    finally:
-        examples.close()
 
 
 def test_the_real_method_learns_a_published_set_in_one_place_and_among_sites(

@@ -68,7 +68,7 @@ def test_cells_of_the_papers_tables_go_to_a_database_and_back(tmp_path: Path) ->
     results = ResultsDatabase(database)
     assert sum(len(line["scores"]) for line in lines) == 89
     for line in lines:
-        digests = {score["judged_on"]: score["digest"] for score in line["scores"]}
+        digests = {score["evaluated_on"]: score["digest"] for score in line["scores"]}
         scores = results.find(line["cell"]["key"], digests)
         assert [score.scores for score in scores] == [score["scores"] for score in line["scores"]]
         assert StudyConfig.from_yaml(line["cell"]["study"]).backbone == line["cell"]["backbone"]
