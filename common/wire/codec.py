@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.config.constants import CODECS
-from fedsigma.common.utils.errors import FedSigmaError
 from fedsigma.common.wire import quantization
+from fedsigma.common.wire.quantization import CodecError
 
 if TYPE_CHECKING:
     from fedsigma.common.sigma import Layout
@@ -40,23 +40,16 @@ Vector = NDArray[np.float32]
 Blocks = tuple[int, ...]
 
 
-class CodecError(FedSigmaError, ValueError):
-    """Bytes are not a coded sigma shift of the expected layout, or a shift cannot be coded."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Level:
     """One way of coding.
 
     Attributes:
         number: The level's number in the header.
-        pack: Codes float32 values, given the number of values of each matrix and a seed; returns the payload
-            and the
-            values that `unpack` reads from it.
-        unpack: Reads a payload, given the number of values of each matrix; raises `QuantiseError`.
-        download: The level in which the server sends the shift itself. An update may be coded more coarsely,
-            since
-            what it lacks is added to the next one.
+        pack: Encodes values, given the sizes of the matrices and a seed; returns the payload and the values
+            that `unpack` reads from it.
+        unpack: Decodes a payload, given the sizes of the matrices.
+        download: The level of the shift that the server sends: it has no error feedback.
     """
 
     number: int
@@ -77,7 +70,7 @@ def encode(shift: NDArray[np.floating], layout: Layout, *, level: str = "exact",
         shift: Finite values of any floating type, shape (layout.size,).
         layout: Which matrices the values belong to.
         level: One of `CODECS`.
-        seed: Of the rounding, for the levels that round at random; each message should have its own.
+        seed: Seed of the random rounding, another for each message.
 
     Raises:
         CodecError: The level is unknown, the shift is not of this layout, or a value cannot be coded.
@@ -90,18 +83,8 @@ def encode_update(
 ) -> tuple[bytes, Vector]:
     """Code an update with error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
 
-    Args:
-        update: The update, shape (layout.size,), float32.
-        residual: What coding lost of the last update, shape (layout.size,); added to this one.
-        layout: Which matrices the values belong to.
-        level: One of `CODECS`.
-        seed: As for `encode`.
-
-    Returns:
-        The coded update, and the new residual: `update + residual` minus what `decode` will give.
-
-    Raises:
-        CodecError: As for `encode`.
+    The residual of the last update, shape (layout.size,), is added to this one. Returns the encoded update
+    and the new residual: `update + residual` minus the decoded values. The rest is as for `encode`.
     """
     corrected = update + residual
     data, values = _encode(corrected, layout, level, seed)
@@ -118,27 +101,22 @@ def _encode(shift: NDArray[np.floating], layout: Layout, level: str, seed: int) 
     if not bool(np.isfinite(vector).all()):
         raise CodecError("the shift holds a value that is not finite: lower the learning rate")
     coding = LEVELS[level]
-    try:
-        payload, values = coding.pack(vector, layout.entry_sizes, seed)
-    except quantization.QuantiseError as error:
-        raise CodecError(str(error)) from error
+    payload, values = coding.pack(vector, layout.entry_sizes, seed)
     digest = bytes.fromhex(layout.digest)
     header = _HEADER.pack(MAGIC, VERSION, coding.number, 0, vector.size, len(payload), digest)
     return header + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) + payload, values
 
 
 def decode(data: bytes, layout: Layout, *, level: str | None = None) -> Vector:
-    """Decode a sigma shift of a known layout.
-
-    Shapes: returns (layout size,), float32, writable.
+    """Decode a sigma shift of a known layout: shape (layout.size,), float32, writable.
 
     Args:
-        data: the coded shift.
-        layout: what it must be of.
-        level: the only coding level to accept; None accepts every known one.
+        data: The encoded shift.
+        layout: The expected layout.
+        level: The only level to accept; None accepts all.
 
     Raises:
-        CodecError: the bytes are cut, damaged, of another version, level, layout or length.
+        CodecError: The bytes are cut, damaged, or of another version, level, layout or length.
     """
     number, payload = _payload(data, layout)
     name = next((name for name, known in LEVELS.items() if known.number == number), None)
@@ -146,10 +124,7 @@ def decode(data: bytes, layout: Layout, *, level: str | None = None) -> Vector:
         raise CodecError(
             f"the coding level {number} is not '{level}'" if level else f"unknown level {number}"
         )
-    try:
-        vector = LEVELS[name].unpack(payload, layout.entry_sizes)
-    except quantization.QuantiseError as error:
-        raise CodecError(str(error)) from error
+    vector = LEVELS[name].unpack(payload, layout.entry_sizes)
     if not bool(np.isfinite(vector).all()):
         raise CodecError("the shift holds a value that is not finite")
     return vector
@@ -190,24 +165,20 @@ def _pack_exact(vector: Vector, blocks: Blocks, seed: int) -> tuple[bytes, Vecto
 def _unpack_exact(payload: bytes, blocks: Blocks) -> Vector:
     values = sum(blocks)
     if len(payload) != 4 * values:
-        raise quantization.QuantiseError(
-            f"the payload has {len(payload)} bytes, {values} float32 values take {4 * values}"
-        )
+        raise CodecError(f"the payload has {len(payload)} bytes, {values} float32 values take {4 * values}")
     # A copy in native byte order: frombuffer's view is read-only.
     return np.frombuffer(payload, dtype="<f4").astype(np.float32)
 
 
 def _pack_small(vector: Vector, blocks: Blocks, seed: int) -> tuple[bytes, Vector]:
-    most = int(vector.size * SMALL_BITS / 8) + SMALL_ROOM
+    most = int(vector.size * SMALL_BITS / 8) + 64
     return quantization.pack(vector, blocks, seed, fraction=SMALL_STEP, most_bytes=most)
 
 
 SMALL_BITS = 2.78
-"""Bits a value that the integers of the level small take at most; steps grow until they fit."""
-SMALL_ROOM = 64
-"""Bytes beside that, which matter for the shortest layouts only."""
+"""Most bits a value for the integers of the level small; steps grow until they fit."""
 SMALL_STEP = 0.4
-"""Its step, as a share of a matrix's root mean square, where that fits."""
+"""Smallest step of the level small, as a share of a matrix's root mean square."""
 
 LEVELS: dict[str, Level] = {
     "exact": Level(number=1, pack=_pack_exact, unpack=_unpack_exact, download="exact"),

@@ -13,16 +13,12 @@ _SHORT = 200
 
 
 def describe(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the fields of a reply: short values verbatim, long ones by size and digest.
-
-    Returns:
-        fields; bytes, the sum of their sizes; sha256, of all fields with their names and lengths.
-    """
+    """Describe a reply: short fields verbatim, long ones by size and digest, and the `digest` of all."""
     return {"fields": {name: _summarize(value) for name, value in sorted(fields.items())}, **digest(fields)}
 
 
 def digest(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bytes and sha256 of `describe`."""
+    """Return the bytes of all fields, and the SHA-256 over them with their names and lengths."""
     total, checksum = 0, hashlib.sha256()
     for name, value in sorted(fields.items()):
         raw = _raw(value)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, fields
 
 from fedsigma.common.config.constants import ALL_SITES, METRICS
 from fedsigma.common.config.privacy import PrivacyConfig
@@ -43,7 +42,6 @@ HANDSHAKE_PROBLEMS = {
 }
 """Reasons why a site does not take part, by the code that it sends."""
 
-T = TypeVar("T")
 NO_RUN = "0" * 16
 _RUN = re.compile("[0-9a-f]{16}")
 
@@ -81,17 +79,7 @@ class StudySpec:
     @classmethod
     def of(cls, study: StudyConfig) -> StudySpec:
         """Take from a study what its sites need."""
-        return cls(
-            name=study.name,
-            backbone=study.backbone,
-            sigma=study.sigma,
-            classes=study.classes,
-            prompts=study.prompts,
-            shots=study.shots,
-            seed=study.seed,
-            data=study.data,
-            personal=study.personal,
-        )
+        return cls(**{item.name: getattr(study, item.name) for item in fields(cls)})
 
     def __post_init__(self) -> None:
         _require(len(self.classes) == len(self.prompts) >= 2, "the classes and prompts differ in number")

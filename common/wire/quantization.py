@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fedsigma.common.utils.errors import FedSigmaError
 
-__all__ = ["QuantiseError", "pack", "pack_half", "unpack", "unpack_half"]
+__all__ = ["CodecError", "pack", "pack_half", "unpack", "unpack_half"]
 
 Vector = NDArray[np.float32]
 Blocks = tuple[int, ...]
@@ -41,39 +41,39 @@ _PIECE = 16_384
 _TOO_LARGE = "a value of the shift is too large to be coded: lower the learning rate"
 
 
-class QuantiseError(FedSigmaError, ValueError):
-    """A payload that cannot be read, or values that cannot be coded."""
+class CodecError(FedSigmaError, ValueError):
+    """Bytes are not a coded sigma shift of the expected layout, or a shift cannot be coded."""
 
 
 def pack(
-    vector: Vector, blocks: tuple[int, ...], seed: int, *, fraction: float = 0.0, most_bytes: int = 0
+    vector: Vector, blocks: Blocks, seed: int, *, fraction: float = 0.0, most_bytes: int = 0
 ) -> tuple[bytes, Vector]:
     """Quantise a vector.
 
     Args:
         vector: Finite values, shape (sum of blocks,), float32.
         blocks: Number of values of each matrix.
-        seed: Of the dither, below 2^64; another one for each message of a study.
-        fraction: The step as a share of a matrix's root mean square. Steps are never so small that an integer
-            would not fit a byte; 0 asks for these.
+        seed: Seed of the dither, below 2^64, another for each message of a study.
+        fraction: Smallest step as a share of a matrix's root mean square; 0 for the smallest whose integers
+            fit a byte.
         most_bytes: If positive, steps grow until the compressed integers take at most this many bytes, up to
-            four
-            times the root mean square.
+            four times the root mean square.
 
     Returns:
         The payload, and the values that `unpack` reads from it, shape (sum of blocks,).
 
     Raises:
-        QuantiseError: A value is above about 3,700.
+        CodecError: A value is above about 3,700.
     """
     x, starts = vector.astype(np.float64), np.cumsum((0, *blocks[:-1]))
     largest = np.maximum.reduceat(np.abs(x), starts)
     typical = np.sqrt(np.add.reduceat(x * x, starts) / np.array(blocks))
     if largest.max() > _LARGEST * _STEPS[-1]:
-        raise QuantiseError(_TOO_LARGE)
+        raise CodecError(_TOO_LARGE)
     while True:
         codes = _codes(np.maximum(fraction * typical, largest / _LARGEST))
-        integers = _integers(x, codes, blocks, seed)
+        scaled = np.rint(x / np.repeat(_STEPS[codes], blocks) + _dither(seed, x.size))
+        integers = np.where(np.repeat(codes == 0, blocks), 0, scaled).astype(np.int8)
         bits, compressed = _compress(integers)
         if not 0 < most_bytes < len(compressed) or fraction >= _COARSEST:
             payload = _START.pack(seed, bits) + codes.tobytes() + compressed
@@ -88,47 +88,37 @@ def _codes(steps: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.where(steps > 0, codes.clip(1, 255), 0).astype(np.uint8)
 
 
-def _integers(
-    x: NDArray[np.float64], codes: NDArray[np.uint8], blocks: tuple[int, ...], seed: int
-) -> NDArray[np.int8]:
-    steps = np.repeat(_STEPS[codes], blocks)
-    zero = np.repeat(codes == 0, blocks)
-    return np.where(zero, 0, np.rint(x / steps + _dither(seed, x.size))).astype(np.int8)
-
-
 def _compress(integers: NDArray[np.int8]) -> tuple[int, bytes]:
-    """How many bits an integer takes before compression, and the compressed integers."""
+    """Return the bits of an integer before compression, and the compressed integers."""
     bits = 4 if integers.min() >= -8 and integers.max() <= 7 else 8
     raw = _pair(integers) if bits == 4 else integers.tobytes()
     coder = zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True)
     return bits, coder.compress(raw)
 
 
-def unpack(payload: bytes, blocks: tuple[int, ...]) -> Vector:
-    """Read what `pack` made: (sum of blocks,) float32.
+def unpack(payload: bytes, blocks: Blocks) -> Vector:
+    """Decode a payload of `pack`, shape (sum of blocks,), float32; takes no more memory than a valid one.
 
     Raises:
-        QuantiseError: the bytes are not such a payload for these blocks. No more memory is used than for one.
+        CodecError: The payload is invalid for these blocks.
     """
     head = _START.size + len(blocks)
     if len(payload) < head:
-        raise QuantiseError(f"the payload has {len(payload)} bytes, expected at least {head}")
+        raise CodecError(f"the payload has {len(payload)} bytes, expected at least {head}")
     seed, bits = _START.unpack_from(payload)
     values = sum(blocks)
     if bits not in (4, 8):
-        raise QuantiseError(f"integers of {bits} bits are not known: expected 4 or 8")
+        raise CodecError(f"integers of {bits} bits are not known: expected 4 or 8")
     raw = _decompress(payload[head:], values if bits == 8 else (values + 1) // 2)
-    whole = np.frombuffer(raw, np.int8) if bits == 8 else _unpair(raw, values)
+    integers = np.frombuffer(raw, np.int8) if bits == 8 else _unpair(raw, values)
     codes = np.frombuffer(payload, np.uint8, len(blocks), _START.size)
-    return _values(whole, codes, blocks, seed)
+    return _values(integers, codes, blocks, seed)
 
 
-def _values(
-    integers: NDArray[np.int8], codes: NDArray[np.uint8], blocks: tuple[int, ...], seed: int
-) -> Vector:
+def _values(integers: NDArray[np.int8], codes: NDArray[np.uint8], blocks: Blocks, seed: int) -> Vector:
     """The values of integers, shape (sum of blocks,): (integer - dither) times the step of the matrix."""
     size = len(integers)
-    steps, owners, drawn = _STEPS[codes], _owners(blocks), _drawn(seed, size)
+    steps, owners, drawn = _STEPS[codes], _owners(blocks), _draw(seed, size)
     values = np.empty(size, np.float32)
     # In pieces: to the allocator, new arrays of all values in float64 cost more than what is done with them.
     for start in range(0, size, _PIECE):
@@ -143,30 +133,30 @@ def _values(
 
 @lru_cache(maxsize=4)
 def _owners(blocks: Blocks) -> NDArray[np.intp]:
-    """Which matrix each value is of."""
+    """Return the index of each value's matrix."""
     return np.repeat(np.arange(len(blocks)), blocks)
 
 
 def _decompress(data: bytes, size: int) -> bytes:
-    """The one frame in `data`, which must say that it holds `size` bytes and must hold them."""
+    """Decompress the one frame in `data`, which must state and hold `size` bytes."""
     try:
-        # Asked first: the reader takes the memory that the frame itself asks for.
+        # Checked first: the decompressor allocates what the frame asks for.
         if zstandard.frame_content_size(data) != size:
-            raise QuantiseError(f"the compressed integers are not {size} bytes")
+            raise CodecError(f"the compressed integers are not {size} bytes")
         frame = zstandard.get_frame_parameters(data)
         if frame.window_size > 2**23 or frame.dict_id or frame.has_checksum:
-            raise QuantiseError("the compressed integers are not in the expected form")
+            raise CodecError("the compressed integers are not in the expected form")
         raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except (zstandard.ZstdError, ValueError) as error:
-        raise error if isinstance(error, QuantiseError) else QuantiseError("damaged integers") from error
+        raise error if isinstance(error, CodecError) else CodecError("damaged integers") from error
     if len(raw) != size:
-        raise QuantiseError(f"{len(raw)} bytes came out of the compressed integers, expected {size}")
+        raise CodecError(f"{len(raw)} bytes came out of the compressed integers, expected {size}")
     return raw
 
 
-def _pair(whole: NDArray[np.int8]) -> bytes:
-    nibbles = np.zeros(2 * ((whole.size + 1) // 2), np.uint8)
-    nibbles[: whole.size] = (whole + 8).astype(np.uint8)
+def _pair(integers: NDArray[np.int8]) -> bytes:
+    nibbles = np.zeros(2 * ((integers.size + 1) // 2), np.uint8)
+    nibbles[: integers.size] = (integers + 8).astype(np.uint8)
     return (16 * nibbles[::2] + nibbles[1::2]).astype(np.uint8).tobytes()
 
 
@@ -177,11 +167,11 @@ def _unpair(raw: bytes, values: int) -> NDArray[np.int8]:
 
 def _dither(seed: int, values: int) -> NDArray[np.float64]:
     """Uniform values in [-1/2, 1/2), the same on every machine; numpy promises no stream for ever."""
-    return _uniform(_drawn(seed, values))
+    return _uniform(_draw(seed, values))
 
 
-def _drawn(seed: int, values: int) -> NDArray[np.uint32]:
-    """The key stream of ChaCha20 (RFC 8439), of which a server draws as much as sites send changes."""
+def _draw(seed: int, values: int) -> NDArray[np.uint32]:
+    """Draw from the key stream of ChaCha20 (RFC 8439)."""
     key = hashlib.sha256(b"fedsigma dither" + seed.to_bytes(8, "little")).digest()
     # A key for each seed, so counter and nonce may be zero.
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
@@ -189,24 +179,23 @@ def _drawn(seed: int, values: int) -> NDArray[np.uint32]:
 
 
 def _uniform(drawn: NDArray[np.uint32]) -> NDArray[np.float64]:
-    found = drawn / 2**32
-    found -= 0.5
-    return found
+    values = drawn / 2**32
+    values -= 0.5
+    return values
 
 
-def pack_half(vector: Vector, blocks: tuple[int, ...]) -> tuple[bytes, Vector]:
+def pack_half(vector: Vector, blocks: Blocks) -> tuple[bytes, Vector]:
     """Code a vector as float16 of each value over a power of two that fits its matrix (1 byte each).
 
-    Returns:
-        The payload, and the values that `unpack_half` reads from it, shape (sum of blocks,).
+    Returns as `pack`.
 
     Raises:
-        QuantiseError: A value is 2^127 or more.
+        CodecError: A value is 2^127 or more.
     """
     starts = np.cumsum((0, *blocks[:-1]))
     largest = np.maximum.reduceat(np.abs(vector), starts)
     if largest.max() >= 2.0**127:
-        raise QuantiseError(_TOO_LARGE)
+        raise CodecError(_TOO_LARGE)
     _, exponents = np.frexp(largest)
     exponents = exponents.clip(-126, None).astype(np.int8)
     scaled = np.ldexp(vector, -np.repeat(exponents.astype(np.int32), blocks)).astype("<f2")
@@ -214,20 +203,16 @@ def pack_half(vector: Vector, blocks: tuple[int, ...]) -> tuple[bytes, Vector]:
     return payload, _half_values(scaled, exponents, blocks)
 
 
-def unpack_half(payload: bytes, blocks: tuple[int, ...]) -> Vector:
-    """Read what `pack_half` wrote, shape (sum of blocks,), float32.
-
-    Raises:
-        QuantiseError: The payload has another length than these blocks need.
-    """
+def unpack_half(payload: bytes, blocks: Blocks) -> Vector:
+    """Decode a payload of `pack_half`, as `unpack`."""
     values, head = sum(blocks), len(blocks)
     if len(payload) != head + 2 * values:
-        raise QuantiseError(f"the payload has {len(payload)} bytes, expected {head + 2 * values}")
+        raise CodecError(f"the payload has {len(payload)} bytes, expected {head + 2 * values}")
     exponents = np.frombuffer(payload, np.int8, head)
     return _half_values(np.frombuffer(payload, "<f2", values, head), exponents, blocks)
 
 
-def _half_values(scaled: NDArray[np.float16], exponents: NDArray[np.int8], blocks: tuple[int, ...]) -> Vector:
+def _half_values(scaled: NDArray[np.float16], exponents: NDArray[np.int8], blocks: Blocks) -> Vector:
     with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
         powers = np.repeat(exponents.astype(np.int32), blocks)
         return np.ldexp(scaled.astype(np.float32), powers).astype(np.float32)

@@ -1,17 +1,14 @@
-"""The messages between server and site, and the only place that knows how they lie in Flower's records.
+"""Conversion of the messages between server and site to and from Flower records.
 
-Each message is a small frozen dataclass of `messages`. `to_record` turns one into a Flower record and
-`from_record` turns a record back, or raises `ProtocolError`: the fields must be exactly those of the
-dataclass, each of its type and within its bounds. So a reply can carry nothing but what its dataclass names,
-whoever built it.
+A record must have exactly the fields of its dataclass in `messages`, each of its type and within its bounds.
 """
 
 from __future__ import annotations
 
 import json
-import types
 import typing
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
@@ -74,7 +71,6 @@ _KIND = "kind"
 
 T = TypeVar("T")
 
-
 _MESSAGES: dict[type, int] = {
     HandshakeRequest: MAX_TASK_BYTES,
     HandshakeReply: MAX_REPLY_BYTES,
@@ -90,13 +86,13 @@ def to_record(message: object) -> RecordDict:
     """Put a message into a Flower record.
 
     Raises:
-        ProtocolError: it is not one of this module's messages, a value is not allowed, or it is too large.
+        ProtocolError: It is not a message, a value is not allowed, or it is too large.
     """
     if type(message) not in _MESSAGES:
         raise ProtocolError(f"{type(message).__name__} is not a message: it must not be sent")
     values = {_KIND: type(message).__name__, **_flatten(message)}
     content = RecordDict({_RECORD: ConfigRecord(values)})
-    # Reading it back proves that the receiver will accept it, and that nothing but its fields went in.
+    # Proves that the receiver will accept it.
     from_record(type(message), content)
     return content
 
@@ -105,10 +101,10 @@ def from_record(cls: type[T], content: RecordDict) -> T:
     """Read a message of an expected kind from a Flower record.
 
     Raises:
-        ProtocolError: the record is of another kind, lacks a field or has one too many, or a value is not of
-            its field's type or bounds, or it is too large.
+        ProtocolError: The record is of another kind or too large, a field is missing or unknown, or a value
+            has another type or is out of bounds.
     """
-    # Not by content.config_records, which Flower builds anew each time it is asked for.
+    # Not content.config_records, which Flower builds at each access.
     if set(content.keys()) != {_RECORD} or not isinstance(content[_RECORD], ConfigRecord):
         raise ProtocolError(f"the message holds other records than '{_RECORD}'")
     values = fields_of(content)
@@ -125,7 +121,7 @@ def from_record(cls: type[T], content: RecordDict) -> T:
 
 
 def protocol_version(content: RecordDict) -> int | None:
-    """The version of the messages that an answer to the handshake names, if any; the rest may be anything."""
+    """Return the version of the messages in a handshake reply, whatever else is in it; None without one."""
     record = content.config_records.get(_RECORD)
     version = None if record is None else record.get("protocol")
     return version if type(version) is int else None
@@ -167,23 +163,22 @@ class _Field(NamedTuple):
     section: Any
 
 
-_FIELDS: dict[Any, tuple[_Field, ...]] = {}
-
-
+@cache
 def _fields(cls: Any) -> tuple[_Field, ...]:
-    """The fields of a dataclass; to find them out takes longer than to read a message."""
-    if cls not in _FIELDS:
-        hints = typing.get_type_hints(cls)
-        items = {name: _item_type(hint) for name, hint in hints.items()}
-        _FIELDS[cls] = tuple(
-            _Field(name, hint, items[name], is_dataclass(items[name] or hint), _section(hint))
-            for name, hint in hints.items()
-        )
-    return _FIELDS[cls]
+    """Return the fields of a dataclass; cached, as this takes longer than parsing a message."""
+    result = []
+    for name, hint in typing.get_type_hints(cls).items():
+        options = typing.get_args(hint)
+        is_tuple = typing.get_origin(hint) is tuple
+        item = options[0] if is_tuple else None
+        choices = (hint,) if is_tuple or not options else options
+        section = next((choice for choice in choices if hasattr(choice, "section")), None)
+        result.append(_Field(name, hint, item, is_dataclass(item or hint), section))
+    return tuple(result)
 
 
 def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
-    """Lay the fields of a message, and of the dataclasses in it, side by side as `part.field`."""
+    """Return the fields of a message, those of nested dataclasses as `part.field`."""
     flat: dict[str, Any] = {}
     for name, _, item, nested, section in _fields(type(message)):
         key, value = f"{prefix}{name}", getattr(message, name)
@@ -193,7 +188,7 @@ def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
             flat |= _flatten(value, f"{key}.")
         elif nested:
             for part in fields(item):
-                flat[f"{key}.{part.name}"] = [getattr(one, part.name) for one in value]
+                flat[f"{key}.{part.name}"] = [getattr(row, part.name) for row in value]
         else:
             flat[key] = list(value) if isinstance(value, tuple) else value
     return flat
@@ -211,7 +206,7 @@ def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
         elif nested:
             arguments[name] = _build_many(item, values, f"{key}.")
         elif item is not None:
-            arguments[name] = tuple(_scalar(key, item, one) for one in _list(key, values))
+            arguments[name] = tuple(_scalar(key, item, value) for value in _list(key, values))
         else:
             arguments[name] = _scalar(key, hint, _take(key, values))
     try:
@@ -264,23 +259,12 @@ def _scalar(key: str, hint: Any, value: Any) -> Any:
 
 
 def fields_of(content: RecordDict) -> dict[str, Any]:
-    """Return the fields of a message as they lie on the wire, for the site's audit log.
+    """Return the fields of a message as they are sent, for the audit logs.
 
     Raises:
-        KeyError: it is not a message of this module's.
+        KeyError: It is not a message.
     """
     record = content[_RECORD]
     if not isinstance(record, ConfigRecord):
         raise KeyError(_RECORD)
     return dict(record)
-
-
-def _section(hint: Any) -> Any:
-    """The settings class of a field, else None."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((option for option in options if hasattr(option, "section")), None)
-
-
-def _item_type(hint: Any) -> Any:
-    """Return X for a field of type tuple[X, ...], else None."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None

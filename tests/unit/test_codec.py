@@ -18,7 +18,6 @@ from fedsigma.common.wire.codec import (
     HEADER_BYTES,
     LEVELS,
     SMALL_BITS,
-    SMALL_ROOM,
     VERSION,
     CodecError,
     decode,
@@ -112,7 +111,7 @@ def changes(seed: int, spread: float = 0.0) -> np.ndarray:
 def test_small_keeps_to_its_size_whatever_the_values(spread: float) -> None:
     for seed in range(5):
         data = encode(changes(seed, spread), MANY, level="small", seed=seed)
-        assert len(data) <= HEADER_BYTES + 9 + len(MANY.entry_sizes) + MANY.size * SMALL_BITS / 8 + SMALL_ROOM
+        assert len(data) <= HEADER_BYTES + 9 + len(MANY.entry_sizes) + MANY.size * SMALL_BITS / 8 + 64
         error = decode(data, MANY) - changes(seed, spread)
         assert np.linalg.norm(error) < 0.35 * np.linalg.norm(changes(seed, spread))
 
