@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsigma.common.registry.manifest import ModelError
-from fedsigma.common.registry.publish import load_version
+from fedsigma.common.registry.shift_file import load_shift
 from fedsigma.common.registry.store import Version
+
+if TYPE_CHECKING:
+    from fedsigma.common.sigma import Layout
 
 __all__ = ["Comparison", "ShiftRow", "compare"]
 
@@ -50,10 +53,6 @@ class Comparison:
     accuracy: dict[str, tuple[float | None, float | None]]
     shifts: tuple[ShiftRow, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON types."""
-        return asdict(self)
-
 
 def compare(one: Version, other: Version) -> Comparison:
     """Compare two versions.
@@ -63,7 +62,7 @@ def compare(one: Version, other: Version) -> Comparison:
     """
     from fedsigma.common.sigma import Fingerprint, Layout
 
-    first, second = load_version(one), load_version(other)
+    first, second = load_shift(one.path), load_shift(other.path)
     problem = Fingerprint.from_json(first.fingerprint_json).describe_mismatch(
         Fingerprint.from_json(second.fingerprint_json)
     )
@@ -73,23 +72,24 @@ def compare(one: Version, other: Version) -> Comparison:
             f" {problem or 'their layouts differ'}"
         )
     layout = Layout.from_json(first.layout_json)
-    pair = first.shift.numpy().astype(np.float64), second.shift.numpy().astype(np.float64)
+    shifts = (saved.shift.numpy().astype(np.float64) for saved in (first, second))
     names = one.manifest.reference, other.manifest.reference
     lines = difflib.unified_diff(
         first.study_yaml.splitlines(), second.study_yaml.splitlines(), *names, lineterm=""
     )
     results = one.manifest.results, other.manifest.results
+    methods = dict.fromkeys([*results[0], *results[1]])
     return Comparison(
         study="\n".join(lines),
         accuracy={
             method: (results[0].get(method, {}).get("accuracy"), results[1].get(method, {}).get("accuracy"))
-            for method in dict.fromkeys([*results[0], *results[1]])
+            for method in methods
         },
-        shifts=tuple(_rows(layout, *pair)),
+        shifts=tuple(_rows(layout, *shifts)),
     )
 
 
-def _rows(layout: Any, one: NDArray[np.float64], other: NDArray[np.float64]) -> Iterator[ShiftRow]:
+def _rows(layout: Layout, one: NDArray[np.float64], other: NDArray[np.float64]) -> Iterator[ShiftRow]:
     masks = {"all": np.ones(layout.size, bool)}
     for entry in layout.entries:
         name = f"{entry.tower} {entry.part}"

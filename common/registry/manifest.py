@@ -102,10 +102,8 @@ class Manifest:
     def read(cls, folder: Path, *, signer: str = "") -> Manifest:
         """Read the manifest of a version and verify its signature and all files of its folder.
 
-        Args:
-            folder: Folder of the version.
-            signer: Public key of the expected signer, 64 hex digits. Empty for the key that the manifest
-                names: this detects damage, but not a manifest signed again with another key.
+        With an empty `signer`, a public key, the signature is verified with the key in the manifest. This
+        detects damage, but not a manifest signed again with another key.
 
         Raises:
             ModelError: The manifest is missing, a file was changed, or the signer is another.
@@ -142,12 +140,12 @@ def _parse(content: bytes, folder: Path) -> Manifest:
 
 
 def _check_files(manifest: Manifest, folder: Path) -> None:
-    there = {path.name for path in folder.iterdir()} - {MANIFEST, SIGNATURE}
-    if more := sorted(there - set(manifest.files)):
+    names = {path.name for path in folder.iterdir()} - {MANIFEST, SIGNATURE}
+    if more := sorted(names - set(manifest.files)):
         raise ModelError(f"{folder} contains {more[0]}, which the manifest does not list: remove it")
     for name, digest in manifest.files.items():
         path = folder / name
-        if name not in there or not path.is_file() or digest_of(path.read_bytes()) != digest:
+        if name not in names or not path.is_file() or digest_of(path.read_bytes()) != digest:
             raise ModelError(f"{path} was changed or is missing: restore the version from a backup")
 
 

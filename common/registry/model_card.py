@@ -37,15 +37,12 @@ to a patient as a finding.
 
 
 def write_card(manifest: Manifest, *, study: str, private: str) -> str:
-    """Write the model card.
+    """Return the card of a version in Markdown.
 
     Args:
         manifest: Manifest of the version.
         study: Resolved study, YAML.
         private: Statement of the differential privacy guarantee; empty without one.
-
-    Returns:
-        The card in Markdown.
     """
     lines = [
         f"# {manifest.name}",

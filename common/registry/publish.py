@@ -16,7 +16,7 @@ from fedsigma.common.registry.model_card import write_card
 from fedsigma.common.registry.shift_file import SavedShift, load_shift
 from fedsigma.common.registry.store import ModelRegistry, Version
 
-__all__ = ["add_version", "draft_manifest", "load_version", "publish"]
+__all__ = ["add_version", "draft_manifest", "publish"]
 
 
 def publish(
@@ -31,14 +31,14 @@ def publish(
 
     Args:
         registry: Registry to add the version to.
-        run: the run's folder.
-        summary: its results.
-        named: the sites whose names may stand in it.
-        private: what differential privacy bounds, in words; empty for nothing.
+        run: Folder of the run.
+        summary: Results of the run.
+        named: Sites that the manifest may name.
+        private: Statement of the differential privacy guarantee; empty without one.
 
     Raises:
-        ArtefactError: the run has no model, or it is damaged.
-        ModelError: the study's name does not do for a model.
+        ShiftFileError: The run has no model, or it is damaged.
+        ModelError: The study's name cannot be a model's name.
     """
     saved = load_shift(run)
     per_site = summary.get("federated", {}).get("per_site", {})
@@ -67,15 +67,6 @@ def draft_manifest(saved: SavedShift, *, origin: str) -> Manifest:
         classes=study.classes,
         rounds=saved.round,
     )
-
-
-def load_version(version: Version) -> SavedShift:
-    """Load the shift of a version.
-
-    Raises:
-        ShiftFileError: The file is missing or damaged.
-    """
-    return load_shift(version.path)
 
 
 def add_version(

@@ -1,7 +1,6 @@
-"""The file that keeps a sigma shift: one safetensors file with its layout, fingerprint and study.
+"""The file of a sigma shift: one float32 safetensors tensor `shift`, with layout, fingerprint and study.
 
-The file holds one float32 tensor named `shift`; everything needed to apply it later (which weights it
-belongs to, which backbone it was trained on, which study trained it) is stored as text in the metadata.
+The layout, the fingerprint of the backbone and the study are stored as text in the metadata.
 """
 
 from __future__ import annotations
@@ -61,26 +60,16 @@ def save_shift(
     round: int,
     run: str = "",
 ) -> None:
-    """Write a sigma shift and all that is needed to apply it, atomically.
-
-    Shapes: shift (layout size,), any floating type; stored as float32.
-
-    Raises:
-        ShiftFileError: The shift is not one-dimensional, is empty, or holds a value that is not finite.
-    """
-    write_atomic(
-        Path(path),
-        to_bytes(
-            SavedShift(
-                shift=torch.as_tensor(shift),
-                layout_json=layout_json,
-                fingerprint_json=fingerprint_json,
-                study_yaml=study_yaml,
-                round=round,
-                run=run,
-            )
-        ),
+    """Write a shift file atomically; the shift has any floating type. Raises as `to_bytes`."""
+    saved = SavedShift(
+        shift=torch.as_tensor(shift),
+        layout_json=layout_json,
+        fingerprint_json=fingerprint_json,
+        study_yaml=study_yaml,
+        round=round,
+        run=run,
     )
+    write_atomic(Path(path), to_bytes(saved))
 
 
 def to_bytes(saved: SavedShift) -> bytes:
@@ -131,21 +120,7 @@ def load_shift(path: Path) -> SavedShift:
     # Older files have no digest.
     if digest and digest != _digest(shift, metadata):
         raise ShiftFileError(f"{path} was changed or damaged since it was written: copy it again")
-    run = metadata.get("run", "")
-    return SavedShift(shift=shift, round=_round(path, metadata), run=run, **_texts(path, metadata))
-
-
-def _digest(shift: Tensor, metadata: dict[str, str]) -> str:
-    """SHA-256 of a file's content and metadata; detects damage, but not deliberate changes."""
-    digest = hashlib.sha256(shift.numpy().tobytes())
-    for key, text in sorted(metadata.items()):
-        digest.update(f"{len(key)}:{key}{len(text.encode())}:{text}".encode())
-    return digest.hexdigest()
-
-
-def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:
-    missing = [key for key in _TEXTS if key not in metadata]
-    if missing:
+    if missing := [key for key in _TEXTS if key not in metadata]:
         raise ShiftFileError(
             f"{path} lacks {', '.join(missing)} in its metadata: it cannot be applied safely"
         )
@@ -154,18 +129,24 @@ def _texts(path: Path, metadata: dict[str, str]) -> dict[str, str]:
             json.loads(metadata[key])
         except json.JSONDecodeError as error:
             raise ShiftFileError(f"{path}: its {key} is not valid JSON ({error})") from error
-    return {
-        "layout_json": metadata["layout"],
-        "fingerprint_json": metadata["fingerprint"],
-        "study_yaml": metadata["study"],
-    }
+    if not metadata.get("round", "").isdecimal():
+        raise ShiftFileError(f"{path}: its round is {metadata.get('round', '')!r}, expected a whole number")
+    return SavedShift(
+        shift=shift,
+        layout_json=metadata["layout"],
+        fingerprint_json=metadata["fingerprint"],
+        study_yaml=metadata["study"],
+        round=int(metadata["round"]),
+        run=metadata.get("run", ""),
+    )
 
 
-def _round(path: Path, metadata: dict[str, str]) -> int:
-    text = metadata.get("round", "")
-    if not text.isdecimal():
-        raise ShiftFileError(f"{path}: its round is {text!r}, expected a whole number")
-    return int(text)
+def _digest(shift: Tensor, metadata: dict[str, str]) -> str:
+    """SHA-256 of a file's content and metadata; detects damage, but not deliberate changes."""
+    digest = hashlib.sha256(shift.numpy().tobytes())
+    for key, text in sorted(metadata.items()):
+        digest.update(f"{len(key)}:{key}{len(text.encode())}:{text}".encode())
+    return digest.hexdigest()
 
 
 def _check(shift: Tensor, what: str) -> None:

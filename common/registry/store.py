@@ -54,11 +54,7 @@ class Version:
 
 
 def registry_folder(runs: Path) -> Path:
-    """Return the folder of the registry: $FEDSIGMA_MODELS, else $FEDSIGMA_SERVER/models, else RUNS/models.
-
-    Args:
-        runs: Folder of this machine's runs.
-    """
+    """Return the folder of the registry: $FEDSIGMA_MODELS, else $FEDSIGMA_SERVER/models, else RUNS/models."""
     if folder := os.environ.get("FEDSIGMA_MODELS"):
         return Path(folder).expanduser()
     if server := os.environ.get("FEDSIGMA_SERVER"):
@@ -89,9 +85,6 @@ class ModelRegistry:
         Args:
             draft: Manifest; version, created, files and signer are filled in.
             files: Content of the version's files, by name.
-
-        Returns:
-            The new version, without labels.
 
         Raises:
             ModelError: The name is invalid, or the two key files do not match.
@@ -125,22 +118,16 @@ class ModelRegistry:
         return Version(folder, manifest)
 
     def versions(self, name: str = "") -> list[Version]:
-        """Return verified versions, sorted by name and number.
-
-        Args:
-            name: Name of one model; empty for all models.
+        """Return the verified versions of a model, or of all, sorted by name and number.
 
         Raises:
             ModelError: A version was changed.
         """
-        names = [name] if name else sorted(p.name for p in self.path.glob("*") if p.is_dir())
-        return [self._version(one, number) for one in names for number in self._numbers(one)]
+        names = [name] if name else self._names()
+        return [self._version(model, number) for model in names for number in self._numbers(model)]
 
     def find(self, reference: str) -> Version:
-        """Return a verified version.
-
-        Args:
-            reference: NAME (the latest version), NAME@N or NAME@LABEL.
+        """Return the verified version of NAME (the latest), NAME@N or NAME@LABEL.
 
         Raises:
             ModelError: There is no such version, or it was changed.
@@ -149,8 +136,8 @@ class ModelRegistry:
         check_name(name)
         numbers = self._numbers(name)
         if not numbers:
-            known = ", ".join(sorted(p.name for p in self.path.glob("*") if p.is_dir())) or "none"
-            raise ModelError(f"no model '{name}' in {self.path}: available are {known}")
+            available = ", ".join(self._names()) or "none"
+            raise ModelError(f"no model '{name}' in {self.path}: available are {available}")
         labels = self._labels(name)
         if which.isdecimal() and int(which) in numbers:
             return self._version(name, int(which))
@@ -164,14 +151,7 @@ class ModelRegistry:
         )
 
     def promote(self, reference: str, label: str) -> Version:
-        """Move a label, such as `production`, to a version.
-
-        Args:
-            reference: NAME (the latest version), NAME@N or NAME@LABEL.
-            label: A lower-case letter, then lower-case letters, digits or '-'.
-
-        Returns:
-            The version with its labels.
+        """Move a label, such as `production`, to a version; `reference` as for `find`.
 
         Raises:
             ModelError: There is no such version, or the label is invalid.
@@ -190,17 +170,13 @@ class ModelRegistry:
         return self._version(manifest.name, manifest.version)
 
     def verify(self) -> list[str]:
-        """Verify all versions and the history.
-
-        Returns:
-            The problems found, one line each.
-        """
+        """Verify all versions and the history; return one line for each problem."""
         problems = []
         try:
             added = {line["model"]: line for line in self._history.lines() if line["kind"] == "added"}
         except ValueError as error:
             return [str(error)]
-        for name in sorted(p.name for p in self.path.glob("*") if p.is_dir()):
+        for name in self._names():
             for number in self._numbers(name):
                 entry = added.pop(f"{name}@{number}", None)
                 try:
@@ -220,8 +196,11 @@ class ModelRegistry:
         labels = tuple(sorted(label for label, n in self._labels(name).items() if n == number))
         return Version(folder, manifest, labels)
 
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.path.glob("*") if path.is_dir())
+
     def _numbers(self, name: str) -> list[int]:
-        return sorted(int(p.name) for p in (self.path / name).glob("*") if p.name.isdecimal()) if name else []
+        return sorted(int(path.name) for path in (self.path / name).glob("*") if path.name.isdecimal())
 
     def _labels(self, name: str) -> dict[str, int]:
         file = self.path / name / "labels.json"

@@ -8,34 +8,18 @@ al., Editing Models with Task Arithmetic, 2023), in the coordinates that the stu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from fedsigma.common.registry.manifest import Manifest, ModelError
-from fedsigma.common.registry.publish import add_version, draft_manifest, load_version
-from fedsigma.common.registry.shift_file import SavedShift, to_bytes
+from fedsigma.common.registry.manifest import ModelError
+from fedsigma.common.registry.publish import add_version, draft_manifest
+from fedsigma.common.registry.shift_file import SavedShift, load_shift, to_bytes
 from fedsigma.common.registry.store import ModelRegistry, Version
 
-__all__ = ["WeightedVersion", "combine", "describe_terms", "publish_combination"]
-
-
-@dataclass(frozen=True)
-class WeightedVersion:
-    """A version and its factor in a weighted sum.
-
-    Attributes:
-        version: Version of a model.
-        factor: Factor of its shift.
-    """
-
-    version: Version
-    factor: float
+__all__ = ["combine", "publish_combination"]
 
 
 def combine(terms: Sequence[tuple[SavedShift, float]]) -> SavedShift:
-    """Return the weighted sum of shifts, with the first one's study, layout and fingerprint.
-
-    Args:
-        terms: Shifts with their factors.
+    """Return the sum of shifts times their factors, with the study, layout and fingerprint of the first.
 
     Raises:
         ModelError: There are no terms, or they differ in backbone, layout or basis.
@@ -57,33 +41,25 @@ def combine(terms: Sequence[tuple[SavedShift, float]]) -> SavedShift:
     return replace(first, shift=total.float(), run="")
 
 
-def describe_terms(terms: Sequence[WeightedVersion]) -> str:
-    """Format a weighted sum: `0.5 a@1 + 0.5 b@2`."""
-    return " + ".join(f"{term.factor:g} {term.version.manifest.reference}" for term in terms)
-
-
-def publish_combination(registry: ModelRegistry, name: str, terms: Sequence[WeightedVersion]) -> Version:
-    """Publish a weighted sum as a new version. It has not been evaluated, so it has no results.
-
-    Args:
-        registry: Registry to add the version to.
-        name: Name of the new model.
-        terms: Versions and their factors.
+def publish_combination(
+    registry: ModelRegistry, name: str, terms: Sequence[tuple[Version, float]]
+) -> Version:
+    """Publish a sum of versions times their factors. It has not been evaluated, so it has no results.
 
     Raises:
         ModelError: As `combine`, or the name is invalid, or a version has personal values at its sites.
     """
-    loaded = [(load_version(term.version), term.factor) for term in terms]
-    for term, (saved, _) in zip(terms, loaded, strict=True):
+    references = tuple(version.manifest.reference for version, _ in terms)
+    loaded = [(load_shift(version.path), factor) for version, factor in terms]
+    for reference, (saved, _) in zip(references, loaded, strict=True):
         if saved.run:
             raise ModelError(
-                f"{term.version.manifest.reference} is the shared part of a model with personal values at its"
-                " sites: it cannot be combined with other versions"
+                f"{reference} is the shared part of a model with personal values at its sites:"
+                " it cannot be combined with other versions"
             )
     total = combine(loaded)
-    draft: Manifest = replace(
-        draft_manifest(total, origin=f"computed as {describe_terms(terms)}"),
-        name=name,
-        parents=tuple(term.version.manifest.reference for term in terms),
+    origin = " + ".join(f"{term[1]:g} {reference}" for term, reference in zip(terms, references, strict=True))
+    draft = draft_manifest(total, origin=f"computed as {origin}")
+    return add_version(
+        registry, replace(draft, name=name, parents=references), to_bytes(total), total.study_yaml
     )
-    return add_version(registry, draft, to_bytes(total), total.study_yaml)

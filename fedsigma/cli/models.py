@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,11 +26,7 @@ app.add_typer(models_app, name="models")
 
 RegistryOption = Annotated[
     Path | None,
-    typer.Option(
-        "--registry",
-        help="Folder of the model registry.",
-        show_default="$FEDSIGMA_MODELS, or by the runs",
-    ),
+    typer.Option(help="Folder of the model registry.", show_default="$FEDSIGMA_MODELS, or by the runs"),
 ]
 Ref = Annotated[str, typer.Argument(metavar="MODEL", help="NAME (its latest), NAME@N or NAME@LABEL.")]
 BackboneOption = Annotated[
@@ -48,20 +45,18 @@ def list_versions(
 
     Exit code 3: a version was changed.
     """
-    rows = []
-    for version in _open(registry).versions(name):
-        manifest = version.manifest
-        rows.append(
-            {
-                "model": manifest.reference,
-                "labels": ", ".join(version.labels),
-                "created": manifest.created,
-                "origin": manifest.origin,
-                "sites": len(manifest.sites),
-                "accuracy": manifest.results.get("federated", {}).get("accuracy"),
-                "folder": str(version.path),
-            }
-        )
+    rows = [
+        {
+            "model": version.manifest.reference,
+            "labels": ", ".join(version.labels),
+            "created": version.manifest.created,
+            "origin": version.manifest.origin,
+            "sites": len(version.manifest.sites),
+            "accuracy": version.manifest.results.get("federated", {}).get("accuracy"),
+            "folder": str(version.path),
+        }
+        for version in _open(registry).versions(name)
+    ]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -100,7 +95,7 @@ def diff(
     models = _open(registry)
     comparison = compare(models.find(one), models.find(other))
     if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), indent=2))
+        typer.echo(json.dumps(asdict(comparison), indent=2))
         return
     typer.echo(comparison.study or "The studies are the same.")
     for method, (before, after) in comparison.accuracy.items():
@@ -140,10 +135,10 @@ def combine(
 
     Example: fedsigma models combine both white-cells@3=0.5 dermoscopy@1=0.5
     """
-    from fedsigma.common.registry.task_arithmetic import WeightedVersion, publish_combination
+    from fedsigma.common.registry.task_arithmetic import publish_combination
 
     models = _open(registry)
-    weighted = [WeightedVersion(models.find(reference), factor) for reference, factor in map(_term, terms)]
+    weighted = [(models.find(reference), factor) for reference, factor in map(_term, terms)]
     version = publish_combination(models, name, weighted)
     typer.echo(f"{version.manifest.reference} in {version.path}")
 
@@ -171,11 +166,11 @@ def curve(
     from fedsigma.client.inference.interpolation import evaluate_curve
     from fedsigma.client.inference.loaded_model import load_model
     from fedsigma.common.data.sources.registry import open_source
-    from fedsigma.common.registry.publish import load_version
+    from fedsigma.common.registry.shift_file import load_shift
 
     models = _open(registry)
     loaded = load_model(models.find(model).path, backbone)
-    end = load_version(models.find(other)) if other else None
+    end = load_shift(models.find(other).path) if other else None
     points = list(evaluate_curve(loaded, end, open_source(data), _factors(factors)))
     if as_json:
         typer.echo(json.dumps([{"factor": point.factor, **point.metrics} for point in points], indent=2))

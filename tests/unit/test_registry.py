@@ -19,7 +19,7 @@ from fedsigma.common.registry import Manifest, ModelError, ModelRegistry, SiteRo
 from fedsigma.common.registry.compare import compare
 from fedsigma.common.registry.publish import publish
 from fedsigma.common.registry.shift_file import SavedShift, load_shift, to_bytes
-from fedsigma.common.registry.task_arithmetic import WeightedVersion, combine, publish_combination
+from fedsigma.common.registry.task_arithmetic import combine, publish_combination
 from fedsigma.common.sigma import Entry, Fingerprint, Layout
 
 SIZES = (("image", "q", 4), ("image", "mlp", 3), ("text", "v", 5))
@@ -161,7 +161,7 @@ def test_a_combination_is_the_sum_of_the_shifts(a: float, b: float) -> None:
 def test_a_combination_is_a_version_with_parents_and_only_of_one_basis(
     registry: ModelRegistry, tmp_path: Path
 ) -> None:
-    terms = [WeightedVersion(add(registry, tmp_path / "run", seed), 0.5) for seed in (0, 1)]
+    terms = [(add(registry, tmp_path / "run", seed), 0.5) for seed in (0, 1)]
     made = publish_combination(registry, "both", terms).manifest
     assert made.parents == ("demo@1", "demo@2") and made.origin == "computed as 0.5 demo@1 + 0.5 demo@2"
     assert (
@@ -170,11 +170,11 @@ def test_a_combination_is_a_version_with_parents_and_only_of_one_basis(
     )
     other = add(registry, tmp_path / "run", 2, weights="cd" * 32)
     with pytest.raises(ModelError, match="different bases"):
-        publish_combination(registry, "none", [terms[0], WeightedVersion(other, 1.0)])
+        publish_combination(registry, "none", [terms[0], (other, 1.0)])
     with pytest.raises(ModelError, match="no versions to combine"):
         combine([])
     with pytest.raises(ModelError, match="cannot be compared"):
-        compare(terms[0].version, other)
+        compare(terms[0][0], other)
 
 
 def test_a_comparison_says_where_two_shifts_lie_apart(registry: ModelRegistry, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_shift_of_which_a_part_is_at_the_sites_is_not_combined(
     (folder / "sigma.safetensors").write_bytes(to_bytes(replace(saved(), run="0123456789abcdef")))
     version = publish(registry, folder, SUMMARY, named=())
     with pytest.raises(ModelError, match="personal values at its sites"):
-        publish_combination(registry, "half", [WeightedVersion(version, 0.5)])
+        publish_combination(registry, "half", [(version, 0.5)])
 
 
 def test_a_curve_begins_at_the_pretrained_model_and_ends_at_the_version(tmp_path: Path) -> None:
