@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import typing
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -163,9 +164,7 @@ class _Field(NamedTuple):
     section: Any
 
 
-@cache
-def _fields(cls: Any) -> tuple[_Field, ...]:
-    """Return the fields of a dataclass; cached, as this takes longer than parsing a message."""
+def _find_fields(cls: Any) -> tuple[_Field, ...]:
     result = []
     for name, hint in typing.get_type_hints(cls).items():
         options = typing.get_args(hint)
@@ -175,6 +174,10 @@ def _fields(cls: Any) -> tuple[_Field, ...]:
         section = next((choice for choice in choices if hasattr(choice, "section")), None)
         result.append(_Field(name, hint, item, is_dataclass(item or hint), section))
     return tuple(result)
+
+
+# Finding the fields takes longer than parsing a message.
+_fields: Callable[[Any], tuple[_Field, ...]] = cache(_find_fields)
 
 
 def _flatten(message: Any, prefix: str = "") -> dict[str, Any]:
