@@ -79,12 +79,7 @@ def integrated_gradients(score: Callable[[Tensor], Tensor], image: Tensor, *, st
 
 
 def attribute_images(model: LoadedModel, images: Iterable[Tensor]) -> Iterator[Attribution]:
-    """Yield the attribution of each image by the adapted and by the pretrained model, for the same class.
-
-    Args:
-        model: The loaded model.
-        images: Images as the model sees them, uint8 of shape (3, side, side) each.
-    """
+    """Yield the attribution of each image, as the model sees it, by the adapted and the pretrained model."""
     shift = model.sigma.get_shift().clone()
     zero = torch.zeros_like(shift)
     adapted_text, pretrained_text = (_text_features(model, values) for values in (shift, zero))
@@ -144,16 +139,7 @@ def plot_attribution(attribution: Attribution, path: Path, *, title: str = "") -
 
 
 def write_maps(model: LoadedModel, folder: Path, out: Path, *, limit: int) -> int:
-    """Write the attribution maps of the first readable images of a folder; the first frame of each file.
-
-    Args:
-        model: The loaded model.
-        folder: The folder of images.
-        out: The folder to write to; created if it does not exist.
-        limit: Highest number of images.
-
-    Returns:
-        The number of maps written.
+    """Write the maps of at most `limit` images of a folder, by their first frames; return the number of maps.
 
     Raises:
         ModelLoadError: The folder has no image, or captum is not installed.
@@ -190,6 +176,5 @@ def _text_features(model: LoadedModel, shift: Tensor) -> Tensor:
 
 def _sum_cells(pixels: Tensor) -> NDArray[np.float32]:
     """Sum pixels over a grid of cells; the total stays the same."""
-    area = pixels.numel() / CELLS**2
-    sums = F.adaptive_avg_pool2d(pixels[None, None], CELLS)[0, 0] * area
-    return sums.numpy().astype(np.float32)
+    means = F.adaptive_avg_pool2d(pixels[None, None], CELLS)[0, 0]
+    return (means * (pixels.numel() / CELLS**2)).numpy().astype(np.float32)

@@ -74,13 +74,9 @@ def _has_image_suffix(name: str) -> bool:
 def read_frames(
     model: LoadedModel, folder: Path, names: Sequence[str], unreadable: list[str]
 ) -> Iterator[Frame]:
-    """Yield the frames of all readable files.
+    """Yield the preprocessed frames of the named files.
 
-    Args:
-        model: The model that the frames are preprocessed for.
-        folder: The folder.
-        names: Paths in the folder.
-        unreadable: One line is added for each file with an unreadable frame; none of its frames is yielded.
+    For a file with an unreadable frame, one line is added to `unreadable`, and none of its frames is yielded.
 
     Raises:
         DataError: There are DICOM files, and pydicom is not installed.
@@ -104,33 +100,6 @@ def _read_file(model: LoadedModel, folder: Path, name: str) -> Iterator[Frame]:
         source = PictureSource([], lambda _, f=frame: load(f))  # type: ignore[misc]
         image = preprocess(model.backbone, source.image(Record(key=name)))
         yield Frame(file=name, index=frame, series=slices.series if slices else "", image=image)
-
-
-class _MeanProbabilities:
-    """Averages probabilities over the frames of a file or the images of a series."""
-
-    def __init__(self, *, by_series: bool) -> None:
-        self._by_series = by_series
-        self._sums: dict[tuple[str, str], tuple[Frame, int, Tensor]] = {}
-
-    def add(self, frame: Frame, probabilities: Tensor) -> None:
-        key = ("series", frame.series) if self._by_series and frame.series else ("file", frame.file)
-        first, images, total = self._sums.get(key, (frame, 0, torch.zeros(len(probabilities))))
-        self._sums[key] = first, images + 1, total + probabilities
-
-    def predictions(self, predictor: Predictor) -> list[Prediction]:
-        predictions = []
-        for first, images, total in self._sums.values():
-            mean = tuple((total / images).tolist())
-            prediction = Prediction(
-                file=first.file,
-                probabilities=mean,
-                prediction=predictor.choose_class(mean),
-                images=images,
-                series=first.series if self._by_series else "",
-            )
-            predictions.append(prediction)
-        return predictions
 
 
 def predict_folder(
@@ -164,15 +133,20 @@ def predict_folder(
         DataError: There are DICOM files, and pydicom is not installed.
     """
     predictor = Predictor(model, temperature=temperature, abstain_below=abstain_below)
-    names, unreadable, means = list_images(folder), list[str](), _MeanProbabilities(by_series=by_series)
+    names, unreadable = list_images(folder), list[str]()
     batch: list[Frame] = []
+    # First frame, number of frames and sum of probabilities of each file or series.
+    sums: dict[tuple[str, str], tuple[Frame, int, Tensor]] = {}
 
     def flush() -> None:
-        if batch:
-            probabilities = predictor.probabilities(torch.stack([frame.image for frame in batch]))
-            for frame, row in zip(batch, probabilities, strict=True):
-                means.add(frame, row)
-            batch.clear()
+        if not batch:
+            return
+        probabilities = predictor.probabilities(torch.stack([frame.image for frame in batch]))
+        for frame, row in zip(batch, probabilities, strict=True):
+            key = ("series", frame.series) if by_series and frame.series else ("file", frame.file)
+            first, images, total = sums.get(key, (frame, 0, torch.zeros(len(row))))
+            sums[key] = first, images + 1, total + row
+        batch.clear()
 
     with model.sigma.inference_mode():
         for name in track(names, "predicting", disable=not progress):
@@ -181,7 +155,18 @@ def predict_folder(
                 if len(batch) == batch_size:
                     flush()
         flush()
-    predictions = means.predictions(predictor)
+    predictions = []
+    for first, images, total in sums.values():
+        mean = tuple((total / images).tolist())
+        predictions.append(
+            Prediction(
+                file=first.file,
+                probabilities=mean,
+                prediction=predictor.choose_class(mean),
+                images=images,
+                series=first.series if by_series else "",
+            )
+        )
     if not predictions:
         raise ModelLoadError(f"none of the {len(names)} images in {folder} can be read: {unreadable[0]}")
     write_csv(out, predictor.classes, predictions, by_series=by_series)
@@ -193,11 +178,7 @@ def write_csv(
 ) -> None:
     """Write predictions as a CSV with file, prediction (empty: abstained), and a probability a class.
 
-    Args:
-        path: The CSV file.
-        classes: The classes, in the order of the probabilities.
-        predictions: The rows.
-        by_series: Add the columns series and images (their number) after the file.
+    With `by_series`, the columns series and images (their number) follow the file.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)

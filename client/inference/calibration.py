@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsigma.client.inference.loaded_model import (
-    LoadedModel,
-    ModelLoadError,
-    prepare_evaluation,
-    select_labelled,
-)
+from fedsigma.client.inference.loaded_model import LoadedModel, ModelLoadError, prepare_evaluation
 from fedsigma.common.data.records import Source
 from fedsigma.common.training.loop import evaluate
 from fedsigma.common.training.metrics import Predictions, compute_metrics
@@ -60,18 +55,18 @@ class Calibration:
     def load_for(cls, model: LoadedModel, path: Path | None) -> Calibration | None:
         """Read the calibration of a model; return None without a file.
 
-        Args:
-            model: The model that the calibration must belong to.
-            path: The file; None for no calibration.
-
         Raises:
             ModelLoadError: The file is invalid, or was fitted for another model.
         """
         if path is None:
             return None
-        calibration = cls.read(path)
-        calibration.check(model)
-        return calibration
+        fitted, name, round = cls.read(path), model.study.name, model.saved.round
+        if (fitted.study, fitted.round) != (name, round):
+            raise ModelLoadError(
+                f"the calibration belongs to study '{fitted.study}' after round {fitted.round}, and the model"
+                f" is '{name}' after round {round}: calibrate again"
+            )
+        return fitted
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
@@ -93,27 +88,9 @@ class Calibration:
             )
         return calibration
 
-    def check(self, model: LoadedModel) -> None:
-        """Reject a model that the calibration was not fitted for.
-
-        Raises:
-            ModelLoadError: The study or the round differs.
-        """
-        saved = model.saved
-        if (self.study, self.round) != (model.study.name, saved.round):
-            raise ModelLoadError(
-                f"the calibration belongs to study '{self.study}' after round {self.round}, and the model is"
-                f" '{model.study.name}' after round {saved.round}: calibrate again"
-            )
-
 
 def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
-    """Return the temperature that maximises the likelihood of the labels.
-
-    Args:
-        probabilities: Uncalibrated probabilities of shape (n, classes).
-        labels: Class indices of shape (n,).
-    """
+    """Return the temperature that maximises the likelihood of labels (n,) by probabilities (n, classes)."""
     logits = probabilities.double().clamp_min(1e-12).log()
     inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([inverse], lr=0.5, max_iter=200, line_search_fn="strong_wolfe")
@@ -135,22 +112,17 @@ def scale_probabilities(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def calibrate(model: LoadedModel, source: Source) -> Calibration:
-    """Fit the temperature of a model on labelled images that it was not trained on.
-
-    Args:
-        model: The model.
-        source: The labelled images; images of other classes are ignored.
+    """Fit the temperature of a model on labelled images that it was not trained on, ignoring other classes.
 
     Raises:
         ModelLoadError: Fewer than 20 images have one of the study's classes.
     """
-    records = select_labelled(model, source)
-    if len(records) < MIN_IMAGES:
+    classifier, examples = prepare_evaluation(model, source)
+    if len(examples) < MIN_IMAGES:
         raise ModelLoadError(
-            f"{len(records)} images have one of the classes {', '.join(model.study.classes)}:"
+            f"{len(examples)} images have one of the classes {', '.join(model.study.classes)}:"
             f" expected at least {MIN_IMAGES}"
         )
-    classifier, examples = prepare_evaluation(model, source, records)
     predictions = evaluate(classifier, examples)
     temperature = fit_temperature(predictions.probabilities, predictions.labels)
     calibrated = scale_probabilities(predictions.probabilities, temperature)

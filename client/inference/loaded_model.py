@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from fedsigma.common.backbones import Backbone
     from fedsigma.common.data.loading import Example
-    from fedsigma.common.data.records import Record, Source
+    from fedsigma.common.data.records import Source
     from fedsigma.common.sigma import SigmaModel
     from fedsigma.common.training.classifier import ClipClassifier
 
@@ -27,7 +26,6 @@ __all__ = [
     "load_model",
     "prepare_evaluation",
     "resolve_model_path",
-    "select_labelled",
 ]
 
 
@@ -69,7 +67,7 @@ def resolve_model_path(name: Path) -> Path:
 
 
 def load_model(path: Path, backbone: str | None = None, personal: Path | None = None) -> LoadedModel:
-    """Load a shift and its backbone, and set the shift after comparing fingerprints.
+    """Load a shift onto its backbone after comparing fingerprints.
 
     Args:
         path: Sigma file, run folder or version of the registry; see `resolve_model_path`.
@@ -121,20 +119,8 @@ def _with_personal(
     return torch.from_numpy(shift), last
 
 
-def select_labelled(model: LoadedModel, source: Source) -> list[Record]:
-    """Return the images of a source that have one of the study's classes."""
-    return [record for record in source.records if record.label in model.study.classes]
-
-
-def prepare_evaluation(
-    model: LoadedModel, source: Source, records: Sequence[Record]
-) -> tuple[ClipClassifier, list[Example]]:
-    """Return the classifier and the decoded images of an evaluation.
-
-    Args:
-        model: The model.
-        source: The source of the images.
-        records: The labelled images to decode.
+def prepare_evaluation(model: LoadedModel, source: Source) -> tuple[ClipClassifier, list[Example]]:
+    """Return the classifier, and the decoded images of a source that have one of the study's classes.
 
     Raises:
         PictureError: An image cannot be decoded.
@@ -142,28 +128,19 @@ def prepare_evaluation(
     from fedsigma.common.data.loading import load_examples
     from fedsigma.common.training.classifier import ClipClassifier
 
+    records = [record for record in source.records if record.label in model.study.classes]
     side = model.backbone.image_size * 3 // 2
     examples = load_examples(source, records, list(model.study.classes), side=side)
     return ClipClassifier(model.backbone, model.sigma, list(model.study.prompts)), examples
 
 
 def export(model: LoadedModel, folder: Path, *, onnx: bool = False) -> Path:
-    """Write the merged model as a plain open_clip folder.
-
-    Args:
-        model: The model.
-        folder: The folder to write; new or empty.
-        onnx: Also write both towers as ONNX files.
-
-    Returns:
-        The folder.
+    """Write the merged model as a plain open_clip folder, with `onnx` also its towers as ONNX files.
 
     Raises:
         BackboneError: The folder is not empty.
         OnnxError: A tower cannot be exported to ONNX, or its features differ.
     """
-    from dataclasses import replace
-
     from fedsigma.common.backbones import export_merged
 
     merged = replace(model.backbone, model=model.sigma.merge())

@@ -69,13 +69,10 @@ class Predictor:
             self._text = self._classifier.text_features().detach()
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Compute class probabilities.
+        """Return class probabilities of shape (n, classes), on the CPU.
 
         Args:
             images: Preprocessed images, uint8 of shape (n, 3, image_size, image_size).
-
-        Returns:
-            Probabilities of shape (n, classes), on the CPU.
 
         Raises:
             ModelLoadError: A probability is not finite.
@@ -87,9 +84,9 @@ class Predictor:
             raise ModelLoadError(
                 "the probabilities are not finite: the shift has diverged, use another version"
             )
-        return (
-            probabilities if self.temperature == 1 else scale_probabilities(probabilities, self.temperature)
-        )
+        if self.temperature == 1:
+            return probabilities
+        return scale_probabilities(probabilities, self.temperature)
 
     def choose_class(self, probabilities: Sequence[float]) -> str | None:
         """Return the most probable class, or None if its probability is below `abstain_below`."""

@@ -173,13 +173,13 @@ def curve(
     end = load_shift(models.find(other).path) if other else None
     points = list(evaluate_curve(loaded, end, open_source(data), _factors(factors)))
     if as_json:
-        typer.echo(json.dumps([{"factor": point.factor, **point.metrics} for point in points], indent=2))
+        typer.echo(json.dumps([{"factor": factor, **metrics} for factor, metrics in points], indent=2))
         return
     names = ("accuracy", "balanced_accuracy", "auroc", "ece")
     typer.echo(f"{'factor':>8}" + "".join(f"{name:>20}" for name in names))
-    for point in points:
-        cells = "".join(f"{_shown(point.metrics.get(name)):>20}" for name in names)
-        typer.echo(f"{point.factor:>8g}{cells}")
+    for factor, metrics in points:
+        cells = "".join(f"{_shown(metrics.get(name)):>20}" for name in names)
+        typer.echo(f"{factor:>8g}{cells}")
 
 
 @models_app.command()
