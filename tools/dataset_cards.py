@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from fedsigma.common.config.schema import to_plain
-from fedsigma.common.data.catalog import DatasetCard, cards
+from fedsigma.common.data.catalog.card import DatasetCard, cards
 from fedsigma.common.utils.files import write_atomic
 
 HEADS = ("name", "set", "classes", "train", "val", "test", "licence")

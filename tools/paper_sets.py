@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from rich.progress import track
 
-from fedsigma.common.data.catalog import card, card_text
+from fedsigma.common.data.catalog.card import card, card_text
 
 # File -> card -> label in the file: class on the card.
 PUBLISHED = {

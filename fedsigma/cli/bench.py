@@ -171,7 +171,7 @@ def _check_sets(sets: TableSets, allow_differences: bool) -> None:
     Raises:
         CardError: There is no set to train or evaluate on, or differences are not allowed.
     """
-    from fedsigma.common.data.catalog import CardError
+    from fedsigma.common.data.catalog.card import CardError
 
     for name, reason in sets.missing.items():
         typer.echo(f"Left out: {name}: {reason}", err=True)

@@ -11,7 +11,7 @@ import typer
 from fedsigma.common.utils.errors import PROBLEMS
 
 if TYPE_CHECKING:
-    from fedsigma.common.data.catalog import Archive, DatasetCard
+    from fedsigma.common.data.catalog.card import Archive, DatasetCard
 
 __all__ = ["app"]
 
@@ -47,7 +47,7 @@ def check(
     Example: fedsigma data check btmri:data/BTMRI
     """
     from fedsigma.common.config.schema import did_you_mean
-    from fedsigma.common.data.catalog import CardError, cards
+    from fedsigma.common.data.catalog.card import CardError, cards
 
     name, _, place = spec.partition(":")
     if name in cards():
@@ -108,7 +108,7 @@ def list_cards(
     Example: fedsigma data cards btmri
     """
     from fedsigma.common.config.schema import to_plain
-    from fedsigma.common.data.catalog import card, card_text, cards
+    from fedsigma.common.data.catalog.card import card, card_text, cards
     from fedsigma.common.utils.console import print_table
 
     if name:
@@ -142,7 +142,7 @@ def fetch(
 
     Exit code 3: declined, not available, wrong checksum, or unsafe to extract.
     """
-    from fedsigma.common.data.catalog import CardError
+    from fedsigma.common.data.catalog.card import CardError
     from fedsigma.common.data.catalog.fetch import fetch_archive
 
     archives, chosen = _archives(name)
@@ -186,7 +186,7 @@ def _confirm(folder: Path) -> bool:
 
 
 def _archives(name: str) -> tuple[tuple[Archive, ...], DatasetCard | None]:
-    from fedsigma.common.data.catalog import CardError, card
+    from fedsigma.common.data.catalog.card import CardError, card
 
     if name.startswith("medmnist:"):
         from fedsigma.common.data.sources.medmnist import medmnist_archive

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedsigma.common.data.catalog import CardError, DatasetCard, Protocol, Protocols, card, cards
+from fedsigma.common.data.catalog.card import CardError, DatasetCard, Protocol, Protocols, card, cards
 from fedsigma.common.data.records import DataError, Record, Source
 from fedsigma.common.data.sampling import base_and_novel
 from fedsigma.common.data.sources.registry import open_source

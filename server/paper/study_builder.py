@@ -12,7 +12,7 @@ from fedsigma.common.config.federation import FederationConfig
 from fedsigma.common.config.schema import ConfigError, build, did_you_mean, flatten, read_yaml
 from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import LocalTrainingConfig
-from fedsigma.common.data.catalog import Protocol
+from fedsigma.common.data.catalog.card import Protocol
 from fedsigma.server.paper import MAX_ROUNDS, NO_STEP_LIMIT
 from fedsigma.server.paper.sets import PublishedSet
 from fedsigma.server.paper.tables import Cell

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from fedsigma.common.data.catalog import DatasetCard, Images
+from fedsigma.common.data.catalog.card import DatasetCard, Images
 
 PARTS = ("train", "val", "test")
 

@@ -21,7 +21,7 @@ from fedsigma.cli.main import main
 from fedsigma.common.backbones import save_backbone
 from fedsigma.common.config.schema import ConfigError
 from fedsigma.common.config.study import StudyConfig
-from fedsigma.common.data.catalog import Protocol, card, cards
+from fedsigma.common.data.catalog.card import Protocol, card, cards
 from fedsigma.common.data.records import PictureError
 from fedsigma.common.data.sources.registry import open_source
 from fedsigma.common.training.trainer import EvalOutput, TrainOutput, trainers

@@ -14,17 +14,17 @@ from typer.testing import CliRunner
 from fedsigma.cli.main import main
 from fedsigma.common.config.schema import ConfigError, build, read_yaml
 from fedsigma.common.config.study import DataConfig, StudyConfig, load_study
-from fedsigma.common.data.catalog import (
+from fedsigma.common.data.catalog.card import (
     Archive,
     CardError,
     DatasetCard,
+    Protocol,
     card,
     card_text,
     cards,
     prompt_of,
     same_name,
 )
-from fedsigma.common.data.catalog.card import Protocol
 from fedsigma.common.data.records import DataError, Record
 from fedsigma.common.data.sampling import base_and_novel, few_shot
 from fedsigma.common.data.sources.official_splits import read_split_file

@@ -21,16 +21,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedsigma.cli.main import main
-from fedsigma.common.data.catalog import (
-    Archive,
-    CardError,
-    card,
-    cards,
-    extract,
-)
-from fedsigma.common.data.catalog import (
-    download as downloading,
-)
+from fedsigma.common.data.catalog import download as downloading
+from fedsigma.common.data.catalog import extract
+from fedsigma.common.data.catalog.card import Archive, CardError, card, cards
 from fedsigma.common.data.catalog.download import DownloadError, download
 from fedsigma.common.data.catalog.extract import ArchiveError, ExtractionLimits, extract_archive
 from fedsigma.common.data.catalog.fetch import RECORD, DigestError, fetch_archive, read_record

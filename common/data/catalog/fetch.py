@@ -100,17 +100,18 @@ def fetch_archive(
     done = FetchedFile(
         url=archive.url, size=size, sha256=sha256, checked_by=archive.stated_by, content=tuple(content)
     )
-    _record(folder, archive.name, done)
+    values = {name: asdict(record) for name, record in (read_record(folder) | {archive.name: done}).items()}
+    write_atomic(folder / RECORD, (json.dumps(values, indent=2) + "\n").encode())
     return done
 
 
 def _verify(archive: Archive, file: Path, previous: FetchedFile | None) -> str:
-    """Return the SHA-256 of a file after comparing it with the published or recorded checksum.
-
-    Raises:
-        DigestError: The checksum differs.
-    """
-    sums = _sums(file)
+    """Return the SHA-256 of a file after comparing it with the published or recorded checksum."""
+    sums = {}
+    # MD5 is published to detect transmission errors; SHA-256 is recorded too.
+    for kind in ("sha256", "md5"):
+        with file.open("rb") as stream:
+            sums[kind] = hashlib.file_digest(stream, kind).hexdigest()
     expected = [("sha256", archive.sha256, archive.stated_by), ("md5", archive.md5, archive.stated_by)]
     if not archive.stated_by and previous is not None and previous.url == archive.url:
         expected.append(
@@ -124,18 +125,3 @@ def _verify(archive: Archive, file: Path, previous: FetchedFile | None) -> str:
                 " it was removed; fetch it again, and if that does not help, see the set's page"
             )
     return sums["sha256"]
-
-
-def _sums(file: Path) -> dict[str, str]:
-    # MD5 is published to detect transmission errors; SHA-256 is recorded too.
-    sums = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            for checksum in sums.values():
-                checksum.update(chunk)
-    return {kind: checksum.hexdigest() for kind, checksum in sums.items()}
-
-
-def _record(folder: Path, name: str, fetched: FetchedFile) -> None:
-    values = {key: asdict(file) for key, file in (read_record(folder) | {name: fetched}).items()}
-    write_atomic(folder / RECORD, (json.dumps(values, indent=2) + "\n").encode())

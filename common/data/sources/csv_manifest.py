@@ -32,11 +32,7 @@ def open_manifest(path: Path, *, columns: Mapping[str, str] | None = None) -> Pi
 
 
 def column_names(columns: Mapping[str, str] | None, known: tuple[str, ...]) -> dict[str, str]:
-    """Return the name of each known column in a file.
-
-    Raises:
-        DataError: `columns` names an unknown column.
-    """
+    """Return the name of each known column in a file, by the option columns."""
     if columns is not None and not isinstance(columns, Mapping):
         raise DataError(f"the option columns is {columns!r}, expected a table such as {{label: diagnosis}}")
     for name in columns or {}:
@@ -46,11 +42,7 @@ def column_names(columns: Mapping[str, str] | None, known: tuple[str, ...]) -> d
 
 
 def read_manifest(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Record], list[Problem]]:
-    """Read a manifest; an invalid row becomes a problem.
-
-    Raises:
-        DataError: The file is not readable as CSV, or lacks a column.
-    """
+    """Read a manifest as `open_manifest`; an invalid row becomes a problem."""
     names = column_names(columns, COLUMNS)
     records: list[Record] = []
     problems: list[Problem] = []

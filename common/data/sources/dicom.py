@@ -55,13 +55,12 @@ def open_dicom(
         raise DataError(
             f"the option window is {window!r}, expected a center and a width above 0, as [40, 400]"
         )
+    root = path if path.is_dir() else path.parent
     if path.is_dir():
-        root = path
         records, problems = walk_classes(path, is_dicom, group_by_folder)
         if not records:
             raise DataError(f"the folder {path} has no DICOM files in class folders: expected CLASS/file.dcm")
     else:
-        root = path.parent
         records, problems = read_manifest(path, columns)
     records = [r if r.group else replace(r, group=_patient(root / r.key)) for r in records]
     limits = None if window is None else (float(window[0]), float(window[1]))
@@ -136,11 +135,7 @@ class DicomFile:
         return cls(key=key, series=str(series or ""), frames=frames, dataset=dataset)
 
     def image(self, frame: int = 0) -> Image.Image:
-        """Render one frame, counted from 0.
-
-        Raises:
-            PictureError: As for `render`, or the frame is damaged.
-        """
+        """Render one frame, counted from 0; raises PictureError as `render`, or for a damaged frame."""
         with _name_file_in_errors(self.key):
             if self.frames == 1:
                 return render(self.dataset)
@@ -241,12 +236,12 @@ def apply_window(
     if window is None and tables:
         shown = np.asarray(apply_voi(apply_modality_lut(pixels, dataset), dataset), np.float64)
         return np.asarray(np.clip(shown / (2 ** int(tables[0].LUTDescriptor[2]) - 1), 0, 1))
-    if window is None and dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-        center, width = _first(dataset.WindowCenter), _first(dataset.WindowWidth)
-    elif window is None:
-        return _stretch(values, pixels, dataset)
-    else:
+    if window is not None:
         (center, width), function = window, "LINEAR_EXACT"
+    elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
+        center, width = _first(dataset.WindowCenter), _first(dataset.WindowWidth)
+    else:
+        return _stretch(values, pixels, dataset)
     # The three functions of DICOM PS3.3 C.11.2.1.2, scaled to 0 to 1.
     if function == "SIGMOID":
         return np.asarray(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))))

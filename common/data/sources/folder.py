@@ -51,24 +51,17 @@ def walk_classes(
     records: list[Record] = []
     outside = _pictures(path, is_picture, "*")
     for top in tops:
+        split = read_split(top.name) if has_splits else None
         if has_splits:
             outside += _pictures(top, is_picture, "*")
         for folder in _subfolders(top) if has_splits else [top]:
             for file in _pictures(folder, is_picture, "**/*"):
                 inner = file.relative_to(folder).parent
-                records.append(
-                    Record(
-                        key=file.relative_to(path).as_posix(),
-                        label=folder.name,
-                        group=inner.as_posix() if group_by_folder and inner.parts else None,
-                        split=read_split(top.name) if has_splits else None,
-                    )
-                )
-    problems = [
-        Problem(kind="unknown label", where=file.relative_to(path).as_posix(), detail="is in no class folder")
-        for file in outside
-    ]
-    return records, problems
+                group = inner.as_posix() if group_by_folder and inner.parts else None
+                key = file.relative_to(path).as_posix()
+                records.append(Record(key=key, label=folder.name, group=group, split=split))
+    keys = [file.relative_to(path).as_posix() for file in outside]
+    return records, [Problem(kind="unknown label", where=key, detail="is in no class folder") for key in keys]
 
 
 def _is_split(name: str) -> bool:

@@ -18,15 +18,12 @@ _CLASSES = 1000
 
 
 def read_wordnet(folder: Path, images: Path, parts: dict[str, str]) -> tuple[list[Record], list[str]]:
-    """List the images of folders named by WordNet ids.
+    """List the images of folders named by WordNet ids; return the records, and the classes by id.
 
     Args:
         folder: The set's folder, with classnames.txt, or with one in ../imagenet.
         images: The folder that keys start from.
         parts: Split -> the folder below `images` with its class folders ('.' for itself).
-
-    Returns:
-        The records, and the classes in the order of their ids.
 
     Raises:
         DataError: A folder is missing, or the name of a class is unknown.
@@ -43,11 +40,7 @@ def read_wordnet(folder: Path, images: Path, parts: dict[str, str]) -> tuple[lis
 
 
 def read_numbered(folder: Path, images: Path) -> tuple[list[Record], list[str]]:
-    """List the test images of folders 0, 1, 2, ..., the positions of classes in ImageNet's list.
-
-    Raises:
-        DataError: As for `read_wordnet`.
-    """
+    """List the test images of folders 0, 1, 2, ..., the positions of classes in ImageNet's list."""
     names = list((_read_names(folder) or {}).values()) or _open_clip_names()
     numbers = sorted(int(name) for name in _folders(images) if name.isascii() and name.isdecimal())
     if not numbers or numbers[-1] >= len(names):

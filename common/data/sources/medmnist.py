@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedsigma.common.config.schema import did_you_mean
-from fedsigma.common.data.catalog import Archive
+from fedsigma.common.data.catalog.card import Archive
 from fedsigma.common.data.records import SPLITS, DataError, PictureSource, Record
 from fedsigma.common.data.sources.registry import register_source
 
@@ -73,11 +73,7 @@ def open_medmnist(name: str, size: int = 28, *, root: str | None = None) -> Pict
 
 
 def medmnist_archive(name: str, size: int = 28) -> Archive:
-    """Return the public file of a set, with the MD5 sum that the package states.
-
-    Raises:
-        DataError: As for `open_medmnist`.
-    """
+    """Return the public file of a set, with the MD5 sum that the package states."""
     info, suffix = _set_info(name, size), _size_suffix(size)
     return Archive(
         url=info[f"url{suffix}"], md5=info[f"MD5{suffix}"], stated_by="the package medmnist", unpack=False
@@ -85,11 +81,7 @@ def medmnist_archive(name: str, size: int = 28) -> Archive:
 
 
 def medmnist_licence(name: str) -> str:
-    """Return the licence of a set, as the package states it.
-
-    Raises:
-        DataError: As for `open_medmnist`.
-    """
+    """Return the licence of a set, as the package states it."""
     return str(_set_info(name, SIZES[0])["license"])
 
 

@@ -73,22 +73,19 @@ def _index(file: Path, names: dict[str, str], records: list[Record], problems: l
                 )
         _check_image(file, schema.field(names["image"]).type)
         small = [names[name] for name in COLUMNS[1:] if names[name] in schema.names]
-        read = table.read(columns=small)
+        rows = table.read(columns=small).to_pylist()
     label_names = _label_names(schema, names["label"])
-    columns = {name: read[names[name]].to_pylist() for name in COLUMNS[1:] if names[name] in small}
-    for row in range(read.num_rows):
-        key = f"{file.name}#{row:08d}"
-        cells = {name: values[row] for name, values in columns.items()}
-        label = cells["label"]
-        if label_names and isinstance(label, int) and 0 <= label < len(label_names):
+    for number, row in enumerate(rows):
+        key, label = f"{file.name}#{number:08d}", row[names["label"]]
+        if isinstance(label, int) and 0 <= label < len(label_names):
             label = label_names[label]
+        cells = {name: read_text(row.get(names[name])) for name in ("site", "group", "split")}
         try:
-            split = read_split(read_text(cells.get("split")))
+            cells["split"] = read_split(cells["split"])
         except DataError as error:
             problems.append(Problem(kind="unknown split", where=key, detail=str(error)))
             continue
-        site, group = read_text(cells.get("site")), read_text(cells.get("group"))
-        records.append(Record(key=key, label=read_text(label), site=site, group=group, split=split))
+        records.append(Record(key=key, label=read_text(label), **cells))
 
 
 def _check_image(file: Path, kind: pa.DataType) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from fedsigma.common.data.catalog import DatasetCard, card, prompt_of, same_name
+from fedsigma.common.data.catalog.card import DatasetCard, card, prompt_of, same_name
 from fedsigma.common.data.records import DataError, PictureSource, Record
 from fedsigma.common.data.sources.imagenet import disambiguate, read_numbered, read_wordnet
 from fedsigma.common.data.sources.official_splits import Row, read_lists, read_split_file
@@ -25,15 +26,12 @@ SITES = "sites.csv"
 def open_coop(name: str, path: Path) -> PictureSource:
     """Open a published set with its official split and its class names for prompts.
 
-    No published split contains sites. A file sites.csv with the columns path (below the folder of the images)
-    and site adds them.
+    The classes are in the order of the set's label numbers. A file sites.csv with the columns path (below the
+    folder of the images) and site adds the sites, which no published split contains.
 
     Args:
         name: Name of the card, such as btmri; `fedsigma data cards` lists them.
         path: Folder of the set, as described by the card.
-
-    Returns:
-        A source whose `classes` are in the order of the set's own label numbers.
 
     Raises:
         ConfigError: There is no such card.
@@ -43,11 +41,7 @@ def open_coop(name: str, path: Path) -> PictureSource:
 
 
 def open_card(chosen: DatasetCard, path: Path) -> PictureSource:
-    """Open the set of a card, as `open_coop`.
-
-    Raises:
-        DataError: As for `open_coop`.
-    """
+    """Open the set of a card, as `open_coop`."""
     if not path.is_dir():
         raise DataError(f"{path} is a file, expected the folder of {chosen.title}")
     root = images_folder(chosen, path)
@@ -72,17 +66,13 @@ def _with_sites(file: Path, records: list[Record]) -> list[Record]:
 
 
 def images_folder(chosen: DatasetCard, path: Path) -> Path:
-    """Return the folder that paths of a split start from; the set's own if the inner one is missing."""
+    """Return the folder that paths of a split start from: the inner one if it exists."""
     inner = path / chosen.layout.images
     return inner if inner.is_dir() else path
 
 
 def read_rows(chosen: DatasetCard, path: Path) -> list[Row]:
-    """Read the official split of a set with split files.
-
-    Raises:
-        DataError: As for `read_split_file` and `read_lists`, or the split is empty.
-    """
+    """Read the official split of a set with split files; raises DataError also for an empty split."""
     layout = chosen.layout
     rows = read_lists(path) if layout.kind == "lists" else read_split_file(path / layout.split)
     if not rows:
@@ -100,10 +90,25 @@ def _read(chosen: DatasetCard, path: Path, root: Path) -> tuple[list[Record], li
             return read_numbered(path, root)
     rows = read_rows(chosen, path)
     names = class_names(chosen, rows)
-    folders = _Folders(root)
+
+    @cache
+    def find_folder(folder: PurePosixPath) -> PurePosixPath:
+        """Return the name of a folder on disk, ignoring case, blanks, '_' and '-' if only one matches."""
+        if not folder.parts:
+            return folder
+        above = find_folder(folder.parent)
+        alike = []
+        if not (root / above / folder.name).is_dir() and (root / above).is_dir():
+            alike = [
+                path.name
+                for path in (root / above).iterdir()
+                if same_name(path.name) == same_name(folder.name) and path.is_dir()
+            ]
+        return above / (alike[0] if len(alike) == 1 else folder.name)
+
     records = [
         Record(
-            key=(folders.find(row.path.parent) / row.path.name).as_posix(),
+            key=(find_folder(row.path.parent) / row.path.name).as_posix(),
             label=names[row.number],
             split=row.split,
         )
@@ -131,26 +136,3 @@ def class_names(chosen: DatasetCard, rows: Sequence[Row]) -> dict[int, str]:
     numbers = sorted(written)
     prompts = [spelling.get(same_name(written[number]), prompt_of(written[number])) for number in numbers]
     return dict(zip(numbers, disambiguate(prompts, [f"label {number}" for number in numbers]), strict=True))
-
-
-class _Folders:
-    """Finds the folders of a split file on disk, ignoring case, blanks, '_' and '-'."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._found: dict[PurePosixPath, PurePosixPath] = {PurePosixPath(): PurePosixPath()}
-
-    def find(self, wanted: PurePosixPath) -> PurePosixPath:
-        """Return the name on disk; the name itself if no folder or several folders match."""
-        if wanted not in self._found:
-            above = self.find(wanted.parent)
-            self._found[wanted] = above / self._name(self.root / above, wanted.name)
-        return self._found[wanted]
-
-    def _name(self, above: Path, wanted: str) -> str:
-        if (above / wanted).is_dir() or not above.is_dir():
-            return wanted
-        alike = [
-            one.name for one in above.iterdir() if same_name(one.name) == same_name(wanted) and one.is_dir()
-        ]
-        return alike[0] if len(alike) == 1 else wanted

@@ -33,8 +33,8 @@ _COMMON_OPTIONS = ("labels", "parts", "half")
 def register_source(name: str) -> Callable[[Opener], Opener]:
     """Register a function that opens sources named `name:location`.
 
-    The parts of the location, separated by colons, are the function's positional arguments in order: text,
-    integers, and last a `path`. Keyword-only parameters are the options of a study's `data.options`.
+    The parts of the location, separated by colons, are the positional arguments: text, integers, and last a
+    `path`. Keyword-only parameters are the options of a study's `data.options`.
 
     Raises:
         DataError: The name is registered already.

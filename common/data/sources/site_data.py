@@ -55,11 +55,6 @@ def simulated_sites(
 ) -> tuple[Source, dict[str, list[Record]]]:
     """Open a simulation's source and divide it: site name -> its records, in the order of the partition.
 
-    Args:
-        data: The study's data section; equal sections share the cache.
-        classes: The classes of the study; images of others are left out.
-        seed: The study's seed.
-
     Raises:
         DataError: The data cannot be read or divided, or have problems and on_problem is 'stop'.
     """
