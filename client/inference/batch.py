@@ -42,9 +42,7 @@ class Frame:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the image and DICOM files in a folder and its subfolders, as sorted relative paths.
-
-    Hidden files and folders are ignored.
+    """Return the images and DICOM files of a folder tree as sorted relative paths, without hidden ones.
 
     Raises:
         ModelLoadError: The folder does not exist, or has no image.

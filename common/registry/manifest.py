@@ -197,10 +197,6 @@ def method_rows(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_name(name: str) -> None:
-    """Check that a model's name can be used as a folder name.
-
-    Raises:
-        ModelError: The name has other characters than letters, digits, `.`, `_` and `-`, or is too long.
-    """
+    """Raise ModelError if a model's name cannot be used as a folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
         raise ModelError(f"the model name is {name!r}, expected letters, digits, '.', '_' or '-'")

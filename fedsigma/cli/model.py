@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-
 app = typer.Typer(no_args_is_help=True, help="Commands for a site.")
 backbone_app = typer.Typer(no_args_is_help=True, help="Prepare a backbone for a machine without internet.")
 app.add_typer(backbone_app, name="backbone")
@@ -28,8 +27,6 @@ BackboneOption = Annotated[
     str | None,
     typer.Option("--backbone", help="The study's backbone on this machine, such as local-dir:DIR."),
 ]
-
-
 Personal = Annotated[
     Path | None,
     typer.Option("--personal", help="File of the site's personal values, for a study that has them."),
@@ -104,20 +101,15 @@ def inspect(
     from fedsigma.common.config.sigma import SigmaConfig
     from fedsigma.common.sigma import find_layout
 
-    selection = SigmaConfig(towers=_words(towers), layers=_layers(layers), parts=_words(parts))
+    selection = SigmaConfig(towers=_split(towers), layers=_layers(layers), parts=_split(parts))
     model = load_meta_model(name)
     layout = find_layout(model, selection)
     total = sum(p.numel() for p in model.parameters())
     rows = [
-        {
-            "tower": tower,
-            "part": part,
-            "matrices": len(chosen),
-            "sigma_values": sum(e.size for e in chosen),
-        }
+        {"tower": tower, "part": part, "matrices": len(sizes), "sigma_values": sum(sizes)}
         for tower in selection.towers
         for part in selection.parts
-        if (chosen := [e for e in layout.entries if e.tower == tower and e.part == part])
+        if (sizes := [e.size for e in layout.entries if (e.tower, e.part) == (tower, part)])
     ]
     summary = {
         "backbone": name,
@@ -185,20 +177,17 @@ def convert(
 
 
 def _written(backbone: Backbone, folder: Path) -> None:
-    size = sum(p.stat().st_size for p in folder.iterdir())
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (backbone.mean, backbone.std))
     notes = json.loads((folder / "fedsigma_backbone.json").read_text("utf-8"))["notes"]
     typer.echo(f"Wrote {folder} ({size / 1e6:,.1f} MB) and loaded it as a check.")
     typer.echo(
         f"Images: {backbone.image_size} pixels, {backbone.interpolation}, {backbone.resize_mode} side; "
-        f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}."
+        f"mean {mean}, std {std}."
     )
     for note in notes:
         typer.echo(f"Note: {note}.")
     typer.echo(f"Name it local-dir:{folder} at a site, or the path of its copy there.")
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{v:.4g}" for v in values)
 
 
 @app.command()
@@ -340,15 +329,15 @@ def export(
     typer.echo(f"With open_clip: open_clip.create_model_and_transforms('local-dir:{folder}')")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def _layers(text: str) -> str | tuple[int, ...]:
-    words = _words(text)
-    numbers = [word for word in words if word.isdecimal()]
+    items = _split(text)
+    numbers = tuple(int(item) for item in items if item.isdecimal())
     if not numbers:
         return text.strip()
-    if len(numbers) != len(words):
+    if len(numbers) != len(items):
         raise typer.BadParameter(f"{text!r}: expected all, top, middle, bottom, or numbers such as 0,1,2")
-    return tuple(int(word) for word in numbers)
+    return numbers

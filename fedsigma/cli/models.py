@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-
 app = typer.Typer(no_args_is_help=True)
 models_app = typer.Typer(no_args_is_help=True, help="Finished models and their versions.")
 app.add_typer(models_app, name="models")
-
 
 RegistryOption = Annotated[
     Path | None,

@@ -314,9 +314,5 @@ def card(name: str) -> DatasetCard:
 
 
 def card_text(name: str) -> str:
-    """Return the YAML of a card.
-
-    Raises:
-        CardError: There is no such card.
-    """
+    """Return the YAML of a card; raises as `card`."""
     return _read_all(os.environ.get("FEDSIGMA_CARDS", ""))[1][card(name).name]
