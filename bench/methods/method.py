@@ -60,8 +60,8 @@ class Method:
         """Make a site's local steps of one round; returns the new state and the mean loss."""
         self._load(state)
         steps = {"first_step": turn.first_step, "steps": turn.steps, "total_steps": turn.total_steps}
-        result = loop.train(self.task, examples, recipe, **steps, seed=turn.seed)
-        return self._state(), result.loss
+        loss = loop.train(self.task, examples, recipe, **steps, seed=turn.seed)
+        return self._state(), loss
 
     def upload(self, start: State, trained: State, turn: Turn) -> tuple[State, int]:
         """Return a trained state as it arrives at the server, and the bytes of the upload."""

@@ -28,6 +28,7 @@ from fedsigma.common.config.study import StudyConfig
 from fedsigma.common.config.training import LocalTrainingConfig
 from fedsigma.common.data.loading import SiteData
 from fedsigma.common.data.records import Record
+from fedsigma.common.data.sampling import in_turns
 from fedsigma.common.data.sources import site_data
 from fedsigma.common.privacy import secure_aggregation
 from fedsigma.common.privacy.accounting import PrivacyEvent, epsilon
@@ -308,7 +309,7 @@ def test_the_split_of_a_site_is_its_own_and_not_a_studys(
 
 def test_what_is_cut_off_at_most_examples_is_of_all_classes() -> None:
     records = [Record(key=f"{label}{n}", label=label, split="train") for label in "abc" for n in range(4)]
-    stored = site_data._of_each_class(records)[:5]
+    stored = in_turns(records, key=lambda record: record.label)[:5]
     assert [record.label for record in stored] == ["a", "b", "c", "a", "b"]
 
 
