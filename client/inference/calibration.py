@@ -99,10 +99,10 @@ def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
         optimizer.zero_grad()
         # Optimised in the logarithm to stay positive; the loss is convex in the inverse temperature.
         loss = F.cross_entropy(logits * inverse.clamp(-6, 6).exp(), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return float(torch.exp(-inverse.detach().clamp(-6, 6)))
 
 
