@@ -1,8 +1,8 @@
 """Procedural pictures with captions, drawn for pre-training the starter backbone.
 
-Medical pictures at hand are mostly grey and come with twenty class names; a text tower trained on
+The available medical images are mostly grey and come with twenty class names; a text tower trained on
 those alone knows no colour, shape or texture word. These drawings give it some. They are plain
-geometry on plain grounds: no shape lies inside another, so nothing here looks like a cell.
+geometry on plain grounds: no shape is inside another, so nothing here looks like a cell.
 """
 
 from __future__ import annotations
