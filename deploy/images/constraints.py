@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 EXTRAS = ("dicom", "biomedclip", "dashboard")
-# Which CUDA libraries belong to torch is torch's to say: they differ between its CPU and CUDA builds.
+# torch decides which CUDA libraries it needs: they differ between its CPU and CUDA builds.
 LEFT_TO_TORCH = ("nvidia-", "cuda-", "triton")
 
 
