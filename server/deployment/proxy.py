@@ -52,7 +52,7 @@ http {{
       proxy_set_header Host $host;
       proxy_connect_timeout 5s;
       proxy_read_timeout 120s;
-      # Forwarded as it arrives: what sites send is not written to the proxy's disk.
+      # Forwarded as it arrives, so that nothing of the sites is written to the proxy's disk.
       proxy_request_buffering off;
       proxy_max_temp_file_size 0;
     }}
