@@ -225,8 +225,8 @@ def _new_keys(path: Path, name: str, *, site: str, word: str | None) -> SiteKeys
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     file.with_suffix(".pub").write_bytes(public + b"\n")
     identity = read_identity(path / "worker" / "identity.pem")
-    made = _now().isoformat()
-    return SiteKeys.sign(site=site, node_key=public.decode(), identity=identity, made=made, word=word)
+    signed_at = _now().isoformat()
+    return SiteKeys.sign(site=site, node_key=public.decode(), identity=identity, made=signed_at, word=word)
 
 
 def _now() -> datetime.datetime:

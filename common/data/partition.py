@@ -91,14 +91,14 @@ def _by_record_site(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _check_settings(scheme: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
-    known = _SCHEMES[scheme][0]
-    settings = {**known, **(values if isinstance(values, Mapping) else {})}
+    defaults = _SCHEMES[scheme][0]
+    settings = {**defaults, **(values if isinstance(values, Mapping) else {})}
     for name, value in settings.items():
-        if name not in known:
-            raise DataError(f"sites_by {scheme} has no setting {name!r}: known are {', '.join(known)}")
+        if name not in defaults:
+            raise DataError(f"sites_by {scheme} has no setting {name!r}: known are {', '.join(defaults)}")
         if value is None:
             example = ", ".join(
-                f"{key}: {_EXAMPLES[key]}" for key, default in known.items() if default is None
+                f"{key}: {_EXAMPLES[key]}" for key, default in defaults.items() if default is None
             )
             raise DataError(f"sites_by {scheme} needs {name!r}: write {{{scheme}: {{{example}}}}}")
         kind: Any = int

@@ -126,10 +126,10 @@ def find_sets(table: PaperTable, root: Path, names: Sequence[str] = ()) -> Table
     """
     if not root.is_dir():
         raise CardError(f"there is no folder {root}: name by --data the one that has the sets' folders")
-    known = [c.name for c in cards().values() if c.domain == table.domain]
+    table_names = [c.name for c in cards().values() if c.domain == table.domain]
     first = (table.trained_on,) if table.trained_on else ()
     found, missing = [], {}
-    for name in dict.fromkeys((*first, *(names or known))):
+    for name in dict.fromkeys((*first, *(names or table_names))):
         folder = root
         try:
             if name.startswith(f"{_MEDMNIST}:"):
@@ -138,8 +138,8 @@ def find_sets(table: PaperTable, root: Path, names: Sequence[str] = ()) -> Table
                 found.append(replace(opened, name=name, protocols=Protocols()))
                 continue
             chosen = card(name)
-            if name not in known and name != table.trained_on:
-                raise CardError(f"{name} is not of this table: its sets are {', '.join(known)}")
+            if name not in table_names and name != table.trained_on:
+                raise CardError(f"{name} is not of this table: its sets are {', '.join(table_names)}")
             folder = root / chosen.layout.folder
             if not folder.is_dir():
                 how = f"fetch {name} {folder}" if chosen.archives else f"cards {name}"

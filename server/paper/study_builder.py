@@ -163,8 +163,9 @@ def _check_names(section: str, keys: Sequence[str]) -> None:
             hint = "see --rounds" if name == "federation.rounds" else "leave it out"
             raise ConfigError(f"--set names '{name}', which the table decides: {hint}")
     if section in _SECTIONS:
-        known = [f.name for f in fields(_SECTIONS[section])]
-        if unknown := [key for key in keys if key not in known]:
+        setting_names = [f.name for f in fields(_SECTIONS[section])]
+        if unknown := [key for key in keys if key not in setting_names]:
             raise ConfigError(
-                f"--set names '{section}.{unknown[0]}', which is unknown{did_you_mean(unknown[0], known)}"
+                f"--set names '{section}.{unknown[0]}', which is unknown"
+                f"{did_you_mean(unknown[0], setting_names)}"
             )

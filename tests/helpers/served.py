@@ -63,15 +63,15 @@ def serving(
     if holder:
         judge.probabilities = holder  # type: ignore[method-assign]
     service = Service(judge, describe_model(run, restored, calibration, least, bounds), bounds, token=token)
-    made = create_server(asgi(service), grace_s=bounds.grace_s)
+    web_server = create_server(asgi(service), grace_s=bounds.grace_s)
     with open_listener("127.0.0.1", 0) as place:
-        thread = threading.Thread(target=made.run, kwargs={"sockets": [place]})
+        thread = threading.Thread(target=web_server.run, kwargs={"sockets": [place]})
         thread.start()
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{place.getsockname()[1]}", timeout=30) as client:
                 yield client, service, holder
         finally:
-            made.should_exit = True
+            web_server.should_exit = True
             while thread.is_alive() and place.fileno() != -1:  # until it has stopped listening
                 time.sleep(0.01)
             if holder:

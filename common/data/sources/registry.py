@@ -111,15 +111,15 @@ def _keep_half(source: PictureSource, spec: str, half: Any) -> None:
 def _open(kind: str, location: str, base: Path | None, options: dict[str, Any]) -> PictureSource:
     opener = _SOURCES[kind]
     parameters = inspect.signature(opener).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    option_names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
     if not positional and location:
         options = {**_parse_options(kind, location), **options}
     for name in options:
-        if name not in known:
+        if name not in option_names:
             raise DataError(
                 f"the data source '{kind}' has no option {name!r}: known are "
-                f"{', '.join(sorted([*known, *_COMMON_OPTIONS]))}"
+                f"{', '.join(sorted([*option_names, *_COMMON_OPTIONS]))}"
             )
     return opener(*(_parse_location(kind, location, positional, base) if positional else ()), **options)
 

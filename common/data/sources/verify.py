@@ -49,9 +49,9 @@ def _classes(chosen: DatasetCard, names: Sequence[str]) -> list[str]:
     if len(names) != chosen.class_count:
         differences.append(f"classes: {len(names):,}, the card says {chosen.class_count:,}")
     if chosen.class_names:
-        split, known = ({same_name(name): name for name in side} for side in (names, chosen.class_names))
-        differences += [f"class '{known[k]}': on the card, not in the split" for k in known if k not in split]
-        differences += [f"class '{split[k]}': in the split, not on the card" for k in split if k not in known]
+        split, card = ({same_name(name): name for name in side} for side in (names, chosen.class_names))
+        differences += [f"class '{card[k]}': on the card, not in the split" for k in card if k not in split]
+        differences += [f"class '{split[k]}': in the split, not on the card" for k in split if k not in card]
     return differences
 
 

@@ -158,8 +158,8 @@ class LoginApp:
             self._rate_limiter.reset(name)
             return await self._open_session(request, name, method=PASSWORD, next_path=next_path)
         # Other input may be a password typed by mistake.
-        known = await run_in_threadpool(self._accounts.has_user, name)
-        await self._record_refusal(request, method=PASSWORD, user=name if known else "")
+        is_user = await run_in_threadpool(self._accounts.has_user, name)
+        await self._record_refusal(request, method=PASSWORD, user=name if is_user else "")
         return self._page(
             error="Invalid name or password. The server's administrator can set a new password:"
             " fedsigma users password NAME",
