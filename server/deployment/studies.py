@@ -19,7 +19,7 @@ from fedsigma.server.deployment.database import ServerDatabase, Submission, utc_
 from fedsigma.server.deployment.flower_control import ControlError, FlowerControl
 from fedsigma.server.deployment.home import ServerHome, ServerHomeError
 from fedsigma.server.federation.privacy_plan import check_budget
-from fedsigma.server.runs.run_dir import RunDir
+from fedsigma.server.runs.run_dir import RunDir, is_run_folder
 from fedsigma.server.simulation.app_bundle import write_app
 from fedsigma.server.trackers import parse_trackers
 
@@ -134,7 +134,7 @@ class Studies:
             )
         path = Path(previous.submission.folder)
         file = self._home.path / "studies" / f"{path.name}.yaml"
-        if (path / "study.yaml").is_file():
+        if is_run_folder(path):
             file.write_text(RunDir.open(path).study_yaml, encoding="utf-8")
         config = StudyConfig.from_yaml(file.read_text(encoding="utf-8"), where=str(file))
         return self._start(config, previous.submission.digest, file, path, resumes=previous.submission.run_id)
@@ -227,7 +227,7 @@ class Studies:
         resumes: str = "",
         trackers: str = "",
     ) -> Submission:
-        values = {"study": str(file), "out": str(folder), "resume": (folder / "study.yaml").is_file()}
+        values = {"study": str(file), "out": str(folder), "resume": is_run_folder(folder)}
         values["trackers"] = trackers
         run = self._control.start(write_app(self._home.path / "flwr" / "app"), values)
         submission = Submission(
@@ -245,7 +245,7 @@ class Studies:
 
     def _status_of(self, submission: Submission, runs: dict[str, str]) -> SubmissionStatus:
         path, rounds = Path(submission.folder), 0
-        if (path / "study.yaml").is_file():
+        if is_run_folder(path):
             rounds = max((row["round"] for row in RunDir.open(path).rounds()), default=0)
         return SubmissionStatus(submission, runs.get(submission.run_id, UNKNOWN), rounds)
 

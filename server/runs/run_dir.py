@@ -25,7 +25,7 @@ from fedsigma.server.runs.rounds_table import RoundsTable, latest
 if TYPE_CHECKING:  # torch is slow to import and only the sigma file needs it
     from fedsigma.common.registry.shift_file import SavedShift
 
-__all__ = ["RunDir", "RunDirError", "check_free"]
+__all__ = ["RunDir", "RunDirError", "check_free", "is_run_folder"]
 
 
 class RunDirError(FedSigmaError, ValueError):
@@ -71,7 +71,7 @@ class RunDir:
         Raises:
             RunDirError: The folder holds no run.
         """
-        if not (path / "study.yaml").is_file():
+        if not is_run_folder(path):
             what = "holds no study.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
             raise RunDirError(f"{path} {what}: list the run folders with `fedsigma runs`")
         return cls(path)
@@ -246,13 +246,18 @@ class RunDir:
         write_atomic(self.path / name, text.encode("utf-8"))
 
 
+def is_run_folder(path: Path) -> bool:
+    """Return whether a run has started in this folder: its study is there."""
+    return (path / "study.yaml").is_file()
+
+
 def check_free(path: Path) -> None:
     """Check that a new run may use this folder.
 
     Raises:
         RunDirError: It already holds a run, or the path is a file.
     """
-    if (path / "study.yaml").exists():
+    if is_run_folder(path):
         raise RunDirError(
             f"{path} already holds a run: name another folder, or resume that run (resume=true)"
         )

@@ -13,7 +13,7 @@ from fedsigma.common.config.constants import ALL_SITES
 from fedsigma.common.utils.files import runs_folder
 from fedsigma.common.utils.json_lines import CHUNK, Row, first_line, last_lines, parse_object
 from fedsigma.server.runs.rounds_table import latest, parse_row, split_cells
-from fedsigma.server.runs.run_dir import RunDir, RunDirError
+from fedsigma.server.runs.run_dir import RunDir, RunDirError, is_run_folder
 
 __all__ = ["RunSummary", "find_runs", "last_contacts", "runs_folder", "study_of", "summarize_run"]
 
@@ -150,7 +150,7 @@ def find_runs(directory: Path) -> list[Path]:
 
 
 def _walk(directory: Path, depth: int) -> Iterator[Path]:
-    if (directory / "study.yaml").is_file():
+    if is_run_folder(directory):
         yield directory
     elif depth > 0:
         for child in directory.iterdir():

@@ -117,6 +117,18 @@ def test_submitted_studies_are_listed(browsers: dict[str, TestClient]) -> None:
     assert "/stop/waits" not in text and "/stop/waits" in page(browsers["olga"], "/")
 
 
+def test_a_run_stays_listed_while_it_starts(browsers: dict[str, TestClient], server: ServerHome) -> None:
+    assert states(page(browsers["vera"], "/"))["waits"] == "queued"  # the folders are listed now
+    folder = server.path / "runs" / "waits"
+    folder.mkdir()
+    assert states(page(browsers["vera"], "/"))["waits"] == "queued"
+    write_synthetic_run(folder, name="waits", rounds=2, finished=1, troubles=False)
+    text = page(browsers["vera"], "/")
+    assert states(text)["waits"] == "interrupted"  # no process holds its lock
+    assert 'href="/runs/waits"' in text
+    page(browsers["vera"], "/runs/waits")
+
+
 def test_studies_are_queued_while_the_superlink_is_unreachable(
     browsers: dict[str, TestClient], watch: SuperLinkWatch
 ) -> None:

@@ -13,6 +13,7 @@ from fedsigma.server.dashboard.pages.prometheus import NEWEST, RunMetrics
 from fedsigma.server.dashboard.pages.superlink_watch import SuperLinkWatch, utc_seconds
 from fedsigma.server.deployment.database import ServerDatabase, Submission
 from fedsigma.server.deployment.home import ServerHome
+from fedsigma.server.runs.run_dir import is_run_folder
 from fedsigma.server.runs.summary import RunSummary, find_runs, summarize_run
 from fedsigma.server.runs.tail import RunTailer
 
@@ -74,7 +75,7 @@ class RunIndex:
 
     def list_runs(self) -> list[RunEntry]:
         """Return all runs, newest first."""
-        entries = self._entries(self._paths())
+        entries = [self._entry(*run) for run in self._runs().items()]
         return sorted(entries, key=lambda entry: (entry.summary.started or 0.0, entry.key), reverse=True)
 
     def find_run(self, key: str) -> RunEntry:
@@ -83,10 +84,7 @@ class RunIndex:
         Raises:
             UnknownRun: There is no run with this key.
         """
-        for entry in self._entries([path for path in self._paths() if self._key(path) == key]):
-            if entry.key == key:
-                return entry
-        raise UnknownRun(key)
+        return self._entry(*self._find(key))
 
     def open_run(self, key: str) -> RunTailer:
         """Return the reader of a run's files, which keeps what it has parsed.
@@ -94,10 +92,10 @@ class RunIndex:
         Raises:
             UnknownRun: There is no run with this key. Keys are looked up, never joined to a path.
         """
-        for path in self._paths():
-            if self._key(path) == key:
-                return self._open(path)
-        raise UnknownRun(key)
+        path, _ = self._find(key)
+        if not is_run_folder(path):
+            raise UnknownRun(key)
+        return self._open(path)
 
     def collect_metrics(self) -> list[RunMetrics]:
         """Return the metrics of each run; beyond the newest runs only the summary."""
@@ -119,22 +117,28 @@ class RunIndex:
     def _key(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix() if path != self.folder else path.name
 
-    def _paths(self) -> list[Path]:
+    def _find(self, key: str) -> tuple[Path, Submission | None]:
+        for path, submission in self._runs().items():
+            if self._key(path) == key:
+                return path, submission
+        raise UnknownRun(key)
+
+    def _runs(self) -> dict[Path, Submission | None]:
+        """Return the run folders, and those that submitted studies will write, with the newest submission."""
         if time.monotonic() - self._listed[0] > LIST_TTL_S:
             self._listed = time.monotonic(), find_runs(self.folder) if self.folder.is_dir() else []
-        return self._listed[1]
-
-    def _entries(self, paths: list[Path]) -> list[RunEntry]:
-        """Return the runs of these folders, and a server's submitted studies that have not started."""
-        submissions: dict[Path, Submission] = {}
+        runs: dict[Path, Submission | None] = dict.fromkeys(self._listed[1])
         if self.server is not None:
-            for submission in self.database.submissions():  # the newest first
-                submissions.setdefault(Path(submission.folder), submission)
-        entries = []
-        for path in paths:
-            run_id = submissions.pop(path).run_id if path in submissions else ""
-            entries.append(RunEntry(key=self._key(path), summary=self._summary(path), run_id=run_id))
-        return entries + [self._not_started(x) for path, x in submissions.items() if not path.exists()]
+            for submission in reversed(self.database.submissions()):  # the newest last
+                runs[self.folder / Path(submission.folder).name] = submission
+        return runs
+
+    def _entry(self, path: Path, submission: Submission | None) -> RunEntry:
+        # The listed folders may be older than a run's first file: what counts is the file.
+        if submission is not None and not is_run_folder(path):
+            return self._not_started(submission)
+        run_id = submission.run_id if submission is not None else ""
+        return RunEntry(key=self._key(path), summary=self._summary(path), run_id=run_id)
 
     def _not_started(self, submission: Submission) -> RunEntry:
         status = self._watch.end_status(submission.run_id) if self._watch else ""
@@ -150,8 +154,8 @@ class RunIndex:
             started=utc_seconds(submission.submitted_at),
             seconds=None,
         )
-        name = Path(submission.folder).name
-        return RunEntry(key=name, summary=summary, run_id=submission.run_id, started=False)
+        key = Path(submission.folder).name
+        return RunEntry(key=key, summary=summary, run_id=submission.run_id, started=False)
 
     def _summary(self, path: Path) -> RunSummary:
         tailer = RunTailer(path)
